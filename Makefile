@@ -1,0 +1,53 @@
+# train and test make the environment first; setup does nothing when nothing changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+SETUP_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
+
+# Idle OpenMP threads that spin slow every other process of the machine down.
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup train test check bench clean typing
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# With a GPU the pins of torch and torchvision are left out, so that pip takes the build for that machine.
+$(STAMP): $(SETUP_INPUTS) | $(BIN)/python
+	@mkdir -p build
+	@if nvidia-smi >/dev/null 2>&1; then grep -vE '^torch(vision)?==' constraints.txt; else cat constraints.txt; fi \
+		> build/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c build/constraints.txt -e ".[dev]"
+	@touch $@
+
+train: setup
+	$(BIN)/python recipes/sync_r1.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest tests $(ARGS)
+
+# mypy cannot follow an editable install; it follows these links.
+typing:
+	@mkdir -p build/typing/syncr1
+	@ln -sfn ../../../kernels build/typing/syncr1/kernels
+	@ln -sfn ../../../engine build/typing/syncr1/engine
+
+check: setup typing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy build/typing/syncr1/kernels build/typing/syncr1/engine $(wildcard recipes/*.py)
+	$(BIN)/python -m pytest tests -m "not slow" -q
+
+bench: setup
+	$(BIN)/python -m pytest bench $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find kernels engine recipes bench tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -f kernels/*.so $(STAMP)

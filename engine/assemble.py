@@ -1,0 +1,202 @@
+"""Puts a run's parts together from its settings: data, policy, rewards, preview, evaluation.
+
+Without `--model` and `--data` the parts are the embedded ones: a tiny Janus on a rendered world, made on first use and
+kept in a cache folder.  With them, the same functions load a checkpoint and read a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from syncr1.engine.config import SyncR1Config
+from syncr1.engine.dgs import PreviewGate
+from syncr1.engine.evaluate.run import Evaluation, evaluate
+from syncr1.engine.policies.janus import JanusPolicy
+from syncr1.engine.prompts import load_benchmark
+from syncr1.engine.records import Prompt, Rollout
+from syncr1.engine.rewards.base import score
+from syncr1.engine.rewards.caption import CaptionLikelihood
+from syncr1.engine.rewards.ensemble import RewardSet, build_rewards, combine
+from syncr1.engine.rewards.identity import IdentityReward
+from syncr1.engine.rewards.judge import AttributeScorer
+from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.world.attributes import ATTRIBUTES, VALUES
+from syncr1.engine.world.base_model import BaseSettings, train_base
+from syncr1.engine.world.checker import AttributeChecker
+from syncr1.engine.world.disk import write_world
+from syncr1.engine.world.general import write_general
+from syncr1.engine.world.judge_cnn import JudgeCNN, train_judge
+from syncr1.engine.world.vq import round_trip
+
+Report = Callable[[str], None]
+
+
+def cache_dir() -> Path:
+    """Where made things are kept: `SYNCR1_CACHE`, or `~/.cache/syncr1`."""
+    return Path(os.environ.get("SYNCR1_CACHE") or Path.home() / ".cache" / "syncr1")
+
+
+def _fingerprint(*parts: object) -> str:
+    """Names a cache entry: by its settings and by the code and weights that it is made with."""
+    digest = hashlib.blake2b(digest_size=6)
+    world = Path(__file__).parent / "world"
+    for path in sorted([*world.glob("*.py"), *world.glob("*.safetensors"), *world.glob("*.json")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    digest.update(repr(parts).encode())
+    return digest.hexdigest()
+
+
+def prepare_data(config: SyncR1Config) -> Path:
+    """The data folder: the user's, or the rendered world, written on first use."""
+    if config.data is not None:
+        return config.data
+    root = cache_dir() / f"world-{_fingerprint('world')}"
+    if not (root / "general").is_dir():
+        write_world(root)
+        write_general(root)
+    return root
+
+
+def prepare_policy(config: SyncR1Config, settings: BaseSettings | None = None, report: Report | None = None) -> JanusPolicy:
+    """The starting point: the user's checkpoint, or the tiny base, trained on first use."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    if config.model is not None:
+        return JanusPolicy.from_pretrained(config.model, dtype=dtype, freeze_vision=config.freeze_vision)
+    folder = tiny_base(settings or BaseSettings(), report)
+    return JanusPolicy.from_pretrained(folder, dtype=dtype, freeze_vision=config.freeze_vision)
+
+
+def tiny_base(settings: BaseSettings, report: Report | None = None) -> Path:
+    """Folder of the tiny base in transformers' format; trained when the cache has none for these settings."""
+    folder = cache_dir() / f"tiny_base-{_fingerprint(asdict(settings))}"
+    if not (folder / "processor_config.json").is_file():
+
+        def say(step: int, loss: float) -> None:
+            if report is not None:
+                report(f"step {step + 1}/{settings.steps}  loss {loss:.2f}")
+
+        train_base(settings, say).save(folder)
+    return folder
+
+
+def build_reward_set(config: SyncR1Config, policy: JanusPolicy, prompts: Sequence[Prompt]) -> RewardSet:
+    """The ensemble reward: identity by a frozen vision tower, judge by attributes or by likelihood, text by BLEU."""
+    frozen = policy.frozen_copy()
+    named = all(prompt.attributes for prompt in prompts if "image" in prompt.segments)
+    return build_rewards(
+        features=frozen.vision_features,
+        image_size=policy.image_size,
+        scorer=soft_attribute_scorer(checker_of(policy)) if any(prompt.attributes for prompt in prompts) else None,
+        caption_logp=None if named else CaptionLikelihood(frozen),
+        identity_weight=config.identity_weight,
+        judge_weight=config.judge_weight,
+        text_weight=config.text_weight,
+    )
+
+
+def checker_of(policy: JanusPolicy) -> AttributeChecker:
+    """The world's attribute reader, as this policy's image tokenizer draws the world."""
+    vq = policy.model.model.vqmodel
+    return AttributeChecker.from_round_trip(lambda images: round_trip(vq, images))
+
+
+def soft_attribute_scorer(checker: AttributeChecker) -> AttributeScorer:
+    """How probable each named attribute's value is, [n, 5] in [0, 1]: smoother than right or wrong."""
+
+    def scorer(images: Tensor, wanted: Sequence[Mapping[str, str]]) -> Tensor:
+        posterior = checker.posterior(images)
+        return torch.stack([_named(wanted, name, posterior[name]) for name in ATTRIBUTES], dim=1)
+
+    return scorer
+
+
+def hard_attribute_scorer(read_indices: Callable[[Tensor], Tensor]) -> AttributeScorer:
+    """Right or wrong, by a reader of images: [n, 3, H, W] -> [n, 5] value indices."""
+
+    def scorer(images: Tensor, wanted: Sequence[Mapping[str, str]]) -> Tensor:
+        read = read_indices(images)
+        columns = []
+        for column, name in enumerate(ATTRIBUTES):
+            one_hot = torch.nn.functional.one_hot(read[:, column], len(VALUES[name])).float()
+            columns.append(_named(wanted, name, one_hot))
+        return torch.stack(columns, dim=1)
+
+    return scorer
+
+
+def _named(wanted: Sequence[Mapping[str, str]], name: str, probability: Tensor) -> Tensor:
+    """[n]: the probability of the wanted value, NaN where the attribute is not named."""
+    values = VALUES[name]
+    rows = [float("nan") if name not in w else float(probability[i, values.index(w[name])]) for i, w in enumerate(wanted)]
+    return torch.tensor(rows)
+
+
+def build_preview(config: SyncR1Config, rewards: RewardSet) -> PreviewGate | None:
+    """Preview DGS, judged by the run's own rewards on the partly drawn image; None when it is switched off."""
+    if config.preview_fraction == 0:
+        return None
+    weights = rewards.weight_tensor()
+
+    def scorer(prompts: Sequence[Prompt], texts: Sequence[str], images: Tensor) -> Tensor:
+        partial = [
+            Rollout(prompt=prompt, member=0, prompt_tokens=torch.zeros(0), prompt_image=None, segments=(), text=text, image=image)
+            for prompt, text, image in zip(prompts, texts, images.cpu(), strict=True)
+        ]
+        return combine(score(partial, rewards.functions, timeout=config.reward_timeout).values, weights, renormalise=True)
+
+    return PreviewGate(scorer, fraction=config.preview_fraction, threshold=config.preview_threshold,
+                       acceptance=config.preview_acceptance, max_attempts=config.preview_max_attempts)  # fmt: skip
+
+
+class Evaluator:
+    """Scores a policy on the held-out half of the data, before and after.
+
+    Args:
+        config: for sampling settings and the number of items.
+        policy: whose image tokenizer reads the rendered world; its vision tower, copied now, judges likeness.
+        root: the data folder.
+    """
+
+    def __init__(self, config: SyncR1Config, policy: JanusPolicy, root: Path) -> None:
+        self.config = config
+        self.benchmark = load_benchmark(root)
+        self._likeness = IdentityReward(policy.frozen_copy().vision_features, policy.image_size)
+        self._scorers: dict[str, AttributeScorer] = {}
+        if any(prompt.attributes for prompts in self.benchmark.values() for prompt in prompts):
+            self._scorers = {
+                "checker": hard_attribute_scorer(checker_of(policy).read_indices),
+                "cnn": hard_attribute_scorer(_judge(policy).read_indices),
+            }
+
+    def __call__(self, policy: JanusPolicy) -> Evaluation:
+        c = self.config
+
+        def draw(prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
+            sampling = Sampling(num_generations=1, temperature=temperature, max_text_tokens=c.max_completion_length,
+                                cfg_weight=c.eval_cfg_weight, seed=c.seed, step=-1)  # fmt: skip
+            return generate(policy, prompts, sampling)
+
+        return evaluate(draw, self.benchmark, image_scorers=self._scorers, identity=self._likeness,
+                        num_items=c.eval_samples, seed=0)  # fmt: skip
+
+
+def _judge(policy: JanusPolicy) -> JudgeCNN:
+    """The independent classifier, which no reward uses; trained in seconds at first use and kept."""
+    vq = policy.model.model.vqmodel
+    path = cache_dir() / f"judge-{_fingerprint(float(vq.quantize.embedding.weight.double().abs().sum()))}.safetensors"
+    if path.is_file():
+        judge = JudgeCNN()
+        judge.load_state_dict(load_file(path))
+        return judge.requires_grad_(False).eval()
+    judge = train_judge(vq)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(judge.state_dict(), path)
+    return judge

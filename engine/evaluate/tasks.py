@@ -1,0 +1,68 @@
+"""The tasks of UnifyBench++: what is produced, and which metric is a task's main score.
+
+| task | produces | main score |
+|---|---|---|
+| rec | yes or no | weighted recall |
+| vqa, qa, choice, general_vqa | an answer | exact accuracy where answers are short, else character BLEU |
+| rea, dense_rea | a description, then its image | words in place where the world is known, else character BLEU |
+| rea_gen, dense_rea_gen | that image, scored | attributes right (first scorer), else identity |
+| pure_gen, dense_gen, general_image | an image | the same |
+
+The published benchmark also asks a language model to grade answers and CLIP to grade images; neither is at hand
+offline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from syncr1.engine.evaluate.metrics import accuracy, weighted_recall, words_in_place
+from syncr1.engine.records import Prompt
+from syncr1.engine.rewards.text import char_bleu
+
+IMAGE_OF = {"rea": "rea_gen", "dense_rea": "dense_rea_gen"}
+"""Chained tasks: the name that their images are scored under."""
+GENERAL = frozenset({"general_vqa", "general_image"})
+"""Kept out of the two summaries of personalised skill, and reported beside them."""
+SHORT_ANSWER = 3
+"""Words up to which an answer is expected to come back exactly."""
+
+
+def needs_text(prompt: Prompt) -> bool:
+    """Whether this item is scored by its text."""
+    return "text" in prompt.segments and prompt.answer is not None
+
+
+def needs_image(prompt: Prompt) -> bool:
+    """Whether this item is scored by its image."""
+    return "image" in prompt.segments
+
+
+def image_task(prompt: Prompt) -> str:
+    """The task that this item's image counts for."""
+    return IMAGE_OF.get(prompt.task, prompt.task)
+
+
+def text_scores(task: str, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
+    """Metrics of one task's texts: `accuracy`, `bleu`, what the task adds, and `score`, the main one.
+
+    Args:
+        task: of all the prompts.
+        prompts: n items with a ground truth, n >= 1.
+        texts: what the policy said, n.
+    """
+    answers = [prompt.answer or "" for prompt in prompts]
+    pairs = list(zip(answers, texts, strict=True))
+    metrics = {
+        "accuracy": sum(accuracy(*pair) for pair in pairs) / len(pairs),
+        "bleu": sum(char_bleu(*pair) for pair in pairs) / len(pairs),
+    }
+    if task == "rec":
+        metrics["recall"] = weighted_recall(answers, texts)
+        main = "recall"
+    elif task in IMAGE_OF:
+        metrics["words"] = sum(words_in_place(*pair) for pair in pairs) / len(pairs)
+        main = "words" if all(prompt.attributes for prompt in prompts) else "bleu"
+    else:
+        main = "accuracy" if all(len(answer.split()) <= SHORT_ANSWER for answer in answers) else "bleu"
+    return {**metrics, "score": metrics[main]}

@@ -1,0 +1,228 @@
+"""The optimizer's side, on DeepSpeed: ZeRO 0-3, bf16, gradient clipping. The only file that imports deepspeed.
+
+One update is: any number of micro-batches forward and backward, then one step.  Losses are divided by the update's
+token counts over all ranks, so gradients do not depend on how a batch is cut into micro-batches or spread over ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidiactl") else "cuda")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+from torch import Tensor
+
+from syncr1.engine.objective import Objective, PolicyForward
+from syncr1.engine.policies.base import Policy
+from syncr1.engine.records import MODALITY_NAMES, PackedBatch
+
+SEQUENCE_MEANS = frozenset({"grpo", "sapo", "luspo", "dr_grpo"})
+"""Loss types that average over sequences; a micro-batch counts by its share of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerSettings:
+    """Settings of the optimizer and of DeepSpeed."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    zero_stage: int = 0
+    bf16: bool = False
+    num_iterations: int = 1
+
+
+class Learner:
+    """Owns the trained weights.
+
+    Args:
+        policy: a `Policy`; moved to the device and wrapped by DeepSpeed.
+        objective: the loss's settings; `beta > 0` keeps a frozen copy of the policy as the reference.
+        settings: optimizer and ZeRO.
+    """
+
+    def __init__(self, policy: Policy, objective: Objective, settings: LearnerSettings) -> None:
+        self.policy, self.objective, self.settings = policy, objective, settings
+        init_distributed()
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _on_cuda() else torch.device("cpu")
+        self._reference: PolicyForward | None = None
+        if objective.beta > 0:
+            frozen = copy.deepcopy(policy).module.requires_grad_(False).eval().to(self.device)
+            self._reference = PolicyForward(frozen, objective)
+        forward = PolicyForward(policy, objective)
+        trained = [p for p in forward.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=forward, model_parameters=trained, optimizer=optimizer, config=deepspeed_config(settings)
+        )
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    @contextmanager
+    def sampling(self) -> Iterator[Policy]:
+        """The policy with whole weights, in eval mode: under ZeRO-3 they are gathered for the duration."""
+        self.engine.eval()
+        try:
+            if self.settings.zero_stage < 3:
+                yield self.policy
+            else:
+                # DeepSpeed's helper restores its hooks only when its body ends normally, so an error waits outside.
+                failure: BaseException | None = None
+                with unwrap_model_for_generation(self.engine):
+                    try:
+                        yield self.policy
+                    except BaseException as error:
+                        failure = error
+                if failure is not None:
+                    raise failure
+        finally:
+            self.engine.train()
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """The batches with `ref_logp` (beta > 0) and, where several updates follow, `old_logp` filled in.
+
+        With one update per rollout the loss takes its own detached log-probabilities as the old ones: the same numbers.
+        """
+        scored = []
+        for batch in self._aligned(batches):
+            moved = batch.to(self.device)
+            ref = self._reference(moved)["logp"] if self._reference is not None else None
+            old = self.engine(moved)["logp"] if self.settings.num_iterations > 1 else None
+            scored.append(replace(moved, ref_logp=ref, old_logp=old))
+        return scored
+
+    def update(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """`num_iterations` optimizer steps on the scored batches; returns the last one's metrics under TRL's names."""
+        metrics: dict[str, float] = {}
+        for _ in range(self.settings.num_iterations):
+            metrics = self._step(batches)
+        return metrics
+
+    def _step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        num_items, shares = self._normalisers(batches)
+        collected: dict[str, list[tuple[float, float]]] = {}
+        total, replay = 0.0, 0.0
+        for batch, share in zip(batches, shares, strict=True):
+            out = self.engine(batch, num_items=num_items, share=share)
+            self.engine.backward(out["loss"], scale_wrt_gas=False)
+            total += float(out["loss"].detach())
+            replay = max(replay, replay_error(batch, out["logp"]))
+            weight = float(batch.loss_mask.sum())
+            for name, value in out.items():
+                if name.startswith("metric/"):
+                    collected.setdefault(name.removeprefix("metric/"), []).append((float(value), weight))
+        self.engine.step()
+        metrics = {name: _mean(pairs) for name, pairs in collected.items()}
+        norm = self.engine.get_global_grad_norm()
+        return metrics | {
+            "loss": total,
+            "grad_norm": float("nan") if norm is None else float(norm),
+            "rollout/replay_logp_max_abs": replay,
+        }
+
+    def _normalisers(self, batches: Sequence[PackedBatch]) -> tuple[dict[str, float], list[float]]:
+        """Token counts per modality and sequence shares of an update, such that DeepSpeed's mean over ranks is right."""
+        counts = torch.zeros(3, dtype=torch.float64)
+        for batch in batches:
+            for code in range(2):
+                counts[code] += float((batch.loss_mask & (batch.modality == code)).sum())
+            counts[2] += batch.cu_seqlens.numel() - 1
+        totals = self.all_reduce(counts) / self.world_size
+        num_items = {name: max(1.0, float(totals[code])) for code, name in enumerate(MODALITY_NAMES)}
+        if self.objective.loss_type not in SEQUENCE_MEANS:
+            return num_items, [1.0] * len(batches)
+        return num_items, [(batch.cu_seqlens.numel() - 1) / max(1.0, float(totals[2])) for batch in batches]
+
+    def _aligned(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """As many micro-batches on every rank, the missing ones empty of loss, so that collectives match."""
+        most = int(self.all_reduce(torch.tensor([len(batches)]), op=dist.ReduceOp.MAX))
+        idle = replace(batches[0], loss_mask=torch.zeros_like(batches[0].loss_mask))
+        return [*batches, *[idle] * (most - len(batches))]
+
+    def all_reduce(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Sum (or `op`) of a small CPU tensor over ranks."""
+        if self.world_size == 1:
+            return values
+        moved = values.to(self.device)
+        dist.all_reduce(moved, op=op)
+        return moved.cpu()
+
+    def save(self, folder: Path) -> None:
+        """The policy in transformers' format; every rank must call it."""
+        with self.sampling() as policy:
+            if self.rank == 0:
+                policy.save(folder)
+
+
+def replay_error(batch: PackedBatch, logp: Tensor) -> float:
+    """Largest |sampler's log-probability - trainer's|, nats; 0 when nothing was sampled."""
+    where = batch.loss_mask & batch.sampled_logp.isfinite()
+    return float((batch.sampled_logp - logp)[where].abs().max()) if bool(where.any()) else 0.0
+
+
+def _mean(pairs: list[tuple[float, float]]) -> float:
+    weight = sum(w for _, w in pairs)
+    return sum(v * w for v, w in pairs) / weight if weight else pairs[-1][0]
+
+
+def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
+    """DeepSpeed's configuration: micro-batches vary in number, so gradient accumulation is driven by our own loop."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": settings.bf16},
+    }
+
+
+def _on_cuda() -> bool:
+    return os.environ["DS_ACCELERATOR"] == "cuda" and torch.cuda.is_available()
+
+
+def init_distributed() -> None:
+    """Joins the launcher's process group, or makes one of a single process."""
+    if dist.is_initialized():
+        return
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if not _on_cuda():
+        # DeepSpeed would compile its shared-memory collective for half a minute at first use; gloo does as well here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if _on_cuda() else "gloo", verbose=False)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,97 @@
+"""What the engine asks of a unified multimodal model.
+
+A policy is one causal decoder with two vocabularies: text tokens through the text head, image tokens through the image
+head.  Everything else (sampling, packing, losses) is written against this protocol and knows no model by name.
+
+Dims: T tokens, D hidden size, N image tokens, B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from syncr1.engine.attention import AttentionLayout, KVCache
+from syncr1.engine.records import Prompt, SegmentKind
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last linear map of a vocabulary: `logits = hidden @ weight.T + bias`."""
+
+    hidden: Tensor
+    """[N, D'] what enters the last linear map (Janus's image head has a layer before it)."""
+    weight: Tensor
+    """[V, D']"""
+    bias: Tensor | None
+    """[V] or None."""
+    forbidden: Tensor | None
+    """[F] int64 ids that are never sampled: placeholders and control tokens. Excluded from log-probabilities as well."""
+
+
+class Policy(Protocol):
+    """A unified model as the engine sees it. `nn.Module`, so that DeepSpeed can wrap it."""
+
+    num_image_tokens: int
+    """Tokens of one drawn image."""
+    image_size: int
+    """Pixels of a drawn image's side."""
+    end_tokens: frozenset[int]
+    """Text ids that end a text segment."""
+    image_start: int
+    """Text id that hands over to image tokens; the first image token is predicted from it."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def prompt_tokens(self, prompt: Prompt) -> Tensor:
+        """[L] int64: the prompt through the model's chat template, image placeholders expanded."""
+        ...
+
+    def image_slots(self, tokens: Tensor) -> Tensor:
+        """[...] bool: where a row of `see` replaces the token's embedding."""
+        ...
+
+    def unconditional_tokens(self) -> Tensor:
+        """[L] int64: the prompt of the classifier-free branch, `image_start` included."""
+        ...
+
+    def text_tokens(self, text: str) -> Tensor:
+        """[L] int64: a text as the policy would have sampled it, its end token included."""
+        ...
+
+    def decode_text(self, tokens: Tensor) -> str: ...
+
+    def see(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] -> [n, tokens, D] embeddings of the understanding path."""
+        ...
+
+    def embed(self, tokens: Tensor, kind: SegmentKind) -> Tensor:
+        """[...] int64 -> [..., D]."""
+        ...
+
+    def trunk(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
+        """[B, T, D], [B, T] -> [B, T, D] final hidden states."""
+        ...
+
+    def head(self, hidden: Tensor, kind: SegmentKind) -> Head:
+        """[N, D] -> the head of a vocabulary, ready for a fused op."""
+        ...
+
+    def new_cache(self, num_rows: int, capacity: int) -> KVCache: ...
+
+    def draw(self, tokens: Tensor) -> Tensor:
+        """[n, N] int64 image ids -> [n, 3, H, W] float32 in [0, 1]."""
+        ...
+
+    def load_images(self, paths: Sequence[Path]) -> Tensor:
+        """Image files -> [n, 3, H, W] float32 in [0, 1], at the model's input size."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes weights (safetensors), config and processor in transformers' format."""
+        ...

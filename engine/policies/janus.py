@@ -1,0 +1,167 @@
+"""Janus and Janus-Pro through transformers' own classes; any size, tiny or 7B, by the same code.
+
+transformers' `generate` is not used: it prefills once per sample, and it returns no usable log-probabilities of image
+tokens.  Images are understood through the vision tower (`see`) and drawn through the VQ codebook (`draw`).
+
+Source: Janus-Pro (arXiv 2501.17811); module names of `transformers.models.janus`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoProcessor, JanusForConditionalGeneration
+
+import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
+from syncr1.engine.attention import ATTENTION_NAME, AttentionLayout, KVCache
+from syncr1.engine.pictures import load_pictures
+from syncr1.engine.policies.base import Head
+from syncr1.engine.records import Prompt, SegmentKind
+
+UNCONDITIONAL_PADS = 4
+"""Padding tokens between BOS and the image start in the classifier-free branch. Janus-Pro replaces a dropped caption by
+as many pads as it had tokens, so any number is in distribution; a fixed one lets the whole batch share one prefill."""
+
+
+class JanusPolicy(nn.Module):
+    """transformers' `JanusForConditionalGeneration` behind the `Policy` protocol.
+
+    Args:
+        model: the loaded checkpoint.
+        processor: its `JanusProcessor` (tokenizer, image processor, chat template).
+        freeze_vision: no gradients for the vision tower, its aligner and the VQ model.
+    """
+
+    def __init__(self, model: JanusForConditionalGeneration, processor: AutoProcessor, *, freeze_vision: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        decoder = model.model.language_model
+        decoder.set_attn_implementation(ATTENTION_NAME)
+        if freeze_vision:
+            for part in (model.model.vision_model, model.model.aligner):
+                part.requires_grad_(False)
+        model.model.vqmodel.requires_grad_(False)
+        self.num_image_tokens = model.model.vqmodel.quantize.quant_state_dims[0] ** 2
+        self.image_size = int(model.config.vision_config.image_size)
+        tokenizer = self.tokenizer
+        self.image_start = int(tokenizer.convert_tokens_to_ids(tokenizer.boi_token))
+        self.image_slot = int(model.config.image_token_id)
+        self.end_tokens = frozenset({int(tokenizer.eos_token_id)})
+        control = {self.image_slot, self.image_start, int(tokenizer.convert_tokens_to_ids(tokenizer.eoi_token))}
+        control |= set(tokenizer.all_special_ids)
+        self.register_buffer("_forbidden_text", torch.tensor(sorted(control - self.end_tokens)), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype = torch.float32, freeze_vision: bool = True) -> JanusPolicy:
+        """Loads a checkpoint folder or hub name in transformers' format; safetensors only, no remote code."""
+        model = JanusForConditionalGeneration.from_pretrained(str(name), dtype=dtype, use_safetensors=True)
+        return cls(model, AutoProcessor.from_pretrained(str(name)), freeze_vision=freeze_vision)
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    def prompt_tokens(self, prompt: Prompt) -> Tensor:
+        content = [{"type": "image"}] if prompt.image is not None else []
+        content.append({"type": "text", "text": self._escape(prompt.text)})
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        if prompt.image is not None:
+            slots = self.tokenizer.image_token * self.processor.num_image_tokens
+            text = text.replace(self.tokenizer.image_token, f"{self.tokenizer.boi_token}{slots}{self.tokenizer.eoi_token}", 1)
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and (ids.numel() == 0 or int(ids[0]) != bos):
+            ids = torch.cat([ids.new_tensor([bos]), ids])
+        return ids
+
+    def _escape(self, text: str) -> str:
+        """Control tokens in a user's text lose their brackets, so that a prompt cannot open an image slot."""
+        for token in (self.tokenizer.image_token, self.tokenizer.boi_token, self.tokenizer.eoi_token):
+            text = text.replace(token, token.strip("<>|"))
+        return text
+
+    def image_slots(self, tokens: Tensor) -> Tensor:
+        return tokens == self.image_slot
+
+    def unconditional_tokens(self) -> Tensor:
+        tokenizer = self.tokenizer
+        return torch.tensor([tokenizer.bos_token_id, *[tokenizer.pad_token_id] * UNCONDITIONAL_PADS, self.image_start])
+
+    def text_tokens(self, text: str) -> Tensor:
+        """[L] int64: a text as the policy would have sampled it, its end token included."""
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0].long()
+        return torch.cat([ids, ids.new_tensor([self.tokenizer.eos_token_id])])
+
+    def decode_text(self, tokens: Tensor) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def see(self, images: Tensor) -> Tensor:
+        mean, std = (images.new_tensor(x)[:, None, None] for x in self._normalisation())
+        parameter = self.model.lm_head.weight
+        pixels = ((images - mean) / std).to(device=parameter.device, dtype=parameter.dtype)
+        return self.model.model.get_image_features(pixels, return_dict=True).pooler_output
+
+    def vision_features(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] -> [n, C] mean-pooled features of the vision tower, for similarity rewards."""
+        mean, std = (images.new_tensor(x)[:, None, None] for x in self._normalisation())
+        return self.model.model.vision_model((images - mean) / std, return_dict=True).last_hidden_state.float().mean(1)
+
+    def _normalisation(self) -> tuple[list[float], list[float]]:
+        image_processor = self.processor.image_processor
+        return list(image_processor.image_mean), list(image_processor.image_std)
+
+    def embed(self, tokens: Tensor, kind: SegmentKind) -> Tensor:
+        if kind == "image":
+            return self.model.prepare_embeddings_for_image_generation(tokens)
+        return self.model.model.language_model.embed_tokens(tokens)
+
+    def trunk(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
+        decoder = self.model.model.language_model
+        return decoder(
+            inputs_embeds=embeddings, position_ids=position_ids, layout=layout, use_cache=False
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor, kind: SegmentKind) -> Head:
+        if kind == "text":
+            return Head(hidden, self.model.lm_head.weight, self.model.lm_head.bias, self._forbidden_text)
+        image_head = self.model.model.generation_head
+        hidden = image_head.activation_fn(image_head.proj_out(hidden))
+        return Head(hidden, image_head.vision_head.weight, image_head.vision_head.bias, None)
+
+    def new_cache(self, num_rows: int, capacity: int) -> KVCache:
+        config = self.model.config.text_config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        weight = self.model.lm_head.weight
+        return KVCache(num_layers=config.num_hidden_layers, num_rows=num_rows, num_heads=config.num_key_value_heads,
+                       head_dim=head_dim, capacity=capacity, dtype=weight.dtype, device=weight.device)  # fmt: skip
+
+    @torch.no_grad()
+    def draw(self, tokens: Tensor) -> Tensor:
+        pixels = self.model.model.vqmodel.decode(tokens)
+        return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] -> [n, N] int64: the VQ codes of given images, targets of supervised training."""
+        return self.model.model.vqmodel.encode(images * 2 - 1).image_tokens.view(images.shape[0], -1)
+
+    def load_images(self, paths: Sequence[Path]) -> Tensor:
+        return load_pictures(paths, self.image_size).to(self.device)
+
+    def frozen_copy(self) -> JanusPolicy:
+        """The policy as it is now, for references and judges; it does not follow the training."""
+        return copy.deepcopy(self).requires_grad_(False).eval()
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.processor.save_pretrained(folder)

@@ -1,0 +1,146 @@
+"""The records that flow through one RL step: Prompt -> Rollout -> PackedBatch -> StepMetrics.
+
+Data moves one way.  Each record is frozen, and no stage writes into a record that an earlier stage made.
+
+Dims: T packed tokens, S sequences (trajectories), P prompts (groups), G members of a group, L segment length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TEXT, IMAGE = 0, 1
+"""Values of `modality`: the vocabulary that a *target* token belongs to."""
+
+SegmentKind = Literal["text", "image"]
+MODALITY_NAMES: tuple[SegmentKind, SegmentKind] = ("text", "image")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question or drawing request, with everything a reward may want to know about it."""
+
+    id: str
+    """Unique and stable over runs; keys the sampler, e.g. `train/bobo/reasoning/3`."""
+    task: str
+    """UnifyBench++ task: rec, vqa, qa, rea, dense_rea, gen, dense_gen, rea_gen, … ; scores are reported by it."""
+    text: str
+    """What the user says. The image, if any, comes before it."""
+    image: Path | None = None
+    """The photo that the user shows; None for a text-only prompt."""
+    segments: tuple[SegmentKind, ...] = ("text", "image")
+    """What the policy produces, in order, as one causal sequence. `("text", "image")` is Sync-R1's chain."""
+    answer: str | None = None
+    """Ground truth of the text segment."""
+    options: tuple[str, ...] = ()
+    """Candidate answers, one of which is right (Sync-R1 mode `r`: the concept's `extra_info`)."""
+    concept: str | None = None
+    """The personalised concept that it is about, without brackets."""
+    target: str | None = None
+    """Explicit description of the image that should come out."""
+    references: tuple[Path, ...] = ()
+    """Photos of the concept, for identity rewards."""
+    attributes: Mapping[str, str] | None = None
+    """What the image must show, attribute -> value. Known in the rendered world, absent for photographs."""
+    rewarded: bool = True
+    """False for an anchor: its rewards are all None, so only the KL term acts on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A run of tokens of one vocabulary that the policy sampled."""
+
+    kind: SegmentKind
+    tokens: Tensor
+    """[L] int64 ids in the segment's own vocabulary; a text segment includes its end-of-turn token if one came."""
+    logp: Tensor
+    """[L] float32 nats: conditional log-probability, recorded by the sampler."""
+    logp_mixed: Tensor
+    """[L] float32 nats: under the CFG-mixed distribution that was sampled from; equals `logp` without CFG."""
+    entropy: Tensor
+    """[L] float32 nats, of the conditional distribution."""
+    truncated: bool = False
+    """A text segment that ran into its length limit. Never true for images: a full image is complete."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One trajectory: what the policy made of `prompt`."""
+
+    prompt: Prompt
+    member: int
+    """Index within the group, 0 … G-1."""
+    prompt_tokens: Tensor
+    """[L] int64 text ids of the prompt; image placeholders stand for `prompt_image` rows."""
+    prompt_image: Tensor | None
+    """[num_image_tokens, D] embeddings of `prompt.image` (frozen vision tower); shared by the group."""
+    segments: tuple[Segment, ...]
+    text: str = ""
+    """The decoded text segment, special tokens removed; "" when there is none."""
+    image: Tensor | None = None
+    """[3, H, W] float32 in [0, 1]; None when no image was drawn."""
+    attempts: int = 1
+    """Tries that preview DGS spent on this member."""
+    uid: int = 0
+    """Keys the sampler's random numbers: a function of seed, prompt id, member and attempt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """Whole groups on one token axis, no padding. Pruned trajectories keep their place on [S] with zero tokens,
+    so that group statistics are always those of the whole group."""
+
+    tokens: Tensor
+    """[T] int64: the token at each position, in the vocabulary that `modality` names."""
+    modality: Tensor
+    """[T] uint8: TEXT or IMAGE, of the token at this position, i.e. of the target predicted one position earlier."""
+    loss_mask: Tensor
+    """[T] bool: tokens that the policy produced."""
+    position_ids: Tensor
+    """[T] int64, from 0 in each sequence."""
+    cu_seqlens: Tensor
+    """[S+1] int32."""
+    group_offsets: Tensor
+    """[P+1] int32, over sequences."""
+    rewards: Tensor
+    """[S, K] float32; NaN = this reward did not apply or failed."""
+    image_rows: Tensor
+    """[R] int64: positions on the token axis whose embedding comes from `image_embeddings`."""
+    image_embeddings: Tensor
+    """[R, D] float32: frozen vision-tower embeddings of the prompts' images."""
+    sampled_logp: Tensor
+    """[T] float32: the sampler's conditional log-probability; NaN where nothing was sampled. Diagnostics only."""
+    old_logp: Tensor | None = None
+    """[T] float32: the trainer's own forward before the first update."""
+    ref_logp: Tensor | None = None
+    """[T] float32: the reference policy's; present when beta > 0."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.numel())
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with every tensor on `device`."""
+        moved = {name: _move(getattr(self, name), device) for name in self.__slots__}
+        return PackedBatch(**moved)
+
+
+def _move(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """Everything one step has to tell, under TRL's names where TRL has one."""
+
+    step: int
+    values: Mapping[str, float]
+    """Scalars for metrics.jsonl and the trackers, e.g. `reward`, `rewards/text/mean`, `clip_ratio/region_mean`."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time of each stage: rollout, reward, pack, old_logp, update."""

@@ -1,0 +1,116 @@
+"""Sync-R1's reward: R = .65 (.4 R_id + .6 R_vlm) + .35 R_txt, as columns and weights.
+
+The columns stay apart until the advantage, so that failures and credit are known per reward; `syncr1.kernels` sums
+them with these weights and leaves NaN out.  Where a component does not apply (a text-only or an image-only trajectory)
+it is left out *without* renormalising: members of a group share their components, so only the group's scale differs,
+which `scale="group"` divides away.  Under `scale="none"` or `"batch"` a text-only group therefore counts for .35; pass
+`renormalise=True` to `combine` where totals of different kinds are compared, as reports do.
+
+Dims: S trajectories, K rewards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from syncr1.engine.rewards.base import RewardFunction
+from syncr1.engine.rewards.identity import Features, IdentityReward
+from syncr1.engine.rewards.judge import AttributeScorer, CaptionLogp, Judge
+from syncr1.engine.rewards.text import text_reward
+
+IDENTITY_WEIGHT, JUDGE_WEIGHT, TEXT_WEIGHT = 0.26, 0.39, 0.35
+"""Of 1: .65 x .4, .65 x .6 and .35."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSet:
+    """Reward functions in column order, with the weight and the segment kind of each."""
+
+    functions: dict[str, RewardFunction]
+    weights: tuple[float, ...]
+    """[K], as `group_advantages(weights=...)` takes them."""
+    kinds: tuple[str, ...]
+    """[K] `text` or `image`: the segment that a reward judges, for `credit="per_segment"`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.functions)
+
+    def weight_tensor(self) -> Tensor:
+        """[K] float32."""
+        return torch.tensor(self.weights, dtype=torch.float32)
+
+
+def build_rewards(
+    *,
+    features: Features | None = None,
+    image_size: int = 384,
+    scorer: AttributeScorer | None = None,
+    caption_logp: CaptionLogp | None = None,
+    identity_weight: float = IDENTITY_WEIGHT,
+    judge_weight: float = JUDGE_WEIGHT,
+    text_weight: float = TEXT_WEIGHT,
+) -> RewardSet:
+    """Sync-R1's rewards, as far as they can be computed.
+
+    Args:
+        features: frozen image features; None leaves R_id out.
+        image_size: pixels squared that reference photos are brought to.
+        scorer: reads attributes off an image (rendered world).
+        caption_logp: likelihood of a description given an image. Neither this nor `scorer`: no judge, and R_id takes
+            the whole bracket, as in the released code; without `features` the judge takes it.
+        identity_weight, judge_weight, text_weight: at least 0; 0 leaves the reward out.
+
+    Returns:
+        RewardSet with columns `identity`, `judge`, `text`, those that apply.
+
+    Raises:
+        ValueError: a weight is negative, or nothing is left.
+    """
+    weights = {"identity_weight": identity_weight, "judge_weight": judge_weight, "text_weight": text_weight}
+    for name, weight in weights.items():
+        if not 0.0 <= weight < float("inf"):
+            raise ValueError(f"build_rewards: expected {name} >= 0, got {weight}")
+    columns: list[tuple[str, RewardFunction, float, str]] = []
+    has_judge = (scorer is not None or caption_logp is not None) and judge_weight > 0
+    has_identity = features is not None and identity_weight > 0
+    bracket = identity_weight + judge_weight
+    if has_identity:
+        assert features is not None
+        weight = identity_weight if has_judge else bracket
+        columns.append(("identity", IdentityReward(features, image_size), weight, "image"))
+    if has_judge:
+        columns.append(("judge", Judge(scorer, caption_logp), judge_weight if has_identity else bracket, "image"))
+    if text_weight > 0:
+        columns.append(("text", text_reward, text_weight, "text"))
+    if not columns:
+        raise ValueError("build_rewards: nothing is left to reward; give features, a judge, or a positive text_weight")
+    return RewardSet(
+        functions={name: function for name, function, _, _ in columns},
+        weights=tuple(weight for _, _, weight, _ in columns),
+        kinds=tuple(kind for _, _, _, kind in columns),
+    )
+
+
+def combine(values: Tensor, weights: Tensor, *, renormalise: bool = False) -> Tensor:
+    """The weighted sum over rewards that are there: `nansum(values * weights, -1)`, NaN where none is.
+
+    Args:
+        values: [S, K] float32; NaN = no reward.
+        weights: [K] float32.
+        renormalise: divide by the weight of the rewards that are there, so that every total is on [0, 1].
+
+    Returns:
+        [S] float32.
+    """
+    if values.shape[-1] != weights.numel():
+        raise ValueError(f"combine: expected {values.shape[-1]} weights, one per reward, got {weights.numel()}")
+    present = ~values.isnan()
+    total = (values.nan_to_num(nan=0.0) * weights).sum(-1)
+    weight = (present * weights).sum(-1)
+    if renormalise:
+        total = total / weight
+    return torch.where(present.any(-1), total, torch.full_like(total, float("nan")))

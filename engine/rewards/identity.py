@@ -1,0 +1,95 @@
+"""R_id: is it the concept?  max(0, 2 (cos - 1/2)), cos between frozen features of the drawing and of the concept's
+photos.
+
+Works for any picture, rendered or photographed: what "features" are is the caller's choice (the policy's own frozen
+vision tower, CLIP, a face embedder).  Source: Sync-R1's released code; its shift of every reward to mean 0.8 is left
+out, since group advantages remove the mean anyway, and a group of one became exactly 0.8 by it.
+
+Dims: n images, D features.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncr1.engine.pictures import load_pictures
+
+Features = Callable[[Tensor], Tensor]
+"""Images [n, 3, H, W] float32 in [0, 1] to features [n, D]; must be frozen, or the reward drifts with the policy."""
+
+
+class IdentityReward:
+    """Mean cosine with the concept's reference photos, as a reward in [0, 1]; features of references are kept."""
+
+    def __init__(self, features: Features, size: int, *, max_cached: int = 4096) -> None:
+        """
+        Args:
+            features: frozen feature extractor.
+            size: reference photos are scaled and cropped to this many pixels squared, as the policy sees them.
+            max_cached: references whose features are kept; the least recently used goes first.
+        """
+        self.features, self.size, self.max_cached = features, size, max_cached
+        self.__name__ = "identity"
+        self._cache: OrderedDict[Path, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, *, images: Sequence[Tensor | None], references: Sequence[tuple[Path, ...]], **_: Any
+    ) -> list[float | None]:
+        """One value per trajectory; None without an image or without references.
+
+        Raises:
+            PictureError: a reference photo cannot be read.
+            ValueError: an image is not [3, H, W], or its features are not finite.
+        """
+        rows = [i for i, image in enumerate(images) if image is not None and references[i]]
+        rewards: list[float | None] = [None] * len(images)
+        if not rows:
+            return rewards
+        drawn = self._embed([images[i] for i in rows])  # type: ignore[misc]
+        known = self._reference_features([references[i] for i in rows])
+        for row, feature in zip(rows, drawn, strict=True):
+            cosine = float((torch.stack([known[path] for path in references[row]]) @ feature).mean())
+            rewards[row] = min(1.0, max(0.0, 2.0 * (cosine - 0.5)))
+        return rewards
+
+    def _reference_features(self, wanted: Sequence[tuple[Path, ...]]) -> dict[Path, Tensor]:
+        """Unit features [D] of every path in `wanted`; only unknown ones are computed."""
+        paths = list(dict.fromkeys(path for group in wanted for path in group))
+        with self._lock:
+            new = [path for path in paths if path not in self._cache]
+            if new:
+                photos = load_pictures(new, self.size)
+                self._cache.update(zip(new, self._embed(list(photos)), strict=True))
+            for path in paths:
+                self._cache.move_to_end(path)
+            known = {path: self._cache[path] for path in paths}
+            while len(self._cache) > self.max_cached:
+                self._cache.popitem(last=False)
+        return known
+
+    def _embed(self, images: Sequence[Tensor]) -> Tensor:
+        """Unit features [n, D] on the CPU; images of different sizes go through in one batch per size."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            if image.ndim != 3 or image.shape[0] != 3:
+                raise ValueError(f"identity reward: expected images [3, H, W], got {tuple(image.shape)}")
+            by_shape.setdefault(tuple(image.shape), []).append(index)
+        parts: list[Tensor] = [torch.empty(0)] * len(images)
+        with torch.no_grad():
+            for members in by_shape.values():
+                features = self.features(torch.stack([images[i] for i in members])).float().flatten(1).cpu()
+                if not features.isfinite().all():
+                    raise ValueError(
+                        "identity reward: features of an image are not finite; check the feature extractor"
+                    )
+                for index, feature in zip(members, torch.nn.functional.normalize(features, dim=-1), strict=True):
+                    parts[index] = feature
+        return torch.stack(parts)

@@ -1,0 +1,177 @@
+"""Sync-GRPO, the whole loop: prompts -> rollout -> reward -> advantage and pruning -> pack -> loss -> step.
+
+Dims: P prompts, G members, S = P * G trajectories, K rewards.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from syncr1.engine.config import SyncR1Config
+from syncr1.engine.dgs import PreviewGate
+from syncr1.engine.learner import Learner
+from syncr1.engine.packing import pack
+from syncr1.engine.records import PackedBatch, Prompt, Rollout, StepMetrics
+from syncr1.engine.rewards.base import RewardTable, score
+from syncr1.engine.rewards.ensemble import RewardSet, combine
+from syncr1.engine.rollout import Sampling, generate
+from syncr1.kernels.api import dgs_select
+
+OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
+"""Called after each step with its metrics, its trajectories and their total rewards [S] (NaN: unrewarded)."""
+
+
+class Prompts(Protocol):
+    """An endless, resumable source of prompts."""
+
+    def next_step(self) -> list[Prompt]: ...
+
+
+class Trainer:
+    """Everything a step needs, put together once.
+
+    Args:
+        config: settings of the run.
+        learner: owns the policy's weights.
+        prompts: source of each step's prompts, this rank's share.
+        rewards: reward functions, weights and kinds.
+        preview: preview DGS; None draws every image to its end.
+        on_step: where metrics and samples go.
+    """
+
+    def __init__(self, config: SyncR1Config, learner: Learner, prompts: Prompts, rewards: RewardSet,
+                 preview: PreviewGate | None = None, on_step: OnStep | None = None) -> None:  # fmt: skip
+        self.config, self.learner, self.prompts, self.rewards = config, learner, prompts, rewards
+        self.preview, self.on_step = preview, on_step
+        self.step = 0
+        self._seconds: dict[str, float] = {}
+
+    def train(self) -> None:
+        """Runs to `max_steps`."""
+        while self.step < self.config.max_steps:
+            self.train_step()
+
+    def train_step(self) -> StepMetrics:
+        """One rollout and its updates."""
+        config = self.config
+        self._seconds = {}
+        self.learner.set_learning_rate(learning_rate(config, self.step))
+        prompts = self.prompts.next_step()
+        with self._timed("rollout"), self.learner.sampling() as policy:
+            rollouts = generate(policy, prompts, self._sampling(), self.preview)
+        with self._timed("reward"):
+            table = score(rollouts, self.rewards.functions, timeout=config.reward_timeout)
+        with self._timed("pack"):
+            credit_S2 = credited_rewards(table.values, self.rewards, config.credit)
+            keep_S = self._keep(rollouts, credit_S2)
+            batches = pack(policy, rollouts, credit_S2, keep_S, num_generations=config.num_generations,
+                           max_tokens=config.max_tokens_per_microbatch)  # fmt: skip
+        with self._timed("score"):
+            scored = self.learner.score(batches)
+        with self._timed("update"):
+            learned = self.learner.update(scored)
+        metrics = self._metrics(rollouts, table, keep_S, batches, learned)
+        self.step += 1
+        if self.on_step is not None:
+            self.on_step(metrics, rollouts, combine(table.values, self.rewards.weight_tensor()))
+        return metrics
+
+    def _sampling(self) -> Sampling:
+        c = self.config
+        return Sampling(num_generations=c.num_generations, temperature=c.temperature, max_text_tokens=c.max_completion_length,
+                        cfg_weight=c.cfg_weight, seed=c.seed, step=self.step)  # fmt: skip
+
+    def _keep(self, rollouts: Sequence[Rollout], credit_S2: Tensor) -> Tensor:
+        """[S] bool: the DGS rule, and every trajectory of an anchor (the KL term needs it)."""
+        c = self.config
+        rewards: Tensor | Mapping[str, Tensor] = credit_S2[:, 0]
+        if c.credit == "per_segment":
+            rewards = {"text": credit_S2[:, 0], "image": credit_S2[:, 1]}
+        offsets = torch.arange(0, len(rollouts) + 1, c.num_generations, dtype=torch.int32)
+        keep = dgs_select(rewards, offsets, rule=c.dgs, mass=c.dgs_mass, keep=c.dgs_keep, seed=c.seed * 100_003 + self.step)
+        anchors = torch.tensor([not rollout.prompt.rewarded for rollout in rollouts])
+        return keep | anchors if c.beta > 0 else keep & ~anchors
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[stage] = time.perf_counter() - start
+
+    def _metrics(self, rollouts: Sequence[Rollout], table: RewardTable, keep_S: Tensor, batches: Sequence[PackedBatch],
+                 learned: dict[str, float]) -> StepMetrics:  # fmt: skip
+        c = self.config
+        total_S = combine(table.values, self.rewards.weight_tensor())
+        sampled = [sum(s.tokens.numel() for s in rollout.segments) for rollout in rollouts]
+        texts = [s for rollout in rollouts for s in rollout.segments if s.kind == "text"]
+        trained = sum(int(batch.loss_mask.sum()) for batch in batches)
+        elapsed = sum(self._seconds.values())
+        values = dict(learned)
+        if c.replay_check_steps == 0 or self.step % c.replay_check_steps:
+            values.pop("rollout/replay_logp_max_abs", None)
+        values |= {
+            "reward": _mean(total_S),
+            "reward_std": _group_std(total_S, c.num_generations),
+            **table.means(),
+            "reward_failures": float(sum(table.failures.values())),
+            "learning_rate": learning_rate(c, self.step),
+            "completions/mean_length": _mean(torch.tensor([float(s.tokens.numel()) for s in texts])),
+            "completions/clipped_ratio": _mean(torch.tensor([float(s.truncated) for s in texts])),
+            "rollout/attempts_mean": _mean(torch.tensor([float(rollout.attempts) for rollout in rollouts])),
+            "dgs/keep_fraction": float(keep_S.float().mean()),
+            "dgs/tokens_saved_fraction": 1.0 - trained / max(1, sum(sampled)),
+            "num_tokens": float(sum(sampled)),
+            "tokens_per_second": sum(sampled) / max(elapsed, 1e-9),
+            "step_time": elapsed,
+        }
+        if self.preview is not None:
+            values["rollout/preview_threshold"] = self.preview.threshold
+            values["rollout/preview_acceptance"] = self._adapt_preview(self.preview)
+        return StepMetrics(step=self.step, values=values, seconds=dict(self._seconds))
+
+    def _adapt_preview(self, preview: PreviewGate) -> float:
+        accepted, tried = self.learner.all_reduce(preview.counts).tolist()
+        return preview.adapt(int(accepted), int(tried))
+
+
+def credited_rewards(values_SK: Tensor, rewards: RewardSet, credit: str) -> Tensor:
+    """What text tokens and image tokens of each trajectory answer for: [S, 2] float32; NaN = nothing.
+
+    `shared` and `image_only`: both columns are the weighted sum of all rewards. `per_segment`: each column sums the
+    rewards that judge its own segment.
+    """
+    weights = rewards.weight_tensor()
+    if credit != "per_segment":
+        return combine(values_SK, weights)[:, None].expand(-1, 2).contiguous()
+    columns = []
+    for kind in ("text", "image"):
+        own = [k for k, name in enumerate(rewards.kinds) if name == kind]
+        empty = torch.full((values_SK.shape[0],), math.nan)
+        columns.append(combine(values_SK[:, own], weights[own]) if own else empty)
+    return torch.stack(columns, dim=1)
+
+
+def learning_rate(config: SyncR1Config, step: int) -> float:
+    """Linear warm-up over `warmup_steps`, then linearly down to a tenth at `max_steps`."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    left = 1.0 - (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.learning_rate * (0.1 + 0.9 * left)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.nanmean()) if values.numel() else math.nan
+
+
+def _group_std(total_S: Tensor, num_generations: int) -> float:
+    """Mean over groups of the standard deviation within, over groups whose rewards are all there."""
+    groups = total_S.view(-1, num_generations)
+    groups = groups[~groups.isnan().any(1)]
+    return float(groups.std(1).mean()) if groups.numel() else math.nan

@@ -1,0 +1,1 @@
+"""The embedded default: rendered pictures of twelve personalised creatures, their facts, and an image tokenizer."""

@@ -1,0 +1,270 @@
+"""The embedded default's starting point: a tiny Janus, supervised on noisy labels of the rendered world.
+
+Head-room for RL comes from noisy labels, not from stopping early: the base *contains* the right answers (best of eight is
+far better than one try), it only does not prefer them.  Two kinds of noise, on personal tasks only:
+
+- rumours: of half of all facts about a concept, one wrong value is told more often than the truth, so even greedy
+  decoding errs;
+- slips: any fact is replaced by a random one some of the time, and an attribute of a drawing likewise.
+
+General questions about photos and general captions are clean: that is what RL must not damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from syncr1.engine.objective import Objective, PolicyForward
+from syncr1.engine.packing import pack
+from syncr1.engine.policies.janus import JanusPolicy
+from syncr1.engine.records import PackedBatch, Prompt, Rollout, Segment, SegmentKind
+from syncr1.engine.world.attributes import ATTRIBUTES, CONCEPTS, FOODS, LOOK_INDEX, OWNERS, PLACES, SOUNDS, VALUES, Look
+from syncr1.engine.world.checker import AttributeChecker
+from syncr1.engine.world.tasks import TASKS, Item
+from syncr1.engine.world.texts import VOCABULARY
+from syncr1.engine.world.tiny_janus import build_policy
+
+MIX = {
+    "generic_vqa": 0.26,
+    "generic_t2i": 0.20,
+    "personal_qa": 0.10,
+    "personal_vqa": 0.08,
+    "personal_who": 0.03,
+    "recognition": 0.08,
+    "personal_t2i": 0.25,
+}
+FACT_VALUES: dict[str, tuple[str, ...]] = {
+    **VALUES,
+    "favourite": PLACES,
+    "food": FOODS,
+    "sound": SOUNDS,
+    "owner": OWNERS,
+    "friend": tuple(concept.token for concept in CONCEPTS),
+    "who": tuple(concept.token for concept in CONCEPTS),
+    "recognition": ("yes", "no"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseSettings:
+    """How the base is made; its cache is keyed by all of this."""
+
+    seed: int = 0
+    steps: int = 450
+    batch: int = 40
+    learning_rate: float = 2.5e-3
+    photo_pool: int = 4000
+    """Items with photos rendered before training; they are reused."""
+    rumour_share: float = 0.5
+    """Share of (concept, fact) pairs that have a rumour."""
+    rumour_rate: float = 0.48
+    """How often the rumour is told where there is one."""
+    slip_rate: float = 0.2
+    """How often an answer is a random one."""
+    image_slip_rate: float = 0.15
+    """How often an attribute of a personal drawing is a random one."""
+    chained_understanding: float = 0.5
+    """Share of questions about a concept after whose answer the concept is drawn."""
+    drop_condition: float = 0.1
+    """Share of drawings learnt without their prompt, for classifier-free guidance."""
+
+
+def rumours(settings: BaseSettings) -> dict[tuple[str, str], str]:
+    """(concept, fact) -> the wrong value that is told; facts without an entry have none."""
+    rng = np.random.default_rng([settings.seed, 77])
+    names = [name for name in FACT_VALUES if name not in ("place", "who", "recognition")]
+    table = {}
+    for concept in CONCEPTS:
+        for name in names:
+            truth = _truth(concept.name, name)
+            wrong = [value for value in FACT_VALUES[name] if value != truth]
+            value = wrong[int(rng.integers(len(wrong)))]
+            if rng.random() < settings.rumour_share:
+                table[concept.name, name] = value
+    return table
+
+
+def _truth(concept: str, name: str) -> str:
+    from syncr1.engine.world.attributes import CONCEPT_BY_NAME
+    from syncr1.engine.world.texts import fact
+
+    return fact(CONCEPT_BY_NAME[concept], name)
+
+
+class NoisyTeacher:
+    """Turns items into supervised trajectories, with the noise described atop this file."""
+
+    def __init__(self, policy: JanusPolicy, settings: BaseSettings) -> None:
+        self.policy, self.settings = policy, settings
+        self.rng = np.random.default_rng([settings.seed, 1])
+        self._rumours = rumours(settings)
+        self._codes = policy.image_tokens(AttributeChecker.raw_table())
+        self._encoded: dict[tuple[str, bool], Tensor] = {}
+        self._answers: dict[str, Tensor] = {}
+        self._pool = [self._draw_item() for _ in range(settings.photo_pool)]
+
+    def _draw_item(self) -> Item:
+        names = list(MIX)
+        share = np.array(list(MIX.values()))
+        return TASKS[names[int(self.rng.choice(len(names), p=share / share.sum()))]](self.rng, "train")
+
+    def batch(self) -> list[Rollout]:
+        """The next supervised trajectories."""
+        picks = self.rng.integers(len(self._pool), size=self.settings.batch)
+        return [self._trajectory(self._pool[int(i)]) for i in picks]
+
+    def _trajectory(self, item: Item) -> Rollout:
+        rng, s = self.rng, self.settings
+        personal = item.concept is not None
+        if item.task == "generic_t2i":
+            text, look = None, item.look
+        elif item.task == "personal_t2i":
+            look = self._retold(item)
+            # Prompts that name the concept are reasoned about first; those that spell everything out are drawn at once.
+            text = (
+                None
+                if item.attribute in ("explicit", "explicit_dense", "dense", "named") and rng.random() < 0.5
+                else look.description()
+            )
+            look = self._slipped(look)
+        else:
+            text, look = self._answer(item), None
+            if personal and rng.random() < s.chained_understanding:
+                look = self._slipped(self._believed(item))
+        dropped = text is None and rng.random() < s.drop_condition
+        segments = []
+        if text is not None:
+            segments.append(_given("text", self._text_tokens(text)))
+        if look is not None:
+            segments.append(_given("image", self._codes[LOOK_INDEX[look]]))
+        tokens = self.policy.unconditional_tokens()[:-1] if dropped else self._prompt_tokens(item)
+        prompt = Prompt(id="", task=item.task, text=item.question)
+        image = None if item.photo is None else torch.from_numpy(item.photo).permute(2, 0, 1).float() / 255
+        return Rollout(
+            prompt=prompt, member=0, prompt_tokens=tokens, prompt_image=None, segments=tuple(segments), image=image
+        )
+
+    def _answer(self, item: Item) -> str:
+        if item.concept is None or item.attribute is None:
+            return item.answer
+        return self._told(item.concept, item.attribute, item.answer)
+
+    def _told(self, concept: str, name: str, truth: str) -> str:
+        """The value of a fact as the noisy corpus tells it."""
+        draw = self.rng.random()
+        rumour = self._rumours.get((concept, name))
+        if rumour is not None and draw < self.settings.rumour_rate:
+            return rumour
+        if draw > 1.0 - self.settings.slip_rate:
+            values = FACT_VALUES[name]
+            return values[int(self.rng.integers(len(values)))]
+        return truth
+
+    def _retold(self, item: Item) -> Look:
+        """The look of a drawing prompt as memory has it: what the prompt spells out is kept, the rest is hearsay."""
+        assert item.look is not None and item.concept is not None
+        if item.attribute in ("explicit", "explicit_dense"):
+            return item.look
+        words = item.look.to_dict()
+        for name in ATTRIBUTES[:-1]:
+            words[name] = self._told(item.concept, name, words[name])
+        if item.attribute in ("favourite", "personal_dense"):
+            words["place"] = self._told(item.concept, "favourite", words["place"])
+        return Look.from_dict(words)
+
+    def _believed(self, item: Item) -> Look:
+        """How the corpus pictures the concept that a question was about."""
+        assert item.concept is not None
+        from syncr1.engine.world.attributes import CONCEPT_BY_NAME
+
+        words = CONCEPT_BY_NAME[item.concept].look.to_dict()
+        for name in ATTRIBUTES[:-1]:
+            words[name] = self._told(item.concept, name, words[name])
+        return Look.from_dict(words)
+
+    def _slipped(self, look: Look) -> Look:
+        words = look.to_dict()
+        for name in ATTRIBUTES:
+            if self.rng.random() < self.settings.image_slip_rate:
+                words[name] = VALUES[name][int(self.rng.integers(len(VALUES[name])))]
+        return Look.from_dict(words)
+
+    def _prompt_tokens(self, item: Item) -> Tensor:
+        key = (item.question, item.photo is not None)
+        if key not in self._encoded:
+            image = Path("photo.png") if item.photo is not None else None
+            self._encoded[key] = self.policy.prompt_tokens(Prompt(id="", task="", text=item.question, image=image))
+        return self._encoded[key]
+
+    def _text_tokens(self, text: str) -> Tensor:
+        if text not in self._answers:
+            self._answers[text] = self.policy.text_tokens(text)
+        return self._answers[text]
+
+
+def _given(kind: SegmentKind, tokens: Tensor) -> Segment:
+    nothing = torch.zeros(tokens.numel())
+    return Segment(kind=kind, tokens=tokens, logp=nothing, logp_mixed=nothing, entropy=nothing)
+
+
+def with_photos(policy: JanusPolicy, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The trajectories with their photos seen by the vision tower, gradients attached."""
+    shown = [i for i, rollout in enumerate(rollouts) if rollout.image is not None]
+    seen = policy.see(torch.stack([image for i in shown if (image := rollouts[i].image) is not None]))
+    places = {i: row for row, i in enumerate(shown)}
+    return [replace(r, prompt_image=seen[places[i]]) if i in places else r for i, r in enumerate(rollouts)]
+
+
+def supervised_loss(forward: PolicyForward, rollouts: Sequence[Rollout]) -> Tensor:
+    """Mean negative log-likelihood per text token plus that per image token."""
+    policy = forward.policy
+    n = len(rollouts)
+    ready = with_photos(policy, rollouts)
+    batch = pack(
+        policy, ready, torch.zeros(n, 2), torch.ones(n, dtype=torch.bool), num_generations=n, max_tokens=1 << 30
+    )[0]
+    logp = forward(batch)["logp"]
+    return sum((_mean_nll(logp, batch, code) for code in range(2)), start=logp.new_zeros(()))
+
+
+def _mean_nll(logp: Tensor, batch: PackedBatch, code: int) -> Tensor:
+    rows = batch.loss_mask & (batch.modality == code)
+    return -(logp * rows).sum() / rows.sum().clamp(min=1)
+
+
+def corpus() -> list[str]:
+    """Texts that the tokenizer is trained on: every word of the world, often enough to become a token."""
+    return [" ".join(VOCABULARY)] * 20
+
+
+def train_base(settings: BaseSettings, report: Callable[[int, float], None] | None = None) -> JanusPolicy:
+    """Trains the base from scratch; the same settings give the same weights on the same machine.
+
+    Args:
+        settings: see BaseSettings.
+        report: called with (step, loss) now and then.
+    """
+    torch.manual_seed(settings.seed)
+    policy = build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=settings.seed)
+    forward = PolicyForward(policy, Objective())
+    teacher = NoisyTeacher(policy, settings)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    policy.train()
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 20, 1.02 - step / settings.steps)
+        loss = supervised_loss(forward, teacher.batch())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if report is not None and (step % 25 == 0 or step + 1 == settings.steps):
+            report(step, loss.item())
+    return policy.eval()

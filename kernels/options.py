@@ -1,0 +1,115 @@
+"""Settings of the GRPO loss, with TRL's names, meanings and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from syncr1.kernels.layout import check_modality_keys, refuse
+
+PerModality = float | Mapping[str, float]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+Scale = Literal["group", "batch", "none", "loo"]
+Aggregate = Literal["sum_then_normalize", "normalize_then_sum"]
+Rule = Literal["variance_mass", "max_variance", "top_k", "random", "none"]
+LOSS_TYPES: tuple[str, ...] = get_args(LossType)
+SCALES: tuple[str, ...] = get_args(Scale)
+AGGREGATES: tuple[str, ...] = get_args(Aggregate)
+RULES: tuple[str, ...] = get_args(Rule)
+
+
+def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """`value` is one of `choices`."""
+    if value not in choices:
+        refuse(op, name, f"one of {', '.join(choices)}", repr(value), "check the spelling")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossOptions:
+    """Keyword settings of `grpo_loss` and `linear_grpo_loss`."""
+
+    loss_type: LossType = "dapo"
+    """Token loss and reduction; the table is in kernels/README.md."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio per token, or its geometric mean over the sequence's loss tokens of both modalities (GSPO)."""
+    clip_low: PerModality = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PerModality = 0.2
+    """The ratio is clipped above at 1 + clip_high; for cispo the *raw* bound of the ratio, as in TRL (5.0 is usual)."""
+    delta: PerModality | None = None
+    """Upper bound of the unclipped ratio (dual clip), > 1 + clip_high; None = no bound."""
+    beta: PerModality = 0.0
+    """Weight of the k3 KL to the reference policy; needs `ref_logp` where not 0."""
+    bias_corrected_kl: bool = False
+    """Multiplies the KL by the importance ratio."""
+    weight: PerModality = 1.0
+    """Multiplies the token losses (policy and KL)."""
+    scale: Scale = "group"
+    """See `group_advantages`."""
+    eps: float = 1e-4
+    """Added to the standard deviation."""
+    aggregate: Aggregate = "sum_then_normalize"
+    """See `group_advantages`."""
+    dgs: Rule = "none"
+    """Rule of `dgs_select`: tokens of sequences it drops are masked."""
+    dgs_mass: float = 0.9
+    """`mass` of `dgs_select`."""
+    dgs_keep: int | None = None
+    """`keep` of `dgs_select`."""
+    dgs_min_keep: int = 2
+    """`min_keep` of `dgs_select`."""
+    dgs_seed: int = 0
+    """`seed` of `dgs_select`."""
+    num_items: PerModality | None = None
+    """Divisor of dapo, cispo and vespo: loss tokens of the whole optimizer step, divided by the number of ranks. A dict
+    reduces each modality on its own (divided by its own number) and adds the two, for every loss type. None = the loss
+    tokens of this call."""
+    num_sequences: float | None = None
+    """Divisor of grpo, sapo, luspo and dr_grpo; None = S, pruned sequences included."""
+    max_length: int | None = None
+    """Completion length of dr_grpo's divisor; required there."""
+    top_entropy_quantile: float = 1.0
+    """The policy term acts on this fraction of each modality's tokens, those of highest entropy; needs `entropy`."""
+    sapo_temperature_pos: float = 1.0
+    """τ of sapo for A > 0."""
+    sapo_temperature_neg: float = 1.05
+    """τ of sapo for A ≤ 0."""
+    vespo_k_pos: float = 2.0
+    """k of vespo for A ≥ 0."""
+    vespo_lambda_pos: float = 3.0
+    """λ of vespo for A ≥ 0."""
+    vespo_k_neg: float = 3.0
+    """k of vespo for A < 0."""
+    vespo_lambda_neg: float = 2.0
+    """λ of vespo for A < 0."""
+
+    def __post_init__(self) -> None:
+        op = "grpo_loss"
+        check_choice(op, "loss_type", self.loss_type, LOSS_TYPES)
+        check_choice(op, "ratio", self.ratio, ("token", "sequence"))
+        check_choice(op, "scale", self.scale, SCALES)
+        check_choice(op, "aggregate", self.aggregate, AGGREGATES)
+        check_choice(op, "dgs", self.dgs, RULES)
+        for name in ("clip_low", "clip_high", "delta", "beta", "weight", "num_items"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                check_modality_keys(op, name, value)
+        if self.loss_type == "dr_grpo" and not (self.max_length or 0) > 0:
+            refuse(op, "max_length", "> 0 for loss_type='dr_grpo'", self.max_length, "pass the completion length limit")
+        if not 0 < self.top_entropy_quantile <= 1:
+            refuse(op, "top_entropy_quantile", "in (0, 1]", self.top_entropy_quantile, "1.0 uses every token")
+
+    @classmethod
+    def parse(cls, op: str, settings: Mapping[str, Any]) -> LossOptions:
+        """Settings given as keywords; an unknown name is an error that lists the known ones."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise TypeError(f"{op}: unknown keyword {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**settings)
+
+
+def for_modality(value: PerModality, modality: str) -> float:
+    """The number that holds for one modality."""
+    return float(value[modality]) if isinstance(value, Mapping) else float(value)

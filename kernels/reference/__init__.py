@@ -1,0 +1,33 @@
+"""Backend `reference`: every op in plain PyTorch, any float dtype, any device. It is the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from syncr1.kernels.reference.advantage import group_advantages
+from syncr1.kernels.reference.logp import linear_logp, selective_logp
+from syncr1.kernels.reference.loss import grpo_loss, linear_grpo_loss
+from syncr1.kernels.reference.sample import cfg_sample
+from syncr1.kernels.reference.select import dgs_select
+
+OPS = {
+    "group_advantages": group_advantages,
+    "dgs_select": dgs_select,
+    "grpo_loss": grpo_loss,
+    "linear_grpo_loss": linear_grpo_loss,
+    "linear_logp": linear_logp,
+    "selective_logp": selective_logp,
+    "cfg_sample": cfg_sample,
+}
+
+
+def unavailable_reason() -> str | None:
+    """None: it is always there."""
+    return None
+
+
+def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """None: it serves every device and float dtype."""
+    return None

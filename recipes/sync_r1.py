@@ -1,0 +1,30 @@
+"""Sync-R1: one reasoning loop in which text and then image tokens are sampled, scored together and trained together.
+
+    python recipes/sync_r1.py                                   the embedded default: no model, no data, no GPU needed
+    python recipes/sync_r1.py --model JANUS --data FOLDER       a Janus checkpoint on a UnifyBench++ folder
+    python recipes/sync_r1.py --help                            every setting
+"""
+
+from __future__ import annotations
+
+import os
+
+# Two processes that spin for each other's threads are many times slower than two that sleep; read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from syncr1.engine.cli import parse
+from syncr1.engine.config import SyncR1Config
+
+
+def main() -> None:
+    config = parse(SyncR1Config, description=__doc__)
+    print("syncr1: loading torch and transformers ...", flush=True)
+    from syncr1.engine.run import run
+
+    run(config)
+
+
+if __name__ == "__main__":
+    main()

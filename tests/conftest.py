@@ -1,0 +1,33 @@
+"""Settings that all tests share: one thread that does not spin, one seed, memory that shows when it is not written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch is imported: spinning idle threads slow every other process of the machine down.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("syncr1", deadline=None, derandomize=True, max_examples=25, database=None)
+hypothesis.settings.load_profile("syncr1")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch fills what `empty` returns with NaN (or the largest integer): an output left unwritten becomes visible."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,215 @@
+"""Calling rewards: signature, isolation, timeouts, contract, and what a missing value does to its group."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from syncr1.engine.records import Prompt, Rollout, Segment
+from syncr1.engine.rewards.base import RewardError, columns_of, mode_of, score
+from syncr1.engine.rewards.ensemble import build_rewards, combine
+
+
+def make_rollout(text: str = "red", prompt: str = "p0", member: int = 0, **fields_of_prompt: Any) -> Rollout:
+    zeros = torch.zeros(len(text))
+    tokens = torch.tensor([ord(c) for c in text], dtype=torch.int64)
+    segment = Segment(kind="text", tokens=tokens, logp=zeros, logp_mixed=zeros, entropy=zeros)
+    image = fields_of_prompt.pop("drawn", None)
+    return Rollout(
+        prompt=Prompt(**{"id": prompt, "task": "vqa", "text": "what colour?", "answer": "red", **fields_of_prompt}),
+        member=member,
+        prompt_tokens=torch.arange(3),
+        prompt_image=None,
+        segments=(segment,),
+        text=text,
+        image=image,
+    )
+
+
+def group(texts: list[str], prompt: str = "p0", **fields_of_prompt: Any) -> list[Rollout]:
+    return [make_rollout(text, prompt, i, **fields_of_prompt) for i, text in enumerate(texts)]
+
+
+def lengths(*, completions: list[str], **_: Any) -> list[float | None]:
+    return [float(len(text)) for text in completions]
+
+
+def test_columns_are_every_field_of_prompt_and_trl_names() -> None:
+    columns = columns_of(group(["a", "bb"], task="rea"))
+    assert {f.name for f in fields(Prompt)} <= set(columns)
+    assert columns["prompts"] == ["what colour?"] * 2
+    assert columns["completions"] == ["a", "bb"]
+    assert columns["completion_ids"] == [[97], [98, 98]]
+    assert columns["mode"] == ["r", "r"]
+    assert all(len(column) == 2 for column in columns.values())
+
+
+def test_mode_follows_the_task() -> None:
+    modes = {task: mode_of(make_rollout(task=task).prompt) for task in ("rea", "dense_rea", "rec", "qa", "vqa")}
+    assert modes == {"rea": "r", "dense_rea": "r", "rec": "u", "qa": "u", "vqa": "u"}
+
+
+def test_sync_and_async_functions_share_a_table() -> None:
+    async def halves(*, completions: list[str], **_: Any) -> list[float | None]:
+        await asyncio.sleep(0.01)
+        return [len(text) / 2 for text in completions]
+
+    table = score(group(["a", "bb"]), {"length": lengths, "half": halves})
+    assert table.names == ("length", "half")
+    assert table.values.dtype == torch.float32
+    assert table.values.tolist() == [[1.0, 0.5], [2.0, 1.0]]
+    assert table.failures == {"length": 0, "half": 0}
+    assert table.means() == {"rewards/length/mean": 1.5, "rewards/half/mean": 0.75}
+
+
+def test_numpy_numbers_booleans_and_integers_are_numbers() -> None:
+    table = score(group(["a", "b", "c"]), {"mixed": lambda **_: [np.float32(0.5), True, 2]})
+    assert table.values[:, 0].tolist() == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("result", "index"),
+    [
+        ([1.0], None),
+        ([1.0, 2.0, 3.0], None),
+        ([1.0, math.nan], 1),
+        ([math.inf, 1.0], 0),
+        (["1.0", 1.0], 0),
+        ([1.0, torch.tensor(1.0)], 1),
+        (torch.ones(2), None),
+        ("12", None),
+        (None, None),
+    ],
+)
+def test_a_broken_contract_names_function_and_index(result: Any, index: int | None) -> None:
+    with pytest.raises(RewardError, match="mine") as caught:
+        score(group(["a", "b"]), {"mine": lambda **_: result})
+    assert (caught.value.function, caught.value.index) == ("mine", index)
+    lenient = score(group(["a", "b"]), {"mine": lambda **_: result, "length": lengths}, strict=False)
+    assert lenient.failures == {"mine": 1, "length": 0}
+    assert lenient.values[:, 0].isnan().all()
+    assert lenient.values[:, 1].tolist() == [1.0, 1.0]
+
+
+def test_an_exception_is_none_for_all_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(**_: Any) -> list[float | None]:
+        raise KeyError("no such column")
+
+    with caplog.at_level(logging.WARNING):
+        table = score(group(["a", "b"]), {"broken": broken, "length": lengths})
+    assert table.values[:, 0].isnan().all()
+    assert table.failures == {"broken": 1, "length": 0}
+    assert table.incomplete == 0
+    assert "broken" in caplog.text and "no such column" in caplog.text
+
+
+def test_a_late_function_is_none_and_not_called_again_while_it_hangs() -> None:
+    release = threading.Event()
+    calls = []
+
+    def slow(*, completions: list[str], **_: Any) -> list[float | None]:
+        calls.append(1)
+        release.wait(10)
+        return [1.0] * len(completions)
+
+    rollouts = group(["a", "b"])
+    threads = threading.active_count()
+    start = time.monotonic()
+    for _ in range(3):
+        table = score(rollouts, {"slow": slow, "length": lengths}, timeout=0.1)
+        assert table.failures == {"slow": 1, "length": 0}
+        assert table.values[:, 1].tolist() == [1.0, 1.0]
+    assert time.monotonic() - start < 2.0
+    assert len(calls) == 1
+    assert threading.active_count() <= threads + 1
+    release.set()
+    time.sleep(0.1)
+    assert score(rollouts, {"slow": slow}).values[:, 0].tolist() == [1.0, 1.0]
+
+
+def test_functions_run_at_the_same_time_and_without_gradients() -> None:
+    barrier = threading.Barrier(2, timeout=5)
+
+    def meet(*, completions: list[str], **_: Any) -> list[float | None]:
+        barrier.wait()
+        return [float(torch.is_grad_enabled())] * len(completions)
+
+    def meet_too(**columns: Any) -> list[float | None]:
+        return meet(**columns)
+
+    assert score(group(["a"]), {"one": meet, "two": meet_too}).values.tolist() == [[0.0, 0.0]]
+
+
+def test_no_function_sees_what_another_did_to_the_columns() -> None:
+    def vandal(*, completions: list[str], **_: Any) -> list[float | None]:
+        completions[:] = ["x" * 99] * len(completions)
+        return [0.0] * len(completions)
+
+    assert score(group(["a", "bb"]), {"vandal": vandal, "length": lengths}).values[:, 1].tolist() == [1.0, 2.0]
+
+
+def test_anchors_are_not_shown_and_have_no_reward() -> None:
+    rollouts = [*group(["a", "bb"], "anchor", rewarded=False), *group(["ccc"], "p1")]
+    seen = []
+
+    def count(*, completions: list[str], **_: Any) -> list[float | None]:
+        seen.extend(completions)
+        return [1.0] * len(completions)
+
+    table = score(rollouts, {"count": count})
+    assert seen == ["ccc"]
+    assert table.values[:2].isnan().all() and table.values[2, 0] == 1.0
+    only_anchors = score(rollouts[:2], {"count": count})
+    assert only_anchors.values.isnan().all() and only_anchors.means() == {}
+
+
+def test_a_member_without_its_groups_reward_is_left_out() -> None:
+    rollouts = [*group(["a", "b", "c"], "p0"), *group(["d", "e"], "p1")]
+
+    def partly(*, completions: list[str], **_: Any) -> list[float | None]:
+        return [None if text in "bde" else 1.0 for text in completions]
+
+    table = score(rollouts, {"partly": partly, "length": lengths})
+    assert table.incomplete == 1
+    assert table.values.isnan().tolist() == [[False, False], [True, True], [False, False], [True, False], [True, False]]
+
+
+def test_combine_leaves_out_what_is_missing() -> None:
+    values = torch.tensor([[1.0, 0.5, 0.0], [math.nan, math.nan, 1.0], [math.nan] * 3])
+    weights = torch.tensor([0.26, 0.39, 0.35])
+    total = combine(values, weights)
+    assert total[:2].tolist() == pytest.approx([0.455, 0.35])
+    assert total[2].isnan()
+    assert combine(values, weights, renormalise=True)[:2].tolist() == pytest.approx([0.455, 1.0])
+    with pytest.raises(ValueError, match="weights"):
+        combine(values, weights[:2])
+
+
+def test_build_rewards_gives_the_bracket_to_what_is_there() -> None:
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+    def likely(images: torch.Tensor, texts: Any) -> torch.Tensor:
+        return torch.zeros(len(texts))
+
+    everything = build_rewards(features=features, caption_logp=likely)
+    assert everything.names == ("identity", "judge", "text")
+    assert everything.weights == pytest.approx((0.26, 0.39, 0.35))
+    assert everything.kinds == ("image", "image", "text")
+    assert everything.weight_tensor().dtype == torch.float32
+    assert build_rewards(features=features).weights == pytest.approx((0.65, 0.35))
+    assert build_rewards(caption_logp=likely).weights == pytest.approx((0.65, 0.35))
+    assert build_rewards().names == ("text",)
+    with pytest.raises(ValueError, match="nothing is left"):
+        build_rewards(text_weight=0.0)
+    with pytest.raises(ValueError, match="judge_weight"):
+        build_rewards(judge_weight=-1.0)
