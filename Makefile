@@ -24,6 +24,8 @@ $(STAMP): $(SETUP_INPUTS) | $(BIN)/python
 	@if nvidia-smi >/dev/null 2>&1; then grep -vE '^torch(vision)?==' constraints.txt; else cat constraints.txt; fi \
 		> build/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c build/constraints.txt -e ".[dev]"
+	@test -f kernels/libsyncr1_native.so || echo "syncr1: the C++ library was not built (cmake or a C++17 compiler is" \
+		"missing, see build/native/*.log); the reference backend (plain PyTorch) will serve every op."
 	@touch $@
 
 train: setup

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,9 +26,9 @@ from syncr1.engine.rewards.base import score
 from syncr1.engine.rewards.caption import CaptionLikelihood
 from syncr1.engine.rewards.ensemble import RewardSet, build_rewards, combine
 from syncr1.engine.rewards.identity import IdentityReward
-from syncr1.engine.rewards.judge import AttributeScorer
+from syncr1.engine.rewards.judge import AttributeScorer, index_scorer, posterior_scorer
 from syncr1.engine.rollout import Sampling, generate
-from syncr1.engine.world.attributes import ATTRIBUTES, VALUES
+from syncr1.engine.world.attributes import VALUES
 from syncr1.engine.world.base_model import BaseSettings, train_base
 from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.disk import write_world
@@ -94,7 +94,7 @@ def build_reward_set(config: SyncR1Config, policy: JanusPolicy, prompts: Sequenc
     return build_rewards(
         features=frozen.vision_features,
         image_size=policy.image_size,
-        scorer=soft_attribute_scorer(checker_of(policy)) if any(prompt.attributes for prompt in prompts) else None,
+        scorer=posterior_scorer(checker_of(policy).posterior, VALUES) if any(prompt.attributes for prompt in prompts) else None,
         caption_logp=None if named else CaptionLikelihood(frozen),
         identity_weight=config.identity_weight,
         judge_weight=config.judge_weight,
@@ -106,37 +106,6 @@ def checker_of(policy: JanusPolicy) -> AttributeChecker:
     """The world's attribute reader, as this policy's image tokenizer draws the world."""
     vq = policy.model.model.vqmodel
     return AttributeChecker.from_round_trip(lambda images: round_trip(vq, images))
-
-
-def soft_attribute_scorer(checker: AttributeChecker) -> AttributeScorer:
-    """How probable each named attribute's value is, [n, 5] in [0, 1]: smoother than right or wrong."""
-
-    def scorer(images: Tensor, wanted: Sequence[Mapping[str, str]]) -> Tensor:
-        posterior = checker.posterior(images)
-        return torch.stack([_named(wanted, name, posterior[name]) for name in ATTRIBUTES], dim=1)
-
-    return scorer
-
-
-def hard_attribute_scorer(read_indices: Callable[[Tensor], Tensor]) -> AttributeScorer:
-    """Right or wrong, by a reader of images: [n, 3, H, W] -> [n, 5] value indices."""
-
-    def scorer(images: Tensor, wanted: Sequence[Mapping[str, str]]) -> Tensor:
-        read = read_indices(images)
-        columns = []
-        for column, name in enumerate(ATTRIBUTES):
-            one_hot = torch.nn.functional.one_hot(read[:, column], len(VALUES[name])).float()
-            columns.append(_named(wanted, name, one_hot))
-        return torch.stack(columns, dim=1)
-
-    return scorer
-
-
-def _named(wanted: Sequence[Mapping[str, str]], name: str, probability: Tensor) -> Tensor:
-    """[n]: the probability of the wanted value, NaN where the attribute is not named."""
-    values = VALUES[name]
-    rows = [float("nan") if name not in w else float(probability[i, values.index(w[name])]) for i, w in enumerate(wanted)]
-    return torch.tensor(rows)
 
 
 def build_preview(config: SyncR1Config, rewards: RewardSet) -> PreviewGate | None:
@@ -172,8 +141,8 @@ class Evaluator:
         self._scorers: dict[str, AttributeScorer] = {}
         if any(prompt.attributes for prompts in self.benchmark.values() for prompt in prompts):
             self._scorers = {
-                "checker": hard_attribute_scorer(checker_of(policy).read_indices),
-                "cnn": hard_attribute_scorer(_judge(policy).read_indices),
+                "checker": index_scorer(checker_of(policy).read_indices, VALUES),
+                "cnn": index_scorer(_judge(policy).read_indices, VALUES),
             }
 
     def __call__(self, policy: JanusPolicy) -> Evaluation:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-
-import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 ATTENTION_NAME = "syncr1"
 _BUCKET = 16

@@ -108,8 +108,9 @@ class SyncR1Config:
     """max_variance and top_k: trajectories kept per group."""
     preview_fraction: float = 0.25
     """Preview DGS: score a trajectory after this fraction of its image tokens; 0 switches the preview off."""
-    preview_threshold: float = 0.5
-    """Score above which a preview is accepted at the start; adapts afterwards."""
+    preview_threshold: float | None = None
+    """Score above which a preview is accepted at the start; adapts afterwards. None: from the first step's previews, so
+    that the target acceptance is met."""
     preview_acceptance: float = 0.75
     """Acceptance rate that the threshold adapts to (the released code: 0.25)."""
     preview_max_attempts: int = 2

@@ -32,12 +32,12 @@ class PreviewGate:
     Args:
         scorer: judges a partly drawn image.
         fraction: share of the image tokens after which the preview is taken, in (0, 1).
-        threshold: starting value of tau, in (0, 1).
+        threshold: starting value of tau, in (0, 1); None takes it from the first previews, such that the target is met.
         acceptance: acceptance rate that tau steers to (the released code: 0.25).
         max_attempts: tries per trajectory.
     """
 
-    def __init__(self, scorer: PreviewScorer, *, fraction: float, threshold: float, acceptance: float, max_attempts: int) -> None:
+    def __init__(self, scorer: PreviewScorer, *, fraction: float, threshold: float | None, acceptance: float, max_attempts: int) -> None:
         self._scorer = scorer
         self.fraction = fraction
         self.threshold = threshold
@@ -50,11 +50,14 @@ class PreviewGate:
         scores = self._scorer(prompts, texts, images)
         if scores.shape != (len(prompts),):
             raise ValueError(f"PreviewGate: the scorer must return [{len(prompts)}] scores, got {tuple(scores.shape)}")
+        known = scores[scores.isfinite()].float()
+        if self.threshold is None and known.numel():
+            self.threshold = _within(float(known.quantile(1.0 - self.acceptance)))
         return scores.float()
 
     def accepts(self, scores: Tensor) -> Tensor:
         """[n] bool; a score of NaN or -inf is never accepted."""
-        return scores > self.threshold
+        return scores > (_RANGE[0] if self.threshold is None else self.threshold)
 
     def observe(self, num_accepted: int, num_attempts: int) -> None:
         self._accepted += num_accepted
@@ -77,17 +80,21 @@ class PreviewGate:
         accepted = self._accepted if accepted is None else accepted
         tried = self._tried if tried is None else tried
         self._accepted = self._tried = 0
-        if tried == 0:
+        if tried == 0 or self.threshold is None:
             return float("nan")
         rate = accepted / tried
         wanted = self.threshold ** (1 + _GAIN * (self.acceptance - rate))
         move = min(_STEP, max(-_STEP, wanted - self.threshold))
-        self.threshold = min(_RANGE[1], max(_RANGE[0], self.threshold + move))
+        self.threshold = _within(self.threshold + move)
         return rate
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float | None]:
         return {"threshold": self.threshold, "accepted": float(self._accepted), "tried": float(self._tried)}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
         self.threshold = state["threshold"]
-        self._accepted, self._tried = int(state["accepted"]), int(state["tried"])
+        self._accepted, self._tried = int(state["accepted"] or 0), int(state["tried"] or 0)
+
+
+def _within(threshold: float) -> float:
+    return min(_RANGE[1], max(_RANGE[0], threshold))

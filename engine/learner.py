@@ -7,6 +7,7 @@ token counts over all ranks, so gradients do not depend on how a batch is cut in
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,9 @@ class Learner:
         optimizer = torch.optim.AdamW(
             trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
         )
+        self._grad_norm: float | None = None
+        if _clips_here(settings):
+            optimizer.register_step_pre_hook(self._clip)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=forward, model_parameters=trained, optimizer=optimizer, config=deepspeed_config(settings)
         )
@@ -136,12 +140,17 @@ class Learner:
                     collected.setdefault(name.removeprefix("metric/"), []).append((float(value), weight))
         self.engine.step()
         metrics = {name: _mean(pairs) for name, pairs in collected.items()}
-        norm = self.engine.get_global_grad_norm()
+        norm = self._grad_norm if _clips_here(self.settings) else self.engine.get_global_grad_norm()
         return metrics | {
             "loss": total,
             "grad_norm": float("nan") if norm is None else float(norm),
             "rollout/replay_logp_max_abs": replay,
         }
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Runs when gradients are summed over ranks, before they are used."""
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm or math.inf))
 
     def _normalisers(self, batches: Sequence[PackedBatch]) -> tuple[dict[str, float], list[float]]:
         """Token counts per modality and sequence shares of an update, such that DeepSpeed's mean over ranks is right."""
@@ -149,7 +158,8 @@ class Learner:
         for batch in batches:
             for code in range(2):
                 counts[code] += float((batch.loss_mask & (batch.modality == code)).sum())
-            counts[2] += batch.cu_seqlens.numel() - 1
+            # Not those of a batch that only keeps another rank company.
+            counts[2] += (batch.cu_seqlens.numel() - 1) * bool(batch.loss_mask.any())
         totals = self.all_reduce(counts) / self.world_size
         num_items = {name: max(1.0, float(totals[code])) for code, name in enumerate(MODALITY_NAMES)}
         if self.objective.loss_type not in SEQUENCE_MEANS:
@@ -194,11 +204,16 @@ def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": settings.max_grad_norm,
+        "gradient_clipping": 0.0 if _clips_here(settings) else settings.max_grad_norm,
         "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": settings.bf16},
     }
+
+
+def _clips_here(settings: LearnerSettings) -> bool:
+    """Without ZeRO and in float32, DeepSpeed clips but does not tell the norm: then the optimizer's hook does both."""
+    return settings.zero_stage == 0 and not settings.bf16
 
 
 def _on_cuda() -> bool:

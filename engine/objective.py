@@ -22,7 +22,11 @@ from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """Settings of Sync-GRPO's loss; the names and meanings are those of `syncr1.kernels.api.linear_grpo_loss`."""
+    """Settings of Sync-GRPO's loss; the names and meanings are those of `syncr1.kernels.api.linear_grpo_loss`.
+
+    What the kernel would take from one call, the whole update gives here, so that micro-batches can be cut anywhere:
+    bnpo divides by the update's tokens, and `scale="batch"` expects rewards that the trainer has divided already.
+    """
 
     loss_type: str = "dapo"
     ratio: Literal["token", "sequence"] = "token"
@@ -73,8 +77,8 @@ class PolicyForward(nn.Module):
         out = linear_grpo_loss(
             streams, rewards, batch.cu_seqlens, batch.group_offsets,
             loss_mask=batch.loss_mask, modality=batch.modality, old_logp=batch.old_logp, ref_logp=batch.ref_logp,
-            loss_type=o.loss_type, ratio=o.ratio, clip_low=o.clip_low, clip_high=o.clip_high, delta=o.delta, beta=o.beta,
-            scale=o.scale, num_items=num_items, max_length=o.max_length, weight=weights,
+            loss_type="dapo" if o.loss_type == "bnpo" else o.loss_type, ratio=o.ratio, clip_low=o.clip_low, clip_high=o.clip_high, delta=o.delta, beta=o.beta,
+            scale="none" if o.scale == "batch" else o.scale, num_items=num_items, max_length=o.max_length, weight=weights,
         )  # fmt: skip
         metrics = {f"metric/{name}": value for name, value in out.metrics.items()}
         return {"loss": out.loss * share, "logp": out.logp, **metrics}

@@ -94,7 +94,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _points(rows: Rows, name: str) -> list[tuple[float, float]]:
     """(step, value) where the metric has a finite value; steps are counted from 1."""
-    found = ((index + 1, row.get(name)) for index, row in enumerate(rows))
+    found: list[tuple[int, Any]] = [(index + 1, row.get(name)) for index, row in enumerate(rows)]
     return [(float(step), float(value)) for step, value in found if _is_number(value)]
 
 

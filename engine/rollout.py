@@ -151,12 +151,12 @@ def _generate_plan(policy: Policy, prompts: list[Prompt], sampling: Sampling, pr
     text_segments: list[Segment | None] = [None] * len(rows)
     image_segments: list[Segment | None] = [None] * len(rows)
     drawn: Tensor | None = None
-    attempts = [1] * len(rows)
+    attempts, uids = [1] * len(rows), [trajectory_key(sampling, *row) for row in rows]
     if "text" in plan:
         text_segments = list(_sample_text(policy, branch, rows, sampling))
     texts = [policy.decode_text(segment.tokens) if segment is not None else "" for segment in text_segments]
     if "image" in plan:
-        drawing, attempts = _sample_image(policy, branch, rows, texts, sampling, preview)
+        drawing, uids, attempts = _sample_image(policy, branch, rows, texts, sampling, preview)
         tokens = drawing.columns("token")
         drawn = policy.draw(tokens).cpu()
         image_segments = list(_image_segments(drawing, tokens))
@@ -170,7 +170,7 @@ def _generate_plan(policy: Policy, prompts: list[Prompt], sampling: Sampling, pr
             text=texts[i],
             image=None if drawn is None else drawn[i],
             attempts=attempts[i],
-            uid=trajectory_key(sampling, prompt, member, attempts[i]),
+            uid=uids[i],
         )
         for i, (prompt, member) in enumerate(rows)
     ]
@@ -248,7 +248,8 @@ def _image_segments(drawing: _Drawing, tokens: Tensor) -> list[Segment]:
 
 
 def _sample_image(policy: Policy, branch: _Branch, rows: list[tuple[Prompt, int]], texts: list[str], sampling: Sampling,
-                  preview: Preview | None) -> tuple[_Drawing, list[int]]:  # fmt: skip
+                  preview: Preview | None) -> tuple[_Drawing, list[int], list[int]]:  # fmt: skip
+    """Every row's image, the key that it was drawn with, and the tries that it took."""
     B, N = len(rows), policy.num_image_tokens
     device = branch.hidden.device
     everyone = torch.ones(B, dtype=torch.bool, device=device)
@@ -261,9 +262,9 @@ def _sample_image(policy: Policy, branch: _Branch, rows: list[tuple[Prompt, int]
     start = _Drawing(branch, unconditional, [])
     num_preview = 0 if preview is None else max(1, round(preview.fraction * N))
     if preview is None or num_preview >= N:
-        return _draw(policy, start, keys, sampling, 0, N), [1] * B
+        return _draw(policy, start, keys, sampling, 0, N), keys.tolist(), [1] * B
     drawing, keys, attempts = _draw_previewed(policy, start, rows, texts, keys, sampling, preview, num_preview)
-    return _draw(policy, drawing, keys, sampling, num_preview, N), attempts
+    return _draw(policy, drawing, keys, sampling, num_preview, N), keys.tolist(), attempts
 
 
 def _draw(policy: Policy, drawing: _Drawing, keys: Tensor, sampling: Sampling, first: int, last: int) -> _Drawing:
@@ -289,8 +290,8 @@ def _draw(policy: Policy, drawing: _Drawing, keys: Tensor, sampling: Sampling, f
 def _draw_previewed(policy: Policy, start: _Drawing, rows: list[tuple[Prompt, int]], texts: list[str], keys: Tensor,
                     sampling: Sampling, preview: Preview, num_preview: int) -> tuple[_Drawing, Tensor, list[int]]:  # fmt: skip
     """The first `num_preview` tokens of every row, restarted below the threshold; the best try stays when none passes."""
-    B, device = keys.shape[0], keys.device
-    everyone = torch.arange(B, device=device)
+    device = keys.device
+    everyone = torch.arange(keys.shape[0], device=device)
     capacities = [b.cache.capacity if b is not None else 0 for b in (start.conditional, start.unconditional)]
 
     def try_rows(index: Tensor, try_keys: Tensor) -> tuple[_Drawing, Tensor]:
@@ -306,11 +307,12 @@ def _draw_previewed(policy: Policy, start: _Drawing, rows: list[tuple[Prompt, in
         return drawn, scores
 
     best, scores = try_rows(everyone, keys)
-    scores = scores.nan_to_num(nan=float("-inf"))
-    attempts = torch.ones(B, dtype=torch.long)
-    preview.observe(int(preview.accepts(scores).sum()), B)
+    # What cannot be judged (an anchor, a failed reward) is drawn once: more tries of it would be chosen by nothing.
+    judged = ~scores.isnan()
+    attempts = torch.ones(keys.shape[0], dtype=torch.long)
+    preview.observe(int(preview.accepts(scores).sum()), int(judged.sum()))
     for attempt in range(2, preview.max_attempts + 1):
-        pending = (~preview.accepts(scores)).nonzero().squeeze(1)
+        pending = (judged & ~preview.accepts(scores)).nonzero().squeeze(1)
         if pending.numel() == 0:
             break
         try_keys = _keys([rows[i] for i in pending.tolist()], sampling, attempt, device)
@@ -321,7 +323,7 @@ def _draw_previewed(policy: Policy, start: _Drawing, rows: list[tuple[Prompt, in
         _take(best, where, tried, which)
         scores[where] = tried_scores[which]
         keys = keys.index_copy(0, where, try_keys[which])
-        attempts[where.cpu()] = attempt
+        attempts[pending.cpu()] = attempt
     return best, keys, attempts.tolist()
 
 

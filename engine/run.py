@@ -53,7 +53,7 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
     stream = PromptStream(prompts, anchors, config.seed, config.prompts_per_step, config.anchor_fraction, rank, world_size)
     rewards = build_reward_set(config, policy, prompts)
     evaluator = one_at_a_time(lambda: Evaluator(config, policy, root)) if config.eval_samples else None
-    learner = Learner(policy, objective_of(config), settings_of(config))
+    learner = Learner(policy, objective_of(config, policy.num_image_tokens), settings_of(config))
 
     with open_run_log(config.output_dir, config) as log:
         display.stage("scores before training")
@@ -94,7 +94,7 @@ def evaluate(evaluator: Evaluator | None, learner: Learner) -> Evaluation | None
         return evaluator(policy)
 
 
-def objective_of(config: SyncR1Config) -> Objective:
+def objective_of(config: SyncR1Config, num_image_tokens: int) -> Objective:
     return Objective(
         loss_type=config.loss_type,
         ratio=config.importance_sampling_level,
@@ -107,6 +107,7 @@ def objective_of(config: SyncR1Config) -> Objective:
         credit=config.credit,
         text_weight=config.text_loss_weight,
         image_weight=config.image_loss_weight,
+        max_length=config.max_completion_length + num_image_tokens,
     )
 
 

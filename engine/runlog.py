@@ -216,7 +216,7 @@ def _claim_folder(wanted: Path, config_yaml: str) -> Path:
 
 def environment() -> dict[str, Any]:
     """Versions, commit, device and command of this process; no environment variables, which may hold secrets."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -18,7 +18,7 @@ from syncr1.engine.config import SyncR1Config
 from syncr1.engine.dgs import PreviewGate
 from syncr1.engine.learner import Learner
 from syncr1.engine.packing import pack
-from syncr1.engine.records import PackedBatch, Prompt, Rollout, StepMetrics
+from syncr1.engine.records import MODALITY_NAMES, PackedBatch, Prompt, Rollout, StepMetrics
 from syncr1.engine.rewards.base import RewardTable, score
 from syncr1.engine.rewards.ensemble import RewardSet, combine
 from syncr1.engine.rollout import Sampling, generate
@@ -71,6 +71,8 @@ class Trainer:
         with self._timed("pack"):
             credit_S2 = credited_rewards(table.values, self.rewards, config.credit)
             keep_S = self._keep(rollouts, credit_S2)
+            if config.scale_rewards == "batch":
+                credit_S2 = credit_S2 / self._batch_std(credit_S2)
             batches = pack(policy, rollouts, credit_S2, keep_S, num_generations=config.num_generations,
                            max_tokens=config.max_tokens_per_microbatch)  # fmt: skip
         with self._timed("score"):
@@ -99,6 +101,13 @@ class Trainer:
         anchors = torch.tensor([not rollout.prompt.rewarded for rollout in rollouts])
         return keep | anchors if c.beta > 0 else keep & ~anchors
 
+    def _batch_std(self, credit_S2: Tensor) -> Tensor:
+        """[2]: standard deviation of all of the step's rewards, over ranks, which no micro-batch knows."""
+        valid, values = ~credit_S2.isnan(), credit_S2.nan_to_num(nan=0.0).double()
+        count, total, squares = self.learner.all_reduce(torch.stack([valid.double().sum(0), values.sum(0), values.square().sum(0)]))
+        variance = (squares - total.square() / count.clamp(min=1)).clamp(min=0) / (count - 1).clamp(min=1)
+        return (variance.sqrt() + 1e-4).float()
+
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -113,12 +122,12 @@ class Trainer:
         texts = [s for rollout in rollouts for s in rollout.segments if s.kind == "text"]
         trained = sum(int(batch.loss_mask.sum()) for batch in batches)
         elapsed = sum(self._seconds.values())
-        values = dict(learned)
+        values = trl_names(learned)
         if c.replay_check_steps == 0 or self.step % c.replay_check_steps:
             values.pop("rollout/replay_logp_max_abs", None)
         values |= {
             "reward": _mean(total_S),
-            "reward_std": _group_std(total_S, c.num_generations),
+            **_group_spread(total_S, c.num_generations),
             **table.means(),
             "reward_failures": float(sum(table.failures.values())),
             "learning_rate": learning_rate(c, self.step),
@@ -132,7 +141,7 @@ class Trainer:
             "step_time": elapsed,
         }
         if self.preview is not None:
-            values["rollout/preview_threshold"] = self.preview.threshold
+            values["rollout/preview_threshold"] = math.nan if self.preview.threshold is None else self.preview.threshold
             values["rollout/preview_acceptance"] = self._adapt_preview(self.preview)
         return StepMetrics(step=self.step, values=values, seconds=dict(self._seconds))
 
@@ -170,8 +179,25 @@ def _mean(values: Tensor) -> float:
     return float(values.nanmean()) if values.numel() else math.nan
 
 
-def _group_std(total_S: Tensor, num_generations: int) -> float:
-    """Mean over groups of the standard deviation within, over groups whose rewards are all there."""
+def _group_spread(total_S: Tensor, num_generations: int) -> dict[str, float]:
+    """`reward_std`, the mean spread within groups, and the share of groups without any; anchors are left out."""
     groups = total_S.view(-1, num_generations)
     groups = groups[~groups.isnan().any(1)]
-    return float(groups.std(1).mean()) if groups.numel() else math.nan
+    if groups.numel() == 0:
+        return {"reward_std": math.nan, "frac_reward_zero_std": math.nan}
+    equal = groups.amax(1) == groups.amin(1)
+    return {"reward_std": float(groups.std(1).mean()), "frac_reward_zero_std": float(equal.float().mean())}
+
+
+def trl_names(learned: Mapping[str, float]) -> dict[str, float]:
+    """The loss's per-modality metrics, with TRL's totals over both: `kl`, `entropy`, `clip_ratio/…`."""
+    tokens = {name: learned.get(f"tokens/{name}", 0.0) for name in MODALITY_NAMES}
+    count = max(1.0, sum(tokens.values()))
+
+    def total(metric: str) -> float:
+        known = {name: learned.get(f"{metric}/{name}", 0.0) for name in tokens}
+        return sum(tokens[name] * value for name, value in known.items() if value == value) / count
+
+    low, high = total("clip_low"), total("clip_high")
+    totals = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+    return {**learned, "kl": total("kl"), "entropy": total("entropy"), **totals}

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python recipes/tiny_vq.py
 
 One thread, no data: renders are drawn on the fly, held-out looks never. The seed fixes everything on one kind of
-machine.
+machine. 23 minutes beside other work on a shared core (0.35 s a step when it is free); 1.1 M parameters, 2.2 MB in half
+precision. Canonical renders come back at 32.1 dB (held-out looks 30.6 dB) with every attribute readable.
 
 transformers' `JanusVQVAE.forward()` decodes from indices, so no gradient reaches the encoder through it. Here the
 pieces are called one by one: z = normalise(quant_conv(encoder(x))) on the unit sphere, e = nearest codebook row,
@@ -13,8 +14,9 @@ moving average of the encodings.
     loss = mean w (|y - x| + 2 (y - x)^2) + 0.1 |z - stop_gradient(e)|^2 + local * far / spread
 
 `far` compares two pictures that differ in one attribute: their encodings should agree wherever the 8x8 patches agree.
-Without it normalisation and attention carry every attribute into every token (57 codes in use per position, 35 with
-it), which a small language model then has to learn.
+Without it normalisation and attention carry every attribute into every token, which a small language model then has to
+learn. After 400 steps: 57 codes in use per position without, 35 with it; a linear map from attributes to tokens names
+64 % of held-out looks' tokens right without, 74 % with it.
 """
 
 from __future__ import annotations
@@ -204,7 +206,7 @@ def train(settings: Settings, *, report_every: int = 200) -> JanusVQVAE:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimiser.step()
-        if (step + 1) % report_every == 0 or step + 1 == settings.steps:
+        if (step + 1) % report_every == 0:
             print(f"step {step + 1}  {time.perf_counter() - begin:.0f} s  loss {loss.item():.4f}  far {far.item():.4f}")
             print(measure(vq), flush=True)
     return vq.eval()

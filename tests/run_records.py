@@ -49,7 +49,8 @@ def make_metrics(step: int, **values: float) -> StepMetrics:
         step=step,
         values={
             "reward": 0.5 + 0.01 * step, "reward_std": 0.2, "rewards/identity/mean": 0.4,
-            "rewards/text/mean": float("nan"), "frac_reward_zero_std": 0.1, "loss": 0.01, "grad_norm": 1.0, "learning_rate": 1e-4, "kl/text": 0.1,
+            "rewards/text/mean": float("nan"),
+            "frac_reward_zero_std": 0.1, "loss": 0.01, "grad_norm": 1.0, "learning_rate": 1e-4, "kl/text": 0.1,
             "kl/image": 0.02, "entropy/text": 1.0, "entropy/image": 2.0, "clip_ratio/region_mean": 0.0,
             "dgs/tokens_saved_fraction": 0.3, "tokens_per_second": 1234.5, "num_tokens": 600.0, "step_time": 0.5,
             "reward_failures": 0.0, **values,

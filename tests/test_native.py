@@ -82,6 +82,9 @@ def test_selective_logp_of_views_forbidden_targets_and_infinite_logits() -> None
     masked[:, 7] = -torch.inf
     logp, entropy = selective_logp(masked, targets, forbidden=torch.tensor([2]), backend="native")
     assert logp[2] == -torch.inf and torch.isfinite(entropy).all()
+    masked[0, 11] = torch.nan
+    logp, entropy = selective_logp(masked, targets, backend="native")
+    assert logp.isnan().tolist() == entropy.isnan().tolist() == [True, False, False]
 
 
 def test_rule_of_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:

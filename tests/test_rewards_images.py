@@ -115,7 +115,9 @@ def test_attribute_judge_counts_named_attributes(checker: AttributeChecker) -> N
     other = next(o for o in LOOKS if o.colour != look.colour and o.hat != look.hat and o.shape == look.shape)
     image = checker.table[0]
     right, partly = look.to_dict(), {"colour": other.colour, "shape": look.shape}
-    values = judge(images=[image, image, image, None, image], attributes=[right, partly, {"hat": other.hat}, right, None])
+    values = judge(
+        images=[image, image, image, None, image], attributes=[right, partly, {"hat": other.hat}, right, None]
+    )
     assert values == [1.0, 0.5, 0.0, None, None]
 
 
@@ -127,7 +129,9 @@ def test_posterior_scorer_is_soft_and_agrees_on_clean_pictures(checker: Attribut
     assert hard(images, wanted).eq(1.0).all()
     clean = soft(images, wanted)
     assert clean.shape == (len(looks), 5) and clean.min() > 0.5
-    noisy = soft((images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1), wanted)
+    noisy = soft(
+        (images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1), wanted
+    )
     assert ((noisy > 0) & (noisy < 1)).any()
 
 

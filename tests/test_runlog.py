@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
+import subprocess
 import sys
 import threading
 import types
@@ -146,6 +148,36 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert inspect.signature(getattr(NullRunLog, name)) == inspect.signature(method), name
     monkeypatch.setenv("RANK", "0")
     assert isinstance(open_run_log(tmp_path / "r", SyncR1Config()), RunLog)
+
+
+TWO_RANKS = """
+import sys, torch.distributed as dist
+from datetime import timedelta
+from pathlib import Path
+from syncr1.engine.config import SyncR1Config
+from syncr1.engine.runlog import open_run_log
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+                        timeout=timedelta(seconds=50))
+with open_run_log(folder / "r", SyncR1Config()) as log:
+    print(type(log).__name__, log.folder.name)
+"""
+
+
+def test_ranks_agree_on_the_folder(tmp_path: Path) -> None:
+    RunLog(tmp_path / "r", SyncR1Config())  # so that rank 0 has to take the next name, which rank 1 cannot guess
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=90)[0].split() for process in started]
+    assert said == [["RunLog", "r-2"], ["NullRunLog", "r-2"]]
 
 
 @pytest.mark.parametrize(("size", "shown"), [(24, 144), (64, 128), (128, 128), (256, 256), (384, 256)])

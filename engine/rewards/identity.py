@@ -1,9 +1,11 @@
-"""R_id: is it the concept?  max(0, 2 (cos - 1/2)), cos between frozen features of the drawing and of the concept's
-photos.
+"""R_id: is it the concept?  Mean over its photos of max(0, 2 (cos - 1/2)), cos between features of drawing and photo.
 
 Works for any picture, rendered or photographed: what "features" are is the caller's choice (the policy's own frozen
-vision tower, CLIP, a face embedder).  Source: Sync-R1's released code; its shift of every reward to mean 0.8 is left
-out, since group advantages remove the mean anyway, and a group of one became exactly 0.8 by it.
+vision tower, CLIP, a face embedder).  Clamping per photo before the mean, as the released code does for faces, keeps
+a signal where only some photos resemble the drawing: on the rendered world with an untrained tower, 63 % of right
+drawings then beat one with a wrong hat, against 33 % when the mean cosine is clamped (24 drawings; ties count as lost).
+The released code's shift of every reward to mean 0.8 is left out: group advantages remove the mean anyway, and a group
+of one became exactly 0.8 by it.  Source: Sync-R1's released code; written anew.
 
 Dims: n images, D features.
 """
@@ -26,7 +28,7 @@ Features = Callable[[Tensor], Tensor]
 
 
 class IdentityReward:
-    """Mean cosine with the concept's reference photos, as a reward in [0, 1]; features of references are kept."""
+    """Likeness to the concept's reference photos, in [0, 1]; features of references are kept."""
 
     def __init__(self, features: Features, size: int, *, max_cached: int = 4096) -> None:
         """
@@ -56,8 +58,8 @@ class IdentityReward:
         drawn = self._embed([images[i] for i in rows])  # type: ignore[misc]
         known = self._reference_features([references[i] for i in rows])
         for row, feature in zip(rows, drawn, strict=True):
-            cosine = float((torch.stack([known[path] for path in references[row]]) @ feature).mean())
-            rewards[row] = min(1.0, max(0.0, 2.0 * (cosine - 0.5)))
+            cosines = torch.stack([known[path] for path in references[row]]) @ feature
+            rewards[row] = float((2.0 * (cosines - 0.5)).clamp(0.0, 1.0).mean())
         return rewards
 
     def _reference_features(self, wanted: Sequence[tuple[Path, ...]]) -> dict[Path, Tensor]:

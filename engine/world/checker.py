@@ -78,8 +78,12 @@ class AttributeChecker:
         hits = self.read_indices(images) == self._wanted(looks)
         return hits[:, [ATTRIBUTES.index(name) for name in attributes]].float()
 
-    def posterior(self, images: Tensor, *, temperature: float = 0.004) -> dict[str, Tensor]:
-        """A soft reading: softmax of −MSE/temperature over looks, summed per attribute value; `[n, values]` each."""
+    def posterior(self, images: Tensor, *, temperature: float = 0.002) -> dict[str, Tensor]:
+        """A soft reading: softmax of −MSE/temperature over looks, summed per attribute value; `[n, values]` each.
+
+        The closest two looks are 0.005 apart, so the default gives a perfect picture 0.8 or more on every attribute and
+        still grades pictures in between (correlation with hits .98 when a tenth of the tokens are replaced).
+        """
         weights_nL = torch.softmax(-self.mse(images) / temperature, dim=1)
         result = {}
         for column, name in enumerate(ATTRIBUTES):
@@ -87,7 +91,7 @@ class AttributeChecker:
             result[name] = weights_nL @ is_value
         return result
 
-    def soft_score(self, images: Tensor, looks: Sequence[Look], *, temperature: float = 0.004) -> Tensor:
+    def soft_score(self, images: Tensor, looks: Sequence[Look], *, temperature: float = 0.002) -> Tensor:
         """The posterior of the wanted value of each attribute, float32 `[n, 5]` in [0, 1]."""
         self._check_lengths("soft_score", images, looks)
         posterior, wanted = self.posterior(images, temperature=temperature), self._wanted(looks)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
+
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -20,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.world.vq import load_vq_into, vq_config
 

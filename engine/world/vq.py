@@ -12,12 +12,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import syncr1.engine.compat  # noqa: F401  # torchvision must import beside a CPU torch before transformers loads Janus
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-import syncr1.engine.compat  # noqa: F401  # torchvision must import beside a CPU torch before transformers loads Janus
 
 if TYPE_CHECKING:
     from transformers.models.janus.modeling_janus import JanusVQVAE

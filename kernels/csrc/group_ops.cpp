@@ -83,14 +83,15 @@ int64_t max_variance_high(const std::vector<int64_t>& ranked, const double* rewa
 SYNCR1_EXPORT void syncr1_group_advantages(const double* reward, const int64_t* offsets, int64_t num_groups,
                                            int64_t scale, double eps, float* out) {
   const Scale mode = static_cast<Scale>(scale);
-  const double batch_std = mode == Scale::kBatch ? describe(reward, reward + offsets[num_groups]).standard_deviation : 0;
+  const double batch_std = describe(reward, reward + offsets[num_groups]).standard_deviation;
   for (int64_t p = 0; p < num_groups; ++p) {
     const Statistics s = describe(reward + offsets[p], reward + offsets[p + 1]);
     double factor = 1.0;
     double divisor = 1.0;
     if (mode == Scale::kGroup) divisor = s.standard_deviation + eps;
     if (mode == Scale::kBatch) divisor = batch_std + eps;
-    if (mode == Scale::kLoo) factor = static_cast<double>(s.count) / static_cast<double>(std::max<int64_t>(s.count - 1, 1));
+    const double count = static_cast<double>(s.count);
+    if (mode == Scale::kLoo) factor = count / std::max(count - 1.0, 1.0);
     for (int64_t i = offsets[p]; i < offsets[p + 1]; ++i) {
       const bool used = s.varies && !std::isnan(reward[i]);
       out[i] = used ? static_cast<float>((reward[i] - s.mean) * factor / divisor) : 0.0f;

@@ -37,6 +37,7 @@ def cfg_sample(
     # Greedy is the limit temperature → 0; its log-probabilities are reported at temperature 1.
     divisor = temperature or 1.0
     logp_BV = _log_probabilities(cond, divisor, forbidden)
+    probability_BV = logp_BV.exp()
     mixed_BV = logp_BV
     if uncond is not None and cfg_weight != 1.0:
         cond_BV, uncond_BV = cond.to(logp_BV.dtype), uncond.to(logp_BV.dtype)
@@ -47,8 +48,9 @@ def cfg_sample(
     else:
         truncated_BV = truncate(mixed_BV, top_k, top_p)
         offset_B = torch.as_tensor(offset, dtype=torch.int64, device=cond.device).expand(cond.shape[0])
-        token_B = _inverse_cdf(truncated_BV.exp(), uniform(seed, offset_B))
-    entropy_B = -(logp_BV.exp() * logp_BV.clamp_min(LOGP_FLOOR)).sum(dim=-1)
+        drawn_BV = probability_BV if truncated_BV is logp_BV else truncated_BV.exp()
+        token_B = _inverse_cdf(drawn_BV, uniform(seed, offset_B))
+    entropy_B = -torch.linalg.vecdot(probability_BV, logp_BV.clamp_min(LOGP_FLOOR))
     index_B1 = token_B.unsqueeze(1)
     return CFGSample(token_B, logp_BV.gather(1, index_B1)[:, 0], mixed_BV.gather(1, index_B1)[:, 0], entropy_B)
 
@@ -69,9 +71,11 @@ def truncate(logp_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     """
     if 0 < top_k < logp_BV.shape[1]:
         threshold_B1 = logp_BV.topk(top_k, dim=-1).values[:, -1:]
-        above_BV, equal_BV = logp_BV > threshold_B1, logp_BV == threshold_B1
-        num_equal_B1 = top_k - above_BV.sum(dim=-1, keepdim=True)
-        keep_BV = above_BV | (equal_BV & (equal_BV.cumsum(dim=-1) <= num_equal_B1))
+        keep_BV = logp_BV >= threshold_B1
+        if bool((keep_BV.sum(dim=-1) > top_k).any()):  # ties at the threshold, which are rare
+            above_BV, equal_BV = logp_BV > threshold_B1, logp_BV == threshold_B1
+            num_equal_B1 = top_k - above_BV.sum(dim=-1, keepdim=True)
+            keep_BV = above_BV | (equal_BV & (equal_BV.cumsum(dim=-1) <= num_equal_B1))
         logp_BV = logp_BV.masked_fill(~keep_BV, -torch.inf)
     if top_p < 1.0:
         ordered_BV, order_BV = logp_BV.sort(dim=-1, descending=True, stable=True)

@@ -1,0 +1,208 @@
+"""Metrics by hand, and a whole evaluation: a speaker of known skill on the rendered world."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
+import pytest
+import torch
+
+from syncr1.engine.evaluate.metrics import accuracy, attribute_metrics, mean, verdict, weighted_recall, words_in_place
+from syncr1.engine.evaluate.run import choose, evaluate, summary
+from syncr1.engine.evaluate.tasks import text_scores
+from syncr1.engine.prompts import load_benchmark
+from syncr1.engine.records import Prompt, Rollout
+from syncr1.engine.rewards.identity import IdentityReward
+from syncr1.engine.rewards.judge import index_scorer
+from syncr1.engine.world.attributes import LOOK_INDEX, LOOKS, VALUES, Look
+from syncr1.engine.world.checker import AttributeChecker
+from syncr1.engine.world.disk import write_world
+from syncr1.engine.world.general import write_general
+
+CHECKER = AttributeChecker.from_renders()
+SCORERS = {"checker": index_scorer(CHECKER.read_indices, VALUES)}
+
+
+def test_accuracy_and_words_in_place() -> None:
+    assert accuracy("Yes.", "yes") == 1.0 and accuracy("yes", "yes it is") == 0.0
+    assert words_in_place("round red crown", "round red crown") == 1.0
+    assert words_in_place("round red crown", "round blue crown") == pytest.approx(2 / 3)
+    assert words_in_place("round red crown", "red crown") == 0.0
+    assert words_in_place("round red crown", "round red crown crown") == 0.75
+    assert words_in_place("round", "") == 0.0 and words_in_place("", "") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("Yes.", "yes"), ("no, it is not", "no"), ("unknown", None), ("", None), ("Not yes", "yes"), ("是", None)],
+)
+def test_verdict_looks_for_words(text: str, expected: str | None) -> None:
+    assert verdict(text) == expected
+
+
+def test_weighted_recall_does_not_reward_always_yes() -> None:
+    answers = ["yes"] * 3 + ["no"]
+    assert weighted_recall(answers, ["yes"] * 4) == 0.5
+    assert weighted_recall(answers, ["Yes."] * 3 + ["No."]) == 1.0
+    assert weighted_recall(["yes", "yes"], ["yes", "maybe"]) == 0.5
+    assert math.isnan(weighted_recall(["perhaps"], ["yes"]))
+
+
+def test_attribute_metrics_by_hand() -> None:
+    look = LOOKS[0]
+    images = [CHECKER.table[0], CHECKER.table[0]]
+    other_hat = next(hat for hat in VALUES["hat"] if hat != look.hat)
+    metrics = attribute_metrics(SCORERS, images, [look.to_dict(), {"hat": other_hat, "shape": look.shape}])
+    assert metrics["attributes/checker"] == 0.75 and metrics["all_right/checker"] == 0.5
+    assert metrics["hat/checker"] == 0.5 and metrics["shape/checker"] == metrics["place/checker"] == 1.0
+    assert attribute_metrics(SCORERS, [], []) == {}
+    with pytest.raises(ValueError, match="checker"):
+        attribute_metrics({"checker": lambda images, wanted: torch.zeros(3)}, images, [look.to_dict()] * 2)
+    assert mean([1.0, None, 0.0]) == 0.5 and mean([None]) is None
+
+
+def test_main_scores_follow_the_task() -> None:
+    long = Prompt(id="0", task="vqa", text="?", answer="It is looking at the camera.")
+    assert text_scores("vqa", [long], ["It is looking at a camera."])["score"] > 0.8
+    short = replace(long, answer="red")
+    assert text_scores("vqa", [short], ["read"])["score"] == 0.0
+    described = Prompt(id="1", task="rea", text="?", answer="round red", attributes={"shape": "round"})
+    assert text_scores("rea", [described], ["round blue"])["score"] == 0.5
+    assert text_scores("rea", [replace(described, attributes=None)], ["round red"])["score"] == pytest.approx(1.0)
+    recognised = [Prompt(id=a, task="rec", text="?", answer=a) for a in ("yes", "no")]
+    assert text_scores("rec", recognised, ["yes", "yes"])["score"] == 0.5
+
+
+def test_choice_of_items_is_fixed_by_the_seed() -> None:
+    prompts = [Prompt(id=str(i), task="qa", text="?") for i in range(50)]
+    assert choose(prompts, 10, 0) == choose(prompts, 10, 0) != choose(prompts, 10, 1)
+    assert choose(prompts, 50, 0) == prompts
+    chosen = [int(p.id) for p in choose(prompts, 10, 0)]
+    assert chosen == sorted(set(chosen)) and len(chosen) == 10
+
+
+# A whole evaluation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Prompt]]:
+    root: Path = write_world(tmp_path_factory.mktemp("world") / "data")
+    write_general(root, num_items=12)
+    return load_benchmark(root)
+
+
+class Speaker:
+    """Knows every answer when greedy; at temperature 1 says nothing to each second item, and gives it a wrong hat."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, list[Prompt]]] = []
+
+    def __call__(self, prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
+        self.calls.append((temperature, list(prompts)))
+        seen: dict[str, int] = {}
+        rollouts = []
+        for prompt in prompts:
+            turn = seen[prompt.task] = seen.get(prompt.task, -1) + 1
+            rollouts.append(self._answer(prompt, knows=temperature == 0 or turn % 2 == 0))
+        return rollouts
+
+    def _answer(self, prompt: Prompt, knows: bool) -> Rollout:
+        image = None
+        if "image" in prompt.segments:
+            values = dict(prompt.attributes or {})
+            if not knows:
+                values["hat"] = next(hat for hat in VALUES["hat"] if hat != values["hat"])
+            image = CHECKER.table[LOOK_INDEX[Look.from_dict(values)]]
+        text = (prompt.answer or "") if knows and "text" in prompt.segments else ""
+        return Rollout(
+            prompt=prompt,
+            member=0,
+            prompt_tokens=torch.arange(2),
+            prompt_image=None,
+            segments=(),
+            text=text,
+            image=image,
+        )
+
+
+def test_evaluation_of_a_speaker_of_known_skill(held_out: dict[str, list[Prompt]]) -> None:
+    speaker = Speaker()
+    identity = IdentityReward(lambda images: images.flatten(1), 32)
+    result = evaluate(speaker, held_out, image_scorers=SCORERS, identity=identity, num_items=12, num_examples=2)
+    scores = result.scores
+    assert [temperature for temperature, _ in speaker.calls] == [0.0, 1.0]
+    assert {prompt.segments for prompt in speaker.calls[0][1]} == {("text",)}, "greedy runs draw nothing"
+    for task in ("vqa", "qa", "rea", "dense_rea", "general_vqa"):
+        assert scores[task]["score/greedy"] == 1.0 and scores[task]["score/sampled"] == 0.5
+        assert scores[task]["accuracy/greedy"] == 1.0 and scores[task]["accuracy/sampled"] == 0.5
+        assert scores[task]["num_items"] == 12
+    assert scores["rec"]["score/greedy"] == 1.0 and scores["rec"]["recall/greedy"] == 1.0
+    for task in ("rea_gen", "dense_rea_gen", "pure_gen", "dense_gen", "general_image"):
+        assert scores[task]["attributes/checker"] == pytest.approx(0.9)
+        assert scores[task]["all_right/checker"] == 0.5 and scores[task]["hat/checker"] == 0.5
+        assert scores[task]["score/sampled"] == pytest.approx(0.9) and "score/greedy" not in scores[task]
+    assert 0.0 < scores["rea_gen"]["identity"] <= 1.0 and "identity" not in scores["general_image"]
+    assert all(
+        0.0 <= value <= 1.0 for metrics in scores.values() for name, value in metrics.items() if name != "num_items"
+    )
+    assert {len(examples) for examples in result.examples.values()} == {2}
+    assert result.examples["rea"][0].image is not None and result.examples["rea"][0].text
+
+
+def test_summary_keeps_general_tasks_apart(held_out: dict[str, list[Prompt]]) -> None:
+    found = evaluate(Speaker(), held_out, image_scorers=SCORERS | {"cnn": SCORERS["checker"]}, num_items=12).summary
+    assert set(found) == {
+        *("understanding/greedy", "understanding/sampled", "image/checker", "image/cnn"),
+        *("general_vqa/greedy", "general_vqa/sampled", "general_image/checker", "general_image/cnn"),
+    }
+    assert found["understanding/greedy"] == 1.0 and found["image/checker"] == pytest.approx(0.9)
+    tasks = {"a": {"score/greedy": 1.0}, "b": {"score/greedy": 0.0}, "general_vqa": {"score/greedy": 0.25}}
+    assert summary(tasks) == {"understanding/greedy": 0.5, "general_vqa/greedy": 0.25}
+    assert summary({"rec": {"score/greedy": math.nan}}) == summary({}) == {}
+
+
+def test_without_attributes_there_is_bleu_and_identity(held_out: dict[str, list[Prompt]]) -> None:
+    plain = {task: held_out[task][:4] for task in ("rea", "pure_gen")}
+    drawn = {prompt.id: prompt.attributes for prompts in plain.values() for prompt in prompts}
+
+    def generate(prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
+        known = Speaker()([replace(p, attributes=drawn[p.id]) for p in prompts], temperature)
+        return [replace(rollout, prompt=prompt) for rollout, prompt in zip(known, prompts, strict=True)]
+
+    photos = {task: [replace(p, attributes=None) for p in prompts] for task, prompts in plain.items()}
+    identity = IdentityReward(lambda images: images.flatten(1), 32)
+    result = evaluate(generate, photos, image_scorers=SCORERS, identity=identity)
+    assert result.scores["rea"]["score/greedy"] == result.scores["rea"]["bleu/greedy"] == pytest.approx(1.0)
+    assert result.scores["pure_gen"]["score/sampled"] == result.scores["pure_gen"]["identity"]
+    assert set(result.summary) == {"understanding/greedy", "understanding/sampled", "image/identity"}
+
+
+def test_generate_must_answer_what_it_was_asked(held_out: dict[str, list[Prompt]]) -> None:
+    with pytest.raises(ValueError, match="one rollout per prompt"):
+        evaluate(lambda prompts, temperature: Speaker()(prompts, temperature)[:-1], held_out, num_items=4)
+    with pytest.raises(ValueError, match="one rollout per prompt"):
+        evaluate(lambda prompts, temperature: Speaker()(prompts[::-1], temperature), held_out, num_items=4)
+
+
+def test_a_real_policy_is_scored(held_out: dict[str, list[Prompt]]) -> None:
+    """An untrained tiny Janus, sampled by the engine: every task gets its scores, and nearly all of them are poor."""
+    from syncr1.engine.rollout import Sampling, generate
+    from syncr1.engine.world.attributes import CONCEPTS
+    from syncr1.engine.world.texts import VOCABULARY
+    from syncr1.engine.world.tiny_janus import build_policy
+
+    policy = build_policy(VOCABULARY, [concept.name for concept in CONCEPTS], seed=0)
+
+    def draw(prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
+        return generate(policy, prompts, Sampling(num_generations=1, temperature=temperature, max_text_tokens=6))
+
+    first, again = (evaluate(draw, held_out, image_scorers=SCORERS, num_items=4) for _ in range(2))
+    assert first.scores == again.scores
+    assert set(first.scores) == set(held_out) | {"rea_gen", "dense_rea_gen"}
+    assert first.summary["understanding/greedy"] < 0.5 and 0.0 <= first.summary["image/checker"] < 0.8
+    assert all(rollout.image is not None for rollout in first.examples["pure_gen"])

@@ -1,0 +1,126 @@
+"""Packing: what lies where on the token axis, and that cutting into micro-batches loses and adds nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
+import pytest
+import torch
+from helpers import CHAIN, given, make_prompt, packed, random_rewards, sampled, sharp_policy
+from torch import Tensor
+
+from syncr1.engine.packing import pack
+from syncr1.engine.policies.janus import JanusPolicy
+from syncr1.engine.records import IMAGE, TEXT, PackedBatch, Rollout, Segment
+
+
+@pytest.fixture(scope="module")
+def policy() -> JanusPolicy:
+    return sharp_policy()
+
+
+@pytest.fixture(scope="module")
+def rollouts(policy: JanusPolicy, tmp_path_factory: pytest.TempPathFactory) -> list[Rollout]:
+    """Six groups of three: text, image and both; three with photos."""
+    return sampled(policy, tmp_path_factory.mktemp("photos"))
+
+
+def by_hand(prompt_tokens: list[int], *segments: Segment, seen: Tensor | None = None) -> Rollout:
+    return Rollout(prompt=make_prompt("x"), member=0, prompt_tokens=torch.tensor(prompt_tokens), prompt_image=seen,
+                   segments=segments)  # fmt: skip
+
+
+def pack_all(policy: JanusPolicy, rollouts: list[Rollout], keep: list[bool], group: int, budget: int = 1 << 30) -> list[PackedBatch]:
+    rewards = torch.arange(2.0 * len(rollouts)).view(-1, 2)
+    return pack(policy, rollouts, rewards, torch.tensor(keep), num_generations=group, max_tokens=budget)
+
+
+def test_every_column_by_hand(policy: JanusPolicy) -> None:
+    """[prompt | text | image_start | image]: the loss mask covers what was sampled, the hand-over token not."""
+    start, slot = policy.image_start, policy.image_slot
+    seen = torch.arange(6.0).view(2, 3)
+    both = by_hand([1, slot, slot, 9], given("text", [30, 31, 2]), given("image", [7, 8]), seen=seen)
+    image = by_hand([1, 5], given("image", [6, 5]))
+    text = by_hand([1, slot, slot], given("text", [2]), seen=seen + 10)
+    other = by_hand([1], given("text", [40, 41]))
+    (batch,) = pack_all(policy, [both, image, text, other], [True, False, True, True], 2)
+    assert batch.tokens.tolist() == [1, slot, slot, 9, 30, 31, 2, start, 7, 8, 1, slot, slot, 2, 1, 40, 41]
+    assert batch.modality.tolist() == [TEXT] * 8 + [IMAGE] * 2 + [TEXT] * 7
+    assert batch.loss_mask.int().tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 0, 1, 1]
+    assert batch.position_ids.tolist() == [*range(10), *range(4), *range(3)]
+    assert batch.cu_seqlens.tolist() == [0, 10, 10, 14, 17] and batch.group_offsets.tolist() == [0, 2, 4]
+    assert batch.rewards.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]], "a pruned member's reward stays in the statistics"
+    assert batch.image_rows.tolist() == [1, 2, 11, 12]
+    assert torch.equal(batch.image_embeddings, torch.cat([seen, seen + 10]))
+    assert batch.sampled_logp[batch.loss_mask].tolist() == [-1, -2, -3, -1, -2, -1, -1, -2]
+    assert batch.sampled_logp[~batch.loss_mask].isnan().all()
+    assert batch.cu_seqlens.dtype == batch.group_offsets.dtype == torch.int32 and batch.modality.dtype == torch.uint8
+
+
+def test_budgets_cut_between_groups_only(policy: JanusPolicy, rollouts: list[Rollout]) -> None:
+    """Whole groups in order, at most the budget each; a group above the budget stands alone."""
+    whole = packed(policy, rollouts, 3)[0]
+    counts_seen = set()
+    for budget in (1, 100, 150, 250, 400, whole.num_tokens - 1, whole.num_tokens):
+        batches = packed(policy, rollouts, 3, budget)
+        counts_seen.add(len(batches))
+        for batch in batches:
+            groups = batch.group_offsets.diff()
+            assert (groups == 3).all() and int(groups.sum()) == len(batch.rewards) == batch.cu_seqlens.numel() - 1
+            assert batch.num_tokens <= budget or len(groups) == 1
+        for a, b in zip(batches[:-1], batches[1:], strict=True):
+            first_group_of_b = int(b.cu_seqlens[int(b.group_offsets[1])])
+            assert a.num_tokens + first_group_of_b > budget, "the next group would have fitted"
+        for name in ("tokens", "modality", "loss_mask", "position_ids", "rewards", "image_embeddings"):
+            parts = [getattr(b, name) for b in batches if getattr(b, name).numel()]
+            assert torch.equal(torch.cat(parts), getattr(whole, name)), name
+    assert {1, 2, 6} <= counts_seen
+
+
+def test_pruned_trajectories_cost_no_tokens(policy: JanusPolicy, rollouts: list[Rollout]) -> None:
+    """Their places on [S] stay; groups without a kept trajectory appear in no batch."""
+    keep = torch.ones(18, dtype=torch.bool)
+    keep[[0, 1, 2, 4, 10, 11]] = False
+    (batch,) = packed(policy, rollouts, 3, keep=keep)
+    lengths = batch.cu_seqlens.diff()
+    assert len(lengths) == 15 and torch.equal(lengths > 0, keep[3:])
+    torch.testing.assert_close(batch.rewards, random_rewards(18)[3:])
+    sampled_tokens = sum(len(s.tokens) for r, k in zip(rollouts, keep, strict=True) if k for s in r.segments)
+    assert int(batch.loss_mask.sum()) == sampled_tokens
+    kept = [r for r, k in zip(rollouts, keep, strict=True) if k]
+    alone = torch.cat([packed(policy, [r], 1)[0].tokens for r in kept])
+    assert torch.equal(batch.tokens, alone)
+
+
+def test_nothing_kept_leaves_one_batch_without_loss(policy: JanusPolicy, rollouts: list[Rollout]) -> None:
+    """Every rank has a forward pass to take part in; it teaches nothing."""
+    (batch,) = packed(policy, rollouts, 3, keep=torch.zeros(18, dtype=torch.bool))
+    assert batch.num_tokens > 0 and not batch.loss_mask.any()
+    assert batch.cu_seqlens.diff().tolist() == [batch.num_tokens, 0, 0] and batch.group_offsets.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("num_rewards", "num_keep", "group"), [(4, 4, 3), (3, 4, 2), (4, 3, 2)], ids=["group", "rewards", "keep"]
+)
+def test_sizes_that_do_not_fit_are_refused(policy: JanusPolicy, num_rewards: int, num_keep: int, group: int) -> None:
+    rollouts = [by_hand([1], given("text", [2]))] * 4
+    with pytest.raises(ValueError, match="pack: expected S = P \\* G rollouts"):
+        pack(policy, rollouts, torch.zeros(num_rewards, 2), torch.ones(num_keep, dtype=torch.bool),
+             num_generations=group, max_tokens=10)  # fmt: skip
+
+
+def test_the_packed_axis_is_what_was_fed_while_sampling(policy: JanusPolicy, tmp_path: Path) -> None:
+    """A truncated text is followed by the hand-over just as an ended one is."""
+    from syncr1.engine.rollout import Sampling, generate
+
+    (rollout,) = generate(policy, [make_prompt("draw it.", CHAIN)], Sampling(num_generations=1, max_text_tokens=1))
+    (batch,) = packed(policy, [rollout], 1)
+    text, image = rollout.segments
+    expected = [*rollout.prompt_tokens.tolist(), *text.tokens.tolist(), policy.image_start, *image.tokens.tolist()]
+    assert batch.tokens.tolist() == expected
+    moved = batch.to(torch.device("cpu"))
+    assert moved.ref_logp is None and torch.equal(moved.tokens, batch.tokens) and moved is not batch
+    assert replace(batch, old_logp=batch.sampled_logp).old_logp is batch.sampled_logp
