@@ -65,7 +65,9 @@ def prepare_data(config: SyncR1Config) -> Path:
     return root
 
 
-def prepare_policy(config: SyncR1Config, settings: BaseSettings | None = None, report: Report | None = None) -> JanusPolicy:
+def prepare_policy(
+    config: SyncR1Config, settings: BaseSettings | None = None, report: Report | None = None
+) -> JanusPolicy:
     """The starting point: the user's checkpoint, or the tiny base, trained on first use."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     if config.model is not None:
@@ -94,7 +96,9 @@ def build_reward_set(config: SyncR1Config, policy: JanusPolicy, prompts: Sequenc
     return build_rewards(
         features=frozen.vision_features,
         image_size=policy.image_size,
-        scorer=posterior_scorer(checker_of(policy).posterior, VALUES) if any(prompt.attributes for prompt in prompts) else None,
+        scorer=posterior_scorer(checker_of(policy).posterior, VALUES)
+        if any(prompt.attributes for prompt in prompts)
+        else None,
         caption_logp=None if named else CaptionLikelihood(frozen),
         identity_weight=config.identity_weight,
         judge_weight=config.judge_weight,
@@ -116,10 +120,20 @@ def build_preview(config: SyncR1Config, rewards: RewardSet) -> PreviewGate | Non
 
     def scorer(prompts: Sequence[Prompt], texts: Sequence[str], images: Tensor) -> Tensor:
         partial = [
-            Rollout(prompt=prompt, member=0, prompt_tokens=torch.zeros(0), prompt_image=None, segments=(), text=text, image=image)
+            Rollout(
+                prompt=prompt,
+                member=0,
+                prompt_tokens=torch.zeros(0),
+                prompt_image=None,
+                segments=(),
+                text=text,
+                image=image,
+            )
             for prompt, text, image in zip(prompts, texts, images.cpu(), strict=True)
         ]
-        return combine(score(partial, rewards.functions, timeout=config.reward_timeout).values, weights, renormalise=True)
+        return combine(
+            score(partial, rewards.functions, timeout=config.reward_timeout).values, weights, renormalise=True
+        )
 
     return PreviewGate(scorer, fraction=config.preview_fraction, threshold=config.preview_threshold,
                        acceptance=config.preview_acceptance, max_attempts=config.preview_max_attempts)  # fmt: skip

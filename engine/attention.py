@@ -58,7 +58,9 @@ class PackedLayout:
         pieces, places = [], []
         for index, real in self._buckets:
             q, k, v = (x[index].transpose(1, 2) for x in (query_THE, key_TKE, value_TKE))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
             pieces.append(out.transpose(1, 2)[real])
             places.append(index[real])
         order = torch.cat(places).argsort()
@@ -143,7 +145,9 @@ class KVCache:
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                scaling: float, layout: AttentionLayout | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
     if layout is None:
-        raise ValueError("syncr1 attention: expected layout=PackedLayout(...) or KVCache, got none; call the policy's `trunk`")
+        raise ValueError(
+            "syncr1 attention: expected layout=PackedLayout(...) or KVCache, got none; call the policy's `trunk`"
+        )
     assert attention_mask is None, "the layout decides what is seen; a mask would be ignored"
     return layout.attend(module.layer_idx, query, key, value, scaling), None
 

@@ -37,7 +37,9 @@ class PreviewGate:
         max_attempts: tries per trajectory.
     """
 
-    def __init__(self, scorer: PreviewScorer, *, fraction: float, threshold: float | None, acceptance: float, max_attempts: int) -> None:
+    def __init__(
+        self, scorer: PreviewScorer, *, fraction: float, threshold: float | None, acceptance: float, max_attempts: int
+    ) -> None:
         self._scorer = scorer
         self.fraction = fraction
         self.threshold = threshold

@@ -48,7 +48,7 @@ class Learner:
 
     Args:
         policy: a `Policy`; moved to the device and wrapped by DeepSpeed.
-        objective: the loss's settings; `beta > 0` keeps a frozen copy of the policy as the reference.
+        objective: the loss's settings; a KL term keeps a frozen copy of the policy as the reference.
         settings: optimizer and ZeRO.
     """
 
@@ -57,7 +57,7 @@ class Learner:
         init_distributed()
         self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _on_cuda() else torch.device("cpu")
         self._reference: PolicyForward | None = None
-        if objective.beta > 0:
+        if objective.needs_reference:
             frozen = copy.deepcopy(policy).module.requires_grad_(False).eval().to(self.device)
             self._reference = PolicyForward(frozen, objective)
         forward = PolicyForward(policy, objective)

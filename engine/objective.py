@@ -34,12 +34,18 @@ class Objective:
     clip_high: float = 0.2
     delta: float | None = None
     beta: float = 0.0
+    anchor_beta: float = 0.0
+    """KL weight on batches of anchors."""
     scale: str = "group"
     temperature: float = 1.0
     credit: Literal["shared", "per_segment", "image_only"] = "shared"
     text_weight: float = 1.0
     image_weight: float = 1.0
     max_length: int | None = None
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0 or self.anchor_beta > 0
 
 
 class PolicyForward(nn.Module):
@@ -55,7 +61,9 @@ class PolicyForward(nn.Module):
         self.policy = policy.module
         self.objective = objective
 
-    def forward(self, batch: PackedBatch, num_items: dict[str, float] | None = None, share: float = 1.0) -> dict[str, Tensor]:
+    def forward(
+        self, batch: PackedBatch, num_items: dict[str, float] | None = None, share: float = 1.0
+    ) -> dict[str, Tensor]:
         """
         Args:
             batch: one micro-batch.
@@ -77,7 +85,8 @@ class PolicyForward(nn.Module):
         out = linear_grpo_loss(
             streams, rewards, batch.cu_seqlens, batch.group_offsets,
             loss_mask=batch.loss_mask, modality=batch.modality, old_logp=batch.old_logp, ref_logp=batch.ref_logp,
-            loss_type="dapo" if o.loss_type == "bnpo" else o.loss_type, ratio=o.ratio, clip_low=o.clip_low, clip_high=o.clip_high, delta=o.delta, beta=o.beta,
+            loss_type="dapo" if o.loss_type == "bnpo" else o.loss_type, ratio=o.ratio, clip_low=o.clip_low, clip_high=o.clip_high, delta=o.delta,
+            beta=o.anchor_beta if batch.anchor else o.beta,
             scale="none" if o.scale == "batch" else o.scale, num_items=num_items, max_length=o.max_length, weight=weights,
         )  # fmt: skip
         metrics = {f"metric/{name}": value for name, value in out.metrics.items()}

@@ -8,6 +8,7 @@ Dims: T packed tokens, S sequences, P groups, G members, K rewards, R image-embe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def pack(policy: Policy, rollouts: Sequence[Rollout], rewards_SK: Tensor, keep_S
         max_tokens: token budget of a micro-batch.
 
     Returns:
-        Micro-batches in the order of the groups. Groups without a kept trajectory appear in none. With nothing kept
+        Micro-batches in the order of the groups, anchors apart and last. Groups without a kept trajectory appear in none. With nothing kept
         at all there is one batch whose loss mask is empty, so that every rank has a forward pass to take part in.
     """
     S, G = len(rollouts), num_generations
@@ -43,10 +44,14 @@ def pack(policy: Policy, rollouts: Sequence[Rollout], rewards_SK: Tensor, keep_S
         dummy = keep_S.clone()
         dummy[0] = True
         return [_pack_groups(policy, rollouts, rewards_SK, dummy, [range(G)], learn=False)]
-    return [
-        _pack_groups(policy, rollouts, rewards_SK, keep_S, chunk, learn=True)
-        for chunk in _chunks(groups, [_length(rollout) * bool(k) for rollout, k in zip(rollouts, keep_S, strict=True)], max_tokens)
-    ]
+    lengths = [_length(rollout) * bool(k) for rollout, k in zip(rollouts, keep_S, strict=True)]
+    batches = []
+    for anchor in (False, True):
+        mine = [group for group in groups if rollouts[group.start].prompt.rewarded is not anchor]
+        for chunk in _chunks(mine, lengths, max_tokens):
+            batch = _pack_groups(policy, rollouts, rewards_SK, keep_S, chunk, learn=True)
+            batches.append(replace(batch, anchor=anchor))
+    return batches
 
 
 def _length(rollout: Rollout) -> int:
@@ -65,7 +70,8 @@ def _chunks(groups: list[range], lengths: list[int], max_tokens: int) -> Iterato
             chunk, used = [], 0
         chunk.append(group)
         used += size
-    yield chunk
+    if chunk:
+        yield chunk
 
 
 def _pack_groups(policy: Policy, rollouts: Sequence[Rollout], rewards_SK: Tensor, keep_S: Tensor, groups: list[range], *,

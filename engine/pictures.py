@@ -16,7 +16,8 @@ from torch import Tensor
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger pictures are refused before they are decoded (a decompression bomb is a small file)."""
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""Pillow opens a phone's MPO as JPEG; named here, it would raise KeyError."""
 
 
 class PictureError(ValueError):
@@ -32,11 +33,15 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
-                raise PictureError(f"{path}: {picture.width}x{picture.height} pixels; at most {MAX_PIXELS} are read; shrink it")
+                raise PictureError(
+                    f"{path}: {picture.width}x{picture.height} pixels; at most {MAX_PIXELS} are read; shrink it"
+                )
             picture.load()
             return _rgb(ImageOps.exif_transpose(picture))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise PictureError(f"{path}: cannot be read as a picture ({error}); expected one of {', '.join(FORMATS)}") from error
+        raise PictureError(
+            f"{path}: cannot be read as a picture ({error}); expected one of {', '.join(FORMATS)}"
+        ) from error
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -64,4 +69,6 @@ def _load_small(path: Path, size: int) -> Tensor:
 
 def load_pictures(paths: Sequence[Path], size: int) -> Tensor:
     """[n, 3, size, size] float32 in [0, 1]."""
-    return torch.stack([_load_small(path, size) if size <= 64 else to_tensor(open_picture(path), size) for path in paths])
+    return torch.stack(
+        [_load_small(path, size) if size <= 64 else to_tensor(open_picture(path), size) for path in paths]
+    )

@@ -1,7 +1,7 @@
 """Records for one step: a UnifyBench++ folder -> `Prompt`s, and the stream that a training run draws them from.
 
 Reasoning (Sync-R1's mode r) turns an implicit prompt into an explicit description and draws it; understanding (mode u)
-answers a question and then draws the concept.  Both are one trajectory.  Training sees `concept/train` alone,
+answers a question and then draws the concept; both are one trajectory.  Drawing prompts are drawn at once.  Training sees `concept/train` alone,
 evaluation `concept/test` alone; anchors are general prompts without a reward, held in place by the KL term.
 """
 
@@ -63,6 +63,7 @@ def load_training_prompts(root: Path, *, chain_understanding: bool = True) -> li
         found = [
             *_reasoning(concept, references, held_out=False),
             *_understanding(concept, references, chain_understanding),
+            *_drawings(concept, references, held_out=False),
         ]
         if not found:
             raise DataError(f"{concept.train}: nothing to train on; add conversations.json or t2i_conditions.json")
@@ -146,7 +147,7 @@ def load_benchmark(root: Path) -> dict[str, list[Prompt]]:
         references = photos(root, concept.test)
         prompts += _held_out_questions(concept)
         prompts += _reasoning(concept, references, held_out=True)
-        prompts += _drawings(concept, references)
+        prompts += _drawings(concept, references, held_out=True)
     if not prompts:
         raise DataError(
             f"{root / 'concept' / 'test'}: nothing to evaluate on; add vqa.json, text_only.json or t2i_conditions.json"
@@ -174,13 +175,18 @@ def _held_out_questions(concept: ConceptFolder) -> list[Prompt]:
     return [_asked(concept, q, task, f"test/{concept.name}/{task}/{index}") for index, (task, q) in enumerate(found)]
 
 
-def _drawings(concept: ConceptFolder, references: tuple[Path, ...]) -> list[Prompt]:
-    """Image-only tasks: pure_gen and dense_gen."""
-    conditions, folder = concept.conditions(held_out=True)
-    explicit, dense = PAIRS["rea"][1], "dense_prompt_generation"
-    shared = concept.shared_prompts()
+def _drawings(concept: ConceptFolder, references: tuple[Path, ...], *, held_out: bool) -> list[Prompt]:
+    """Image-only tasks: pure_gen draws a personalised prompt without reasoning about it first, dense_gen a dense one.
+
+    Evaluation takes pure_gen from `prompts_to_eval.json` where the folder has it, as UnifyBench++ does.
+    """
+    conditions, folder = concept.conditions(held_out=held_out)
+    split = "test" if held_out else "train"
+    shared = concept.shared_prompts() if held_out else []
+    implicit, explicit = PAIRS["rea"]
+    dense = "dense_prompt_generation"
     tasks: list[tuple[str, list[str], str | None]] = [
-        ("pure_gen", shared or conditions.get(explicit, []), None if shared else explicit),
+        ("pure_gen", shared or conditions.get(implicit, conditions.get(explicit, [])), None if shared else explicit),
         ("dense_gen", conditions.get(dense, []), dense),
     ]
     prompts = []
@@ -189,7 +195,7 @@ def _drawings(concept: ConceptFolder, references: tuple[Path, ...]) -> list[Prom
         for index, (text, attributes) in enumerate(zip(texts, wanted, strict=True)):
             prompts.append(
                 Prompt(
-                    id=f"test/{concept.name}/{task}/{index}",
+                    id=f"{split}/{concept.name}/{task}/{index}",
                     task=task,
                     text=text,
                     segments=IMAGE_ONLY,
@@ -376,11 +382,20 @@ class _Pile:
         return self.items[self._order[index]]
 
 
+MODE_SHARES = {"reasoning": 0.4, "drawing": 0.2, "understanding": 0.4}
+"""Share of a step's rewarded prompts: Sync-R1's modes r and u alike, and direct drawing, which neither exercises."""
+DRAWING_TASKS = ("pure_gen", "dense_gen")
+
+
+def _mode(task: str) -> str:
+    return "reasoning" if task in PAIRS else "drawing" if task in DRAWING_TASKS else "understanding"
+
+
 def _shares(tasks: Mapping[str, Sequence[Prompt]], weights: Mapping[str, float] | None) -> dict[str, float]:
     """Share of each task, in name order; sums to 1."""
     if weights is None:
-        modes = [[task for task in sorted(tasks) if (task in PAIRS) is reasoning] for reasoning in (True, False)]
-        weights = {task: 1.0 / len(mode) for mode in modes for task in mode}
+        modes = {mode: [task for task in sorted(tasks) if _mode(task) == mode] for mode in MODE_SHARES}
+        weights = {task: MODE_SHARES[mode] / len(mine) for mode, mine in modes.items() for task in mine}
     unknown = sorted(set(weights) - set(tasks))
     total = sum(weights.values())
     if unknown or total <= 0 or min(weights.values()) < 0:

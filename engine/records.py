@@ -116,6 +116,8 @@ class PackedBatch:
     """[R, D] float32: frozen vision-tower embeddings of the prompts' images."""
     sampled_logp: Tensor
     """[T] float32: the sampler's conditional log-probability; NaN where nothing was sampled. Diagnostics only."""
+    anchor: bool = False
+    """True for a batch of anchors, which are held harder than what is being trained."""
     old_logp: Tensor | None = None
     """[T] float32: the trainer's own forward before the first update."""
     ref_logp: Tensor | None = None
@@ -131,8 +133,8 @@ class PackedBatch:
         return PackedBatch(**moved)
 
 
-def _move(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device, non_blocking=True)
+def _move(value: Tensor | bool | None, device: torch.device) -> Tensor | bool | None:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

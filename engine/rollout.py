@@ -63,7 +63,9 @@ class Preview(Protocol):
 
 
 @torch.no_grad()
-def generate(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None = None) -> list[Rollout]:
+def generate(
+    policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None = None
+) -> list[Rollout]:
     """Samples `num_generations` trajectories of each prompt.
 
     Args:
@@ -229,7 +231,9 @@ def _sample_text(policy: Policy, branch: _Branch, rows: list[tuple[Prompt, int]]
         alive = alive & ~torch.isin(sample.token, ends)
         if not bool(alive.any()):
             break
-    stacked = [torch.stack([getattr(s, name) for s in samples], 1).cpu() for name in ("token", "logp", "logp_mixed", "entropy")]
+    stacked = [
+        torch.stack([getattr(s, name) for s in samples], 1).cpu() for name in ("token", "logp", "logp_mixed", "entropy")
+    ]
     unfinished = alive.cpu()
     return [
         _segment("text", [column[i, :length] for column in stacked], truncated=bool(unfinished[i]))

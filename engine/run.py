@@ -50,7 +50,9 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
     if not anchors and config.anchor_fraction > 0:
         display.note("no general/train in the data: training without anchors")
     display.note(f"{len(prompts)} training prompts, {len(anchors)} anchors, from {root}")
-    stream = PromptStream(prompts, anchors, config.seed, config.prompts_per_step, config.anchor_fraction, rank, world_size)
+    stream = PromptStream(
+        prompts, anchors, config.seed, config.prompts_per_step, config.anchor_fraction, rank, world_size
+    )
     rewards = build_reward_set(config, policy, prompts)
     evaluator = one_at_a_time(lambda: Evaluator(config, policy, root)) if config.eval_samples else None
     learner = Learner(policy, objective_of(config, policy.num_image_tokens), settings_of(config))
@@ -102,6 +104,7 @@ def objective_of(config: SyncR1Config, num_image_tokens: int) -> Objective:
         clip_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
         delta=config.delta,
         beta=config.beta,
+        anchor_beta=config.anchor_beta if config.anchor_fraction > 0 else 0.0,
         scale=config.scale_rewards,
         temperature=config.temperature,
         credit=config.credit,

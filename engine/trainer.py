@@ -97,14 +97,18 @@ class Trainer:
         if c.credit == "per_segment":
             rewards = {"text": credit_S2[:, 0], "image": credit_S2[:, 1]}
         offsets = torch.arange(0, len(rollouts) + 1, c.num_generations, dtype=torch.int32)
-        keep = dgs_select(rewards, offsets, rule=c.dgs, mass=c.dgs_mass, keep=c.dgs_keep, seed=c.seed * 100_003 + self.step)
+        keep = dgs_select(
+            rewards, offsets, rule=c.dgs, mass=c.dgs_mass, keep=c.dgs_keep, seed=c.seed * 100_003 + self.step
+        )
         anchors = torch.tensor([not rollout.prompt.rewarded for rollout in rollouts])
-        return keep | anchors if c.beta > 0 else keep & ~anchors
+        return keep | anchors if c.anchor_beta > 0 else keep & ~anchors
 
     def _batch_std(self, credit_S2: Tensor) -> Tensor:
         """[2]: standard deviation of all of the step's rewards, over ranks, which no micro-batch knows."""
         valid, values = ~credit_S2.isnan(), credit_S2.nan_to_num(nan=0.0).double()
-        count, total, squares = self.learner.all_reduce(torch.stack([valid.double().sum(0), values.sum(0), values.square().sum(0)]))
+        count, total, squares = self.learner.all_reduce(
+            torch.stack([valid.double().sum(0), values.sum(0), values.square().sum(0)])
+        )
         variance = (squares - total.square() / count.clamp(min=1)).clamp(min=0) / (count - 1).clamp(min=1)
         return (variance.sqrt() + 1e-4).float()
 

@@ -1,8 +1,8 @@
 """Sync-R1: one reasoning loop in which text and then image tokens are sampled, scored together and trained together.
 
-    python recipes/sync_r1.py                                   the embedded default: no model, no data, no GPU needed
-    python recipes/sync_r1.py --model JANUS --data FOLDER       a Janus checkpoint on a UnifyBench++ folder
-    python recipes/sync_r1.py --help                            every setting
+python recipes/sync_r1.py                                   the embedded default: no model, no data, no GPU needed
+python recipes/sync_r1.py --model JANUS --data FOLDER       a Janus checkpoint on a UnifyBench++ folder
+python recipes/sync_r1.py --help                            every setting
 """
 
 from __future__ import annotations

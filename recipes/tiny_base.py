@@ -40,9 +40,9 @@ def main() -> None:
     settings = BaseSettings(seed=arguments.seed)
     if arguments.steps is not None:
         settings = replace(settings, steps=arguments.steps)
-    train_base(settings, lambda step, loss: print(f"step {step + 1}/{settings.steps}  loss {loss:.3f}", flush=True)).save(
-        arguments.output_dir
-    )
+    train_base(
+        settings, lambda step, loss: print(f"step {step + 1}/{settings.steps}  loss {loss:.3f}", flush=True)
+    ).save(arguments.output_dir)
     print(f"saved {arguments.output_dir}")
 
 

@@ -1,4 +1,4 @@
-"""Real small policies, trajectories, photographs and runs for the tests of the engine; as a script, one rank of several.
+"""Real small policies, trajectories, photos and processes for the tests of the engine; as a script, one rank of two.
 
 `torchrun --nproc_per_node 2 tests/helpers.py OUT` is the worker of `test_learner.py`.
 """
@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -29,7 +30,7 @@ from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout, Segment, SegmentKind
 from syncr1.engine.rollout import Sampling, generate
 from syncr1.engine.world.attributes import CONCEPTS, LOOKS
-from syncr1.engine.world.base_model import corpus
+from syncr1.engine.world.base_model import BaseSettings, corpus, train_base
 from syncr1.engine.world.render import render
 from syncr1.engine.world.tiny_janus import build_policy
 
@@ -97,7 +98,9 @@ class PlainJanus:
         return logits.index_fill(-1, torch.tensor(never), -torch.inf)
 
     @torch.no_grad()
-    def replay(self, rollout: Rollout, *, temperature: float = 1.0, cfg_weight: float = 1.0, shift: int = 0) -> dict[str, Tensor]:
+    def replay(
+        self, rollout: Rollout, *, temperature: float = 1.0, cfg_weight: float = 1.0, shift: int = 0
+    ) -> dict[str, Tensor]:
         """Teacher-forced log-probabilities of a trajectory: `text`, `image` (conditional) and `image_mixed`.
 
         `shift` scores every image token that many positions late (the fault that the replay must be able to see).
@@ -155,7 +158,9 @@ def all_kinds_of_prompts(folder: Path) -> list[Prompt]:
     ]
 
 
-def sampled(policy: JanusPolicy, folder: Path, *, num_generations: int = 3, cfg_weight: float = 2.0, seed: int = 0) -> list[Rollout]:
+def sampled(
+    policy: JanusPolicy, folder: Path, *, num_generations: int = 3, cfg_weight: float = 2.0, seed: int = 0
+) -> list[Rollout]:
     sampling = Sampling(num_generations=num_generations, cfg_weight=cfg_weight, max_text_tokens=8, seed=seed)
     return generate(policy, all_kinds_of_prompts(folder), sampling)
 
@@ -176,6 +181,32 @@ def given(kind: SegmentKind, tokens: Sequence[int]) -> Segment:
     """A segment with chosen tokens and log-probabilities -1, -2, …"""
     logp = -torch.arange(1.0, len(tokens) + 1)
     return Segment(kind=kind, tokens=torch.tensor(tokens), logp=logp, logp_mixed=logp, entropy=logp.abs())
+
+
+# Shared by a session --------------------------------------------------------------------------------------------------
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of the session, made by whichever module asks first."""
+    folder = factory.getbasetemp() / name
+    if not folder.exists():
+        make(folder)
+    return folder
+
+
+def world_folder(factory: pytest.TempPathFactory) -> Path:
+    """The rendered world, as a run without `--data` makes it."""
+    from syncr1.engine.world.disk import write_world
+    from syncr1.engine.world.general import write_general
+
+    return made_once(factory, "world", lambda folder: write_general(write_world(folder)))
+
+
+def short_base(factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that has learnt a little: seconds instead of the whole base."""
+    return made_once(
+        factory, "short_base", lambda folder: train_base(BaseSettings(steps=60, photo_pool=400)).save(folder)
+    )
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -205,7 +236,9 @@ def environment(cache_dir: Path | None = None) -> dict[str, str]:
 def torchrun(*arguments: str, cache_dir: Path | None = None, timeout: float = 240) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "127.0.0.1:0", *arguments]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment(cache_dir), capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(cache_dir), capture_output=True, text=True, timeout=timeout
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
 
@@ -218,7 +251,9 @@ def weights_of(learner: Any) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def learn(stage: int, batches: Sequence[PackedBatch], *, failing: bool = False, seed: int = 0, **objective: Any) -> tuple[dict[str, Any], Any]:
+def learn(
+    stage: int, batches: Sequence[PackedBatch], *, failing: bool = False, seed: int = 0, **objective: Any
+) -> tuple[dict[str, Any], Any]:
     """Two updates from the same starting point; `failing`: an error inside `sampling()` comes between them."""
     from syncr1.engine.learner import Learner, LearnerSettings
     from syncr1.engine.objective import Objective
@@ -228,7 +263,9 @@ def learn(stage: int, batches: Sequence[PackedBatch], *, failing: bool = False, 
     losses, norms = [], []
     for _ in range(2):
         metrics = learner.update(learner.score(batches))
-        losses.append(float(learner.all_reduce(torch.tensor(metrics["loss"], dtype=torch.float64))) / learner.world_size)
+        losses.append(
+            float(learner.all_reduce(torch.tensor(metrics["loss"], dtype=torch.float64))) / learner.world_size
+        )
         norms.append(metrics["grad_norm"])
         if failing:
             try:

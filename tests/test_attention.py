@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
@@ -39,7 +40,10 @@ def offsets(lengths: tuple[int, ...]) -> Tensor:
 def run_packed(model: LlamaModel, embeddings: Tensor, lengths: tuple[int, ...]) -> Tensor:
     positions = torch.cat([torch.arange(n) for n in lengths])
     return model(
-        inputs_embeds=embeddings[None], position_ids=positions[None], layout=PackedLayout(offsets(lengths)), use_cache=False
+        inputs_embeds=embeddings[None],
+        position_ids=positions[None],
+        layout=PackedLayout(offsets(lengths)),
+        use_cache=False,
     ).last_hidden_state[0]
 
 
@@ -76,7 +80,7 @@ def test_no_sequence_sees_another() -> None:
     embeddings = torch.randn(sum(LENGTHS), WIDTH)
     before = run_packed(ours, embeddings, LENGTHS)
     bounds = offsets(LENGTHS).tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         if start == end:
             continue
         changed = embeddings.clone()
@@ -101,7 +105,9 @@ def test_one_long_packed_axis_would_leak() -> None:
     embeddings = torch.randn(20, WIDTH)
     positions = torch.cat([torch.arange(10), torch.arange(10)])[None]
     layout = PackedLayout(torch.tensor([0, 20], dtype=torch.int32))
-    leaky = ours(inputs_embeds=embeddings[None], position_ids=positions, layout=layout, use_cache=False).last_hidden_state[0]
+    leaky = ours(
+        inputs_embeds=embeddings[None], position_ids=positions, layout=layout, use_cache=False
+    ).last_hidden_state[0]
     assert (leaky - run_alone(plain, embeddings, (10, 10))).abs().max() > 0.1
 
 
@@ -123,7 +129,9 @@ def feed(model: LlamaModel, cache: KVCache, embeddings: Tensor, valid: Tensor, s
     """[B, N, D] through the cache; `seen` [B] counts the valid tokens before and is advanced."""
     positions = (seen[:, None] + valid.cumsum(1) - 1).clamp(min=0)
     seen += valid.sum(1)
-    return model(inputs_embeds=embeddings, position_ids=positions, layout=cache.extend(valid), use_cache=False).last_hidden_state
+    return model(
+        inputs_embeds=embeddings, position_ids=positions, layout=cache.extend(valid), use_cache=False
+    ).last_hidden_state
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -139,7 +147,9 @@ def test_cache_with_padding_and_gaps_equals_the_full_forward(kv_heads: int) -> N
     embeddings = torch.randn(rows, prefill + steps, WIDTH, dtype=torch.float64)
     cache, seen = make_cache(rows, prefill + steps, kv_heads), torch.zeros(rows, dtype=torch.long)
     hidden = [feed(ours, cache, embeddings[:, :prefill], valid[:, :prefill], seen)]
-    hidden += [feed(ours, cache, embeddings[:, i : i + 1], valid[:, i : i + 1], seen) for i in range(prefill, prefill + steps)]
+    hidden += [
+        feed(ours, cache, embeddings[:, i : i + 1], valid[:, i : i + 1], seen) for i in range(prefill, prefill + steps)
+    ]
     together = torch.cat(hidden, 1)
     assert together.isfinite().all()
     for row in range(rows):
@@ -148,7 +158,7 @@ def test_cache_with_padding_and_gaps_equals_the_full_forward(kv_heads: int) -> N
 
 
 def test_rows_crop_and_write_rows() -> None:
-    """Protects preview restarts: copies are independent, cropped columns are forgotten, written rows continue as theirs."""
+    """Protects preview restarts: copies are independent, cropped columns are forgotten, written rows go on."""
     ours, plain = make_models(2, torch.float64)
     start = torch.randn(2, 4, WIDTH, dtype=torch.float64)
     everyone = torch.ones(2, 1, dtype=torch.bool)
@@ -176,7 +186,9 @@ def test_rows_crop_and_write_rows() -> None:
     group.crop(4)
     assert group.length == 4 and not group.valid[:, 4:].any()
     again = feed(ours, group, first, everyone[:1].expand(3, 2), torch.full((3,), 4))
-    torch.testing.assert_close(again[1, 1], run_alone(plain, torch.cat([start[0], first[1]]), (6,))[-1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        again[1, 1], run_alone(plain, torch.cat([start[0], first[1]]), (6,))[-1], rtol=0, atol=1e-12
+    )
 
 
 def test_a_full_cache_says_so() -> None:

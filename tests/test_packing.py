@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def by_hand(prompt_tokens: list[int], *segments: Segment, seen: Tensor | None = 
                    segments=segments)  # fmt: skip
 
 
-def pack_all(policy: JanusPolicy, rollouts: list[Rollout], keep: list[bool], group: int, budget: int = 1 << 30) -> list[PackedBatch]:
+def pack_all(
+    policy: JanusPolicy, rollouts: list[Rollout], keep: list[bool], group: int, budget: int = 1 << 30
+) -> list[PackedBatch]:
     rewards = torch.arange(2.0 * len(rollouts)).view(-1, 2)
     return pack(policy, rollouts, rewards, torch.tensor(keep), num_generations=group, max_tokens=budget)
 
@@ -52,7 +55,9 @@ def test_every_column_by_hand(policy: JanusPolicy) -> None:
     assert batch.loss_mask.int().tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 0, 1, 1]
     assert batch.position_ids.tolist() == [*range(10), *range(4), *range(3)]
     assert batch.cu_seqlens.tolist() == [0, 10, 10, 14, 17] and batch.group_offsets.tolist() == [0, 2, 4]
-    assert batch.rewards.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]], "a pruned member's reward stays in the statistics"
+    assert batch.rewards.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]], (
+        "a pruned member's reward stays in the statistics"
+    )
     assert batch.image_rows.tolist() == [1, 2, 11, 12]
     assert torch.equal(batch.image_embeddings, torch.cat([seen, seen + 10]))
     assert batch.sampled_logp[batch.loss_mask].tolist() == [-1, -2, -3, -1, -2, -1, -1, -2]
@@ -71,7 +76,7 @@ def test_budgets_cut_between_groups_only(policy: JanusPolicy, rollouts: list[Rol
             groups = batch.group_offsets.diff()
             assert (groups == 3).all() and int(groups.sum()) == len(batch.rewards) == batch.cu_seqlens.numel() - 1
             assert batch.num_tokens <= budget or len(groups) == 1
-        for a, b in zip(batches[:-1], batches[1:], strict=True):
+        for a, b in itertools.pairwise(batches):
             first_group_of_b = int(b.cu_seqlens[int(b.group_offsets[1])])
             assert a.num_tokens + first_group_of_b > budget, "the next group would have fitted"
         for name in ("tokens", "modality", "loss_mask", "position_ids", "rewards", "image_embeddings"):
@@ -100,6 +105,18 @@ def test_nothing_kept_leaves_one_batch_without_loss(policy: JanusPolicy, rollout
     (batch,) = packed(policy, rollouts, 3, keep=torch.zeros(18, dtype=torch.bool))
     assert batch.num_tokens > 0 and not batch.loss_mask.any()
     assert batch.cu_seqlens.diff().tolist() == [batch.num_tokens, 0, 0] and batch.group_offsets.tolist() == [0, 3]
+
+
+def test_anchors_lie_in_batches_of_their_own(policy: JanusPolicy, rollouts: list[Rollout]) -> None:
+    """Marked as such, after the others, none lost: they have their own KL weight."""
+    mixed = [replace(r, prompt=replace(r.prompt, rewarded=i // 3 not in (1, 4))) for i, r in enumerate(rollouts)]
+    batches = packed(policy, mixed, 3)
+    assert [batch.anchor for batch in batches] == [False, True]
+    torch.testing.assert_close(batches[1].rewards, random_rewards(18)[[3, 4, 5, 12, 13, 14]])
+    torch.testing.assert_close(batches[0].rewards, random_rewards(18)[[0, 1, 2, 6, 7, 8, 9, 10, 11, 15, 16, 17]])
+    assert sum(batch.num_tokens for batch in batches) == packed(policy, rollouts, 3)[0].num_tokens
+    only = packed(policy, [replace(r, prompt=replace(r.prompt, rewarded=False)) for r in rollouts], 3)
+    assert [batch.anchor for batch in only] == [True]
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,9 @@ def test_same_seed_same_draws_and_every_other_key_differs(policy: JanusPolicy, p
 
 
 @pytest.mark.parametrize("preview", [False, True])
-def test_a_prompt_draws_the_same_alone_and_in_a_batch(policy: JanusPolicy, prompts: list[Prompt], preview: bool) -> None:
+def test_a_prompt_draws_the_same_alone_and_in_a_batch(
+    policy: JanusPolicy, prompts: list[Prompt], preview: bool
+) -> None:
     """Protects reproducibility over ranks and micro-batches: neighbours, padding and group size change nothing."""
     sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8)
     gate = Gate(threshold=0.5, max_attempts=3) if preview else None
@@ -192,7 +194,7 @@ def test_text_holds_no_forbidden_id(policy: JanusPolicy) -> None:
     eager = sharp_policy()
     forbidden = [i for i in eager.tokenizer.all_special_ids if i not in eager.end_tokens]
     with torch.no_grad():
-        eager.model.lm_head.weight[forbidden] = 5 * eager.model.lm_head.weight[list(eager.end_tokens)[0]]
+        eager.model.lm_head.weight[forbidden] = 5 * eager.model.lm_head.weight[next(iter(eager.end_tokens))]
     rollouts = generate(eager, [make_prompt("who?", ("text",))], Sampling(num_generations=16, max_text_tokens=8))
     texts = segments_of(rollouts, "text")
     assert not torch.isin(torch.cat([s.tokens for s in texts]), torch.tensor(forbidden)).any()
@@ -205,13 +207,17 @@ def test_decoded_text_and_pictures_are_those_of_the_tokens(policy: JanusPolicy, 
     for rollout in generate(policy, prompts, Sampling(num_generations=2, max_text_tokens=8)):
         by_kind = {segment.kind: segment for segment in rollout.segments}
         assert tuple(by_kind) == rollout.prompt.segments
-        expected = policy.tokenizer.decode(by_kind["text"].tokens, skip_special_tokens=True).strip() if "text" in by_kind else ""
+        expected = (
+            policy.tokenizer.decode(by_kind["text"].tokens, skip_special_tokens=True).strip()
+            if "text" in by_kind
+            else ""
+        )
         assert rollout.text == expected
         if "image" not in by_kind:
             assert rollout.image is None
             continue
         assert rollout.image is not None and rollout.image.shape == (3, policy.image_size, policy.image_size)
-        assert 0 <= rollout.image.min() and rollout.image.max() <= 1
+        assert rollout.image.min() >= 0 and rollout.image.max() <= 1
         torch.testing.assert_close(rollout.image, policy.draw(by_kind["image"].tokens[None])[0], rtol=0, atol=1e-5)
 
 

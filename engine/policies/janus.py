@@ -38,7 +38,9 @@ class JanusPolicy(nn.Module):
         freeze_vision: no gradients for the vision tower, its aligner and the VQ model.
     """
 
-    def __init__(self, model: JanusForConditionalGeneration, processor: AutoProcessor, *, freeze_vision: bool = True) -> None:
+    def __init__(
+        self, model: JanusForConditionalGeneration, processor: AutoProcessor, *, freeze_vision: bool = True
+    ) -> None:
         super().__init__()
         self.model = model
         self.processor = processor
@@ -60,7 +62,9 @@ class JanusPolicy(nn.Module):
         self.register_buffer("_forbidden_text", torch.tensor(sorted(control - self.end_tokens)), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype = torch.float32, freeze_vision: bool = True) -> JanusPolicy:
+    def from_pretrained(
+        cls, name: str | Path, *, dtype: torch.dtype = torch.float32, freeze_vision: bool = True
+    ) -> JanusPolicy:
         """Loads a checkpoint folder or hub name in transformers' format; safetensors only, no remote code."""
         model = JanusForConditionalGeneration.from_pretrained(str(name), dtype=dtype, use_safetensors=True)
         return cls(model, AutoProcessor.from_pretrained(str(name)), freeze_vision=freeze_vision)
@@ -79,7 +83,9 @@ class JanusPolicy(nn.Module):
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         if prompt.image is not None:
             slots = self.tokenizer.image_token * self.processor.num_image_tokens
-            text = text.replace(self.tokenizer.image_token, f"{self.tokenizer.boi_token}{slots}{self.tokenizer.eoi_token}", 1)
+            text = text.replace(
+                self.tokenizer.image_token, f"{self.tokenizer.boi_token}{slots}{self.tokenizer.eoi_token}", 1
+            )
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
         bos = self.tokenizer.bos_token_id
         if bos is not None and (ids.numel() == 0 or int(ids[0]) != bos):

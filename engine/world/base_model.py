@@ -31,7 +31,7 @@ from syncr1.engine.world.texts import VOCABULARY
 from syncr1.engine.world.tiny_janus import build_policy
 
 MIX = {
-    "generic_vqa": 0.26,
+    "generic_vqa": 0.30,
     "generic_t2i": 0.20,
     "personal_qa": 0.10,
     "personal_vqa": 0.08,
@@ -56,7 +56,7 @@ class BaseSettings:
     """How the base is made; its cache is keyed by all of this."""
 
     seed: int = 0
-    steps: int = 450
+    steps: int = 1000
     batch: int = 40
     learning_rate: float = 2.5e-3
     photo_pool: int = 4000
@@ -71,6 +71,8 @@ class BaseSettings:
     """How often an attribute of a personal drawing is a random one."""
     chained_understanding: float = 0.5
     """Share of questions about a concept after whose answer the concept is drawn."""
+    direct_drawing: float = 0.35
+    """Share of personal drawing prompts that are drawn without describing the picture first."""
     drop_condition: float = 0.1
     """Share of drawings learnt without their prompt, for classifier-free guidance."""
 
@@ -126,12 +128,7 @@ class NoisyTeacher:
             text, look = None, item.look
         elif item.task == "personal_t2i":
             look = self._retold(item)
-            # Prompts that name the concept are reasoned about first; those that spell everything out are drawn at once.
-            text = (
-                None
-                if item.attribute in ("explicit", "explicit_dense", "dense", "named") and rng.random() < 0.5
-                else look.description()
-            )
+            text = None if rng.random() < s.direct_drawing else look.description()
             look = self._slipped(look)
         else:
             text, look = self._answer(item), None

@@ -27,7 +27,7 @@ _SALT: Final[dict[Split, int]] = {"train": 0x67656E30, "test": 0x67656E31}
 """Keeps these draws apart from every other use of the same seed, and the splits apart from each other."""
 
 
-def write_general(root: Path, *, seed: int = 0, num_items: int = 256) -> Path:
+def write_general(root: Path, *, seed: int = 0, num_items: int = 512) -> Path:
     """Write `root/general`, unless the same one lies there; the same arguments write the same bytes.
 
     Args:

@@ -73,7 +73,7 @@ WHO_QUESTIONS: Final[Wordings] = {
 }
 RECOGNITION_QUESTIONS: Final[Wordings] = {
     "train": ("is {c} in the photo?", "does the photo show {c}?", "can you see {c}?"),
-    "test": ("can you see {c} in the photo?", "is the creature in the photo {c}?"),
+    "test": ("can you see {c} in the photo?", "does the photo have {c}?"),
 }
 
 PROMPTS: Final[dict[str, Wordings]] = {

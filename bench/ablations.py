@@ -1,0 +1,220 @@
+"""Scores over seeds: the default run, DGS against its controls, and the three kinds of credit.
+
+    python bench/ablations.py --seeds 5 --jobs 2
+    python bench/ablations.py --gradient_variance
+
+Each seed trains its own tiny base and its own RL run (`recipes/`, as a user would); a variant changes settings of the RL
+run only, so variants are compared on the same bases.  Results go to bench/results/ablations.json, the table to stdout.
+Higher is better; scores are shares of held-out items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+VARIANTS: dict[str, list[str]] = {
+    "default": [],
+    "dgs_none": ["--dgs", "none"],
+    "dgs_random": ["--dgs", "random"],
+    "preview_off": ["--preview_fraction", "0"],
+    "credit_per_segment": ["--credit", "per_segment"],
+    "credit_shared": ["--credit", "shared"],
+    "credit_image_only": ["--credit", "image_only"],
+    "no_anchors": ["--anchor_fraction", "0"],
+}
+SUMMARY = (
+    "understanding/sampled", "understanding/greedy", "image/checker", "image/cnn",
+    "general_vqa/sampled", "general_vqa/greedy", "general_image/checker", "general_image/cnn",
+)  # fmt: skip
+
+
+def run_recipe(name: str, arguments: list[str], log: Path) -> float:
+    """Runs a recipe with one thread; returns its wall time in seconds."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    start = time.perf_counter()
+    with log.open("w") as out:
+        command = [sys.executable, str(ROOT / "recipes" / name), *arguments]
+        subprocess.run(command, env=environment, stdout=out, stderr=subprocess.STDOUT, check=True)
+    return time.perf_counter() - start
+
+
+def make_base(work: Path, seed: int) -> Path:
+    folder = work / f"base-{seed}"
+    if not (folder / "processor_config.json").is_file():
+        seconds = run_recipe(
+            "tiny_base.py", ["--seed", str(seed), "--output_dir", str(folder)], work / f"base-{seed}.log"
+        )
+        print(f"base {seed}: {seconds:.0f} s", flush=True)
+    return folder
+
+
+def make_run(work: Path, variant: str, seed: int, extra: list[str]) -> dict[str, float]:
+    """One RL run's scores and costs, flat."""
+    folder = work / f"{variant}-{seed}"
+    if not (folder / "report.html").is_file():
+        arguments = ["--model", str(work / f"base-{seed}"), "--seed", str(seed), "--output_dir", str(folder)]
+        seconds = run_recipe("sync_r1.py", [*arguments, *VARIANTS[variant], *extra], work / f"{variant}-{seed}.log")
+        print(f"{variant} seed {seed}: {seconds:.0f} s", flush=True)
+    return read_run(folder)
+
+
+def read_run(folder: Path) -> dict[str, float]:
+    scores = json.loads((folder / "scores.json").read_text())
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = {
+        f"{when}/{name}": value
+        for when in ("before", "after")
+        for name, value in scores[when].items()
+        if value is not None
+    }
+    found["seconds"] = sum(step["step_time"] for step in steps)
+    found["update_seconds"] = sum(step["seconds/update"] + step["seconds/score"] for step in steps)
+    found["trained_tokens"] = sum(step["num_tokens"] * (1 - step["dgs/tokens_saved_fraction"]) for step in steps)
+    found["tokens_saved"] = statistics.mean(step["dgs/tokens_saved_fraction"] for step in steps)
+    found["replay_logp_max_abs"] = max(step.get("rollout/replay_logp_max_abs") or 0.0 for step in steps)
+    return found
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: mean before -> after, change with its standard deviation over seeds, and the smallest change."""
+    lines = ["| variant | score | before | after | change | worst seed |", "|---|---|---|---|---|---|"]
+    for variant, runs in results.items():
+        for name in SUMMARY:
+            before = [run[f"before/summary/{name}"] for run in runs]
+            after = [run[f"after/summary/{name}"] for run in runs]
+            change = [a - b for a, b in zip(after, before, strict=True)]
+            spread = statistics.stdev(change) if len(change) > 1 else 0.0
+            mean = statistics.mean
+            lines.append(
+                f"| {variant} | {name} | {mean(before):.3f} | {mean(after):.3f} | {mean(change):+.3f} ± {spread:.3f} | {min(change):+.3f} |"
+            )
+    lines += ["", "| variant | tokens trained | saved | RL seconds | update seconds |", "|---|---|---|---|---|"]
+    for variant, runs in results.items():
+        cells = [
+            statistics.mean(run[key] for run in runs)
+            for key in ("trained_tokens", "tokens_saved", "seconds", "update_seconds")
+        ]
+        lines.append(f"| {variant} | {cells[0]:.0f} | {cells[1]:.1%} | {cells[2]:.0f} | {cells[3]:.0f} |")
+    return "\n".join(lines)
+
+
+def tasks_table(runs: list[dict[str, float]]) -> str:
+    """Markdown: every task's main scores, mean ± standard deviation over seeds."""
+    names = sorted(key.removeprefix("before/") for key in runs[0] if key.startswith("before/") and "summary" not in key)
+    main = [
+        n
+        for n in names
+        if n.split("/", 1)[1] in ("score/greedy", "score/sampled", "attributes/checker", "attributes/cnn")
+    ]
+    lines = ["| task | score | before | after | change |", "|---|---|---|---|---|"]
+    for name in main:
+        task, score = name.split("/", 1)
+        if score == "score/sampled" and f"{task}/attributes/checker" in names:
+            continue
+        before, after = ([run[f"{when}/{name}"] for run in runs] for when in ("before", "after"))
+        change = [a - b for a, b in zip(after, before, strict=True)]
+        cells = [
+            f"{statistics.mean(x):.3f} ± {statistics.stdev(x) if len(x) > 1 else 0.0:.3f}"
+            for x in (before, after, change)
+        ]
+        lines.append(f"| {task} | {score} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gradient_variance(model: Path, batches: int = 24, steps_ahead: int = 0) -> dict[str, dict[str, float]]:
+    """Noise of the policy gradient under each DGS rule, on the same rollouts of one model.
+
+    For gradients g_k of independent batches: noise = mean |g_k - mean g|^2 / |mean g|^2, which is how many batches must be
+    averaged until noise equals signal; and the cosine between each rule's mean gradient and that of keeping everything.
+    """
+    import torch
+
+    from syncr1.engine.assemble import build_reward_set, prepare_data
+    from syncr1.engine.config import SyncR1Config
+    from syncr1.engine.objective import Objective, PolicyForward
+    from syncr1.engine.packing import pack
+    from syncr1.engine.policies.janus import JanusPolicy
+    from syncr1.engine.prompts import PromptStream, load_training_prompts
+    from syncr1.engine.rewards.base import score
+    from syncr1.engine.rollout import Sampling, generate
+    from syncr1.engine.trainer import credited_rewards
+    from syncr1.kernels.api import dgs_select
+
+    config = SyncR1Config()
+    policy = JanusPolicy.from_pretrained(model).eval()
+    prompts = load_training_prompts(prepare_data(config))
+    rewards = build_reward_set(config, policy, prompts)
+    stream = PromptStream(prompts, (), 1, config.prompts_per_step, 0.0)
+    forward = PolicyForward(policy, Objective(credit=config.credit))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    rules = ("none", "variance_mass", "random")
+    gradients: dict[str, list[torch.Tensor]] = {rule: [] for rule in rules}
+    kept: dict[str, list[float]] = {rule: [] for rule in rules}
+    for k in range(batches):
+        sampling = Sampling(num_generations=config.num_generations, cfg_weight=config.cfg_weight, seed=7, step=k)
+        rollouts = generate(policy, stream.next_step(), sampling)
+        credit = credited_rewards(score(rollouts, rewards.functions).values, rewards, config.credit)
+        offsets = torch.arange(0, len(rollouts) + 1, config.num_generations, dtype=torch.int32)
+        shared = credit[:, 0] if config.credit != "per_segment" else {"text": credit[:, 0], "image": credit[:, 1]}
+        for rule in rules:
+            keep = dgs_select(shared, offsets, rule=rule, mass=config.dgs_mass, seed=k)
+            batch = pack(policy, rollouts, credit, keep, num_generations=config.num_generations, max_tokens=1 << 30)[0]
+            # As in training: pruned tokens leave the normaliser too.
+            counts = {
+                name: float((batch.loss_mask & (batch.modality == code)).sum())
+                for code, name in enumerate(("text", "image"))
+            }
+            policy.zero_grad()
+            forward(batch, num_items=counts)["loss"].backward()
+            gradients[rule].append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]).clone())
+            kept[rule].append(float(keep.float().mean()))
+    means = {rule: torch.stack(g).mean(0) for rule, g in gradients.items()}
+    found = {}
+    for rule in rules:
+        stacked = torch.stack(gradients[rule])
+        spread = float((stacked - means[rule]).square().sum(1).mean()) * batches / (batches - 1)
+        signal = max(1e-12, float(means[rule].square().sum()) - spread / batches)
+        cosine = float(torch.nn.functional.cosine_similarity(means[rule], means["none"], dim=0))
+        found[rule] = {"noise_to_signal": spread / signal, "cosine_to_all": cosine, "kept": statistics.mean(kept[rule])}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablations")
+    parser.add_argument("--output", type=Path, default=RESULTS / "ablations.json")
+    parser.add_argument("--gradient_variance", action="store_true")
+    arguments, extra = parser.parse_known_args()
+    seeds, variants = range(arguments.seeds), arguments.variants.split(",")
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(lambda seed: make_base(arguments.work, seed), seeds))
+        if arguments.gradient_variance:
+            print(json.dumps(gradient_variance(arguments.work / "base-0"), indent=1))
+            return
+        jobs = {v: [pool.submit(make_run, arguments.work, v, seed, extra) for seed in seeds] for v in variants}
+        results = {variant: [job.result() for job in mine] for variant, mine in jobs.items()}
+    known = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(known | results, indent=1) + "\n")
+    print(table(results))
+    if "default" in results:
+        print("\n" + tasks_table(results["default"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Rules of the repository that no type checker knows: who may import what, nothing unsafe, nothing of one machine."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ("kernels", "engine", "recipes", "bench")
+
+
+def tracked() -> list[Path]:
+    """Text files that git knows or would take."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / line for line in listed.stdout.splitlines()]
+    binary = {".png", ".safetensors", ".so", ".pdf", ".jpg", ".gif"}
+    return [path for path in paths if path.is_file() and path.suffix not in binary]
+
+
+def trees(*folders: str) -> Iterator[tuple[str, ast.Module]]:
+    for folder in folders or SHIPPED:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.lineno, node.module or ""
+
+
+def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def keywords(call: ast.Call) -> dict[str, str]:
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg}
+
+
+def test_no_path_of_one_machine() -> None:
+    """A path of the machine that something was written on works nowhere else."""
+    machine = re.compile("|".join(("/" + "work/", "/" + "root/", "/home/" + r"\w", "/Users/" + r"\w")))
+    found = [
+        f"{p.relative_to(ROOT)}: {m.group()}" for p in tracked() if (m := machine.search(p.read_text(errors="ignore")))
+    ]
+    assert found == []
+
+
+def test_one_file_imports_deepspeed() -> None:
+    users = {name for name, tree in trees() for _, module in imports(tree) if module.split(".")[0] == "deepspeed"}
+    assert users == {"engine/learner.py"}
+
+
+def test_kernels_import_torch_and_themselves() -> None:
+    """Anywhere in the file, also in a function: another codebase imports the ops without the engine's dependencies."""
+    allowed = {"torch", "triton", "syncr1.kernels", "numpy"}
+    standard = set(__import__("sys").stdlib_module_names)
+    foreign = [
+        f"{name}:{line} {module}"
+        for name, tree in trees("kernels")
+        for line, module in imports(tree)
+        if module.split(".")[0] not in standard | allowed and not module.startswith("syncr1.kernels")
+    ]
+    assert [entry for entry in foreign if "liger" not in entry and "trl" not in entry] == []
+
+
+def test_flow_goes_one_way() -> None:
+    """No stage reaches back into a later one: the sampler and the loss know nothing of the trainer or the run."""
+    order = [
+        "records",
+        "attention",
+        "policies",
+        "rollout",
+        "packing",
+        "objective",
+        "rewards",
+        "learner",
+        "trainer",
+        "run",
+    ]
+    late: dict[str, set[str]] = {}
+    for name, tree in trees("engine"):
+        stage = name.removeprefix("engine/").removesuffix(".py").split("/")[0]
+        if stage in order:
+            used = {module.split(".")[2] for _, module in imports(tree) if module.startswith("syncr1.engine.")}
+            later = {other for other in used & set(order) if order.index(other) > order.index(stage)}
+            if later:
+                late[name] = later
+    assert late == {}
+
+
+def test_compat_is_imported_before_transformers() -> None:
+    """Else torchvision's wheel beside a CPU build of torch takes Janus down; see engine/compat.py."""
+    wrong = []
+    for name, tree in trees("engine", "recipes", "tests"):
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = [m for node in top for _, m in imports(ast.Module([node], []))]
+        heavy = [
+            i for i, module in enumerate(modules) if module.split(".")[0] in ("transformers", "lpips", "torchvision")
+        ]
+        if heavy and name != "engine/compat.py" and "syncr1.engine.compat" not in modules[: heavy[0]]:
+            wrong.append(name)
+    assert wrong == []
+
+
+def test_nothing_unpickles_evaluates_or_runs_a_shell() -> None:
+    """Checkpoints, settings and data come from strangers: safetensors, plain YAML and JSON only."""
+    found = []
+    for name, tree in trees():
+        found += [
+            f"{name}:{line} {m}"
+            for line, m in imports(tree)
+            if m.split(".")[0] in ("pickle", "dill", "marshal", "shelve")
+        ]
+        for function, call in calls(tree):
+            given = keywords(call)
+            unsafe = {
+                "torch.load": given.get("weights_only") != "True",
+                "yaml.load": given.get("Loader") != "_StrictLoader",
+                "yaml.unsafe_load": True,
+                "yaml.full_load": True,
+                "eval": True,
+                "exec": True,
+                "os.system": True,
+            }
+            if unsafe.get(function) or given.get("shell") == "True" or given.get("trust_remote_code") == "True":
+                found.append(f"{name}:{call.lineno} {function}")
+    assert found == []
+
+
+def test_the_strict_yaml_loader_is_a_safe_one() -> None:
+    import yaml
+
+    from syncr1.engine.settings import _StrictLoader
+
+    assert issubclass(_StrictLoader, yaml.SafeLoader)
+
+
+def test_checkpoints_are_read_as_safetensors() -> None:
+    loads = [
+        keywords(call)
+        for name, tree in trees("engine")
+        for function, call in calls(tree)
+        if function.endswith("ForConditionalGeneration.from_pretrained")
+    ]
+    assert loads and all(given.get("use_safetensors") == "True" for given in loads)
+
+
+def test_every_source_file_says_what_it_is_for() -> None:
+    silent = [name for name, tree in trees("kernels", "engine", "recipes", "tests") if not ast.get_docstring(tree)]
+    assert silent == []
+
+
+def test_continuous_integration_runs_the_whole_suite() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK) and "make test" in script.read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    suite = re.search(r"^test:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert suite and "pytest tests" in suite.group(1) and "not slow" not in suite.group(1)

@@ -1,0 +1,290 @@
+"""Whole runs as a user starts them: the recipe in a process of its own, from flags to report."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, environment, short_base, torchrun
+from PIL import Image
+from skimage import data
+
+from syncr1.engine.policies.janus import JanusPolicy
+
+RECIPE = str(ROOT / "recipes" / "sync_r1.py")
+SMALL = ["--prompts_per_step", "4", "--num_generations", "4", "--warmup_steps", "1", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this session keep the rendered world and the judge."""
+    return tmp_path_factory.getbasetemp() / "cache"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return short_base(tmp_path_factory)
+
+
+def start(cache_dir: Path, *flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, RECIPE, *flags], cwd=ROOT, env=environment(cache_dir), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def run(cache_dir: Path, *flags: str, expected: int = 0, timeout: float = 200) -> tuple[str, str]:
+    process = start(cache_dir, *flags)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == expected, out[-3000:] + err[-6000:]
+    return out, err
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def photo_folder(root: Path) -> Path:
+    """A user's data: crops of real photographs of three subjects, no attributes, no general part."""
+    for name, kind, pixels in (
+        ("chelsea", "cat", data.cat()),
+        ("eileen", "woman", data.astronaut()),
+        ("mug", "cup", data.coffee()),
+    ):
+        picture, token = Image.fromarray(pixels), f"<{name}>"
+        train, test = root / "concept" / "train" / name, root / "concept" / "test" / name
+        for folder, shift in ((train, 0), (test, 6)):
+            folder.mkdir(parents=True)
+            for k in range(3):
+                box = (shift + 9 * k, shift + 5 * k, picture.width - 20 + 9 * k, picture.height - 20 + 5 * k)
+                picture.crop(box).resize((96, 72)).save(folder / f"{k}.png")
+        lists = {
+            "personalized_driven_generation": [f"{token} at its favourite place", f"{token} with what it likes"],
+            "explicit_personalized_driven_generation": [f"{token}, a {kind}, at home", f"{token}, a {kind}, with milk"],
+            "dense_prompt_generation": [f"{token}, on a table, in the sun, facing left"],
+        }
+        for folder in (train, test):
+            (folder / "t2i_conditions.json").write_text(json.dumps(lists))
+        questions = [{"query": f"What is {token}?", "answer": f"A {kind}."}]
+        (train / "info.json").write_text(
+            json.dumps({"class": kind, "generation_type": "object", "extra_info": ["likes milk"]})
+        )
+        (train / "conversations.json").write_text(json.dumps({"0.png": questions, "text_only": questions}))
+        (test / "vqa.json").write_text(json.dumps({"1.png": questions}))
+        (test / "text_only.json").write_text(json.dumps(questions))
+    return root
+
+
+# Before anything is loaded --------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
+    """Exit code 2, the nearest flag named, and torch is not even imported."""
+    start_time = time.monotonic()
+    out, err = run(cache_dir, "--max_stpes", "3", expected=2, timeout=60)
+    assert time.monotonic() - start_time < 5
+    assert "did you mean --max_steps?" in err and "loading torch" not in out and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num_generations", "1"], "num_generations"),
+        (["--data", "/nonexistent"], "data: expected a folder"),
+        (["--nodes", "2"], "does not fall back to one"),
+        (["--zero_stage", "4"], "zero_stage"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(cache_dir: Path, flags: list[str], said: str) -> None:
+    _, err = run(cache_dir, *flags, expected=2, timeout=60)
+    assert said in err and "Traceback" not in err
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_dry_run_shows_settings_and_prompts_and_writes_nothing(cache_dir: Path, base: Path, tmp_path: Path) -> None:
+    out, _ = run(
+        cache_dir, "--dry_run", "--model", str(base), "--output_dir", str(tmp_path / "run"), "--max_steps", "7"
+    )
+    settings, _, prompts = out.rpartition("data: ")
+    assert yaml.safe_load(settings[settings.index("model:") :])["max_steps"] == 7
+    assert len(re.findall(r"->", prompts)) == 16 and not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(cache_dir: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    out, _ = run(cache_dir, "--model", str(base), "--max_steps", "2", "--eval_samples", "8", "--sample_steps", "1",
+                 "--output_dir", str(folder), *SMALL)  # fmt: skip
+    return folder, out
+
+
+@pytest.mark.slow
+def test_a_run_leaves_everything_that_it_promises(finished: tuple[Path, str]) -> None:
+    folder, out = finished
+    assert "report" in out and str(folder) in out.replace("\n", "")
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "samples",
+        "scores.json",
+        "report.html",
+        "checkpoints",
+    } <= names
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["max_steps"] == 2 and config["seed"] == 3 and config["num_generations"] == 4
+    assert {"step_000000.png", "step_000000.jsonl", "step_000001.png"} <= {
+        p.name for p in (folder / "samples").iterdir()
+    }
+    with Image.open(folder / "samples" / "step_000000.png") as sheet:
+        assert min(sheet.size) > 64
+
+
+@pytest.mark.slow
+def test_metrics_are_complete_and_finite(finished: tuple[Path, str]) -> None:
+    rows = rows_of(finished[0])
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        for name in (
+            *("reward", "reward_std", "loss", "grad_norm", "learning_rate", "kl", "entropy", "num_tokens", "step_time"),
+            *("completions/mean_length", "clip_ratio/region_mean", "frac_reward_zero_std", "seconds/rollout"),
+            *("rewards/identity/mean", "rewards/judge/mean", "rewards/text/mean"),
+        ):
+            assert isinstance(row[name], float | int), name
+        assert 0 < row["reward"] < 1 and row["grad_norm"] > 0 and row["reward_failures"] == 0
+    assert rows[0]["rollout/replay_logp_max_abs"] <= 1e-4
+
+
+@pytest.mark.slow
+def test_scores_before_and_after(finished: tuple[Path, str]) -> None:
+    scores = json.loads((finished[0] / "scores.json").read_text())
+    assert set(scores["before"]) == set(scores["after"]) and len(scores["before"]) > 10
+    for name, value in (*scores["before"].items(), *scores["after"].items()):
+        assert name.endswith("/num_items") or (value is not None and 0 <= value <= 1), name
+    assert scores["before"] != scores["after"]
+
+
+@pytest.mark.slow
+def test_the_report_needs_nothing_beside_it(finished: tuple[Path, str]) -> None:
+    """One file to send: every picture inside, no script or style from elsewhere."""
+    html = (finished[0] / "report.html").read_text()
+    assert "data:image/png;base64," in html and "<svg" in html
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"'#]+)""", html)
+    assert sources and all(source.startswith("data:") for source in sources)
+    assert not re.search(r"@import|url\(\s*['\"]?http", html)
+
+
+@pytest.mark.slow
+def test_the_checkpoint_is_a_model_that_has_learnt(finished: tuple[Path, str], base: Path) -> None:
+    loaded, before = (JanusPolicy.from_pretrained(p) for p in (finished[0] / "checkpoints" / "last", base))
+    changed = {
+        name.split(".")[2]
+        for (name, p), q in zip(loaded.named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
+    assert {"language_model", "generation_head"} <= changed and not {"vision_model", "aligner", "vqmodel"} & changed
+
+
+@pytest.mark.slow
+def test_a_second_run_neither_overwrites_nor_differs(finished: tuple[Path, str], cache_dir: Path, base: Path) -> None:
+    """The same command again: a folder with a number, and the same numbers to the last digit."""
+    folder, _ = finished
+    run(
+        cache_dir,
+        "--config",
+        str(folder / "config.yaml"),
+        "--eval_samples",
+        "0",
+        "--max_steps",
+        "1",
+        "--sample_steps",
+        "0",
+    )
+    again = folder.with_name("run-2")
+    timing = re.compile("seconds|time|per_second")
+    first, second = ({k: v for k, v in rows_of(f)[0].items() if not timing.search(k)} for f in (folder, again))
+    # One step instead of two: the schedule is another one, the first step's draws and gradients are not.
+    assert {k: v for k, v in first.items() if k != "learning_rate"} == {
+        k: v for k, v in second.items() if k != "learning_rate"
+    }
+    assert not (again / "samples").exists() and (again / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_scores_and_a_report(cache_dir: Path, base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(
+        cache_dir,
+        "--model",
+        str(base),
+        "--max_steps",
+        "500",
+        "--eval_samples",
+        "2",
+        "--output_dir",
+        str(folder),
+        *SMALL,
+    )
+    try:
+        deadline = time.monotonic() + 150
+        while time.monotonic() < deadline and process.poll() is None:
+            if (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= 2:
+                break
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 0, out[-3000:] + err[-3000:]
+    assert "stopped at step" in out and "Traceback" not in err
+    assert 2 <= len(rows_of(folder)) < 500
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["before"] and scores["after"]
+    assert (folder / "report.html").is_file() and (folder / "checkpoints" / "last" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_users_photographs_under_zero_2(cache_dir: Path, base: Path, tmp_path: Path) -> None:
+    """`--data FOLDER` of real pictures: the judge is the likelihood of the description, and all rewards arrive."""
+    folder = tmp_path / "run"
+    mine = ["--model", str(base), "--data", str(photo_folder(tmp_path / "data")), "--output_dir", str(folder)]
+    run(cache_dir, *mine, "--max_steps", "2", "--eval_samples", "2", "--zero_stage", "2",
+        "--max_tokens_per_microbatch", "200", *SMALL)  # fmt: skip
+    rows = rows_of(folder)
+    assert len(rows) == 2 and all(row["reward_failures"] == 0 and row["grad_norm"] > 0 for row in rows)
+    assert all(row["rewards/identity/mean"] >= 0 and row["rewards/judge/mean"] > 0 for row in rows)
+    scores = json.loads((folder / "scores.json").read_text())
+    assert {"rec", "vqa", "qa"} <= {name.split("/")[0] for name in scores["after"]}
+    assert (folder / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_two_ranks_under_zero_3(cache_dir: Path, base: Path, tmp_path: Path) -> None:
+    """torchrun: one folder, written by rank 0; the gathered model is saved whole and has learnt."""
+    folder = tmp_path / "run"
+    torchrun(RECIPE, "--model", str(base), "--max_steps", "2", "--eval_samples", "2", "--zero_stage", "3",
+             "--output_dir", str(folder), *SMALL, cache_dir=cache_dir)  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    rows = rows_of(folder)
+    assert (
+        len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows) and rows[0]["rollout/replay_logp_max_abs"] <= 1e-4
+    )
+    loaded, before = (JanusPolicy.from_pretrained(p) for p in (folder / "checkpoints" / "last", base))
+    assert loaded.model.lm_head.weight.shape == before.model.lm_head.weight.shape
+    assert not torch.equal(loaded.model.lm_head.weight, before.model.lm_head.weight)

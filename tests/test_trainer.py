@@ -1,0 +1,256 @@
+"""The loop: same seed, same run; credit, anchors, pruning and schedules reach the optimizer; reward goes up."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
+import pytest
+import torch
+from helpers import own_process_group, sharp_policy, short_base, weights_of, world_folder
+from torch import Tensor
+
+from syncr1.engine.assemble import build_preview, build_reward_set
+from syncr1.engine.config import SyncR1Config
+from syncr1.engine.learner import Learner
+from syncr1.engine.policies.janus import JanusPolicy
+from syncr1.engine.prompts import PromptStream, load_anchors, load_training_prompts
+from syncr1.engine.records import PackedBatch, Prompt, Rollout, StepMetrics
+from syncr1.engine.rewards.base import score
+from syncr1.engine.rewards.ensemble import RewardSet, combine
+from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.run import objective_of, settings_of
+from syncr1.engine.trainer import Trainer, credited_rewards, learning_rate
+from syncr1.kernels.api import dgs_select, group_advantages
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+TIMES = {"step_time", "tokens_per_second"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_group() -> Iterator[None]:
+    with own_process_group():
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def rewards(world: Path) -> RewardSet:
+    return build_reward_set(config_of(), sharp_policy(), load_training_prompts(world))
+
+
+def config_of(**changes: Any) -> SyncR1Config:
+    small: dict[str, Any] = {
+        "max_steps": 3, "prompts_per_step": 4, "num_generations": 4, "warmup_steps": 1, "learning_rate": 1e-3,
+        "max_completion_length": 6, "anchor_fraction": 0.25, "beta": 0.02,
+    }  # fmt: skip
+    return SyncR1Config(**(small | changes))
+
+
+class WatchedLearner(Learner):
+    """A real learner that remembers what it was given and at which rate it learnt."""
+
+    def update(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        self.given = getattr(self, "given", [])
+        self.given.append((batches, self.engine.optimizer.param_groups[0]["lr"]))
+        return super().update(batches)
+
+
+class Always:
+    """The same prompts at every step."""
+
+    def __init__(self, prompts: list[Prompt]) -> None:
+        self.prompts = prompts
+
+    def next_step(self) -> list[Prompt]:
+        return self.prompts
+
+
+class Run:
+    """A trainer with everything real around it, and what it did."""
+
+    def __init__(self, config: SyncR1Config, world: Path, rewards: RewardSet, prompts: list[Prompt] | None = None,
+                 policy: JanusPolicy | None = None) -> None:  # fmt: skip
+        policy = sharp_policy() if policy is None else policy
+        self.learner = WatchedLearner(policy, objective_of(config, policy.num_image_tokens), settings_of(config))
+        stream = PromptStream(load_training_prompts(world), load_anchors(world), config.seed, config.prompts_per_step,
+                              config.anchor_fraction)  # fmt: skip
+        self.steps: list[tuple[StepMetrics, Sequence[Rollout], Tensor]] = []
+        self.trainer = Trainer(config, self.learner, stream if prompts is None else Always(prompts), rewards,
+                               build_preview(config, rewards), lambda *step: self.steps.append(step))  # fmt: skip
+
+    def train(self) -> Run:
+        self.trainer.train()
+        return self
+
+    def metrics(self) -> list[dict[str, float]]:
+        return [{k: v for k, v in metrics.values.items() if k not in TIMES} for metrics, _, _ in self.steps]
+
+
+def same(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
+    """Equal to the last bit; NaN equals NaN."""
+    return repr(a) == repr(b)
+
+
+def test_two_runs_with_one_seed_are_one_run(world: Path, rewards: RewardSet) -> None:
+    """Bitwise: metrics, trajectories, weights. Another seed gives another run."""
+    first, second, other = (Run(config_of(seed=seed), world, rewards).train() for seed in (1, 1, 2))
+    assert len(first.steps) == 3 and same(first.metrics(), second.metrics())
+    assert not same(first.metrics(), other.metrics())
+    for (_, a, _), (_, b, _) in zip(first.steps, second.steps, strict=True):
+        assert [r.uid for r in a] == [r.uid for r in b] and [r.text for r in a] == [r.text for r in b]
+    weights = [weights_of(run.learner) for run in (first, second, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    start = dict(sharp_policy().named_parameters())
+    assert sum(not torch.equal(weights[0][name], start[name]) for name in weights[0]) > 20
+
+
+def test_metrics_have_trls_names(world: Path, rewards: RewardSet) -> None:
+    run = Run(config_of(max_steps=1), world, rewards).train()
+    metrics, rollouts, totals = run.steps[0]
+    assert metrics.step == 0 and set(metrics.seconds) == {"rollout", "reward", "pack", "score", "update"}
+    expected = {
+        "reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "learning_rate", "kl", "entropy",
+        "clip_ratio/region_mean", "completions/mean_length", "completions/clipped_ratio", "num_tokens", "step_time",
+        "rewards/identity/mean", "rewards/judge/mean", "rewards/text/mean", "rollout/replay_logp_max_abs",
+        "rollout/preview_acceptance", "dgs/keep_fraction", "dgs/tokens_saved_fraction",
+    }  # fmt: skip
+    assert expected <= set(metrics.values)
+    assert all(math.isfinite(metrics.values[name]) for name in expected)
+    assert metrics.values["rollout/replay_logp_max_abs"] <= 1e-4
+    assert metrics.values["reward"] == pytest.approx(float(totals.nanmean()))
+    assert len(rollouts) == 16 and metrics.values["reward_failures"] == 0
+
+
+def test_credited_rewards_by_hand() -> None:
+    nan = math.nan
+    rewards = RewardSet(functions={"id": list, "judge": list, "text": list}, weights=(0.2, 0.3, 0.5),
+                        kinds=("image", "image", "text"))  # type: ignore[dict-item]  # fmt: skip
+    values = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, nan], [nan, nan, 0.5], [nan, nan, nan]])
+    for credit in ("shared", "image_only"):
+        both = credited_rewards(values, rewards, credit)
+        torch.testing.assert_close(both, torch.tensor([1.0, 0.2, 0.25, nan])[:, None].expand(4, 2), equal_nan=True)
+    own = credited_rewards(values, rewards, "per_segment")
+    torch.testing.assert_close(own, torch.tensor([[0.5, 0.5], [nan, 0.2], [0.25, nan], [nan, nan]]), equal_nan=True)
+    text_alone = replace(rewards, functions={"text": list}, weights=(0.5,), kinds=("text",))  # type: ignore[dict-item]
+    assert credited_rewards(values[:, 2:], text_alone, "per_segment")[:, 1].isnan().all()
+
+
+def test_anchors_are_trained_on_without_advantage(world: Path, rewards: RewardSet) -> None:
+    """Every anchor is in a batch of anchors, unrewarded, so only the KL term acts on it; nothing else is like that."""
+    run = Run(config_of(max_steps=1), world, rewards).train()
+    (rewarded, anchors), _ = run.learner.given[0]
+    assert (
+        anchors.anchor and not rewarded.anchor and anchors.rewards.isnan().all() and not rewarded.rewards.isnan().any()
+    )
+    assert len(anchors.rewards) == 4 == sum(not r.prompt.rewarded for r in run.steps[0][1])
+    assert (anchors.cu_seqlens.diff() > 0).all() and anchors.ref_logp is not None
+    assert not group_advantages(anchors.rewards[:, 0], anchors.group_offsets).any()
+    assert group_advantages(rewarded.rewards[:, 0], rewarded.group_offsets).any()
+
+
+def test_anchors_alone_hold_the_policy_still(world: Path, rewards: RewardSet) -> None:
+    """At the reference the KL term has no gradient; away from it, it pulls back."""
+    anchors = load_anchors(world)[:2]
+    run = Run(config_of(max_steps=1, beta=0.0, anchor_beta=0.5), world, rewards, anchors)
+    run.trainer.train_step()
+    assert run.metrics()[0]["grad_norm"] <= 1e-4 and math.isnan(run.metrics()[0]["reward"])
+    with torch.no_grad():
+        run.learner.policy.model.lm_head.weight.mul_(1.05)  # type: ignore[attr-defined]
+        run.learner.policy.model.model.generation_head.vision_head.weight.mul_(1.05)  # type: ignore[attr-defined]
+    run.trainer.train_step()
+    assert run.metrics()[1]["grad_norm"] > 1e-2 and run.metrics()[1]["kl"] > 1e-5
+
+
+def test_anchors_are_dropped_without_a_kl_term(world: Path, rewards: RewardSet) -> None:
+    prompts = [load_anchors(world)[0], *load_training_prompts(world)[:1]]
+    run = Run(
+        config_of(max_steps=1, beta=0.0, anchor_beta=0.0, anchor_fraction=0.0, dgs="none"), world, rewards, prompts
+    ).train()
+    (batch,), _ = run.learner.given[0]
+    assert len(batch.rewards) == 4 and not batch.rewards.isnan().any() and batch.ref_logp is None
+
+
+@pytest.mark.parametrize("rule", ["variance_mass", "top_k"])
+def test_pruning_is_that_of_dgs_select(world: Path, rewards: RewardSet, rule: Any) -> None:
+    config = config_of(
+        max_steps=1, dgs=rule, dgs_keep=2 if rule == "top_k" else None, anchor_fraction=0.0, dgs_mass=0.6
+    )
+    run = Run(config, world, rewards).train()
+    metrics, _, totals = run.steps[0]
+    keep = dgs_select(totals, torch.arange(0, 17, 4), rule=rule, mass=0.6, keep=config.dgs_keep)
+    (batch,), _ = run.learner.given[0]
+    trained = keep.view(4, 4)[keep.view(4, 4).any(1)].flatten()
+    assert torch.equal(batch.cu_seqlens.diff() > 0, trained) and not trained.all()
+    assert metrics.values["dgs/keep_fraction"] == pytest.approx(float(keep.float().mean()))
+    assert metrics.values["dgs/tokens_saved_fraction"] == pytest.approx(
+        1 - float(batch.loss_mask.sum()) / metrics.values["num_tokens"]
+    )
+
+
+def test_batch_scale_knows_the_whole_step(world: Path, rewards: RewardSet) -> None:
+    """Each group in a micro-batch of its own: advantages are still divided by the deviation over all of them."""
+    config = config_of(max_steps=1, scale_rewards="batch", dgs="none", max_tokens_per_microbatch=1)
+    run = Run(config, world, rewards).train()
+    batches, _ = run.learner.given[0]
+    assert len(batches) == 4
+    got = torch.cat([group_advantages(b.rewards[:, 0], b.group_offsets, scale="none") for b in batches])
+    expected = group_advantages(run.steps[0][2], torch.arange(0, 17, 4), scale="batch")
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth(world: Path, rewards: RewardSet) -> None:
+    config = config_of(max_steps=25, warmup_steps=5, learning_rate=2.0)
+    rates = [learning_rate(config, step) for step in range(26)]
+    assert rates[:6] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
+    assert rates[15] == pytest.approx(2.0 * 0.55) and rates[25] == pytest.approx(0.2)
+    assert all(a > b for a, b in itertools.pairwise(rates[5:]))
+    assert learning_rate(config_of(warmup_steps=0), 0) == 1e-3
+    run = Run(config_of(warmup_steps=2), world, rewards).train()
+    used = [rate for _, rate in run.learner.given]
+    assert used == [metrics["learning_rate"] for metrics in run.metrics()] == pytest.approx([5e-4, 1e-3, 1e-3])
+
+
+def test_each_step_draws_afresh(world: Path, rewards: RewardSet) -> None:
+    prompts = load_training_prompts(world)[:2]
+    run = Run(config_of(learning_rate=1e-12, max_steps=2), world, rewards, prompts).train()
+    first, second = (torch.cat([r.segments[-1].tokens for r in rollouts]) for _, rollouts, _ in run.steps)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.slow
+def test_training_raises_the_reward_and_not_training_does_not(
+    world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """15 steps on 8 prompts from a short base: 0.30 to about 0.60; at a learning rate of 0, still 0.30."""
+    checkpoint = short_base(tmp_path_factory)
+    everything = load_training_prompts(world)
+    prompts = [p for p in everything if p.task == "rea" and p.concept == everything[0].concept][:8]
+    gains = {}
+    for rate in (1e-3, 1e-12):
+        policy = JanusPolicy.from_pretrained(checkpoint)
+        config = config_of(max_steps=15, prompts_per_step=8, num_generations=8, learning_rate=rate, warmup_steps=2,
+                           anchor_fraction=0.0, beta=0.0, preview_fraction=0.0, max_completion_length=16)  # fmt: skip
+        rewards = build_reward_set(config, policy, prompts)
+        run = Run(config, world, rewards, prompts, policy)
+
+        def mean_reward(run: Run = run, rewards: RewardSet = rewards) -> float:
+            with run.learner.sampling() as seen:
+                drawn = generate(seen, prompts, Sampling(num_generations=8, seed=99, cfg_weight=1.5))
+            return float(combine(score(drawn, rewards.functions).values, rewards.weight_tensor()).nanmean())
+
+        before = mean_reward()
+        run.train()
+        gains[rate] = mean_reward() - before
+    assert gains[1e-3] > 0.15 and abs(gains[1e-12]) < 1e-6
