@@ -77,7 +77,7 @@ if __name__ == "__main__":
     setup(
         packages=find_sub_packages("kernels") + find_sub_packages("engine"),
         package_dir={"syncr1.kernels": "kernels", "syncr1.engine": "engine"},
-        package_data={"": ["py.typed", "*.safetensors", "*.json", "*.yaml", "*.html", "*.cpp", "*.h", "*.txt", "*.png", "*.md"]},
+        package_data={"": ["py.typed", "*.safetensors", "*.json", "*.yaml", "*.html", "*.cpp", "*.h"]},
         ext_modules=[Extension("syncr1.kernels._native", sources=[], optional=True)],
         cmdclass={"build_ext": CMakeBuild},
     )

@@ -3,8 +3,9 @@
     python bench/ablations.py --seeds 5 --jobs 2
     python bench/ablations.py --gradient_variance
 
-Each seed trains its own tiny base and its own RL run (`recipes/`, as a user would); a variant changes settings of the RL
-run only, so variants are compared on the same bases.  Results go to bench/results/ablations.json, the table to stdout.
+Each seed trains its own tiny base and its own RL run (`recipes/`, as a user would); a variant changes settings of the
+RL run only, so variants are compared on the same bases.
+Results go to bench/results/ablations.json, the table to stdout.
 Higher is better; scores are shares of held-out items.
 """
 
@@ -98,7 +99,8 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
             spread = statistics.stdev(change) if len(change) > 1 else 0.0
             mean = statistics.mean
             lines.append(
-                f"| {variant} | {name} | {mean(before):.3f} | {mean(after):.3f} | {mean(change):+.3f} ± {spread:.3f} | {min(change):+.3f} |"
+                f"| {variant} | {name} | {mean(before):.3f} | {mean(after):.3f} "
+                f"| {mean(change):+.3f} ± {spread:.3f} | {min(change):+.3f} |"
             )
     lines += ["", "| variant | tokens trained | saved | RL seconds | update seconds |", "|---|---|---|---|---|"]
     for variant, runs in results.items():
@@ -136,8 +138,8 @@ def tasks_table(runs: list[dict[str, float]]) -> str:
 def gradient_variance(model: Path, batches: int = 24, steps_ahead: int = 0) -> dict[str, dict[str, float]]:
     """Noise of the policy gradient under each DGS rule, on the same rollouts of one model.
 
-    For gradients g_k of independent batches: noise = mean |g_k - mean g|^2 / |mean g|^2, which is how many batches must be
-    averaged until noise equals signal; and the cosine between each rule's mean gradient and that of keeping everything.
+    For gradients g_k of independent batches: noise = mean |g_k - mean g|^2 / |mean g|^2, which is how many batches must
+    be averaged until noise equals signal; and the cosine between each rule's mean gradient and that of keeping all.
     """
     import torch
 
@@ -146,7 +148,8 @@ def gradient_variance(model: Path, batches: int = 24, steps_ahead: int = 0) -> d
     from syncr1.engine.objective import Objective, PolicyForward
     from syncr1.engine.packing import pack
     from syncr1.engine.policies.janus import JanusPolicy
-    from syncr1.engine.prompts import PromptStream, load_training_prompts
+    from syncr1.engine.prompt_stream import PromptStream
+    from syncr1.engine.prompts import load_training_prompts
     from syncr1.engine.rewards.base import score
     from syncr1.engine.rollout import Sampling, generate
     from syncr1.engine.trainer import credited_rewards

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from syncr1.engine.config import SyncR1Config
 from syncr1.engine.dgs import PreviewGate
 from syncr1.engine.evaluate.run import Evaluation, evaluate
+from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.prompts import load_benchmark
 from syncr1.engine.records import Prompt, Rollout
@@ -34,7 +36,7 @@ from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.disk import write_world
 from syncr1.engine.world.general import write_general
 from syncr1.engine.world.judge_cnn import JudgeCNN, train_judge
-from syncr1.engine.world.vq import round_trip
+from syncr1.engine.world.vq import load_vq
 
 Report = Callable[[str], None]
 
@@ -54,15 +56,29 @@ def _fingerprint(*parts: object) -> str:
     return digest.hexdigest()
 
 
+def _made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder, made on first use: in full, or not at all, even when two runs make it at the same time."""
+    if not folder.is_dir():
+        draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        make(draft)
+        try:
+            draft.rename(folder)
+        except OSError:  # another run was faster
+            shutil.rmtree(draft)
+    return folder
+
+
 def prepare_data(config: SyncR1Config) -> Path:
     """The data folder: the user's, or the rendered world, written on first use."""
     if config.data is not None:
         return config.data
-    root = cache_dir() / f"world-{_fingerprint('world')}"
-    if not (root / "general").is_dir():
-        write_world(root)
-        write_general(root)
-    return root
+
+    def write(folder: Path) -> None:
+        write_world(folder)
+        write_general(folder)
+
+    return _made_once(cache_dir() / f"world-{_fingerprint('world')}", write)
 
 
 def prepare_policy(
@@ -78,18 +94,16 @@ def prepare_policy(
 
 def tiny_base(settings: BaseSettings, report: Report | None = None) -> Path:
     """Folder of the tiny base in transformers' format; trained when the cache has none for these settings."""
+
+    def say(step: int, loss: float) -> None:
+        if report is not None:
+            report(f"step {step + 1}/{settings.steps}  loss {loss:.2f}")
+
     folder = cache_dir() / f"tiny_base-{_fingerprint(asdict(settings))}"
-    if not (folder / "processor_config.json").is_file():
-
-        def say(step: int, loss: float) -> None:
-            if report is not None:
-                report(f"step {step + 1}/{settings.steps}  loss {loss:.2f}")
-
-        train_base(settings, say).save(folder)
-    return folder
+    return _made_once(folder, lambda draft: train_base(settings, say).save(draft))
 
 
-def build_reward_set(config: SyncR1Config, policy: JanusPolicy, prompts: Sequence[Prompt]) -> RewardSet:
+def build_reward_set(config: SyncR1Config, policy: Policy, prompts: Sequence[Prompt]) -> RewardSet:
     """The ensemble reward: identity by a frozen vision tower, judge by attributes or by likelihood, text by BLEU."""
     frozen = policy.frozen_copy()
     named = all(prompt.attributes for prompt in prompts if "image" in prompt.segments)
@@ -106,10 +120,9 @@ def build_reward_set(config: SyncR1Config, policy: JanusPolicy, prompts: Sequenc
     )
 
 
-def checker_of(policy: JanusPolicy) -> AttributeChecker:
+def checker_of(policy: Policy) -> AttributeChecker:
     """The world's attribute reader, as this policy's image tokenizer draws the world."""
-    vq = policy.model.model.vqmodel
-    return AttributeChecker.from_round_trip(lambda images: round_trip(vq, images))
+    return AttributeChecker.from_round_trip(lambda images: policy.draw(policy.image_tokens(images)))
 
 
 def build_preview(config: SyncR1Config, rewards: RewardSet) -> PreviewGate | None:
@@ -135,8 +148,13 @@ def build_preview(config: SyncR1Config, rewards: RewardSet) -> PreviewGate | Non
             score(partial, rewards.functions, timeout=config.reward_timeout).values, weights, renormalise=True
         )
 
-    return PreviewGate(scorer, fraction=config.preview_fraction, threshold=config.preview_threshold,
-                       acceptance=config.preview_acceptance, max_attempts=config.preview_max_attempts)  # fmt: skip
+    return PreviewGate(
+        scorer,
+        fraction=config.preview_fraction,
+        threshold=config.preview_threshold,
+        acceptance=config.preview_acceptance,
+        max_attempts=config.preview_max_attempts,
+    )
 
 
 class Evaluator:
@@ -148,7 +166,7 @@ class Evaluator:
         root: the data folder.
     """
 
-    def __init__(self, config: SyncR1Config, policy: JanusPolicy, root: Path) -> None:
+    def __init__(self, config: SyncR1Config, policy: Policy, root: Path) -> None:
         self.config = config
         self.benchmark = load_benchmark(root)
         self._likeness = IdentityReward(policy.frozen_copy().vision_features, policy.image_size)
@@ -156,30 +174,36 @@ class Evaluator:
         if any(prompt.attributes for prompts in self.benchmark.values() for prompt in prompts):
             self._scorers = {
                 "checker": index_scorer(checker_of(policy).read_indices, VALUES),
-                "cnn": index_scorer(_judge(policy).read_indices, VALUES),
+                "cnn": index_scorer(_judge().read_indices, VALUES),
             }
 
-    def __call__(self, policy: JanusPolicy) -> Evaluation:
+    def __call__(self, policy: Policy) -> Evaluation:
         c = self.config
 
         def draw(prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
-            sampling = Sampling(num_generations=1, temperature=temperature, max_text_tokens=c.max_completion_length,
-                                cfg_weight=c.eval_cfg_weight, seed=c.seed, step=-1)  # fmt: skip
+            sampling = Sampling(
+                num_generations=1,
+                temperature=temperature,
+                max_text_tokens=c.max_completion_length,
+                cfg_weight=c.eval_cfg_weight,
+                seed=c.seed,
+                step=-1,
+            )
             return generate(policy, prompts, sampling)
 
-        return evaluate(draw, self.benchmark, image_scorers=self._scorers, identity=self._likeness,
-                        num_items=c.eval_samples, seed=0)  # fmt: skip
+        return evaluate(
+            draw, self.benchmark, image_scorers=self._scorers, identity=self._likeness, num_items=c.eval_samples, seed=0
+        )
 
 
-def _judge(policy: JanusPolicy) -> JudgeCNN:
+def _judge() -> JudgeCNN:
     """The independent classifier, which no reward uses; trained in seconds at first use and kept."""
-    vq = policy.model.model.vqmodel
-    path = cache_dir() / f"judge-{_fingerprint(float(vq.quantize.embedding.weight.double().abs().sum()))}.safetensors"
-    if path.is_file():
-        judge = JudgeCNN()
-        judge.load_state_dict(load_file(path))
-        return judge.requires_grad_(False).eval()
-    judge = train_judge(vq)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(judge.state_dict(), path)
-    return judge
+
+    def make(draft: Path) -> None:
+        draft.mkdir()
+        save_file(train_judge(load_vq()).state_dict(), draft / "judge.safetensors")
+
+    folder = _made_once(cache_dir() / f"judge-{_fingerprint('judge')}", make)
+    judge = JudgeCNN()
+    judge.load_state_dict(load_file(folder / "judge.safetensors"))
+    return judge.requires_grad_(False).eval()

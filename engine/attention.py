@@ -11,7 +11,7 @@ Dims: T packed tokens, B rows, H query heads, K key-value heads, E head size, C 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
@@ -74,8 +74,17 @@ class KVCache:
     different lengths advance together without a host synchronisation.
     """
 
-    def __init__(self, *, num_layers: int, num_rows: int, num_heads: int, head_dim: int, capacity: int,
-                 dtype: torch.dtype, device: torch.device) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_rows: int,
+        num_heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         shape = (num_layers, num_rows, num_heads, capacity, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -142,14 +151,22 @@ class KVCache:
         self.length = length
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-               scaling: float, layout: AttentionLayout | None = None, **kwargs: Any) -> tuple[Tensor, None]:  # fmt: skip
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    layout: AttentionLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     if layout is None:
         raise ValueError(
             "syncr1 attention: expected layout=PackedLayout(...) or KVCache, got none; call the policy's `trunk`"
         )
     assert attention_mask is None, "the layout decides what is seen; a mask would be ignored"
-    return layout.attend(module.layer_idx, query, key, value, scaling), None
+    return layout.attend(cast(int, module.layer_idx), query, key, value, scaling), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -1,8 +1,8 @@
-"""Makes `import torchvision` work beside a CPU build of torch; import this file before transformers, lpips or torchvision.
+"""Makes `import torchvision` work beside a CPU build of torch; import it before transformers, lpips or torchvision.
 
-torchvision's wheel registers fake kernels for its compiled operators when it is imported.  Its compiled library does not
-load beside a torch build that it was not made for, so the operators are missing and the import raises
-`operator torchvision::nms does not exist`, which takes transformers' Janus and lpips down with it (measured, torch 2.13 CPU).
+torchvision's wheel registers fake kernels for its compiled operators when it is imported.  Its compiled library does
+not load beside a torch build that it was not made for, so the operators are missing and the import raises
+`operator torchvision::nms does not exist`, which takes transformers' Janus and lpips down with it (torch 2.13 CPU).
 Neither uses those operators: declaring their schemas is enough.
 """
 

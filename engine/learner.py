@@ -6,7 +6,6 @@ token counts over all ranks, so gradients do not depend on how a batch is cut in
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -58,8 +57,7 @@ class Learner:
         self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _on_cuda() else torch.device("cpu")
         self._reference: PolicyForward | None = None
         if objective.needs_reference:
-            frozen = copy.deepcopy(policy).module.requires_grad_(False).eval().to(self.device)
-            self._reference = PolicyForward(frozen, objective)
+            self._reference = PolicyForward(policy.frozen_copy().to(self.device), objective)
         forward = PolicyForward(policy, objective)
         trained = [p for p in forward.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -153,7 +151,7 @@ class Learner:
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm or math.inf))
 
     def _normalisers(self, batches: Sequence[PackedBatch]) -> tuple[dict[str, float], list[float]]:
-        """Token counts per modality and sequence shares of an update, such that DeepSpeed's mean over ranks is right."""
+        """Token counts per modality and sequence shares of an update, so that DeepSpeed's mean over ranks is right."""
         counts = torch.zeros(3, dtype=torch.float64)
         for batch in batches:
             for code in range(2):
@@ -161,7 +159,7 @@ class Learner:
             # Not those of a batch that only keeps another rank company.
             counts[2] += (batch.cu_seqlens.numel() - 1) * bool(batch.loss_mask.any())
         totals = self.all_reduce(counts) / self.world_size
-        num_items = {name: max(1.0, float(totals[code])) for code, name in enumerate(MODALITY_NAMES)}
+        num_items: dict[str, float] = {name: max(1.0, float(totals[code])) for code, name in enumerate(MODALITY_NAMES)}
         if self.objective.loss_type not in SEQUENCE_MEANS:
             return num_items, [1.0] * len(batches)
         return num_items, [(batch.cu_seqlens.numel() - 1) / max(1.0, float(totals[2])) for batch in batches]

@@ -58,7 +58,7 @@ class PolicyForward(nn.Module):
 
     def __init__(self, policy: Policy, objective: Objective) -> None:
         super().__init__()
-        self.policy = policy.module
+        self.policy: Policy = policy
         self.objective = objective
 
     def forward(
@@ -83,26 +83,47 @@ class PolicyForward(nn.Module):
         rewards = batch.rewards[:, 0] if shared else {"text": batch.rewards[:, 0], "image": batch.rewards[:, 1]}
         weights = {"text": 0.0 if o.credit == "image_only" else o.text_weight, "image": o.image_weight}
         out = linear_grpo_loss(
-            streams, rewards, batch.cu_seqlens, batch.group_offsets,
-            loss_mask=batch.loss_mask, modality=batch.modality, old_logp=batch.old_logp, ref_logp=batch.ref_logp,
-            loss_type="dapo" if o.loss_type == "bnpo" else o.loss_type, ratio=o.ratio, clip_low=o.clip_low, clip_high=o.clip_high, delta=o.delta,
+            streams,
+            rewards,
+            batch.cu_seqlens,
+            batch.group_offsets,
+            loss_mask=batch.loss_mask,
+            modality=batch.modality,
+            old_logp=batch.old_logp,
+            ref_logp=batch.ref_logp,
+            loss_type="dapo" if o.loss_type == "bnpo" else o.loss_type,
+            ratio=o.ratio,
+            clip_low=o.clip_low,
+            clip_high=o.clip_high,
+            delta=o.delta,
             beta=o.anchor_beta if batch.anchor else o.beta,
-            scale="none" if o.scale == "batch" else o.scale, num_items=num_items, max_length=o.max_length, weight=weights,
-        )  # fmt: skip
+            scale="none" if o.scale == "batch" else o.scale,
+            num_items=num_items,
+            max_length=o.max_length,
+            weight=weights,
+        )
         metrics = {f"metric/{name}": value for name, value in out.metrics.items()}
         return {"loss": out.loss * share, "logp": out.logp, **metrics}
 
     def _streams(self, batch: PackedBatch) -> list[TokenStream]:
-        """Each vocabulary's rows: token t is predicted by the hidden state at t - 1, whichever vocabulary that belongs to."""
+        """Each vocabulary's rows: token t is predicted by the hidden state at t - 1, of whichever vocabulary."""
         hidden = self._hidden(batch)
         streams = []
         for code, name in enumerate(MODALITY_NAMES):
             rows = (batch.loss_mask & (batch.modality == code)).nonzero().squeeze(1)
             head = self.policy.head(hidden[rows - 1], name)
             streams.append(
-                TokenStream(hidden=head.hidden, weight=head.weight, targets=batch.tokens[rows], rows=rows, bias=head.bias,
-                            temperature=self.objective.temperature, modality=name, forbidden=head.forbidden)
-            )  # fmt: skip
+                TokenStream(
+                    hidden=head.hidden,
+                    weight=head.weight,
+                    targets=batch.tokens[rows],
+                    rows=rows,
+                    bias=head.bias,
+                    temperature=self.objective.temperature,
+                    modality=name,
+                    forbidden=head.forbidden,
+                )
+            )
         return streams
 
     def _hidden(self, batch: PackedBatch) -> Tensor:

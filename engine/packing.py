@@ -17,8 +17,15 @@ from syncr1.engine.policies.base import Policy
 from syncr1.engine.records import IMAGE, TEXT, PackedBatch, Rollout
 
 
-def pack(policy: Policy, rollouts: Sequence[Rollout], rewards_SK: Tensor, keep_S: Tensor, *, num_generations: int,
-         max_tokens: int) -> list[PackedBatch]:  # fmt: skip
+def pack(
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    rewards_SK: Tensor,
+    keep_S: Tensor,
+    *,
+    num_generations: int,
+    max_tokens: int,
+) -> list[PackedBatch]:
     """Packs whole groups into micro-batches of at most `max_tokens` tokens (a larger group stands alone).
 
     Args:
@@ -30,8 +37,9 @@ def pack(policy: Policy, rollouts: Sequence[Rollout], rewards_SK: Tensor, keep_S
         max_tokens: token budget of a micro-batch.
 
     Returns:
-        Micro-batches in the order of the groups, anchors apart and last. Groups without a kept trajectory appear in none. With nothing kept
-        at all there is one batch whose loss mask is empty, so that every rank has a forward pass to take part in.
+        Micro-batches in the order of the groups, anchors apart and last. Groups without a kept trajectory
+        appear in none. With nothing kept at all there is one batch whose loss mask is empty, so that every rank has a
+        forward pass to take part in.
     """
     S, G = len(rollouts), num_generations
     if S % G or rewards_SK.shape[0] != S or keep_S.shape != (S,):
@@ -74,8 +82,9 @@ def _chunks(groups: list[range], lengths: list[int], max_tokens: int) -> Iterato
         yield chunk
 
 
-def _pack_groups(policy: Policy, rollouts: Sequence[Rollout], rewards_SK: Tensor, keep_S: Tensor, groups: list[range], *,
-                 learn: bool) -> PackedBatch:  # fmt: skip
+def _pack_groups(
+    policy: Policy, rollouts: Sequence[Rollout], rewards_SK: Tensor, keep_S: Tensor, groups: list[range], *, learn: bool
+) -> PackedBatch:
     members = [i for group in groups for i in group]
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     lengths, image_rows, images = [], [], []
@@ -95,7 +104,7 @@ def _pack_groups(policy: Policy, rollouts: Sequence[Rollout], rewards_SK: Tensor
     tokens, modality, loss_mask, sampled = (torch.cat(parts) for parts in zip(*columns, strict=True))
     lengths_S = torch.tensor(lengths)
     device = rewards_SK.device
-    batch = PackedBatch(
+    return PackedBatch(
         tokens=tokens,
         modality=modality,
         loss_mask=loss_mask if learn else torch.zeros_like(loss_mask),
@@ -107,7 +116,6 @@ def _pack_groups(policy: Policy, rollouts: Sequence[Rollout], rewards_SK: Tensor
         image_embeddings=torch.cat(images).float().cpu() if images else torch.zeros(0, 0),
         sampled_logp=sampled,
     )
-    return batch
 
 
 def _sequence(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,9 +8,9 @@ Dims: T packed tokens, S sequences (trajectories), P prompts (groups), G members
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -129,12 +129,11 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        moved = {name: _move(getattr(self, name), device) for name in self.__slots__}
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
         return PackedBatch(**moved)
-
-
-def _move(value: Tensor | bool | None, device: torch.device) -> Tensor | bool | None:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

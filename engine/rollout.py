@@ -179,7 +179,7 @@ def _generate_plan(policy: Policy, prompts: list[Prompt], sampling: Sampling, pr
 
 
 def _prefill(policy: Policy, prompts: list[Prompt]) -> tuple[list[Tensor], list[Tensor | None], _Branch]:
-    """Runs the prompts, left-padded to one length. Returns their tokens, image embeddings and the branch at their ends."""
+    """Runs the prompts, left-padded to one length: their tokens, image embeddings and the branch at their ends."""
     token_lists = [policy.prompt_tokens(prompt) for prompt in prompts]
     images: list[Tensor | None] = [None] * len(prompts)
     shown = [i for i, prompt in enumerate(prompts) if prompt.image is not None]
@@ -251,8 +251,14 @@ def _image_segments(drawing: _Drawing, tokens: Tensor) -> list[Segment]:
     return [_segment("image", [column[i] for column in columns]) for i in range(tokens.shape[0])]
 
 
-def _sample_image(policy: Policy, branch: _Branch, rows: list[tuple[Prompt, int]], texts: list[str], sampling: Sampling,
-                  preview: Preview | None) -> tuple[_Drawing, list[int], list[int]]:  # fmt: skip
+def _sample_image(
+    policy: Policy,
+    branch: _Branch,
+    rows: list[tuple[Prompt, int]],
+    texts: list[str],
+    sampling: Sampling,
+    preview: Preview | None,
+) -> tuple[_Drawing, list[int], list[int]]:
     """Every row's image, the key that it was drawn with, and the tries that it took."""
     B, N = len(rows), policy.num_image_tokens
     device = branch.hidden.device
@@ -279,9 +285,14 @@ def _draw(policy: Policy, drawing: _Drawing, keys: Tensor, sampling: Sampling, f
         conditional, forbidden = drawing.conditional.logits("image")
         unconditional = None if drawing.unconditional is None else drawing.unconditional.logits("image")[0]
         sample = cfg_sample(
-            conditional, unconditional, cfg_weight=sampling.cfg_weight, temperature=sampling.temperature,
-            seed=keys, offset=_IMAGE_OFFSET + step, forbidden=forbidden,
-        )  # fmt: skip
+            conditional,
+            unconditional,
+            cfg_weight=sampling.cfg_weight,
+            temperature=sampling.temperature,
+            seed=keys,
+            offset=_IMAGE_OFFSET + step,
+            forbidden=forbidden,
+        )
         samples.append(sample)
         if step + 1 < policy.num_image_tokens:
             embeddings = policy.embed(sample.token, "image")
@@ -291,9 +302,17 @@ def _draw(policy: Policy, drawing: _Drawing, keys: Tensor, sampling: Sampling, f
     return _Drawing(drawing.conditional, drawing.unconditional, samples)
 
 
-def _draw_previewed(policy: Policy, start: _Drawing, rows: list[tuple[Prompt, int]], texts: list[str], keys: Tensor,
-                    sampling: Sampling, preview: Preview, num_preview: int) -> tuple[_Drawing, Tensor, list[int]]:  # fmt: skip
-    """The first `num_preview` tokens of every row, restarted below the threshold; the best try stays when none passes."""
+def _draw_previewed(
+    policy: Policy,
+    start: _Drawing,
+    rows: list[tuple[Prompt, int]],
+    texts: list[str],
+    keys: Tensor,
+    sampling: Sampling,
+    preview: Preview,
+    num_preview: int,
+) -> tuple[_Drawing, Tensor, list[int]]:
+    """The first `num_preview` tokens of every row, restarted below the threshold; the best try stays if none passes."""
     device = keys.device
     everyone = torch.arange(keys.shape[0], device=device)
     capacities = [b.cache.capacity if b is not None else 0 for b in (start.conditional, start.unconditional)]
@@ -339,10 +358,15 @@ def _take(best: _Drawing, where: Tensor, tried: _Drawing, which: Tensor) -> None
     if best.unconditional is not None and tried.unconditional is not None:
         best.unconditional.write_rows(where, tried.unconditional.rows(which))
     best.samples = [
-        replace(old, **{name: getattr(old, name).index_copy(0, where, getattr(new, name)[which])
-                        for name in ("token", "logp", "logp_mixed", "entropy")})
+        replace(
+            old,
+            **{
+                name: getattr(old, name).index_copy(0, where, getattr(new, name)[which])
+                for name in ("token", "logp", "logp_mixed", "entropy")
+            },
+        )
         for old, new in zip(best.samples, tried.samples, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _fill(tokens: Tensor, num_tokens: int) -> Tensor:

@@ -20,7 +20,8 @@ from syncr1.engine.display import Display
 from syncr1.engine.evaluate.run import Evaluation
 from syncr1.engine.learner import Learner, LearnerSettings, init_distributed
 from syncr1.engine.objective import Objective
-from syncr1.engine.prompts import PromptStream, load_anchors, load_training_prompts
+from syncr1.engine.prompt_stream import PromptStream
+from syncr1.engine.prompts import load_anchors, load_training_prompts
 from syncr1.engine.records import Rollout, StepMetrics
 from syncr1.engine.runlog import open_run_log
 from syncr1.engine.trainer import Trainer
@@ -80,8 +81,12 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
         after = evaluate(evaluator, learner)
         learner.save(log.folder / "checkpoints" / "last")
         if before is not None and after is not None:
-            log.scores(before=table_of(before), after=table_of(after),
-                       examples_before=examples_of(before), examples_after=examples_of(after))  # fmt: skip
+            log.scores(
+                before=table_of(before),
+                after=table_of(after),
+                examples_before=examples_of(before),
+                examples_after=examples_of(after),
+            )
             display.before_after(table_of(before), table_of(after))
     display.note(f"model {log.folder / 'checkpoints' / 'last'}")
     display.note(f"report {log.folder / 'report.html'}")

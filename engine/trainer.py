@@ -46,8 +46,15 @@ class Trainer:
         on_step: where metrics and samples go.
     """
 
-    def __init__(self, config: SyncR1Config, learner: Learner, prompts: Prompts, rewards: RewardSet,
-                 preview: PreviewGate | None = None, on_step: OnStep | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: SyncR1Config,
+        learner: Learner,
+        prompts: Prompts,
+        rewards: RewardSet,
+        preview: PreviewGate | None = None,
+        on_step: OnStep | None = None,
+    ) -> None:
         self.config, self.learner, self.prompts, self.rewards = config, learner, prompts, rewards
         self.preview, self.on_step = preview, on_step
         self.step = 0
@@ -73,8 +80,14 @@ class Trainer:
             keep_S = self._keep(rollouts, credit_S2)
             if config.scale_rewards == "batch":
                 credit_S2 = credit_S2 / self._batch_std(credit_S2)
-            batches = pack(policy, rollouts, credit_S2, keep_S, num_generations=config.num_generations,
-                           max_tokens=config.max_tokens_per_microbatch)  # fmt: skip
+            batches = pack(
+                policy,
+                rollouts,
+                credit_S2,
+                keep_S,
+                num_generations=config.num_generations,
+                max_tokens=config.max_tokens_per_microbatch,
+            )
         with self._timed("score"):
             scored = self.learner.score(batches)
         with self._timed("update"):
@@ -87,8 +100,14 @@ class Trainer:
 
     def _sampling(self) -> Sampling:
         c = self.config
-        return Sampling(num_generations=c.num_generations, temperature=c.temperature, max_text_tokens=c.max_completion_length,
-                        cfg_weight=c.cfg_weight, seed=c.seed, step=self.step)  # fmt: skip
+        return Sampling(
+            num_generations=c.num_generations,
+            temperature=c.temperature,
+            max_text_tokens=c.max_completion_length,
+            cfg_weight=c.cfg_weight,
+            seed=c.seed,
+            step=self.step,
+        )
 
     def _keep(self, rollouts: Sequence[Rollout], credit_S2: Tensor) -> Tensor:
         """[S] bool: the DGS rule, and every trajectory of an anchor (the KL term needs it)."""
@@ -118,8 +137,14 @@ class Trainer:
         yield
         self._seconds[stage] = time.perf_counter() - start
 
-    def _metrics(self, rollouts: Sequence[Rollout], table: RewardTable, keep_S: Tensor, batches: Sequence[PackedBatch],
-                 learned: dict[str, float]) -> StepMetrics:  # fmt: skip
+    def _metrics(
+        self,
+        rollouts: Sequence[Rollout],
+        table: RewardTable,
+        keep_S: Tensor,
+        batches: Sequence[PackedBatch],
+        learned: dict[str, float],
+    ) -> StepMetrics:
         c = self.config
         total_S = combine(table.values, self.rewards.weight_tensor())
         sampled = [sum(s.tokens.numel() for s in rollout.segments) for rollout in rollouts]

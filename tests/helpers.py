@@ -220,10 +220,31 @@ def own_process_group() -> Iterator[None]:
         yield
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            import deepspeed.comm
+
+            deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
         for name in set(os.environ) - set(before):
             del os.environ[name]
         os.environ.update(before)
+
+
+@contextmanager
+def everything_partitioned() -> Iterator[None]:
+    """ZeRO-3 leaves parameters below 100 000 elements whole, which are all of a tiny model's: here it splits them too."""
+    from syncr1.engine import learner
+
+    original = learner.deepspeed_config
+
+    def config(settings: learner.LearnerSettings) -> dict[str, Any]:
+        made = original(settings)
+        made["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
+        return made
+
+    learner.deepspeed_config = config
+    try:
+        yield
+    finally:
+        learner.deepspeed_config = original
 
 
 def environment(cache_dir: Path | None = None) -> dict[str, str]:
@@ -309,4 +330,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with everything_partitioned():
+        main(Path(sys.argv[1]))

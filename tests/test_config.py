@@ -60,7 +60,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"preview_acceptance": 0.0}, "preview_acceptance", "more than 0"),
     ({"preview_max_attempts": 0}, "preview_max_attempts", "at least 1"),
     ({"anchor_fraction": 1.0}, "anchor_fraction", "below 1"),
-    ({"beta": 0.0}, "anchor_fraction", "pointless"),
+    ({"anchor_beta": 0.0}, "anchor_fraction", "pointless"),
     ({"zero_stage": 4}, "zero_stage", "one of 0, 1, 2, 3"),
     ({"zero_stage": True}, "zero_stage", "one of 0, 1, 2, 3"),
     ({"bf16": "yes"}, "bf16", "true or false"),

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from syncr1.engine.prompts import DataError, PromptStream, load_anchors, load_benchmark, load_training_prompts
+from syncr1.engine.prompt_stream import PromptStream
+from syncr1.engine.prompts import DataError, load_anchors, load_benchmark, load_training_prompts
 from syncr1.engine.records import Prompt
 from syncr1.engine.world.disk import write_world
 from syncr1.engine.world.general import write_general
@@ -99,7 +100,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_prompts_of_an_album(album: Path) -> None:
     prompts = load_training_prompts(album)
-    assert Counter(p.task for p in prompts) == {"rea": 6, "vqa": 4, "qa": 2, "rec": 12}
+    assert Counter(p.task for p in prompts) == {"rea": 6, "pure_gen": 6, "vqa": 4, "qa": 2, "rec": 12}
     assert len({p.id for p in prompts}) == len(prompts)
     by_id = {p.id: p for p in prompts}
     rea = by_id["train/chelsea/rea/0"]
@@ -180,7 +181,7 @@ def test_optional_files_may_be_missing(copy: Path) -> None:
     for name in ("positive_recognitions.json", "random_recognitions.json", "conversations.json"):
         (copy / "concept" / "train" / "chelsea" / name).unlink()
     prompts = load_training_prompts(copy)
-    assert Counter(p.task for p in prompts if p.concept == "chelsea") == {"rea": 2}  # half is held out by default
+    assert Counter(p.task for p in prompts if p.concept == "chelsea") == {"rea": 2, "pure_gen": 2}  # half is held out
     assert [p.text for p in load_benchmark(copy)["pure_gen"]][:2] == ["<chelsea> by the sea", "<chelsea> playing chess"]
 
 
@@ -254,7 +255,10 @@ def test_world_prompts_carry_attributes(world: Path) -> None:
     assert rea.target != rea.answer
     vqa = next(p for p in prompts if p.task == "vqa" and p.concept == "bobo")
     assert vqa.attributes == {"shape": "round", "colour": "red", "hat": "crown", "pattern": "striped"}
-    assert {p.task for p in prompts} == {"rea", "dense_rea", "vqa", "qa", "rec"}
+    assert {p.task for p in prompts} == {"rea", "dense_rea", "vqa", "qa", "rec", "pure_gen", "dense_gen"}
+    drawn = [p for p in prompts if p.task in ("pure_gen", "dense_gen")]
+    assert all(p.segments == ("image",) and p.answer is None and f"<{p.concept}>" in p.text for p in drawn)
+    assert all(p.attributes is not None and "place" in p.attributes for p in drawn)
 
 
 def test_world_benchmark_is_held_out(world: Path) -> None:

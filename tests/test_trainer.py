@@ -20,7 +20,8 @@ from syncr1.engine.assemble import build_preview, build_reward_set
 from syncr1.engine.config import SyncR1Config
 from syncr1.engine.learner import Learner
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.prompts import PromptStream, load_anchors, load_training_prompts
+from syncr1.engine.prompt_stream import PromptStream
+from syncr1.engine.prompts import load_anchors, load_training_prompts
 from syncr1.engine.records import PackedBatch, Prompt, Rollout, StepMetrics
 from syncr1.engine.rewards.base import score
 from syncr1.engine.rewards.ensemble import RewardSet, combine

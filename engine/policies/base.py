@@ -8,10 +8,12 @@ Dims: T tokens, D hidden size, N image tokens, B rows, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -30,11 +32,11 @@ class Head:
     bias: Tensor | None
     """[V] or None."""
     forbidden: Tensor | None
-    """[F] int64 ids that are never sampled: placeholders and control tokens. Excluded from log-probabilities as well."""
+    """[F] int64 ids that are never sampled: placeholders and control tokens. Not in log-probabilities either."""
 
 
-class Policy(Protocol):
-    """A unified model as the engine sees it. `nn.Module`, so that DeepSpeed can wrap it."""
+class Policy(nn.Module, ABC):
+    """A unified model as the engine sees it; an `nn.Module`, so that DeepSpeed can wrap it."""
 
     num_image_tokens: int
     """Tokens of one drawn image."""
@@ -45,53 +47,66 @@ class Policy(Protocol):
     image_start: int
     """Text id that hands over to image tokens; the first image token is predicted from it."""
 
-    @property
-    def module(self) -> nn.Module: ...
-
+    @abstractmethod
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
         """[L] int64: the prompt through the model's chat template, image placeholders expanded."""
-        ...
 
+    @abstractmethod
     def image_slots(self, tokens: Tensor) -> Tensor:
         """[...] bool: where a row of `see` replaces the token's embedding."""
-        ...
 
+    @abstractmethod
     def unconditional_tokens(self) -> Tensor:
         """[L] int64: the prompt of the classifier-free branch, `image_start` included."""
-        ...
 
+    @abstractmethod
     def text_tokens(self, text: str) -> Tensor:
         """[L] int64: a text as the policy would have sampled it, its end token included."""
-        ...
 
-    def decode_text(self, tokens: Tensor) -> str: ...
+    @abstractmethod
+    def decode_text(self, tokens: Tensor) -> str:
+        """[L] int64 -> the text, special tokens removed."""
 
+    @abstractmethod
     def see(self, images: Tensor) -> Tensor:
         """[n, 3, H, W] in [0, 1] -> [n, tokens, D] embeddings of the understanding path."""
-        ...
 
+    @abstractmethod
+    def vision_features(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] -> [n, C] float32 for judging likeness."""
+
+    @abstractmethod
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] -> [n, N] int64: the image vocabulary's codes of given images; `draw` inverts it."""
+
+    @abstractmethod
     def embed(self, tokens: Tensor, kind: SegmentKind) -> Tensor:
         """[...] int64 -> [..., D]."""
-        ...
 
+    @abstractmethod
     def trunk(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
         """[B, T, D], [B, T] -> [B, T, D] final hidden states."""
-        ...
 
+    @abstractmethod
     def head(self, hidden: Tensor, kind: SegmentKind) -> Head:
         """[N, D] -> the head of a vocabulary, ready for a fused op."""
-        ...
 
-    def new_cache(self, num_rows: int, capacity: int) -> KVCache: ...
+    @abstractmethod
+    def new_cache(self, num_rows: int, capacity: int) -> KVCache:
+        """An empty cache of the decoder's shape."""
 
+    @abstractmethod
     def draw(self, tokens: Tensor) -> Tensor:
         """[n, N] int64 image ids -> [n, 3, H, W] float32 in [0, 1]."""
-        ...
 
+    @abstractmethod
     def load_images(self, paths: Sequence[Path]) -> Tensor:
         """Image files -> [n, 3, H, W] float32 in [0, 1], at the model's input size."""
-        ...
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes weights (safetensors), config and processor in transformers' format."""
-        ...
+
+    def frozen_copy(self) -> Self:
+        """The policy as it is now, for references and judges; it does not follow the training."""
+        return copy.deepcopy(self).requires_grad_(False).eval()

@@ -8,7 +8,6 @@ Source: Janus-Pro (arXiv 2501.17811); module names of `transformers.models.janus
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +15,12 @@ from pathlib import Path
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from syncr1.engine.attention import ATTENTION_NAME, AttentionLayout, KVCache
 from syncr1.engine.pictures import load_pictures
-from syncr1.engine.policies.base import Head
+from syncr1.engine.policies.base import Head, Policy
 from syncr1.engine.records import Prompt, SegmentKind
 
 UNCONDITIONAL_PADS = 4
@@ -29,7 +28,7 @@ UNCONDITIONAL_PADS = 4
 as many pads as it had tokens, so any number is in distribution; a fixed one lets the whole batch share one prefill."""
 
 
-class JanusPolicy(nn.Module):
+class JanusPolicy(Policy):
     """transformers' `JanusForConditionalGeneration` behind the `Policy` protocol.
 
     Args:
@@ -37,6 +36,8 @@ class JanusPolicy(nn.Module):
         processor: its `JanusProcessor` (tokenizer, image processor, chat template).
         freeze_vision: no gradients for the vision tower, its aligner and the VQ model.
     """
+
+    _forbidden_text: Tensor
 
     def __init__(
         self, model: JanusForConditionalGeneration, processor: AutoProcessor, *, freeze_vision: bool = True
@@ -70,10 +71,6 @@ class JanusPolicy(nn.Module):
         return cls(model, AutoProcessor.from_pretrained(str(name)), freeze_vision=freeze_vision)
 
     @property
-    def module(self) -> nn.Module:
-        return self
-
-    @property
     def device(self) -> torch.device:
         return self.model.lm_head.weight.device
 
@@ -93,9 +90,9 @@ class JanusPolicy(nn.Module):
         return ids
 
     def _escape(self, text: str) -> str:
-        """Control tokens in a user's text lose their brackets: a prompt can neither open an image slot nor end its turn.
+        """Control tokens in a user's text lose their brackets: it can neither open an image slot nor end its turn.
 
-        Again until none is left, because what stays of one may complete another (`<<image>>`); each pass shortens the text.
+        Again until none is left, because what stays of one may complete another (`<<image>>`); each pass shortens it.
         """
         tokens = self.tokenizer.all_special_tokens
         while any(token in text for token in tokens):
@@ -159,8 +156,15 @@ class JanusPolicy(nn.Module):
         config = self.model.config.text_config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         weight = self.model.lm_head.weight
-        return KVCache(num_layers=config.num_hidden_layers, num_rows=num_rows, num_heads=config.num_key_value_heads,
-                       head_dim=head_dim, capacity=capacity, dtype=weight.dtype, device=weight.device)  # fmt: skip
+        return KVCache(
+            num_layers=config.num_hidden_layers,
+            num_rows=num_rows,
+            num_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            capacity=capacity,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
 
     @torch.no_grad()
     def draw(self, tokens: Tensor) -> Tensor:
@@ -174,10 +178,6 @@ class JanusPolicy(nn.Module):
 
     def load_images(self, paths: Sequence[Path]) -> Tensor:
         return load_pictures(paths, self.image_size).to(self.device)
-
-    def frozen_copy(self) -> JanusPolicy:
-        """The policy as it is now, for references and judges; it does not follow the training."""
-        return copy.deepcopy(self).requires_grad_(False).eval()
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder, safe_serialization=True)

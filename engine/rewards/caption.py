@@ -6,6 +6,7 @@ Dims: n images, T packed tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -44,8 +45,7 @@ class CaptionLikelihood:
         )[0]
         logp = self._forward(batch)["logp"]
         bounds = batch.cu_seqlens.tolist()
-        pairs = zip(bounds[:-1], bounds[1:], strict=True)
-        return torch.stack([logp[start:end][batch.loss_mask[start:end]].mean() for start, end in pairs])
+        return torch.stack([logp[start:end][batch.loss_mask[start:end]].mean() for start, end in pairwise(bounds)])
 
     def _described(self, prompt_tokens: Tensor, image: Tensor, tokens: Tensor) -> Rollout:
         nothing = torch.zeros(tokens.numel())

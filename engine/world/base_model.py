@@ -1,7 +1,7 @@
 """The embedded default's starting point: a tiny Janus, supervised on noisy labels of the rendered world.
 
-Head-room for RL comes from noisy labels, not from stopping early: the base *contains* the right answers (best of eight is
-far better than one try), it only does not prefer them.  Two kinds of noise, on personal tasks only:
+Head-room for RL comes from noisy labels, not from stopping early: the base *contains* the right answers (best of eight
+is far better than one try), it only does not prefer them.  Two kinds of noise, on personal tasks only:
 
 - rumours: of half of all facts about a concept, one wrong value is told more often than the truth, so even greedy
   decoding errs;
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from syncr1.engine.objective import Objective, PolicyForward
 from syncr1.engine.packing import pack
+from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout, Segment, SegmentKind
 from syncr1.engine.world.attributes import ATTRIBUTES, CONCEPTS, FOODS, LOOK_INDEX, OWNERS, PLACES, SOUNDS, VALUES, Look
@@ -210,7 +211,7 @@ def _given(kind: SegmentKind, tokens: Tensor) -> Segment:
     return Segment(kind=kind, tokens=tokens, logp=nothing, logp_mixed=nothing, entropy=nothing)
 
 
-def with_photos(policy: JanusPolicy, rollouts: Sequence[Rollout]) -> list[Rollout]:
+def with_photos(policy: Policy, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The trajectories with their photos seen by the vision tower, gradients attached."""
     shown = [i for i, rollout in enumerate(rollouts) if rollout.image is not None]
     seen = policy.see(torch.stack([image for i in shown if (image := rollouts[i].image) is not None]))

@@ -50,38 +50,62 @@ def build_tokenizer(texts: Sequence[str], concepts: Sequence[str]) -> PreTrained
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(concepts), special_tokens=special, show_progress=False,
+        vocab_size=VOCABULARY - len(concepts),
+        special_tokens=special,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(f"<{concept}>", lstrip=True, normalized=False) for concept in concepts])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, padding_side="left",
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        padding_side="left",
         extra_special_tokens={"image_token": IMAGE, "boi_token": BOI, "eoi_token": EOI, "assistant_token": ASSISTANT},
-    )  # fmt: skip
+    )
 
 
 def build_policy(
     texts: Sequence[str], concepts: Sequence[str], *, seed: int, freeze_vision: bool = False
 ) -> JanusPolicy:
-    """An untrained tiny Janus with the shipped VQ model inside, about 1 M parameters; the same seed gives the same weights."""
+    """An untrained tiny Janus around the shipped VQ model, about 1 M parameters; a seed gives the same weights."""
     tokenizer = build_tokenizer(texts, concepts)
     num_slots = (IMAGE_SIZE // VISION_PATCH) ** 2
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=512,
-        initializer_range=INITIALIZER_RANGE, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
-    )  # fmt: skip
-    vision = JanusVisionConfig(
-        image_size=IMAGE_SIZE, patch_size=VISION_PATCH, hidden_size=VISION_HIDDEN, num_hidden_layers=VISION_LAYERS,
-        num_attention_heads=4, mlp_ratio=2.0, projection_dim=HIDDEN, num_image_tokens=num_slots, depth=2,
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=512,
         initializer_range=INITIALIZER_RANGE,
-    )  # fmt: skip
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    vision = JanusVisionConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=VISION_PATCH,
+        hidden_size=VISION_HIDDEN,
+        num_hidden_layers=VISION_LAYERS,
+        num_attention_heads=4,
+        mlp_ratio=2.0,
+        projection_dim=HIDDEN,
+        num_image_tokens=num_slots,
+        depth=2,
+        initializer_range=INITIALIZER_RANGE,
+    )
     config = JanusConfig(
-        text_config=text, vision_config=vision, vq_config=vq_config(initializer_range=INITIALIZER_RANGE),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE), tie_word_embeddings=False,
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        vq_config=vq_config(initializer_range=INITIALIZER_RANGE),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        tie_word_embeddings=False,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = JanusForConditionalGeneration(config)
