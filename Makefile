@@ -47,7 +47,7 @@ check: setup typing
 	$(BIN)/python -m pytest tests -m "not slow" -q
 
 bench: setup
-	$(BIN)/python -m pytest bench $(ARGS)
+	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -87,9 +87,9 @@ def prepare_policy(
     """The starting point: the user's checkpoint, or the tiny base, trained on first use."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     if config.model is not None:
-        return JanusPolicy.from_pretrained(config.model, dtype=dtype, freeze_vision=config.freeze_vision)
+        return JanusPolicy.from_pretrained(config.model, dtype=dtype)
     folder = tiny_base(settings or BaseSettings(), report)
-    return JanusPolicy.from_pretrained(folder, dtype=dtype, freeze_vision=config.freeze_vision)
+    return JanusPolicy.from_pretrained(folder, dtype=dtype)
 
 
 def tiny_base(settings: BaseSettings, report: Report | None = None) -> Path:
@@ -103,14 +103,19 @@ def tiny_base(settings: BaseSettings, report: Report | None = None) -> Path:
     return _made_once(folder, lambda draft: train_base(settings, say).save(draft))
 
 
-def build_reward_set(config: SyncR1Config, policy: Policy, prompts: Sequence[Prompt]) -> RewardSet:
-    """The ensemble reward: identity by a frozen vision tower, judge by attributes or by likelihood, text by BLEU."""
-    frozen = policy.frozen_copy()
+def build_reward_set(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt]) -> RewardSet:
+    """The ensemble reward: identity by a frozen vision tower, judge by attributes or by likelihood, text by BLEU.
+
+    Args:
+        config: weights.
+        frozen: the policy as training begins (`Policy.frozen_copy`); it judges and does not change.
+        prompts: what will be trained on; decides whether attributes can be read.
+    """
     named = all(prompt.attributes for prompt in prompts if "image" in prompt.segments)
     return build_rewards(
         features=frozen.vision_features,
-        image_size=policy.image_size,
-        scorer=posterior_scorer(checker_of(policy).posterior, VALUES)
+        image_size=frozen.image_size,
+        scorer=posterior_scorer(checker_of(frozen).posterior, VALUES)
         if any(prompt.attributes for prompt in prompts)
         else None,
         caption_logp=None if named else CaptionLikelihood(frozen),
@@ -162,18 +167,18 @@ class Evaluator:
 
     Args:
         config: for sampling settings and the number of items.
-        policy: whose image tokenizer reads the rendered world; its vision tower, copied now, judges likeness.
+        frozen: whose image tokenizer reads the rendered world and whose vision tower judges likeness.
         root: the data folder.
     """
 
-    def __init__(self, config: SyncR1Config, policy: Policy, root: Path) -> None:
+    def __init__(self, config: SyncR1Config, frozen: Policy, root: Path) -> None:
         self.config = config
         self.benchmark = load_benchmark(root)
-        self._likeness = IdentityReward(policy.frozen_copy().vision_features, policy.image_size)
+        self._likeness = IdentityReward(frozen.vision_features, frozen.image_size)
         self._scorers: dict[str, AttributeScorer] = {}
         if any(prompt.attributes for prompts in self.benchmark.values() for prompt in prompts):
             self._scorers = {
-                "checker": index_scorer(checker_of(policy).read_indices, VALUES),
+                "checker": index_scorer(checker_of(frozen).read_indices, VALUES),
                 "cnn": index_scorer(_judge().read_indices, VALUES),
             }
 

@@ -122,8 +122,6 @@ class SyncR1Config:
     anchor_beta: float = 5.0
     """Weight of the KL term on anchors; it takes nothing from the rewards, so it can be far above beta:
     at 0.5 general drawing fell by .05, at 5 by .015, at 10 by .005 with a fifth of the gains lost (measured)."""
-    freeze_vision: bool = True
-    """Keep the vision tower, its aligner and the VQ model as they are (as ULM-R1 does)."""
 
     # --- the learner ---
     zero_stage: Literal[0, 1, 2, 3] = 0

@@ -49,15 +49,17 @@ class Learner:
         policy: a `Policy`; moved to the device and wrapped by DeepSpeed.
         objective: the loss's settings; a KL term keeps a frozen copy of the policy as the reference.
         settings: optimizer and ZeRO.
+        reference: frozen policy that the KL term refers to; None takes a copy of `policy` where one is needed.
     """
 
-    def __init__(self, policy: Policy, objective: Objective, settings: LearnerSettings) -> None:
+    def __init__(
+        self, policy: Policy, objective: Objective, settings: LearnerSettings, reference: Policy | None = None
+    ) -> None:
         self.policy, self.objective, self.settings = policy, objective, settings
-        init_distributed()
-        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _on_cuda() else torch.device("cpu")
+        self.device = local_device()
         self._reference: PolicyForward | None = None
         if objective.needs_reference:
-            self._reference = PolicyForward(policy.frozen_copy().to(self.device), objective)
+            self._reference = PolicyForward((reference or policy.frozen_copy()).to(self.device), objective)
         forward = PolicyForward(policy, objective)
         trained = [p for p in forward.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -216,6 +218,12 @@ def _clips_here(settings: LearnerSettings) -> bool:
 
 def _on_cuda() -> bool:
     return os.environ["DS_ACCELERATOR"] == "cuda" and torch.cuda.is_available()
+
+
+def local_device() -> torch.device:
+    """This process's device, once it has joined the group."""
+    init_distributed()
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _on_cuda() else torch.device("cpu")
 
 
 def init_distributed() -> None:

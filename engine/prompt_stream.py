@@ -42,9 +42,8 @@ class PromptStream:
             prompts_per_step: prompts of a step over all ranks, anchors included; a multiple of `world_size`.
             anchor_fraction: share of anchors among them, rounded to whole prompts.
             rank, world_size: this process's place.
-            task_weights: share of each task, scaled to sum to 1; tasks left out get none. None: half to reasoning,
-            half to
-                understanding (Sync-R1's modes), shared equally among the tasks of each.
+            task_weights: share of each task, scaled to sum to 1; tasks left out get none. None: `MODE_SHARES`,
+                shared equally among the tasks of each mode.
 
         Raises:
             ValueError: numbers that do not fit together, or a weight for a task that has no prompts.
@@ -65,25 +64,56 @@ class PromptStream:
             raise ValueError(f"PromptStream: {len(ids) - len(set(ids))} ids are not unique; number the prompts")
         self.num_prompts, self.num_anchors = prompts_per_step - num_anchors, num_anchors
         self.rank, self.world_size = rank, world_size
-        tasks = by_task(prompts)
-        self._shares = _shares(tasks, task_weights)
-        self._piles = {task: _Pile(tasks[task], seed, task) for task in self._shares}
-        if sum(len(pile.items) for pile in self._piles.values()) < self.num_prompts:
-            raise ValueError(f"PromptStream: {sorted(self._shares)} have fewer than {self.num_prompts} prompts")
-        self._anchor_pile = _Pile(anchors, seed, "anchors")
-        self._credit = dict.fromkeys(self._shares, 0.0)
+        self._prompts = _Mix(by_task(prompts), _shares(by_task(prompts), task_weights), seed)
+        if self._prompts.num_items < self.num_prompts:
+            raise ValueError(f"PromptStream: {sorted(self._prompts.shares)} have fewer than {self.num_prompts} prompts")
+        tasks = by_task(anchors)
+        self._anchors = _Mix(tasks, _shares(tasks, {task: ANCHOR_SHARES.get(task, 1.0) for task in tasks}), seed)
         self._fingerprint = _fingerprint([*prompts, *anchors])
 
     def next_step(self) -> list[Prompt]:
         """This rank's prompts of the next step: prompts_per_step / world_size of them."""
         taken: set[str] = set()
-        for task, share in self._shares.items():
-            self._credit[task] += share * self.num_prompts
-        step = [self._next_prompt(taken) for _ in range(self.num_prompts)]
-        step += [anchor for _ in range(self.num_anchors) if (anchor := self._anchor_pile.draw(taken))]
+        step = self._prompts.draw(self.num_prompts, taken) + self._anchors.draw(self.num_anchors, taken)
         return step[self.rank :: self.world_size]
 
-    def _next_prompt(self, taken: set[str]) -> Prompt:
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on; plain numbers and text, so it can go into JSON."""
+        return {
+            "prompts": self._prompts.state_dict(),
+            "anchors": self._anchors.state_dict(),
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken; ValueError when the prompts are not the same."""
+        if state["fingerprint"] != self._fingerprint:
+            raise ValueError(
+                "PromptStream: the saved state is of other prompts; resume with the data that the run began with"
+            )
+        self._prompts.load_state_dict(state["prompts"])
+        self._anchors.load_state_dict(state["anchors"])
+
+
+class _Mix:
+    """Piles by task, drawn from in proportion to their shares."""
+
+    def __init__(self, tasks: Mapping[str, Sequence[Prompt]], shares: Mapping[str, float], seed: int) -> None:
+        self.shares = shares
+        self._piles = {task: _Pile(tasks[task], seed, task) for task in shares}
+        self._credit = dict.fromkeys(shares, 0.0)
+
+    @property
+    def num_items(self) -> int:
+        return sum(len(pile.items) for pile in self._piles.values())
+
+    def draw(self, count: int, taken: set[str]) -> list[Prompt]:
+        """The next `count` prompts that are not in `taken`, which they join."""
+        for task, share in self.shares.items():
+            self._credit[task] += share * count
+        return [self._next(taken) for _ in range(count)]
+
+    def _next(self, taken: set[str]) -> Prompt:
         """From the task furthest behind its share; a task whose prompts are all in this step already is passed over."""
         for task in sorted(self._credit, key=lambda name: (-self._credit[name], name)):
             prompt = self._piles[task].draw(taken)
@@ -93,24 +123,12 @@ class PromptStream:
         raise AssertionError("PromptStream: a step larger than its prompts passed __init__")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on; plain numbers and text, so it can go into JSON."""
-        return {
-            "drawn": {task: pile.drawn for task, pile in self._piles.items()},
-            "anchors_drawn": self._anchor_pile.drawn,
-            "credit": dict(self._credit),
-            "fingerprint": self._fingerprint,
-        }
+        return {"drawn": {task: pile.drawn for task, pile in self._piles.items()}, "credit": dict(self._credit)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken; ValueError when the prompts are not the same."""
-        if state["fingerprint"] != self._fingerprint or set(state["drawn"]) != set(self._piles):
-            raise ValueError(
-                "PromptStream: the saved state is of other prompts; resume with the data that the run began with"
-            )
         for task, pile in self._piles.items():
             pile.drawn = int(state["drawn"][task])
-        self._anchor_pile.drawn = int(state["anchors_drawn"])
-        self._credit = {task: float(credit) for task, credit in state["credit"].items()}
+        self._credit = {task: float(state["credit"][task]) for task in self._piles}
 
 
 @dataclass(slots=True)
@@ -145,6 +163,8 @@ class _Pile:
 
 MODE_SHARES = {"reasoning": 0.4, "drawing": 0.2, "understanding": 0.4}
 """Share of a step's rewarded prompts: Sync-R1's modes r and u alike, and direct drawing, which neither exercises."""
+ANCHOR_SHARES = {"general_image": 3.0, "general_vqa": 1.0}
+"""Relative shares of anchors: a drawing's many tokens drift more than an answer's one or two."""
 DRAWING_TASKS = ("pure_gen", "dense_gen")
 
 
@@ -154,6 +174,8 @@ def _mode(task: str) -> str:
 
 def _shares(tasks: Mapping[str, Sequence[Prompt]], weights: Mapping[str, float] | None) -> dict[str, float]:
     """Share of each task, in name order; sums to 1."""
+    if not tasks:
+        return {}
     if weights is None:
         modes = {mode: [task for task in sorted(tasks) if _mode(task) == mode] for mode in MODE_SHARES}
         weights = {task: MODE_SHARES[mode] / len(mine) for mode, mine in modes.items() for task in mine}

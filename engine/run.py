@@ -18,7 +18,7 @@ from syncr1.engine.assemble import Evaluator, build_preview, build_reward_set, p
 from syncr1.engine.config import SyncR1Config
 from syncr1.engine.display import Display
 from syncr1.engine.evaluate.run import Evaluation
-from syncr1.engine.learner import Learner, LearnerSettings, init_distributed
+from syncr1.engine.learner import Learner, LearnerSettings, init_distributed, local_device
 from syncr1.engine.objective import Objective
 from syncr1.engine.prompt_stream import PromptStream
 from syncr1.engine.prompts import load_anchors, load_training_prompts
@@ -54,9 +54,10 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
     stream = PromptStream(
         prompts, anchors, config.seed, config.prompts_per_step, config.anchor_fraction, rank, world_size
     )
-    rewards = build_reward_set(config, policy, prompts)
-    evaluator = one_at_a_time(lambda: Evaluator(config, policy, root)) if config.eval_samples else None
-    learner = Learner(policy, objective_of(config, policy.num_image_tokens), settings_of(config))
+    frozen = policy.frozen_copy().to(local_device())
+    rewards = build_reward_set(config, frozen, prompts)
+    evaluator = one_at_a_time(lambda: Evaluator(config, frozen, root)) if config.eval_samples else None
+    learner = Learner(policy, objective_of(config, policy.num_image_tokens), settings_of(config), frozen)
 
     with open_run_log(config.output_dir, config) as log:
         display.stage("scores before training")

@@ -230,7 +230,7 @@ def own_process_group() -> Iterator[None]:
 
 @contextmanager
 def everything_partitioned() -> Iterator[None]:
-    """ZeRO-3 leaves parameters below 100 000 elements whole, which are all of a tiny model's: here it splits them too."""
+    """ZeRO-3 leaves parameters below 100 000 elements whole, all of a tiny model's; here it splits them too."""
     from syncr1.engine import learner
 
     original = learner.deepspeed_config

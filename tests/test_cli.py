@@ -79,8 +79,8 @@ def test_a_flag_may_complete_a_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("arguments", "field", "expected"),
     [
         (["--dry_run"], "dry_run", True),
-        (["--no-freeze_vision"], "freeze_vision", False),
-        (["--no_freeze_vision"], "freeze_vision", False),
+        (["--no-dry_run"], "dry_run", False),
+        (["--no_bf16"], "bf16", False),
         (["--num-generations", "4"], "num_generations", 4),
         (["--num_generations=4"], "num_generations", 4),
         (["--model", "None"], "model", None),

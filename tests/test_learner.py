@@ -12,7 +12,17 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import ROOT, everything_partitioned, learn, own_process_group, packed, sampled, sharp_policy, torchrun, weights_of
+from helpers import (
+    ROOT,
+    everything_partitioned,
+    learn,
+    own_process_group,
+    packed,
+    sampled,
+    sharp_policy,
+    torchrun,
+    weights_of,
+)
 from torch import Tensor
 
 from syncr1.engine.learner import Learner, LearnerSettings, deepspeed_config, replay_error
