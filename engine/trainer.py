@@ -175,7 +175,10 @@ class Trainer:
         return StepMetrics(step=self.step, values=values, seconds=dict(self._seconds))
 
     def _adapt_preview(self, preview: PreviewGate) -> float:
-        accepted, tried = self.learner.all_reduce(preview.counts).tolist()
+        """One threshold for all ranks: each took its own from its first previews, and all count for the next move."""
+        own = torch.tensor([preview.threshold or 0.0, float(preview.threshold is not None)], dtype=torch.float64)
+        accepted, tried, total, known = self.learner.all_reduce(torch.cat([preview.counts, own])).tolist()
+        preview.threshold = total / known if known else None
         return preview.adapt(int(accepted), int(tried))
 
 
