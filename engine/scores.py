@@ -20,13 +20,14 @@ TASKS = {
     "vqa": "Questions about a photo of the concept",
     "qa": "Questions about the concept, no photo",
     "rea": "Infer what an indirect request means",
-    "dense_rea": "The same, long requests",
+    "dense_rea": "Infer what a long request means",
     "gen": "Draw the concept",
     "pure_gen": "Draw the concept",
     "dense_gen": "Draw the concept, long requests",
     "rea_gen": "Infer what is meant, then draw it",
-    "dense_rea_gen": "The same, long requests",
-    "general": "What is not about any concept",
+    "dense_rea_gen": "Infer it from a long request, draw it",
+    "general_vqa": "Questions about photos of nobody in particular (not trained on)",
+    "general_image": "Draw a caption without a concept (not trained on)",
     SUMMARY: "All tasks",
 }
 """UnifyBench++ tasks in words; another name is shown as it is."""
@@ -38,6 +39,10 @@ MEASURES = {
     "cnn": "the same by a network that training never saw",
 }
 """What the columns' scores mean; shown under the table for those that occur."""
+
+
+DETAILS = ("num_items", "identity")
+"""Measures that scores.json has and the table leaves out."""
 
 
 class ScoreRow(NamedTuple):
@@ -72,9 +77,30 @@ def flatten_scores(scores: Scores | None, prefix: str = "") -> dict[str, float |
     return flat
 
 
+def headline(flat: Mapping[str, float | None]) -> dict[str, float | None]:
+    """What a table shows of an evaluation: each task's main scores by their short names, without the details.
+
+    `task/score/greedy` becomes `task/greedy` and `task/attributes/cnn` becomes `task/cnn`; where a task has readings of
+    attributes, its `score/sampled` repeats one of them and is left out. Other names pass, except known details.
+
+    >>> headline({"qa/score/greedy": 0.5, "qa/bleu/greedy": 0.6, "qa/num_items": 9.0, "summary/image/cnn": 0.7})
+    {'qa/greedy': 0.5, 'summary/image/cnn': 0.7}
+    """
+    readable = {name.partition("/")[0] for name in flat if "/attributes/" in name}
+    shown: dict[str, float | None] = {}
+    for name, value in flat.items():
+        task, _, measure = name.partition("/")
+        head, _, how = measure.partition("/")
+        if task == SUMMARY or not (how or measure in DETAILS):
+            shown[name] = value
+        elif head in ("score", "attributes") and not (head == "score" and how == "sampled" and task in readable):
+            shown[f"{task}/{how}"] = value
+    return shown
+
+
 def score_rows(before: Scores | None, after: Scores | None) -> list[ScoreRow]:
-    """The union of both, in order of appearance, tasks together and the summary last."""
-    old, new = flatten_scores(before), flatten_scores(after)
+    """The headlines of both, in order of appearance, tasks together and the summary last."""
+    old, new = headline(flatten_scores(before)), headline(flatten_scores(after))
     names = [name.partition("/") for name in {**old, **new}]
     tasks = list(dict.fromkeys(task for task, _, _ in names))
     tasks.sort(key=lambda task: task == SUMMARY)

@@ -92,6 +92,26 @@ def test_table_of_an_interrupted_run() -> None:
     assert before_after_table({}, {}).row_count == 0
 
 
+def test_headlines_are_the_main_scores_only() -> None:
+    flat = {
+        "num_items": 3.0, "score/greedy": 0.5, "score/sampled": 0.4, "bleu/greedy": 0.9, "accuracy/sampled": 0.1,
+    }  # fmt: skip
+    drawn = {
+        "attributes/checker": 0.7,
+        "attributes/cnn": 0.6,
+        "all_right/cnn": 0.2,
+        "score/sampled": 0.7,
+        "identity": 0.3,
+    }
+    rows = score_rows({"qa": flat, "rea_gen": drawn, "summary": {"image/cnn": 0.6}}, None)
+    assert [(row.task, row.measure, row.before) for row in rows] == [
+        ("qa", "greedy", 0.5), ("qa", "sampled", 0.4), ("rea_gen", "checker", 0.7), ("rea_gen", "cnn", 0.6),
+        ("summary", "image/cnn", 0.6),
+    ]  # fmt: skip
+    photographs = score_rows({"pure_gen": {"identity": 0.3, "score/sampled": 0.3, "num_items": 2.0}}, None)
+    assert [(row.task, row.measure) for row in photographs] == [("pure_gen", "sampled")]
+
+
 def test_score_rows_join_flat_and_nested_names() -> None:
     rows = score_rows({"b/greedy": 0.5, "summary": 0.1, "a": 1}, {"a": 2.0, "b": {"greedy": 0.75, "cnn": math.nan}})
     assert rows == [

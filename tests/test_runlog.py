@@ -78,7 +78,7 @@ def test_metrics_are_json_at_once_with_null_for_nan(tmp_path: Path) -> None:
 def test_environment_repeats_the_run_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "planted-secret")
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
-    with RunLog(tmp_path / "r", SyncR1Config()) as log:
+    with RunLog(tmp_path / "r", SyncR1Config(max_steps=80)) as log:
         log.metrics(make_metrics(0))
     facts = json.loads((log.folder / "environment.json").read_text())
     assert facts["packages"]["torch"] == torch.__version__
@@ -129,7 +129,7 @@ def test_scores_before_alone_then_both(tmp_path: Path) -> None:
 
 
 def test_report_is_written_even_when_the_run_breaks(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), RunLog(tmp_path / "r", SyncR1Config()) as log:
+    with pytest.raises(KeyboardInterrupt), RunLog(tmp_path / "r", SyncR1Config(max_steps=80)) as log:
         log.metrics(make_metrics(0))
         raise KeyboardInterrupt
     assert "stopped after 1 of 80 steps" in (log.folder / "report.html").read_text(encoding="utf-8")

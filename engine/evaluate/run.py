@@ -34,7 +34,7 @@ class Evaluation:
     scores: Scores
     """By task; `score/greedy` and `score/sampled` are the main ones, in [0, 1]; `num_items` is how many were asked."""
     examples: dict[str, list[Rollout]]
-    """By prompt task: the first sampled rollouts (texts and images)."""
+    """By prompt task: some of the sampled rollouts (texts and images)."""
 
     @property
     def summary(self) -> dict[str, float]:
@@ -81,7 +81,9 @@ def evaluate(
         scores.setdefault(task, {"num_items": float(len(group))}).update(
             _image_scores(group, image_scorers or {}, identity)
         )
-    examples = {task: group[:num_examples] for task, group in _grouped(sampled, lambda r: r.prompt.task).items()}
+    groups = _grouped(sampled, lambda rollout: rollout.prompt.task)
+    # Spread over the group, which is in the order of concepts.
+    examples = {task: group[:: max(1, len(group) // num_examples)][:num_examples] for task, group in groups.items()}
     return Evaluation(scores=scores, examples=examples)
 
 
