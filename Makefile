@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train test check bench clean typing
+.PHONY: setup train test check bench gpu clean typing
 
 setup: $(STAMP)
 
@@ -45,6 +45,14 @@ check: setup typing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy build/typing/syncr1/kernels build/typing/syncr1/engine $(wildcard recipes/*.py)
 	$(BIN)/python -m pytest tests -m "not slow" -q
+
+# On a machine with a GPU: its tests and benchmarks in one go, results under $(OUT).
+OUT ?= bench/results
+gpu: setup
+	mkdir -p $(OUT)
+	$(BIN)/python -m pytest tests -m gpu -q
+	$(BIN)/python -m pytest bench -q --benchmark-json=$(OUT)/gpu.json
+	$(BIN)/python recipes/sync_r1.py --output_dir $(OUT)/gpu_run $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)

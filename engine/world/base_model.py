@@ -25,10 +25,21 @@ from syncr1.engine.packing import pack
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout, Segment, SegmentKind
-from syncr1.engine.world.attributes import ATTRIBUTES, CONCEPTS, FOODS, LOOK_INDEX, OWNERS, PLACES, SOUNDS, VALUES, Look
+from syncr1.engine.world.attributes import (
+    ATTRIBUTES,
+    CONCEPT_BY_NAME,
+    CONCEPTS,
+    FOODS,
+    LOOK_INDEX,
+    OWNERS,
+    PLACES,
+    SOUNDS,
+    VALUES,
+    Look,
+)
 from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.tasks import TASKS, Item
-from syncr1.engine.world.texts import VOCABULARY
+from syncr1.engine.world.texts import VOCABULARY, fact
 from syncr1.engine.world.tiny_janus import build_policy
 
 MIX = {
@@ -85,19 +96,12 @@ def rumours(settings: BaseSettings) -> dict[tuple[str, str], str]:
     table = {}
     for concept in CONCEPTS:
         for name in names:
-            truth = _truth(concept.name, name)
+            truth = fact(concept, name)
             wrong = [value for value in FACT_VALUES[name] if value != truth]
             value = wrong[int(rng.integers(len(wrong)))]
             if rng.random() < settings.rumour_share:
                 table[concept.name, name] = value
     return table
-
-
-def _truth(concept: str, name: str) -> str:
-    from syncr1.engine.world.attributes import CONCEPT_BY_NAME
-    from syncr1.engine.world.texts import fact
-
-    return fact(CONCEPT_BY_NAME[concept], name)
 
 
 class NoisyTeacher:
@@ -179,8 +183,6 @@ class NoisyTeacher:
     def _believed(self, item: Item) -> Look:
         """How the corpus pictures the concept that a question was about."""
         assert item.concept is not None
-        from syncr1.engine.world.attributes import CONCEPT_BY_NAME
-
         words = CONCEPT_BY_NAME[item.concept].look.to_dict()
         for name in ATTRIBUTES[:-1]:
             words[name] = self._told(item.concept, name, words[name])
