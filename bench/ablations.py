@@ -1,4 +1,4 @@
-"""Scores over seeds: the default run, DGS against its controls, and the three kinds of credit.
+"""Scores over seeds: the default run (credit shared), DGS against its controls, and the other kinds of credit.
 
     python bench/ablations.py --seeds 5 --jobs 2
     python bench/ablations.py --gradient_variance
@@ -30,7 +30,6 @@ VARIANTS: dict[str, list[str]] = {
     "dgs_random": ["--dgs", "random"],
     "preview_off": ["--preview_fraction", "0"],
     "credit_per_segment": ["--credit", "per_segment"],
-    "credit_shared": ["--credit", "shared"],
     "credit_image_only": ["--credit", "image_only"],
     "no_anchors": ["--anchor_fraction", "0"],
 }
@@ -135,6 +134,15 @@ def tasks_table(runs: list[dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def write_results(output: Path, results: dict[str, list[dict[str, float]]]) -> None:
+    """Adds the variants to what the file has, with the versions and the commit that they were measured with."""
+    from syncr1.engine.runlog import environment
+
+    known = json.loads(output.read_text()) if output.is_file() else {}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(known | results | {"environment": environment()}, indent=1) + "\n")
+
+
 def gradient_variance(model: Path, batches: int = 24, steps_ahead: int = 0) -> dict[str, dict[str, float]]:
     """Noise of the policy gradient under each DGS rule, on the same rollouts of one model.
 
@@ -211,9 +219,7 @@ def main() -> None:
             return
         jobs = {v: [pool.submit(make_run, arguments.work, v, seed, extra) for seed in seeds] for v in variants}
         results = {variant: [job.result() for job in mine] for variant, mine in jobs.items()}
-    known = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(known | results, indent=1) + "\n")
+    write_results(arguments.output, results)
     print(table(results))
     if "default" in results:
         print("\n" + tasks_table(results["default"]))

@@ -8,6 +8,7 @@ python recipes/sync_r1.py --help                            every setting
 from __future__ import annotations
 
 import os
+import sys
 
 # Two processes that spin for each other's threads are many times slower than two that sleep; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,7 +24,11 @@ def main() -> None:
     print("syncr1: loading torch and transformers ...", flush=True)
     from syncr1.engine.run import run
 
-    run(config)
+    try:
+        run(config)
+    except KeyboardInterrupt:  # during training `run` handles it itself: it scores, saves and reports what there is
+        print("syncr1: stopped outside of training", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
