@@ -20,6 +20,7 @@ from syncr1.engine.display import Display
 from syncr1.engine.evaluate.run import Evaluation
 from syncr1.engine.learner import Learner, LearnerSettings, init_distributed, local_device
 from syncr1.engine.objective import Objective
+from syncr1.engine.policies.base import Policy
 from syncr1.engine.prompt_stream import PromptStream
 from syncr1.engine.prompts import load_anchors, load_training_prompts
 from syncr1.engine.records import Rollout, StepMetrics
@@ -28,6 +29,8 @@ from syncr1.engine.trainer import Trainer
 
 Made = TypeVar("Made")
 
+SMALL_MODEL = 5_000_000
+"""Parameters below which a second thread costs more than it does (measured on the tiny Janus of 2 million)."""
 EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen")
 """Tasks whose pictures are shown before and after, where the data has them."""
 
@@ -46,6 +49,7 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
 
     display.stage("data and starting model")
     policy = one_at_a_time(lambda: prepare_policy(config, report=display.note))
+    limit_threads(policy)
     root = one_at_a_time(lambda: prepare_data(config))
     prompts, anchors = load_training_prompts(root), load_anchors(root)
     if not anchors and config.anchor_fraction > 0:
@@ -147,6 +151,12 @@ def one_at_a_time(make: Callable[[], Made]) -> Made:
     if torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
     return make() if made is None else made
+
+
+def limit_threads(policy: Policy) -> None:
+    """One thread for a model too small to share out, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in policy.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)
 
 
 def quieten() -> None:

@@ -182,7 +182,7 @@ def test_optional_files_may_be_missing(copy: Path) -> None:
         (copy / "concept" / "train" / "chelsea" / name).unlink()
     prompts = load_training_prompts(copy)
     assert Counter(p.task for p in prompts if p.concept == "chelsea") == {"rea": 2, "pure_gen": 2}  # half is held out
-    assert [p.text for p in load_benchmark(copy)["pure_gen"]][:2] == ["<chelsea> by the sea", "<chelsea> playing chess"]
+    assert [p.text for p in load_benchmark(copy)["pure_gen"]][:2] == ["<chelsea> at home", "<chelsea> at play"]
 
 
 # What cannot be used --------------------------------------------------------------------------------------------------
