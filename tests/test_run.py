@@ -275,6 +275,17 @@ def test_a_users_photographs_under_zero_2(cache_dir: Path, base: Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_bf16_runs_and_stays_close_to_what_was_sampled(cache_dir: Path, base: Path, tmp_path: Path) -> None:
+    """`--bf16`, as in the README: vision, VQ model, heads and optimizer agree on dtypes."""
+    folder = tmp_path / "run"
+    run(cache_dir, "--model", str(base), "--bf16", "--zero_stage", "2", "--max_steps", "1", "--eval_samples", "2",
+        "--output_dir", str(folder), *SMALL)  # fmt: skip
+    (row,) = rows_of(folder)
+    assert row["grad_norm"] > 0 and row["reward_failures"] == 0
+    assert 1e-4 < row["rollout/replay_logp_max_abs"] < 0.5
+
+
+@pytest.mark.slow
 def test_two_ranks_under_zero_3(cache_dir: Path, base: Path, tmp_path: Path) -> None:
     """torchrun: one folder, written by rank 0; the gathered model is saved whole and has learnt."""
     folder = tmp_path / "run"

@@ -174,7 +174,9 @@ class JanusPolicy(Policy):
     @torch.no_grad()
     def image_tokens(self, images: Tensor) -> Tensor:
         """[n, 3, H, W] in [0, 1] -> [n, N] int64: the VQ codes of given images, targets of supervised training."""
-        return self.model.model.vqmodel.encode(images * 2 - 1).image_tokens.view(images.shape[0], -1)
+        codebook = self.model.model.vqmodel.quantize.embedding.weight
+        pixels = (images * 2 - 1).to(device=codebook.device, dtype=codebook.dtype)
+        return self.model.model.vqmodel.encode(pixels).image_tokens.view(images.shape[0], -1)
 
     def load_images(self, paths: Sequence[Path]) -> Tensor:
         return load_pictures(paths, self.image_size).to(self.device)
