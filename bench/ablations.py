@@ -1,6 +1,6 @@
 """Scores over seeds: the default run (credit shared), DGS against its controls, and the other kinds of credit.
 
-    python bench/ablations.py --seeds 5 --jobs 2
+    python bench/ablations.py --seeds 5 --jobs 2 --eval_samples 256       further flags go to recipes/sync_r1.py
     python bench/ablations.py --gradient_variance
 
 Each seed trains its own tiny base and its own RL run (`recipes/`, as a user would); a variant changes settings of the
@@ -143,7 +143,7 @@ def write_results(output: Path, results: dict[str, list[dict[str, float]]]) -> N
     output.write_text(json.dumps(known | results | {"environment": environment()}, indent=1) + "\n")
 
 
-def gradient_variance(model: Path, batches: int = 24, steps_ahead: int = 0) -> dict[str, dict[str, float]]:
+def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, float]]:
     """Noise of the policy gradient under each DGS rule, on the same rollouts of one model.
 
     For gradients g_k of independent batches: noise = mean |g_k - mean g|^2 / |mean g|^2, which is how many batches must

@@ -106,7 +106,7 @@ class Learner:
 
     @torch.no_grad()
     def score(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """The batches with `ref_logp` (beta > 0) and, where several updates follow, `old_logp` filled in.
+        """The batches with `ref_logp` where a KL term needs it, and `old_logp` where several updates follow.
 
         With one update per rollout the loss takes its own detached log-probabilities as the old ones: the same numbers.
         """
