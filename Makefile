@@ -1,6 +1,8 @@
 # train and test make the environment first; setup does nothing when nothing changed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
+# Processes that the tests are shared out over.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
@@ -18,10 +20,10 @@ setup: $(STAMP)
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# With a GPU the pins of torch and torchvision are left out, so that pip takes the build for that machine.
+# With a GPU the pins of torch, torchvision and triton are left out, so that pip takes the build for that machine.
 $(STAMP): $(SETUP_INPUTS) | $(BIN)/python
 	@mkdir -p build
-	@if nvidia-smi >/dev/null 2>&1; then grep -vE '^torch(vision)?==' constraints.txt; else cat constraints.txt; fi \
+	@if nvidia-smi >/dev/null 2>&1; then grep -vE '^(torch|torchvision|triton)==' constraints.txt; else cat constraints.txt; fi \
 		> build/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c build/constraints.txt -e ".[dev]"
 	@test -f kernels/libsyncr1_native.so || echo "syncr1: the C++ library was not built (cmake or a C++17 compiler is" \
@@ -32,7 +34,7 @@ train: setup
 	$(BIN)/python recipes/sync_r1.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests -n $(JOBS) $(ARGS)
 
 # mypy cannot follow an editable install; it follows these links.
 typing:
@@ -44,18 +46,20 @@ check: setup typing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy build/typing/syncr1/kernels build/typing/syncr1/engine $(wildcard recipes/*.py)
-	$(BIN)/python -m pytest tests -m "not slow" -q
+	$(BIN)/python -m pytest tests -m "not slow" -q -n $(JOBS)
 
-# On a machine with a GPU: its tests and benchmarks in one go, results under $(OUT).
+# On a machine with a GPU: its tests, the benchmarks and the default run in one go, results under $(OUT).
 OUT ?= bench/results
 gpu: setup
 	mkdir -p $(OUT)
 	$(BIN)/python -m pytest tests -m gpu -q
-	$(BIN)/python -m pytest bench -q --benchmark-json=$(OUT)/gpu.json
+	$(BIN)/python bench/table.py --out $(OUT)
 	$(BIN)/python recipes/sync_r1.py --output_dir $(OUT)/gpu_run $(ARGS)
 
+# All providers of an op side by side, then one table with the goals; bench/results/<device>.json holds it.
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+	$(BIN)/python bench/table.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,89 +1,66 @@
-"""Time of the public ops per backend, at the shapes of the embedded default and at Janus-Pro's image vocabulary.
+"""The timed cases of the table through pytest-benchmark: one row per provider, one group per case.
 
-    pytest bench/                                 interleaved rounds, medians; no assertion on time
-    pytest bench/ --benchmark-json=bench/results/ops.json
+    pytest bench/                       interleaved rounds, medians; no assertion on time
+    pytest bench/ --quick               tiny shapes
+    pytest bench/ -k "grpo_loss and ours" --benchmark-json=ops.json
 
-Floors: an op that reads its logits once needs bytes / memory bandwidth; `memory_read` is that floor, measured here.
+The first test of a case times all of its providers round-robin (`interleaved.py`); each test then hands its provider's
+samples to pytest-benchmark, so that its statistics, JSON and comparison are those of the interleaved rounds.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cases import FLOOR, cases_of
+from goals import CaseResult
 
-from syncr1.kernels.api import TokenStream, cfg_sample, dgs_select, group_advantages, linear_grpo_loss, selective_logp
-
-BACKENDS = ("reference", "native")
-SHAPES = {"tiny": (4096, 600), "image vocabulary": (512, 16384)}
-
-
-def groups(num_groups: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    return torch.rand(num_groups * size), torch.arange(0, num_groups * size + 1, size, dtype=torch.int32)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_memory_read(benchmark: Any, shape: str) -> None:
-    rows, vocabulary = SHAPES[shape]
-    logits = torch.randn(rows, vocabulary)
-    benchmark.group = f"selective_logp, {shape}"
-    benchmark(logits.sum)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAIRS = [
+    pytest.param(name, provider.name, id=f"{name}-{provider.name}")
+    for name, (case, shape) in cases_of(DEVICE, quick=True).items()
+    if case.timed
+    for provider in case.build(shape)
+]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_selective_logp(benchmark: Any, shape: str, backend: str) -> None:
-    rows, vocabulary = SHAPES[shape]
-    logits, targets = torch.randn(rows, vocabulary), torch.randint(vocabulary, (rows,))
-    benchmark.group = f"selective_logp, {shape}"
-    benchmark(selective_logp, logits, targets, backend=backend)
+class Replay:
+    """A timer whose intervals are the given samples."""
+
+    def __init__(self) -> None:
+        self.marks = iter([0.0])
+
+    def load(self, samples: list[float]) -> None:
+        """A start and an end for each sample."""
+        ends = itertools.accumulate(samples)
+        self.marks = iter([mark for end, sample in zip(ends, samples, strict=True) for mark in (end - sample, end)])
+
+    def __call__(self) -> float:
+        return next(self.marks)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", [group_advantages, dgs_select], ids=lambda op: op.__name__)
-def test_group_statistics(benchmark: Any, op: Any, backend: str) -> None:
-    rewards, offsets = groups(50, 8)
-    benchmark.group = f"{op.__name__}, 50 groups of 8"
-    benchmark(op, rewards, offsets, backend=backend)
+replay = Replay()
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "cfg"])
-def test_cfg_sample(benchmark: Any, guided: bool) -> None:
-    cond, uncond = torch.randn(256, 256), torch.randn(256, 256)
-    benchmark.group = "cfg_sample, 256 x 256"
-    benchmark(
-        cfg_sample,
-        cond,
-        uncond if guided else None,
-        cfg_weight=1.5 if guided else 1.0,
-        temperature=1.0,
-        seed=1,
-        offset=3,
-    )
-
-
-def bare(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, advantage: torch.Tensor) -> None:
-    """The least that any implementation does: one product, log-softmax, gather, and their gradients."""
-    logp = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
-    (-(advantage * logp).mean()).backward()
-
-
-@pytest.mark.parametrize("what", ["bare autograd", "linear_grpo_loss"])
-def test_linear_grpo_loss(benchmark: Any, what: str) -> None:
-    rewards, offsets = groups(16, 8)
-    length, hidden_size, vocabulary = 16, 128, 256
-    tokens = rewards.numel() * length
-    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
-    weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
-    targets = torch.randint(vocabulary, (tokens,))
-    cu_seqlens = torch.arange(0, tokens + 1, length, dtype=torch.int32)
-    stream = TokenStream(hidden, weight, targets, torch.arange(tokens))
-    advantage = group_advantages(rewards, offsets).repeat_interleave(length)
-
-    def fused() -> None:
-        linear_grpo_loss([stream], rewards, cu_seqlens, offsets, num_items=tokens).loss.backward()
-
-    benchmark.group = "linear_grpo_loss, 2048 x 128 x 256, forward and backward"
-    benchmark(fused if what == "linear_grpo_loss" else lambda: bare(hidden, weight, targets, advantage))
+@pytest.mark.benchmark(timer=replay)
+@pytest.mark.parametrize(("name", "provider"), PAIRS)
+def test_op(
+    benchmark: Any, measured: Callable[[str], tuple[CaseResult, dict[str, str]]], name: str, provider: str
+) -> None:
+    result, skipped = measured(name)
+    if provider in skipped:
+        pytest.skip(skipped[provider])
+    samples = result.hot.samples[provider]
+    mine = result.ours()
+    benchmark.group = f"{name}, {result.shape}"
+    benchmark.extra_info |= {"p20": result.hot.quantile(provider, 0.2), "p80": result.hot.quantile(provider, 0.8)}
+    if mine:
+        benchmark.extra_info["to_ours"] = result.hot.ratio(provider, mine)
+    if FLOOR in result.hot.samples:
+        benchmark.extra_info["to_floor"] = result.hot.ratio(provider, FLOOR)
+    replay.load(samples)
+    benchmark.pedantic(lambda: None, rounds=len(samples), iterations=1)

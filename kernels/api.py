@@ -9,14 +9,27 @@ Dims: `T` packed tokens, `S` sequences, `P` prompts (groups), `N` rows of one vo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from syncr1.kernels.dispatch import BackendError, select
-from syncr1.kernels.options import Aggregate, LossOptions, Rule, Scale
+from syncr1.kernels import calls, checks
+from syncr1.kernels.checks import NonFiniteError
+from syncr1.kernels.dispatch import BackendError, choose
+from syncr1.kernels.options import (
+    AGGREGATES,
+    SCALES,
+    Aggregate,
+    LossOptions,
+    Rule,
+    Scale,
+    check_choice,
+    check_selection,
+)
+from syncr1.kernels.plan import Rewards, per_modality
 from syncr1.kernels.records import CFGSample, GRPOOutput, TokenStream
 
 __all__ = [
@@ -32,9 +45,8 @@ __all__ = [
     "CFGSample",
     "LossOptions",
     "BackendError",
+    "NonFiniteError",
 ]
-
-Rewards = Tensor | Mapping[str, Tensor]
 
 
 def _list_options(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,8 +97,14 @@ def group_advantages(
 
     Source: GRPO (arXiv 2402.03300); RLOO (2402.14740); Dr. GRPO (2503.20783); GDPO (2601.05242).
     """
-    op = select("group_advantages", backend, rewards)
-    result: Tensor = op(rewards, group_offsets, weights=weights, scale=scale, eps=eps, aggregate=aggregate)
+    op = "group_advantages"
+    check_choice(op, "scale", scale, SCALES)
+    check_choice(op, "aggregate", aggregate, AGGREGATES)
+    checks.check_float(op, "rewards", rewards)
+    chosen = choose(op, backend, rewards)
+    result: Tensor = calls.registered.group_advantages(
+        rewards.detach(), group_offsets, weights, scale, float(eps), aggregate, chosen
+    )
     return result
 
 
@@ -134,10 +152,15 @@ def dgs_select(
 
     Source: PODS (arXiv 2504.13818); GFPO (2508.09726).
     """
-    tensors = list(rewards.values()) if isinstance(rewards, Mapping) else [rewards]
-    settings = {"rule": rule, "mass": mass, "keep": keep, "min_keep": min_keep, "seed": seed}
-    advantage = {"weights": weights, "scale": scale, "eps": eps, "aggregate": aggregate}
-    result: Tensor = select("dgs_select", backend, *tensors)(rewards, group_offsets, **settings, **advantage)
+    op = "dgs_select"
+    check_selection(op, rule, mass, keep, min_keep)
+    check_choice(op, "scale", scale, SCALES)
+    check_choice(op, "aggregate", aggregate, AGGREGATES)
+    parts = [part.detach() for part in per_modality(op, "rewards", rewards)]
+    chosen = choose(op, backend, *parts)
+    result: Tensor = calls.registered.dgs_select(
+        parts, group_offsets, weights, scale, float(eps), aggregate, rule, float(mass), keep, min_keep, seed, chosen
+    )
     return result
 
 
@@ -145,10 +168,11 @@ def dgs_select(
 def grpo_loss(
     logp: Tensor,
     old_logp: Tensor | None,
-    rewards: Rewards,
+    rewards: Rewards | None,
     cu_seqlens: Tensor,
     group_offsets: Tensor,
     *,
+    advantages: Rewards | None = None,
     loss_mask: Tensor | None = None,
     modality: Tensor | None = None,
     ref_logp: Tensor | None = None,
@@ -170,9 +194,10 @@ def grpo_loss(
         logp: [T] float, nats; of the target tokens, with gradient. Values outside the loss mask may be anything.
         old_logp: [T] float, nats, of the policy that the ratio is taken against; None = `logp.detach()` (on policy).
         rewards: [S] or [S, K] float, NaN = none; or {"text": …, "image": …}: each token takes the advantage computed
-            from the rewards of its own modality.
+            from the rewards of its own modality. None where `advantages` are given.
         cu_seqlens: [S+1] int; a pruned sequence stays in it with zero tokens, so statistics cover the whole group.
         group_offsets: [P+1] int.
+        advantages: [S] float, or one [S] per modality: your own in place of rewards; `dgs` ranks by them.
         loss_mask: [T] bool, tokens the policy produced; None = all.
         modality: [T] uint8, 0 text, 1 image; None = all text (and metrics for text alone).
         ref_logp: [T] float, nats, of the reference policy.
@@ -187,35 +212,26 @@ def grpo_loss(
         GRPOOutput; without any loss token the loss is 0 and every gradient finite and 0.
 
     Raises:
-        ValueError: a shape, dtype or value is out of place. TypeError: unknown option.
+        ValueError: a shape, dtype or value is out of place, an option is unknown, or a log-probability that carries
+            loss is not finite (NonFiniteError).
 
     Source: TRL's `GRPOTrainer` (formulas and defaults); luspo as in TRL issue 6654.
     """
-    op = select("grpo_loss", backend, logp, old_logp, ref_logp)
-    result: GRPOOutput = op(
-        logp,
-        old_logp,
-        rewards,
-        cu_seqlens,
-        group_offsets,
-        loss_mask=loss_mask,
-        modality=modality,
-        ref_logp=ref_logp,
-        is_ratio=is_ratio,
-        entropy=entropy,
-        weights=weights,
-        **options,
-    )
-    return result
+    return calls.grpo_loss(
+        logp, old_logp, rewards, cu_seqlens, group_offsets, advantages=advantages, loss_mask=loss_mask,
+        modality=modality, ref_logp=ref_logp, is_ratio=is_ratio, entropy=entropy, weights=weights, backend=backend,
+        options=options,
+    )  # fmt: skip
 
 
 @_list_options
 def linear_grpo_loss(
     streams: Sequence[TokenStream],
-    rewards: Rewards,
+    rewards: Rewards | None,
     cu_seqlens: Tensor,
     group_offsets: Tensor,
     *,
+    advantages: Rewards | None = None,
     old_logp: Tensor | None = None,
     loss_mask: Tensor | None = None,
     modality: Tensor | None = None,
@@ -234,35 +250,27 @@ def linear_grpo_loss(
         output = grpo_loss(logp, old_logp, rewards, cu_seqlens, group_offsets, …)
 
     Args:
-        streams: rows of each vocabulary; tokens that no stream covers carry no loss. Masked and pruned rows are left
-            out of the matrix products.
+        streams: rows of each vocabulary; tokens that no stream covers carry no loss. Masked and pruned rows, and where
+            there is no KL rows of advantage 0 (see `score_all`), are left out of the matrix products.
         modality: optional; must agree with the streams, which carry it.
-        rewards, cu_seqlens, group_offsets, old_logp, loss_mask, ref_logp, is_ratio, weights, backend, **options: as in
-            `grpo_loss`.
+        rewards, cu_seqlens, group_offsets, advantages, old_logp, loss_mask, ref_logp, is_ratio, weights, backend,
+            **options: as in `grpo_loss`. Under `torch.compile` pass at least one of old_logp, loss_mask, modality and
+            ref_logp: it tells T.
 
     Returns:
-        GRPOOutput; `logp` and `entropy` are 0 at tokens without loss.
+        GRPOOutput; `logp` and `entropy` are 0 at tokens that were left out, and metrics are means over the others.
+        Token ratios take three matrix products per row; `ratio="sequence"`, vespo and top_entropy_quantile need the
+        rest of the sequence or batch first and take a fourth.
 
     Raises:
         ValueError: a shape, dtype or value is out of place, or a loss token's target is forbidden.
 
     Source: as `grpo_loss`.
     """
-    op = select("linear_grpo_loss", backend, *(s.hidden for s in streams if isinstance(s, TokenStream)))
-    result: GRPOOutput = op(
-        streams,
-        rewards,
-        cu_seqlens,
-        group_offsets,
-        old_logp=old_logp,
-        loss_mask=loss_mask,
-        modality=modality,
-        ref_logp=ref_logp,
-        is_ratio=is_ratio,
-        weights=weights,
-        **options,
-    )
-    return result
+    return calls.linear_grpo_loss(
+        streams, rewards, cu_seqlens, group_offsets, advantages=advantages, old_logp=old_logp, loss_mask=loss_mask,
+        modality=modality, ref_logp=ref_logp, is_ratio=is_ratio, weights=weights, backend=backend, options=options,
+    )  # fmt: skip
 
 
 def linear_logp(
@@ -299,9 +307,7 @@ def linear_logp(
 
     Source: chunked as in Cut Your Losses (arXiv 2411.09009) and Liger's fused losses.
     """
-    op = select("linear_logp", backend, hidden, weight, bias)
-    logp, entropy = op(hidden, weight, targets, bias=bias, temperature=temperature, forbidden=forbidden)
-    return logp, entropy
+    return calls.linear_logp(hidden, weight, targets, bias, temperature, forbidden, backend)
 
 
 def selective_logp(
@@ -334,9 +340,7 @@ def selective_logp(
 
     Source: TRL's `selective_log_softmax`.
     """
-    op = select("selective_logp", backend, logits)
-    logp, entropy = op(logits, targets, temperature=temperature, forbidden=forbidden)
-    return logp, entropy
+    return calls.selective_logp(logits, targets, temperature, forbidden, backend)
 
 
 def cfg_sample(
@@ -376,11 +380,18 @@ def cfg_sample(
         CFGSample(token, logp, logp_mixed, entropy); `logp_mixed` is that of z before top_k and top_p.
 
     Raises:
-        ValueError: a shape, dtype or value is out of place.
+        ValueError: a shape, dtype or value is out of place, or a row of logits has no distribution (NonFiniteError).
 
     Source: Philox4x32-10 (Salmon et al., SC 2011); guidance as in Janus's `generation_inference.py`.
     """
-    settings = {"cfg_weight": cfg_weight, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    op = select("cfg_sample", backend, cond, uncond)
-    result: CFGSample = op(cond, uncond, seed=seed, offset=offset, forbidden=forbidden, **settings)
-    return result
+    op = "cfg_sample"
+    checks.check_sampling(cond, uncond, cfg_weight, temperature, top_k, top_p, seed, offset)
+    chosen = choose(op, backend, cond, uncond)
+    seed_B, offset_B = (
+        torch.as_tensor(value, dtype=torch.int64, device=cond.device).expand(cond.shape[0]) for value in (seed, offset)
+    )
+    drawn = calls.registered.cfg_sample(
+        cond.detach(), None if uncond is None else uncond.detach(), float(cfg_weight), float(temperature), top_k,
+        float(top_p), seed_B, offset_B, forbidden, chosen,
+    )  # fmt: skip
+    return CFGSample(*drawn)

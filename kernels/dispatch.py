@@ -1,45 +1,61 @@
 """Chooses the backend of an op: one rule, one override.
 
 1. `backend="…"` in the call is strict: that backend serves the op, or BackendError says why it cannot.
-2. Else `SYNCR1_BACKEND` is a preference: a backend that is absent altogether raises; an op, device or dtype that it
-   does not cover is served by `reference`.
-3. Else the device decides: `native` (C++) for CPU tensors where it has the op and the dtype, `reference` otherwise.
+2. Else `SYNCR1_BACKEND` is a preference: a backend that is absent altogether raises; a device or dtype that it does
+   not cover is served by `reference`.
+3. Else the device decides: `native` (C++) for CPU tensors, `triton` for CUDA tensors, where they are there and cover
+   the dtype; `reference` otherwise.
 
-A backend is a module with `OPS` (name → function), `unavailable_reason()` and `unsupported_reason(op, tensors)`.
+A backend is a module with the functions of `syncr1.kernels.terms.Backend`; `reference` has plain differentiable
+functions in place of the row kernels.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
-from collections.abc import Callable
+from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from syncr1.kernels.ops.register import constant_when_traced
 
 ENVIRONMENT_VARIABLE = "SYNCR1_BACKEND"
 MODULES = {
-    "reference": "syncr1.kernels.reference",
+    "reference": "syncr1.kernels.reference.backend",
     "native": "syncr1.kernels.native",
     "triton": "syncr1.kernels.triton_ops",
 }
+PREFERRED = {"cpu": "native", "cuda": "triton"}
 
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot serve the op."""
 
 
+class Kind(NamedTuple):
+    """What the choice depends on in a tensor."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@cache
 def load(backend: str) -> tuple[ModuleType | None, str | None]:
     """The backend's module, or the reason why it is absent."""
     if backend not in MODULES:
         return None, f"there is no such backend; known: {', '.join(MODULES)}"
-    if importlib.util.find_spec(MODULES[backend]) is None:
-        return None, "this version of syncr1 does not include it"
     module = importlib.import_module(MODULES[backend])
     reason: str | None = module.unavailable_reason()
     return (None, reason) if reason else (module, None)
+
+
+def module_of(backend: str) -> Any:
+    """The module of a backend that `choose` named."""
+    return load(backend)[0]
 
 
 def available() -> dict[str, str]:
@@ -47,23 +63,32 @@ def available() -> dict[str, str]:
     return {name: load(name)[1] or "ok" for name in MODULES}
 
 
-def select(op: str, backend: str | None, *tensors: Tensor | None) -> Callable[..., Any]:
-    """The function that serves `op` for these tensors, by the rule above."""
-    present = [t for t in tensors if t is not None]
-    wanted = backend or os.environ.get(ENVIRONMENT_VARIABLE)
-    name = wanted or ("native" if all(t.device.type == "cpu" for t in present) else "reference")
+def choose(op: str, backend: str | None, *tensors: Tensor | None) -> str:
+    """The name of the backend that serves `op` for these tensors, by the rule above."""
+    return _choose(op, backend, tuple([Kind(t.device, t.dtype) for t in tensors if t is not None]))
+
+
+@constant_when_traced
+def _choose(op: str, backend: str | None, kinds: tuple[Kind, ...]) -> str:
+    return _choose_once(op, backend, os.environ.get(ENVIRONMENT_VARIABLE), kinds)
+
+
+@cache
+def _choose_once(op: str, backend: str | None, preferred: str | None, kinds: tuple[Kind, ...]) -> str:
+    devices = {kind.device for kind in kinds}
+    if len(devices) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"{op}: all tensors must be on one device, got {found}; move them with .to(device)")
+    wanted = backend or preferred
+    name = wanted or PREFERRED.get(kinds[0].device.type if kinds else "cpu", "reference")
     module, reason = load(name)
     if module is not None:
-        reason = f"it does not implement {op}" if op not in module.OPS else module.unsupported_reason(op, present)
+        reason = module.unsupported_reason(op, kinds)
         if reason is None:
-            function: Callable[..., Any] = module.OPS[op]
-            return function
+            return name
     if backend or (wanted and module is None):
         source = "backend=" if backend else f"{ENVIRONMENT_VARIABLE}="
         raise BackendError(
             f"{op}: {source}{name!r} cannot serve this call: {reason}; use 'reference', or leave it unset"
         )
-    reference, _ = load("reference")
-    assert reference is not None
-    fallback: Callable[..., Any] = reference.OPS[op]
-    return fallback
+    return "reference"

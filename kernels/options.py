@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
-from syncr1.kernels.layout import check_modality_keys, refuse
+from syncr1.kernels.checks import check_modality_keys, refuse
 
 PerModality = float | Mapping[str, float]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -23,6 +25,21 @@ def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> No
     """`value` is one of `choices`."""
     if value not in choices:
         refuse(op, name, f"one of {', '.join(choices)}", repr(value), "check the spelling")
+
+
+def check_selection(op: str, rule: str, mass: float, keep: int | None, min_keep: int) -> None:
+    """The arguments of a DGS rule are in range."""
+    check_choice(op, "rule", rule, RULES)
+    if not 0 < mass <= 1:
+        refuse(op, "mass", "in (0, 1]", mass, "it is a fraction of the group's Σ A²")
+    if keep is not None and keep < 1:
+        refuse(op, "keep", "≥ 1", keep, "None keeps half of each group")
+    if min_keep < 0:
+        refuse(op, "min_keep", "≥ 0", min_keep, "0 switches it off")
+
+
+class UnknownOptionError(ValueError, TypeError):
+    """A keyword that no op knows: a ValueError like every bad input, and the TypeError that Python raises for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +86,9 @@ class LossOptions:
     """Divisor of grpo, sapo, luspo and dr_grpo; None = S, pruned sequences included."""
     max_length: int | None = None
     """Completion length of dr_grpo's divisor; required there."""
+    score_all: bool = False
+    """`linear_grpo_loss` leaves tokens of advantage 0 out of the matrix products where there is no KL (they have no
+    gradient); True scores them too, so that log-probabilities, entropies and metrics cover them."""
     top_entropy_quantile: float = 1.0
     """The policy term acts on this fraction of each modality's tokens, those of highest entropy; needs `entropy`."""
     sapo_temperature_pos: float = 1.0
@@ -84,13 +104,18 @@ class LossOptions:
     vespo_lambda_neg: float = 2.0
     """λ of vespo for A < 0."""
 
+    @property
+    def splits_modalities(self) -> bool:
+        """Each modality is reduced on its own."""
+        return isinstance(self.num_items, Mapping)
+
     def __post_init__(self) -> None:
         op = "grpo_loss"
         check_choice(op, "loss_type", self.loss_type, LOSS_TYPES)
         check_choice(op, "ratio", self.ratio, ("token", "sequence"))
         check_choice(op, "scale", self.scale, SCALES)
         check_choice(op, "aggregate", self.aggregate, AGGREGATES)
-        check_choice(op, "dgs", self.dgs, RULES)
+        check_selection(op, self.dgs, self.dgs_mass, self.dgs_keep, self.dgs_min_keep)
         for name in ("clip_low", "clip_high", "delta", "beta", "weight", "num_items"):
             value = getattr(self, name)
             if isinstance(value, Mapping):
@@ -106,8 +131,23 @@ class LossOptions:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
-            raise TypeError(f"{op}: unknown keyword {', '.join(unknown)}; known: {', '.join(known)}")
+            raise UnknownOptionError(
+                f"{op}: options must be among {', '.join(known)}, got {', '.join(unknown)}; check the spelling"
+            )
         return cls(**settings)
+
+
+def encode(op: str, settings: Mapping[str, Any]) -> str:
+    """Checked settings as one string: what a registered op takes in place of a dataclass."""
+    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+    LossOptions.parse(op, plain)
+    return json.dumps(plain)
+
+
+@lru_cache(maxsize=256)
+def decode(settings: str) -> LossOptions:
+    """The inverse of `encode`."""
+    return LossOptions(**json.loads(settings))
 
 
 def for_modality(value: PerModality, modality: str) -> float:

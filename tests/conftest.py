@@ -15,7 +15,11 @@ import pytest
 import torch
 
 hypothesis.settings.register_profile("syncr1", deadline=None, derandomize=True, max_examples=25, database=None)
-hypothesis.settings.load_profile("syncr1")
+# New examples every time, many of them; on failure the smallest is printed with the line that reproduces it.
+hypothesis.settings.register_profile(
+    "nightly", deadline=None, derandomize=False, max_examples=1500, database=None, print_blob=True
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "syncr1"))
 
 
 @pytest.fixture(autouse=True)

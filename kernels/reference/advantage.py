@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncr1.kernels.layout import check_rewards, segment_ids
-from syncr1.kernels.options import AGGREGATES, SCALES, Aggregate, Scale, check_choice
+from syncr1.kernels.layout import segment_ids
 from syncr1.kernels.reference.segments import reduce_segments, sum_segments
 
 
@@ -65,31 +64,10 @@ def _batch_std(value_S: Tensor, valid_S: Tensor) -> Tensor:
     return (squares / (count - 1).clamp_min(1)).sqrt()
 
 
-def group_advantages(
-    rewards: Tensor,
-    group_offsets: Tensor,
-    *,
-    weights: Tensor | None = None,
-    scale: Scale = "group",
-    eps: float = 1e-4,
-    aggregate: Aggregate = "sum_then_normalize",
+def combine_advantages(
+    rewards: Tensor, group_offsets: Tensor, weights: Tensor | None, scale: str, eps: float
 ) -> Tensor:
-    """See `syncr1.kernels.api.group_advantages`."""
-    op = "group_advantages"
-    check_rewards(op, rewards, group_offsets, weights)
-    check_choice(op, "scale", scale, SCALES)
-    check_choice(op, "aggregate", aggregate, AGGREGATES)
-    out_dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    rewards = rewards.detach()
-    if rewards.dim() == 1 or aggregate == "sum_then_normalize":
-        return standardize(combine_rewards(rewards, weights), group_offsets, scale, eps).to(out_dtype)
-    return _normalize_then_sum(rewards, group_offsets, weights, scale, eps).to(out_dtype)
-
-
-def _normalize_then_sum(
-    rewards: Tensor, group_offsets: Tensor, weights: Tensor | None, scale: Scale, eps: float
-) -> Tensor:
-    """Each reward is normalised in its group, the weighted sum over the batch: [S] float64."""
+    """ "normalize_then_sum": each reward is normalised in its group, the weighted sum over the batch: [S] float64."""
     columns = [standardize(column.double(), group_offsets, scale, eps) for column in rewards.unbind(dim=1)]
     advantage_SK = torch.stack(columns, dim=1).masked_fill(torch.isnan(rewards), torch.nan)
     total_S = combine_rewards(advantage_SK, weights)

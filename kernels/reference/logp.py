@@ -16,15 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncr1.kernels.layout import (
-    check_float,
-    check_forbidden,
-    check_rows,
-    check_targets,
-    check_temperature,
-    refuse,
-)
-
 CHUNK_ROWS = 4096
 """Rows per chunk: large enough that the read-modify-write of dW stays a few percent of the GEMMs."""
 LOGP_FLOOR = -1e4
@@ -40,23 +31,12 @@ def selective_logp(
     logits: Tensor, targets: Tensor, *, temperature: float = 1.0, forbidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `syncr1.kernels.api.selective_logp`."""
-    check_selective("selective_logp", logits, targets, temperature, forbidden)
     logits_NV = logits.to(accumulator(logits.dtype)) / temperature
     if forbidden is not None:
         logits_NV = logits_NV.index_fill(1, forbidden, -torch.inf)
     logp_NV = logits_NV.log_softmax(dim=-1)
     entropy_N = -(logp_NV.exp() * logp_NV.clamp_min(LOGP_FLOOR)).sum(dim=-1)
     return logp_NV.gather(1, targets.long().unsqueeze(1)).squeeze(1), entropy_N
-
-
-def check_selective(op: str, logits: Tensor, targets: Tensor, temperature: float, forbidden: Tensor | None) -> None:
-    """logits [N, V] float, targets [N] in [0, V)."""
-    check_float(op, "logits", logits)
-    if logits.dim() != 2:
-        refuse(op, "logits", "[N, V]", list(logits.shape), "flatten batch and time first")
-    check_targets(op, targets, logits.shape[0], logits.shape[1])
-    check_temperature(op, temperature)
-    check_forbidden(op, forbidden, logits.shape[1])
 
 
 def linear_logp(
@@ -70,9 +50,6 @@ def linear_logp(
     chunk_rows: int = CHUNK_ROWS,
 ) -> tuple[Tensor, Tensor]:
     """See `syncr1.kernels.api.linear_logp`."""
-    check_rows("linear_logp", hidden, weight, targets, bias)
-    check_temperature("linear_logp", temperature)
-    check_forbidden("linear_logp", forbidden, weight.shape[0])
     logp, entropy = _LinearLogp.apply(hidden, weight, bias, targets.long(), temperature, forbidden, chunk_rows)
     return logp, entropy
 

@@ -14,100 +14,93 @@ Dims: `T` packed tokens, `S` sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from syncr1.kernels.layout import PackedLayout, check_float, check_streams, check_vector, refuse
+from syncr1.kernels.checks import check_allowed, check_log_probabilities
+from syncr1.kernels.layout import PackedLayout
 from syncr1.kernels.options import LossOptions
-from syncr1.kernels.records import MODALITIES, GRPOOutput, TokenStream
+from syncr1.kernels.plan import Scores, acting_tokens, by_modality, policy_mask, score_rewards, token_advantages
+from syncr1.kernels.records import GRPOOutput, TokenStream
+from syncr1.kernels.reference.advantage import standardize
 from syncr1.kernels.reference.logp import accumulator, linear_logp
 from syncr1.kernels.reference.reduction import PackedTerms, entropy_quantile_mask, loss_metrics, per_token, reduce_loss
-from syncr1.kernels.reference.scores import Scores, score_rewards
 from syncr1.kernels.reference.segments import sum_segments
+from syncr1.kernels.reference.select import dgs_select
 
+OP = "linear_grpo_loss"
 MAX_LOG_RATIO = 20.0
 """Bound of |log-ratio| and |log w|: beyond it a ratio says only that the sample is useless."""
 MIN_LOG_WEIGHT = math.log(1e-8)
 """Lower bound of vespo's log w, as in TRL."""
 
 
+class _Groups:
+    """The group statistics of this backend."""
+
+    group_advantages = staticmethod(standardize)
+    dgs_select = staticmethod(dgs_select)
+
+
 def grpo_loss(
     logp: Tensor,
     old_logp: Tensor | None,
-    rewards: Tensor | Mapping[str, Tensor],
-    cu_seqlens: Tensor,
-    group_offsets: Tensor,
+    rewards: Sequence[Tensor],
+    advantages: Sequence[Tensor],
+    layout: PackedLayout,
+    settings: LossOptions,
     *,
-    loss_mask: Tensor | None = None,
-    modality: Tensor | None = None,
     ref_logp: Tensor | None = None,
     is_ratio: Tensor | None = None,
     entropy: Tensor | None = None,
     weights: Tensor | None = None,
-    **options: Any,
+    num_items: Tensor | None = None,
 ) -> GRPOOutput:
-    """See `syncr1.kernels.api.grpo_loss`."""
-    op = "grpo_loss"
-    settings = LossOptions.parse(op, options)
-    layout = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask)
-    layout.validate(op)
-    check_float(op, "logp", logp)
-    scores = score_rewards(op, rewards, layout, settings, weights)
-    mask_T = policy_mask(layout, scores.keep)
-    return packed_loss(op, logp, old_logp, ref_logp, is_ratio, entropy, mask_T, layout, scores, settings)
+    """See `syncr1.kernels.api.grpo_loss`; `rewards` or `advantages` hold one tensor, or those of text and image."""
+    scores = _scores(rewards, advantages, layout, settings, weights)
+    mask_T = policy_mask(layout, scores)
+    terms = PackedTerms(layout, mask_T, mask_T, logp.dtype, settings, num_items)
+    return packed_loss(logp, old_logp, ref_logp, is_ratio, entropy, terms, scores)
 
 
 def linear_grpo_loss(
     streams: Sequence[TokenStream],
-    rewards: Tensor | Mapping[str, Tensor],
-    cu_seqlens: Tensor,
-    group_offsets: Tensor,
+    old_logp: Tensor | None,
+    rewards: Sequence[Tensor],
+    advantages: Sequence[Tensor],
+    layout: PackedLayout,
+    settings: LossOptions,
     *,
-    old_logp: Tensor | None = None,
-    loss_mask: Tensor | None = None,
-    modality: Tensor | None = None,
     ref_logp: Tensor | None = None,
     is_ratio: Tensor | None = None,
     weights: Tensor | None = None,
-    **options: Any,
+    num_items: Tensor | None = None,
 ) -> GRPOOutput:
-    """See `syncr1.kernels.api.linear_grpo_loss`."""
-    op = "linear_grpo_loss"
-    settings = LossOptions.parse(op, options)
-    plain = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask)
-    plain.validate(op)
-    check_streams(op, streams, plain.num_tokens)
-    covered_T, modality_T = stream_coverage(op, streams, plain)
-    layout = PackedLayout(cu_seqlens, group_offsets, modality_T, covered_T)
-    scores = score_rewards(op, rewards, layout, settings, weights)
-    mask_T = policy_mask(layout, scores.keep)
-    logp_T, entropy_T = score_streams(op, streams, mask_T)
-    return packed_loss(op, logp_T, old_logp, ref_logp, is_ratio, entropy_T, mask_T, layout, scores, settings)
+    """See `syncr1.kernels.api.linear_grpo_loss`; the layout's mask and modality are those of the streams."""
+    scores = _scores(rewards, advantages, layout, settings, weights)
+    counted_T = policy_mask(layout, scores)
+    image_T, sequence_T = layout.image_tokens, layout.sequence_of_token
+    mask_T = acting_tokens(settings, scores, counted_T, sequence_T, image_T)
+    check_allowed(OP, streams, mask_T)
+    logp_T, entropy_T = _score_streams(streams, mask_T)
+    check_log_probabilities(OP, mask_T, layout.num_tokens, logp=logp_T)
+    terms = PackedTerms(layout, mask_T, counted_T, logp_T.dtype, settings, num_items)
+    return packed_loss(logp_T, old_logp, ref_logp, is_ratio, entropy_T, terms, scores)
 
 
-def policy_mask(layout: PackedLayout, keep_S: Tensor) -> Tensor:
-    """[T] bool: tokens that carry loss."""
-    kept_T = keep_S[layout.sequence_of_token]
-    return kept_T if layout.loss_mask is None else kept_T & layout.loss_mask
+def _scores(
+    rewards: Sequence[Tensor],
+    advantages: Sequence[Tensor],
+    layout: PackedLayout,
+    settings: LossOptions,
+    weights: Tensor | None,
+) -> Scores:
+    return score_rewards(_Groups(), rewards, advantages, layout.group_offsets, settings, weights)
 
 
-def stream_coverage(op: str, streams: Sequence[TokenStream], layout: PackedLayout) -> tuple[Tensor, Tensor]:
-    """Tokens that some stream scores (and loss_mask admits), and their modality: [T] bool, [T] uint8."""
-    device = layout.cu_seqlens.device if layout.loss_mask is None else layout.loss_mask.device
-    covered_T = torch.zeros(layout.num_tokens, dtype=torch.bool, device=device)
-    modality_T = torch.zeros(layout.num_tokens, dtype=torch.uint8, device=device)
-    for stream in streams:
-        covered_T[stream.rows] = True
-        modality_T[stream.rows] = MODALITIES.index(stream.modality)
-    if layout.modality is not None and bool((layout.modality != modality_T)[covered_T].any()):
-        refuse(op, "modality", "that of the streams", "another one at some rows", "leave it out: streams carry it")
-    return covered_T if layout.loss_mask is None else covered_T & layout.loss_mask, modality_T
-
-
-def score_streams(op: str, streams: Sequence[TokenStream], mask_T: Tensor) -> tuple[Tensor, Tensor]:
+def _score_streams(streams: Sequence[TokenStream], mask_T: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability (with gradient) and entropy (without) of the tokens in `mask_T`, 0 elsewhere: [T] each."""
     dtype = accumulator(streams[0].hidden.dtype)
     logp_T = torch.zeros(mask_T.shape[0], dtype=dtype, device=mask_T.device)
@@ -117,10 +110,6 @@ def score_streams(op: str, streams: Sequence[TokenStream], mask_T: Tensor) -> tu
         used = mask_T[rows]
         if not bool(used.all()):
             hidden, targets, rows = hidden[used], targets[used], rows[used]
-        if stream.forbidden is not None and bool(torch.isin(targets, stream.forbidden).any()):
-            refuse(
-                op, "targets", "outside `forbidden`", "a forbidden id among them", "take that token out of loss_mask"
-            )
         logp_N, entropy_N = linear_logp(
             hidden,
             stream.weight,
@@ -135,36 +124,26 @@ def score_streams(op: str, streams: Sequence[TokenStream], mask_T: Tensor) -> tu
 
 
 def packed_loss(
-    op: str,
     logp: Tensor,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     is_ratio: Tensor | None,
     entropy: Tensor | None,
-    mask_T: Tensor,
-    layout: PackedLayout,
+    terms: PackedTerms,
     scores: Scores,
-    settings: LossOptions,
 ) -> GRPOOutput:
     """The loss of per-token log-probabilities: masks first, then ratios, token losses, reduction, metrics."""
-    remedy = "did packing drop a first token?"
-    named = {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy}
-    for name, tensor in named.items():
-        if tensor is not None:
-            check_vector(op, name, tensor, layout.num_tokens, remedy)
-    if ref_logp is None and any(settings_beta != 0 for settings_beta in _values(settings.beta)):
-        refuse(op, "ref_logp", "given where beta is not 0", None, "pass the reference policy's log-probabilities")
-    terms = PackedTerms(layout, mask_T, logp.dtype, settings)
+    settings = terms.settings
     logp_T = terms.masked(logp)
     log_ratio_T = (logp_T - terms.masked(logp if old_logp is None else old_logp).detach()).clamp(
         -MAX_LOG_RATIO, MAX_LOG_RATIO
     )
     ratio_T = _importance_ratio(log_ratio_T, terms).exp()
-    sampler_T = None if is_ratio is None else _per_token_is_ratio(op, is_ratio, terms)
-    advantage_T = scores.per_token(terms).to(terms.dtype)
+    sampler_T = None if is_ratio is None else _per_token_is_ratio(is_ratio, terms)
+    advantage_T = token_advantages(scores, terms.sequence_T, terms.image_T).to(terms.dtype)
     loss_T = _policy_term(ratio_T, logp_T, log_ratio_T, advantage_T, sampler_T, is_ratio, terms)
     if settings.top_entropy_quantile < 1:
-        loss_T = loss_T * entropy_quantile_mask(op, entropy, terms)
+        loss_T = loss_T * entropy_quantile_mask(entropy, terms)
     if sampler_T is not None and settings.loss_type != "vespo":
         loss_T = loss_T * sampler_T
     kl_T = None
@@ -176,11 +155,7 @@ def packed_loss(
     loss = reduce_loss(loss_T * per_token(settings.weight, terms), terms)
     metrics = loss_metrics(terms, ratio_T.detach(), advantage_T, kl_T, entropy, scores)
     entropy_T = None if entropy is None else entropy.detach()
-    return GRPOOutput(loss, scores.advantages, scores.keep, metrics, logp.detach(), entropy_T)
-
-
-def _values(value: float | Mapping[str, float]) -> list[float]:
-    return list(value.values()) if isinstance(value, Mapping) else [value]
+    return GRPOOutput(loss, by_modality(scores.advantages), scores.keep, metrics, logp.detach(), entropy_T)
 
 
 def _importance_ratio(log_ratio_T: Tensor, terms: PackedTerms) -> Tensor:
@@ -191,14 +166,10 @@ def _importance_ratio(log_ratio_T: Tensor, terms: PackedTerms) -> Tensor:
     return (total_S / terms.count_S.clamp_min(1))[terms.sequence_T]
 
 
-def _per_token_is_ratio(op: str, is_ratio: Tensor, terms: PackedTerms) -> Tensor:
+def _per_token_is_ratio(is_ratio: Tensor, terms: PackedTerms) -> Tensor:
     """[T], [S] or [S, 1] correction for the sampler's policy → [T]. Where T == S, [S, 1] tells the two apart."""
-    num_sequences, num_tokens = terms.layout.num_sequences, terms.layout.num_tokens
-    if is_ratio.shape == (num_tokens,):
+    if is_ratio.shape == (terms.layout.num_tokens,):
         return terms.masked(is_ratio.detach(), fill=1.0)
-    if is_ratio.shape not in ((num_sequences,), (num_sequences, 1)):
-        expected = f"[{num_tokens}], [{num_sequences}] or [{num_sequences}, 1]"
-        refuse(op, "is_ratio", expected, list(is_ratio.shape), "one ratio per token or per sequence")
     return terms.masked(is_ratio.detach().reshape(-1)[terms.sequence_T], fill=1.0)
 
 

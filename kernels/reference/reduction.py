@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from syncr1.kernels.layout import PackedLayout, refuse
+from syncr1.kernels.layout import PackedLayout
 from syncr1.kernels.options import LossOptions, PerModality, for_modality
+from syncr1.kernels.plan import Scores, entropy_thresholds
 from syncr1.kernels.records import MODALITIES
 from syncr1.kernels.reference.logp import accumulator
 from syncr1.kernels.reference.segments import sum_segments
 
-if TYPE_CHECKING:
-    from syncr1.kernels.reference.scores import Scores
-
 
 class PackedTerms:
-    """The layout, mask and settings of one loss, with what several formulas need from them."""
+    """The layout, masks and settings of one loss, with what several formulas need from them.
 
-    def __init__(self, layout: PackedLayout, mask_T: Tensor, dtype: torch.dtype, settings: LossOptions) -> None:
-        self.layout, self.mask_T, self.settings = layout, mask_T, settings
+    `mask_T` are the tokens whose loss is formed; divisors count those of `counted_T`, which holds more where tokens
+    without gradient were left out.
+    """
+
+    def __init__(
+        self,
+        layout: PackedLayout,
+        mask_T: Tensor,
+        counted_T: Tensor,
+        dtype: torch.dtype,
+        settings: LossOptions,
+        num_items: Tensor | None = None,
+    ) -> None:
+        self.layout, self.mask_T, self.counted_T, self.settings = layout, mask_T, counted_T, settings
+        self.num_items = num_items
         self.dtype = accumulator(dtype)
 
     @cached_property
@@ -33,7 +43,7 @@ class PackedTerms:
     @cached_property
     def image_T(self) -> Tensor:
         """[T] bool."""
-        return torch.zeros_like(self.mask_T) if self.layout.modality is None else self.layout.modality.bool()
+        return self.layout.image_tokens
 
     @cached_property
     def count_S(self) -> Tensor:
@@ -44,11 +54,11 @@ class PackedTerms:
         """[T] with `fill` outside the mask, before any exp: what lies there may be NaN or inf."""
         return torch.where(self.mask_T, values.to(self.dtype), fill)
 
-    def modality_masks(self) -> dict[str, Tensor]:
-        """Loss tokens of each modality: [T] bool; text alone where the layout has no modality."""
+    def modality_masks(self, mask_T: Tensor) -> dict[str, Tensor]:
+        """A mask split by modality: [T] bool each; text alone where the layout has no modality."""
         if self.layout.modality is None:
-            return {"text": self.mask_T}
-        return {"text": self.mask_T & ~self.image_T, "image": self.mask_T & self.image_T}
+            return {"text": mask_T}
+        return {"text": mask_T & ~self.image_T, "image": mask_T & self.image_T}
 
 
 def per_token(value: PerModality, terms: PackedTerms) -> Tensor:
@@ -63,18 +73,21 @@ def reduce_loss(loss_T: Tensor, terms: PackedTerms) -> Tensor:
     """Scalar. With `num_items` per modality each modality is reduced on its own and the two are added."""
     num_items = terms.settings.num_items
     if not isinstance(num_items, Mapping):
-        return _reduce_masked(loss_T, terms.mask_T, num_items, terms)
-    losses = [_reduce_masked(loss_T, mask, num_items[name], terms) for name, mask in terms.modality_masks().items()]
+        return _reduce_masked(loss_T, terms.counted_T, num_items if terms.num_items is None else terms.num_items, terms)
+    losses = [
+        _reduce_masked(loss_T, mask_T, num_items[name] if terms.num_items is None else terms.num_items[index], terms)
+        for index, (name, mask_T) in enumerate(terms.modality_masks(terms.counted_T).items())
+    ]
     return torch.stack(losses).sum()
 
 
-def _reduce_masked(loss_T: Tensor, mask_T: Tensor, num_items: float | None, terms: PackedTerms) -> Tensor:
+def _reduce_masked(loss_T: Tensor, counted_T: Tensor, num_items: float | Tensor | None, terms: PackedTerms) -> Tensor:
     settings, offsets = terms.settings, terms.layout.cu_seqlens
-    used_T = torch.where(mask_T, loss_T, 0.0)
+    used_T = torch.where(counted_T & terms.mask_T, loss_T, 0.0)
     num_sequences = terms.layout.num_sequences if settings.num_sequences is None else settings.num_sequences
     num_sequences = max(num_sequences, 1)
     if settings.loss_type in ("grpo", "sapo"):
-        count_S = sum_segments(mask_T.to(terms.dtype), offsets)
+        count_S = sum_segments(counted_T.to(terms.dtype), offsets)
         return (sum_segments(used_T, offsets) / count_S.clamp_min(1)).sum() / num_sequences
     if settings.loss_type == "luspo":
         return used_T.sum() / num_sequences
@@ -82,25 +95,16 @@ def _reduce_masked(loss_T: Tensor, mask_T: Tensor, num_items: float | None, term
         assert settings.max_length is not None  # LossOptions checked it
         return used_T.sum() / (num_sequences * settings.max_length)
     if settings.loss_type == "bnpo" or num_items is None:
-        return used_T.sum() / mask_T.sum().clamp_min(1)
-    return used_T.sum() / max(float(num_items), 1.0)
+        return used_T.sum() / counted_T.sum().clamp_min(1)
+    return used_T.sum() / torch.as_tensor(num_items, dtype=terms.dtype, device=used_T.device).reshape(()).clamp_min(1)
 
 
-def entropy_quantile_mask(op: str, entropy: Tensor | None, terms: PackedTerms) -> Tensor:
-    """[T] 0/1: the tokens of highest entropy, by a quantile of each modality's own loss tokens.
-
-    Image entropies lie far above those of text: one quantile for both would switch one of them off.
-    """
-    if entropy is None:
-        refuse(op, "entropy", "given where top_entropy_quantile < 1", None, "pass it, or use linear_grpo_loss")
-    used_T = torch.zeros_like(terms.mask_T)
-    for mask_T in terms.modality_masks().values():
-        values = entropy.detach()[mask_T].to(terms.dtype)
-        if values.numel():
-            num_dropped = int((1 - terms.settings.top_entropy_quantile) * values.numel())
-            threshold = values.sort().values[num_dropped]
-            used_T |= mask_T & (entropy.detach().to(terms.dtype) >= threshold)
-    return used_T.to(terms.dtype)
+def entropy_quantile_mask(entropy: Tensor | None, terms: PackedTerms) -> Tensor:
+    """[T] 0/1: the tokens of highest entropy, by a quantile of each modality's own loss tokens."""
+    assert entropy is not None  # the op checked it
+    thresholds = entropy_thresholds(terms.settings, entropy.detach(), terms.mask_T, terms.image_T).to(terms.dtype)
+    threshold_T = torch.where(terms.image_T, thresholds[1], thresholds[0])
+    return (terms.mask_T & (entropy.detach().to(terms.dtype) >= threshold_T)).to(terms.dtype)
 
 
 def loss_metrics(
@@ -117,7 +121,7 @@ def loss_metrics(
         "frac_reward_zero_std": scores.frac_reward_zero_std.float(),
         "frac_kept": scores.keep.float().sum() / max(scores.keep.numel(), 1),
     }
-    for name, mask_T in terms.modality_masks().items():
+    for name, mask_T in terms.modality_masks(terms.mask_T).items():
         num_tokens = mask_T.sum()
         averaged = {"clip_low": low_T, "clip_high": high_T, "ratio_mean": ratio_T, "kl": kl_T, "entropy": entropy_T}
         for key, values_T in averaged.items():

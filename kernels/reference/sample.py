@@ -14,26 +14,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncr1.kernels.layout import check_float, check_forbidden, check_vector, refuse
 from syncr1.kernels.records import CFGSample
 from syncr1.kernels.reference.logp import LOGP_FLOOR, accumulator
 from syncr1.kernels.reference.philox import uniform
 
 
-def cfg_sample(
+def sample(
     cond: Tensor,
-    uncond: Tensor | None = None,
+    uncond: Tensor | None,
     *,
-    cfg_weight: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | Tensor,
-    offset: int | Tensor,
-    forbidden: Tensor | None = None,
+    cfg_weight: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: Tensor,
+    offset: Tensor,
+    forbidden: Tensor | None,
 ) -> CFGSample:
-    """See `syncr1.kernels.api.cfg_sample`."""
-    check_sampling(cond, uncond, cfg_weight, temperature, top_k, top_p, offset, forbidden)
+    """See `syncr1.kernels.api.cfg_sample`; seed and offset are [B] int64."""
     # Greedy is the limit temperature → 0; its log-probabilities are reported at temperature 1.
     divisor = temperature or 1.0
     logp_BV = _log_probabilities(cond, divisor, forbidden)
@@ -47,9 +45,8 @@ def cfg_sample(
         token_B = mixed_BV.argmax(dim=-1)
     else:
         truncated_BV = truncate(mixed_BV, top_k, top_p)
-        offset_B = torch.as_tensor(offset, dtype=torch.int64, device=cond.device).expand(cond.shape[0])
         drawn_BV = probability_BV if truncated_BV is logp_BV else truncated_BV.exp()
-        token_B = _inverse_cdf(drawn_BV, uniform(seed, offset_B))
+        token_B = _inverse_cdf(drawn_BV, uniform(seed, offset))
     entropy_B = -torch.linalg.vecdot(probability_BV, logp_BV.clamp_min(LOGP_FLOOR))
     index_B1 = token_B.unsqueeze(1)
     return CFGSample(token_B, logp_BV.gather(1, index_B1)[:, 0], mixed_BV.gather(1, index_B1)[:, 0], entropy_B)
@@ -92,32 +89,5 @@ def _inverse_cdf(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """[B] int64: the first id whose running sum exceeds U times the total."""
     cumulative_BV = probability_BV.cumsum(dim=-1, dtype=torch.float64)
     threshold_B1 = uniform_B.unsqueeze(1) * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
-
-
-def check_sampling(
-    cond: Tensor,
-    uncond: Tensor | None,
-    cfg_weight: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    offset: int | Tensor,
-    forbidden: Tensor | None,
-) -> None:
-    """The arguments of cfg_sample are consistent and in range."""
-    op = "cfg_sample"
-    check_float(op, "cond", cond)
-    if cond.dim() != 2:
-        refuse(op, "cond", "[B, V]", list(cond.shape), "pass the logits of the last position")
-    if uncond is not None and uncond.shape != cond.shape:
-        refuse(op, "uncond", list(cond.shape), list(uncond.shape), "expand it to one row per conditional row")
-    if uncond is None and cfg_weight != 1.0:
-        refuse(op, "cfg_weight", "1 without uncond", cfg_weight, "pass the unconditional logits")
-    if not temperature >= 0:
-        refuse(op, "temperature", "≥ 0", temperature, "0 is greedy")
-    if top_k < 0 or not 0 < top_p <= 1:
-        refuse(op, "top_k, top_p", "≥ 0 and in (0, 1]", f"{top_k}, {top_p}", "0 and 1.0 switch them off")
-    if isinstance(offset, torch.Tensor) and offset.dim() > 0:
-        check_vector(op, "offset", offset, cond.shape[0], "one counter per row")
-    check_forbidden(op, forbidden, cond.shape[1])
+    # A row of NaN has no such id; its log-probabilities are NaN and the op says so.
+    return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1).clamp_max(cumulative_BV.shape[1] - 1)

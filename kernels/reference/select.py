@@ -11,15 +11,11 @@ Ties go to the lower index. Dims: `S` sequences, `P` groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from syncr1.kernels.layout import check_modality_keys, refuse
-from syncr1.kernels.options import RULES, Rule, check_choice
-from syncr1.kernels.reference.advantage import combine_rewards, group_advantages
 from syncr1.kernels.reference.philox import uniform
 
 RANDOM_STREAM = 1
@@ -28,17 +24,12 @@ MASS_SLACK = 1e-9
 """Relative: rounding of the running sum must not cost a group one more trajectory."""
 
 
-def advantage_energy(advantages: Sequence[Tensor]) -> Tensor:
-    """Σ over modalities of A², from float32 advantages: [S] float64."""
-    return torch.stack([advantage.float().double().square() for advantage in advantages]).sum(dim=0)
-
-
-def select_rows(
+def dgs_select(
     energy_S: Tensor,
     reward_S: Tensor,
     group_offsets: Tensor,
     *,
-    rule: Rule,
+    rule: str,
     mass: float,
     keep: int | None,
     min_keep: int,
@@ -89,61 +80,3 @@ def _max_variance(ranked: list[int], reward: list[float], num_kept: int) -> list
         if variance > best_variance * (1 + MASS_SLACK):
             best, best_variance = subset, variance
     return best
-
-
-def check_selection(op: str, rule: str, mass: float, keep: int | None, min_keep: int) -> None:
-    """The arguments of a rule are in range."""
-    check_choice(op, "rule", rule, RULES)
-    if not 0 < mass <= 1:
-        refuse(op, "mass", "in (0, 1]", mass, "it is a fraction of the group's Σ A²")
-    if keep is not None and keep < 1:
-        refuse(op, "keep", "≥ 1", keep, "None keeps half of each group")
-    if min_keep < 0:
-        refuse(op, "min_keep", "≥ 0", min_keep, "0 switches it off")
-
-
-def per_modality(op: str, rewards: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
-    """One reward tensor, or those of text and image, of equal length."""
-    if isinstance(rewards, Tensor):
-        return [rewards]
-    check_modality_keys(op, "rewards", rewards)
-    text, image = rewards["text"], rewards["image"]
-    if text.shape[:1] != image.shape[:1]:
-        refuse(op, "rewards['image']", f"of {text.shape[0]} sequences", image.shape[0], "both cover all S sequences")
-    return [text, image]
-
-
-def total_reward(rewards: Sequence[Tensor], weights: Tensor | None) -> Tensor:
-    """What top_k and max_variance rank by: the sum of all rewards present, NaN where none is: [S] float64."""
-    return combine_rewards(torch.stack([combine_rewards(r, weights) for r in rewards], dim=1), None)
-
-
-def dgs_select(
-    rewards: Tensor | Mapping[str, Tensor],
-    group_offsets: Tensor,
-    *,
-    rule: Rule = "variance_mass",
-    mass: float = 0.9,
-    keep: int | None = None,
-    min_keep: int = 2,
-    seed: int = 0,
-    weights: Tensor | None = None,
-    scale: str = "group",
-    eps: float = 1e-4,
-    aggregate: str = "sum_then_normalize",
-) -> Tensor:
-    """See `syncr1.kernels.api.dgs_select`."""
-    check_selection("dgs_select", rule, mass, keep, min_keep)
-    parts = per_modality("dgs_select", rewards)
-    settings = {"weights": weights, "scale": scale, "eps": eps, "aggregate": aggregate}
-    advantages = [group_advantages(part, group_offsets, **settings) for part in parts]  # type: ignore[arg-type]
-    return select_rows(
-        advantage_energy(advantages),
-        total_reward(parts, weights),
-        group_offsets,
-        rule=rule,
-        mass=mass,
-        keep=keep,
-        min_keep=min_keep,
-        seed=seed,
-    )

@@ -1,0 +1,56 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace syncr1 {
+
+#define SYNCR1_DECLARE(set)               \
+  namespace set {                         \
+  extern const RowKernels row_kernels;    \
+  extern const SampleKernels sample_kernels; \
+  }
+
+SYNCR1_DECLARE(generic)
+#ifdef SYNCR1_X86
+SYNCR1_DECLARE(avx2)
+SYNCR1_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Candidate {
+  InstructionSet set;
+  bool present;
+};
+
+const InstructionSet* choose() {
+#ifdef SYNCR1_X86
+  __builtin_cpu_init();
+  const bool has_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_512 = has_fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
+  static const Candidate candidates[] = {
+#ifdef SYNCR1_X86
+      {{"avx512", &avx512::row_kernels, &avx512::sample_kernels}, has_512},
+      {{"avx2", &avx2::row_kernels, &avx2::sample_kernels}, has_fma},
+#endif
+      {{"generic", &generic::row_kernels, &generic::sample_kernels}, true},
+  };
+  const char* wanted = std::getenv("SYNCR1_ISA");
+  for (const Candidate& candidate : candidates) {
+    const bool asked = wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, candidate.set.name) == 0;
+    if (candidate.present && asked) return &candidate.set;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const InstructionSet* instruction_set() {
+  static const InstructionSet* const chosen = choose();
+  return chosen;
+}
+
+}  // namespace syncr1

@@ -1,0 +1,44 @@
+"""Backend `native`: C++ on CPU (`kernels/csrc/`), float32 and bfloat16. Contract: `syncr1.kernels.terms.Backend`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from syncr1.kernels.native.groups import dgs_select, group_advantages
+from syncr1.kernels.native.library import load
+from syncr1.kernels.native.loss import token_loss
+from syncr1.kernels.native.rows import gradient_rows, loss_rows, score_rows
+from syncr1.kernels.native.sample import sample
+
+__all__ = [
+    "unavailable_reason",
+    "unsupported_reason",
+    "group_advantages",
+    "dgs_select",
+    "token_loss",
+    "score_rows",
+    "loss_rows",
+    "gradient_rows",
+    "sample",
+]
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def unavailable_reason() -> str | None:
+    """Why the backend is absent, or None."""
+    library = load()
+    return None if isinstance(library, ctypes.CDLL) else library
+
+
+def unsupported_reason(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why these tensors are not served, or None."""
+    if any(t.device.type != "cpu" for t in tensors):
+        return "it serves CPU tensors only"
+    if any(t.dtype not in DTYPES for t in tensors):
+        return f"it serves {' and '.join(str(d) for d in DTYPES)} only"
+    return None

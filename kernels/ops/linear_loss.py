@@ -1,0 +1,328 @@
+"""Registered op `syncr1::linear_grpo_loss`: the row plan, the products of each head, the loss, the gradients.
+
+Losses that a row knows alone take one sweep of three products per chunk; those that need the whole sequence or batch
+first (sequence ratios, vespo, entropy quantiles) take two sweeps and a fourth product. Loss and metrics come from the
+same kernel as `syncr1::grpo_loss`. Backends `native` and `triton`; `reference` is ordinary autograd.
+
+Dims: `T` packed tokens, `S` sequences, `N` rows of a stream, `V` vocabulary, `D` hidden, `M` modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncr1.kernels.checks import check_allowed, check_log_probabilities, check_loss_inputs, check_streams
+from syncr1.kernels.dispatch import module_of
+from syncr1.kernels.layout import PackedLayout
+from syncr1.kernels.linear import HeadRows, Workspace, gradient_pass, loss_pass, score_rows
+from syncr1.kernels.ops.logp import refuse_second_derivative
+from syncr1.kernels.ops.loss import is_per_sequence, plain, token_loss
+from syncr1.kernels.ops.register import differentiates, fakes, implements
+from syncr1.kernels.options import LossOptions, decode
+from syncr1.kernels.plan import (
+    Scores,
+    acting_tokens,
+    check_credit,
+    divisors,
+    entropy_thresholds,
+    modality_masks,
+    policy_mask,
+    score_rewards,
+    stream_layout,
+    token_advantages,
+    token_weights,
+)
+from syncr1.kernels.records import MODALITIES, TokenStream
+from syncr1.kernels.terms import METRICS, Head, RowSettings, RowTerms, TokenLoss, row_loss
+
+OP = "linear_grpo_loss"
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+Grads = list[tuple[Tensor, Tensor, Tensor]]
+Scored = tuple[Tensor, Tensor, TokenLoss, Grads]
+
+
+def acting_rows(stream: TokenStream, acting_T: Tensor) -> tuple[HeadRows, Tensor]:
+    """The rows of a stream that take part in the products, and their packed positions."""
+    rows, targets = stream.rows.long(), stream.targets.long().contiguous()
+    head = Head(stream.bias, stream.temperature, stream.forbidden)
+    whole = HeadRows(stream.hidden, stream.weight, targets, head)
+    used = acting_T[rows]
+    if bool(used.all()):
+        return whole, rows
+    chosen = used.nonzero().squeeze(1)
+    return whole.subset(chosen), rows[chosen]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ratios:
+    """What the ratios of a batch are taken against; each as the caller gave it."""
+
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    is_ratio: Tensor | None
+
+
+class LinearLoss:
+    """One call after checks: which rows of each head act, and the two ways through them."""
+
+    def __init__(
+        self,
+        module: Any,
+        options: LossOptions,
+        streams: Sequence[TokenStream],
+        layout: PackedLayout,
+        scores: Scores,
+        ratios: Ratios,
+        num_items: Tensor | None,
+        needs: Sequence[bool],
+    ) -> None:
+        self.module, self.options, self.streams, self.layout = module, options, streams, layout
+        self.scores, self.ratios, self.num_items = scores, ratios, num_items
+        self.counted_T, self.image_T = policy_mask(layout, scores), layout.image_tokens
+        self.sequence_T = layout.sequence_of_token
+        self.acting_T = acting_tokens(options, scores, self.counted_T, self.sequence_T, self.image_T)
+        check_allowed(OP, streams, self.acting_T)
+        picked = [acting_rows(stream, self.acting_T) for stream in streams]
+        self.heads, self.positions = [rows for rows, _ in picked], [positions for _, positions in picked]
+        self.needs = [needs[3 * index : 3 * index + 3] for index in range(len(streams))]
+
+    @property
+    def rows_know_alone(self) -> bool:
+        """The gradient of a row follows from its own log-probability."""
+        o = self.options
+        return o.ratio == "token" and row_loss(o.loss_type) is not None and o.top_entropy_quantile == 1
+
+    def one_sweep(self) -> Scored:
+        """Three products per chunk."""
+        weights = (self.options, self.layout, self.counted_T, self.image_T, self.sequence_T, self.num_items)
+        ratios, sampler_T = self.ratios, plain(self.ratios.is_ratio)
+        if sampler_T is not None and is_per_sequence(ratios.is_ratio, self.layout.num_tokens):
+            sampler_T = sampler_T[self.sequence_T]
+        terms = RowTerms(
+            token_advantages(self.scores, self.sequence_T, self.image_T),
+            token_weights(*weights),
+            plain(ratios.old_logp),
+            plain(ratios.ref_logp),
+            sampler_T,
+        )
+        settings = [RowSettings.of(self.options, stream.modality) for stream in self.streams]
+        each = list(zip(self.heads, self.positions, settings, self.needs, strict=True))
+        with Workspace(self.heads) as workspace:
+            passes = [
+                loss_pass(self.module, rows, workspace, terms.at(at), own, needs) for rows, at, own, needs in each
+            ]
+        logp_T = self._collect([logp_N for logp_N, _, _ in passes])
+        entropy_T = self._collect([entropy_N for _, entropy_N, _ in passes])
+        return logp_T, entropy_T, self._loss(logp_T, entropy_T), [grads for _, _, grads in passes]
+
+    def two_sweeps(self) -> Scored:
+        """Four products per chunk: all log-probabilities first, then the gradients that need them all."""
+        with Workspace(self.heads) as workspace:
+            scored = [score_rows(self.module, rows, workspace) for rows in self.heads]
+            logp_T, entropy_T = (self._collect([values[i] for values in scored]) for i in range(2))
+            result = self._loss(logp_T, entropy_T)
+            if not any(need for needs in self.needs for need in needs):
+                return logp_T, entropy_T, result, []
+            each = zip(self.heads, self.positions, scored, self.needs, strict=True)
+            grads = [
+                self._second_sweep(rows, result.grad_logp[at], lse_N, entropy_N, needs, workspace)
+                for rows, at, (_, entropy_N, lse_N), needs in each
+            ]
+        return logp_T, entropy_T, result, grads
+
+    def _second_sweep(
+        self,
+        rows: HeadRows,
+        grad_N: Tensor,
+        lse_N: Tensor,
+        entropy_N: Tensor,
+        needs: Sequence[bool],
+        workspace: Workspace,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Clipped tokens have no gradient: no product for them."""
+        live = grad_N != 0
+        if not bool(live.all()):
+            chosen = live.nonzero().squeeze(1)
+            rows, grad_N, lse_N, entropy_N = rows.subset(chosen), grad_N[chosen], lse_N[chosen], entropy_N[chosen]
+        return gradient_pass(self.module, rows, workspace, lse_N, entropy_N, grad_N, None, needs)
+
+    def _collect(self, values: Sequence[Tensor]) -> Tensor:
+        """Per-row values of all heads on the packed axis, 0 elsewhere: [T] float32."""
+        out_T = torch.zeros(self.layout.num_tokens, dtype=torch.float32, device=self.acting_T.device)
+        for at, value in zip(self.positions, values, strict=True):
+            out_T[at] = value
+        return out_T
+
+    def _loss(self, logp_T: Tensor, entropy_T: Tensor) -> TokenLoss:
+        """Loss, gradient and metrics from the log-probabilities of the acting tokens."""
+        options, num_tokens = self.options, self.layout.num_tokens
+        check_log_probabilities(OP, self.acting_T, num_tokens, logp=logp_T)
+        thresholds = None
+        if options.top_entropy_quantile < 1:
+            thresholds = entropy_thresholds(options, entropy_T, self.acting_T, self.image_T)
+        # Divisors count loss tokens that were left out of the products, too.
+        masks = modality_masks(options, self.counted_T, self.image_T)
+        divisor = divisors(options, masks, self.num_items)
+        if options.loss_type == "bnpo":
+            options = replace(options, loss_type="dapo")
+        return token_loss(
+            self.module, replace(self.layout, loss_mask=self.acting_T), options, logp_T,
+            old_logp=self.ratios.old_logp, ref_logp=self.ratios.ref_logp, is_ratio=self.ratios.is_ratio,
+            entropy=entropy_T, scores=self.scores, thresholds=thresholds, num_items=divisor,
+        )  # fmt: skip
+
+
+def _gather_streams(
+    hidden: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    forbidden: Sequence[Tensor],
+    temperature: Sequence[float],
+    modality: Sequence[int],
+) -> list[TokenStream]:
+    parts = zip(hidden, weight, targets, rows, bias, temperature, modality, forbidden, strict=True)
+    return [
+        TokenStream(h, w, t, r, _present(b), float(tau), MODALITIES[m], _present(f))
+        for h, w, t, r, b, tau, m, f in parts
+    ]
+
+
+def _present(values: Tensor) -> Tensor | None:
+    """None for an empty tensor: autograd takes lists of tensors, not of tensors and None."""
+    return values if values.numel() else None
+
+
+@implements(
+    "linear_grpo_loss",
+    (
+        "(Tensor[] hidden, Tensor[] weight, Tensor[] bias, Tensor[] targets, Tensor[] rows, Tensor[] forbidden,"
+        " float[] temperature, int[] stream_modality, Tensor? old_logp, Tensor[] rewards, Tensor[] advantages,"
+        " Tensor cu_seqlens, Tensor group_offsets, Tensor? loss_mask, Tensor? modality, Tensor? ref_logp,"
+        " Tensor? is_ratio, Tensor? weights, Tensor? num_items, SymInt num_tokens, bool[] needs, str settings,"
+        " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])"
+    ),
+)
+def linear_grpo_loss(
+    hidden: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    forbidden: Sequence[Tensor],
+    temperature: Sequence[float],
+    stream_modality: Sequence[int],
+    old_logp: Tensor | None,
+    rewards: Sequence[Tensor],
+    advantages: Sequence[Tensor],
+    cu_seqlens: Tensor,
+    group_offsets: Tensor,
+    loss_mask: Tensor | None,
+    modality: Tensor | None,
+    ref_logp: Tensor | None,
+    is_ratio: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    num_tokens: int,
+    needs: Sequence[bool],
+    settings: str,
+    backend: str,
+) -> Outputs:
+    """(loss, logp [T], entropy [T], advantages [M, S], keep [S], metrics [18], gradients).
+
+    Lists hold one entry per stream, an empty tensor where it has no bias or nothing forbidden. `needs` and gradients
+    hold hidden, weight and bias of each stream in turn; a gradient not needed is empty.
+    """
+    options, module = decode(settings), module_of(backend)
+    streams = _gather_streams(hidden, weight, bias, targets, rows, forbidden, temperature, stream_modality)
+    given = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, num_tokens)
+    check_loss_inputs(OP, given, options, old_logp=old_logp, ref_logp=ref_logp, is_ratio=is_ratio)
+    check_streams(OP, streams, num_tokens)
+    check_credit(OP, rewards, advantages, given, weights)
+    layout = stream_layout(OP, streams, given)
+    scores = score_rewards(module, rewards, advantages, group_offsets, options, weights)
+    ratios = Ratios(old_logp, ref_logp, is_ratio)
+    call = LinearLoss(module, options, streams, layout, scores, ratios, num_items, needs)
+    once = call.rows_know_alone and any(needs)
+    logp_T, entropy_T, result, grads = call.one_sweep() if once else call.two_sweeps()
+    flat = [grad for parts in grads for grad in parts] or [hidden[0].new_empty(0) for _ in needs]
+    return result.loss, logp_T, entropy_T, result.advantages, result.keep, result.metrics, flat
+
+
+@fakes("linear_grpo_loss")
+def _(
+    hidden: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    forbidden: Sequence[Tensor],
+    temperature: Sequence[float],
+    stream_modality: Sequence[int],
+    old_logp: Tensor | None,
+    rewards: Sequence[Tensor],
+    advantages: Sequence[Tensor],
+    cu_seqlens: Tensor,
+    group_offsets: Tensor,
+    loss_mask: Tensor | None,
+    modality: Tensor | None,
+    ref_logp: Tensor | None,
+    is_ratio: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    num_tokens: int,
+    needs: Sequence[bool],
+    settings: str,
+    backend: str,
+) -> Outputs:
+    like, num_sequences = hidden[0], cu_seqlens.shape[0] - 1
+    parts = [part for triple in zip(hidden, weight, bias, strict=True) for part in triple]
+    grads = [part.new_empty(part.shape) if need else like.new_empty(0) for part, need in zip(parts, needs, strict=True)]
+    return (
+        like.new_empty((), dtype=torch.float32),
+        like.new_empty(num_tokens, dtype=torch.float32),
+        like.new_empty(num_tokens, dtype=torch.float32),
+        like.new_empty((len(rewards) or len(advantages), num_sequences), dtype=torch.float32),
+        like.new_empty(num_sequences, dtype=torch.bool),
+        like.new_empty(len(METRICS), dtype=torch.float32),
+        grads,
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    ctx.save_for_backward(*output[6])
+    ctx.num_streams, ctx.needs, ctx.counts = len(inputs[0]), inputs[20], (len(inputs[9]), len(inputs[10]))
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *others: Any) -> tuple[Any, ...]:
+    refuse_second_derivative(OP)
+    nothing: list[None] = [None] * ctx.num_streams
+    grads: list[list[Tensor | None]] = [list(nothing) for _ in range(3)]
+    if grad_loss is not None:
+        for index, (grad, need) in enumerate(zip(ctx.saved_tensors, ctx.needs, strict=True)):
+            grads[index % 3][index // 3] = _scale(grad, grad_loss) if need else None
+    lists = ([None] * ctx.counts[0], [None] * ctx.counts[1])
+    return (*grads, nothing, nothing, nothing, None, None, None, *lists, *(None,) * 12)
+
+
+def _scale(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    """grad · grad_loss: in place where autograd lets go of the saved gradient afterwards: dW exists only once.
+
+    The public op hands these outputs to nobody else.
+    """
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    if type(grad) is not Tensor or keeps_graph():
+        return grad * grad_loss.to(grad.dtype)
+    if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
+        return grad.detach()
+    return grad.detach().mul_(grad_loss)
+
+
+differentiates("linear_grpo_loss", _save, _differentiate)

@@ -1,0 +1,224 @@
+"""What the registered ops hand to an accelerated backend: validated, contiguous, detached, on one device.
+
+A backend (`syncr1.kernels.native`, `syncr1.kernels.triton_ops`) is a module with the functions of `Backend`. It never
+validates and never sees autograd: `syncr1.kernels.ops_*` do both, once for all backends.
+
+Dims: `T` packed tokens, `S` sequences, `P` groups, `M` 1 or 2 modalities with rewards of their own,
+`C` rows of a chunk, `V` vocabulary, `B` decode rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from syncr1.kernels.options import LossOptions, for_modality
+from syncr1.kernels.records import CFGSample, Modality
+
+RowLoss = Literal["clip", "cispo", "sapo"]
+ROW_LOSSES: tuple[RowLoss, ...] = ("clip", "cispo", "sapo")
+"""Token losses whose gradient is known from the token alone; the order is the code in C++ and Triton."""
+METRICS_PER_MODALITY = ("clip_low", "clip_high", "ratio_mean", "kl", "entropy", "ratio_max", "ratio_min", "tokens")
+METRICS = ("frac_reward_zero_std", "frac_kept", *(f"{m}/{d}" for d in ("text", "image") for m in METRICS_PER_MODALITY))
+"""Order of `TokenLoss.metrics`; entries without meaning for a call hold anything finite."""
+
+
+def row_loss(loss_type: str) -> RowLoss | None:
+    """Which token loss a row can compute alone; None where it needs the whole sequence (vespo)."""
+    if loss_type in ("cispo", "sapo"):
+        return loss_type  # type: ignore[return-value]
+    return None if loss_type == "vespo" else "clip"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossTerms:
+    """Everything of a GRPO loss from log-probabilities."""
+
+    settings: LossOptions
+    cu_seqlens: Tensor
+    """[S+1] int64, contiguous."""
+    group_offsets: Tensor
+    """[P+1] int64, contiguous."""
+    logp: Tensor
+    """[T] float32; anything outside the mask, NaN included."""
+    old_logp: Tensor | None = None
+    """[T] float32; None = on policy: the ratio is exactly 1 and its gradient flows."""
+    ref_logp: Tensor | None = None
+    """[T] float32; there whenever a beta is not 0."""
+    entropy: Tensor | None = None
+    """[T] float32; for metrics and the quantile."""
+    loss_mask: Tensor | None = None
+    """[T] bool."""
+    modality: Tensor | None = None
+    """[T] uint8; None = all text."""
+    is_ratio: Tensor | None = None
+    """[T] or [S] float32 > 0 (at masked tokens: anything)."""
+    is_per_sequence: bool = False
+    """is_ratio is [S]."""
+    rewards: Tensor | None = None
+    """[M, S] float64, columns summed by weight, NaN = none; row 0 text and row 1 image where M is 2. None: `advantages`
+    and `keep` are given."""
+    advantages: Tensor | None = None
+    """[M, S] float32; given when they cannot be computed group by group (see `plan.fusable`)."""
+    keep: Tensor | None = None
+    """[S] bool; given together with `advantages`."""
+    frac_reward_zero_std: Tensor | None = None
+    """Scalar float32; given together with `advantages`."""
+    entropy_thresholds: Tensor | None = None
+    """[2] float32, text and image: the policy term acts on tokens of at least that entropy. None = on all."""
+    num_items: Tensor | None = None
+    """[1] or [2] float32; replaces `settings.num_items` where that is a tensor."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenLoss:
+    """What a backend returns for LossTerms."""
+
+    loss: Tensor
+    """Scalar float32."""
+    grad_logp: Tensor
+    """[T] float32: d loss / d logp; exactly 0 outside the mask, at pruned sequences and where nothing acts."""
+    advantages: Tensor
+    """[M, S] float32."""
+    keep: Tensor
+    """[S] bool."""
+    metrics: Tensor
+    """[18] float32 in the order of METRICS."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSettings:
+    """The numbers of one stream's token loss."""
+
+    loss: RowLoss
+    clip_low: float
+    clip_high: float
+    delta: float | None
+    beta: float
+    bias_corrected_kl: bool
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+
+    @classmethod
+    def of(cls, settings: LossOptions, modality: Modality) -> RowSettings:
+        """The settings that hold for one modality; only for loss types with a `row_loss`."""
+        loss = row_loss(settings.loss_type)
+        assert loss is not None
+        return cls(
+            loss,
+            for_modality(settings.clip_low, modality),
+            for_modality(settings.clip_high, modality),
+            None if settings.delta is None else for_modality(settings.delta, modality),
+            for_modality(settings.beta, modality),
+            settings.bias_corrected_kl,
+            settings.sapo_temperature_pos,
+            settings.sapo_temperature_neg,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowTerms:
+    """Per row of a chunk, float32 [C], contiguous."""
+
+    advantage: Tensor
+    weight: Tensor
+    """The loss is Σ weight · token loss."""
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    is_ratio: Tensor | None = None
+
+    def at(self, positions: Tensor) -> RowTerms:
+        """Those at the given positions, in that order."""
+        parts = (self.advantage, self.weight, self.old_logp, self.ref_logp, self.is_ratio)
+        return RowTerms(*(None if part is None else part[positions].float() for part in parts))  # type: ignore[arg-type]
+
+    def __getitem__(self, rows: slice) -> RowTerms:
+        parts = (self.advantage, self.weight, self.old_logp, self.ref_logp, self.is_ratio)
+        return RowTerms(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """How raw products become logits: z = (product + bias) / temperature, and -inf at `forbidden`."""
+
+    bias: Tensor | None = None
+    """[V], any float dtype."""
+    temperature: float = 1.0
+    forbidden: Tensor | None = None
+    """[F] int64 vocabulary ids."""
+
+
+class Backend(Protocol):
+    """The functions of an accelerated backend. Row functions take `products` [C, V], float32 or bfloat16, with unit
+    stride along V; targets are [C] int64."""
+
+    def unavailable_reason(self) -> str | None: ...
+
+    def unsupported_reason(self, op: str, tensors: Sequence[Tensor]) -> str | None: ...
+
+    def group_advantages(self, reward_S: Tensor, group_offsets: Tensor, scale: str, eps: float) -> Tensor:
+        """[S] float64 combined rewards, NaN = none -> [S] float32."""
+        ...
+
+    def dgs_select(
+        self,
+        energy_S: Tensor,
+        reward_S: Tensor,
+        group_offsets: Tensor,
+        *,
+        rule: str,
+        mass: float,
+        keep: int | None,
+        min_keep: int,
+        seed: int,
+    ) -> Tensor:
+        """[S] float64 sums of squared advantages and [S] float64 rewards to rank by -> [S] bool."""
+        ...
+
+    def token_loss(self, terms: LossTerms) -> TokenLoss: ...
+
+    def score_rows(self, products: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+        """(logp [C] float32, entropy [C] float32, logsumexp [C] float64). `products` stays as it is.
+
+        The log-sum-exp is kept in double, because exp(z - lse) errs by as much as lse does."""
+        ...
+
+    def loss_rows(
+        self, products: Tensor, targets: Tensor, head: Head, terms: RowTerms, settings: RowSettings
+    ) -> tuple[Tensor, Tensor]:
+        """(logp, entropy), each [C] float32. `products` becomes d loss / d products, in place."""
+        ...
+
+    def gradient_rows(
+        self,
+        products: Tensor,
+        targets: Tensor,
+        head: Head,
+        lse: Tensor,
+        entropy: Tensor,
+        grad_logp: Tensor | None,
+        grad_entropy: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Writes Σ_n grad_logp_n d logp_n + grad_entropy_n d H_n with respect to `products` into `out` [C, V], which
+        may be `products` itself; `lse` and `entropy` are those of score_rows."""
+        ...
+
+    def sample(
+        self,
+        cond: Tensor,
+        uncond: Tensor | None,
+        *,
+        cfg_weight: float,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: Tensor,
+        offset: Tensor,
+        forbidden: Tensor | None,
+    ) -> CFGSample:
+        """One token per row; seed and offset are [B] int64."""
+        ...

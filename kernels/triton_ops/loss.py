@@ -1,0 +1,202 @@
+"""GRPO loss from log-probabilities in Triton: two launches, no atomics, no host synchronisation.
+
+The kernels are in `loss_kernels`, the formulas in `token_math`; `syncr1.kernels.reference.loss` is the specification.
+About 25 bytes per token are read and written once; the eager form takes some thirty launches.
+
+Dims: `T` packed tokens, `S` sequences, `P` groups, `M` 1 or 2 modalities with rewards of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncr1.kernels.options import SCALES, LossOptions, PerModality, for_modality
+from syncr1.kernels.records import MODALITIES
+from syncr1.kernels.terms import METRICS, ROW_LOSSES, LossTerms, TokenLoss, row_loss
+from syncr1.kernels.triton_ops.groups import RULES
+from syncr1.kernels.triton_ops.launch import as_bytes, halves, interpreting, on_device
+from syncr1.kernels.triton_ops.loss_kernels import finish_kernel, loss_kernel
+from syncr1.kernels.triton_ops.loss_terms import Form, Numbers, Outputs, Sequences, Tokens
+
+TILE = 512
+"""Tokens per program: 64k tokens are about one program per multiprocessor of an H200."""
+MAX_REGISTERS = 128
+"""Stated, or ptxas spills a few bytes to fit one program more into a multiprocessor that has no second one to run."""
+INTERPRETED_TILE = 64
+"""An interpreted program takes time by the call, not by the token, but small batches should span several tiles."""
+
+
+def _pair(value: PerModality) -> tuple[float, float]:
+    """A setting for text and for image."""
+    text, image = (for_modality(value, modality) for modality in MODALITIES)
+    return text, image
+
+
+def _known_factors(settings: LossOptions, num_sequences: int) -> tuple[float, float] | None:
+    """1 / the divisors of text and of image, the mean over a sequence left out; None where they are counts."""
+    count = num_sequences if settings.num_sequences is None else settings.num_sequences
+    per_sequence = 1.0 / max(count, 1)
+    if settings.loss_type in ("grpo", "sapo", "luspo"):
+        return per_sequence, per_sequence
+    if settings.loss_type == "dr_grpo":
+        assert settings.max_length is not None  # LossOptions checked it
+        return per_sequence / settings.max_length, per_sequence / settings.max_length
+    if settings.loss_type == "bnpo" or settings.num_items is None:
+        return None
+    text, image = _pair(settings.num_items)
+    return 1.0 / max(text, 1.0), 1.0 / max(image, 1.0)
+
+
+def _numbers(settings: LossOptions, factors: tuple[float, float]) -> Numbers:
+    return Numbers(
+        *_pair(settings.clip_low),
+        *_pair(settings.clip_high),
+        *_pair(float("inf") if settings.delta is None else settings.delta),
+        *_pair(settings.beta),
+        *_pair(settings.weight),
+        float(settings.sapo_temperature_pos),
+        float(settings.sapo_temperature_neg),
+        float(settings.vespo_k_pos),
+        float(settings.vespo_lambda_pos),
+        float(settings.vespo_k_neg),
+        float(settings.vespo_lambda_neg),
+        *halves(settings.eps),
+        *halves(settings.dgs_mass),
+        *factors,
+    )
+
+
+def _form(terms: LossTerms, num_rows: int, tile: int) -> Form:
+    settings = terms.settings
+    token_loss_type = row_loss(settings.loss_type)
+    loss = len(ROW_LOSSES) if token_loss_type is None else ROW_LOSSES.index(token_loss_type)
+    per_sequence = settings.ratio == "sequence"
+    corrected = settings.bias_corrected_kl and terms.ref_logp is not None
+    return Form(
+        LOSS=loss,
+        SEQUENCE_RATIO=per_sequence,
+        SEQUENCE_GRADIENT=per_sequence and (corrected or token_loss_type in ("clip", "sapo")),
+        SEQUENCE_MEAN=settings.loss_type in ("grpo", "sapo"),
+        SPLIT=terms.settings.splits_modalities,
+        BIAS_CORRECTED=corrected,
+        IS_PER_SEQUENCE=terms.is_ratio is not None and terms.is_per_sequence,
+        M=num_rows,
+        SCALE=SCALES.index(settings.scale) if terms.rewards is not None else 0,
+        RULE=RULES.index(settings.dgs) if terms.rewards is not None else 0,
+        TILE=tile,
+    )
+
+
+def token_loss(terms: LossTerms, tile: int | None = None) -> TokenLoss:
+    """Loss, d loss / d logp, advantages, keep flags and metrics; `tile` tokens per program."""
+    splits_gradient = terms.settings.splits_modalities and terms.settings.ratio == "sequence"
+    if terms.settings.loss_type == "bnpo" and splits_gradient:
+        # Two counts divide one gradient: a first run counts the tokens, for the second they are known.
+        _, counts = _run(terms, None, tile)
+        return _run(terms, counts, tile)[0]
+    return _run(terms, None, tile)[0]
+
+
+def _run(terms: LossTerms, counts: Tensor | None, tile: int | None) -> tuple[TokenLoss, Tensor]:
+    """The two launches; `counts` [2] are divisors that an earlier run found. Returns the counts of this one."""
+    settings, device = terms.settings, terms.logp.device
+    num_tokens, num_sequences = terms.logp.numel(), terms.cu_seqlens.numel() - 1
+    given = terms.rewards is None
+    scores = terms.advantages if terms.rewards is None else terms.rewards
+    assert scores is not None  # one of the two, by the contract
+    num_groups = 1 if given else terms.group_offsets.numel() - 1
+    tile = tile or (INTERPRETED_TILE if interpreting() else TILE)
+    num_tiles = max(-(-num_tokens // tile), 1)
+
+    num_items = counts
+    if counts is None and settings.loss_type in ("dapo", "cispo", "vespo"):
+        num_items = terms.num_items
+    factors = (1.0, 1.0) if num_items is not None else _known_factors(settings, num_sequences)
+    counted = factors is None
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    if terms.advantages is not None and terms.keep is not None:
+        advantages, keep, varies = terms.advantages, terms.keep, terms.frac_reward_zero_std
+    else:
+        advantages, keep = empty(*scores.shape), empty(num_sequences, dtype=torch.bool)
+        varies = empty(num_groups)
+    loss, metrics, counted_tokens = empty(), empty(len(METRICS)), empty(2)
+    grad_logp = empty(num_tokens)
+    outputs = Outputs(grad_logp, empty(num_tiles, 16), empty(num_tiles, 4), varies, loss, metrics, counted_tokens)
+    tokens = Tokens(
+        terms.logp, terms.old_logp, terms.ref_logp, terms.entropy, as_bytes(terms.loss_mask), terms.modality,
+        terms.is_ratio, terms.entropy_thresholds, num_items,
+    )  # fmt: skip
+    sequences = Sequences(terms.cu_seqlens, terms.group_offsets, terms.rewards, advantages, as_bytes(keep))
+    form = _form(terms, scores.shape[0], tile)
+    keep_count = -1 if settings.dgs_keep is None else settings.dgs_keep
+    with on_device(terms.logp):
+        loss_kernel[(num_tiles + (0 if given else num_groups),)](
+            tokens, sequences, _numbers(settings, factors or (1.0, 1.0)), outputs,
+            num_tokens, num_sequences, num_groups, keep_count, settings.dgs_min_keep, form,
+            maxnreg=MAX_REGISTERS,
+        )  # fmt: skip
+        finish_kernel[(num_tiles if counted else 1,)](
+            outputs, as_bytes(keep), terms.modality, num_tiles, num_tokens, num_sequences, num_groups,
+            counted, form.SPLIT, given, tile,
+        )  # fmt: skip
+    return TokenLoss(loss, grad_logp, advantages, keep, metrics), counted_tokens
+
+
+_TOKEN_TYPES = ("*fp32", "*fp32", "*fp32", "*fp32", "*u8", "*u8", "*fp32", "*fp32", "*fp32")
+_SEQUENCES = Sequences("*i64", "*i64", "*fp64", "*fp32", "*u8")
+_COUNTS = dict.fromkeys(("num_tokens", "num_sequences", "num_groups"), "i32")
+_PLAIN = Form(
+    LOSS=0, SEQUENCE_RATIO=False, SEQUENCE_GRADIENT=False, SEQUENCE_MEAN=False, SPLIT=False, BIAS_CORRECTED=False,
+    IS_PER_SEQUENCE=False, M=1, SCALE=0, RULE=1, TILE=TILE,
+)  # fmt: skip
+
+
+def _variant(present: str, form: Form, given: bool = False, hot: bool = True) -> tuple[Any, ...]:
+    """An entry for `aot`: the token pointers that are there, and the form."""
+    names = present.split()
+    kinds = (kind if name in names else "constexpr" for name, kind in zip(Tokens._fields, _TOKEN_TYPES, strict=True))
+    signature = {
+        "tokens": Tokens(*kinds),
+        "sequences": _SEQUENCES._replace(rewards="constexpr") if given else _SEQUENCES,
+        "numbers": Numbers(*["fp32"] * len(Numbers._fields)),
+        "outputs": Outputs(*["*fp32"] * len(Outputs._fields)),
+        **_COUNTS,
+        "keep_count": "i32",
+        "min_keep": "i32",
+        "FORM": "constexpr",
+    }
+    return loss_kernel, signature, {"FORM": form}, 4, 3, hot, {"maxnreg": MAX_REGISTERS}
+
+
+def _finish_variant(counted: bool, split: bool, given: bool) -> tuple[Any, ...]:
+    signature = {
+        "outputs": Outputs(*["*fp32"] * len(Outputs._fields)),
+        "keep_ptr": "*u8",
+        "modality_ptr": "*u8",
+        "num_tiles": "i32",
+        **_COUNTS,
+        **dict.fromkeys(("COUNTED", "SPLIT", "GIVEN", "TILE"), "constexpr"),
+    }
+    return finish_kernel, signature, {"COUNTED": counted, "SPLIT": split, "GIVEN": given, "TILE": TILE}, 4, 3, True
+
+
+_USUAL = "logp old_logp entropy loss_mask modality"
+AOT = [
+    _variant(_USUAL, _PLAIN),
+    _variant(_USUAL, _PLAIN._replace(RULE=0), given=True),
+    _variant(f"{_USUAL} ref_logp", _PLAIN._replace(SEQUENCE_RATIO=True, SEQUENCE_GRADIENT=True, SEQUENCE_MEAN=True)),
+    _variant(f"{_USUAL} is_ratio num_items", _PLAIN._replace(LOSS=1, M=2, SPLIT=True, RULE=2), hot=False),
+    _variant(
+        f"{_USUAL} ref_logp thresholds", _PLAIN._replace(LOSS=2, SEQUENCE_MEAN=True, BIAS_CORRECTED=True, SCALE=3)
+    ),
+    _variant(f"{_USUAL} is_ratio", _PLAIN._replace(LOSS=3, IS_PER_SEQUENCE=True, M=2), hot=False),
+    _finish_variant(counted=True, split=True, given=False),
+    _finish_variant(counted=False, split=False, given=True),
+]
+"""Variants for `aot`."""

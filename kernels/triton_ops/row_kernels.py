@@ -1,0 +1,241 @@
+"""Rows of a chunk of logits in Triton: score, loss with gradient in place, gradient from scores.
+
+    z = (product + shift) / τ,   logp = z_y − lse,   H = lse − Σ p z
+    dL/dproduct_v = (g ([v = y] − p_v) − g_H p_v (log p_v + H)) / τ
+
+One program per row. A short row stays in registers: one read, one write. A longer one is swept in tiles with running
+sums per column; where it needs a second sweep, that goes backwards, so that it begins with what is still in L2. `shift`
+is the bias, with -inf at forbidden ids. Source: online softmax (arXiv 1805.02867); Liger, QuACK.
+
+Dims: `C` rows of a chunk, `V` vocabulary.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from syncr1.kernels.triton_ops.row_math import (
+    LN2,
+    LOWEST,
+    absorb,
+    combine,
+    entropy_of,
+    load_logits,
+    weights_of,
+    whole_row,
+)
+from syncr1.kernels.triton_ops.token_math import token_gradient
+
+
+class RowForm(NamedTuple):
+    """What a launch is compiled for."""
+
+    FORBIDDEN: Any
+    """Some of `shift` is -inf."""
+    RESIDENT: Any
+    """One tile of one row holds the whole row."""
+    TILE_ROWS: Any
+    TILE_COLUMNS: Any
+
+
+class Terms(NamedTuple):
+    """Pointers to [C] float32; None where absent."""
+
+    advantage: Any
+    weight: Any
+    old_logp: Any
+    ref_logp: Any
+    is_ratio: Any
+
+
+class Numbers(NamedTuple):
+    """Settings, as float32 arguments: changing one compiles nothing."""
+
+    clip_low: Any
+    clip_high: Any
+    delta: Any
+    beta: Any
+    sapo_pos: Any
+    sapo_neg: Any
+
+
+@triton.jit
+def row_statistics(row, shift, V, scale, FORM: tl.constexpr):
+    """(weights where the row is resident, finite offset, total, weighted) of one row."""
+    if FORM.RESIDENT:
+        logits = load_logits(row, shift, tl.arange(0, FORM.TILE_COLUMNS), V, FORM.FORBIDDEN)
+        weights, offset, total, weighted = whole_row(logits, scale)
+    else:
+        tile = tl.arange(0, FORM.TILE_ROWS)[:, None] * FORM.TILE_COLUMNS + tl.arange(0, FORM.TILE_COLUMNS)[None, :]
+        offsets = tl.full([FORM.TILE_COLUMNS], LOWEST, tl.float32)
+        totals = tl.zeros([FORM.TILE_COLUMNS], tl.float32)
+        weighteds = tl.zeros([FORM.TILE_COLUMNS], tl.float32)
+        for start in range(0, V, FORM.TILE_ROWS * FORM.TILE_COLUMNS):
+            logits = load_logits(row, shift, start + tile, V, FORM.FORBIDDEN)
+            offsets, totals, weighteds = absorb(logits, scale, offsets, totals, weighteds)
+        offset, total, weighted = combine(offsets, totals, weighteds)
+        weights = total
+    return weights, offset, total, weighted
+
+
+@triton.jit
+def store_target(row, shift, target, value, gradient, FORBIDDEN: tl.constexpr):
+    """Writes the target id's gradient, `value` from the softmax and `gradient` of its own, over what the sweep wrote.
+
+    One id apart is cheaper than a comparison at every id. A forbidden id gets nothing at all.
+    """
+    if FORBIDDEN:
+        gradient = tl.where(tl.load(shift + target).to(tl.float32) == LOWEST, 0.0, gradient)
+    tl.debug_barrier()
+    tl.store(row + target, (value + gradient).to(row.dtype.element_ty))
+
+
+@triton.jit
+def store_part(row, columns, V, values):
+    tl.store(row + columns, values.to(row.dtype.element_ty), mask=columns < V)
+
+
+@triton.jit
+def store_zeros(row, V, TILE: tl.constexpr):
+    columns = tl.arange(0, TILE)
+    for start in range(0, V, TILE):
+        store_part(row, start + columns, V, tl.zeros([TILE], tl.float32))
+
+
+@triton.jit
+def row_gradient(logp, index, terms, numbers, LOSS: tl.constexpr, BIAS_CORRECTED: tl.constexpr):
+    """d loss / d logp of one row; exactly 0 at weight 0, whatever the other terms hold there."""
+    weight = tl.load(terms.weight + index)
+    old_logp = tl.load(terms.old_logp + index) if terms.old_logp is not None else logp
+    ref_logp = tl.load(terms.ref_logp + index) if terms.ref_logp is not None else logp
+    is_ratio = tl.load(terms.is_ratio + index) if terms.is_ratio is not None else 1.0
+    _, gradient = token_gradient(
+        logp,
+        old_logp,
+        terms.old_logp is not None,
+        ref_logp,
+        terms.ref_logp is not None,
+        tl.load(terms.advantage + index),
+        is_ratio,
+        weight,
+        LOSS,
+        numbers.clip_low,
+        numbers.clip_high,
+        numbers.delta,
+        numbers.beta,
+        BIAS_CORRECTED,
+        numbers.sapo_pos,
+        numbers.sapo_neg,
+    )
+    return tl.where(weight == 0, 0.0, gradient)
+
+
+@triton.jit
+def score_rows_kernel(products, stride, shift, targets, logp_out, entropy_out, lse_out, V, scale, FORM: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64)
+    row = products + index * stride
+    target_logit = load_logits(row, shift, tl.load(targets + index), V, FORM.FORBIDDEN)
+    _, offset, total, weighted = row_statistics(row, shift, V, scale, FORM)
+    log_total = tl.log2(total)
+    tl.store(logp_out + index, (tl.fma(target_logit, scale, -offset) - log_total) * LN2)
+    tl.store(entropy_out + index, entropy_of(total, weighted))
+    tl.store(lse_out + index, (offset.to(tl.float64) + log_total.to(tl.float64)) * LN2)
+
+
+@triton.jit
+def loss_rows_kernel(
+    products,
+    stride,
+    shift,
+    targets,
+    terms,
+    logp_out,
+    entropy_out,
+    V,
+    scale,
+    inverse_temperature,
+    numbers,
+    LOSS: tl.constexpr,
+    BIAS_CORRECTED: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    TILE: tl.constexpr = FORM.TILE_ROWS * FORM.TILE_COLUMNS
+    index = tl.program_id(0).to(tl.int64)
+    row = products + index * stride
+    target = tl.load(targets + index)
+    # Before the row is overwritten: the reductions below are barriers between this read and the writes.
+    target_logit = load_logits(row, shift, target, V, FORM.FORBIDDEN)
+    weights, offset, total, weighted = row_statistics(row, shift, V, scale, FORM)
+    logp = (tl.fma(target_logit, scale, -offset) - tl.log2(total)) * LN2
+    tl.store(logp_out + index, logp)
+    tl.store(entropy_out + index, entropy_of(total, weighted))
+    gradient = row_gradient(logp, index, terms, numbers, LOSS, BIAS_CORRECTED)
+    if gradient == 0:
+        store_zeros(row, V, TILE)
+    else:
+        gradient *= inverse_temperature
+        share = -gradient / total
+        columns = tl.arange(0, TILE)
+        if FORM.RESIDENT:
+            store_part(row, columns, V, weights * share)
+        else:
+            num_tiles = tl.cdiv(V, TILE)
+            for tile in range(num_tiles):
+                ids = (num_tiles - 1 - tile) * TILE + columns
+                again, _ = weights_of(load_logits(row, shift, ids, V, FORM.FORBIDDEN), scale, offset)
+                store_part(row, ids, V, again * share)
+        target_weight, _ = weights_of(target_logit, scale, offset)
+        store_target(row, shift, target, target_weight * share, gradient, FORM.FORBIDDEN)
+
+
+@triton.jit
+def softmax_part(logits, scale, offset, slope, level):
+    """p (slope log2 p + level)."""
+    probability, log2_probability = weights_of(logits, scale, offset)
+    return probability * tl.fma(log2_probability, slope, level)
+
+
+@triton.jit
+def gradient_rows_kernel(
+    products,
+    stride,
+    shift,
+    targets,
+    lse,
+    entropy,
+    grad_logp,
+    grad_entropy,
+    out,
+    out_stride,
+    V,
+    scale,
+    inverse_temperature,
+    FORBIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64)
+    row, out_row = products + index * stride, out + index * out_stride
+    by_logp = tl.load(grad_logp + index) if grad_logp is not None else 0.0
+    by_entropy = tl.load(grad_entropy + index) if grad_entropy is not None else 0.0
+    if (by_logp == 0) & (by_entropy == 0):
+        store_zeros(out_row, V, TILE)
+    else:
+        by_logp *= inverse_temperature
+        by_entropy *= inverse_temperature
+        offset = (tl.load(lse + index) / LN2).to(tl.float32)
+        level = -(by_logp + by_entropy * tl.load(entropy + index))
+        slope = -by_entropy * LN2
+        target = tl.load(targets + index)
+        target_logit = load_logits(row, shift, target, V, FORBIDDEN)
+        # `out` may be `products`: every thread has read the target before any writes.
+        tl.debug_barrier()
+        columns = tl.arange(0, TILE)
+        for start in range(0, V, TILE):
+            logits = load_logits(row, shift, start + columns, V, FORBIDDEN)
+            store_part(out_row, start + columns, V, softmax_part(logits, scale, offset, slope, level))
+        value = softmax_part(target_logit, scale, offset, slope, level)
+        store_target(out_row, shift, target, value, by_logp, FORBIDDEN)

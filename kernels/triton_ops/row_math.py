@@ -1,0 +1,91 @@
+"""Softmax statistics of rows of logits, in base 2: what the row kernels and the sampler share.
+
+    w_v = 2^(scale z_v − offset),   offset = scale max z,   scale = log2(e) / temperature
+    total = Σ w,   weighted = Σ w log2 w
+    logp_v = ln 2 (log2 w_v − log2 total),   H = ln 2 (log2 total − weighted / total)
+
+`offset` is rounded once and then used everywhere, so its rounding cancels; both terms of H are ≥ 0, so nothing is lost
+where the logits are large. Logits of −inf are legal: their w is exactly 0. Only `tl.fma` forms an exponent: two sweeps
+over one row give the same bits whatever the compiler contracts.
+
+Dims: `V` vocabulary.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+EXPONENT_FLOOR = tl.constexpr(-200.0)
+"""2 to it is 0 in float32: turns 0 · (−inf) into 0."""
+LOWEST = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def load_logits(row, shift, columns, V, FORBIDDEN: tl.constexpr):
+    """Products + shift in float32; -inf outside the row and where `shift` is -inf (a forbidden id)."""
+    inside = columns < V
+    # Past L1, which is left to the shift that all rows share.
+    logits = tl.load(row + columns, mask=inside, other=LOWEST, cache_modifier=".cg").to(tl.float32)
+    if shift is not None:
+        added = tl.load(shift + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        shifted = logits + added
+        # Chosen, not added: a NaN or +inf product of a forbidden id must not reach the row.
+        logits = tl.where(added == LOWEST, LOWEST, shifted) if FORBIDDEN else shifted
+    return logits
+
+
+@triton.jit
+def finite(offset):
+    """An offset that can be subtracted: 0 where there is nothing but -inf."""
+    return tl.where(offset == LOWEST, 0.0, offset)
+
+
+@triton.jit
+def weights_of(logits, scale, offset):
+    """(w, log2 w bounded so that w log2 w is 0 where w is) against a finite offset."""
+    exponent = tl.fma(logits, scale, -offset)
+    return tl.exp2(exponent), tl.maximum(exponent, EXPONENT_FLOOR)
+
+
+@triton.jit
+def moved(total, weighted, offset, new_offset):
+    """Sums taken against `offset`, as they are against the finite `new_offset` ≥ `offset`."""
+    distance = offset - new_offset
+    factor = tl.exp2(distance)
+    return total * factor, (weighted + tl.maximum(distance, EXPONENT_FLOOR) * total) * factor
+
+
+@triton.jit
+def absorb(logits, scale, offset, total, weighted):
+    """Running sums per column of [rows, columns] tiles: no thread waits for another until the row is over."""
+    new_offset = tl.maximum(offset, tl.max(logits, axis=0) * scale)
+    base = finite(new_offset)
+    total, weighted = moved(total, weighted, offset, base)
+    weights, exponents = weights_of(logits, scale, base[None, :])
+    return new_offset, total + tl.sum(weights, axis=0), weighted + tl.sum(weights * exponents, axis=0)
+
+
+@triton.jit
+def combine(offset, total, weighted):
+    """The running sums of all columns as those of the row: (finite offset, total, weighted)."""
+    base = finite(tl.max(offset))
+    total, weighted = moved(total, weighted, offset, base)
+    return base, tl.sum(total), tl.sum(weighted)
+
+
+@triton.jit
+def whole_row(logits, scale):
+    """(weights, finite offset, total, weighted) of a row, or a part of one, held in registers."""
+    base = finite(tl.max(logits) * scale)
+    weights, exponents = weights_of(logits, scale, base)
+    return weights, base, tl.sum(weights), tl.sum(weights * exponents)
+
+
+@triton.jit
+def entropy_of(total, weighted):
+    """Nats."""
+    return (tl.log2(total) - weighted / total) * LN2

@@ -1,0 +1,185 @@
+"""Classifier-free-guided sampling in Triton: one launch, one program per row, every random number from (seed, offset).
+
+    z = u + w (c − u),   p = softmax(z / temperature),   token = first v with Σ_{j≤v} p_j > U · Σ_j p_j
+
+The eager form takes a dozen launches, a sort for top_p, and reads the logits as often. The steps are in `sample_math`;
+`syncr1.kernels.reference.sample` is the specification. Source: FlashInfer's sorting-free sampling; Philox (SC 2011).
+
+Dims: `B` rows, `V` vocabulary.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from syncr1.kernels.records import CFGSample
+from syncr1.kernels.triton_ops.launch import on_device
+from syncr1.kernels.triton_ops.philox import row_uniform
+from syncr1.kernels.triton_ops.row_math import LN2, LOG2E, entropy_of, whole_row
+from syncr1.kernels.triton_ops.sample_math import (
+    ALL_IDS,
+    Cut,
+    Row,
+    SampleForm,
+    first_highest,
+    load_mixed,
+    locate,
+    mass_from,
+    swept_statistics,
+    tile_ids,
+    truncate,
+    within,
+)
+
+MAX_RESIDENT = 16384
+"""Longest row held in registers: the weights of 32 ids for each of 512 threads."""
+STREAM_TILE = 8192
+COLUMNS = 128
+MAX_WARPS = 16
+
+
+@triton.jit
+def truncate_row(row, weights, top_k, top_p, scale, offset, FORM: tl.constexpr):
+    """(weights, bound, last) after top_k, then top_p of what it left."""
+    bound, last = scale * 0 - 1.0, row.V * 0 + ALL_IDS
+    # A loop, so that the search is compiled once.
+    for stage in range(0 if FORM.TOP_K else 1, 2 if FORM.TOP_P else 1):
+        cut = Cut(bound, last)
+        target = scale * 0 + top_k
+        if stage == 1:
+            total, _ = mass_from(row, weights, cut, 0.0, scale, offset, FORM)
+            target = top_p * total
+        bound, last = truncate(row, weights, cut, target, stage == 0, scale, offset, FORM)
+        if FORM.RESIDENT:
+            weights = within(weights, tile_ids(0, FORM), Cut(bound, last))
+    return weights, bound, last
+
+
+@triton.jit
+def sample_kernel(
+    cond,
+    cond_stride,
+    uncond,
+    uncond_stride,
+    forbidden,
+    seed,
+    offset,
+    token_out,
+    logp_out,
+    mixed_out,
+    entropy_out,
+    V,
+    cfg_weight,
+    scale,
+    top_k,
+    top_p,
+    FORM: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64)
+    uncond_row = uncond + index * uncond_stride if uncond is not None else None
+    row = Row(cond + index * cond_stride, uncond_row, forbidden, tl.program_id(0) * 0 + V, cfg_weight)
+    if FORM.RESIDENT:
+        cond_logits, mixed = load_mixed(row, tile_ids(0, FORM))
+        weights, cond_base, cond_total, cond_weighted = whole_row(cond_logits, scale)
+        base, total = cond_base, cond_total
+        if uncond is not None:
+            weights, base, total, _ = whole_row(mixed, scale)
+        highest = tl.max(mixed)
+    else:
+        cond_base, cond_total, cond_weighted, base, total, highest = swept_statistics(row, scale, FORM)
+        mixed, weights = total, total
+    if FORM.GREEDY:
+        token = first_highest(row, mixed, highest, FORM)
+    else:
+        weights, bound, last = truncate_row(row, weights, top_k, top_p, scale, base, FORM)
+        uniform = row_uniform(tl.load(seed + index), tl.load(offset + index))
+        token = locate(row, weights, Cut(bound, last), bound, uniform, scale, base, False, FORM)
+    cond_logit, mixed_logit = load_mixed(row, token)
+    tl.store(token_out + index, token.to(tl.int64))
+    tl.store(logp_out + index, (tl.fma(cond_logit, scale, -cond_base) - tl.log2(cond_total)) * LN2)
+    tl.store(mixed_out + index, (tl.fma(mixed_logit, scale, -base) - tl.log2(total)) * LN2)
+    tl.store(entropy_out + index, entropy_of(cond_total, cond_weighted))
+
+
+def sample_form(vocabulary: int, greedy: bool, top_k: bool, top_p: bool) -> tuple[SampleForm, int]:
+    """The cut of a row and its warps, which depend on the vocabulary alone, not on the number of rows."""
+    resident = vocabulary <= MAX_RESIDENT
+    size = max(triton.next_power_of_2(vocabulary), 32) if resident else STREAM_TILE
+    columns = min(size, COLUMNS)
+    tiles = triton.next_power_of_2(triton.cdiv(vocabulary, size))
+    form = SampleForm(greedy, top_k, top_p, resident, size // columns, columns, tiles)
+    return form, min(max(size // 512, 1), MAX_WARPS)
+
+
+def sample(
+    cond: Tensor,
+    uncond: Tensor | None,
+    *,
+    cfg_weight: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: Tensor,
+    offset: Tensor,
+    forbidden: Tensor | None,
+) -> CFGSample:
+    """See `terms.Backend`."""
+    num_rows, vocabulary = cond.shape
+    logp, logp_mixed, entropy = (torch.empty(num_rows, dtype=torch.float32, device=cond.device) for _ in range(3))
+    out = CFGSample(torch.empty(num_rows, dtype=torch.int64, device=cond.device), logp, logp_mixed, entropy)
+    if num_rows == 0:
+        return out
+    greedy = temperature == 0
+    form, num_warps = sample_form(vocabulary, greedy, not greedy and 0 < top_k < vocabulary, not greedy and top_p < 1)
+    uncond = None if cfg_weight == 1 else uncond
+    with on_device(cond):
+        mask = None
+        if forbidden is not None and forbidden.numel():
+            mask = torch.zeros(vocabulary, dtype=torch.uint8, device=cond.device).index_fill_(0, forbidden, 1)
+        sample_kernel[(num_rows,)](
+            cond,
+            cond.stride(0),
+            uncond,
+            0 if uncond is None else uncond.stride(0),
+            mask,
+            seed.contiguous(),
+            offset.contiguous(),
+            out.token,
+            out.logp,
+            out.logp_mixed,
+            out.entropy,
+            vocabulary,
+            float(cfg_weight),
+            # Greedy reports its log-probabilities at temperature 1.
+            LOG2E.value / (temperature or 1.0),
+            float(top_k),
+            float(top_p),
+            FORM=form,
+            num_warps=num_warps,
+        )
+    return out
+
+
+def aot_variants() -> list[tuple[Any, dict[str, Any], dict[str, Any], int, int, bool]]:
+    """What `aot` compiles: guided image tokens and plain text tokens, in two dtypes."""
+    variants = []
+    for dtype in ("*bf16", "*fp32"):
+        for vocabulary, uncond in ((16384, dtype), (102400, "constexpr")):
+            signature = {"cond": dtype, "cond_stride": "i64", "uncond": uncond, "uncond_stride": "i64"}
+            signature |= {"forbidden": "constexpr", "seed": "*i64", "offset": "*i64", "token_out": "*i64"}
+            signature |= dict.fromkeys(("logp_out", "mixed_out", "entropy_out"), "*fp32") | {"V": "i32"}
+            signature |= dict.fromkeys(("cfg_weight", "scale", "top_k", "top_p"), "fp32") | {"FORM": "constexpr"}
+            for greedy, top_k, top_p in ((0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 0, 0)):
+                form, warps = sample_form(vocabulary, bool(greedy), bool(top_k), bool(top_p))
+                hot = dtype == "*bf16" and not greedy and not top_k
+                variants.append((sample_kernel, signature, {"FORM": form}, warps, 3, hot))
+    return variants
+
+
+AOT = aot_variants()
