@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from syncr1.kernels.pages import empty
 from syncr1.kernels.terms import Backend, Head, RowSettings, RowTerms
 
 WORKSPACE_BYTES = {"cpu": 1 << 27, "cuda": 1 << 29}
@@ -102,7 +103,7 @@ def _take(size: int, like: Tensor) -> Tensor:
     kept = _kept.pop(like.dtype, None) if like.device.type == "cpu" else None
     if kept is not None and kept.numel() >= size:
         return kept
-    return torch.empty(size, dtype=like.dtype, device=like.device)
+    return empty((size,), like.dtype, like.device)
 
 
 def _give_back(buffer: Tensor) -> None:
@@ -126,11 +127,13 @@ class HeadGradients:
         self.needs = (need_hidden, need_weight, need_bias and rows.head.bias is not None)
         if need_hidden:
             # rows that take no part have gradient 0; where all take part every entry is written
-            make = torch.empty if rows.index is None and rows.num_rows else torch.zeros
-            self.hidden = make(like.shape, dtype=like.dtype, device=like.device)
+            self.hidden = empty(like.shape, like.dtype, like.device)
+            if rows.index is not None or not rows.num_rows:
+                self.hidden.zero_()
         if need_weight:
-            make = torch.empty if rows.num_rows else torch.zeros
-            self.weight = make(weight.shape, dtype=torch.float32, device=weight.device)
+            self.weight = empty(weight.shape, torch.float32, weight.device)
+            if not rows.num_rows:
+                self.weight.zero_()
         if self.needs[2]:
             self.bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
 
