@@ -18,12 +18,12 @@ from torch import Tensor
 # Importing them registers torch.ops.syncr1.*
 import syncr1.kernels.ops.linear_loss
 import syncr1.kernels.ops.logp
-import syncr1.kernels.ops.loss
 import syncr1.kernels.ops.sample
 import syncr1.kernels.ops.scores  # noqa: F401
 from syncr1.kernels import checks
 from syncr1.kernels.dispatch import choose
 from syncr1.kernels.layout import PackedLayout
+from syncr1.kernels.ops.loss import run as run_grpo_loss
 from syncr1.kernels.ops.register import constant_when_traced, registered
 from syncr1.kernels.options import decode, encode
 from syncr1.kernels.plan import Rewards, by_modality, check_credit, per_modality, stream_layout
@@ -119,7 +119,7 @@ def grpo_loss(
             logp, old_logp, credit, given, layout, parsed, ref_logp=ref_logp, is_ratio=is_ratio, entropy=entropy,
             weights=weights, num_items=num_items,
         )  # fmt: skip
-    loss, _, advantages_MS, keep, metrics = registered.grpo_loss(
+    loss, _, advantages_MS, keep, metrics = run_grpo_loss(
         logp, old_logp, credit, given, cu_seqlens, group_offsets, loss_mask, modality, ref_logp, is_ratio, entropy,
         weights, num_items, settings, chosen,
     )  # fmt: skip

@@ -194,14 +194,16 @@ def check_allowed(op: str, streams: Sequence[TokenStream], acting_T: Tensor) -> 
             refuse(op, "targets", "outside `forbidden`", "a forbidden id among them", remedy)
 
 
-def check_log_probabilities(op: str, mask_T: Tensor | None, num_tokens: int, **named: Tensor | None) -> None:
-    """Each is [num_tokens] float, and finite wherever `mask_T` (None = everywhere) says that it carries loss."""
+def check_log_probabilities(
+    op: str, mask_T: Tensor | None, num_tokens: int, *, finite: bool = True, **named: Tensor | None
+) -> None:
+    """Each is [num_tokens] float, and `finite` wherever `mask_T` (None = everywhere) says that it carries loss."""
     for name, values in named.items():
         if values is None:
             continue
         check_vector(op, name, values, num_tokens, "did packing drop a first token?")
         check_float(op, name, values)
-        if not checks_values(values):
+        if not finite or not checks_values(values):
             continue
         if math.isfinite(float(values.detach().sum())):  # one pass without a temporary; a NaN may still be masked
             continue
@@ -227,12 +229,16 @@ def check_loss_inputs(
     ref_logp: Tensor | None = None,
     entropy: Tensor | None = None,
     is_ratio: Tensor | None = None,
+    finite: bool = True,
 ) -> None:
-    """The layout and everything on its token axis fit together, and what the options need is there."""
+    """The layout and everything on its token axis fit together, and what the options need is there.
+
+    `finite=False` leaves out the search for values that are not.
+    """
     layout.validate(op)
     num_tokens, num_sequences = layout.num_tokens, layout.num_sequences
     named = {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy}
-    check_log_probabilities(op, layout.loss_mask, num_tokens, **named)
+    check_log_probabilities(op, layout.loss_mask, num_tokens, finite=finite, **named)
     beta = options.beta
     if ref_logp is None and any(b != 0 for b in (beta.values() if isinstance(beta, Mapping) else (beta,))):
         refuse(op, "ref_logp", "given where beta is not 0", None, "pass the reference policy's log-probabilities")
@@ -242,8 +248,12 @@ def check_loss_inputs(
         expected = f"[{num_tokens}], [{num_sequences}] or [{num_sequences}, 1]"
         refuse(op, "is_ratio", expected, list(is_ratio.shape), "one ratio per token or per sequence")
     if is_ratio is not None and is_ratio.shape != (num_tokens,) and checks_values(is_ratio):
-        is_ratio = is_ratio.reshape(-1)[layout.sequence_of_token]  # one of a sequence without loss may be anything
-    check_log_probabilities(op, layout.loss_mask, num_tokens, is_ratio=is_ratio)
+        # One of a sequence without loss may be anything.
+        check_log_probabilities(
+            op, layout.loss_mask, num_tokens, is_ratio=is_ratio.reshape(-1)[layout.sequence_of_token]
+        )
+    elif is_ratio is not None and finite:
+        check_log_probabilities(op, layout.loss_mask, num_tokens, is_ratio=is_ratio)
 
 
 def check_modality_keys(op: str, name: str, values: Mapping[str, object]) -> None:

@@ -87,6 +87,8 @@ class TokenLoss:
     """[S] bool."""
     metrics: Tensor
     """[18] float32 in the order of METRICS."""
+    finite: bool = True
+    """False where a value at a token of the loss mask was NaN or infinite (of a backend that FINDS_NONFINITE)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,9 @@ class Head:
 class Backend(Protocol):
     """The functions of an accelerated backend. Row functions take `products` [C, V], float32 or bfloat16, with unit
     stride along V; targets are [C] int64."""
+
+    FINDS_NONFINITE: bool
+    """token_loss looks for values that are not finite on its way; else the op looks first."""
 
     def unavailable_reason(self) -> str | None: ...
 

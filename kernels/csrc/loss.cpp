@@ -25,6 +25,7 @@ struct LossOutputs {
   float *loss, *grad, *advantages;
   uint8_t* keep;
   float* metrics;
+  int64_t* finite;  // 1 where every value that carries loss is finite, else 0
 };
 
 // Advantages [M, S] and keep [S] of the rewards, or the given ones. Returns frac_reward_zero_std.
@@ -213,6 +214,7 @@ void token_loss(const LossSettings& settings, const LossInputs& in, const LossOu
   std::vector<TileSums> tiles(static_cast<size_t>((T + kTileSize - 1) / kTileSize));
   run_tiles(plan, team, out.grad, tiles);
   reduce(tiles, num_loss_tokens, out.loss, out.metrics + 2);
+  *out.finite = std::all_of(tiles.begin(), tiles.end(), [](const TileSums& tile) { return tile.nonfinite == 0; });
 }
 
 }  // namespace
@@ -220,6 +222,6 @@ void token_loss(const LossSettings& settings, const LossInputs& in, const LossOu
 
 SYNCR1_EXPORT void syncr1_token_loss(const syncr1::LossSettings* settings, const syncr1::LossInputs* inputs,
                                      float* loss, float* grad, float* advantages, uint8_t* keep, float* metrics,
-                                     int64_t num_threads) {
-  syncr1::token_loss(*settings, *inputs, {loss, grad, advantages, keep, metrics}, num_threads);
+                                     int64_t* finite, int64_t num_threads) {
+  syncr1::token_loss(*settings, *inputs, {loss, grad, advantages, keep, metrics, finite}, num_threads);
 }

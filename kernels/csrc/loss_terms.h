@@ -61,6 +61,7 @@ struct ModalitySums {
 
 struct TileSums {
   double loss = 0.0;
+  uint32_t nonfinite = 0;  // not 0 where some value that carries loss is NaN or infinite
   ModalitySums modality[2];
 };
 

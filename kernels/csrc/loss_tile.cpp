@@ -51,15 +51,35 @@ SYNCR1_INLINE void fill_pair(const Tile& tile, float* out, int64_t begin, int64_
   for (int64_t i = begin; i < end; ++i) out[i] = kTwo && tile.image[i] != 0 ? image : text;
 }
 
-// used, image, and everything that a token has from its sequence.
+// Not 0 where `values` (or null) holds NaN or infinity at a used token: their exponents are all ones.
+SYNCR1_INLINE uint32_t nonfinite(const float* values, int64_t first, int64_t n, const uint32_t* used) {
+  if (values == nullptr) return 0;
+  constexpr uint32_t kExponent = 0x7f800000;
+  uint32_t found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t word;
+    std::memcpy(&word, values + first + i, sizeof word);
+    found |= used[i] & (0u - static_cast<uint32_t>((word & kExponent) == kExponent));
+  }
+  return found;
+}
+
+SYNCR1_INLINE uint32_t inputs_nonfinite(const LossInputs& in, int64_t first, int64_t n, const uint32_t* used) {
+  uint32_t found = nonfinite(in.logp, first, n, used) | nonfinite(in.old_logp, first, n, used);
+  found |= nonfinite(in.ref_logp, first, n, used) | nonfinite(in.entropy, first, n, used);
+  return found | nonfinite(in.is_per_sequence != 0 ? nullptr : in.is_ratio, first, n, used);
+}
+
+// used, image, and everything that a token has from its sequence. Returns whether some input is not finite.
 template <bool kTwo>
-SYNCR1_INLINE void gather(const LossPlan& plan, int64_t first, int64_t n, Tile& tile) {
+SYNCR1_INLINE uint32_t gather(const LossPlan& plan, int64_t first, int64_t n, Tile& tile) {
   const LossInputs& in = plan.in;
   if (in.loss_mask == nullptr) {
     fill(tile.used, 0, n, ~uint32_t{0});
   } else {
     spread_bits(in.loss_mask + first, n, tile.used);
   }
+  const uint32_t found = inputs_nonfinite(in, first, n, tile.used);
   if (kTwo) spread_bits(in.modality + first, n, tile.image);
   const int64_t* offsets = in.cu_seqlens;
   int64_t s = std::upper_bound(offsets, offsets + in.num_sequences + 1, first) - offsets - 1;
@@ -77,6 +97,7 @@ SYNCR1_INLINE void gather(const LossPlan& plan, int64_t first, int64_t n, Tile& 
     }
     begin = end;
   }
+  return found;
 }
 
 SYNCR1_INLINE void ratios(const LossPlan& plan, int64_t first, int64_t n, Tile& tile) {
@@ -251,7 +272,7 @@ SYNCR1_INLINE void modality_sums(const LossPlan& plan, int64_t first, const uint
 template <bool kTwo>
 SYNCR1_INLINE void run(const LossPlan& plan, int64_t first, int64_t n, float* grad, float* by_ratio, TileSums* sums) {
   Tile tile;
-  gather<kTwo>(plan, first, n, tile);
+  sums->nonfinite = gather<kTwo>(plan, first, n, tile);
   ratios(plan, first, n, tile);
   policy_terms<kTwo>(plan, first, n, tile);
   apply_factor(plan, first, n, tile);

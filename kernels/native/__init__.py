@@ -15,6 +15,7 @@ from syncr1.kernels.native.rows import gradient_rows, loss_rows, score_rows
 from syncr1.kernels.native.sample import sample
 
 __all__ = [
+    "FINDS_NONFINITE",
     "unavailable_reason",
     "unsupported_reason",
     "group_advantages",
@@ -26,6 +27,7 @@ __all__ = [
     "sample",
 ]
 
+FINDS_NONFINITE = True
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -140,22 +140,22 @@ def token_loss(terms: LossTerms) -> TokenLoss:
     scores = terms.rewards if terms.advantages is None else terms.advantages
     assert scores is not None  # LossTerms holds one of the two
     settings, inputs = _packed(terms.settings), _inputs(terms, scores.shape[0])
-    out = TokenLoss(
-        loss=torch.empty((), dtype=torch.float32),
-        grad_logp=torch.empty(terms.logp.shape, dtype=torch.float32),
-        advantages=torch.empty(scores.shape, dtype=torch.float32),
-        keep=torch.empty(scores.shape[1:], dtype=torch.bool),
-        metrics=torch.empty(len(METRICS), dtype=torch.float32),
-    )
-    call = function("syncr1_token_loss", *(POINTER,) * 7, INT)
+    finite = ctypes.c_int64()
+    loss = torch.empty((), dtype=torch.float32)
+    grad_logp = torch.empty(terms.logp.shape, dtype=torch.float32)
+    advantages = torch.empty(scores.shape, dtype=torch.float32)
+    keep = torch.empty(scores.shape[1:], dtype=torch.bool)
+    metrics = torch.empty(len(METRICS), dtype=torch.float32)
+    call = function("syncr1_token_loss", *(POINTER,) * 8, INT)
     call(
         ctypes.addressof(settings),
         ctypes.addressof(inputs),
-        pointer(out.loss),
-        pointer(out.grad_logp),
-        pointer(out.advantages),
-        pointer(out.keep),
-        pointer(out.metrics),
+        pointer(loss),
+        pointer(grad_logp),
+        pointer(advantages),
+        pointer(keep),
+        pointer(metrics),
+        ctypes.addressof(finite),
         torch.get_num_threads(),
     )
-    return out
+    return TokenLoss(loss, grad_logp, advantages, keep, metrics, bool(finite.value))

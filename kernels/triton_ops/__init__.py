@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "FINDS_NONFINITE",
     "unavailable_reason",
     "unsupported_reason",
     "group_advantages",
@@ -24,6 +25,7 @@ __all__ = [
     "sample",
 ]
 
+FINDS_NONFINITE = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 
