@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from syncr1.kernels.pages import empty
 from syncr1.kernels.terms import Backend, Head, RowSettings, RowTerms
 
 WORKSPACE_BYTES = {"cpu": 1 << 27, "cuda": 1 << 29}
@@ -103,7 +102,7 @@ def _take(size: int, like: Tensor) -> Tensor:
     kept = _kept.pop(like.dtype, None) if like.device.type == "cpu" else None
     if kept is not None and kept.numel() >= size:
         return kept
-    return empty((size,), like.dtype, like.device)
+    return torch.empty(size, dtype=like.dtype, device=like.device)
 
 
 def _give_back(buffer: Tensor) -> None:
@@ -127,11 +126,11 @@ class HeadGradients:
         self.needs = (need_hidden, need_weight, need_bias and rows.head.bias is not None)
         if need_hidden:
             # rows that take no part have gradient 0; where all take part every entry is written
-            self.hidden = empty(like.shape, like.dtype, like.device)
+            self.hidden = torch.empty(like.shape, dtype=like.dtype, device=like.device)
             if rows.index is not None or not rows.num_rows:
                 self.hidden.zero_()
         if need_weight:
-            self.weight = empty(weight.shape, torch.float32, weight.device)
+            self.weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
             if not rows.num_rows:
                 self.weight.zero_()
         if self.needs[2]:

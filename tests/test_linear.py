@@ -1,0 +1,94 @@
+"""The chunk loop: borders, a shared workspace, several threads, sums in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from syncr1.kernels import dispatch, linear
+from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(dispatch.available()["native"] != "ok", reason=dispatch.available()["native"]),
+]
+ROWS, WIDTH, VOCABULARY = 37, 8, 101
+
+
+@pytest.fixture(autouse=True)
+def _no_workspace_is_kept() -> Iterator[None]:
+    linear.release_workspace()
+    yield
+    linear.release_workspace()
+
+
+def operands(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(n, WIDTH, generator=random).to(dtype).requires_grad_() for n in (ROWS, VOCABULARY))
+    return hidden, weight, torch.randint(VOCABULARY, (ROWS,), generator=random)
+
+
+def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, **settings: Any) -> list[Tensor]:
+    stream = TokenStream(hidden, weight, targets, torch.arange(ROWS))
+    cu_seqlens, groups = torch.tensor([0, 10, 20, ROWS]), torch.tensor([0, 3])
+    out = linear_grpo_loss([stream], torch.tensor([0.0, 1.0, 0.4]), cu_seqlens, groups, **settings)
+    return [out.loss.detach(), *torch.autograd.grad(out.loss, [hidden, weight])]
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+@pytest.mark.parametrize("most", [1, 2, 7, 36, 37])
+def test_chunks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch, most: int, loss_type: str) -> None:
+    expected = loss_and_gradients(*operands(), loss_type=loss_type)
+    linear.release_workspace()
+    monkeypatch.setattr(linear, "CHUNK_ROWS", (1, most))
+    for mine, whole in zip(loss_and_gradients(*operands(), loss_type=loss_type), expected, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_the_workspace_is_kept_bounded_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss_and_gradients(*operands())
+    (kept,) = linear._kept.values()
+    assert kept.numel() == ROWS * VOCABULARY
+    loss_and_gradients(*operands(1))
+    assert linear._kept[torch.float32] is kept
+    linear.release_workspace()
+    assert not linear._kept
+    monkeypatch.setitem(linear.WORKSPACE_BYTES, "cpu", 64)  # the fewest rows of a chunk need more than may be kept
+    loss_and_gradients(*operands())
+    assert not linear._kept
+
+
+def test_an_error_inside_leaves_a_workspace_that_works() -> None:
+    expected = loss_and_gradients(*operands())
+    hidden, weight, targets = operands()
+    with torch.no_grad():
+        hidden[3] = torch.nan
+    with pytest.raises(ValueError, match="logp must be finite"):
+        loss_and_gradients(hidden, weight, targets)
+    for mine, whole in zip(loss_and_gradients(*operands()), expected, strict=True):
+        assert mine.equal(whole)
+
+
+def test_threads_do_not_share_a_workspace() -> None:
+    expected = [loss_and_gradients(*operands(seed)) for seed in range(8)]
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: loss_and_gradients(*operands(seed % 8)), range(64)))
+    for index, values in enumerate(found):
+        assert all(mine.equal(theirs) for mine, theirs in zip(values, expected[index % 8], strict=True))
+
+
+def test_bfloat16_gradients_of_many_chunks_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk rounds once; a running sum in bfloat16 would lose the small chunks beside the large total."""
+    monkeypatch.setattr(linear, "CHUNK_ROWS", (1, 1))
+    hidden = torch.ones(ROWS, WIDTH, dtype=torch.bfloat16)
+    weight, targets = torch.zeros(VOCABULARY, WIDTH, dtype=torch.bfloat16, requires_grad=True), torch.zeros(ROWS).long()
+    linear_logp(hidden, weight, targets)[0].sum().backward()
+    assert weight.grad is not None
+    share = torch.tensor(1 / VOCABULARY).bfloat16().float()
+    torch.testing.assert_close(weight.grad[1].float(), (-ROWS * share).expand(WIDTH), rtol=2**-8, atol=0)
