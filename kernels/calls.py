@@ -112,7 +112,10 @@ def grpo_loss(
     if chosen == "reference":
         layout, parsed = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, logp.shape[0]), decode(settings)
         checks.check_loss_inputs(
-            op, layout, parsed, logp=logp, old_logp=old_logp, ref_logp=ref_logp, entropy=entropy, is_ratio=is_ratio
+            op,
+            layout,
+            parsed,
+            {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy, "is_ratio": is_ratio},
         )
         check_credit(op, credit, given, layout, weights)
         return reference.grpo_loss(
@@ -157,7 +160,7 @@ def linear_grpo_loss(
     if chosen == "reference":
         parsed = decode(settings)
         layout = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, num_tokens)
-        checks.check_loss_inputs(op, layout, parsed, old_logp=old_logp, ref_logp=ref_logp, is_ratio=is_ratio)
+        checks.check_loss_inputs(op, layout, parsed, {"old_logp": old_logp, "ref_logp": ref_logp, "is_ratio": is_ratio})
         checks.check_streams(op, streams, num_tokens)
         check_credit(op, credit, given, layout, weights)
         return reference.linear_grpo_loss(

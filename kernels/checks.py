@@ -223,26 +223,23 @@ def check_loss_inputs(
     op: str,
     layout: PackedLayout,
     options: LossOptions,
+    named: Mapping[str, Tensor | None],
     *,
-    logp: Tensor | None = None,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    entropy: Tensor | None = None,
-    is_ratio: Tensor | None = None,
     finite: bool = True,
 ) -> None:
-    """The layout and everything on its token axis fit together, and what the options need is there.
+    """The layout and what lies on its token axis fit together, and what the options need is there.
 
-    `finite=False` leaves out the search for values that are not.
+    `named`: logp, old_logp, ref_logp, entropy, is_ratio. `finite=False` leaves out the search for values that are not.
     """
+    ref_logp, entropy, is_ratio = (named.get(name) for name in ("ref_logp", "entropy", "is_ratio"))
     layout.validate(op)
     num_tokens, num_sequences = layout.num_tokens, layout.num_sequences
-    named = {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy}
-    check_log_probabilities(op, layout.loss_mask, num_tokens, finite=finite, **named)
+    per_token = {name: values for name, values in named.items() if name != "is_ratio"}
+    check_log_probabilities(op, layout.loss_mask, num_tokens, finite=finite, **per_token)
     beta = options.beta
     if ref_logp is None and any(b != 0 for b in (beta.values() if isinstance(beta, Mapping) else (beta,))):
         refuse(op, "ref_logp", "given where beta is not 0", None, "pass the reference policy's log-probabilities")
-    if logp is not None and options.top_entropy_quantile < 1 and entropy is None:
+    if "logp" in named and options.top_entropy_quantile < 1 and entropy is None:
         refuse(op, "entropy", "given where top_entropy_quantile < 1", None, "pass it, or use linear_grpo_loss")
     if is_ratio is not None and is_ratio.shape not in ((num_tokens,), (num_sequences,), (num_sequences, 1)):
         expected = f"[{num_tokens}], [{num_sequences}] or [{num_sequences}, 1]"

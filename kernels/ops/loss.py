@@ -74,7 +74,7 @@ def grpo_loss(
     layout = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, logp.shape[0])
     module = module_of(backend)
     named = {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy, "is_ratio": is_ratio}
-    check_loss_inputs("grpo_loss", layout, options, finite=not module.FINDS_NONFINITE, **named)
+    check_loss_inputs("grpo_loss", layout, options, named, finite=not module.FINDS_NONFINITE)
     check_credit("grpo_loss", rewards, advantages, layout, weights)
     scores = None
     if not fusable(options, rewards):
@@ -90,7 +90,7 @@ def grpo_loss(
         rewards=combined, scores=scores, thresholds=thresholds, num_items=num_items,
     )  # fmt: skip
     if not result.finite:
-        check_loss_inputs("grpo_loss", layout, options, **named)
+        check_loss_inputs("grpo_loss", layout, options, named)
     return result.loss, result.grad_logp, result.advantages, result.keep, result.metrics
 
 
