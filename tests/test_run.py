@@ -248,7 +248,7 @@ def test_ctrl_c_ends_with_scores_and_a_report(cache_dir: Path, base: Path, tmp_p
                 break
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 0, out[-3000:] + err[-3000:]
