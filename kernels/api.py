@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from syncr1.kernels import calls, checks
+from syncr1.kernels.attention import SharedPrefixLayout, shared_prefix_attention
 from syncr1.kernels.checks import NonFiniteError
+from syncr1.kernels.decode_attention import prefix_decode_attention
 from syncr1.kernels.dispatch import BackendError, choose
 from syncr1.kernels.options import (
     AGGREGATES,
@@ -33,20 +35,10 @@ from syncr1.kernels.plan import Rewards, per_modality
 from syncr1.kernels.records import CFGSample, GRPOOutput, TokenStream
 
 __all__ = [
-    "group_advantages",
-    "dgs_select",
-    "grpo_loss",
-    "linear_grpo_loss",
-    "linear_logp",
-    "selective_logp",
-    "cfg_sample",
-    "TokenStream",
-    "GRPOOutput",
-    "CFGSample",
-    "LossOptions",
-    "BackendError",
-    "NonFiniteError",
-]
+    "group_advantages", "dgs_select", "grpo_loss", "linear_grpo_loss", "linear_logp", "selective_logp", "cfg_sample",
+    "shared_prefix_attention", "prefix_decode_attention", "SharedPrefixLayout", "TokenStream", "GRPOOutput",
+    "CFGSample", "LossOptions", "BackendError", "NonFiniteError",
+]  # fmt: skip
 
 
 def _list_options(op: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ A backend (`syncr1.kernels.native`, `syncr1.kernels.triton_ops`) is a module wit
 validates and never sees autograd: `syncr1.kernels.ops_*` do both, once for all backends.
 
 Dims: `T` packed tokens, `S` sequences, `P` groups, `M` 1 or 2 modalities with rewards of their own,
-`C` rows of a chunk, `V` vocabulary, `B` decode rows.
+`C` rows of a chunk, `V` vocabulary, `B` decode rows; `R` rows, `H` heads, `E` width of an attention step.
 """
 
 from __future__ import annotations
@@ -226,4 +226,20 @@ class Backend(Protocol):
         forbidden: Tensor | None,
     ) -> CFGSample:
         """One token per row; seed and offset are [B] int64."""
+        ...
+
+    def prefix_decode_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix_keys: Tensor,
+        prefix_values: Tensor,
+        own_keys: Tensor,
+        own_values: Tensor,
+        spans: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """[R, Hq, E] of query [R, Hq, E], key and value [R, Hkv, E], caches [Hkv, columns, E], one dtype, all with
+        unit stride along E, and contiguous spans [R, 4] int64; writes key and value into the own caches. R > 0."""
         ...

@@ -25,7 +25,7 @@ def test_all_kernels_compile_without_spills(tmp_path: Path) -> None:
     kernels = set(re.findall(r"^(\w+_kernel) +(\d+)", done.stdout, flags=re.MULTILINE))
     for name in ("loss_kernel", "finish_kernel", "advantage_kernel", "keep_kernel"):
         assert {(name, target) for target in ("80", "90", "100")} <= kernels, done.stdout
-    modules = {"rows": "loss_rows_kernel", "sample": "sample_kernel"}
+    modules = {"rows": "loss_rows_kernel", "sample": "sample_kernel", "decode_attention": "decode_kernel"}
     assert {name for name, _ in kernels} >= set(modules.values()), done.stdout
 
 

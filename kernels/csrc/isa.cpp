@@ -5,10 +5,11 @@
 
 namespace syncr1 {
 
-#define SYNCR1_DECLARE(set)               \
-  namespace set {                         \
-  extern const RowKernels row_kernels;    \
+#define SYNCR1_DECLARE(set)                  \
+  namespace set {                            \
+  extern const RowKernels row_kernels;       \
   extern const SampleKernels sample_kernels; \
+  extern const DecodeKernels decode_kernels; \
   }
 
 SYNCR1_DECLARE(generic)
@@ -33,10 +34,10 @@ const InstructionSet* choose() {
 #endif
   static const Candidate candidates[] = {
 #ifdef SYNCR1_X86
-      {{"avx512", &avx512::row_kernels, &avx512::sample_kernels}, has_512},
-      {{"avx2", &avx2::row_kernels, &avx2::sample_kernels}, has_fma},
+      {{"avx512", &avx512::row_kernels, &avx512::sample_kernels, &avx512::decode_kernels}, has_512},
+      {{"avx2", &avx2::row_kernels, &avx2::sample_kernels, &avx2::decode_kernels}, has_fma},
 #endif
-      {{"generic", &generic::row_kernels, &generic::sample_kernels}, true},
+      {{"generic", &generic::row_kernels, &generic::sample_kernels, &generic::decode_kernels}, true},
   };
   const char* wanted = std::getenv("SYNCR1_ISA");
   for (const Candidate& candidate : candidates) {

@@ -1,5 +1,6 @@
 // The instruction sets that the row kernels (*_isa.cpp) are compiled for, and the one this machine uses.
 #pragma once
+#include "decode_attention.h"
 #include "rows.h"
 #include "sample.h"
 
@@ -9,6 +10,7 @@ struct InstructionSet {
   const char* name;
   const RowKernels* rows;
   const SampleKernels* sample;
+  const DecodeKernels* decode;
 };
 
 // The widest one that the machine has, or the one that SYNCR1_ISA names (generic, avx2, avx512); chosen once. Null

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from syncr1.kernels.native.decode_attention import prefix_decode_attention
 from syncr1.kernels.native.groups import dgs_select, group_advantages
 from syncr1.kernels.native.library import load
 from syncr1.kernels.native.loss import token_loss
@@ -25,6 +26,7 @@ __all__ = [
     "loss_rows",
     "gradient_rows",
     "sample",
+    "prefix_decode_attention",
 ]
 
 FINDS_NONFINITE = True

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from syncr1.kernels.reference.advantage import standardize as group_advantages
+from syncr1.kernels.reference.decode_attention import prefix_decode_attention
 from syncr1.kernels.reference.logp import linear_logp, selective_logp
 from syncr1.kernels.reference.loss import grpo_loss, linear_grpo_loss
 from syncr1.kernels.reference.sample import sample
@@ -26,6 +27,7 @@ __all__ = [
     "linear_logp",
     "selective_logp",
     "sample",
+    "prefix_decode_attention",
 ]
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "loss_rows",
     "gradient_rows",
     "sample",
+    "prefix_decode_attention",
 ]
 
 FINDS_NONFINITE = False
@@ -30,6 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 if INSTALLED:
+    from syncr1.kernels.triton_ops.decode_attention import prefix_decode_attention
     from syncr1.kernels.triton_ops.groups import dgs_select, group_advantages
     from syncr1.kernels.triton_ops.launch import interpreting
     from syncr1.kernels.triton_ops.loss import token_loss

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from syncr1.kernels.triton_ops.launch import interpreting
 
-MODULES = ("groups", "loss", "rows", "sample")
+MODULES = ("groups", "loss", "rows", "sample", "decode_attention")
 TARGETS = (80, 90, 100)
 MAIN_TARGET = 90
 
@@ -85,7 +85,7 @@ def compile_one(module: str, index: int, target: int) -> Record:
     aligned = {
         path: [["tt.divisibility", 16]]
         for path, name, kind in leaves(signature)
-        if kind.startswith("*") or name in ALIGNED_NUMBERS
+        if kind.startswith("*") or name in ALIGNED_NUMBERS or name.startswith("strides.")
     }
     source = ASTSource(kernel, signature, values, aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages, **(more[0] if more else {})}

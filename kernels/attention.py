@@ -1,0 +1,231 @@
+"""Attention over groups whose responses share one prefix: each prefix is computed and stored once.
+
+The token axis is [all prefixes | all responses].  A response's tokens see their whole prefix and their own response up
+to their own place; a prefix's tokens see the prefix up to their own place; nothing sees anything else.
+
+Dims: `T` tokens, `Tp` prefix tokens, `Tr` response tokens, `P` prefixes (groups), `S` responses, `H` query heads, `K`
+key-value heads, `E` head size.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+from syncr1.kernels.attention_ops import cuda, reference
+from syncr1.kernels.attention_ops.op import OP
+from syncr1.kernels.attention_ops.plan import Plan, plan_of
+from syncr1.kernels.checks import check_float, check_offsets, refuse
+from syncr1.kernels.dispatch import ENVIRONMENT_VARIABLE, MODULES, BackendError
+from syncr1.kernels.layout import segment_ids
+from syncr1.kernels.ops.register import constant_when_traced, registered
+
+__all__ = ["SharedPrefixLayout", "shared_prefix_attention"]
+
+BACKENDS = ("reference", "flash")
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrefixLayout:
+    """Which tokens are which prefix's and which response's; made once per batch, outside `torch.compile`.
+
+    Prefix p is tokens `cu_prefixes[p]:cu_prefixes[p+1]`; response s is the tokens from `Tp + cu_seqlens[s]` to
+    `Tp + cu_seqlens[s+1]`; responses `group_offsets[p]:group_offsets[p+1]` continue prefix p.  Any of them may be
+    empty, and P and S may be 0.
+
+    Raises:
+        ValueError: offsets do not fit together.
+    """
+
+    cu_prefixes: Tensor
+    """[P+1] int32."""
+    cu_seqlens: Tensor
+    """[S+1] int32."""
+    group_offsets: Tensor
+    """[P+1] int32."""
+
+    host_offsets: tuple[Tensor, Tensor, Tensor] = field(init=False, repr=False)
+    """The three offsets on the host."""
+    plan: Plan = field(init=False, repr=False)
+    """How attention is computed; made of the offsets."""
+
+    def __post_init__(self) -> None:
+        # Offsets given on a GPU are read back here, once; no attention layer reads them there.
+        host = tuple(x.detach().cpu() for x in (self.cu_prefixes, self.cu_seqlens, self.group_offsets))
+        cu_prefixes, cu_seqlens, group_offsets = host
+        check_offsets("SharedPrefixLayout", "cu_prefixes", cu_prefixes)
+        check_offsets("SharedPrefixLayout", "cu_seqlens", cu_seqlens)
+        check_offsets("SharedPrefixLayout", "group_offsets", group_offsets, cu_seqlens.numel() - 1)
+        if group_offsets.numel() != cu_prefixes.numel():
+            remedy = "every prefix is a group; give one without responses an empty range"
+            refuse("SharedPrefixLayout", "group_offsets", list(cu_prefixes.shape), list(group_offsets.shape), remedy)
+        object.__setattr__(self, "host_offsets", host)
+        object.__setattr__(self, "plan", plan_of(*host))
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.plan.num_tokens
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tp."""
+        return self.plan.num_prefix_tokens
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_prefixes.device
+
+    def to(self, device: torch.device | str) -> SharedPrefixLayout:
+        """The same layout with its tensors on `device`, ready for attention there."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                object.__setattr__(moved, name, value.to(device))
+        self.plan.prepare(moved.device)
+        return moved
+
+    def position_ids(self) -> Tensor:
+        """[T] int64; a prefix counts from 0, a response from its prefix's length."""
+        return self._position_ids
+
+    def predicting_rows(self) -> Tensor:
+        """[Tr] int64; the row of the token axis whose hidden state predicts each response token.
+
+        It is the row before; for the first token of a response the last row of its prefix, or -1 if that is empty.
+        """
+        return self._predicting_rows
+
+    @cached_property
+    def _position_ids(self) -> Tensor:
+        cu_prefixes, cu_seqlens, group_offsets = (x.long() for x in self.host_offsets)
+        num_response_tokens = self.num_tokens - self.num_prefix_tokens
+        in_prefix = torch.arange(self.num_prefix_tokens, device="cpu")
+        in_prefix -= cu_prefixes[segment_ids(cu_prefixes, self.num_prefix_tokens)]
+        response = segment_ids(cu_seqlens, num_response_tokens)
+        group = segment_ids(group_offsets, cu_seqlens.numel() - 1)
+        first = cu_prefixes.diff()[group] - cu_seqlens[:-1]
+        in_response = torch.arange(num_response_tokens, device="cpu") + first[response]
+        return torch.cat([in_prefix, in_response]).to(self.device)
+
+    @cached_property
+    def _predicting_rows(self) -> Tensor:
+        cu_prefixes, cu_seqlens, group_offsets = (x.long() for x in self.host_offsets)
+        rows = torch.arange(self.num_prefix_tokens, self.num_tokens, device="cpu") - 1
+        last = torch.where(cu_prefixes.diff() > 0, cu_prefixes[1:] - 1, -1)
+        group = segment_ids(group_offsets, cu_seqlens.numel() - 1)
+        filled = cu_seqlens.diff() > 0
+        rows[cu_seqlens[:-1][filled]] = last[group[filled]]
+        return rows.to(self.device)
+
+
+def shared_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SharedPrefixLayout,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention in which the responses of a group share its prefix's keys and values.
+
+    Equivalent PyTorch, for one group and as many key-value heads as query heads:
+        segment = torch.repeat_interleave(torch.arange(1 + S), lengths_of_prefix_and_responses)
+        seen = ((segment[:, None] == segment) | (segment == 0)).tril()
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(0, 1)
+
+    Args:
+        q: [T, H, E] float; with gradient, of any strides.
+        k: [T, K, E], dtype of `q`; with gradient. Query head h reads key-value head h // (H / K).
+        v: [T, K, E], dtype of `q`; with gradient.
+        layout: of the token axis [all prefixes | all responses].
+        scale: > 0, multiplies the scores; None = 1/√E.
+        backend: "flash" is dense flash attention on the CPU, and on CUDA flash_attn's variable-length kernels, or
+            PyTorch's where that is not installed (float16 and bfloat16); "reference" is plain PyTorch. None takes
+            flash where it serves the tensors, unless SYNCR1_BACKEND=reference.
+
+    Returns:
+        [T, H, E], dtype of `q`.
+
+    Raises:
+        ValueError: a shape, dtype or value is out of place.
+        BackendError: the backend that was asked for cannot serve the call.
+        NotImplementedError: a gradient is differentiated again (only "reference" can).
+
+    Source: two variable-length calls merged by log-sum-exp as in Hydragen (arXiv 2402.05099), with their backward.
+    """
+    _check(q, k, v, layout)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < float("inf"):
+        # The kernels mask before they scale: 0 · -inf is NaN, and a negative scale would show what is hidden.
+        refuse(OP, "scale", "positive and finite", scale, "multiply q by it instead")
+    if choose_attention(backend, q) == "reference":
+        return reference.attend(layout.plan, q, k, v, scale)
+    out: Tensor = registered.shared_prefix_attention(q, k, v, *layout.host_offsets, scale)[0]
+    return out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout) -> None:
+    check_float(OP, "q", q)
+    if q.dim() != 3 or q.shape[0] != layout.num_tokens:
+        remedy = "the token axis is [all prefixes | all responses] of this layout"
+        refuse(OP, "q", f"[{layout.num_tokens}, H, E]", list(q.shape), remedy)
+    if k.shape != v.shape:
+        refuse(OP, "v", list(k.shape), list(v.shape), "keys and values have one shape")
+    if k.dim() != 3 or (k.shape[0], k.shape[2]) != (q.shape[0], q.shape[2]):
+        refuse(OP, "k", f"[{q.shape[0]}, K, {q.shape[2]}]", list(k.shape), "one key per token, of the queries' size")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[2] == 0:
+        got = f"H {q.shape[1]}, K {k.shape[1]}, E {q.shape[2]}"
+        refuse(OP, "the number of query heads", "a multiple of the number of key-value heads", got, "check the heads")
+    for name, x in (("k", k), ("v", v)):
+        if (x.dtype, x.device) != (q.dtype, q.device):
+            refuse(OP, name, f"{q.dtype} on {q.device}", f"{x.dtype} on {x.device}", "convert it with .to(q)")
+
+
+def choose_attention(backend: str | None, q: Tensor) -> str:
+    """Which backend serves: flash or reference, by the rule of `syncr1.kernels.dispatch`."""
+    return _choose(backend, q.device, q.dtype, q.shape[-1])
+
+
+@constant_when_traced
+def _choose(backend: str | None, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    return _choose_once(backend, os.environ.get(ENVIRONMENT_VARIABLE), device, dtype, head_size)
+
+
+@cache
+def _choose_once(
+    backend: str | None, preferred: str | None, device: torch.device, dtype: torch.dtype, head_size: int
+) -> str:
+    wanted = backend or preferred
+    # `native` and `triton` in the environment are preferences for other ops; attention has neither.
+    known = BACKENDS if backend else {*BACKENDS, *MODULES}
+    source = "backend=" if backend else f"{ENVIRONMENT_VARIABLE}="
+    if wanted is not None and wanted not in known:
+        raise BackendError(
+            f"{OP}: {source}{wanted!r} cannot serve this call: it has {' and '.join(BACKENDS)}; or leave it unset"
+        )
+    if wanted == "reference":
+        return wanted
+    reason = _unsupported_reason(device, dtype, head_size)
+    if reason is None:
+        return "flash"
+    if backend:
+        raise BackendError(f"{OP}: {source}{backend!r} cannot serve this call: {reason}; use 'reference'")
+    return "reference"
+
+
+def _unsupported_reason(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    if device.type == "cuda":
+        return cuda.unsupported_reason(dtype, head_size, torch.cuda.get_device_capability(device))
+    if device.type != "cpu":
+        return f"it serves cpu and cuda tensors, not {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"it does not serve {dtype}"
+    return None
