@@ -54,12 +54,16 @@ gpu: setup
 	mkdir -p $(OUT)
 	$(BIN)/python -m pytest tests -m gpu -q
 	$(BIN)/python bench/table.py --out $(OUT)
+	$(BIN)/python bench/rollout.py --out $(OUT)
+	$(BIN)/python bench/step.py --out $(OUT)
 	$(BIN)/python recipes/sync_r1.py --output_dir $(OUT)/gpu_run $(ARGS)
 
 # All providers of an op side by side, then one table with the goals; bench/results/<device>.json holds it.
 bench: setup
 	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 	$(BIN)/python bench/table.py
+	$(BIN)/python bench/rollout.py
+	$(BIN)/python bench/step.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

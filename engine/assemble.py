@@ -131,10 +131,15 @@ def checker_of(policy: Policy) -> AttributeChecker:
 
 
 def build_preview(config: SyncR1Config, rewards: RewardSet) -> PreviewGate | None:
-    """Preview DGS, judged by the run's own rewards on the partly drawn image; None when it is switched off."""
-    if config.preview_fraction == 0:
+    """Preview DGS, judged by the run's own image rewards on the partly drawn image; a redraw changes no text reward.
+
+    None when it is switched off, and when no reward looks at images.
+    """
+    columns = [k for k, kind in enumerate(rewards.kinds) if kind == "image"]
+    weights = rewards.weight_tensor()[columns]
+    if config.preview_fraction == 0 or not bool((weights > 0).any()):
         return None
-    weights = rewards.weight_tensor()
+    judges = {rewards.names[k]: rewards.functions[rewards.names[k]] for k in columns}
 
     def scorer(prompts: Sequence[Prompt], texts: Sequence[str], images: Tensor) -> Tensor:
         partial = [
@@ -149,9 +154,7 @@ def build_preview(config: SyncR1Config, rewards: RewardSet) -> PreviewGate | Non
             )
             for prompt, text, image in zip(prompts, texts, images.cpu(), strict=True)
         ]
-        return combine(
-            score(partial, rewards.functions, timeout=config.reward_timeout).values, weights, renormalise=True
-        )
+        return combine(score(partial, judges, timeout=config.reward_timeout).values, weights, renormalise=True)
 
     return PreviewGate(
         scorer,
@@ -159,6 +162,7 @@ def build_preview(config: SyncR1Config, rewards: RewardSet) -> PreviewGate | Non
         threshold=config.preview_threshold,
         acceptance=config.preview_acceptance,
         max_attempts=config.preview_max_attempts,
+        min_keep=config.preview_min_keep,
     )
 
 

@@ -115,6 +115,8 @@ class SyncR1Config:
     """Acceptance rate that the threshold adapts to (the released code: 0.25)."""
     preview_max_attempts: int = 2
     """Tries per trajectory; the best one is kept when none passes."""
+    preview_min_keep: int | None = None
+    """Give up members whose tries all failed, except this many of a group, the best ones. None: nobody is given up."""
 
     # --- what stays as it was ---
     anchor_fraction: float = 0.1875
@@ -130,6 +132,16 @@ class SyncR1Config:
     """Compute in bfloat16 with float32 master weights."""
     max_tokens_per_microbatch: int = 16384
     """Packed tokens of one forward and backward. Lower it when memory runs out; the result stays the same."""
+    share_prefix: bool = True
+    """Compute a prompt once for its whole group in training; off, every trajectory brings a copy: the same result."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per layer and compute the others again in backward: less memory, a third more time."""
+    use_liger_kernel: bool = True
+    """Liger's RMSNorm, SwiGLU and RoPE in the language model, on a GPU."""
+    cuda_graphs: bool = True
+    """Replay decoding steps as CUDA graphs, on a GPU and below ZeRO-3."""
+    compile_decode: bool = False
+    """Run decoding steps through torch.compile."""
     nodes: int = 1
     """Machines. This version trains on one."""
 
@@ -217,6 +229,7 @@ _RANGES: dict[str, tuple[_Range, str]] = {
     "preview_threshold": (_Range("0 to 1", lambda value: 0 <= value <= 1), "rewards lie in this range"),
     "preview_acceptance": (_SHARE, "1 accepts every preview"),
     "preview_max_attempts": (_AT_LEAST_1, "1 never tries again"),
+    "preview_min_keep": (_Range("at least 2", lambda value: value >= 2), "rewards are compared within a group"),
     "anchor_beta": (_AT_LEAST_0, "8 is the default"),
     "anchor_fraction": (_BELOW_1, "0 trains without anchors"),
     "max_tokens_per_microbatch": (_AT_LEAST_1, "16384 fits the tiny base"),

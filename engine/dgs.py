@@ -1,12 +1,15 @@
-"""Preview Dynamic Group Scaling: restart trajectories whose early image looks unpromising.
+"""Preview Dynamic Group Scaling: restart, or give up, trajectories whose early image looks unpromising.
 
 After a fraction of the image tokens a cheap completion is scored.  Tries at or below the threshold are drawn again, up
-to a cap, and the best one stays.  The threshold follows a target acceptance rate:
+to a cap, and the best one stays; a gate with `min_keep` then drops what still lies there, except the best of a group.
+The threshold follows a target acceptance rate:
 
     a = accepted / tried;   tau' = tau ** (1 + 0.12 (target - a));   tau moves by at most 0.005 towards tau'
 
+How the sampler acts on it is preview.py.  The other half of DGS, which prunes after the reward is known, is
+`dgs_select` in syncr1.kernels.
+
 Source: the released Sync-R1 (its loop has no cap, and it resumed from the filled preview, which froze the image).
-The other half of DGS, which prunes after the reward is known, is `dgs_select` in syncr1.kernels.
 """
 
 from __future__ import annotations
@@ -35,16 +38,30 @@ class PreviewGate:
         threshold: starting value of tau, in (0, 1); None takes it from the first previews, such that the target is met.
         acceptance: acceptance rate that tau steers to (the released code: 0.25).
         max_attempts: tries per trajectory.
+        min_keep: members of a group that are drawn to their end whatever their score, at least 2 so that their rewards
+            can be compared; the others are dropped when no try passes. None: nobody is.
     """
 
     def __init__(
-        self, scorer: PreviewScorer, *, fraction: float, threshold: float | None, acceptance: float, max_attempts: int
+        self,
+        scorer: PreviewScorer,
+        *,
+        fraction: float,
+        threshold: float | None,
+        acceptance: float,
+        max_attempts: int,
+        min_keep: int | None = None,
     ) -> None:
+        if min_keep is not None and min_keep < 2:
+            raise ValueError(
+                f"PreviewGate: min_keep must be at least 2, or None, got {min_keep}; 2 keeps a group alive"
+            )
         self._scorer = scorer
         self.fraction = fraction
         self.threshold = threshold
         self.acceptance = acceptance
         self.max_attempts = max_attempts
+        self.min_keep = min_keep
         self._accepted = 0
         self._tried = 0
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from syncr1.engine.objective import Objective, PolicyForward
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.records import MODALITY_NAMES, PackedBatch
+from syncr1.engine.rollout import RolloutEngine
+from syncr1.engine.stopwatch import Stopwatch
 
 SEQUENCE_MEANS = frozenset({"grpo", "sapo", "luspo", "dr_grpo"})
 """Loss types that average over sequences; a micro-batch counts by its share of them."""
@@ -40,6 +42,9 @@ class LearnerSettings:
     zero_stage: int = 0
     bf16: bool = False
     num_iterations: int = 1
+    gradient_checkpointing: bool = False
+    cuda_graphs: bool = True
+    compile_decode: bool = False
 
 
 class Learner:
@@ -60,12 +65,15 @@ class Learner:
         self._reference: PolicyForward | None = None
         if objective.needs_reference:
             self._reference = PolicyForward((reference or policy.frozen_copy()).to(self.device), objective)
+        if settings.gradient_checkpointing:
+            policy.checkpoint_activations()
         forward = PolicyForward(policy, objective)
         trained = [p for p in forward.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
         )
         self._grad_norm: float | None = None
+        self._time = Stopwatch()
         if _clips_here(settings):
             optimizer.register_step_pre_hook(self._clip)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -83,6 +91,23 @@ class Learner:
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the last update, by stage: forward, backward, optimizer."""
+        return self._time.seconds
+
+    def rollout_engine(self) -> RolloutEngine:
+        """A sampler of this policy, to be used inside `sampling()`. ZeRO-3 gathers parameters anew each time, so
+        graphs that hold their addresses are out of the question there."""
+        settings = self.settings
+        graphs = None if settings.cuda_graphs and settings.zero_stage < 3 else False
+        trunk = None
+        if settings.compile_decode and settings.zero_stage < 3:  # its hooks would break what is compiled
+            from syncr1.engine.policies.compiled import CompiledTrunk
+
+            trunk = CompiledTrunk(self.policy)
+        return RolloutEngine(self.policy, cuda_graphs=graphs, trunk=trunk)
 
     @contextmanager
     def sampling(self) -> Iterator[Policy]:
@@ -121,6 +146,7 @@ class Learner:
     def update(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """`num_iterations` optimizer steps on the scored batches; returns the last one's metrics under TRL's names."""
         metrics: dict[str, float] = {}
+        self._time = Stopwatch()
         for _ in range(self.settings.num_iterations):
             metrics = self._step(batches)
         return metrics
@@ -130,15 +156,18 @@ class Learner:
         collected: dict[str, list[tuple[float, float]]] = {}
         total, replay = 0.0, 0.0
         for batch, share in zip(batches, shares, strict=True):
-            out = self.engine(batch, num_items=num_items, share=share)
-            self.engine.backward(out["loss"], scale_wrt_gas=False)
+            with self._time("forward"):
+                out = self.engine(batch, num_items=num_items, share=share)
+            with self._time("backward"):
+                self.engine.backward(out["loss"], scale_wrt_gas=False)
             total += float(out["loss"].detach())
             replay = max(replay, replay_error(batch, out["logp"]))
             weight = float(batch.loss_mask.sum())
             for name, value in out.items():
                 if name.startswith("metric/"):
                     collected.setdefault(name.removeprefix("metric/"), []).append((float(value), weight))
-        self.engine.step()
+        with self._time("optimizer"):
+            self.engine.step()
         metrics = {name: _mean(pairs) for name, pairs in collected.items()}
         norm = self._grad_norm if _clips_here(self.settings) else self.engine.get_global_grad_norm()
         return metrics | {

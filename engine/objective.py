@@ -1,9 +1,11 @@
 """The one training forward: trunk once over the packed axis, each head on its own rows, one fused loss.
 
+The axis holds every prompt once and the responses behind; the loss sees the responses alone.
+
 Everything that needs the policy's weights happens inside `PolicyForward.forward`, because DeepSpeed must see the call:
 a forward that bypasses `engine(...)` has wrong gradients under ZeRO-3, without an error.
 
-Dims: T packed tokens, S sequences, N rows of one vocabulary, D hidden.
+Dims: Tp tokens of prompts, T tokens of responses, S sequences, N rows of one vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class PolicyForward(nn.Module):
         """
         streams = self._streams(batch)
         if num_items is None:
-            return self._log_probabilities(streams, batch.num_tokens)
+            return self._log_probabilities(streams, batch.tokens.numel())
         o = self.objective
         shared = o.credit != "per_segment"
         rewards = batch.rewards[:, 0] if shared else {"text": batch.rewards[:, 0], "image": batch.rewards[:, 1]}
@@ -106,12 +108,15 @@ class PolicyForward(nn.Module):
         return {"loss": out.loss * share, "logp": out.logp, **metrics}
 
     def _streams(self, batch: PackedBatch) -> list[TokenStream]:
-        """Each vocabulary's rows: token t is predicted by the hidden state at t - 1, of whichever vocabulary."""
+        """Each vocabulary's rows, with the hidden states that predict them, of whichever vocabulary those are."""
         hidden = self._hidden(batch)
+        predicting = batch.layout.predicting_rows()
         streams = []
         for code, name in enumerate(MODALITY_NAMES):
             rows = (batch.loss_mask & (batch.modality == code)).nonzero().squeeze(1)
-            head = self.policy.head(hidden[rows - 1], name)
+            if not rows.numel() and not self.policy.num_image_tokens and name == "image":
+                continue
+            head = self.policy.head(hidden[predicting[rows]], name)
             streams.append(
                 TokenStream(
                     hidden=head.hidden,
@@ -127,13 +132,17 @@ class PolicyForward(nn.Module):
         return streams
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
+        """[Tp + T, D] final hidden states of prompts and responses."""
         is_image = batch.modality == 1
-        text = self.policy.embed(torch.where(is_image, 0, batch.tokens), "text")
-        image = self.policy.embed(torch.where(is_image, batch.tokens, 0), "image")
-        embeddings = torch.where(is_image[:, None], image, text)
+        embeddings = self.policy.embed(torch.cat([batch.prefix_tokens, torch.where(is_image, 0, batch.tokens)]), "text")
+        if self.policy.num_image_tokens:
+            image = self.policy.embed(torch.where(is_image, batch.tokens, 0), "image")
+            drawn = torch.cat([is_image.new_zeros(batch.prefix_tokens.shape), is_image])
+            image = torch.cat([image.new_zeros(batch.prefix_tokens.numel(), image.shape[1]), image])
+            embeddings = torch.where(drawn[:, None], image, embeddings)
         if batch.image_rows.numel():
             embeddings = embeddings.index_copy(0, batch.image_rows, batch.image_embeddings.to(embeddings.dtype))
-        return self.policy.trunk(embeddings[None], batch.position_ids[None], PackedLayout(batch.cu_seqlens))[0]
+        return self.policy.trunk(embeddings[None], batch.layout.position_ids()[None], PackedLayout(batch.layout))[0]
 
     def _log_probabilities(self, streams: list[TokenStream], num_tokens: int) -> dict[str, Tensor]:
         logp = streams[0].hidden.new_zeros(num_tokens, dtype=torch.float32)

@@ -1,20 +1,24 @@
-"""Rollouts and rewards -> PackedBatch: whole groups on one token axis, no padding, pruned trajectories without tokens.
+"""Rollouts and rewards -> PackedBatch: whole groups on one token axis, each prompt once, no padding.
 
-    [ prompt | text | image_start | image ]  one sequence; the loss mask covers what the policy sampled
+    [ prompt 0 | prompt 1 | … | response 0.0 | response 0.1 | … | response 1.0 | … ]
 
-Dims: T packed tokens, S sequences, P groups, G members, K rewards, R image-embedding rows, D hidden.
+A response is what follows the prompt: `text | image_start | image | follow-up turn | text`, or a part of it; the loss
+mask covers what the policy sampled.  Pruned trajectories have no tokens.
+
+Dims: T tokens of responses, S sequences, P groups, G members, K rewards, R image-embedding rows, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import IMAGE, TEXT, PackedBatch, Rollout
+from syncr1.engine.records import IMAGE, TEXT, PackedBatch, Rollout, Segment
+from syncr1.kernels.api import SharedPrefixLayout
 
 
 def pack(
@@ -25,21 +29,26 @@ def pack(
     *,
     num_generations: int,
     max_tokens: int,
+    share_prefix: bool = True,
 ) -> list[PackedBatch]:
     """Packs whole groups into micro-batches of at most `max_tokens` tokens (a larger group stands alone).
 
     Args:
-        policy: for its control tokens.
-        rollouts: S = P * G, members of a group adjacent.
+        policy: for its image placeholders.
+        rollouts: S = P * G, members of a group adjacent; they share one prompt.
         rewards_SK: [S, K] float32; NaN = none.
         keep_S: [S] bool; False drops the trajectory's tokens but keeps its reward in the group's statistics.
         num_generations: G.
         max_tokens: token budget of a micro-batch.
+        share_prefix: False gives every response its own copy of its prompt: the same loss and gradients, more work.
 
     Returns:
         Micro-batches in the order of the groups, anchors apart and last. Groups without a kept trajectory
         appear in none. With nothing kept at all there is one batch whose loss mask is empty, so that every rank has a
         forward pass to take part in.
+
+    Raises:
+        ValueError: sizes that do not fit, or a group whose members have different prompts.
     """
     S, G = len(rollouts), num_generations
     if S % G or rewards_SK.shape[0] != S or keep_S.shape != (S,):
@@ -51,28 +60,43 @@ def pack(
     if not groups:
         dummy = keep_S.clone()
         dummy[0] = True
-        return [_pack_groups(policy, rollouts, rewards_SK, dummy, [range(G)], learn=False)]
-    lengths = [_length(rollout) * bool(k) for rollout, k in zip(rollouts, keep_S, strict=True)]
+        batch = _pack_groups(policy, rollouts, rewards_SK, dummy, [range(G)], share_prefix)
+        return [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))]
+    for group in groups:
+        _check_one_prompt([rollouts[i] for i in group])
     batches = []
     for anchor in (False, True):
         mine = [group for group in groups if rollouts[group.start].prompt.rewarded is not anchor]
-        for chunk in _chunks(mine, lengths, max_tokens):
-            batch = _pack_groups(policy, rollouts, rewards_SK, keep_S, chunk, learn=True)
+        sizes = [_group_tokens([rollouts[i] for i in group if keep_S[i]], share_prefix) for group in mine]
+        for chunk in _chunks(mine, sizes, max_tokens):
+            batch = _pack_groups(policy, rollouts, rewards_SK, keep_S, chunk, share_prefix)
             batches.append(replace(batch, anchor=anchor))
     return batches
 
 
-def _length(rollout: Rollout) -> int:
-    """Tokens of a trajectory on the packed axis."""
-    segments = sum(segment.tokens.numel() + (segment.kind == "image") for segment in rollout.segments)
-    return rollout.prompt_tokens.numel() + segments
+def _check_one_prompt(members: list[Rollout]) -> None:
+    first = members[0]
+    for member in members[1:]:
+        same_words = torch.equal(member.prompt_tokens, first.prompt_tokens)
+        if not same_words or member.prompt.image != first.prompt.image:
+            raise ValueError(
+                f"pack: expected members of a group to share one prompt, got {first.prompt.id!r} and "
+                f"{member.prompt.id!r}; order rollouts by prompt, or pass num_generations=1"
+            )
 
 
-def _chunks(groups: list[range], lengths: list[int], max_tokens: int) -> Iterator[list[range]]:
+def _group_tokens(kept: list[Rollout], share_prefix: bool) -> int:
+    """Tokens of a group on the packed axis."""
+    copies = 1 if share_prefix else len(kept)
+    return kept[0].prompt_tokens.numel() * copies + sum(
+        segment.lead.numel() + segment.tokens.numel() for rollout in kept for segment in rollout.segments
+    )
+
+
+def _chunks(groups: list[range], sizes: list[int], max_tokens: int) -> Iterator[list[range]]:
     chunk: list[range] = []
     used = 0
-    for group in groups:
-        size = sum(lengths[i] for i in group)
+    for group, size in zip(groups, sizes, strict=True):
         if chunk and used + size > max_tokens:
             yield chunk
             chunk, used = [], 0
@@ -82,55 +106,76 @@ def _chunks(groups: list[range], lengths: list[int], max_tokens: int) -> Iterato
         yield chunk
 
 
+@dataclass(slots=True)
+class _Axis:
+    """A token axis while it grows, column by column."""
+
+    tokens: list[Tensor] = field(default_factory=list)
+    modality: list[Tensor] = field(default_factory=list)
+    loss_mask: list[Tensor] = field(default_factory=list)
+    sampled_logp: list[Tensor] = field(default_factory=list)
+    image_rows: list[Tensor] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
+    length: int = 0
+
+    def give(self, policy: Policy, tokens: Tensor, image: Tensor | None) -> None:
+        """Text ids that the policy was given, `image` at their placeholders."""
+        if image is not None:
+            self.image_rows.append(policy.image_slots(tokens).nonzero().squeeze(1) + self.length)
+            self.images.append(image)
+        self._append(tokens, TEXT, False, torch.full((tokens.numel(),), float("nan")))
+
+    def sample(self, segment: Segment) -> None:
+        """Tokens that the policy sampled."""
+        self._append(segment.tokens, IMAGE if segment.kind == "image" else TEXT, True, segment.logp)
+
+    def _append(self, tokens: Tensor, modality: int, sampled: bool, logp: Tensor) -> None:
+        self.tokens.append(tokens)
+        self.modality.append(torch.full(tokens.shape, modality, dtype=torch.uint8))
+        self.loss_mask.append(torch.full(tokens.shape, sampled))
+        self.sampled_logp.append(logp)
+        self.length += tokens.numel()
+
+
 def _pack_groups(
-    policy: Policy, rollouts: Sequence[Rollout], rewards_SK: Tensor, keep_S: Tensor, groups: list[range], *, learn: bool
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    rewards_SK: Tensor,
+    keep_S: Tensor,
+    groups: list[range],
+    share_prefix: bool,
 ) -> PackedBatch:
-    members = [i for group in groups for i in group]
-    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    lengths, image_rows, images = [], [], []
-    start = 0
-    for i in members:
-        if not keep_S[i]:
-            lengths.append(0)
-            continue
-        column = _sequence(policy, rollouts[i])
-        seen = rollouts[i].prompt_image
-        if seen is not None:
-            image_rows.append(policy.image_slots(rollouts[i].prompt_tokens).nonzero().squeeze(1) + start)
-            images.append(seen)
-        columns.append(column)
-        lengths.append(column[0].numel())
-        start += lengths[-1]
-    tokens, modality, loss_mask, sampled = (torch.cat(parts) for parts in zip(*columns, strict=True))
-    lengths_S = torch.tensor(lengths)
-    device = rewards_SK.device
+    prefixes, responses = _Axis(), _Axis()
+    cu_prefixes, cu_seqlens = [0], [0]
+    for group in groups:
+        kept = [i for i in group if keep_S[i]]
+        shared = share_prefix and len(kept) > 1
+        if shared:
+            prefixes.give(policy, rollouts[kept[0]].prompt_tokens, rollouts[kept[0]].prompt_image)
+        cu_prefixes.append(prefixes.length)
+        for i in group:
+            if keep_S[i]:
+                if not shared:
+                    responses.give(policy, rollouts[i].prompt_tokens, rollouts[i].prompt_image)
+                for segment in rollouts[i].segments:
+                    responses.give(policy, segment.lead, segment.lead_image)
+                    responses.sample(segment)
+            cu_seqlens.append(responses.length)
+    images = prefixes.images + responses.images
+    rows = [*prefixes.image_rows, *(rows + prefixes.length for rows in responses.image_rows)]
+    members = torch.tensor([i for group in groups for i in group], device=rewards_SK.device)
+    offsets = torch.tensor([0, *(len(group) for group in groups)]).cumsum(0).int()
+    ends = torch.tensor(cu_seqlens, dtype=torch.int32)
     return PackedBatch(
-        tokens=tokens,
-        modality=modality,
-        loss_mask=loss_mask if learn else torch.zeros_like(loss_mask),
-        position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        cu_seqlens=torch.cat([lengths_S.new_zeros(1), lengths_S.cumsum(0)]).int(),
-        group_offsets=torch.tensor([0, *(len(group) for group in groups)]).cumsum(0).int(),
-        rewards=rewards_SK[torch.tensor(members, device=device)].cpu(),
-        image_rows=torch.cat(image_rows) if image_rows else torch.zeros(0, dtype=torch.long),
+        prefix_tokens=torch.cat(prefixes.tokens) if prefixes.tokens else torch.zeros(0, dtype=torch.long),
+        layout=SharedPrefixLayout(torch.tensor(cu_prefixes, dtype=torch.int32), ends, offsets),
+        tokens=torch.cat(responses.tokens),
+        modality=torch.cat(responses.modality),
+        loss_mask=torch.cat(responses.loss_mask),
+        cu_seqlens=ends,
+        group_offsets=offsets,
+        rewards=rewards_SK[members].cpu(),
+        image_rows=torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long),
         image_embeddings=torch.cat(images).float().cpu() if images else torch.zeros(0, 0),
-        sampled_logp=sampled,
+        sampled_logp=torch.cat(responses.sampled_logp),
     )
-
-
-def _sequence(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, modality, loss mask and the sampler's log-probabilities of one trajectory, [L] each."""
-    prompt = rollout.prompt_tokens
-    tokens, kinds, masks = [prompt], [torch.full_like(prompt, TEXT)], [torch.zeros_like(prompt)]
-    logps = [torch.full((prompt.numel(),), float("nan"))]
-    for segment in rollout.segments:
-        if segment.kind == "image":
-            tokens.append(prompt.new_tensor([policy.image_start]))
-            kinds.append(prompt.new_tensor([TEXT]))
-            masks.append(prompt.new_tensor([0]))
-            logps.append(torch.full((1,), float("nan")))
-        tokens.append(segment.tokens)
-        kinds.append(torch.full_like(segment.tokens, IMAGE if segment.kind == "image" else TEXT))
-        masks.append(torch.ones_like(segment.tokens))
-        logps.append(segment.logp)
-    return torch.cat(tokens), torch.cat(kinds).to(torch.uint8), torch.cat(masks).bool(), torch.cat(logps)

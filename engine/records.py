@@ -2,18 +2,21 @@
 
 Data moves one way.  Each record is frozen, and no stage writes into a record that an earlier stage made.
 
-Dims: T packed tokens, S sequences (trajectories), P prompts (groups), G members of a group, L segment length.
+Dims: T packed tokens, S sequences (trajectories), P prompts (groups), G members of a group, L segment length, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from syncr1.kernels.api import SharedPrefixLayout
 
 TEXT, IMAGE = 0, 1
 """Values of `modality`: the vocabulary that a *target* token belongs to."""
@@ -35,9 +38,14 @@ class Prompt:
     image: Path | None = None
     """The photo that the user shows; None for a text-only prompt."""
     segments: tuple[SegmentKind, ...] = ("text", "image")
-    """What the policy produces, in order, as one causal sequence. `("text", "image")` is Sync-R1's chain."""
+    """What the policy produces, in order, as one causal sequence: text, image, text, any of which may be absent.
+    `("text", "image")` is Sync-R1's chain."""
     answer: str | None = None
-    """Ground truth of the text segment."""
+    """Ground truth of the first text segment."""
+    follow_up: str | None = None
+    """What the user asks about the drawn image, where `segments` has text behind the image."""
+    follow_up_answer: str | None = None
+    """Ground truth of the text behind the image."""
     options: tuple[str, ...] = ()
     """Candidate answers, one of which is right (Sync-R1 mode `r`: the concept's `extra_info`)."""
     concept: str | None = None
@@ -54,9 +62,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A run of tokens of one vocabulary that the policy sampled."""
+    """A run of tokens of one vocabulary that the policy sampled, and what it was given right before."""
 
     kind: SegmentKind
+    lead: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    """[L'] int64 text ids that were fed and not sampled: the image's start, a follow-up turn."""
+    lead_image: Tensor | None = None
+    """[num_image_tokens, D] embeddings at the image placeholders of `lead`: the drawn image, seen."""
     tokens: Tensor
     """[L] int64 ids in the segment's own vocabulary; a text segment includes its end-of-turn token if one came."""
     logp: Tensor
@@ -82,38 +94,50 @@ class Rollout:
     """[num_image_tokens, D] embeddings of `prompt.image` (frozen vision tower); shared by the group."""
     segments: tuple[Segment, ...]
     text: str = ""
-    """The decoded text segment, special tokens removed; "" when there is none."""
+    """The decoded first text segment, special tokens removed; "" when there is none."""
+    follow_up_text: str = ""
+    """The decoded text behind the image."""
     image: Tensor | None = None
     """[3, H, W] float32 in [0, 1]; None when no image was drawn."""
     attempts: int = 1
     """Tries that preview DGS spent on this member."""
+    dropped: bool = False
+    """Preview DGS gave it up: its image segment stops at the preview, `image` is the preview's, nothing rewards it."""
     uid: int = 0
     """Keys the sampler's random numbers: a function of seed, prompt id, member and attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """Whole groups on one token axis, no padding. Pruned trajectories keep their place on [S] with zero tokens,
-    so that group statistics are always those of the whole group."""
+    """Whole groups on one token axis, no padding: first all prompts, each once, then all responses.
 
+        [ prompt 0 | prompt 1 | … | response 0.0 | response 0.1 | … | response 1.0 | … ]
+
+    Pruned trajectories keep their place on [S] with zero tokens, so that group statistics are always those of the whole
+    group. A prompt with a single response lies before it, in its sequence, and its prefix is empty: there is nothing
+    to share. Dims: Tp tokens of prompts, T tokens of responses.
+    """
+
+    prefix_tokens: Tensor
+    """[Tp] int64 text ids of the shared prompts."""
+    layout: SharedPrefixLayout
+    """Which prefix tokens and which responses belong together, for attention."""
     tokens: Tensor
     """[T] int64: the token at each position, in the vocabulary that `modality` names."""
     modality: Tensor
     """[T] uint8: TEXT or IMAGE, of the token at this position, i.e. of the target predicted one position earlier."""
     loss_mask: Tensor
     """[T] bool: tokens that the policy produced."""
-    position_ids: Tensor
-    """[T] int64, from 0 in each sequence."""
     cu_seqlens: Tensor
-    """[S+1] int32."""
+    """[S+1] int32, over responses."""
     group_offsets: Tensor
     """[P+1] int32, over sequences."""
     rewards: Tensor
     """[S, K] float32; NaN = this reward did not apply or failed."""
     image_rows: Tensor
-    """[R] int64: positions on the token axis whose embedding comes from `image_embeddings`."""
+    """[R] int64: positions on the whole axis [Tp + T] whose embedding comes from `image_embeddings`."""
     image_embeddings: Tensor
-    """[R, D] float32: frozen vision-tower embeddings of the prompts' images."""
+    """[R, D] float32: frozen vision-tower embeddings of the images that the policy was shown."""
     sampled_logp: Tensor
     """[T] float32: the sampler's conditional log-probability; NaN where nothing was sampled. Diagnostics only."""
     anchor: bool = False
@@ -125,7 +149,15 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        return int(self.tokens.numel())
+        """Positions that the trunk computes; all of them are real."""
+        return int(self.prefix_tokens.numel() + self.tokens.numel())
+
+    @property
+    def num_unshared_tokens(self) -> int:
+        """What they would be if every response brought its own copy of its prompt."""
+        trained = self.cu_seqlens.diff() > 0
+        copies = torch.stack([trained[a:b].sum() for a, b in pairwise(self.group_offsets.tolist())])
+        return int((copies * self.layout.cu_prefixes.diff()).sum() + self.tokens.numel())
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with every tensor on `device`."""
@@ -133,6 +165,8 @@ class PackedBatch:
         for name, value in moved.items():
             if isinstance(value, Tensor):
                 moved[name] = value.to(device, non_blocking=True)
+            elif isinstance(value, SharedPrefixLayout):
+                moved[name] = value.to(device)
         return PackedBatch(**moved)
 
 

@@ -107,6 +107,16 @@ def _series(rows: Rows, names: Mapping[str, str]) -> dict[str, list[tuple[float,
     return {label: _points(rows, name) for name, label in names.items()}
 
 
+def _stages(rows: Rows) -> dict[str, list[tuple[float, float]]]:
+    """Stage -> seconds per step; `rollout/prefill` and its like are summed as `rollout`."""
+    totals: dict[str, dict[float, float]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row if name.startswith("seconds/")):
+        stage = totals.setdefault(name.split("/")[1], {})
+        for step, value in _points(rows, name):
+            stage[step] = stage.get(step, 0.0) + value
+    return {stage: sorted(points.items()) for stage, points in totals.items()}
+
+
 def _ends(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Means over the first and the last tenth: single steps are noisy."""
     count = max(1, len(points) // 10)
@@ -245,7 +255,6 @@ def _charts(rows: Rows) -> str:
     rewards = {"reward": "total"} | {
         n: n.split("/")[1] for n in names if n.startswith("rewards/") and n.endswith("/mean")
     }
-    stages = {n: n.removeprefix("seconds/") for n in names if n.startswith("seconds/")}
     tokens = dict(_points(rows, "num_tokens"))
     saved = dict(_points(rows, "dgs/tokens_saved_fraction"))
     trained = [(x, count * (1 - saved.get(x, 0.0))) for x, count in tokens.items()]
@@ -265,7 +274,7 @@ def _charts(rows: Rows) -> str:
                    note="Groups learn from differences between their members."),
         stacked_chart("Sampled tokens", {"trained on": trained, "pruned": pruned},
                       note="Dynamic group scaling leaves out trajectories that would teach little."),
-        stacked_chart("Seconds per step", _series(rows, stages)),
+        stacked_chart("Seconds per step", _stages(rows)),
         line_chart("Tokens per second", _series(rows, {"tokens_per_second": "sampled and trained"}), from_zero=True),
         line_chart("Previews", _series(rows, {"rollout/preview_acceptance": "accepted",
                    "rollout/preview_threshold": "threshold"}), from_zero=True,

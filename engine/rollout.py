@@ -1,33 +1,38 @@
-"""Prompt x G -> Rollout: sampling text and image tokens as one causal sequence per trajectory.
+"""Prompt x G -> Rollout: many groups sampled at once, each a causal sequence of text and image tokens.
 
-    prompt . text tokens . image_start . image tokens
+    prompt . text . image_start . image . follow-up turn . text        (any of the three may be absent)
 
-Each prompt (its image embeddings included) is prefilled once and its keys and values are copied to the group's members;
-the classifier-free branch is prefilled once per batch.  All rows advance together.  Log-probabilities are recorded as
-they are sampled, conditional and CFG-mixed.  A row's random numbers are keyed by (seed, step, prompt, member, attempt)
-and by its own token counter, so its tokens do not depend on the batch that it happens to be in.
+Each prompt, its image included, runs through the model once, and so does the classifier-free prompt; members hold only
+what they add (cache.py).  Text and image phases advance over all groups together, a sequence that ended frees its rows,
+and the next phase goes on from the same cache.  Log-probabilities, conditional and CFG-mixed, and the entropy come out
+of the sampler in the same pass.  Random numbers are keyed by (seed, step, prompt, member, attempt) and the token's
+place: what is drawn does not depend on the batch around it.
 
-Dims: P prompts, G members, B = P*G rows, L tokens, N image tokens, D hidden.
+Dims: P prompts, G members, B = P*G sequences, N image tokens, D hidden.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from syncr1.engine.attention import KVCache
+from syncr1.engine.cache import Extend, Prefill, Rows
+from syncr1.engine.capacity import Sizes, check_fits, check_plans, check_prompts
+from syncr1.engine.decode import Phase, Samples, State, Trunk, advance
 from syncr1.engine.policies.base import Policy
+from syncr1.engine.preview import Canvas, Preview, draw, fill, preview_length
 from syncr1.engine.records import Prompt, Rollout, Segment, SegmentKind
-from syncr1.kernels.api import CFGSample, cfg_sample
+from syncr1.engine.stepping import Stepper
+from syncr1.engine.stopwatch import Stopwatch
 
-SUPPORTED_SEGMENTS: tuple[tuple[SegmentKind, ...], ...] = (("text",), ("image",), ("text", "image"))
-_IMAGE_OFFSET = 1 << 20
-"""Token counters of image tokens start here, so that they do not depend on how long the text was."""
+IMAGE_OFFSET, FOLLOW_UP_OFFSET = 1 << 20, 1 << 21
+"""Random-number counters of image and follow-up tokens start here, so that they do not depend on the text's length."""
+DRAWN_AT_ONCE = 64
+"""Images that the VQ decoder gets at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +43,7 @@ class Sampling:
     temperature: float = 1.0
     """0 is greedy."""
     max_text_tokens: int = 16
+    """Of each text segment."""
     cfg_weight: float = 1.0
     """Classifier-free guidance of image tokens, u + w (c - u); 1 leaves the branch out."""
     seed: int = 0
@@ -45,55 +51,79 @@ class Sampling:
     """Salts the random numbers, so that each step draws afresh."""
 
 
-class Preview(Protocol):
-    """Preview DGS as the sampler sees it; the rule itself lives in dgs.py."""
+@dataclass(slots=True, kw_only=True)
+class RolloutStats:
+    """What one call of `generate` cost."""
 
-    fraction: float
-    max_attempts: int
+    kv_bytes: int = 0
+    """Keys and values held at once, at most."""
+    prefill_tokens: int = 0
+    """Prompt tokens that went through the trunk; a prompt counts once."""
+    text_tokens: int = 0
+    image_tokens: int = 0
+    """Drawn, those of rejected tries included."""
+    image_tokens_saved: int = 0
+    """What the previews saved: tokens that rejected tries and dropped members would have needed to their end."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By stage: see, prefill, text, image, draw, follow_up."""
 
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], images: Tensor) -> Tensor:
-        """[n] float32 scores of partly drawn images [n, 3, H, W]; NaN = cannot be judged."""
-        ...
 
-    def accepts(self, scores: Tensor) -> Tensor:
-        """[n] bool."""
-        ...
+class RolloutEngine:
+    """Samples from a policy; keep one while the policy lives, so that a GPU's graphs and caches are reused.
 
-    def observe(self, num_accepted: int, num_attempts: int) -> None: ...
+    Args:
+        policy: in eval mode while `generate` runs; its parameters must be whole (under ZeRO-3: gathered).
+        cuda_graphs: replay decoding steps as CUDA graphs; None: where the policy is on a GPU. They hold the addresses
+            of parameters, which must not move between calls (ZeRO-3 moves them).
+        trunk: used for decoding steps instead of the policy's, e.g. a compiled one.
+        max_bytes: the most that keys and values may take; None: what the device has free.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        cuda_graphs: bool | None = None,
+        trunk: Trunk | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        self.policy, self.max_bytes = policy, max_bytes
+        self.trunk: Trunk = trunk or policy.trunk
+        self.stepper = Stepper(policy, self.trunk, cuda_graphs)
+        self.stats = RolloutStats()
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None = None) -> list[Rollout]:
+        """Samples `num_generations` trajectories of each prompt; `stats` then tells what it cost.
+
+        Args:
+            prompts: any mix of segment plans.
+            sampling: temperature, lengths, guidance, seed.
+            preview: preview DGS; None draws every image to its end.
+
+        Returns:
+            len(prompts) * G rollouts, the members of a prompt adjacent, in the order of the prompts.
+
+        Raises:
+            ValueError: a prompt is empty, longer than the model's positions, or asks for what cannot be sampled.
+            RolloutTooLarge: the keys and values do not fit; the message says which numbers to lower.
+        """
+        self.stats = RolloutStats()
+        if not prompts:
+            return []
+        batch = _Batch(self, prompts, sampling, preview)
+        batch.sample_text()
+        batch.draw_images()
+        batch.sample_follow_ups()
+        self.stats.seconds = batch.time.seconds
+        return batch.rollouts()
 
 
-@torch.no_grad()
 def generate(
     policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None = None
 ) -> list[Rollout]:
-    """Samples `num_generations` trajectories of each prompt.
-
-    Args:
-        policy: in eval mode; its parameters must be whole (under ZeRO-3: gathered).
-        prompts: any mix of segment plans.
-        sampling: temperature, lengths, guidance, seed.
-        preview: preview DGS; None draws every image to its end.
-
-    Returns:
-        len(prompts) * G rollouts, the members of a prompt adjacent, in the order of the prompts.
-
-    Raises:
-        ValueError: a prompt asks for a segment plan that is not in SUPPORTED_SEGMENTS.
-    """
-    for prompt in prompts:
-        if prompt.segments not in SUPPORTED_SEGMENTS:
-            raise ValueError(
-                f"generate: prompt {prompt.id} has segments {prompt.segments}, expected one of {SUPPORTED_SEGMENTS}"
-            )
-    results: list[list[Rollout]] = [[] for _ in prompts]
-    for plan in SUPPORTED_SEGMENTS:
-        chosen = [i for i, prompt in enumerate(prompts) if prompt.segments == plan]
-        if not chosen:
-            continue
-        rollouts = _generate_plan(policy, [prompts[i] for i in chosen], sampling, preview)
-        for row, i in enumerate(chosen):
-            results[i] = rollouts[row * sampling.num_generations : (row + 1) * sampling.num_generations]
-    return [rollout for group in results for rollout in group]
+    """One call of a `RolloutEngine` of its own; see there."""
+    return RolloutEngine(policy, cuda_graphs=False).generate(prompts, sampling, preview)
 
 
 def trajectory_key(sampling: Sampling, prompt: Prompt, member: int, attempt: int = 1) -> int:
@@ -102,278 +132,238 @@ def trajectory_key(sampling: Sampling, prompt: Prompt, member: int, attempt: int
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-class _Branch:
-    """Rows under way: their cache, the hidden states that predict the next token, and the next positions."""
+class _Batch:
+    """One call of `generate`: the prompts are run when it is made, then phase follows phase."""
 
-    def __init__(self, policy: Policy, cache: KVCache, hidden: Tensor, positions: Tensor) -> None:
-        self.policy, self.cache, self.hidden, self.positions = policy, cache, hidden, positions
+    def __init__(
+        self, engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None
+    ) -> None:
+        self.engine, self.policy, self.sampling, self.preview = engine, engine.policy, sampling, preview
+        check_plans(self.policy, prompts)
+        self.time = Stopwatch()
+        self.members = [(prompt, member) for prompt in prompts for member in range(sampling.num_generations)]
+        B = len(self.members)
+        self.segments: list[list[Segment]] = [[] for _ in range(B)]
+        self.texts, self.follow_up_texts = [""] * B, [""] * B
+        self.images: list[Tensor | None] = [None] * B
+        self.attempts, self.dropped = [1] * B, [False] * B
+        self.uids = [trajectory_key(sampling, *member) for member in self.members]
+        self.prompt_tokens = [self.policy.prompt_tokens(prompt) for prompt in prompts]
+        self.follow_ups = [self.policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
+        sizes = Sizes.of(self.policy, prompts, self.follow_ups, sampling.max_text_tokens)
+        check_prompts(self.policy, prompts, self.prompt_tokens, sizes)
+        self.guided = sampling.cfg_weight != 1.0 and any("image" in prompt.segments for prompt in prompts)
+        self._allocate(sizes)
+        self._prefill(prompts)
 
-    def feed(self, embeddings_BD: Tensor, valid: Tensor) -> None:
-        """One token per row; rows where `valid` is False stay where they are."""
-        layout = self.cache.extend(valid[:, None])
-        hidden = self.policy.trunk(embeddings_BD[:, None], self.positions[:, None], layout)[:, 0]
-        self.hidden = torch.where(valid[:, None], hidden, self.hidden)
-        self.positions = self.positions + valid.long()
+    def _allocate(self, sizes: Sizes) -> None:
+        engine, G = self.engine, self.sampling.num_generations
+        shape, N = self.policy.cache_shape(), self.policy.num_image_tokens
+        prefixes = [tokens.numel() for tokens in self.prompt_tokens]
+        own = [length for length in sizes.own for _ in range(G)]
+        self.free_tokens: Tensor | None = None
+        if self.guided:
+            self.free_tokens = self.policy.unconditional_tokens()
+            prefixes.append(self.free_tokens.numel())
+            own += [N * drawn for drawn in sizes.images for _ in range(G)]
+        columns = sum(own) + sizes.preview_columns(G, preview_length(self.preview, N), self.guided) * self._retries
+        check_fits(shape, sum(prefixes), columns, G, engine.max_bytes)
+        self.prompts = engine.stepper.store("prompts", shape, prefixes)
+        self.own = engine.stepper.store("own", shape, own)
+        engine.stats.kv_bytes = shape.num_bytes(sum(prefixes) + sum(own))
 
-    def rows(self, index: Tensor, capacity: int | None = None) -> _Branch:
-        return _Branch(self.policy, self.cache.rows(index, capacity), self.hidden[index], self.positions[index])
+    @property
+    def _retries(self) -> bool:
+        return self.preview is not None and self.preview.max_attempts > 1
 
-    def write_rows(self, index: Tensor, other: _Branch) -> None:
-        self.cache.write_rows(index, other.cache)
-        self.hidden = self.hidden.index_copy(0, index, other.hidden)
-        self.positions = self.positions.index_copy(0, index, other.positions)
+    def _prefill(self, prompts: Sequence[Prompt]) -> None:
+        policy, device = self.policy, self.prompts.keys.device
+        with self.time("see"):
+            self.prompt_images = self._see(prompts)
+        with self.time("prefill"):
+            everything = [*self.prompt_tokens, *([] if self.free_tokens is None else [self.free_tokens])]
+            tokens = torch.cat(everything).to(device)
+            embeddings = policy.embed(tokens, "text")
+            seen = [image for image in self.prompt_images if image is not None]
+            if seen:
+                slots = policy.image_slots(tokens).nonzero().squeeze(1)
+                embeddings = embeddings.index_copy(0, slots, torch.cat(seen).to(embeddings.dtype))
+            layout = Prefill(self.prompts)
+            hidden = policy.trunk(embeddings[None], layout.position_ids[None], layout)[0]
+            lengths = torch.tensor([tokens.numel() for tokens in everything], device=device)
+            starts = lengths.cumsum(0) - lengths
+            B, G = len(self.members), self.sampling.num_generations
+            owner = torch.arange(len(prompts), device=device).repeat_interleave(G)
+            own_starts = torch.tensor(self.own.starts, device=device)
 
-    def logits(self, kind: SegmentKind) -> tuple[Tensor, Tensor | None]:
-        head = self.policy.head(self.hidden, kind)
-        return torch.nn.functional.linear(head.hidden, head.weight, head.bias), head.forbidden
+            def rows(prefix: Tensor, own_start: Tensor) -> Rows:
+                nothing = torch.zeros_like(prefix)
+                spans = torch.stack([starts[prefix], lengths[prefix], own_start, nothing], 1)
+                return Rows(spans, lengths[prefix].clone(), hidden[starts[prefix] + lengths[prefix] - 1])
 
+            self.rows = rows(owner, own_starts[:B])
+            free = torch.full_like(owner, len(prompts))
+            self.guides = rows(free, own_starts[B : 2 * B]) if self.guided else None
+        self.engine.stats.prefill_tokens = tokens.numel()
 
-@dataclass(slots=True)
-class _Drawing:
-    """Image tokens so far, [B, n] each, and the branches that continue them."""
+    def _see(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
+        """Each prompt's image embeddings; a photo that several prompts show is encoded once."""
+        paths = list(dict.fromkeys(prompt.image for prompt in prompts if prompt.image is not None))
+        if not paths:
+            return [None] * len(prompts)
+        seen = dict(zip(paths, self.policy.see(self.policy.load_images(paths)), strict=True))
+        return [None if prompt.image is None else seen[prompt.image] for prompt in prompts]
 
-    conditional: _Branch
-    unconditional: _Branch | None
-    samples: list[CFGSample]
+    # Phases, each over every sequence that has it -------------------------------------------------------------------
 
-    def columns(self, name: str) -> Tensor:
-        return torch.stack([getattr(sample, name) for sample in self.samples], dim=1)
+    def sample_text(self) -> None:
+        """The text that comes first."""
+        chosen = [i for i, (prompt, _) in enumerate(self.members) if prompt.segments[0] == "text"]
+        goes_on = any(len(self.members[i][0].segments) > 1 for i in chosen)
+        with self.time("text"):
+            segments = self._sample_text(chosen, first_offset=0, goes_on=goes_on)
+        for i, segment in zip(chosen, segments, strict=True):
+            self.segments[i].append(segment)
+            self.texts[i] = self.policy.decode_text(segment.tokens)
 
+    def draw_images(self) -> None:
+        """Image start and image tokens; a preview may restart or drop sequences on the way."""
+        chosen = [i for i, (prompt, _) in enumerate(self.members) if "image" in prompt.segments]
+        if not chosen:
+            return
+        policy, sampling, stats = self.policy, self.sampling, self.engine.stats
+        phase = Phase(kind="image", max_tokens=policy.num_image_tokens, temperature=sampling.temperature,
+                      cfg_weight=sampling.cfg_weight, first_offset=IMAGE_OFFSET)  # fmt: skip
+        index = torch.tensor(chosen, device=self.rows.position.device)
+        start = index.new_tensor([policy.image_start])
+        with self.time("image"):
+            rows = self.rows.take(index)
+            lead = policy.embed(start, "text").expand(len(chosen), -1)
+            advance(self.engine.trunk, self.prompts, self.own, rows, lead)
+            self.rows.put(index, rows)
+            drawing = draw(self._canvas(chosen, phase), self.preview)
+        stats.image_tokens, stats.image_tokens_saved = drawing.num_drawn, drawing.num_saved
+        segments = self._segments(drawing.samples, chosen, phase)
+        with self.time("draw"):
+            # What was dropped is shown as its preview was.
+            tokens = torch.cat([fill(segment.tokens[None], phase.max_tokens) for segment in segments])
+            pictures = torch.cat([policy.draw(part.to(index.device)).cpu() for part in tokens.split(DRAWN_AT_ONCE)])
+        keys = drawing.keys.tolist()
+        for row, i in enumerate(chosen):
+            self.segments[i].append(replace(segments[row], lead=start.cpu()))
+            self.images[i], self.uids[i] = pictures[row], keys[row]
+            self.attempts[i], self.dropped[i] = drawing.attempts[row], drawing.dropped[row]
 
-def _generate_plan(policy: Policy, prompts: list[Prompt], sampling: Sampling, preview: Preview | None) -> list[Rollout]:
-    G = sampling.num_generations
-    plan = prompts[0].segments
-    text_room = sampling.max_text_tokens if "text" in plan else 0
-    image_room = policy.num_image_tokens + 1 if "image" in plan else 0
-    token_lists, images, prefix = _prefill(policy, prompts)
-    members = torch.arange(len(prompts), device=prefix.hidden.device).repeat_interleave(G)
-    branch = prefix.rows(members, prefix.cache.length + text_room + image_room)
-    rows = [(prompt, member) for prompt in prompts for member in range(G)]
-
-    text_segments: list[Segment | None] = [None] * len(rows)
-    image_segments: list[Segment | None] = [None] * len(rows)
-    drawn: Tensor | None = None
-    attempts, uids = [1] * len(rows), [trajectory_key(sampling, *row) for row in rows]
-    if "text" in plan:
-        text_segments = list(_sample_text(policy, branch, rows, sampling))
-    texts = [policy.decode_text(segment.tokens) if segment is not None else "" for segment in text_segments]
-    if "image" in plan:
-        drawing, uids, attempts = _sample_image(policy, branch, rows, texts, sampling, preview)
-        tokens = drawing.columns("token")
-        drawn = policy.draw(tokens).cpu()
-        image_segments = list(_image_segments(drawing, tokens))
-    return [
-        Rollout(
-            prompt=prompt,
-            member=member,
-            prompt_tokens=token_lists[i // G],
-            prompt_image=images[i // G],
-            segments=tuple(s for s in (text_segments[i], image_segments[i]) if s is not None),
-            text=texts[i],
-            image=None if drawn is None else drawn[i],
-            attempts=attempts[i],
-            uid=uids[i],
+    def _canvas(self, chosen: list[int], phase: Phase) -> Canvas:
+        most = 1 if self.preview is None else self.preview.max_attempts
+        return Canvas(
+            policy=self.policy,
+            stepper=self.engine.stepper,
+            phase=phase,
+            prompts=self.prompts,
+            own=self.own,
+            rows=self.rows,
+            guides=self.guides,
+            chosen=chosen,
+            asked=[self.members[i][0] for i in chosen],
+            texts=[self.texts[i] for i in chosen],
+            keys=[self.keys(chosen, attempt) for attempt in range(1, most + 1)],
+            goes_on=any(self.follow_ups[i // self.sampling.num_generations] is not None for i in chosen),
         )
-        for i, (prompt, member) in enumerate(rows)
-    ]
 
+    def sample_follow_ups(self) -> None:
+        """The follow-up turn, which shows the drawn image, and the text that answers it."""
+        G = self.sampling.num_generations
+        chosen = [i for i in range(len(self.members)) if self.follow_ups[i // G] is not None and not self.dropped[i]]
+        if not chosen:
+            return
+        with self.time("follow_up"):
+            turns = [turn for i in chosen if (turn := self.follow_ups[i // G]) is not None]
+            seen = self.policy.see(torch.stack([image for i in chosen if (image := self.images[i]) is not None]))
+            self._extend(chosen, turns, seen)
+            segments = self._sample_text(chosen, first_offset=FOLLOW_UP_OFFSET, goes_on=False)
+        for row, i in enumerate(chosen):
+            self.segments[i].append(replace(segments[row], lead=turns[row], lead_image=seen[row]))
+            self.follow_up_texts[i] = self.policy.decode_text(segments[row].tokens)
 
-def _prefill(policy: Policy, prompts: list[Prompt]) -> tuple[list[Tensor], list[Tensor | None], _Branch]:
-    """Runs the prompts, left-padded to one length: their tokens, image embeddings and the branch at their ends."""
-    token_lists = [policy.prompt_tokens(prompt) for prompt in prompts]
-    images: list[Tensor | None] = [None] * len(prompts)
-    shown = [i for i, prompt in enumerate(prompts) if prompt.image is not None]
-    if shown:
-        seen = policy.see(policy.load_images([p for i in shown if (p := prompts[i].image) is not None]))
-        for row, i in enumerate(shown):
-            images[i] = seen[row]
-    return token_lists, images, _start(policy, token_lists, images)
+    # ----------------------------------------------------------------------------------------------------------------
 
-
-def _start(policy: Policy, token_lists: list[Tensor], images: list[Tensor | None]) -> _Branch:
-    lengths = torch.tensor([tokens.numel() for tokens in token_lists])
-    width = int(lengths.max())
-    tokens_BL = torch.full((len(token_lists), width), policy.image_start, dtype=torch.long)
-    for row, tokens in enumerate(token_lists):
-        tokens_BL[row, width - tokens.numel() :] = tokens
-    cache = policy.new_cache(len(token_lists), width)
-    device = cache.keys.device
-    tokens_BL, lengths = tokens_BL.to(device), lengths.to(device)
-    columns = torch.arange(width, device=device)
-    valid = columns[None] >= width - lengths[:, None]
-    positions = (columns[None] - (width - lengths[:, None])).clamp(min=0)
-    embeddings = policy.embed(tokens_BL, "text")
-    slots = policy.image_slots(tokens_BL) & valid
-    for row, image in enumerate(images):
-        if image is not None:
-            embeddings[row, slots[row]] = image.to(embeddings.dtype)
-    hidden = policy.trunk(embeddings, positions, cache.extend(valid))[:, -1]
-    return _Branch(policy, cache, hidden, lengths)
-
-
-def _keys(rows: list[tuple[Prompt, int]], sampling: Sampling, attempt: int, device: torch.device) -> Tensor:
-    return torch.tensor([trajectory_key(sampling, prompt, member, attempt) for prompt, member in rows], device=device)
-
-
-def _sample_text(policy: Policy, branch: _Branch, rows: list[tuple[Prompt, int]], sampling: Sampling) -> list[Segment]:
-    device = branch.hidden.device
-    keys = _keys(rows, sampling, 1, device)
-    ends = torch.tensor(sorted(policy.end_tokens), device=device)
-    alive = torch.ones(len(rows), dtype=torch.bool, device=device)
-    samples: list[CFGSample] = []
-    lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
-    for step in range(sampling.max_text_tokens):
-        logits, forbidden = branch.logits("text")
-        sample = cfg_sample(logits, temperature=sampling.temperature, seed=keys, offset=step, forbidden=forbidden)
-        samples.append(sample)
-        lengths += alive
-        branch.feed(policy.embed(sample.token, "text"), alive)
-        alive = alive & ~torch.isin(sample.token, ends)
-        if not bool(alive.any()):
-            break
-    stacked = [
-        torch.stack([getattr(s, name) for s in samples], 1).cpu() for name in ("token", "logp", "logp_mixed", "entropy")
-    ]
-    unfinished = alive.cpu()
-    return [
-        _segment("text", [column[i, :length] for column in stacked], truncated=bool(unfinished[i]))
-        for i, length in enumerate(lengths.tolist())
-    ]
-
-
-def _segment(kind: SegmentKind, columns: list[Tensor], truncated: bool = False) -> Segment:
-    tokens, logp, logp_mixed, entropy = columns
-    return Segment(kind=kind, tokens=tokens, logp=logp, logp_mixed=logp_mixed, entropy=entropy, truncated=truncated)
-
-
-def _image_segments(drawing: _Drawing, tokens: Tensor) -> list[Segment]:
-    columns = [tokens.cpu(), *(drawing.columns(name).cpu() for name in ("logp", "logp_mixed", "entropy"))]
-    return [_segment("image", [column[i] for column in columns]) for i in range(tokens.shape[0])]
-
-
-def _sample_image(
-    policy: Policy,
-    branch: _Branch,
-    rows: list[tuple[Prompt, int]],
-    texts: list[str],
-    sampling: Sampling,
-    preview: Preview | None,
-) -> tuple[_Drawing, list[int], list[int]]:
-    """Every row's image, the key that it was drawn with, and the tries that it took."""
-    B, N = len(rows), policy.num_image_tokens
-    device = branch.hidden.device
-    everyone = torch.ones(B, dtype=torch.bool, device=device)
-    branch.feed(policy.embed(torch.full((B,), policy.image_start, device=device), "text"), everyone)
-    unconditional = None
-    if sampling.cfg_weight != 1.0:
-        prefix = _start(policy, [policy.unconditional_tokens()], [None])
-        unconditional = prefix.rows(torch.zeros(B, dtype=torch.long, device=device), prefix.cache.length + N)
-    keys = _keys(rows, sampling, 1, device)
-    start = _Drawing(branch, unconditional, [])
-    num_preview = 0 if preview is None else max(1, round(preview.fraction * N))
-    if preview is None or num_preview >= N:
-        return _draw(policy, start, keys, sampling, 0, N), keys.tolist(), [1] * B
-    drawing, keys, attempts = _draw_previewed(policy, start, rows, texts, keys, sampling, preview, num_preview)
-    return _draw(policy, drawing, keys, sampling, num_preview, N), keys.tolist(), attempts
-
-
-def _draw(policy: Policy, drawing: _Drawing, keys: Tensor, sampling: Sampling, first: int, last: int) -> _Drawing:
-    """Draws image tokens first … last-1 of every row; leaves the given branches advanced."""
-    everyone = torch.ones(keys.shape[0], dtype=torch.bool, device=keys.device)
-    samples = list(drawing.samples)
-    for step in range(first, last):
-        conditional, forbidden = drawing.conditional.logits("image")
-        unconditional = None if drawing.unconditional is None else drawing.unconditional.logits("image")[0]
-        sample = cfg_sample(
-            conditional,
-            unconditional,
-            cfg_weight=sampling.cfg_weight,
-            temperature=sampling.temperature,
-            seed=keys,
-            offset=_IMAGE_OFFSET + step,
-            forbidden=forbidden,
+    def _sample_text(self, chosen: list[int], *, first_offset: int, goes_on: bool) -> list[Segment]:
+        if not chosen:
+            return []
+        sampling, policy = self.sampling, self.policy
+        phase = Phase(kind="text", max_tokens=sampling.max_text_tokens, temperature=sampling.temperature,
+                      first_offset=first_offset, ends=tuple(sorted(policy.end_tokens)))  # fmt: skip
+        samples = self.engine.stepper.samples("text", len(self.members), phase.max_tokens)
+        index = torch.tensor(chosen, device=self.rows.position.device)
+        state = State.start(self.rows.take(index), index, self.keys(chosen))
+        self.engine.stepper.run(
+            phase, state, samples, self.prompts, self.own, self.rows, num_steps=phase.max_tokens, feed_last=goes_on
         )
-        samples.append(sample)
-        if step + 1 < policy.num_image_tokens:
-            embeddings = policy.embed(sample.token, "image")
-            drawing.conditional.feed(embeddings, everyone)
-            if drawing.unconditional is not None:
-                drawing.unconditional.feed(embeddings, everyone)
-    return _Drawing(drawing.conditional, drawing.unconditional, samples)
+        segments = self._segments(samples, chosen, phase)
+        self.engine.stats.text_tokens += sum(segment.tokens.numel() for segment in segments)
+        return segments
 
+    def _extend(self, chosen: list[int], turns: list[Tensor], seen: Tensor) -> None:
+        """Runs given turns [n] behind sequences `chosen`, `seen` [n, tokens, D] at their image placeholders."""
+        policy, device = self.policy, self.rows.position.device
+        lengths = [turn.numel() for turn in turns]
+        tokens = torch.nn.utils.rnn.pad_sequence(turns, batch_first=True).to(device)
+        new = torch.arange(tokens.shape[1], device=device)[None] < torch.tensor(lengths, device=device)[:, None]
+        embeddings = policy.embed(tokens, "text")
+        slots = policy.image_slots(tokens) & new
+        embeddings[slots] = seen.flatten(0, 1).to(embeddings.dtype)
+        rows = self.rows.take(torch.tensor(chosen, device=device))
+        positions = rows.position[:, None] + torch.arange(tokens.shape[1], device=device)
+        positions = torch.where(new, positions, 0)
+        hidden = policy.trunk(embeddings, positions, Extend(self.prompts, self.own, rows.spans, lengths))
+        added = torch.tensor(lengths, device=device)
+        rows.hidden = hidden[torch.arange(len(chosen), device=device), added - 1]
+        rows.position += added
+        rows.spans[:, 3] += added
+        self.rows.put(torch.tensor(chosen, device=device), rows)
 
-def _draw_previewed(
-    policy: Policy,
-    start: _Drawing,
-    rows: list[tuple[Prompt, int]],
-    texts: list[str],
-    keys: Tensor,
-    sampling: Sampling,
-    preview: Preview,
-    num_preview: int,
-) -> tuple[_Drawing, Tensor, list[int]]:
-    """The first `num_preview` tokens of every row, restarted below the threshold; the best try stays if none passes."""
-    device = keys.device
-    everyone = torch.arange(keys.shape[0], device=device)
-    capacities = [b.cache.capacity if b is not None else 0 for b in (start.conditional, start.unconditional)]
+    def keys(self, chosen: Sequence[int], attempt: int = 1) -> Tensor:
+        """[n] int64: keys of the sequences' random numbers."""
+        keys = [trajectory_key(self.sampling, *self.members[i], attempt) for i in chosen]
+        return torch.tensor(keys, device=self.rows.position.device)
 
-    def try_rows(index: Tensor, try_keys: Tensor) -> tuple[_Drawing, Tensor]:
-        fresh = _Drawing(
-            start.conditional.rows(index, capacities[0]),
-            None if start.unconditional is None else start.unconditional.rows(index, capacities[1]),
-            [],
+    def _segments(self, samples: Samples, chosen: list[int], phase: Phase) -> list[Segment]:
+        index = torch.tensor(chosen, device=samples.token.device)
+        token, logp, mixed, entropy, length = (
+            column[index].cpu()
+            for column in (samples.token, samples.logp, samples.logp_mixed, samples.entropy, samples.length)
         )
-        drawn = _draw(policy, fresh, try_keys, sampling, 0, num_preview)
-        pictures = policy.draw(_fill(drawn.columns("token"), policy.num_image_tokens))
-        chosen = index.tolist()
-        scores = preview.score([rows[i][0] for i in chosen], [texts[i] for i in chosen], pictures).to(device)
-        return drawn, scores
+        ended = torch.isin(token.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0], torch.tensor(phase.ends))
+        kind: SegmentKind = phase.kind
+        return [
+            Segment(
+                kind=kind,
+                tokens=token[row, :n],
+                logp=logp[row, :n],
+                logp_mixed=mixed[row, :n],
+                entropy=entropy[row, :n],
+                truncated=kind == "text" and not bool(ended[row]),
+            )
+            for row, n in enumerate(length.tolist())
+        ]
 
-    best, scores = try_rows(everyone, keys)
-    # What cannot be judged (an anchor, a failed reward) is drawn once: more tries of it would be chosen by nothing.
-    judged = ~scores.isnan()
-    attempts = torch.ones(keys.shape[0], dtype=torch.long)
-    preview.observe(int(preview.accepts(scores).sum()), int(judged.sum()))
-    for attempt in range(2, preview.max_attempts + 1):
-        pending = (judged & ~preview.accepts(scores)).nonzero().squeeze(1)
-        if pending.numel() == 0:
-            break
-        try_keys = _keys([rows[i] for i in pending.tolist()], sampling, attempt, device)
-        tried, tried_scores = try_rows(pending, try_keys)
-        preview.observe(int(preview.accepts(tried_scores).sum()), int(pending.numel()))
-        better = tried_scores.nan_to_num(nan=float("-inf")) > scores[pending]
-        where, which = pending[better], better.nonzero().squeeze(1)
-        _take(best, where, tried, which)
-        scores[where] = tried_scores[which]
-        keys = keys.index_copy(0, where, try_keys[which])
-        attempts[pending.cpu()] = attempt
-    return best, keys, attempts.tolist()
-
-
-def _take(best: _Drawing, where: Tensor, tried: _Drawing, which: Tensor) -> None:
-    """Rows `where` of `best` become rows `which` of `tried`."""
-    if where.numel() == 0:
-        return
-    best.conditional.write_rows(where, tried.conditional.rows(which))
-    if best.unconditional is not None and tried.unconditional is not None:
-        best.unconditional.write_rows(where, tried.unconditional.rows(which))
-    best.samples = [
-        replace(
-            old,
-            **{
-                name: getattr(old, name).index_copy(0, where, getattr(new, name)[which])
-                for name in ("token", "logp", "logp_mixed", "entropy")
-            },
-        )
-        for old, new in zip(best.samples, tried.samples, strict=True)
-    ]
-
-
-def _fill(tokens: Tensor, num_tokens: int) -> Tensor:
-    """[n, k] -> [n, N]: the rest of the picture repeats its last drawn row (cheap, and it stays a picture)."""
-    side = round(num_tokens**0.5)
-    columns = torch.arange(num_tokens, device=tokens.device)
-    drawn = tokens.shape[1]
-    last_row = max(0, (drawn // side - 1) * side)
-    source = torch.where(columns < drawn, columns, (last_row + columns % side).clamp(max=drawn - 1))
-    return tokens[:, source]
+    def rollouts(self) -> list[Rollout]:
+        """Everything sampled, in the order of the prompts."""
+        G = self.sampling.num_generations
+        return [
+            Rollout(
+                prompt=prompt,
+                member=member,
+                prompt_tokens=self.prompt_tokens[i // G],
+                prompt_image=self.prompt_images[i // G],
+                segments=tuple(self.segments[i]),
+                text=self.texts[i],
+                follow_up_text=self.follow_up_texts[i],
+                image=self.images[i],
+                attempts=self.attempts[i],
+                dropped=self.dropped[i],
+                uid=self.uids[i],
+            )
+            for i, (prompt, member) in enumerate(self.members)
+        ]

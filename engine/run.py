@@ -21,6 +21,7 @@ from syncr1.engine.evaluate.run import Evaluation
 from syncr1.engine.learner import Learner, LearnerSettings, init_distributed, local_device
 from syncr1.engine.objective import Objective
 from syncr1.engine.policies.base import Policy
+from syncr1.engine.policies.fused import use_liger_kernels
 from syncr1.engine.prompt_stream import PromptStream
 from syncr1.engine.prompts import load_anchors, load_training_prompts
 from syncr1.engine.records import Rollout, StepMetrics
@@ -50,6 +51,11 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
     display.stage("data and starting model")
     policy = one_at_a_time(lambda: prepare_policy(config, report=display.note))
     limit_threads(policy)
+    policy.to(local_device())
+    if config.use_liger_kernel:
+        for line in use_liger_kernels(policy.decoder()):
+            if not line.startswith("none"):
+                display.note(f"liger-kernel: {line}")
     root = one_at_a_time(lambda: prepare_data(config))
     prompts, anchors = load_training_prompts(root), load_anchors(root)
     if not anchors and config.anchor_fraction > 0:
@@ -132,6 +138,9 @@ def settings_of(config: SyncR1Config) -> LearnerSettings:
         zero_stage=config.zero_stage,
         bf16=config.bf16,
         num_iterations=config.num_iterations,
+        gradient_checkpointing=config.gradient_checkpointing,
+        cuda_graphs=config.cuda_graphs,
+        compile_decode=config.compile_decode,
     )
 
 

@@ -6,9 +6,7 @@ Dims: P prompts, G members, S = P * G trajectories, K rewards.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,7 +19,8 @@ from syncr1.engine.packing import pack
 from syncr1.engine.records import MODALITY_NAMES, PackedBatch, Prompt, Rollout, StepMetrics
 from syncr1.engine.rewards.base import RewardTable, score
 from syncr1.engine.rewards.ensemble import RewardSet, combine
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.rollout import RolloutStats, Sampling
+from syncr1.engine.stopwatch import Stopwatch, split
 from syncr1.kernels.api import dgs_select
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
@@ -58,7 +57,7 @@ class Trainer:
         self.config, self.learner, self.prompts, self.rewards = config, learner, prompts, rewards
         self.preview, self.on_step = preview, on_step
         self.step = 0
-        self._seconds: dict[str, float] = {}
+        self.rollouts = learner.rollout_engine()
 
     def train(self) -> None:
         """Runs to `max_steps`."""
@@ -67,15 +66,14 @@ class Trainer:
 
     def train_step(self) -> StepMetrics:
         """One rollout and its updates."""
-        config = self.config
-        self._seconds = {}
+        config, time = self.config, Stopwatch()
         self.learner.set_learning_rate(learning_rate(config, self.step))
         prompts = self.prompts.next_step()
-        with self._timed("rollout"), self.learner.sampling() as policy:
-            rollouts = generate(policy, prompts, self._sampling(), self.preview)
-        with self._timed("reward"):
+        with time("rollout"), self.learner.sampling() as policy:
+            rollouts = self.rollouts.generate(prompts, self._sampling(), self.preview)
+        with time("reward"):
             table = score(rollouts, self.rewards.functions, timeout=config.reward_timeout)
-        with self._timed("pack"):
+        with time("pack"):
             credit_S2 = credited_rewards(table.values, self.rewards, config.credit)
             keep_S = self._keep(rollouts, credit_S2)
             if config.scale_rewards == "batch":
@@ -87,12 +85,16 @@ class Trainer:
                 keep_S,
                 num_generations=config.num_generations,
                 max_tokens=config.max_tokens_per_microbatch,
+                share_prefix=config.share_prefix,
             )
-        with self._timed("score"):
+        with time("score"):
             scored = self.learner.score(batches)
-        with self._timed("update"):
+        with time("update"):
             learned = self.learner.update(scored)
-        metrics = self._metrics(rollouts, table, keep_S, batches, learned)
+        seconds = split(time.seconds, rollout=self.rollouts.stats.seconds, update=self.learner.seconds)
+        metrics = StepMetrics(
+            step=self.step, values=self._metrics(rollouts, table, keep_S, batches, learned, seconds), seconds=seconds
+        )
         self.step += 1
         if self.on_step is not None:
             self.on_step(metrics, rollouts, combine(table.values, self.rewards.weight_tensor()))
@@ -120,7 +122,8 @@ class Trainer:
             rewards, offsets, rule=c.dgs, mass=c.dgs_mass, keep=c.dgs_keep, seed=c.seed * 100_003 + self.step
         )
         anchors = torch.tensor([not rollout.prompt.rewarded for rollout in rollouts])
-        return keep | anchors if c.anchor_beta > 0 else keep & ~anchors
+        finished = torch.tensor([not rollout.dropped for rollout in rollouts])
+        return (keep | anchors if c.anchor_beta > 0 else keep & ~anchors) & finished
 
     def _batch_std(self, credit_S2: Tensor) -> Tensor:
         """[2]: standard deviation of all of the step's rewards, over ranks, which no micro-batch knows."""
@@ -131,12 +134,6 @@ class Trainer:
         variance = (squares - total.square() / count.clamp(min=1)).clamp(min=0) / (count - 1).clamp(min=1)
         return (variance.sqrt() + 1e-4).float()
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[stage] = time.perf_counter() - start
-
     def _metrics(
         self,
         rollouts: Sequence[Rollout],
@@ -144,13 +141,13 @@ class Trainer:
         keep_S: Tensor,
         batches: Sequence[PackedBatch],
         learned: dict[str, float],
-    ) -> StepMetrics:
+        seconds: Mapping[str, float],
+    ) -> dict[str, float]:
         c = self.config
         total_S = combine(table.values, self.rewards.weight_tensor())
         sampled = [sum(s.tokens.numel() for s in rollout.segments) for rollout in rollouts]
         texts = [s for rollout in rollouts for s in rollout.segments if s.kind == "text"]
-        trained = sum(int(batch.loss_mask.sum()) for batch in batches)
-        elapsed = sum(self._seconds.values())
+        elapsed = sum(seconds.values())
         values = trl_names(learned)
         if c.replay_check_steps == 0 or self.step % c.replay_check_steps:
             values.pop("rollout/replay_logp_max_abs", None)
@@ -163,8 +160,9 @@ class Trainer:
             "completions/mean_length": _mean(torch.tensor([float(s.tokens.numel()) for s in texts])),
             "completions/clipped_ratio": _mean(torch.tensor([float(s.truncated) for s in texts])),
             "rollout/attempts_mean": _mean(torch.tensor([float(rollout.attempts) for rollout in rollouts])),
+            "rollout/dropped_fraction": _mean(torch.tensor([float(rollout.dropped) for rollout in rollouts])),
             "dgs/keep_fraction": float(keep_S.float().mean()),
-            "dgs/tokens_saved_fraction": 1.0 - trained / max(1, sum(sampled)),
+            **_savings(batches, self.rollouts.stats, sum(sampled)),
             "num_tokens": float(sum(sampled)),
             "tokens_per_second": sum(sampled) / max(elapsed, 1e-9),
             "step_time": elapsed,
@@ -172,7 +170,7 @@ class Trainer:
         if self.preview is not None:
             values["rollout/preview_threshold"] = math.nan if self.preview.threshold is None else self.preview.threshold
             values["rollout/preview_acceptance"] = self._adapt_preview(self.preview)
-        return StepMetrics(step=self.step, values=values, seconds=dict(self._seconds))
+        return values
 
     def _adapt_preview(self, preview: PreviewGate) -> float:
         """One threshold for all ranks: each took its own from its first previews, and all count for the next move."""
@@ -205,6 +203,21 @@ def learning_rate(config: SyncR1Config, step: int) -> float:
         return config.learning_rate * (step + 1) / config.warmup_steps
     left = 1.0 - (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     return config.learning_rate * (0.1 + 0.9 * left)
+
+
+def _savings(batches: Sequence[PackedBatch], stats: RolloutStats, num_sampled: int) -> dict[str, float]:
+    """What pruning, previews and sharing left undone."""
+    trained = sum(int(batch.loss_mask.sum()) for batch in batches)
+    computed = sum(batch.num_tokens for batch in batches)
+    drawn = stats.image_tokens + stats.image_tokens_saved
+    return {
+        "dgs/tokens_saved_fraction": 1.0 - trained / max(1, num_sampled),
+        "dgs/decode_steps_saved_fraction": stats.image_tokens_saved / max(1, drawn),
+        "pack/tokens": float(computed),
+        "pack/sharing_ratio": sum(batch.num_unshared_tokens for batch in batches) / max(1, computed),
+        "rollout/prefill_tokens": float(stats.prefill_tokens),
+        "rollout/kv_mib": stats.kv_bytes / 2**20,
+    }
 
 
 def _mean(values: Tensor) -> float:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from syncr1.engine.dgs import PreviewGate
 from syncr1.engine.packing import pack
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout, Segment, SegmentKind
@@ -36,6 +37,7 @@ from syncr1.engine.world.tiny_janus import build_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAIN: tuple[SegmentKind, ...] = ("text", "image")
+LONG_CHAIN: tuple[SegmentKind, ...] = ("text", "image", "text")
 
 
 # Policies -------------------------------------------------------------------------------------------------------------
@@ -101,21 +103,20 @@ class PlainJanus:
     def replay(
         self, rollout: Rollout, *, temperature: float = 1.0, cfg_weight: float = 1.0, shift: int = 0
     ) -> dict[str, Tensor]:
-        """Teacher-forced log-probabilities of a trajectory: `text`, `image` (conditional) and `image_mixed`.
+        """Teacher-forced log-probabilities of a trajectory: `text`, `image` (conditional), `image_mixed`, `follow_up`.
 
         `shift` scores every image token that many positions late (the fault that the replay must be able to see).
         """
         pieces, out = [self.prompt(rollout.prompt)], {}
-        start = torch.tensor([self.policy.image_start])
         for segment in rollout.segments:
-            if segment.kind == "image":
-                pieces.append(self.text(start))
+            pieces.append(self.lead(segment))
             first = sum(len(piece) for piece in pieces)
             pieces.append(self.text(segment.tokens) if segment.kind == "text" else self.image(segment.tokens))
             hidden = self.hidden(torch.cat(pieces))
             rows = torch.arange(first, first + len(segment.tokens)) - 1
             if segment.kind == "text":
-                out["text"] = _gather(self.text_logits(hidden[rows]), segment.tokens, temperature)
+                name = "text" if "image" not in out else "follow_up"
+                out[name] = _gather(self.text_logits(hidden[rows]), segment.tokens, temperature)
                 continue
             conditional = self.image_logits(hidden[(rows + shift).clamp(max=len(hidden) - 1)])
             out["image"] = _gather(conditional, segment.tokens, temperature)
@@ -124,6 +125,13 @@ class PlainJanus:
             mixed = unconditional + cfg_weight * (conditional - unconditional)
             out["image_mixed"] = _gather(mixed, segment.tokens, temperature)
         return out
+
+    def lead(self, segment: Segment) -> Tensor:
+        """[L, D] embeddings of what the policy was given before a segment, the drawn image in its slots."""
+        embeddings = self.text(segment.lead).clone()
+        if segment.lead_image is not None:
+            embeddings[segment.lead == self.model.config.image_token_id] = segment.lead_image
+        return embeddings
 
 
 def _gather(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -146,7 +154,7 @@ def world_photo(folder: Path, index: int) -> Path:
 
 
 def all_kinds_of_prompts(folder: Path) -> list[Prompt]:
-    """Text only, image only and chained; with and without a photo; of different lengths."""
+    """Text only, image only, chained and followed up; with and without a photo; of different lengths."""
     photos = [world_photo(folder, index) for index in range(2)]
     return [
         make_prompt("what is the colour of the creature?", ("text",), photos[0]),
@@ -155,14 +163,17 @@ def all_kinds_of_prompts(folder: Path) -> list[Prompt]:
         make_prompt("who is this?", CHAIN, photos[1]),
         make_prompt("sound?", ("text",)),
         make_prompt("show a photo of a triangle creature.", ("image",), photos[0]),
+        make_prompt("draw the blue one.", LONG_CHAIN, follow_up="what is its colour?"),
+        make_prompt("draw it again.", ("image", "text"), photos[1], follow_up="where is it?"),
     ]
 
 
 def sampled(
     policy: JanusPolicy, folder: Path, *, num_generations: int = 3, cfg_weight: float = 2.0, seed: int = 0
 ) -> list[Rollout]:
+    """Six groups: text, image and both, each with and without a photo."""
     sampling = Sampling(num_generations=num_generations, cfg_weight=cfg_weight, max_text_tokens=8, seed=seed)
-    return generate(policy, all_kinds_of_prompts(folder), sampling)
+    return generate(policy, all_kinds_of_prompts(folder)[:6], sampling)
 
 
 def random_rewards(num: int, seed: int = 0) -> Tensor:
@@ -171,16 +182,33 @@ def random_rewards(num: int, seed: int = 0) -> Tensor:
 
 
 def packed(policy: JanusPolicy, rollouts: Sequence[Rollout], num_generations: int, max_tokens: int = 1 << 30, *,
-           keep: Tensor | None = None, seed: int = 0) -> list[PackedBatch]:  # fmt: skip
+           keep: Tensor | None = None, seed: int = 0, share_prefix: bool = True) -> list[PackedBatch]:  # fmt: skip
     keep = torch.ones(len(rollouts), dtype=torch.bool) if keep is None else keep
     rewards = random_rewards(len(rollouts), seed)
-    return pack(policy, rollouts, rewards, keep, num_generations=num_generations, max_tokens=max_tokens)
+    return pack(policy, rollouts, rewards, keep, num_generations=num_generations, max_tokens=max_tokens,
+                share_prefix=share_prefix)  # fmt: skip
 
 
 def given(kind: SegmentKind, tokens: Sequence[int]) -> Segment:
     """A segment with chosen tokens and log-probabilities -1, -2, …"""
     logp = -torch.arange(1.0, len(tokens) + 1)
     return Segment(kind=kind, tokens=torch.tensor(tokens), logp=logp, logp_mixed=logp, entropy=logp.abs())
+
+
+class Gate(PreviewGate):
+    """A preview judged by the picture's mean red; remembers what was judged."""
+
+    def __init__(self, *, threshold: float | None, max_attempts: int, fraction: float = 0.5, nan: bool = False,
+                 min_keep: int | None = None) -> None:  # fmt: skip
+        self.seen: list[dict[tuple[str, str], float]] = []
+        super().__init__(self._judge, fraction=fraction, threshold=threshold, acceptance=0.5, max_attempts=max_attempts,
+                         min_keep=min_keep)  # fmt: skip
+        self._nan = nan
+
+    def _judge(self, prompts: Sequence[Prompt], texts: Sequence[str], images: Tensor) -> Tensor:
+        scores = images[:, 0].mean((1, 2))
+        self.seen.append({(p.id, t): float(s) for p, t, s in zip(prompts, texts, scores, strict=True)})
+        return torch.full_like(scores, float("nan")) if self._nan else scores
 
 
 # Shared by a session --------------------------------------------------------------------------------------------------

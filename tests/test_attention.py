@@ -1,4 +1,4 @@
-"""The two layouts against plain transformers: packing leaks nothing, the cache is the full forward step by step."""
+"""The packed layout against plain transformers: nothing leaks, and a shared prompt is as good as copies of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from syncr1.engine.attention import ATTENTION_NAME, KVCache, PackedLayout
+from syncr1.engine.attention import ATTENTION_NAME, PackedLayout
+from syncr1.kernels.api import SharedPrefixLayout
 
 LENGTHS = (5, 0, 1, 17, 16, 1, 0, 40, 3, 33)
 """With empty sequences, single tokens, and lengths at and around the buckets' edges."""
@@ -37,12 +38,18 @@ def offsets(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
+def unshared(lengths: tuple[int, ...]) -> PackedLayout:
+    """Sequences of their own, behind empty prefixes."""
+    nothing = torch.zeros(2, dtype=torch.int32)
+    return PackedLayout(SharedPrefixLayout(nothing, offsets(lengths), torch.tensor([0, len(lengths)]).int()))
+
+
 def run_packed(model: LlamaModel, embeddings: Tensor, lengths: tuple[int, ...]) -> Tensor:
     positions = torch.cat([torch.arange(n) for n in lengths])
     return model(
         inputs_embeds=embeddings[None],
         position_ids=positions[None],
-        layout=PackedLayout(offsets(lengths)),
+        layout=unshared(lengths),
         use_cache=False,
     ).last_hidden_state[0]
 
@@ -104,7 +111,7 @@ def test_one_long_packed_axis_would_leak() -> None:
     ours, plain = make_models(4, torch.float32)
     embeddings = torch.randn(20, WIDTH)
     positions = torch.cat([torch.arange(10), torch.arange(10)])[None]
-    layout = PackedLayout(torch.tensor([0, 20], dtype=torch.int32))
+    layout = unshared((20,))
     leaky = ours(
         inputs_embeds=embeddings[None], position_ids=positions, layout=layout, use_cache=False
     ).last_hidden_state[0]
@@ -117,84 +124,28 @@ def test_a_forward_without_a_layout_is_refused() -> None:
         ours(inputs_embeds=torch.randn(1, 3, WIDTH), use_cache=False)
 
 
-# The cache ------------------------------------------------------------------------------------------------------------
-
-
-def make_cache(rows: int, capacity: int, kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> KVCache:
-    return KVCache(num_layers=LAYERS, num_rows=rows, num_heads=kv_heads, head_dim=WIDTH // 4, capacity=capacity,
-                   dtype=dtype, device=torch.device("cpu"))  # fmt: skip
-
-
-def feed(model: LlamaModel, cache: KVCache, embeddings: Tensor, valid: Tensor, seen: Tensor) -> Tensor:
-    """[B, N, D] through the cache; `seen` [B] counts the valid tokens before and is advanced."""
-    positions = (seen[:, None] + valid.cumsum(1) - 1).clamp(min=0)
-    seen += valid.sum(1)
-    return model(
-        inputs_embeds=embeddings, position_ids=positions, layout=cache.extend(valid), use_cache=False
-    ).last_hidden_state
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_cache_with_padding_and_gaps_equals_the_full_forward(kv_heads: int) -> None:
-    """Protects the rollout: left padding and the steps after a row's end are as if they were not there."""
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_a_shared_prefix_equals_copies_of_it(kv_heads: int) -> None:
+    """Any decoder of transformers trains so: hidden states, and gradients that sum over the copies."""
+    prefixes, responses, groups = (7, 0, 20), (5, 1, 3, 9, 4, 4), (0, 2, 3, 6)
     ours, plain = make_models(kv_heads, torch.float64)
-    rows, prefill, steps = 3, 6, 9
-    valid = torch.ones(rows, prefill + steps, dtype=torch.bool)
-    valid[0, :4] = False  # left padding
-    valid[1, 8:12] = False  # a text that ended early
-    valid[2, :2] = False
-    valid[2, [7, 9, 13]] = False
-    embeddings = torch.randn(rows, prefill + steps, WIDTH, dtype=torch.float64)
-    cache, seen = make_cache(rows, prefill + steps, kv_heads), torch.zeros(rows, dtype=torch.long)
-    hidden = [feed(ours, cache, embeddings[:, :prefill], valid[:, :prefill], seen)]
-    hidden += [
-        feed(ours, cache, embeddings[:, i : i + 1], valid[:, i : i + 1], seen) for i in range(prefill, prefill + steps)
-    ]
-    together = torch.cat(hidden, 1)
-    assert together.isfinite().all()
-    for row in range(rows):
-        alone = run_alone(plain, embeddings[row, valid[row]], (int(valid[row].sum()),))
-        torch.testing.assert_close(together[row, valid[row]], alone, rtol=0, atol=1e-12)
-
-
-def test_rows_crop_and_write_rows() -> None:
-    """Protects preview restarts: copies are independent, cropped columns are forgotten, written rows go on."""
-    ours, plain = make_models(2, torch.float64)
-    start = torch.randn(2, 4, WIDTH, dtype=torch.float64)
-    everyone = torch.ones(2, 1, dtype=torch.bool)
-    cache, seen = make_cache(2, 4), torch.zeros(2, dtype=torch.long)
-    feed(ours, cache, start, everyone.expand(2, 4), seen)
-
-    group = cache.rows(torch.tensor([1, 0, 1]), capacity=10)
-    assert (group.num_rows, group.capacity, group.length) == (3, 10, 4)
-    first, second = torch.randn(2, 3, 2, WIDTH, dtype=torch.float64)
-    seen = torch.full((3,), 4)
-    feed(ours, group, first, everyone[:1].expand(3, 2), seen)
-    tried = cache.rows(torch.tensor([0, 1]), capacity=10)
-    feed(ours, tried, second[:2], everyone.expand(2, 2), torch.full((2,), 4))
-    group.write_rows(torch.tensor([0]), tried.rows(torch.tensor([1])))
-    last = torch.randn(3, 1, WIDTH, dtype=torch.float64)
-    hidden = feed(ours, group, last, everyone[:1].expand(3, 1), seen)
-    histories = [
-        torch.cat([start[1], second[1], last[0]]),  # row 0 took the try's second row
-        torch.cat([start[0], first[1], last[1]]),
-        torch.cat([start[1], first[2], last[2]]),
-    ]
-    for row, history in enumerate(histories):
-        torch.testing.assert_close(hidden[row, 0], run_alone(plain, history, (7,))[-1], rtol=0, atol=1e-12)
-
-    group.crop(4)
-    assert group.length == 4 and not group.valid[:, 4:].any()
-    again = feed(ours, group, first, everyone[:1].expand(3, 2), torch.full((3,), 4))
-    torch.testing.assert_close(
-        again[1, 1], run_alone(plain, torch.cat([start[0], first[1]]), (6,))[-1], rtol=0, atol=1e-12
+    num_prefix, total = sum(prefixes), sum(prefixes) + sum(responses)
+    embeddings = torch.randn(total, WIDTH, dtype=torch.float64, requires_grad=True)
+    layout = SharedPrefixLayout(offsets(prefixes), offsets(responses), torch.tensor(groups, dtype=torch.int32))
+    together = ours(inputs_embeds=embeddings[None], position_ids=layout.position_ids()[None],
+                    layout=PackedLayout(layout), use_cache=False).last_hidden_state[0]  # fmt: skip
+    parts = embeddings[:num_prefix].split(prefixes), embeddings[num_prefix:].split(responses)
+    expected = []
+    for group, (first, last) in enumerate(itertools.pairwise(groups)):
+        for response in range(first, last):
+            whole = torch.cat([parts[0][group], parts[1][response]])
+            hidden = plain(inputs_embeds=whole[None], use_cache=False).last_hidden_state[0]
+            expected.append(hidden[prefixes[group] :])
+    torch.testing.assert_close(together[num_prefix:], torch.cat(expected), rtol=0, atol=1e-5)
+    probe = torch.randn(sum(responses), WIDTH, dtype=torch.float64)
+    got, want = (
+        torch.autograd.grad((hidden * probe).sum(), [embeddings, *model.layers.parameters()])
+        for hidden, model in ((together[num_prefix:], ours), (torch.cat(expected), plain))
     )
-
-
-def test_a_full_cache_says_so() -> None:
-    cache = make_cache(1, 2)
-    cache.extend(torch.ones(1, 2, dtype=torch.bool))
-    with pytest.raises(AssertionError, match="cache of 2 columns is full"):
-        cache.extend(torch.ones(1, 1, dtype=torch.bool))
-    with pytest.raises(AssertionError):
-        cache.rows(torch.tensor([0])).write_rows(torch.tensor([0]), make_cache(1, 2))
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max().clamp(min=1)))

@@ -6,19 +6,23 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import PlainJanus, packed, sampled, sharp_policy
+from helpers import PlainJanus, all_kinds_of_prompts, packed, sampled, sharp_policy
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from syncr1.engine.learner import Learner
 from syncr1.engine.objective import Objective, PolicyForward
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import IMAGE, PackedBatch, Rollout
+from syncr1.engine.rollout import Sampling, generate
+from syncr1.kernels.api import linear_logp
 
 GROUP = 3
 
@@ -96,8 +100,7 @@ class DifferentiableJanus(PlainJanus):
     def log_probabilities(self, rollout: Rollout) -> list[tuple[str, Tensor]]:
         pieces, out = [self.prompt(rollout.prompt)], []
         for segment in rollout.segments:
-            if segment.kind == "image":
-                pieces.append(self.text(torch.tensor([self.policy.image_start])))
+            pieces.append(self.lead(segment))
             first = sum(len(piece) for piece in pieces)
             pieces.append(self.text(segment.tokens) if segment.kind == "text" else self.image(segment.tokens))
             hidden = self.hidden(torch.cat(pieces))[first - 1 : -1]
@@ -172,8 +175,43 @@ def test_gradient_does_not_depend_on_the_micro_batches(
         batches = with_scores(packed(policy, rollouts, GROUP, budget, keep=keep), reference)
         results.append((len(batches), gradients(update_loss(policy, objective, batches), policy)))
     assert results[0][0] == 1 and results[-1][0] == 6 and 1 < results[1][0] < 6
+    assert any(batch.prefix_tokens.numel() for batch in batches), "prompts are shared"
     for _, got in results[1:]:
         assert_same(got, results[0][1], 1e-6)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_shared_prefix_changes_no_gradient(
+    policy: JanusPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointed: bool
+) -> None:
+    """Every plan, follow-up turns included, pruned members and whole groups, in float64: relative difference 1e-9."""
+
+    def exact_norm(module: Any, hidden: Tensor) -> Tensor:
+        """transformers' own rounds to float32 whatever comes in, and copies of a row round apart."""
+        return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + module.variance_epsilon) * module.weight
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
+    prompts = all_kinds_of_prompts(tmp_path)
+    rollouts = generate(policy, prompts, Sampling(num_generations=GROUP, cfg_weight=2.0, max_text_tokens=8))
+    keep = torch.ones(len(rollouts), dtype=torch.bool)
+    keep[[0, 3, 4, 9, 10, 11]] = False
+    probe = torch.randn(len(rollouts) * 64, dtype=torch.float64)
+    trained = copy.deepcopy(policy).train()
+    if checkpointed:
+        trained.checkpoint_activations()
+    results = []
+    for share in (True, False):
+        (batch,) = packed(policy, rollouts, GROUP, keep=keep, share_prefix=share)
+        model = trained if share else policy
+        sums = torch.zeros((), dtype=torch.float64)
+        streams = PolicyForward(model, Objective())._streams(batch)
+        for stream, weights in zip(streams, (probe, probe.flip(0)), strict=True):
+            logp, entropy = linear_logp(stream.hidden, stream.weight, stream.targets, bias=stream.bias,
+                                        forbidden=stream.forbidden)  # fmt: skip
+            sums = sums + (logp * weights[: len(logp)]).sum() + 0.1 * entropy.sum()
+        results.append((batch.num_tokens, gradients(sums, model)))
+    assert results[0][0] < 0.85 * results[1][0], "the prompts are computed once"
+    assert_same(results[0][1], results[1][1], 1e-9)
 
 
 def test_a_wrong_normaliser_is_seen(policy: JanusPolicy, rollouts: list[Rollout]) -> None:

@@ -29,40 +29,83 @@ def rollouts(policy: JanusPolicy, tmp_path_factory: pytest.TempPathFactory) -> l
     return sampled(policy, tmp_path_factory.mktemp("photos"))
 
 
+START = 77
+"""Stands for the image's start in trajectories by hand."""
+
+
 def by_hand(prompt_tokens: list[int], *segments: Segment, seen: Tensor | None = None) -> Rollout:
+    """A trajectory of given tokens; an image segment gets its start."""
+    start = torch.tensor([START])
+    ready = tuple(replace(segment, lead=start) if segment.kind == "image" else segment for segment in segments)
     return Rollout(prompt=make_prompt("x"), member=0, prompt_tokens=torch.tensor(prompt_tokens), prompt_image=seen,
-                   segments=segments)  # fmt: skip
+                   segments=ready)  # fmt: skip
 
 
 def pack_all(
-    policy: JanusPolicy, rollouts: list[Rollout], keep: list[bool], group: int, budget: int = 1 << 30
+    policy: JanusPolicy, rollouts: list[Rollout], keep: list[bool], group: int, *, share_prefix: bool = True
 ) -> list[PackedBatch]:
     rewards = torch.arange(2.0 * len(rollouts)).view(-1, 2)
-    return pack(policy, rollouts, rewards, torch.tensor(keep), num_generations=group, max_tokens=budget)
+    return pack(policy, rollouts, rewards, torch.tensor(keep), num_generations=group, max_tokens=1 << 30,
+                share_prefix=share_prefix)  # fmt: skip
 
 
 def test_every_column_by_hand(policy: JanusPolicy) -> None:
-    """[prompt | text | image_start | image]: the loss mask covers what was sampled, the hand-over token not."""
-    start, slot = policy.image_start, policy.image_slot
+    """Prompts once, then responses `text | image_start | image`; what was given between segments has no loss."""
+    slot = policy.image_slot
     seen = torch.arange(6.0).view(2, 3)
-    both = by_hand([1, slot, slot, 9], given("text", [30, 31, 2]), given("image", [7, 8]), seen=seen)
-    image = by_hand([1, 5], given("image", [6, 5]))
-    text = by_hand([1, slot, slot], given("text", [2]), seen=seen + 10)
-    other = by_hand([1], given("text", [40, 41]))
-    (batch,) = pack_all(policy, [both, image, text, other], [True, False, True, True], 2)
-    assert batch.tokens.tolist() == [1, slot, slot, 9, 30, 31, 2, start, 7, 8, 1, slot, slot, 2, 1, 40, 41]
-    assert batch.modality.tolist() == [TEXT] * 8 + [IMAGE] * 2 + [TEXT] * 7
-    assert batch.loss_mask.int().tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 0, 1, 1]
-    assert batch.position_ids.tolist() == [*range(10), *range(4), *range(3)]
-    assert batch.cu_seqlens.tolist() == [0, 10, 10, 14, 17] and batch.group_offsets.tolist() == [0, 2, 4]
-    assert batch.rewards.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]], (
+    follow_up = replace(given("text", [50]), lead=torch.tensor([60, slot, slot, 61]), lead_image=seen + 20)
+    members = [
+        by_hand([1, slot, slot, 9], given("text", [30, 31, 2]), given("image", [7, 8]), seen=seen),
+        by_hand([1, slot, slot, 9], given("image", [6, 5]), follow_up, seen=seen),
+        by_hand([1, slot, slot, 9], given("text", [2]), seen=seen),
+        by_hand([5, 1], given("text", [40, 41])),
+        by_hand([5, 1], given("text", [42])),
+        by_hand([5, 1], given("text", [43])),
+    ]
+    (batch,) = pack_all(policy, members, [True, True, False, True, False, True], 3)
+    assert batch.prefix_tokens.tolist() == [1, slot, slot, 9, 5, 1]
+    assert batch.layout.cu_prefixes.tolist() == [0, 4, 6]
+    assert batch.tokens.tolist() == [30, 31, 2, START, 7, 8, START, 6, 5, 60, slot, slot, 61, 50, 40, 41, 43]
+    assert batch.modality.tolist() == [TEXT] * 4 + [IMAGE] * 2 + [TEXT] + [IMAGE] * 2 + [TEXT] * 8
+    assert batch.loss_mask.int().tolist() == [1, 1, 1, 0, 1, 1, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert batch.cu_seqlens.tolist() == [0, 6, 14, 14, 16, 16, 17] and batch.group_offsets.tolist() == [0, 3, 6]
+    positions = [0, 1, 2, 3, 0, 1, *range(4, 10), *range(4, 12), 2, 3, 2]
+    assert batch.layout.position_ids().tolist() == positions
+    # The first token of each response is predicted by its prompt's last row, the others by the row before.
+    predicting = batch.layout.predicting_rows()
+    assert predicting.tolist() == [3, 6, 7, 8, 9, 10, 3, 12, 13, 14, 15, 16, 17, 18, 5, 20, 5]
+    assert batch.rewards.tolist() == [[2.0 * i, 2.0 * i + 1] for i in range(6)], (
         "a pruned member's reward stays in the statistics"
     )
-    assert batch.image_rows.tolist() == [1, 2, 11, 12]
-    assert torch.equal(batch.image_embeddings, torch.cat([seen, seen + 10]))
-    assert batch.sampled_logp[batch.loss_mask].tolist() == [-1, -2, -3, -1, -2, -1, -1, -2]
+    assert batch.image_rows.tolist() == [1, 2, 16, 17]
+    assert torch.equal(batch.image_embeddings, torch.cat([seen, seen + 20]))
+    assert batch.sampled_logp[batch.loss_mask].tolist() == [-1, -2, -3, -1, -2, -1, -2, -1, -1, -2, -1]
     assert batch.sampled_logp[~batch.loss_mask].isnan().all()
+    assert batch.num_tokens == 23 and batch.num_unshared_tokens == 23 + 4 + 2
     assert batch.cu_seqlens.dtype == batch.group_offsets.dtype == torch.int32 and batch.modality.dtype == torch.uint8
+
+
+def test_without_sharing_every_response_brings_its_prompt(policy: JanusPolicy) -> None:
+    """So does the only kept member of a group, where nothing can be shared."""
+    members = [by_hand([5, 1], given("text", [40 + i])) for i in range(4)]
+    for keep, share in (([True] * 4, False), ([True, False] * 2, True)):
+        (batch,) = pack_all(policy, members, keep, 2, share_prefix=share)
+        kept = [40 + i for i in range(4) if keep[i]]
+        assert batch.prefix_tokens.numel() == 0 and batch.layout.cu_prefixes.tolist() == [0, 0, 0]
+        assert batch.tokens.tolist() == [t for token in kept for t in (5, 1, token)]
+        assert batch.loss_mask.int().tolist() == [0, 0, 1] * len(kept)
+        assert batch.layout.position_ids().tolist() == [0, 1, 2] * len(kept)
+        assert batch.num_unshared_tokens == batch.num_tokens == 3 * len(kept)
+
+
+def test_a_group_with_two_prompts_is_refused(policy: JanusPolicy) -> None:
+    """Their responses would silently be trained behind the wrong prompt."""
+    members = [by_hand([5, 1], given("text", [40])), by_hand([5, 2], given("text", [41]))]
+    with pytest.raises(ValueError, match="expected members of a group to share one prompt"):
+        pack_all(policy, members, [True, True], 2)
+    other = replace(members[0], prompt=replace(members[0].prompt, image=Path("b.png")))
+    with pytest.raises(ValueError, match="pass num_generations=1"):
+        pack_all(policy, [members[0], other], [True, True], 2)
 
 
 def test_budgets_cut_between_groups_only(policy: JanusPolicy, rollouts: list[Rollout]) -> None:
@@ -77,9 +120,9 @@ def test_budgets_cut_between_groups_only(policy: JanusPolicy, rollouts: list[Rol
             assert (groups == 3).all() and int(groups.sum()) == len(batch.rewards) == batch.cu_seqlens.numel() - 1
             assert batch.num_tokens <= budget or len(groups) == 1
         for a, b in itertools.pairwise(batches):
-            first_group_of_b = int(b.cu_seqlens[int(b.group_offsets[1])])
+            first_group_of_b = int(b.layout.cu_prefixes[1]) + int(b.cu_seqlens[int(b.group_offsets[1])])
             assert a.num_tokens + first_group_of_b > budget, "the next group would have fitted"
-        for name in ("tokens", "modality", "loss_mask", "position_ids", "rewards", "image_embeddings"):
+        for name in ("prefix_tokens", "tokens", "modality", "loss_mask", "rewards"):
             parts = [getattr(b, name) for b in batches if getattr(b, name).numel()]
             assert torch.equal(torch.cat(parts), getattr(whole, name)), name
     assert {1, 2, 6} <= counts_seen
@@ -89,7 +132,7 @@ def test_pruned_trajectories_cost_no_tokens(policy: JanusPolicy, rollouts: list[
     """Their places on [S] stay; groups without a kept trajectory appear in no batch."""
     keep = torch.ones(18, dtype=torch.bool)
     keep[[0, 1, 2, 4, 10, 11]] = False
-    (batch,) = packed(policy, rollouts, 3, keep=keep)
+    (batch,) = packed(policy, rollouts, 3, keep=keep, share_prefix=False)
     lengths = batch.cu_seqlens.diff()
     assert len(lengths) == 15 and torch.equal(lengths > 0, keep[3:])
     torch.testing.assert_close(batch.rewards, random_rewards(18)[3:])
@@ -98,6 +141,9 @@ def test_pruned_trajectories_cost_no_tokens(policy: JanusPolicy, rollouts: list[
     kept = [r for r, k in zip(rollouts, keep, strict=True) if k]
     alone = torch.cat([packed(policy, [r], 1)[0].tokens for r in kept])
     assert torch.equal(batch.tokens, alone)
+    (shared,) = packed(policy, rollouts, 3, keep=keep)
+    assert torch.equal(shared.tokens[shared.loss_mask], batch.tokens[batch.loss_mask])
+    assert shared.num_unshared_tokens == batch.num_tokens
 
 
 def test_nothing_kept_leaves_one_batch_without_loss(policy: JanusPolicy, rollouts: list[Rollout]) -> None:

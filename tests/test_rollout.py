@@ -1,24 +1,27 @@
-"""What the sampler records is what the trainer computes; draws depend on seed, prompt, member and attempt alone."""
+"""What the sampler records is what the trainer computes; draws depend on seed, prompt, member and attempt alone.
+
+Previews have test_preview.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import CHAIN, PlainJanus, all_kinds_of_prompts, make_prompt, packed, sharp_policy, world_photo
+from helpers import Gate, PlainJanus, all_kinds_of_prompts, make_prompt, packed, sharp_policy, world_photo
 from torch import Tensor
 
-from syncr1.engine.dgs import PreviewGate
 from syncr1.engine.learner import replay_error
 from syncr1.engine.objective import Objective, PolicyForward
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import IMAGE, TEXT, PackedBatch, Prompt, Rollout, Segment
-from syncr1.engine.rollout import Sampling, generate, trajectory_key
+from syncr1.engine.rollout import RolloutEngine, Sampling, generate
 
 REPLAY_TOLERANCE = 1e-4
 """Nats, float32; about 5e-6 is measured."""
@@ -40,20 +43,6 @@ def segments_of(rollouts: Sequence[Rollout], kind: str) -> list[Segment]:
 
 def tokens_of(rollouts: Sequence[Rollout]) -> list[list[int]]:
     return [[int(t) for segment in rollout.segments for t in segment.tokens] for rollout in rollouts]
-
-
-class Gate(PreviewGate):
-    """A preview judged by the picture's mean red; remembers what was judged."""
-
-    def __init__(self, *, threshold: float | None, max_attempts: int, fraction: float = 0.5, nan: bool = False) -> None:
-        self.seen: list[dict[tuple[str, str], float]] = []
-        super().__init__(self._judge, fraction=fraction, threshold=threshold, acceptance=0.5, max_attempts=max_attempts)
-        self._nan = nan
-
-    def _judge(self, prompts: Sequence[Prompt], texts: Sequence[str], images: Tensor) -> Tensor:
-        scores = images[:, 0].mean((1, 2))
-        self.seen.append({(p.id, t): float(s) for p, t, s in zip(prompts, texts, scores, strict=True)})
-        return torch.full_like(scores, float("nan")) if self._nan else scores
 
 
 # The replay -----------------------------------------------------------------------------------------------------------
@@ -85,6 +74,9 @@ def test_recorded_log_probabilities_are_the_trainers(
     (batch,) = packed(policy, rollouts, 3)
     trained = trainer_logp(policy, batch, temperature)
     assert replay_error(batch, trained) <= REPLAY_TOLERANCE
+    (copied,) = packed(policy, rollouts, 3, share_prefix=False)
+    assert copied.num_tokens == batch.num_unshared_tokens > 1.3 * batch.num_tokens
+    assert replay_error(copied, trainer_logp(policy, copied, temperature)) <= REPLAY_TOLERANCE
     assert int(batch.loss_mask.sum()) == sum(len(t) for t in tokens_of(rollouts))
     for code, segments in ((TEXT, texts), (IMAGE, images)):
         rows = batch.loss_mask & (batch.modality == code)
@@ -93,9 +85,10 @@ def test_recorded_log_probabilities_are_the_trainers(
     plain = PlainJanus(policy)
     for rollout in rollouts:
         replayed = plain.replay(rollout, temperature=temperature, cfg_weight=cfg_weight)
-        for segment in rollout.segments:
-            assert largest_gap([segment.logp], [replayed[segment.kind]]) <= REPLAY_TOLERANCE
-            mixed = replayed["image_mixed" if segment.kind == "image" else "text"]
+        for place, segment in enumerate(rollout.segments):
+            name = "follow_up" if place and segment.kind == "text" else segment.kind
+            assert largest_gap([segment.logp], [replayed[name]]) <= REPLAY_TOLERANCE
+            mixed = replayed["image_mixed" if segment.kind == "image" else name]
             assert largest_gap([segment.logp_mixed], [mixed]) <= REPLAY_TOLERANCE
     if cfg_weight != 1.0:  # the two distributions differ, or the comparison above would say little
         assert largest_gap([s.logp for s in images], [s.logp_mixed for s in images]) > 0.5
@@ -205,11 +198,11 @@ def test_text_holds_no_forbidden_id(policy: JanusPolicy) -> None:
 
 def test_decoded_text_and_pictures_are_those_of_the_tokens(policy: JanusPolicy, prompts: list[Prompt]) -> None:
     for rollout in generate(policy, prompts, Sampling(num_generations=2, max_text_tokens=8)):
-        by_kind = {segment.kind: segment for segment in rollout.segments}
-        assert tuple(by_kind) == rollout.prompt.segments
+        by_kind = {segment.kind: segment for segment in reversed(rollout.segments)}
+        assert tuple(segment.kind for segment in rollout.segments) == rollout.prompt.segments
         expected = (
             policy.tokenizer.decode(by_kind["text"].tokens, skip_special_tokens=True).strip()
-            if "text" in by_kind
+            if rollout.prompt.segments[0] == "text"
             else ""
         )
         assert rollout.text == expected
@@ -221,64 +214,78 @@ def test_decoded_text_and_pictures_are_those_of_the_tokens(policy: JanusPolicy, 
         torch.testing.assert_close(rollout.image, policy.draw(by_kind["image"].tokens[None])[0], rtol=0, atol=1e-5)
 
 
-def test_an_unknown_plan_is_refused(policy: JanusPolicy) -> None:
-    with pytest.raises(ValueError, match=r"segments \('image', 'text'\), expected one of"):
-        generate(policy, [make_prompt("x", ("image", "text"))], Sampling())
+def test_follow_up_text_answers_about_the_drawn_image(policy: JanusPolicy, prompts: list[Prompt]) -> None:
+    """The turn behind the image shows the picture that this very member drew, through the vision tower."""
+    chosen = [prompt for prompt in prompts if prompt.follow_up]
+    assert len(chosen) == 2
+    for rollout in generate(policy, chosen, Sampling(num_generations=2, cfg_weight=2.0, max_text_tokens=8)):
+        *_, image, answer = rollout.segments
+        assert (image.kind, answer.kind) == ("image", "text") and answer.lead_image is not None
+        assert int(policy.image_slots(answer.lead).sum()) == len(answer.lead_image)
+        assert rollout.image is not None
+        torch.testing.assert_close(answer.lead_image, policy.see(rollout.image[None])[0], rtol=0, atol=1e-5)
+        assert answer.lead.tolist() == policy.follow_up_tokens(rollout.prompt).tolist()
+        assert rollout.follow_up_text == policy.decode_text(answer.tokens)
+        assert bool(rollout.text) <= (rollout.prompt.segments[0] == "text")
 
 
-# Preview --------------------------------------------------------------------------------------------------------------
+def test_a_prompt_and_its_photo_run_once(policy: JanusPolicy, prompts: list[Prompt], monkeypatch: Any) -> None:
+    """The point of the engine: G members cost one prefill, two prompts with one photo one encoding, the free prompt one
+    prefill per batch; members hold only what they add."""
+    seen, trunks = [], []
+    see, trunk = policy.see, policy.trunk
+
+    def counted(embeddings: Tensor, positions: Tensor, layout: Any) -> Tensor:
+        trunks.append((type(layout).__name__, positions.numel()))
+        return trunk(embeddings, positions, layout)
+
+    monkeypatch.setattr(policy, "see", lambda images: seen.append(len(images)) or see(images))
+    monkeypatch.setattr(policy, "trunk", counted)
+    chosen = [prompt for prompt in prompts if not prompt.follow_up]
+    engine = RolloutEngine(policy)
+    engine.generate(chosen, Sampling(num_generations=5, cfg_weight=2.0, max_text_tokens=8))
+    assert seen == [len({prompt.image for prompt in chosen} - {None})]
+    lengths = [policy.prompt_tokens(prompt).numel() for prompt in chosen]
+    free, N = policy.unconditional_tokens().numel(), policy.num_image_tokens
+    assert [size for name, size in trunks if name == "Prefill"] == [sum(lengths) + free]
+    assert engine.stats.prefill_tokens == sum(lengths) + free
+    # 5 members of: 2 texts of 8, 2 images, 2 chains; every image with its start, and its unconditional twin.
+    own = 5 * (2 * 8 + 2 * (1 + N) + 2 * (8 + 1 + N) + 4 * N)
+    assert engine.stats.kv_bytes == policy.cache_shape().num_bytes(sum(lengths) + free + own)
 
 
-def test_preview_keeps_the_best_try_and_never_exceeds_the_cap(policy: JanusPolicy, tmp_path: Path) -> None:
-    """With a threshold that nothing passes: the kept try is the best scored one, and its key and tokens are its own."""
-    prompts = [make_prompt(f"draw {name}.", ("image",)) for name in ("it", "this", "a red creature at the city")]
-    gate = Gate(threshold=0.99, max_attempts=3)
-    sampling = Sampling(num_generations=1, cfg_weight=2.0)
-    rollouts = generate(policy, prompts, sampling, gate)
-    assert len(gate.seen) == 3 and gate.counts.tolist() == [0, 9]
-    for prompt, rollout in zip(prompts, rollouts, strict=True):
-        scores = [tries[prompt.id, ""] for tries in gate.seen]
-        assert rollout.attempts == 3
-        best = 1 + scores.index(max(scores))
-        assert rollout.uid == trajectory_key(sampling, prompt, 0, best)
-        first_half = _draw_with_key(policy, prompt, sampling, best)[: policy.num_image_tokens // 2]
-        assert rollout.segments[0].tokens[: policy.num_image_tokens // 2].tolist() == first_half
+def test_texts_that_ended_free_their_rows(policy: JanusPolicy, prompts: list[Prompt], monkeypatch: Any) -> None:
+    """The forward of a step has the rows of texts under way and no others."""
+    rows, trunk = [], policy.trunk
+    monkeypatch.setattr(policy, "trunk", lambda e, p, layout: (rows.append(len(e)) if e.shape[1] == 1 else None)
+                        or trunk(e, p, layout))  # fmt: skip
+    chosen = [prompt for prompt in prompts if prompt.segments == ("text",)]
+    rollouts = generate(policy, chosen, Sampling(num_generations=8, max_text_tokens=8))
+    lengths = torch.tensor([len(rollout.segments[0].tokens) for rollout in rollouts])
+    assert len(lengths.unique()) > 2
+    assert rows == [n for step in range(1, 8) if (n := int((lengths >= step).sum()))]
 
 
-def _draw_with_key(policy: JanusPolicy, prompt: Prompt, sampling: Sampling, attempt: int) -> list[int]:
-    """The image tokens that a single try with this attempt's key draws."""
-    import syncr1.engine.rollout as module
-
-    original = module.trajectory_key
-    module.trajectory_key = lambda s, p, m, a=1: original(s, p, m, attempt)
-    try:
-        return generate(policy, [prompt], sampling)[0].segments[0].tokens.tolist()
-    finally:
-        module.trajectory_key = original
+@pytest.mark.parametrize(
+    ("segments", "problem"),
+    [(("image", "image"), "expected one of"), (("text", "text"), "expected one of"), ((), "expected one of"),
+     (("image", "text"), "needs a follow_up question")],
+)  # fmt: skip
+def test_what_cannot_be_sampled_is_refused(policy: JanusPolicy, segments: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        generate(policy, [make_prompt("x", segments)], Sampling())
 
 
-def test_preview_accepts_at_once_above_the_threshold(policy: JanusPolicy) -> None:
-    gate = Gate(threshold=0.01, max_attempts=5)
-    prompt = make_prompt("draw it.", ("image",))
-    rollouts = generate(policy, [prompt], Sampling(num_generations=4), gate)
-    assert [r.attempts for r in rollouts] == [1] * 4 and gate.counts.tolist() == [4, 4]
-    assert tokens_of(rollouts) == tokens_of(generate(policy, [prompt], Sampling(num_generations=4)))
+def test_no_prompts_no_rollouts(policy: JanusPolicy) -> None:
+    assert generate(policy, [], Sampling()) == []
 
 
-def test_what_cannot_be_judged_is_drawn_once(policy: JanusPolicy) -> None:
-    """A NaN score (an anchor, a failed reward) neither costs tries nor counts against the acceptance rate."""
-    gate = Gate(threshold=0.5, max_attempts=4, nan=True)
-    rollouts = generate(policy, [make_prompt("draw it.", ("image",))], Sampling(num_generations=4), gate)
-    assert [r.attempts for r in rollouts] == [1] * 4 and gate.counts.tolist() == [0, 0] and len(gate.seen) == 1
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.5, 1.0])
-def test_preview_at_any_fraction(policy: JanusPolicy, fraction: float) -> None:
-    """The first token at least; a preview of the whole picture is no preview."""
-    gate = Gate(threshold=0.99, max_attempts=2, fraction=fraction)
-    rollouts = generate(policy, [make_prompt("draw it.", CHAIN)], Sampling(num_generations=2, max_text_tokens=4), gate)
-    assert all(len(s.tokens) == policy.num_image_tokens for s in segments_of(rollouts, "image"))
-    assert [r.attempts for r in rollouts] == ([1, 1] if fraction == 1.0 else [2, 2])
+def test_one_generation_is_a_group_of_one(policy: JanusPolicy, prompts: list[Prompt]) -> None:
+    """Evaluation draws so; packing then has nothing to share, and the replay holds."""
+    rollouts = generate(policy, prompts, Sampling(num_generations=1, max_text_tokens=8))
+    (batch,) = packed(policy, rollouts, 1)
+    assert batch.prefix_tokens.numel() == 0 and batch.num_tokens == batch.num_unshared_tokens
+    assert replay_error(batch, trainer_logp(policy, batch, 1.0)) <= REPLAY_TOLERANCE
 
 
 def test_photos_change_what_is_said(policy: JanusPolicy, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_metrics_are_complete_and_finite(finished: tuple[Path, str]) -> None:
     for row in rows:
         for name in (
             *("reward", "reward_std", "loss", "grad_norm", "learning_rate", "kl", "entropy", "num_tokens", "step_time"),
-            *("completions/mean_length", "clip_ratio/region_mean", "frac_reward_zero_std", "seconds/rollout"),
+            *("completions/mean_length", "clip_ratio/region_mean", "frac_reward_zero_std", "seconds/rollout/image"),
             *("rewards/identity/mean", "rewards/judge/mean", "rewards/text/mean"),
         ):
             assert isinstance(row[name], float | int), name

@@ -2,6 +2,7 @@
 
 A policy is one causal decoder with two vocabularies: text tokens through the text head, image tokens through the image
 head.  Everything else (sampling, packing, losses) is written against this protocol and knows no model by name.
+A policy without an image vocabulary has `num_image_tokens` 0 and raises ValueError where images are asked of it.
 
 Dims: T tokens, D hidden size, N image tokens, B rows, V vocabulary.
 """
@@ -13,11 +14,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
-from syncr1.engine.attention import AttentionLayout, KVCache
+from syncr1.engine.attention import AttentionLayout
+from syncr1.engine.cache import CacheShape
 from syncr1.engine.records import Prompt, SegmentKind
 
 
@@ -46,6 +48,8 @@ class Policy(nn.Module, ABC):
     """Text ids that end a text segment."""
     image_start: int
     """Text id that hands over to image tokens; the first image token is predicted from it."""
+    max_positions: int
+    """Longest sequence that the position ids reach."""
 
     @abstractmethod
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
@@ -58,6 +62,10 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def unconditional_tokens(self) -> Tensor:
         """[L] int64: the prompt of the classifier-free branch, `image_start` included."""
+
+    @abstractmethod
+    def follow_up_tokens(self, prompt: Prompt) -> Tensor:
+        """[L] int64: the turn that asks `prompt.follow_up` about the image just drawn, image placeholders expanded."""
 
     @abstractmethod
     def text_tokens(self, text: str) -> Tensor:
@@ -92,8 +100,8 @@ class Policy(nn.Module, ABC):
         """[N, D] -> the head of a vocabulary, ready for a fused op."""
 
     @abstractmethod
-    def new_cache(self, num_rows: int, capacity: int) -> KVCache:
-        """An empty cache of the decoder's shape."""
+    def cache_shape(self) -> CacheShape:
+        """What the decoder keeps of one token."""
 
     @abstractmethod
     def draw(self, tokens: Tensor) -> Tensor:
@@ -102,6 +110,17 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def load_images(self, paths: Sequence[Path]) -> Tensor:
         """Image files -> [n, 3, H, W] float32 in [0, 1], at the model's input size."""
+
+    @abstractmethod
+    def decoder(self) -> nn.Module:
+        """transformers' decoder inside; `trunk` runs it."""
+
+    def checkpoint_activations(self) -> None:
+        """From now on training keeps one activation per layer and computes the others again in backward."""
+        decoder: Any = self.decoder()
+        # transformers renames it in version 6.
+        name = "activation_checkpointing_enable" if hasattr(decoder, "activation_checkpointing_enable") else None
+        getattr(decoder, name or "gradient_checkpointing_enable")({"use_reentrant": False})
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -8,19 +8,20 @@ Source: Janus-Pro (arXiv 2501.17811); module names of `transformers.models.janus
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
-from syncr1.engine.attention import ATTENTION_NAME, AttentionLayout, KVCache
+from syncr1.engine.attention import ATTENTION_NAME, AttentionLayout
+from syncr1.engine.cache import CacheShape
 from syncr1.engine.pictures import load_pictures
 from syncr1.engine.policies.base import Head, Policy
+from syncr1.engine.policies.tokens import escape_control_tokens
 from syncr1.engine.records import Prompt, SegmentKind
 
 UNCONDITIONAL_PADS = 4
@@ -54,6 +55,7 @@ class JanusPolicy(Policy):
         model.model.vqmodel.requires_grad_(False)
         self.num_image_tokens = model.model.vqmodel.quantize.quant_state_dims[0] ** 2
         self.image_size = int(model.config.vision_config.image_size)
+        self.max_positions = int(model.config.text_config.max_position_embeddings)
         tokenizer = self.tokenizer
         self.image_start = int(tokenizer.convert_tokens_to_ids(tokenizer.boi_token))
         self.image_slot = int(model.config.image_token_id)
@@ -75,31 +77,31 @@ class JanusPolicy(Policy):
         return self.model.lm_head.weight.device
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
-        content = [{"type": "image"}] if prompt.image is not None else []
-        content.append({"type": "text", "text": self._escape(prompt.text)})
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        if prompt.image is not None:
-            slots = self.tokenizer.image_token * self.processor.num_image_tokens
-            text = text.replace(
-                self.tokenizer.image_token, f"{self.tokenizer.boi_token}{slots}{self.tokenizer.eoi_token}", 1
-            )
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        ids = self._turn(prompt.text, shows_image=prompt.image is not None)
         bos = self.tokenizer.bos_token_id
         if bos is not None and (ids.numel() == 0 or int(ids[0]) != bos):
             ids = torch.cat([ids.new_tensor([bos]), ids])
         return ids
 
-    def _escape(self, text: str) -> str:
-        """Control tokens in a user's text lose their brackets: it can neither open an image slot nor end its turn.
+    def follow_up_tokens(self, prompt: Prompt) -> Tensor:
+        """The drawn image is closed and shown again: Janus understands through its vision tower, not its VQ codes."""
+        if prompt.follow_up is None:
+            raise ValueError(f"prompt {prompt.id}: text after the image needs a follow_up question, got none")
+        ids = self._turn(prompt.follow_up, shows_image=True)
+        ids = ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
+        end_of_image = int(self.tokenizer.convert_tokens_to_ids(self.tokenizer.eoi_token))
+        return torch.cat([ids.new_tensor([end_of_image, self.tokenizer.eos_token_id]), ids])
 
-        Again until none is left, because what stays of one may complete another (`<<image>>`); each pass shortens it.
-        """
-        tokens = self.tokenizer.all_special_tokens
-        while any(token in text for token in tokens):
-            for token in tokens:
-                words = re.sub(r"\W", "", token)
-                text = text.replace(token, words if len(words) < len(token) else "")
-        return text
+    def _turn(self, words: str, *, shows_image: bool) -> Tensor:
+        """[L] int64: a user's turn through the chat template, and the opening of the answer."""
+        content = [{"type": "image"}] if shows_image else []
+        content.append({"type": "text", "text": escape_control_tokens(words, self.tokenizer)})
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        if shows_image:
+            tokenizer = self.tokenizer
+            slots = tokenizer.image_token * self.processor.num_image_tokens
+            text = text.replace(tokenizer.image_token, f"{tokenizer.boi_token}{slots}{tokenizer.eoi_token}", 1)
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
 
     def image_slots(self, tokens: Tensor) -> Tensor:
         return tokens == self.image_slot
@@ -139,10 +141,12 @@ class JanusPolicy(Policy):
             return self.model.prepare_embeddings_for_image_generation(tokens)
         return self.model.model.language_model.embed_tokens(tokens)
 
+    def decoder(self) -> nn.Module:
+        return self.model.model.language_model
+
     def trunk(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
-        decoder = self.model.model.language_model
-        return decoder(
-            inputs_embeds=embeddings, position_ids=position_ids, layout=layout, use_cache=False
+        return (
+            self.decoder()(inputs_embeds=embeddings, position_ids=position_ids, layout=layout, use_cache=False)
         ).last_hidden_state
 
     def head(self, hidden: Tensor, kind: SegmentKind) -> Head:
@@ -152,16 +156,14 @@ class JanusPolicy(Policy):
         hidden = image_head.activation_fn(image_head.proj_out(hidden))
         return Head(hidden, image_head.vision_head.weight, image_head.vision_head.bias, None)
 
-    def new_cache(self, num_rows: int, capacity: int) -> KVCache:
+    def cache_shape(self) -> CacheShape:
         config = self.model.config.text_config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         weight = self.model.lm_head.weight
-        return KVCache(
+        return CacheShape(
             num_layers=config.num_hidden_layers,
-            num_rows=num_rows,
             num_heads=config.num_key_value_heads,
             head_dim=head_dim,
-            capacity=capacity,
             dtype=weight.dtype,
             device=weight.device,
         )

@@ -2,8 +2,9 @@
 
 A reward is any callable, plain or async, `fn(*, prompts, completions, completion_ids, images, **columns)` that returns
 `list[float | None]`, one entry per trajectory (None: it does not apply). `columns` are all the fields of `Prompt`,
-each as a list, plus `mode`. Functions run at once, each in its own thread, with gradients off, and under a timeout. A
-function that raises or is late gives None for all and is counted: never 0.0, which would be a verdict.
+each as a list, plus `mode` and `follow_up_completions`. Functions run at once, each in its own thread, with gradients
+off, and under a timeout. A function that raises or is late gives None for all and is counted: never 0.0, which would be
+a verdict.
 
 Dims: S trajectories, K rewards.  Source of the signature: TRL's GRPOTrainer, `reward_funcs`.
 """
@@ -85,6 +86,7 @@ def columns_of(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
         "completions": [rollout.text for rollout in rollouts],
         "completion_ids": [[int(t) for s in segments for t in s.tokens.tolist()] for segments in texts],
         "images": [rollout.image for rollout in rollouts],
+        "follow_up_completions": [rollout.follow_up_text for rollout in rollouts],
     }
     return columns
 
@@ -99,21 +101,21 @@ def score(
     """Score trajectories by every function.
 
     Args:
-        rollouts: [S], groups one after another or not; anchors (`prompt.rewarded` False) are not shown to the
-        functions.
+        rollouts: [S], groups one after another or not; anchors (`prompt.rewarded` False) and what a preview dropped
+            are not shown to the functions.
         reward_functions: [K] name -> function; names become columns in this order.
         timeout: seconds that a function may take, counted from the common start.
         strict: raise on a broken contract (a bug will not mend itself); False counts it as a failure, for functions
             that reach out to services.
 
     Returns:
-        RewardTable, `values` [S, K]. NaN all over for anchors. A member that lacks a reward which others of its group
-        have gets NaN in every column: summing what is left would read the missing part as zero.
+        RewardTable, `values` [S, K]. NaN all over for anchors and for what was dropped. A member that lacks a reward
+        which others of its group have gets NaN in every column: summing what is left would read it as zero.
 
     Raises:
         RewardError: `strict` and a function returned the wrong number of values, or NaN, infinity, text or a tensor.
     """
-    rows = [i for i, rollout in enumerate(rollouts) if rollout.prompt.rewarded]
+    rows = [i for i, rollout in enumerate(rollouts) if rollout.prompt.rewarded and not rollout.dropped]
     values = torch.full((len(rollouts), len(reward_functions)), math.nan)
     failures = dict.fromkeys(reward_functions, 0)
     if rows:
@@ -220,4 +222,4 @@ def _incomplete(rollouts: Sequence[Rollout], values: Tensor) -> Tensor:
     for members in groups.values():
         applies = present[members].any(0)
         marked[members] = (applies & ~present[members]).any(1)
-    return marked
+    return marked & torch.tensor([not rollout.dropped for rollout in rollouts], dtype=torch.bool)

@@ -145,7 +145,8 @@ class NoisyTeacher:
         if text is not None:
             segments.append(_given("text", self._text_tokens(text)))
         if look is not None:
-            segments.append(_given("image", self._codes[LOOK_INDEX[look]]))
+            codes = _given("image", self._codes[LOOK_INDEX[look]])
+            segments.append(replace(codes, lead=torch.tensor([self.policy.image_start])))
         tokens = self.policy.unconditional_tokens()[:-1] if dropped else self._prompt_tokens(item)
         prompt = Prompt(id="", task=item.task, text=item.question)
         image = None if item.photo is None else torch.from_numpy(item.photo).permute(2, 0, 1).float() / 255
@@ -228,7 +229,7 @@ def supervised_loss(forward: PolicyForward, rollouts: Sequence[Rollout]) -> Tens
     n = len(rollouts)
     ready = with_photos(policy, rollouts)
     batch = pack(
-        policy, ready, torch.zeros(n, 2), torch.ones(n, dtype=torch.bool), num_generations=n, max_tokens=1 << 30
+        policy, ready, torch.zeros(n, 2), torch.ones(n, dtype=torch.bool), num_generations=1, max_tokens=1 << 30
     )[0]
     logp = forward(batch)["logp"]
     return sum((_mean_nll(logp, batch, code) for code in range(2)), start=logp.new_zeros(()))

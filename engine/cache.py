@@ -1,0 +1,184 @@
+"""Keys and values of trajectories under way: a prompt's once, what a row adds to it apart.
+
+A row of the cache is one decoding sequence: a group's member, or its classifier-free twin.  It attends to two spans of
+columns: its prompt's, which all members share, and its own.  Spans are plain offsets into two stores, so rows have
+capacities of their own, nothing is padded, and no key is ever moved.
+
+Dims: P prompts, R rows, N new tokens, H query heads, K key-value heads, E head size, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from syncr1.kernels.api import SharedPrefixLayout, prefix_decode_attention, shared_prefix_attention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheShape:
+    """What a decoder keeps of one token."""
+
+    num_layers: int
+    num_heads: int
+    """Key-value heads."""
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def num_bytes(self, num_columns: int) -> int:
+        """Bytes of the keys and values of that many tokens, all layers."""
+        return 2 * self.num_layers * self.num_heads * self.head_dim * num_columns * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class Rows:
+    """Where rows stand. Everything lives on the device, one entry per row."""
+
+    spans: Tensor
+    """[R, 4] int64: prompt start, prompt length, own start, own length."""
+    position: Tensor
+    """[R] int64: position id of the next token."""
+    hidden: Tensor
+    """[R, D]: the hidden state that predicts the next token."""
+
+    def __len__(self) -> int:
+        return self.position.shape[0]
+
+    def take(self, index: Tensor) -> Rows:
+        """A copy of rows `index` [n] int64."""
+        return Rows(self.spans[index], self.position[index], self.hidden[index])
+
+    def put(self, index: Tensor, other: Rows) -> None:
+        """Rows `index` become `other`'s."""
+        for field in fields(self):
+            getattr(self, field.name).index_copy_(0, index, getattr(other, field.name))
+
+    @staticmethod
+    def cat(parts: Sequence[Rows]) -> Rows:
+        return Rows(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Rows)))
+
+
+class Store:
+    """Columns of keys and values [layers, K, columns, E], allocated once and divided into spans.
+
+    Args:
+        shape: of the decoder.
+        lengths: columns of each span; they lie one after another. One spare column lies behind them, which padding
+            rows may overwrite.
+    """
+
+    def __init__(self, shape: CacheShape, lengths: Sequence[int]) -> None:
+        self.capacity = sum(lengths) + 1
+        self.spare = self.capacity - 1
+        size = (shape.num_layers, shape.num_heads, self.capacity, shape.head_dim)
+        # Uninitialised: a column is read only after it was written.
+        self.keys = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self.values = torch.empty(size, dtype=shape.dtype, device=shape.device)
+        self.nowhere = torch.tensor([0, 0, self.spare, 0], device=shape.device)
+        """[4] spans of a row that stands still: no prompt, and the spare column of its own."""
+        self.divide(lengths)
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """The spans fit into what is allocated."""
+        return sum(lengths) < self.capacity
+
+    def divide(self, lengths: Sequence[int]) -> None:
+        """New spans in the same memory; what the old ones held is forgotten."""
+        assert self.fits(lengths)
+        self.starts = [0, *accumulate(lengths)]
+
+    def copy_span(self, start: int, other: Store, other_start: int, length: int) -> None:
+        """Columns of `other` -> columns from `start` on, all layers."""
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[:, :, start : start + length] = theirs[:, :, other_start : other_start + length]
+
+
+class Prefill:
+    """Attention layout of the prompts' one forward pass: causal within each, and all of it is kept.
+
+    Args:
+        store: one span per prompt.
+    """
+
+    def __init__(self, store: Store) -> None:
+        num_prompts = len(store.starts) - 1
+        nobody = torch.zeros(num_prompts + 1, dtype=torch.int32)
+        offsets = torch.tensor(store.starts, dtype=torch.int32)
+        self._store = store
+        self._layout = SharedPrefixLayout(offsets, nobody[:1], nobody).to(store.keys.device)
+        self.position_ids = self._layout.position_ids()
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        used = self._store.starts[-1]
+        self._store.keys[layer, :, :used] = key[0]
+        self._store.values[layer, :, :used] = value[0]
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return shared_prefix_attention(q, k, v, self._layout, scale=scale)[None]
+
+
+class Decode:
+    """Attention layout of one decoding step: one token per row, written behind the row's own columns.
+
+    Args:
+        prompts: read.
+        own: written.
+        spans: [R, 4] int64, lengths before this step.
+    """
+
+    def __init__(self, prompts: Store, own: Store, spans: Tensor) -> None:
+        self.prompts, self.own, self.spans = prompts, own, spans
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        prompts, own = self.prompts, self.own
+        attended = prefix_decode_attention(
+            query[:, :, 0],
+            key[:, :, 0],
+            value[:, :, 0],
+            prompts.keys[layer],
+            prompts.values[layer],
+            own.keys[layer],
+            own.values[layer],
+            self.spans,
+            scale=scale,
+        )
+        return attended[:, None]
+
+
+class Extend:
+    """Attention layout of several given tokens per row at once, behind what the row has (a follow-up turn).
+
+    Args:
+        prompts: read.
+        own: written.
+        spans: [R, 4] int64, lengths before this pass.
+        lengths: new tokens of each row; the rest of [R, N] is padding at the end, whose output means nothing.
+    """
+
+    def __init__(self, prompts: Store, own: Store, spans: Tensor, lengths: Sequence[int]) -> None:
+        self._prompts, self._own = prompts, own
+        self._rows = [(*span, length) for span, length in zip(spans.tolist(), lengths, strict=True)]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        attended = torch.zeros_like(query)
+        for row, (prompt_start, prompt_length, start, seen, new) in enumerate(self._rows):
+            columns = slice(start + seen, start + seen + new)
+            self._own.keys[layer, :, columns] = key[row, :, :new]
+            self._own.values[layer, :, columns] = value[row, :, :new]
+            prompt, own = slice(prompt_start, prompt_start + prompt_length), slice(start, start + seen + new)
+            keys, values = (
+                torch.cat([shared[layer, :, prompt], mine[layer, :, own]], 1)
+                for shared, mine in ((self._prompts.keys, self._own.keys), (self._prompts.values, self._own.values))
+            )
+            before = prompt_length + seen
+            visible = torch.ones(new, before + new, dtype=torch.bool, device=query.device).tril(before)
+            attended[row, :, :new] = F.scaled_dot_product_attention(
+                query[row, None, :, :new], keys[None], values[None], attn_mask=visible, scale=scale,
+                enable_gqa=query.shape[1] != keys.shape[0],
+            )[0]  # fmt: skip
+        return attended.transpose(1, 2)

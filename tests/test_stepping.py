@@ -1,0 +1,200 @@
+"""The token loop: nothing read back from the device, everything in place, buckets and padding without effect.
+
+CUDA graphs need a GPU; what they rely on is tested here on a CPU, and replayed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
+import pytest
+import torch
+from helpers import Gate, all_kinds_of_prompts, sharp_policy
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncr1.engine import stepping
+from syncr1.engine.decode import TokenStep
+from syncr1.engine.policies.janus import JanusPolicy
+from syncr1.engine.records import Prompt, Rollout
+from syncr1.engine.rollout import RolloutEngine, Sampling
+
+READS_BACK = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "unique", "masked_select", "_to_copy")
+"""Ops that make a GPU wait, or whose output's shape depends on values."""
+
+
+@pytest.fixture(scope="module")
+def policy() -> JanusPolicy:
+    return sharp_policy()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
+    return all_kinds_of_prompts(tmp_path_factory.mktemp("photos"))
+
+
+class Watch(TorchDispatchMode):
+    """Remembers every op that would make a GPU wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.num_ops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_ops += 1
+        name = func._schema.name.split("::")[1]
+        if name in READS_BACK[:-1] or (name == "_to_copy" and (kwargs or {}).get("device") is not None):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class ReplayedStep(stepping.GraphedStep):
+    """A graph as a CPU can have it: the same step, run where a GPU would replay it, and watched."""
+
+    watch = Watch()
+
+    def __init__(self, step: TokenStep, pool: Any) -> None:
+        self.eager, self.state = step, step.state
+        self.addresses = self._addresses()
+
+    def _addresses(self) -> list[int]:
+        state, samples = self.state, self.eager.samples
+        caches = (self.eager.own.keys, self.eager.own.values, self.eager.prompts.keys, self.eager.prompts.values)
+        tensors = (*(getattr(state.rows, name) for name in ("spans", "position", "hidden")), state.slot, state.key,
+                   state.alive, state.step, samples.token, samples.logp, samples.length, *caches)  # fmt: skip
+        return [tensor.data_ptr() for tensor in tensors]
+
+    def replay(self) -> None:
+        with self.watch:
+            self.eager()
+        assert self._addresses() == self.addresses, "a replay writes where the capture wrote"
+
+
+class PromptCount(stepping.LateCount):
+    """The count of the step before last, as a busy GPU would deliver it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._asked: list[int] = []
+
+    def ask(self, alive: Tensor) -> None:
+        self._asked.append(int(alive.sum()))
+
+    def latest(self) -> int | None:
+        return self._asked[-1] if self._asked else None
+
+
+@pytest.fixture
+def static(policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch) -> Callable[[], RolloutEngine]:
+    """Makes engines that run as they would on a GPU, step for step, without one."""
+    monkeypatch.setattr(stepping, "GraphedStep", ReplayedStep)
+    monkeypatch.setattr(stepping, "LateCount", PromptCount)
+    monkeypatch.setattr(stepping, "POLL_STEPS", 2)
+    monkeypatch.setenv("SYNCR1_CHECKS", "never")  # as on a GPU, where checks of values would make it wait
+    monkeypatch.setenv("SYNCR1_BACKEND", "native")
+    ReplayedStep.watch = Watch()
+
+    def make() -> RolloutEngine:
+        engine = RolloutEngine(policy, cuda_graphs=False)
+        engine.stepper.static = True
+        return engine
+
+    return make
+
+
+def same_draws(a: list[Rollout], b: list[Rollout]) -> None:
+    for one, other in zip(a, b, strict=True):
+        assert (one.uid, one.attempts, one.dropped, one.text) == (other.uid, other.attempts, other.dropped, other.text)
+        for mine, theirs in zip(one.segments, other.segments, strict=True):
+            assert mine.tokens.tolist() == theirs.tokens.tolist() and mine.truncated == theirs.truncated
+            torch.testing.assert_close(mine.logp, theirs.logp, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("previewed", [False, True])
+def test_static_steps_draw_what_eager_steps_draw(
+    policy: JanusPolicy, prompts: list[Prompt], static: Callable[[], RolloutEngine], previewed: bool
+) -> None:
+    """Buckets, padding, late counts and reused buffers change no token; the second call reuses all of the first's."""
+    engine = static()
+    for step in range(2):
+        sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8, step=step)
+        gates = [Gate(threshold=0.5, max_attempts=2, min_keep=2) if previewed else None for _ in range(2)]
+        expected = RolloutEngine(policy, cuda_graphs=False).generate(prompts, sampling, gates[0])
+        same_draws(engine.generate(prompts, sampling, gates[1]), expected)
+        if step == 0:
+            graphs, stores = set(engine.stepper._graphs), dict(engine.stepper._stores)
+    tries = id(stores.pop("tries", None))  # as many as were rejected: a second call may need more
+    assert {key for key in graphs if tries not in key} <= set(engine.stepper._graphs), "no graph was lost"
+    assert all(engine.stepper._stores[name] is store for name, store in stores.items())
+
+
+def test_nothing_is_read_back_between_steps(prompts: list[Prompt], static: Callable[[], RolloutEngine]) -> None:
+    """One host synchronisation per token would cost what a graph saves."""
+    sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8)
+    static().generate(prompts, sampling)
+    watch = ReplayedStep.watch
+    assert watch.num_ops > 1000, "the watch saw the steps"
+    assert watch.found == []
+
+
+def test_the_watch_would_see_a_read() -> None:
+    with Watch() as watch:
+        x = torch.arange(3)
+        x.sum().item()
+        x[x > 1]
+        torch.nonzero(x)
+    assert {"_local_scalar_dense", "nonzero"} <= set(watch.found)
+
+
+def test_a_smaller_batch_reuses_a_larger_ones_buffers(
+    policy: JanusPolicy, prompts: list[Prompt], static: Callable[[], RolloutEngine]
+) -> None:
+    engine = static()
+    sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8)
+    engine.generate(prompts, sampling)
+    stores = dict(engine.stepper._stores)
+    for chosen in (prompts[:2], prompts[3:], prompts):
+        expected = RolloutEngine(policy, cuda_graphs=False).generate(chosen, sampling)
+        same_draws(engine.generate(chosen, sampling), expected)
+        assert engine.stepper._stores == stores
+
+
+def test_a_larger_batch_gets_new_buffers_and_graphs(
+    policy: JanusPolicy, prompts: list[Prompt], static: Callable[[], RolloutEngine]
+) -> None:
+    """A graph that holds freed addresses would read somebody else's memory."""
+    engine = static()
+    sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8)
+    for chosen in (prompts[:1], prompts):
+        expected = RolloutEngine(policy, cuda_graphs=False).generate(chosen, sampling)
+        same_draws(engine.generate(chosen, sampling), expected)
+    alive = {id(x) for x in (*engine.stepper._stores.values(), *engine.stepper._samples.values())}
+    for _, _, _, samples, stored_prompts, own in engine.stepper._graphs:
+        assert {samples, stored_prompts, own} <= alive
+
+
+def test_buckets_waste_at_most_a_third() -> None:
+    for size in range(1, 300):
+        bucket = stepping.bucket_of(size)
+        assert size <= bucket <= max(size + 1, size * 3 / 2)
+    assert [stepping.bucket_of(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 33, 64)] == [1, 2, 3, 4, 6, 8, 12, 16, 48, 64]
+
+
+def test_graphs_without_a_gpu_are_refused(policy: JanusPolicy) -> None:
+    with pytest.raises(ValueError, match="cuda_graphs=True needs a policy on a GPU"):
+        RolloutEngine(policy, cuda_graphs=True)
+
+
+@pytest.mark.gpu
+def test_graphs_draw_what_eager_steps_draw(prompts: list[Prompt], tmp_path: Path) -> None:
+    moved = sharp_policy().cuda()
+    engine = RolloutEngine(moved)
+    assert engine.stepper.static
+    for step in range(2):
+        sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8, step=step)
+        expected = RolloutEngine(moved, cuda_graphs=False).generate(prompts, sampling)
+        same_draws(engine.generate(prompts, sampling), expected)
