@@ -68,6 +68,6 @@ def environment(device: str) -> dict[str, Any]:
         **{name: _version(distribution) for name, distribution in PACKAGES.items()},
         "cuda": torch.version.cuda,
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "kernels", "bench")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "kernels", "engine", "bench")),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

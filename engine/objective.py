@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from syncr1.engine.attention import PackedLayout
 from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import MODALITY_NAMES, PackedBatch
+from syncr1.engine.records import IMAGE, MODALITY_NAMES, PackedBatch
 from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
 
 
@@ -133,13 +133,13 @@ class PolicyForward(nn.Module):
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         """[Tp + T, D] final hidden states of prompts and responses."""
-        is_image = batch.modality == 1
-        embeddings = self.policy.embed(torch.cat([batch.prefix_tokens, torch.where(is_image, 0, batch.tokens)]), "text")
+        is_image = batch.modality == IMAGE
+        words = torch.cat([batch.prefix_tokens, torch.where(is_image, 0, batch.tokens)])
+        embeddings = self.policy.embed(words, "text")
         if self.policy.num_image_tokens:
-            image = self.policy.embed(torch.where(is_image, batch.tokens, 0), "image")
-            drawn = torch.cat([is_image.new_zeros(batch.prefix_tokens.shape), is_image])
-            image = torch.cat([image.new_zeros(batch.prefix_tokens.numel(), image.shape[1]), image])
-            embeddings = torch.where(drawn[:, None], image, embeddings)
+            drawn = is_image.nonzero().squeeze(1)  # may be empty: ZeRO-3 wants every module to run on every rank
+            image = self.policy.embed(batch.tokens[drawn], "image")
+            embeddings = embeddings.index_copy(0, drawn + batch.prefix_tokens.numel(), image)
         if batch.image_rows.numel():
             embeddings = embeddings.index_copy(0, batch.image_rows, batch.image_embeddings.to(embeddings.dtype))
         return self.policy.trunk(embeddings[None], batch.layout.position_ids()[None], PackedLayout(batch.layout))[0]
