@@ -96,10 +96,16 @@ def check_prompts(policy: Policy, prompts: Sequence[Prompt], tokens: Sequence[Te
 
 
 def check_fits(
-    shape: CacheShape, prefix_columns: int, own_columns: int, num_generations: int, max_bytes: int | None
+    shape: CacheShape,
+    prefix_columns: int,
+    own_columns: int,
+    num_generations: int,
+    max_bytes: int | None,
+    held_bytes: int = 0,
 ) -> None:
-    """Raises RolloutTooLarge if the keys and values exceed `max_bytes` (None: what the device has free)."""
-    free = FREE_SHARE * free_bytes(shape.device) if max_bytes is None else max_bytes
+    """Raises RolloutTooLarge if the keys and values exceed `max_bytes` (None: what the device has free, and what is
+    held for them already)."""
+    free = FREE_SHARE * free_bytes(shape.device) + held_bytes if max_bytes is None else max_bytes
     needed = shape.num_bytes(prefix_columns + own_columns)
     if needed <= free:
         return

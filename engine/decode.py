@@ -25,6 +25,7 @@ from syncr1.engine.records import SegmentKind
 from syncr1.kernels.api import CFGSample, cfg_sample
 
 Trunk = Callable[[Tensor, Tensor, AttentionLayout], Tensor]
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +134,7 @@ class TokenStep:
         state: advanced in place.
         samples: written in place.
         padded: some sequences are padding: they must not advance, although nothing in this phase ends.
+        linear: multiplies hidden states with a head.
     """
 
     def __init__(
@@ -146,8 +148,9 @@ class TokenStep:
         samples: Samples,
         *,
         padded: bool = False,
+        linear: Linear = F.linear,
     ) -> None:
-        self.policy, self.trunk, self.phase = policy, trunk, phase
+        self.policy, self.trunk, self.phase, self.linear = policy, trunk, phase, linear
         self.prompts, self.own = prompts, own
         self.state, self.samples = state, samples
         device = state.slot.device
@@ -158,7 +161,7 @@ class TokenStep:
         """Samples one token per sequence and, with `feed`, runs it through the trunk."""
         state, phase = self.state, self.phase
         head = self.policy.head(state.rows.hidden, phase.kind)
-        logits = F.linear(head.hidden, head.weight, head.bias)
+        logits = self.linear(head.hidden, head.weight, head.bias)
         sample = cfg_sample(
             logits[: len(state)],
             logits[len(state) :] if state.guided else None,

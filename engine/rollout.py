@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,6 +25,7 @@ from syncr1.engine.cache import Extend, Prefill, Rows
 from syncr1.engine.capacity import Sizes, check_fits, check_plans, check_prompts
 from syncr1.engine.decode import Phase, Samples, State, Trunk, advance
 from syncr1.engine.policies.base import Policy
+from syncr1.engine.policies.few_rows import FewRows
 from syncr1.engine.preview import Canvas, Preview, draw, fill, preview_length
 from syncr1.engine.records import Prompt, Rollout, Segment, SegmentKind
 from syncr1.engine.stepping import Stepper
@@ -89,8 +91,15 @@ class RolloutEngine:
     ) -> None:
         self.policy, self.max_bytes = policy, max_bytes
         self.trunk: Trunk = trunk or policy.trunk
-        self.stepper = Stepper(policy, self.trunk, cuda_graphs)
+        on_cpu = policy.cache_shape().device.type == "cpu"
+        few_rows = FewRows(policy) if on_cpu and trunk is None else None
+        self.stepper = Stepper(policy, self.trunk, cuda_graphs, few_rows)
+        self._decoding = nullcontext if few_rows is None else few_rows
         self.stats = RolloutStats()
+
+    def release(self) -> None:
+        """Frees caches and graphs that a GPU keeps between calls, for a training step that needs the room."""
+        self.stepper.release()
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None = None) -> list[Rollout]:
@@ -112,9 +121,10 @@ class RolloutEngine:
         if not prompts:
             return []
         batch = _Batch(self, prompts, sampling, preview)
-        batch.sample_text()
-        batch.draw_images()
-        batch.sample_follow_ups()
+        with self._decoding():
+            batch.sample_text()
+            batch.draw_images()
+            batch.sample_follow_ups()
         self.stats.seconds = batch.time.seconds
         return batch.rollouts()
 
@@ -167,7 +177,7 @@ class _Batch:
             prefixes.append(self.free_tokens.numel())
             own += [N * drawn for drawn in sizes.images for _ in range(G)]
         columns = sum(own) + sizes.preview_columns(G, preview_length(self.preview, N), self.guided) * self._retries
-        check_fits(shape, sum(prefixes), columns, G, engine.max_bytes)
+        check_fits(shape, sum(prefixes), columns, G, engine.max_bytes, engine.stepper.held_bytes)
         self.prompts = engine.stepper.store("prompts", shape, prefixes)
         self.own = engine.stepper.store("own", shape, own)
         engine.stats.kv_bytes = shape.num_bytes(sum(prefixes) + sum(own))

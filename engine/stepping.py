@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from syncr1.engine.cache import CacheShape, Rows, Store
-from syncr1.engine.decode import Phase, Samples, State, TokenStep, Trunk
+from syncr1.engine.decode import Linear, Phase, Samples, State, TokenStep, Trunk
 from syncr1.engine.policies.base import Policy
+from syncr1.engine.policies.few_rows import FewRows
 
 POLL_STEPS = 8
 """Steps between two looks at how many sequences are left."""
@@ -40,13 +42,15 @@ class Stepper:
         policy: whose tokens are sampled.
         trunk: its trunk, or a compiled one.
         cuda_graphs: None: where the policy is on a GPU.
+        few_rows: how heads multiply on a CPU; None: as everywhere.
     """
 
-    def __init__(self, policy: Policy, trunk: Trunk, cuda_graphs: bool | None) -> None:
+    def __init__(self, policy: Policy, trunk: Trunk, cuda_graphs: bool | None, few_rows: FewRows | None = None) -> None:
         on_gpu = policy.cache_shape().device.type == "cuda"
         if cuda_graphs and not on_gpu:
             raise ValueError("RolloutEngine: cuda_graphs=True needs a policy on a GPU; move it there or leave it None")
         self.policy, self.trunk = policy, trunk
+        self._linear: Linear = F.linear if few_rows is None else few_rows.linear
         self.static = on_gpu if cuda_graphs is None else cuda_graphs
         self._stores: dict[str, Store] = {}
         self._samples: dict[str, Samples] = {}
@@ -57,27 +61,37 @@ class Stepper:
     def store(self, name: str, shape: CacheShape, lengths: Sequence[int]) -> Store:
         """A cache with spans of these lengths; where graphs hold its address, the one from before if it is large
         enough."""
-        kept = self._stores.get(name)
-        if kept is not None and kept.fits(lengths):
-            kept.divide(lengths)
-            return kept
-        self._forget(kept)
-        made = Store(shape, lengths)
+        kept = self._stores.pop(name, None)
+        if kept is None or not kept.fits(lengths):
+            self._forget(kept)
+            kept = None  # what is replaced is freed first
+            kept = Store(shape, lengths)
+        kept.divide(lengths)
         if self.static:
-            self._stores[name] = made
-        return made
+            self._stores[name] = kept
+        return kept
 
     def samples(self, name: str, num_sequences: int, max_tokens: int) -> Samples:
         """An empty table; the same as before where graphs hold its address and it is large enough."""
         kept = self._samples.get(name)
-        if kept is not None and kept.length.numel() > num_sequences and kept.token.shape[1] >= max_tokens:
-            kept.length.zero_()
-            return kept
-        self._forget(kept)
-        made = Samples(num_sequences, max_tokens, self.policy.cache_shape().device)
+        if kept is None or kept.length.numel() <= num_sequences or kept.token.shape[1] < max_tokens:
+            self._forget(kept)
+            kept = Samples(num_sequences, max_tokens, self.policy.cache_shape().device)
+        kept.length.zero_()
         if self.static:
-            self._samples[name] = made
-        return made
+            self._samples[name] = kept
+        return kept
+
+    @property
+    def held_bytes(self) -> int:
+        """What the caches take between calls."""
+        return sum(2 * store.keys.nbytes for store in self._stores.values())
+
+    def release(self) -> None:
+        """Gives everything back; the next call allocates and captures anew."""
+        self._graphs.clear()
+        self._stores.clear()
+        self._samples.clear()
 
     def _forget(self, replaced: Store | Samples | None) -> None:
         """Drops the graphs that hold addresses of what is about to be replaced."""
@@ -110,7 +124,7 @@ class Stepper:
         if self.static:
             self._run_static(phase, state, samples, prompts, own, rows, guides, num_steps, feed_last)
             return
-        step = TokenStep(self.policy, self.trunk, prompts, own, phase, state, samples)
+        step = TokenStep(self.policy, self.trunk, prompts, own, phase, state, samples, linear=self._linear)
         for left in reversed(range(num_steps)):
             step(feed=feed_last or left > 0)
             if phase.ends:
@@ -120,7 +134,7 @@ class Stepper:
                     if not alive.numel():
                         return
                     state = step.state.take(alive)
-                    step = TokenStep(self.policy, self.trunk, prompts, own, phase, state, samples)
+                    step = TokenStep(self.policy, self.trunk, prompts, own, phase, state, samples, linear=self._linear)
         step.state.save(rows, guides)
 
     def _run_static(

@@ -17,7 +17,7 @@ from helpers import Gate, all_kinds_of_prompts, sharp_policy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncr1.engine import stepping
+from syncr1.engine import capacity, stepping
 from syncr1.engine.decode import TokenStep
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import Prompt, Rollout
@@ -175,6 +175,24 @@ def test_a_larger_batch_gets_new_buffers_and_graphs(
     alive = {id(x) for x in (*engine.stepper._stores.values(), *engine.stepper._samples.values())}
     for _, _, _, samples, stored_prompts, own in engine.stepper._graphs:
         assert {samples, stored_prompts, own} <= alive
+
+
+def test_what_is_held_counts_as_free_and_can_be_released(
+    policy: JanusPolicy, prompts: list[Prompt], static: Callable[[], RolloutEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second step must not be refused for the memory that the first one left it."""
+    engine = static()
+    sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8)
+    engine.generate(prompts, sampling)
+    held = engine.stepper.held_bytes
+    assert held >= engine.stats.kv_bytes
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: 0)
+    expected = RolloutEngine(policy, cuda_graphs=False, max_bytes=held).generate(prompts, sampling)
+    same_draws(engine.generate(prompts, sampling), expected)
+    engine.release()
+    assert engine.stepper.held_bytes == 0 and not engine.stepper._graphs
+    with pytest.raises(capacity.RolloutTooLarge):
+        engine.generate(prompts, sampling)
 
 
 def test_buckets_waste_at_most_a_third() -> None:

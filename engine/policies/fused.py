@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import wraps
 from importlib.util import find_spec
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
@@ -49,13 +49,13 @@ def use_liger_kernels(decoder: nn.Module, *, any_device: bool = False) -> list[s
     done: Counter[str] = Counter()
     for module in decoder.modules():
         name, kind = type(module).__name__, None
-        if _is_norm(module, llama.LlamaRMSNorm, "forward"):
+        if is_norm(module, llama.LlamaRMSNorm, "forward"):
             kind, module.forward = "RMSNorm", MethodType(_llama_norm, module)
-        elif _is_norm(module, gemma.GemmaRMSNorm, "forward", "_norm"):
+        elif is_norm(module, gemma.GemmaRMSNorm, "forward", "_norm"):
             kind, module.forward = "RMSNorm", MethodType(_gemma_norm, module)
-        elif _same_code(type(module).forward, llama.LlamaMLP.forward) and _is_silu(module):
+        elif same_code(type(module).forward, llama.LlamaMLP.forward) and is_silu(module):
             kind, module.forward = "SwiGLU", MethodType(_swiglu, module)
-        elif (attention := _with_liger_rotation(type(module).forward)) is not None:
+        elif (attention := with_rotation(type(module).forward, _liger_rotation)) is not None:
             kind, module.forward = "rotary embedding", MethodType(attention, module)
         if kind is not None:
             done[f"{kind}: {{}} of {name}"] += 1
@@ -91,18 +91,18 @@ def _swiglu(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x), 1.0, 1.0))
 
 
-def _with_liger_rotation(forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    """An attention's forward that finds Liger's rotation where its module's globals hold Llama's; None if they do not.
+def with_rotation(forward: Callable[..., Any], make: Callable[[Rotation], Rotation]) -> Callable[..., Any] | None:
+    """An attention's forward that finds another rotation where its module's globals hold Llama's; None if they do not.
 
     The rotation is a function of the module, not a method: the same code with other globals is the only way to change
-    it for one instance.
+    it for one instance. `make` gets the plain one, for what the other does not serve.
     """
     if not isinstance(forward, FunctionType) or "apply_rotary_pos_emb" not in forward.__code__.co_names:
         return None
     plain, half = (forward.__globals__.get(name) for name in ("apply_rotary_pos_emb", "rotate_half"))
-    if not (_same_code(plain, llama.apply_rotary_pos_emb) and _same_code(half, llama.rotate_half)):
+    if not (same_code(plain, llama.apply_rotary_pos_emb) and same_code(half, llama.rotate_half)):
         return None
-    names = forward.__globals__ | {"apply_rotary_pos_emb": _rotation(plain)}
+    names = forward.__globals__ | {"apply_rotary_pos_emb": make(cast(Rotation, plain))}
     made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
 
@@ -114,7 +114,7 @@ def _with_liger_rotation(forward: Callable[..., Any]) -> Callable[..., Any] | No
     return attention
 
 
-def _rotation(plain: Any) -> Rotation:
+def _liger_rotation(plain: Rotation) -> Rotation:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         if unsqueeze_dim != 1:
             return plain(q, k, cos, sin, unsqueeze_dim)
@@ -125,15 +125,15 @@ def _rotation(plain: Any) -> Rotation:
     return rotate
 
 
-def _is_norm(module: nn.Module, known: type[nn.Module], *methods: str) -> bool:
-    return all(_same_code(getattr(type(module), name, None), getattr(known, name)) for name in methods)
+def is_norm(module: nn.Module, known: type[nn.Module], *methods: str) -> bool:
+    return all(same_code(getattr(type(module), name, None), getattr(known, name)) for name in methods)
 
 
-def _is_silu(module: Any) -> bool:
+def is_silu(module: Any) -> bool:
     return isinstance(module.act_fn, nn.SiLU) or type(module.act_fn).__name__ == "SiLUActivation"
 
 
-def _same_code(function: Any, known: Any) -> bool:
+def same_code(function: Any, known: Any) -> bool:
     """Whether two functions compute the same: their byte code, names and constants agree, docstrings aside."""
     if not isinstance(function, FunctionType) or not isinstance(known, FunctionType):
         return False

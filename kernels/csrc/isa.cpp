@@ -10,7 +10,11 @@ namespace syncr1 {
   extern const RowKernels row_kernels;       \
   extern const SampleKernels sample_kernels; \
   extern const DecodeKernels decode_kernels; \
+  extern const TrunkKernels trunk_kernels;   \
   }
+
+#define SYNCR1_SET(set) \
+  {#set, &set::row_kernels, &set::sample_kernels, &set::decode_kernels, &set::trunk_kernels}
 
 SYNCR1_DECLARE(generic)
 #ifdef SYNCR1_X86
@@ -34,10 +38,10 @@ const InstructionSet* choose() {
 #endif
   static const Candidate candidates[] = {
 #ifdef SYNCR1_X86
-      {{"avx512", &avx512::row_kernels, &avx512::sample_kernels, &avx512::decode_kernels}, has_512},
-      {{"avx2", &avx2::row_kernels, &avx2::sample_kernels, &avx2::decode_kernels}, has_fma},
+      {SYNCR1_SET(avx512), has_512},
+      {SYNCR1_SET(avx2), has_fma},
 #endif
-      {{"generic", &generic::row_kernels, &generic::sample_kernels, &generic::decode_kernels}, true},
+      {SYNCR1_SET(generic), true},
   };
   const char* wanted = std::getenv("SYNCR1_ISA");
   for (const Candidate& candidate : candidates) {

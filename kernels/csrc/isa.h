@@ -3,6 +3,7 @@
 #include "decode_attention.h"
 #include "rows.h"
 #include "sample.h"
+#include "trunk.h"
 
 namespace syncr1 {
 
@@ -11,6 +12,7 @@ struct InstructionSet {
   const RowKernels* rows;
   const SampleKernels* sample;
   const DecodeKernels* decode;
+  const TrunkKernels* trunk;
 };
 
 // The widest one that the machine has, or the one that SYNCR1_ISA names (generic, avx2, avx512); chosen once. Null

@@ -1,7 +1,7 @@
 """The C++ library: `libsyncr1_native.so`, built at install where a compiler was found, loaded through a plain C ABI.
 
-Every C signature stands where its function is defined in `csrc/`. None is the null pointer. Rows, sampler and decode
-step use the widest instruction set of the machine; `SYNCR1_ISA=generic|avx2|avx512` asks for one of them.
+Every C signature stands where its function is defined in `csrc/`. None is the null pointer. Rows, sampler, decode step
+and trunk use the widest instruction set of the machine; `SYNCR1_ISA=generic|avx2|avx512` asks for one of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY = Path(__file__).parent.parent / "libsyncr1_native.so"
 ISA_VARIABLE = "SYNCR1_ISA"
 
