@@ -22,6 +22,7 @@ from syncr1.engine.learner import Learner, LearnerSettings, init_distributed, lo
 from syncr1.engine.objective import Objective
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.fused import use_liger_kernels
+from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.prompt_stream import PromptStream
 from syncr1.engine.prompts import load_anchors, load_training_prompts
 from syncr1.engine.records import Rollout, StepMetrics
@@ -49,13 +50,7 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
     display = Display(max_steps=config.max_steps, num_stages=4, logging_steps=config.logging_steps, quiet=rank != 0)
 
     display.stage("data and starting model")
-    policy = one_at_a_time(lambda: prepare_policy(config, report=display.note))
-    limit_threads(policy)
-    policy.to(local_device())
-    if config.use_liger_kernel:
-        for line in use_liger_kernels(policy.decoder()):
-            if not line.startswith("none"):
-                display.note(f"liger-kernel: {line}")
+    policy = starting_policy(config, display)
     root = one_at_a_time(lambda: prepare_data(config))
     prompts, anchors = load_training_prompts(root), load_anchors(root)
     if not anchors and config.anchor_fraction > 0:
@@ -102,6 +97,18 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
     display.note(f"model {log.folder / 'checkpoints' / 'last'}")
     display.note(f"report {log.folder / 'report.html'}")
     return {name: dict(e.summary) for name, e in (("before", before), ("after", after)) if e is not None}
+
+
+def starting_policy(config: SyncR1Config, display: Display) -> JanusPolicy:
+    """The model that is trained, on its device."""
+    policy = one_at_a_time(lambda: prepare_policy(config, report=display.note))
+    limit_threads(policy)
+    policy.to(local_device())
+    if config.use_liger_kernel:
+        for line in use_liger_kernels(policy.decoder()):
+            if not line.startswith("none"):
+                display.note(f"liger-kernel: {line}")
+    return policy
 
 
 def evaluate(evaluator: Evaluator | None, learner: Learner) -> Evaluation | None:

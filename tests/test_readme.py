@@ -19,7 +19,7 @@ def python_blocks(name: str) -> list[str]:
 def test_python_blocks_run() -> None:
     pytest.importorskip("trl")
     blocks = python_blocks("README.md")
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     scope: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)  # blocks build on those before them

@@ -38,8 +38,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(cache_dir: Path, *flags: str) -> subprocess.Popen[str]:
+    # A shell's background jobs ignore Ctrl-C, and hand that on to what they start.
     return subprocess.Popen([sys.executable, RECIPE, *flags], cwd=ROOT, env=environment(cache_dir), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
 
 
 def run(cache_dir: Path, *flags: str, expected: int = 0, timeout: float = 200) -> tuple[str, str]:

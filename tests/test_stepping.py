@@ -208,6 +208,7 @@ def test_graphs_without_a_gpu_are_refused(policy: JanusPolicy) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graphs_draw_what_eager_steps_draw(prompts: list[Prompt], tmp_path: Path) -> None:
     moved = sharp_policy().cuda()
     engine = RolloutEngine(moved)
