@@ -162,6 +162,7 @@ def fused_in_the_interpreter(folder: Path) -> None:
     torch.save(results, folder / "fused.pt")
 
 
+@pytest.mark.slow
 def test_kernels_agree_with_the_plain_decoder(tmp_path: Path) -> None:
     """Outputs and every gradient, float32, in Triton's interpreter; the control knows that Liger's kernels ran."""
     done = subprocess.run(

@@ -31,6 +31,7 @@ def run_checks(device: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_interpreted() -> None:
     run_checks("cpu")
 
