@@ -29,11 +29,14 @@ def changed(policy: JanusPolicy) -> list[str]:
 @torch.no_grad()
 def test_linear_of_any_number_of_rows(policy: JanusPolicy, rows: int, bias: bool) -> None:
     few = FewRows(policy)
-    x, weight = torch.randn(rows, 3, 40)[:, 1:2], torch.randn(24, 40)
+    x, weight = torch.randn(rows, 3, 40)[:, 1:2], nn.Parameter(torch.randn(24, 40))
     shift = torch.randn(24) if bias else None
-    torch.testing.assert_close(few.linear(x, weight, shift), F.linear(x, weight, shift), rtol=1e-5, atol=1e-5)
-    empty = few.linear(torch.zeros(0, 40), weight, shift)
-    assert empty.shape == (0, 24)
+    with few():
+        torch.testing.assert_close(few.linear(x, weight, shift), F.linear(x, weight, shift), rtol=1e-5, atol=1e-5)
+        assert bool(few._transposed) is (rows <= MAX_ROWS)
+        assert few.linear(torch.zeros(0, 40), weight, shift).shape == (0, 24)
+    few.linear(x, weight, shift)
+    assert not few._transposed, "nothing is kept outside, where weights may be trained"
 
 
 @torch.no_grad()

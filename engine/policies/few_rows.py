@@ -42,6 +42,7 @@ class FewRows:
     def __init__(self, policy: Policy) -> None:
         self._forwards = {module: made for module in policy.modules() if (made := self._forward_of(module)) is not None}
         self._transposed: dict[int, Tensor] = {}
+        self._inside = False
 
     def _forward_of(self, module: nn.Module) -> Callable[..., Any] | None:
         kind = type(module)
@@ -63,9 +64,11 @@ class FewRows:
         """Inside, and without gradients, modules run so."""
         for module, forward in self._forwards.items():
             module.forward = forward
+        self._inside = True
         try:
             yield
         finally:
+            self._inside = False
             for module in self._forwards:
                 del module.forward
             self._transposed.clear()
@@ -73,7 +76,9 @@ class FewRows:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`F.linear`, of few rows over transposed weights: [..., K], [N, K], [N] or None -> [..., N]."""
         width = x.shape[-1]
-        if x.numel() > MAX_ROWS * width or torch.is_grad_enabled() or not x.numel():
+        # Parameters alone: they outlive the context, so that an id stays its own; outside they may be trained.
+        usual = not self._inside or not isinstance(weight, nn.Parameter) or torch.is_grad_enabled()
+        if usual or not 0 < x.numel() <= MAX_ROWS * width:
             return F.linear(x, weight, bias)
         laid_out = self._transposed.get(id(weight))
         if laid_out is None:
