@@ -1,11 +1,15 @@
 """Opening pictures that may come from anywhere: size checked before decoding, every mode turned into RGB.
 
-Images are [3, H, W] float32 in [0, 1] everywhere in the engine.
+A picture is named by an `ImageRef`: the path of a file, or a `StoredImage`, which lies inside a data file or in memory
+and is read when it is needed. Images are [3, H, W] float32 in [0, 1] everywhere in the engine.
 """
 
 from __future__ import annotations
 
+import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,24 +28,73 @@ class PictureError(ValueError):
     """A picture that cannot be used; the message names the file and the reason."""
 
 
-def open_picture(path: Path) -> Image.Image:
+class StoredImage(ABC):
+    """A picture that is no file of its own. Hashable: equal ones are loaded, seen and embedded once."""
+
+    name: str
+    """Short text for logs and errors: where the picture is."""
+
+    @abstractmethod
+    def read(self) -> bytes | Image.Image:
+        """The encoded file, not decoded, or a picture; whatever it raises becomes a PictureError."""
+
+
+ImageRef = Path | StoredImage
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryImage(StoredImage):
+    """A picture that somebody drew, shown without writing it anywhere. Equal to itself alone."""
+
+    name: str
+    image: Tensor
+    """[3, H, W] float in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.image.shape)
+        if len(shape) != 3 or shape[0] != 3 or 0 in shape or not self.image.is_floating_point():
+            raise PictureError(f"{self.name}: expected a float image [3, H, W], got {self.image.dtype} {shape}")
+
+    def pixels(self) -> Tensor:
+        """[3, H, W] float32 on the CPU; PictureError when values are not finite or not in [0, 1]."""
+        image = self.image.detach().float().cpu()
+        if not (image.isfinite().all() and image.min() >= 0 and image.max() <= 1):
+            raise PictureError(f"{self.name}: values must be finite and in [0, 1]; clamp the image")
+        return image
+
+    def read(self) -> Image.Image:
+        return Image.fromarray((self.pixels() * 255.0).round().byte().permute(1, 2, 0).contiguous().numpy())
+
+
+def open_picture(ref: ImageRef) -> Image.Image:
     """The picture as RGB, EXIF orientation applied, first frame of an animation, transparency on white.
 
     Raises:
         PictureError: missing, empty, truncated, of an unknown format, or above MAX_PIXELS.
     """
+    name = ref if isinstance(ref, Path) else ref.name
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        with _undecoded(ref) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise PictureError(
-                    f"{path}: {picture.width}x{picture.height} pixels; at most {MAX_PIXELS} are read; shrink it"
+                    f"{name}: {picture.width}x{picture.height} pixels; at most {MAX_PIXELS} are read; shrink it"
                 )
             picture.load()
             return _rgb(ImageOps.exif_transpose(picture))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except PictureError:
+        raise
+    except Exception as error:  # a malformed file leads Pillow's parsers to almost any exception
         raise PictureError(
-            f"{path}: cannot be read as a picture ({error}); expected one of {', '.join(FORMATS)}"
+            f"{name}: cannot be read as a picture ({error}); expected one of {', '.join(FORMATS)}"
         ) from error
+
+
+def _undecoded(ref: ImageRef) -> Image.Image:
+    """The picture with its header read and nothing more."""
+    contents = ref if isinstance(ref, Path) else ref.read()
+    if isinstance(contents, Image.Image):
+        return contents
+    return Image.open(io.BytesIO(contents) if isinstance(contents, bytes) else contents, formats=FORMATS)
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -63,12 +116,20 @@ def to_tensor(picture: Image.Image, size: int) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _load_small(path: Path, size: int) -> Tensor:
-    return to_tensor(open_picture(path), size)
+def _load_small(ref: ImageRef, size: int) -> Tensor:
+    return to_tensor(open_picture(ref), size)
 
 
-def load_pictures(paths: Sequence[Path], size: int) -> Tensor:
-    """[n, 3, size, size] float32 in [0, 1]."""
-    return torch.stack(
-        [_load_small(path, size) if size <= 64 else to_tensor(open_picture(path), size) for path in paths]
-    )
+def load_pictures(refs: Sequence[ImageRef], size: int) -> Tensor:
+    """[n, 3, size, size] float32 in [0, 1]; PictureError as for `open_picture`.
+
+    A `MemoryImage` of that size is taken as it is, without the rounding to 8 bits that a file would mean.
+    """
+    return torch.stack([_load(ref, size) for ref in refs])
+
+
+def _load(ref: ImageRef, size: int) -> Tensor:
+    if isinstance(ref, MemoryImage):  # seen once, so not worth keeping
+        exact = tuple(ref.image.shape[1:]) == (size, size)
+        return ref.pixels() if exact else to_tensor(open_picture(ref), size)
+    return _load_small(ref, size) if size <= 64 else to_tensor(open_picture(ref), size)

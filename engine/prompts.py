@@ -93,9 +93,16 @@ def _reasoning(concept: ConceptFolder, references: tuple[Path, ...], *, held_out
                     target=target,
                     references=references,
                     attributes=attributes,
+                    extra=_class_of(concept),
                 )
             )
     return prompts
+
+
+def _class_of(concept: ConceptFolder) -> dict[str, str]:
+    """What kind of thing the concept is (`dog` for <bobo>), for judges that know no concepts."""
+    kind = concept.info.get("class")
+    return {"concept_class": kind} if isinstance(kind, str) and kind.strip() else {}
 
 
 def _understanding(concept: ConceptFolder, references: tuple[Path, ...], chain: bool) -> list[Prompt]:
@@ -200,6 +207,7 @@ def _drawings(concept: ConceptFolder, references: tuple[Path, ...], *, held_out:
                     target=text,
                     references=references,
                     attributes=attributes,
+                    extra=_class_of(concept),
                 )
             )
     return prompts

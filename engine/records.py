@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from syncr1.kernels.api import SharedPrefixLayout
+
+if TYPE_CHECKING:
+    from syncr1.engine.pictures import ImageRef
 
 TEXT, IMAGE = 0, 1
 """Values of `modality`: the vocabulary that a *target* token belongs to."""
@@ -35,7 +37,7 @@ class Prompt:
     """UnifyBench++ task: rec, vqa, qa, rea, dense_rea, gen, dense_gen, rea_gen, … ; scores are reported by it."""
     text: str
     """What the user says. The image, if any, comes before it."""
-    image: Path | None = None
+    image: ImageRef | None = None
     """The photo that the user shows; None for a text-only prompt."""
     segments: tuple[SegmentKind, ...] = ("text", "image")
     """What the policy produces, in order, as one causal sequence: text, image, text, any of which may be absent.
@@ -48,16 +50,24 @@ class Prompt:
     """Ground truth of the text behind the image."""
     options: tuple[str, ...] = ()
     """Candidate answers, one of which is right (Sync-R1 mode `r`: the concept's `extra_info`)."""
+    qa_type: Literal["MC", "OE"] | None = None
+    """CoRL: multiple choice (`options` in the order of their letters, `answer` is the letter) or open-ended."""
     concept: str | None = None
     """The personalised concept that it is about, without brackets."""
     target: str | None = None
     """Explicit description of the image that should come out."""
-    references: tuple[Path, ...] = ()
+    references: tuple[ImageRef, ...] = ()
     """Photos of the concept, for identity rewards."""
+    real_image: ImageRef | None = None
+    """The picture that a drawing is compared with (CoRL's cycle reward)."""
     attributes: Mapping[str, str] | None = None
     """What the image must show, attribute -> value. Known in the rendered world, absent for photographs."""
     rewarded: bool = True
     """False for an anchor: its rewards are all None, so only the KL term acts on it."""
+    sample: str | None = None
+    """Prompts of one sample may share one reward, member by member (CoRL's first stage)."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns of the data, for reward functions, which get them by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

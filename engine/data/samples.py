@@ -1,0 +1,323 @@
+"""Rows of a table -> `Prompt`s: what to draw, what to answer, or both of one row.
+
+A row gives up to two prompts, which share its id in `Prompt.sample`: `<id>/t2i` draws its text, `<id>/mm2t` answers its
+question. Which half a row has decides which come out. Understood, by columns:
+
+    CoRL (x2x)     prompt, real_image, qa_problem, qa_solution, qa_type: both halves
+    questions      problem or question, solution or answer or ground_truth, image or images
+    TRL            prompt (text or messages), image or images; a question when there is a solution, else to draw
+    verl           prompt (messages), images, reward_model.ground_truth, data_source, extra_info
+    prompts        prompt alone, as in T2I-R1's JSONL: to draw
+
+A drawing also takes `attributes`, `concept` and `references`. Everything else lands in `Prompt.extra`, from where
+reward functions get it by name, as they do the raw solution.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from syncr1.engine.data.questions import (
+    THINK_THEN_ANSWER,
+    answer_of,
+    instructed,
+    letter_of,
+    options_in,
+    text_of,
+    with_options,
+)
+from syncr1.engine.data.rows import (
+    ANSWER_COLUMNS,
+    DRAWN_COLUMNS,
+    SHOWN_COLUMNS,
+    Layout,
+    Row,
+    answer_cell,
+    at,
+    attributes_of,
+    extra_of,
+    first_of,
+    names_of,
+    options_of,
+    pictures_of,
+    qa_type_of,
+    references_of,
+)
+from syncr1.engine.data.table import Table, open_table
+from syncr1.engine.pictures import ImageRef
+from syncr1.engine.prompts import DataError, load_training_prompts
+from syncr1.engine.records import Prompt, SegmentKind
+
+Sample = tuple[Prompt, ...]
+"""The prompts of one row, which stay together: at most one of each half."""
+Kind = Literal["t2i", "mcq", "oe"]
+KINDS: tuple[Kind, ...] = ("t2i", "mcq", "oe")
+
+IMAGE_ONLY: tuple[SegmentKind, ...] = ("image",)
+TEXT_ONLY: tuple[SegmentKind, ...] = ("text",)
+PLACEHOLDER = re.compile(r"<image>[ \t]*\n?")
+"""Where data say that the picture goes; here it always comes first."""
+SEGMENTS: tuple[tuple[SegmentKind, ...], ...] = (
+    TEXT_ONLY,
+    IMAGE_ONLY,
+    ("text", "image"),
+    ("image", "text"),
+    ("text", "image", "text"),
+)
+
+
+def load_samples(
+    source: str | Path,
+    split: str = "train",
+    *,
+    kinds: Sequence[Kind] = KINDS,
+    instruction: str | None = THINK_THEN_ANSWER,
+    image_folder: Path | None = None,
+) -> list[Sample]:
+    """All samples of a source, in its order.
+
+    Args:
+        source: whatever `open_table` takes, or a folder in the UnifyBench++ layout, whose prompts come unpaired.
+        split: `train`, or another part of the source.
+        kinds: which prompts are wanted: drawing, multiple choice, open-ended questions.
+        instruction: what a question is put into, with `{question}` and `{form}` in it; questions that speak of
+            `<think>` have their own and stay as they are. None: none.
+        image_folder: as for `open_table`.
+
+    Raises:
+        DataError: the source cannot be read, a row cannot be used, or nothing of these kinds is there; names the
+            source, the row, the column and the remedy.
+    """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown or not kinds:
+        raise DataError(f"{source}: kinds must be among {list(KINDS)}, got {list(kinds)}")
+    if instruction is not None and "{question}" not in instruction:
+        raise DataError(f"{source}: the instruction must say where the {{question}} goes, got {instruction!r}")
+    if os.path.isdir(Path(source) / "concept"):
+        samples: Iterable[Sample] = _of_concepts(Path(source), split, instruction)
+    else:
+        samples = samples_of(open_table(source, split, image_folder=image_folder), split, instruction)
+    wanted = [tuple(prompt for prompt in sample if prompt.task in kinds) for sample in samples]
+    found = [sample for sample in wanted if sample]
+    if not found:
+        raise DataError(f"{source}: split {split!r} has nothing of the kinds {list(kinds)}; choose others of {KINDS}")
+    return found
+
+
+def samples_of(table: Table, split: str = "train", instruction: str | None = THINK_THEN_ANSWER) -> list[Sample]:
+    """The samples of a table, one per row; arguments and errors as for `load_samples`."""
+    layout, rows = Layout.of(table), list(table)
+    names = names_of(table, rows, split)
+    halves = [_halves(table, index, row, layout) for index, row in enumerate(rows)]
+    shown = pictures_of(table, rows, SHOWN_COLUMNS, [asks for _, asks in halves])
+    drawn = pictures_of(table, rows, DRAWN_COLUMNS, [draws for draws, _ in halves])
+    samples = []
+    for index, (row, (draws, asks)) in enumerate(zip(rows, halves, strict=True)):
+        extra = extra_of(row)
+        prompts = []
+        with at(table, index):
+            if draws:
+                prompts.append(_drawing(row, layout, names[index], drawn[index], extra))
+            if asks:
+                prompts.append(_asking(row, layout, names[index], shown[index], extra, instruction))
+        samples.append(tuple(prompts))
+    return samples
+
+
+# Halves ---------------------------------------------------------------------------------------------------------------
+
+
+def _halves(table: Table, index: int, row: Row, layout: Layout) -> tuple[bool, bool]:
+    """Whether the row has something to draw, and a question."""
+    draws = layout.drawing is not None and row.get(layout.drawing) is not None
+    question = None if layout.question is None else row.get(layout.question)
+    answer = None if layout.answer is None else answer_cell(row, layout.answer)
+    with at(table, index):
+        if (question is None) != (answer is None):
+            missing, other = layout.question, layout.answer
+            if question is not None:
+                missing, other = other, missing
+            raise DataError(f"column {missing!r} is missing or None where {other!r} is given; fill it or drop the row")
+        if not draws and question is None:
+            wanted = [name for name in (layout.drawing, layout.question) if name]
+            raise DataError(f"column {' and '.join(map(repr, wanted))} is missing or None; fill it or drop the row")
+    return draws, question is not None
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+def _drawing(row: Row, layout: Layout, name: str, picture: ImageRef | None, extra: Row) -> Prompt:
+    assert layout.drawing is not None
+    value = row[layout.drawing]
+    text = text_of(value, layout.drawing)
+    if not isinstance(value, str) and "<image>" in text:
+        raise DataError(f"column {layout.drawing!r} shows a picture, and no column of answers says what is right")
+    concept = row.get("concept")
+    return Prompt(
+        id=f"{name}/t2i",
+        task="t2i",
+        text=text,
+        segments=IMAGE_ONLY,
+        target=text,
+        real_image=picture,
+        concept=concept if isinstance(concept, str) else None,
+        references=references_of(row),
+        attributes=attributes_of(row) if isinstance(row.get("attributes"), Mapping) else None,
+        sample=name,
+        extra=extra,
+    )
+
+
+def _asking(
+    row: Row,
+    layout: Layout,
+    name: str,
+    picture: ImageRef | None,
+    extra: Row,
+    instruction: str | None,
+) -> Prompt:
+    assert layout.question is not None and layout.answer is not None
+    problem = _problem(row[layout.question], layout.question, picture)
+    answer = answer_of(answer_cell(row, layout.answer), layout.answer)
+    given = options_of(row)
+    options = given or options_in(problem)
+    letter = letter_of(answer, options)
+    kind = qa_type_of(row.get("qa_type")) or ("MC" if options and letter else "OE")
+    if kind == "MC":
+        if letter is None:
+            named = f"the options {list(options)}" if options else "a letter, and the question lists no options"
+            raise DataError(f"column {layout.answer!r}: the answer {answer!r} is not among {named}; correct it")
+        answer = letter
+        if not options_in(problem):
+            problem = with_options(problem, given)
+    return Prompt(
+        id=f"{name}/mm2t",
+        task="mcq" if kind == "MC" else "oe",
+        text=instructed(problem, kind, answer, instruction),
+        image=picture,
+        segments=TEXT_ONLY,
+        answer=answer,
+        options=options if kind == "MC" else (),
+        qa_type=kind,
+        sample=name,
+        extra=extra,
+    )
+
+
+def _problem(value: Any, column: str, picture: ImageRef | None) -> str:
+    """The question without the sign for its picture, which comes before it anyway."""
+    text = text_of(value, column)
+    if picture is not None:
+        return text_of(PLACEHOLDER.sub("", text), column)
+    if not isinstance(value, str) and "<image>" in text:
+        raise DataError(f"column {column!r} shows a picture, and 'image' or 'images' has none; add it")
+    return text
+
+
+# Chains ---------------------------------------------------------------------------------------------------------------
+
+
+def load_prompts(source: str | Path, split: str = "train", *, image_folder: Path | None = None) -> list[Prompt]:
+    """Prompts of which one trajectory may hold text and image, as Sync-R1's; columns are named as `Prompt`'s fields.
+
+    Only `prompt` must be there. `segments` is a list or `text+image`; without it a row with a picture is answered and
+    one without is drawn. An answer may be in any of the columns that samples take it from; `references` are pictures.
+
+    Raises:
+        DataError: as for `load_samples`.
+    """
+    table = open_table(source, split, image_folder=image_folder)
+    if "prompt" not in table.columns:
+        raise DataError(f"{source}: has no column 'prompt'; found {list(table.columns)}; rename the one with the text")
+    rows = list(table)
+    names = names_of(table, rows, split)
+    shown = pictures_of(table, rows, ("image", "images"), [_shows(row) for row in rows])
+    prompts = []
+    for index, row in enumerate(rows):
+        with at(table, index):
+            prompts.append(_chain(row, names[index], shown[index], first_of(ANSWER_COLUMNS, table.columns)))
+    return prompts
+
+
+def _shows(row: Row) -> bool:
+    """A row need not have a picture because others do: `segments` may make drawings of some and answers of others."""
+    return bool(row.get("image") or row.get("images"))
+
+
+def _chain(row: Row, name: str, picture: ImageRef | None, answer_column: str | None) -> Prompt:
+    segments = _segments(row.get("segments"), picture)
+    told: dict[str, str | None] = {
+        column: None if row.get(column) is None else text_of(row[column], column)
+        for column in ("task", "follow_up", "follow_up_answer", "concept", "target")
+    }
+    if segments[-2:] == ("image", "text") and told["follow_up"] is None:
+        raise DataError("column 'follow_up' is missing, and 'segments' has text behind the image; ask something there")
+    text = _problem(row.get("prompt"), "prompt", picture)
+    answer = None if answer_column is None else answer_cell(row, answer_column)
+    return Prompt(
+        id=name,
+        task=told["task"] or _task(segments, picture),
+        text=text,
+        image=picture,
+        segments=segments,
+        answer=None if answer is None or answer_column is None else answer_of(answer, answer_column),
+        follow_up=told["follow_up"],
+        follow_up_answer=told["follow_up_answer"],
+        options=options_of(row),
+        concept=told["concept"],
+        target=told["target"] or (text if segments == IMAGE_ONLY else None),
+        references=references_of(row),
+        attributes=attributes_of(row),
+        extra=extra_of(row),
+    )
+
+
+def _segments(value: Any, picture: ImageRef | None) -> tuple[SegmentKind, ...]:
+    if value is None:
+        return IMAGE_ONLY if picture is None else TEXT_ONLY
+    words = tuple(value.split("+") if isinstance(value, str) else value if isinstance(value, list | tuple) else ())
+    if words not in SEGMENTS:
+        raise DataError(f"column 'segments' must be one of {['+'.join(known) for known in SEGMENTS]}, got {value!r}")
+    return SEGMENTS[SEGMENTS.index(words)]
+
+
+def _task(segments: tuple[SegmentKind, ...], picture: ImageRef | None) -> str:
+    """The benchmark's name for prompts of this form."""
+    if segments == TEXT_ONLY:
+        return "qa" if picture is None else "vqa"
+    return "pure_gen" if segments[0] == "image" else "rea"
+
+
+# Other forms ----------------------------------------------------------------------------------------------------------
+
+
+def _of_concepts(root: Path, split: str, instruction: str | None) -> Iterable[Sample]:
+    """A UnifyBench++ folder's training prompts: drawings from the explicit prompt, and questions, each on its own."""
+    if split != "train":
+        raise DataError(f"{root}: a folder of concepts trains with split 'train', got {split!r}; use `load_benchmark`")
+    for prompt in load_training_prompts(root, chain_understanding=False):
+        extra = {"benchmark_task": prompt.task}
+        if "image" in prompt.segments:
+            text = prompt.target or prompt.text
+            yield (replace(prompt, task="t2i", text=text, target=text, answer=None, segments=IMAGE_ONLY, extra=extra),)
+            continue
+        letter = letter_of(prompt.answer or "", prompt.options) if prompt.options else None
+        kind: Literal["MC", "OE"] = "MC" if letter else "OE"
+        answer = letter or prompt.answer or ""
+        problem = with_options(prompt.text, prompt.options) if letter else prompt.text
+        yield (
+            replace(
+                prompt,
+                task="mcq" if letter else "oe",
+                text=instructed(problem, kind, answer, instruction),
+                answer=answer,
+                qa_type=kind,
+                extra=extra,
+            ),
+        )

@@ -1,0 +1,230 @@
+"""Tables of training data: JSONL, JSON, parquet, folders of these, saved `datasets`, and data sets on the hub.
+
+    open_table("album/")                     train.jsonl, train-*.parquet, metadata.jsonl, … and pictures beside them
+    open_table("rows.jsonl")                 paths of pictures are relative to the file's folder and stay within it
+    open_table("org/name@revision:config")   through `datasets`; no code of the data set is ever run
+
+Opening reads the text of all rows and not one picture: a picture is a `Path`, or a `StoredImage` inside a data file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from syncr1.engine.data.cells import Part, arrow_part, confined, parquet_part
+from syncr1.engine.evaluate.unifybench import DataError
+from syncr1.engine.pictures import ImageRef
+
+PICTURE_COLUMNS = ("real_image", "image", "images", "image_path", "file_name", "references")
+"""Columns of text that are paths of pictures, or lists of paths."""
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@:]+))?(:(?P<config>[^@:]+))?")
+
+
+class Table:
+    """Rows of a data source, by index."""
+
+    def __init__(self, source: str, parts: Sequence[Part]) -> None:
+        """Raises DataError when there is no row."""
+        self.source, self._parts = source, tuple(parts)
+        self.columns: tuple[str, ...] = tuple(dict.fromkeys(name for part in parts for name in part.columns))
+        self._ends = list(accumulate(len(part.rows) for part in parts))
+        if not len(self):
+            raise DataError(f"{source}: has no rows; add some")
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self.row(index) for index in range(len(self)))
+
+    def where(self, index: int) -> str:
+        """What errors call a row, e.g. `train.jsonl, line 12`."""
+        part, row = self._locate(index)
+        return part.where(row)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Column -> value, None where the row lacks it. Pictures are `ImageRef`s, and tuples of them in lists.
+
+        Raises:
+            DataError: a path of a picture is absolute, leads out of the folder, or names nothing.
+            IndexError: there is no such row.
+        """
+        part, row = self._locate(index)
+        values = {**dict.fromkeys(self.columns), **part.rows[row]}
+        for name in part.counts:
+            values[name] = part.pictures(row, name)
+        for name in PICTURE_COLUMNS:
+            if name in values and name not in part.counts:
+                values[name] = _files(part.root, values[name], f"{part.where(row)}, column {name!r}")
+        return values
+
+    def _locate(self, index: int) -> tuple[Part, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.source}: row {index} of {len(self)}")
+        which = bisect_right(self._ends, index)
+        return self._parts[which], index - (self._ends[which - 1] if which else 0)
+
+
+def _files(root: Path, value: Any, where: str) -> ImageRef | tuple[ImageRef, ...] | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, list | tuple):
+        return tuple(confined(root, item, where) for item in value)
+    return confined(root, value, where)
+
+
+def open_table(source: str | Path, split: str = "train", *, image_folder: Path | None = None) -> Table:
+    """The rows of one split of a source; see above for what a source may be.
+
+    Args:
+        source: a `.jsonl`, `.json` or `.parquet` file, which is taken as it is, whatever `split` says; a folder with
+            `<split>.jsonl`, `<split>/metadata.jsonl`, `metadata.jsonl` (all of it training data) or
+            `<split>*.parquet`, the last also in `data/` or `<split>/`; a folder that `datasets` saved; or a hub name.
+        split: which part of a folder or data set.
+        image_folder: what paths of pictures are relative to and confined to; None: the folder of the data file.
+
+    Raises:
+        DataError: there is no such source or split, or it cannot be read; names the file, the line and the remedy.
+    """
+    name, path = str(source), Path(source).expanduser()
+    if os.path.isfile(path):  # unlike Path's, False for a name that no file could have
+        return Table(name, [_file(path, image_folder or path.parent)])
+    if os.path.isdir(path):
+        if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+            return Table(name, [_saved(path, split, image_folder or path)])
+        return Table(name, [_file(file, image_folder or path) for file in _of_split(path, split)])
+    match = HUB_NAME.fullmatch(name)
+    if match is None:
+        raise DataError(
+            f"{name}: there is no such file or folder; expected .jsonl, .json, .parquet, a folder of these, "
+            f"or a data set's name on the hub, org/name"
+        )
+    return Table(name, [_from_hub(match, split, image_folder)])
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _file(path: Path, root: Path) -> Part:
+    if path.suffix == ".parquet":
+        return parquet_part(path, root, _stamp(path))
+    if path.suffix in (".jsonl", ".json"):
+        return _json_part(path, root)
+    raise DataError(f"{path}: the suffix {path.suffix!r} is not understood; expected .jsonl, .json or .parquet")
+
+
+def _stamp(path: Path) -> str:
+    """Changes when the file does."""
+    about = path.stat()
+    return hashlib.blake2b(
+        f"{path.resolve()}\0{about.st_size}\0{about.st_mtime_ns}".encode(), digest_size=8
+    ).hexdigest()
+
+
+def _of_split(folder: Path, split: str) -> list[Path]:
+    """The data files of a split of a folder, in order of their names."""
+    named = [f"{split}.jsonl", f"{split}.json", f"{split}/metadata.jsonl"] + ["metadata.jsonl"] * (split == "train")
+    for name in named:
+        if (folder / name).is_file():
+            return [folder / name]
+    shards = [file for place in (folder, folder / "data") for file in sorted(place.glob("*.parquet"))]
+    told = [file for file in shards if _split_of(file) is not None]
+    mine = [file for file in told if _split_of(file) == split] or sorted((folder / split).glob("*.parquet"))
+    if not mine and not told and split == "train":
+        mine = shards
+    if not mine:
+        have = sorted({file.stem for file in folder.glob("*.json*")} | {str(_split_of(file)) for file in told})
+        raise DataError(
+            f"{folder}: has nothing for the split {split!r}; found {have or 'no data file'}; "
+            f"add {split}.jsonl or {split}.parquet"
+        )
+    _check_complete(mine)
+    return mine
+
+
+def _split_of(file: Path) -> str | None:
+    """`train` for train.parquet and train-00000-of-00012.parquet; None for a name that tells of no split."""
+    word = re.split(r"[-_.]", file.stem)[0]
+    return word if word in SPLITS else None
+
+
+def _check_complete(shards: Sequence[Path]) -> None:
+    """Half a download is refused rather than trained on."""
+    totals = {int(found[1]) for file in shards if (found := re.search(r"-of-(\d+)$", file.stem))}
+    if totals and totals != {len(shards)}:
+        raise DataError(
+            f"{shards[0].parent}: has {len(shards)} shards like {shards[0].name}, whose name says "
+            f"{sorted(totals)}; download the missing ones or remove what is left over"
+        )
+
+
+def _json_part(path: Path, root: Path) -> Part:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable as UTF-8 text ({error}); write it anew") from error
+    if path.suffix == ".json" and text.lstrip()[:1] == "[":
+        found = list(enumerate(_parsed(text, str(path))))
+        unit = "entry"
+    else:  # a .json of one object per line is what some tools write
+        lines = text.split("\n")
+        found = [(i, _parsed(line, f"{path}, line {i}")) for i, line in enumerate(lines, 1) if line.strip()]
+        unit = "line"
+    for number, row in found:
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, {unit} {number}: expected an object of columns, got {type(row).__name__}")
+    rows: list[Mapping[str, Any]] = [row for _, row in found]
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    return Part(path.name, _stamp(path), root, columns, rows, unit, [number for number, _ in found])
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not readable as JSON ({error}); expected one object per line") from error
+
+
+# Through `datasets` ---------------------------------------------------------------------------------------------------
+
+
+def _saved(folder: Path, split: str, root: Path) -> Part:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(folder))
+    except Exception as error:  # pyarrow's, json's and its own, by what is broken
+        raise DataError(f"{folder}: not readable as a saved data set ({error}); save it anew") from error
+    splits = found if isinstance(found, DatasetDict) else {str(found.split or split): found}
+    if split not in splits:
+        raise DataError(f"{folder}: has no split {split!r}; it has {sorted(map(str, splits))}")
+    return _arrow(splits[split], folder.name, root)
+
+
+def _from_hub(match: re.Match[str], split: str, image_folder: Path | None) -> Part:
+    from datasets import config, load_dataset
+
+    try:
+        found = load_dataset(match["name"], match["config"], split=split, revision=match["revision"])
+    except Exception as error:  # of the network, the hub, its builder or its files
+        raise DataError(
+            f"{match[0]}: no such file or folder here, and as a data set on the hub, split {split!r}, it could not be "
+            f"loaded ({type(error).__name__}: {error}); check the name, or download it where there is a network and "
+            f"give its folder"
+        ) from error
+    return _arrow(found, match[0], image_folder or Path(config.HF_CACHE_HOME))
+
+
+def _arrow(dataset: Any, label: str, root: Path) -> Part:
+    if getattr(dataset, "_indices", None) is not None:  # a selection: its rows lie elsewhere in the data
+        dataset = dataset.flatten_indices()
+    return arrow_part(dataset, label, root, str(dataset._fingerprint))
