@@ -109,7 +109,7 @@ class PolicyForward(nn.Module):
 
     def _streams(self, batch: PackedBatch) -> list[TokenStream]:
         """Each vocabulary's rows, with the hidden states that predict them, of whichever vocabulary those are."""
-        hidden = self._hidden(batch)
+        hidden = self.hidden(batch)
         predicting = batch.layout.predicting_rows()
         streams = []
         for code, name in enumerate(MODALITY_NAMES):
@@ -131,7 +131,7 @@ class PolicyForward(nn.Module):
             )
         return streams
 
-    def _hidden(self, batch: PackedBatch) -> Tensor:
+    def hidden(self, batch: PackedBatch) -> Tensor:
         """[Tp + T, D] final hidden states of prompts and responses."""
         is_image = batch.modality == IMAGE
         words = torch.cat([batch.prefix_tokens, torch.where(is_image, 0, batch.tokens)])

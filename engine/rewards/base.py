@@ -1,10 +1,10 @@
 """Calling reward functions: TRL's keyword signature in, one `[S, K]` table out.
 
 A reward is any callable, plain or async, `fn(*, prompts, completions, completion_ids, images, **columns)` that returns
-`list[float | None]`, one entry per trajectory (None: it does not apply). `columns` are all the fields of `Prompt`,
-each as a list, plus `mode` and `follow_up_completions`. Functions run at once, each in its own thread, with gradients
-off, and under a timeout. A function that raises or is late gives None for all and is counted: never 0.0, which would be
-a verdict.
+`list[float | None]`, one entry per trajectory (None: it does not apply). `columns` are all the fields of `Prompt`, each
+as a list, what is in its `extra`, `mode` and `follow_up_completions`. Functions run at once, each in its own thread,
+with gradients off, and under a timeout. A function that raises or is late gives None for all and is counted: never 0.0,
+which would be a verdict.
 
 Dims: S trajectories, K rewards.  Source of the signature: TRL's GRPOTrainer, `reward_funcs`.
 """
@@ -78,7 +78,10 @@ def mode_of(prompt: Prompt) -> str:
 def columns_of(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
     """The keyword arguments of a reward function: each a list with one entry per trajectory."""
     prompts = [rollout.prompt for rollout in rollouts]
-    columns: dict[str, list[Any]] = {f.name: [getattr(prompt, f.name) for prompt in prompts] for f in fields(Prompt)}
+    names = [f.name for f in fields(Prompt) if f.name != "extra"]
+    columns: dict[str, list[Any]] = {name: [getattr(prompt, name) for prompt in prompts] for name in names}
+    further = {name for prompt in prompts for name in prompt.extra if name not in columns}
+    columns |= {name: [prompt.extra.get(name) for prompt in prompts] for name in sorted(further)}
     texts = [[s for s in rollout.segments if s.kind == "text"] for rollout in rollouts]
     columns |= {
         "mode": [mode_of(prompt) for prompt in prompts],

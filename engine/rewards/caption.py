@@ -41,7 +41,7 @@ class CaptionLikelihood:
         rollouts = [self._described(prompt_tokens, seen[i], policy.text_tokens(text)) for i, text in enumerate(texts)]
         everything = torch.ones(len(texts), dtype=torch.bool)
         batch = pack(policy, rollouts, torch.zeros(len(texts), 2), everything, num_generations=1, max_tokens=1 << 30)[0]
-        logp = self._forward(batch)["logp"]
+        logp = self._forward(batch.to(policy.cache_shape().device))["logp"].cpu()
         bounds = batch.cu_seqlens.tolist()
         return torch.stack([logp[start:end][batch.loss_mask[start:end]].mean() for start, end in pairwise(bounds)])
 

@@ -15,13 +15,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from syncr1.engine.pictures import load_pictures
+from syncr1.engine.pictures import ImageRef, load_pictures
 
 Features = Callable[[Tensor], Tensor]
 """Images [n, 3, H, W] float32 in [0, 1] to features [n, D]; must be frozen, or the reward drifts with the policy."""
@@ -39,11 +38,11 @@ class IdentityReward:
         """
         self.features, self.size, self.max_cached = features, size, max_cached
         self.__name__ = "identity"
-        self._cache: OrderedDict[Path, Tensor] = OrderedDict()
+        self._cache: OrderedDict[ImageRef, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(
-        self, *, images: Sequence[Tensor | None], references: Sequence[tuple[Path, ...]], **_: Any
+        self, *, images: Sequence[Tensor | None], references: Sequence[tuple[ImageRef, ...]], **_: Any
     ) -> list[float | None]:
         """One value per trajectory; None without an image or without references.
 
@@ -62,7 +61,7 @@ class IdentityReward:
             rewards[row] = float((2.0 * (cosines - 0.5)).clamp(0.0, 1.0).mean())
         return rewards
 
-    def _reference_features(self, wanted: Sequence[tuple[Path, ...]]) -> dict[Path, Tensor]:
+    def _reference_features(self, wanted: Sequence[tuple[ImageRef, ...]]) -> dict[ImageRef, Tensor]:
         """Unit features [D] of every path in `wanted`; only unknown ones are computed."""
         paths = list(dict.fromkeys(path for group in wanted for path in group))
         with self._lock:

@@ -71,15 +71,18 @@ def text_reward(
     answer: Sequence[str | None],
     options: Sequence[tuple[str, ...]],
     segments: Sequence[tuple[SegmentKind, ...]],
+    qa_type: Sequence[str | None] | None = None,
     **_: Any,
 ) -> list[float | None]:
-    """R_txt of each trajectory; None without a ground truth or without a text segment.
+    """R_txt of each trajectory; None without a ground truth or without a text segment, and where the truth is a letter
+    (`qa_type` MC), which BLEU has nothing to say about.
 
     Raises:
         ValueError: a prompt has options, and its answer is not one of them.
     """
+    kinds = qa_type or [None] * len(completions)
     rows = zip(completions, answer, options, segments, strict=True)
-    return [_text_reward(*row) for row in rows]
+    return [None if kind == "MC" else _text_reward(*row) for row, kind in zip(rows, kinds, strict=True)]
 
 
 def _text_reward(
