@@ -78,7 +78,7 @@ def check_plans(policy: Policy, prompts: Sequence[Prompt]) -> None:
         if "image" in prompt.segments and not policy.num_image_tokens:
             raise ValueError(
                 f"generate: prompt {prompt.id} asks for an image, but {type(policy).__name__} draws none; "
-                "use a Janus checkpoint, or segments ('text',)"
+                "use a Janus or Emu3 checkpoint, or segments ('text',)"
             )
 
 

@@ -155,6 +155,8 @@ class TokenStep:
         self.state, self.samples = state, samples
         device = state.slot.device
         self._ends = torch.tensor(phase.ends, device=device) if phase.ends else None
+        forced = policy.forced_image_tokens() if phase.kind == "image" else None
+        self._forced = None if forced is None else forced.to(device)
         self._some_stand_still = padded or bool(phase.ends)
 
     def __call__(self, *, feed: bool = True) -> None:
@@ -171,6 +173,8 @@ class TokenStep:
             offset=state.step + phase.first_offset,
             forbidden=head.forbidden,
         )
+        if self._forced is not None:
+            sample = _impose(sample, self._forced.index_select(0, state.step.view(1)))
         self.samples.write(state.slot, state.step, sample)
         self.samples.length.index_add_(0, state.slot, state.alive.long())
         if feed:
@@ -185,6 +189,13 @@ class TokenStep:
         state.step += 1
         if self._ends is not None:
             state.alive &= ~(sample.token[:, None] == self._ends).any(1)
+
+
+def _impose(sample: CFGSample, forced: Tensor) -> CFGSample:
+    """What is forced at this place [1], certain, instead of what was sampled; -1 leaves the sample as it is."""
+    free = forced < 0
+    certain = (torch.where(free, x, 0.0) for x in (sample.logp, sample.logp_mixed, sample.entropy))
+    return CFGSample(torch.where(free, sample.token, forced), *certain)
 
 
 def advance(

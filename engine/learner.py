@@ -24,6 +24,7 @@ from torch import Tensor
 
 from syncr1.engine.objective import Objective, PolicyForward
 from syncr1.engine.policies.base import Policy
+from syncr1.engine.policies.lora import adapter_disabled, base_of, has_lora, save_adapter
 from syncr1.engine.records import MODALITY_NAMES, PackedBatch
 from syncr1.engine.rollout import RolloutEngine
 from syncr1.engine.stopwatch import Stopwatch
@@ -52,9 +53,10 @@ class Learner:
 
     Args:
         policy: a `Policy`; moved to the device and wrapped by DeepSpeed.
-        objective: the loss's settings; a KL term keeps a frozen copy of the policy as the reference.
+        objective: the loss's settings; a KL term needs a reference, which shares what is frozen with the policy.
         settings: optimizer and ZeRO.
-        reference: frozen policy that the KL term refers to; None takes a copy of `policy` where one is needed.
+        reference: frozen policy that the KL term refers to; None: `policy` as it is now, without its adapters. Under
+            ZeRO-3 with adapters and None, heads that are trained are part of the reference: give one then.
     """
 
     def __init__(
@@ -63,8 +65,12 @@ class Learner:
         self.policy, self.objective, self.settings = policy, objective, settings
         self.device = local_device()
         self._reference: PolicyForward | None = None
-        if objective.needs_reference:
-            self._reference = PolicyForward((reference or policy.frozen_copy()).to(self.device), objective)
+        # Where ZeRO-3 splits weights that others share, the base is this policy without its adapters.
+        self._base_inside = objective.needs_reference and reference is None and has_lora(policy)
+        self._base_inside &= settings.zero_stage == 3
+        if objective.needs_reference and not self._base_inside:
+            reference = reference or (base_of(policy) if settings.zero_stage < 3 else policy.frozen_copy())
+            self._reference = PolicyForward(reference.to(self.device), objective)
         if settings.gradient_checkpointing:
             policy.checkpoint_activations()
         forward = PolicyForward(policy, objective)
@@ -139,6 +145,9 @@ class Learner:
         for batch in self._aligned(batches):
             moved = batch.to(self.device)
             ref = self._reference(moved)["logp"] if self._reference is not None else None
+            if self._base_inside:
+                with adapter_disabled(self.policy):
+                    ref = self.engine(moved)["logp"]
             old = self.engine(moved)["logp"] if self.settings.num_iterations > 1 else None
             scored.append(replace(moved, ref_logp=ref, old_logp=old))
         return scored
@@ -210,15 +219,20 @@ class Learner:
         return moved.cpu()
 
     def save(self, folder: Path) -> None:
-        """The policy in transformers' format; every rank must call it."""
+        """The policy in transformers' format, adapters added to its weights, and beside it in peft's; every rank must
+        call it."""
         with self.sampling() as policy:
             if self.rank == 0:
                 policy.save(folder)
+                if has_lora(policy):
+                    save_adapter(policy, folder / "adapter")
 
 
 def replay_error(batch: PackedBatch, logp: Tensor) -> float:
-    """Largest |sampler's log-probability - trainer's|, nats; 0 when nothing was sampled."""
-    where = batch.loss_mask & batch.sampled_logp.isfinite()
+    """Largest |sampler's log-probability - trainer's|, nats; 0 when nothing was sampled.
+
+    The loss computes none (and says 0) for tokens that it has no use for: those of groups without an advantage."""
+    where = batch.loss_mask & batch.sampled_logp.isfinite() & (logp != 0)
     return float((batch.sampled_logp - logp)[where].abs().max()) if bool(where.any()) else 0.0
 
 

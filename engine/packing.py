@@ -123,16 +123,22 @@ class _Axis:
         if image is not None:
             self.image_rows.append(policy.image_slots(tokens).nonzero().squeeze(1) + self.length)
             self.images.append(image)
-        self._append(tokens, TEXT, False, torch.full((tokens.numel(),), float("nan")))
+        nothing = torch.zeros_like(tokens, dtype=torch.bool)
+        self._append(tokens, TEXT, nothing, torch.full((tokens.numel(),), float("nan")))
 
-    def sample(self, segment: Segment) -> None:
-        """Tokens that the policy sampled."""
-        self._append(segment.tokens, IMAGE if segment.kind == "image" else TEXT, True, segment.logp)
+    def sample(self, policy: Policy, segment: Segment) -> None:
+        """Tokens that the policy sampled, and those that stood between them."""
+        sampled, logp = torch.ones_like(segment.tokens, dtype=torch.bool), segment.logp
+        forced = policy.forced_image_tokens() if segment.kind == "image" else None
+        if forced is not None:
+            sampled = forced[: segment.tokens.numel()] < 0
+            logp = logp.masked_fill(~sampled, float("nan"))
+        self._append(segment.tokens, IMAGE if segment.kind == "image" else TEXT, sampled, logp)
 
-    def _append(self, tokens: Tensor, modality: int, sampled: bool, logp: Tensor) -> None:
+    def _append(self, tokens: Tensor, modality: int, sampled: Tensor, logp: Tensor) -> None:
         self.tokens.append(tokens)
         self.modality.append(torch.full(tokens.shape, modality, dtype=torch.uint8))
-        self.loss_mask.append(torch.full(tokens.shape, sampled))
+        self.loss_mask.append(sampled)
         self.sampled_logp.append(logp)
         self.length += tokens.numel()
 
@@ -159,7 +165,7 @@ def _pack_groups(
                     responses.give(policy, rollouts[i].prompt_tokens, rollouts[i].prompt_image)
                 for segment in rollouts[i].segments:
                     responses.give(policy, segment.lead, segment.lead_image)
-                    responses.sample(segment)
+                    responses.sample(policy, segment)
             cu_seqlens.append(responses.length)
     images = prefixes.images + responses.images
     rows = [*prefixes.image_rows, *(rows + prefixes.length for rows in responses.image_rows)]

@@ -83,19 +83,20 @@ class Drawing:
     """Image tokens that rejected tries and dropped members would have needed to their end."""
 
 
-def preview_length(preview: Preview | None, num_tokens: int) -> int:
-    """Tokens at the preview; 0: there is none."""
+def preview_length(preview: Preview | None, num_tokens: int, forced: Tensor | None = None) -> int:
+    """Tokens at the preview, a fraction of those that are sampled; 0: there is none."""
     if preview is None:
         return 0
-    length = max(1, round(preview.fraction * num_tokens))
-    return length if length < num_tokens else 0
+    sampled = range(num_tokens) if forced is None else (forced < 0).nonzero().squeeze(1).tolist()
+    count = max(1, round(preview.fraction * len(sampled)))
+    return int(sampled[count - 1]) + 1 if count < len(sampled) else 0
 
 
 def draw(canvas: Canvas, preview: Preview | None) -> Drawing:
     """Draws every image; `rows` and `guides` of the canvas then stand behind them."""
     c, n = canvas, len(canvas.chosen)
     num_tokens = c.phase.max_tokens
-    length = preview_length(preview, num_tokens)
+    length = preview_length(preview, num_tokens, c.policy.forced_image_tokens())
     samples = c.stepper.samples("image", len(c.rows), num_tokens)
     index = torch.tensor(c.chosen, device=c.rows.position.device)
     keys = c.keys[0]
@@ -140,7 +141,7 @@ def _run(c: Canvas, state: State, samples: Samples, first: int, last: int) -> No
 
 def _score(c: Canvas, preview: Preview, tokens: Tensor, rows: Sequence[int]) -> Tensor:
     """[n'] scores of the first tokens [n', k] of sequences `rows` of the canvas, on the CPU."""
-    pictures = c.policy.draw(fill(tokens, c.phase.max_tokens))
+    pictures = c.policy.draw(fill(tokens, c.phase.max_tokens, c.policy.forced_image_tokens()))
     return preview.score([c.asked[i] for i in rows], [c.texts[i] for i in rows], pictures).float().cpu()
 
 
@@ -204,8 +205,13 @@ def _dropped(preview: Preview, asked: Sequence[Prompt], scores: Tensor, judged: 
     return dropped
 
 
-def fill(tokens: Tensor, num_tokens: int) -> Tensor:
+def fill(tokens: Tensor, num_tokens: int, forced: Tensor | None = None) -> Tensor:
     """[n, k] -> [n, N]: the rest of the picture repeats its last drawn row (cheap, and it stays a picture)."""
+    if forced is not None:
+        free = (forced < 0).to(tokens.device)
+        whole = forced.to(tokens.device).repeat(tokens.shape[0], 1)
+        whole[:, free] = fill(tokens[:, free[: tokens.shape[1]]], int(free.sum()))
+        return whole
     side = round(num_tokens**0.5)
     columns = torch.arange(num_tokens, device=tokens.device)
     drawn = tokens.shape[1]

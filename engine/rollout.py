@@ -176,11 +176,15 @@ class _Batch:
             self.free_tokens = self.policy.unconditional_tokens()
             prefixes.append(self.free_tokens.numel())
             own += [N * drawn for drawn in sizes.images for _ in range(G)]
-        columns = sum(own) + sizes.preview_columns(G, preview_length(self.preview, N), self.guided) * self._retries
+        columns = sum(own) + sizes.preview_columns(G, self._preview_length(), self.guided) * self._retries
         check_fits(shape, sum(prefixes), columns, G, engine.max_bytes, engine.stepper.held_bytes)
         self.prompts = engine.stepper.store("prompts", shape, prefixes)
         self.own = engine.stepper.store("own", shape, own)
         engine.stats.kv_bytes = shape.num_bytes(sum(prefixes) + sum(own))
+
+    def _preview_length(self) -> int:
+        policy = self.policy
+        return preview_length(self.preview, policy.num_image_tokens, policy.forced_image_tokens())
 
     @property
     def _retries(self) -> bool:
@@ -256,7 +260,8 @@ class _Batch:
         segments = self._segments(drawing.samples, chosen, phase)
         with self.time("draw"):
             # What was dropped is shown as its preview was.
-            tokens = torch.cat([fill(segment.tokens[None], phase.max_tokens) for segment in segments])
+            forced = policy.forced_image_tokens()
+            tokens = torch.cat([fill(segment.tokens[None], phase.max_tokens, forced) for segment in segments])
             pictures = torch.cat([policy.draw(part.to(index.device)).cpu() for part in tokens.split(DRAWN_AT_ONCE)])
         keys = drawing.keys.tolist()
         for row, i in enumerate(chosen):
@@ -289,11 +294,15 @@ class _Batch:
             return
         with self.time("follow_up"):
             turns = [turn for i in chosen if (turn := self.follow_ups[i // G]) is not None]
-            seen = self.policy.see(torch.stack([image for i in chosen if (image := self.images[i]) is not None]))
+            seen = None  # where the turn has no room for the image, the model goes on from the tokens that it drew
+            if any(bool(self.policy.image_slots(turn).any()) for turn in turns):
+                seen = self.policy.see(torch.stack([image for i in chosen if (image := self.images[i]) is not None]))
             self._extend(chosen, turns, seen)
             segments = self._sample_text(chosen, first_offset=FOLLOW_UP_OFFSET, goes_on=False)
         for row, i in enumerate(chosen):
-            self.segments[i].append(replace(segments[row], lead=turns[row], lead_image=seen[row]))
+            self.segments[i].append(
+                replace(segments[row], lead=turns[row], lead_image=None if seen is None else seen[row])
+            )
             self.follow_up_texts[i] = self.policy.decode_text(segments[row].tokens)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -314,15 +323,15 @@ class _Batch:
         self.engine.stats.text_tokens += sum(segment.tokens.numel() for segment in segments)
         return segments
 
-    def _extend(self, chosen: list[int], turns: list[Tensor], seen: Tensor) -> None:
-        """Runs given turns [n] behind sequences `chosen`, `seen` [n, tokens, D] at their image placeholders."""
+    def _extend(self, chosen: list[int], turns: list[Tensor], seen: Tensor | None) -> None:
+        """Runs given turns [n] behind sequences `chosen`, `seen` [n, tokens, D] at their image placeholders if any."""
         policy, device = self.policy, self.rows.position.device
         lengths = [turn.numel() for turn in turns]
         tokens = torch.nn.utils.rnn.pad_sequence(turns, batch_first=True).to(device)
         new = torch.arange(tokens.shape[1], device=device)[None] < torch.tensor(lengths, device=device)[:, None]
         embeddings = policy.embed(tokens, "text")
-        slots = policy.image_slots(tokens) & new
-        embeddings[slots] = seen.flatten(0, 1).to(embeddings.dtype)
+        if seen is not None:
+            embeddings[policy.image_slots(tokens) & new] = seen.flatten(0, 1).to(embeddings.dtype)
         rows = self.rows.take(torch.tensor(chosen, device=device))
         positions = rows.position[:, None] + torch.arange(tokens.shape[1], device=device)
         positions = torch.where(new, positions, 0)

@@ -286,7 +286,7 @@ def test_images_are_refused_with_the_prompts_name(tmp_path: Path) -> None:
         lambda: made.load_images([tmp_path]),
     )
     for call in calls:
-        with pytest.raises(ValueError, match="has no image vocabulary; use a Janus checkpoint"):
+        with pytest.raises(ValueError, match="has no image vocabulary; use a Janus or Emu3 checkpoint"):
             call()
     assert (made.num_image_tokens, made.image_size, made.image_start) == (0, 0, -1)
 

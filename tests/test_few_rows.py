@@ -12,6 +12,7 @@ from torch import nn
 
 from syncr1.engine.policies.few_rows import MAX_ROWS, FewRows
 from syncr1.engine.policies.janus import JanusPolicy
+from syncr1.engine.policies.lora import add_lora
 from syncr1.engine.rollout import RolloutEngine, Sampling, generate
 
 
@@ -86,3 +87,26 @@ def test_forwards_of_others_are_left_alone(policy: JanusPolicy) -> None:
     with FewRows(policy)():
         assert mine(torch.ones(1)).item() == 1
     assert changed(policy) and mine(torch.ones(1)).item() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_adapters_take_part(policy: JanusPolicy, dtype: torch.dtype) -> None:
+    """In float32 they are part of the weights that are laid out; in bfloat16 they stay apart, as in training."""
+    add_lora(policy, 3, 6.0)
+    policy.to(dtype)
+    few, layer = FewRows(policy), policy.decoder().layers[1].self_attn.o_proj
+    layer.lora_B["default"].weight.normal_(0.0, 0.1)
+    for rows in (1, MAX_ROWS, MAX_ROWS + 1):
+        x = torch.randn(rows, layer.in_features, dtype=dtype)
+        want = layer(x)
+        bare = layer.base_layer(x)
+        with few():
+            got = layer(x)
+            assert (id(layer) in few._transposed) is (dtype == torch.float32 and rows <= MAX_ROWS)
+            layer.enable_adapters(False)
+            torch.testing.assert_close(layer(x), bare, rtol=1e-5, atol=1e-5)
+            layer.enable_adapters(True)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert float((want - bare).abs().max()) > 0.01
+    assert changed(policy) == []

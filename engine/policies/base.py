@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from syncr1.engine.attention import AttentionLayout
 from syncr1.engine.cache import CacheShape
+from syncr1.engine.pictures import ImageRef
 from syncr1.engine.records import Prompt, SegmentKind
 
 
@@ -41,7 +42,7 @@ class Policy(nn.Module, ABC):
     """A unified model as the engine sees it; an `nn.Module`, so that DeepSpeed can wrap it."""
 
     num_image_tokens: int
-    """Tokens of one drawn image."""
+    """Tokens of one drawn image, `forced_image_tokens` among them."""
     image_size: int
     """Pixels of a drawn image's side."""
     end_tokens: frozenset[int]
@@ -87,6 +88,13 @@ class Policy(nn.Module, ABC):
     def image_tokens(self, images: Tensor) -> Tensor:
         """[n, 3, H, W] in [0, 1] -> [n, N] int64: the image vocabulary's codes of given images; `draw` inverts it."""
 
+    def forced_image_tokens(self) -> Tensor | None:
+        """[N] int64 on the CPU: tokens that stand in every image and are not sampled (ends of rows), -1 elsewhere.
+
+        Ids that `embed` takes and `head` need not score. None: every token of an image is sampled.
+        """
+        return None
+
     @abstractmethod
     def embed(self, tokens: Tensor, kind: SegmentKind) -> Tensor:
         """[...] int64 -> [..., D]."""
@@ -108,8 +116,8 @@ class Policy(nn.Module, ABC):
         """[n, N] int64 image ids -> [n, 3, H, W] float32 in [0, 1]."""
 
     @abstractmethod
-    def load_images(self, paths: Sequence[Path]) -> Tensor:
-        """Image files -> [n, 3, H, W] float32 in [0, 1], at the model's input size."""
+    def load_images(self, paths: Sequence[ImageRef]) -> Tensor:
+        """Pictures -> [n, 3, H, W] float32 in [0, 1], at the model's input size."""
 
     @abstractmethod
     def decoder(self) -> nn.Module:

@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from syncr1.engine.attention import ATTENTION_NAME, AttentionLayout
 from syncr1.engine.cache import CacheShape
+from syncr1.engine.pictures import ImageRef
 from syncr1.engine.policies.base import Head, Policy
+from syncr1.engine.policies.lora import merged
 from syncr1.engine.policies.probe import max_positions, measure, refusals
 from syncr1.engine.policies.tokens import control_tokens, escape_control_tokens
 from syncr1.engine.records import Prompt, SegmentKind
@@ -95,7 +97,7 @@ class CausalLMPolicy(Policy):
             wants = "shows an image" if prompt.image is not None else f"asks for segments {prompt.segments}"
             raise ValueError(
                 f"prompt {prompt.id}: {wants}, but CausalLMPolicy reads and writes text only; "
-                "use a Janus checkpoint, or text prompts with segments=('text',)"
+                "use a Janus or Emu3 checkpoint, or text prompts with segments=('text',)"
             )
         ids = self._encode(self._turn(escape_control_tokens(prompt.text, self.tokenizer)))
         bos = self.tokenizer.bos_token_id
@@ -172,12 +174,14 @@ class CausalLMPolicy(Policy):
         )
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder, safe_serialization=True)
+        with merged(self):
+            self.model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
 
     def _no_images(self, what: str) -> NoReturn:
         raise ValueError(
-            f"CausalLMPolicy cannot {what}: {type(self.model).__name__} has no image vocabulary; use a Janus checkpoint"
+            f"CausalLMPolicy cannot {what}: {type(self.model).__name__} has no image vocabulary; "
+            "use a Janus or Emu3 checkpoint"
         )
 
     def image_slots(self, tokens: Tensor) -> Tensor:
@@ -202,7 +206,7 @@ class CausalLMPolicy(Policy):
     def draw(self, tokens: Tensor) -> Tensor:
         self._no_images("draw")
 
-    def load_images(self, paths: Sequence[Path]) -> Tensor:
+    def load_images(self, paths: Sequence[ImageRef]) -> Tensor:
         self._no_images("load images")
 
 

@@ -19,8 +19,9 @@ from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from syncr1.engine.attention import ATTENTION_NAME, AttentionLayout
 from syncr1.engine.cache import CacheShape
-from syncr1.engine.pictures import load_pictures
+from syncr1.engine.pictures import ImageRef, load_pictures
 from syncr1.engine.policies.base import Head, Policy
+from syncr1.engine.policies.lora import merged
 from syncr1.engine.policies.tokens import escape_control_tokens
 from syncr1.engine.records import Prompt, SegmentKind
 
@@ -70,7 +71,9 @@ class JanusPolicy(Policy):
     ) -> JanusPolicy:
         """Loads a checkpoint folder or hub name in transformers' format; safetensors only, no remote code."""
         model = JanusForConditionalGeneration.from_pretrained(str(name), dtype=dtype, use_safetensors=True)
-        return cls(model, AutoProcessor.from_pretrained(str(name)), freeze_vision=freeze_vision)
+        return cls(
+            model, AutoProcessor.from_pretrained(str(name), trust_remote_code=False), freeze_vision=freeze_vision
+        )
 
     @property
     def device(self) -> torch.device:
@@ -180,9 +183,10 @@ class JanusPolicy(Policy):
         pixels = (images * 2 - 1).to(device=codebook.device, dtype=codebook.dtype)
         return self.model.model.vqmodel.encode(pixels).image_tokens.view(images.shape[0], -1)
 
-    def load_images(self, paths: Sequence[Path]) -> Tensor:
+    def load_images(self, paths: Sequence[ImageRef]) -> Tensor:
         return load_pictures(paths, self.image_size).to(self.device)
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder, safe_serialization=True)
+        with merged(self):
+            self.model.save_pretrained(folder, safe_serialization=True)
         self.processor.save_pretrained(folder)

@@ -1,0 +1,302 @@
+"""Emu3 through transformers' own classes: images are tokens of the text vocabulary, drawn and understood alike.
+
+An image, drawn or shown, lies in the sequence as
+
+    BOI  "H*W"  wrapper  (W codes, EOL) x H  EOF  EOI
+
+BOI is `image_start`; the size, the wrapper and the ends of rows are the same in every image and are not sampled: they
+are `forced_image_tokens`.  EOF and EOI come with the turn that follows.  Images are squares of `image_size` pixels.
+
+The image vocabulary is the codebook's ids 0 ... K-1, then K for EOL and one id for each token of the size and wrapper.
+
+Source: Emu3 (arXiv 2409.18869); layout of `transformers.models.emu3` and its processor.
+
+Dims: K codes, H = W side of an image in codes, N image tokens, D hidden, V rows of the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
+
+import torch
+from torch import Tensor, nn
+from transformers import Emu3ForConditionalGeneration, Emu3Processor
+
+from syncr1.engine.attention import ATTENTION_NAME, AttentionLayout
+from syncr1.engine.cache import CacheShape
+from syncr1.engine.pictures import ImageRef, load_pictures
+from syncr1.engine.policies.base import Head, Policy
+from syncr1.engine.policies.lora import merged
+from syncr1.engine.policies.tokens import control_tokens, escape_control_tokens
+from syncr1.engine.records import Prompt, SegmentKind
+
+PIXELS_AT_ONCE = 1 << 20
+"""Of images that the VQ model gets at a time: it works on four frames of each, up to 256 channels at full size."""
+
+
+class Emu3Policy(Policy):
+    """transformers' `Emu3ForConditionalGeneration` behind the `Policy` protocol.
+
+    Dropout is switched off (the published configuration has 0.1): log-probabilities of one update must come from one
+    network.  The VQ model is frozen and stays in eval mode, because its batch norms would learn from what they see.
+
+    Args:
+        model: the loaded checkpoint.
+        processor: its `Emu3Processor` (tokenizer, image processor, chat template).
+        image_size: pixels of an image's side; None: the configuration's `image_area`, else the processor's.
+
+    Raises:
+        ValueError: a size that is no multiple of the VQ model's factor, or a vocabulary without all codes.
+    """
+
+    _image_ids: Tensor
+    _forbidden_text: Tensor
+
+    def __init__(
+        self, model: Emu3ForConditionalGeneration, processor: Emu3Processor, *, image_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.processor = model, processor
+        self.tokenizer: Any = processor.tokenizer
+        decoder = model.model.text_model
+        decoder.set_attn_implementation(ATTENTION_NAME)
+        for module in decoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.model.vqmodel.requires_grad_(False).eval()
+        self.max_positions = int(model.config.text_config.max_position_embeddings)
+        self.image_size, self.side = self._sizes(image_size)
+        tokenizer = self.tokenizer
+        self.image_start, self.image_slot = int(tokenizer.boi_token_id), int(tokenizer.image_token_id)
+        self.end_tokens = frozenset({int(tokenizer.eos_token_id)})
+        self._lay_out_images()
+        control = control_tokens(tokenizer)
+        self._control = tuple(control)
+        # Codes and ends of rows; the digits of the size are words like others.
+        never = {*self._image_ids[: self.num_codes + 1].tolist(), *control.values()}
+        self._forbid_in_text(never - self.end_tokens)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, dtype: torch.dtype = torch.float32, image_size: int | None = None
+    ) -> Self:
+        """Loads a checkpoint folder or hub name in transformers' format; safetensors only, no remote code."""
+        model = Emu3ForConditionalGeneration.from_pretrained(str(name), dtype=dtype, use_safetensors=True)
+        return cls(model, Emu3Processor.from_pretrained(str(name)), image_size=image_size)
+
+    def _sizes(self, image_size: int | None) -> tuple[int, int]:
+        """(pixels, codes) of an image's side; the size is noted in the configuration, so that `save` keeps it."""
+        factor = int(self.model.model.vqmodel.spatial_scale_factor)
+        if image_size is None:
+            area = getattr(self.model.config, "image_area", None) or self.processor.image_area
+            image_size = factor * round(float(area) ** 0.5 / factor)
+        if image_size <= 0 or image_size % factor:
+            raise ValueError(
+                f"Emu3Policy: expected an image_size that is a positive multiple of {factor} pixels, got {image_size}"
+            )
+        self.model.config.image_area = image_size**2
+        return image_size, image_size // factor
+
+    def _lay_out_images(self) -> None:
+        """The image vocabulary's text ids, and which of an image's places are not sampled."""
+        mapping = self.model.model.vocabulary_mapping
+        size = self.model.config.vq_config.codebook_size
+        missing = [code for code in range(size) if code not in mapping.img2bpe]
+        if missing or mapping.eol_token_id is None:
+            raise ValueError(
+                f"Emu3Policy: expected a vocabulary_map with {size} visual tokens and an end of row (<|extra_200|>), "
+                f"got {size - len(missing)} of them and end of row {mapping.eol_token_id}; use a converted checkpoint "
+                "(…-hf), whose configuration names its vocabulary"
+            )
+        codes = [int(mapping.img2bpe[code]) for code in range(size)]
+        head = self._encode(f"{self.side}*{self.side}{self.tokenizer.image_wrapper_token}").tolist()
+        ids = torch.tensor([*codes, int(mapping.eol_token_id), *head], device=self.device)
+        self.register_buffer("_image_ids", ids, persistent=False)
+        self._first_code = codes[0] if codes == list(range(codes[0], codes[0] + size)) else None
+        self.num_codes = size
+        row = [-1] * self.side + [size]
+        # On the CPU whatever moves: packing wants it there, and sampling copies it once per phase.
+        self._forced = torch.tensor([*range(size + 1, size + 1 + len(head)), *row * self.side])
+        self.num_image_tokens = self._forced.numel()
+
+    def _forbid_in_text(self, forbidden: set[int]) -> None:
+        """Ids that a text never has; those at the vocabulary's end (the codes, as published) leave the head."""
+        self._num_text = self.model.lm_head.weight.shape[0]
+        while self._num_text - 1 in forbidden:
+            self._num_text -= 1
+        kept = sorted(i for i in forbidden if i < self._num_text)
+        ids = torch.tensor(kept, dtype=torch.long, device=self.device)
+        self.register_buffer("_forbidden_text", ids, persistent=False)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.model.model.vqmodel.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    # Text ------------------------------------------------------------------------------------------------------------
+
+    def _encode(self, text: str) -> Tensor:
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
+
+    def _escape(self, words: str) -> str:
+        # The published tokenizer has 33 000 control tokens, and listing them takes a tenth of a second.
+        held = any(token in words for token in self._control)
+        return escape_control_tokens(words, self.tokenizer) if held else words
+
+    def prompt_tokens(self, prompt: Prompt) -> Tensor:
+        """[L] int64: what is drawn from words alone is asked for bare, as Emu3 learnt it; all else is a user's turn."""
+        bare = prompt.image is None and prompt.segments[0] == "image"
+        words = self._escape(prompt.text)
+        ids = self._encode(words) if bare else self._turn(words, shows_image=prompt.image is not None)
+        bos = int(self.tokenizer.bos_token_id)
+        return ids if ids.numel() and int(ids[0]) == bos else torch.cat([ids.new_tensor([bos]), ids])
+
+    def _turn(self, words: str, *, shows_image: bool) -> Tensor:
+        """[L] int64: a user's turn through the chat template, and the opening of the answer."""
+        if self.processor.chat_template is None:
+            raise ValueError("Emu3Policy: the processor has no chat template; expected one for answers, set it there")
+        tokenizer = self.tokenizer
+        content = [{"type": "image"}] if shows_image else []
+        content.append({"type": "text", "text": words})
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        size = f"{self.side}*{self.side}"
+        framed = (
+            f"{tokenizer.boi_token}{size}{tokenizer.image_wrapper_token}{tokenizer.image_token}"
+            f"{tokenizer.eof_token}{tokenizer.eoi_token}"
+        )
+        ids = self._encode(text.replace(tokenizer.image_token, framed, 1) if shows_image else text)
+        return ids.repeat_interleave(torch.where(ids == self.image_slot, self.side * (self.side + 1), 1))
+
+    def follow_up_tokens(self, prompt: Prompt) -> Tensor:
+        """The drawn image is closed and not shown again: Emu3 understands the very tokens that it drew."""
+        if prompt.follow_up is None:
+            raise ValueError(f"prompt {prompt.id}: text after the image needs a follow_up question, got none")
+        ids = self._turn(self._escape(prompt.follow_up), shows_image=False)
+        ids = ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
+        tokenizer = self.tokenizer
+        closing = [tokenizer.eof_token_id, tokenizer.eoi_token_id, tokenizer.eos_token_id]
+        return torch.cat([ids.new_tensor(closing), ids])
+
+    def image_slots(self, tokens: Tensor) -> Tensor:
+        return tokens == self.image_slot
+
+    def unconditional_tokens(self) -> Tensor:
+        """[L] int64: no words; Emu3 was trained so on a share of its captions."""
+        return torch.tensor([int(self.tokenizer.bos_token_id), self.image_start])
+
+    def text_tokens(self, text: str) -> Tensor:
+        ids = self._encode(text)
+        return torch.cat([ids, ids.new_tensor([self.tokenizer.eos_token_id])])
+
+    def decode_text(self, tokens: Tensor) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    # Images ----------------------------------------------------------------------------------------------------------
+
+    def forced_image_tokens(self) -> Tensor:
+        return self._forced
+
+    @torch.no_grad()
+    def _encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, 3, S, S] in [0, 1] -> ([n, H, W] int64 codes, [n, C] float32 what the codes were chosen by)."""
+        vqmodel = self.model.model.vqmodel
+        weight = vqmodel.quantize.embedding.weight
+        mean, std = self._normalisation(weight)
+        sizes = [images.shape[-2:]]
+        codes, latents = [], []
+        for part in images.split(self._images_at_once()):
+            pixels = ((part.to(device=weight.device) - mean) / std).to(weight.dtype)
+            out = vqmodel.encode(pixels, sizes * len(part), return_dict=True)
+            codes.append(torch.stack(list(out.image_tokens)).long())
+            latents.append(out.last_hidden_state.float().flatten(1))
+        return torch.cat(codes), torch.cat(latents)
+
+    def _images_at_once(self) -> int:
+        return max(1, PIXELS_AT_ONCE // self.image_size**2)
+
+    def _normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        processor = self.processor.image_processor
+        mean, std = (
+            torch.tensor(x, device=like.device)[:, None, None] for x in (processor.image_mean, processor.image_std)
+        )
+        return mean, std
+
+    def see(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] -> [n, H (W + 1), D] embeddings of the images' tokens, ends of rows included.
+
+        They are the policy's own embeddings as they are now; training takes them as given, as it does a tower's.
+        """
+        tokens = self.image_tokens(images)[:, -self.side * (self.side + 1) :]
+        return self.embed(tokens.to(self.device), "image").detach()
+
+    def vision_features(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] -> [n, C] float32 the VQ encoder's output place by place, near to pixels: Emu3 has no
+        other eye."""
+        return self._encode_images(images)[1]
+
+    @torch.no_grad()
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] -> [n, N] int64: the codes of given images, and what is not sampled between them."""
+        codes = self._encode_images(images)[0]
+        tokens = self._forced.to(codes.device).repeat(codes.shape[0], 1)
+        tokens[:, (self._forced < 0).to(codes.device)] = codes.flatten(1)
+        return tokens
+
+    @torch.no_grad()
+    def draw(self, tokens: Tensor) -> Tensor:
+        """[n, N] int64 image ids -> [n, 3, H, W] float32 in [0, 1]; what is not sampled is left out."""
+        free = (self._forced < 0).to(tokens.device)
+        codes = tokens[:, free].view(-1, self.side, self.side)
+        mean, std = self._normalisation(tokens)
+        decode = self.model.model.vqmodel.decode
+        pixels = torch.cat([decode(part).float() for part in codes.split(self._images_at_once())])
+        return (pixels * std + mean).clamp(0, 1)
+
+    def load_images(self, paths: Sequence[ImageRef]) -> Tensor:
+        return load_pictures(paths, self.image_size).to(self.device)
+
+    # The network -----------------------------------------------------------------------------------------------------
+
+    def embed(self, tokens: Tensor, kind: SegmentKind) -> Tensor:
+        ids = self._image_ids[tokens] if kind == "image" else tokens
+        return self.model.model.text_model.embed_tokens(ids)
+
+    def decoder(self) -> nn.Module:
+        return self.model.model.text_model
+
+    def trunk(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
+        return (
+            self.decoder()(inputs_embeds=embeddings, position_ids=position_ids, layout=layout, use_cache=False)
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor, kind: SegmentKind) -> Head:
+        """One matrix, two vocabularies: the codes' rows, and the rows before them."""
+        weight = self.model.lm_head.weight
+        if kind == "text":
+            return Head(hidden, weight[: self._num_text], None, self._forbidden_text)
+        if self._first_code is None:
+            return Head(hidden, weight[self._image_ids[: self.num_codes]], None, None)
+        return Head(hidden, weight[self._first_code : self._first_code + self.num_codes], None, None)
+
+    def cache_shape(self) -> CacheShape:
+        config, weight = self.model.config.text_config, self.model.lm_head.weight
+        return CacheShape(
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def save(self, folder: Path) -> None:
+        with merged(self):
+            self.model.save_pretrained(folder, safe_serialization=True)
+        self.processor.save_pretrained(folder)
