@@ -160,7 +160,7 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
     from syncr1.engine.prompts import load_training_prompts
     from syncr1.engine.rewards.base import score
     from syncr1.engine.rollout import Sampling, generate
-    from syncr1.engine.trainer import credited_rewards
+    from syncr1.engine.credit import credited_rewards
     from syncr1.kernels.api import dgs_select
 
     config = SyncR1Config()

@@ -6,10 +6,7 @@ kept in a cache folder.  With them, the same functions load a checkpoint and rea
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,9 +17,9 @@ from torch import Tensor
 from syncr1.engine.config import SyncR1Config
 from syncr1.engine.dgs import PreviewGate
 from syncr1.engine.evaluate.run import Evaluation, evaluate
+from syncr1.engine.made_once import cache_dir, fingerprint, made_once
+from syncr1.engine.policies.auto import load_policy
 from syncr1.engine.policies.base import Policy
-from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.prompts import load_benchmark
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.base import score
 from syncr1.engine.rewards.caption import CaptionLikelihood
@@ -30,6 +27,7 @@ from syncr1.engine.rewards.ensemble import RewardSet, build_rewards, combine
 from syncr1.engine.rewards.identity import IdentityReward
 from syncr1.engine.rewards.judge import AttributeScorer, index_scorer, posterior_scorer
 from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.train_config import TrainConfig
 from syncr1.engine.world.attributes import VALUES
 from syncr1.engine.world.base_model import BaseSettings, train_base
 from syncr1.engine.world.checker import AttributeChecker
@@ -41,34 +39,6 @@ from syncr1.engine.world.vq import load_vq
 Report = Callable[[str], None]
 
 
-def cache_dir() -> Path:
-    """Where made things are kept: `SYNCR1_CACHE`, or `~/.cache/syncr1`."""
-    return Path(os.environ.get("SYNCR1_CACHE") or Path.home() / ".cache" / "syncr1")
-
-
-def _fingerprint(*parts: object) -> str:
-    """Names a cache entry: by its settings and by the code and weights that it is made with."""
-    digest = hashlib.blake2b(digest_size=6)
-    world = Path(__file__).parent / "world"
-    for path in sorted([*world.glob("*.py"), *world.glob("*.safetensors"), *world.glob("*.json")]):
-        digest.update(path.name.encode() + path.read_bytes())
-    digest.update(repr(parts).encode())
-    return digest.hexdigest()
-
-
-def _made_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """The folder, made on first use: in full, or not at all, even when two runs make it at the same time."""
-    if not folder.is_dir():
-        draft = folder.with_name(f"{folder.name}.{os.getpid()}")
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        make(draft)
-        try:
-            draft.rename(folder)
-        except OSError:  # another run was faster
-            shutil.rmtree(draft)
-    return folder
-
-
 def prepare_data(config: SyncR1Config) -> Path:
     """The data folder: the user's, or the rendered world, written on first use."""
     if config.data is not None:
@@ -78,18 +48,13 @@ def prepare_data(config: SyncR1Config) -> Path:
         write_world(folder)
         write_general(folder)
 
-    return _made_once(cache_dir() / f"world-{_fingerprint('world')}", write)
+    return made_once(cache_dir() / f"world-{fingerprint('world')}", write)
 
 
-def prepare_policy(
-    config: SyncR1Config, settings: BaseSettings | None = None, report: Report | None = None
-) -> JanusPolicy:
+def prepare_policy(config: TrainConfig, settings: BaseSettings | None = None, report: Report | None = None) -> Policy:
     """The starting point: the user's checkpoint, or the tiny base, trained on first use."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    if config.model is not None:
-        return JanusPolicy.from_pretrained(config.model, dtype=dtype)
-    folder = tiny_base(settings or BaseSettings(), report)
-    return JanusPolicy.from_pretrained(folder, dtype=dtype)
+    return load_policy(config.model or tiny_base(settings or BaseSettings(), report), dtype=dtype)
 
 
 def tiny_base(settings: BaseSettings, report: Report | None = None) -> Path:
@@ -99,8 +64,8 @@ def tiny_base(settings: BaseSettings, report: Report | None = None) -> Path:
         if report is not None:
             report(f"step {step + 1}/{settings.steps}  loss {loss:.2f}")
 
-    folder = cache_dir() / f"tiny_base-{_fingerprint(asdict(settings))}"
-    return _made_once(folder, lambda draft: train_base(settings, say).save(draft))
+    folder = cache_dir() / f"tiny_base-{fingerprint(asdict(settings))}"
+    return made_once(folder, lambda draft: train_base(settings, say).save(draft))
 
 
 def build_reward_set(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt]) -> RewardSet:
@@ -130,7 +95,7 @@ def checker_of(policy: Policy) -> AttributeChecker:
     return AttributeChecker.from_round_trip(lambda images: policy.draw(policy.image_tokens(images)))
 
 
-def build_preview(config: SyncR1Config, rewards: RewardSet) -> PreviewGate | None:
+def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None:
     """Preview DGS, judged by the run's own image rewards on the partly drawn image; a redraw changes no text reward.
 
     None when it is switched off, and when no reward looks at images.
@@ -172,18 +137,17 @@ class Evaluator:
     Args:
         config: for sampling settings and the number of items.
         frozen: whose image tokenizer reads the rendered world and whose vision tower judges likeness.
-        root: the data folder.
+        benchmark: task -> held-out prompts.
     """
 
-    def __init__(self, config: SyncR1Config, frozen: Policy, root: Path) -> None:
-        self.config = config
-        self.benchmark = load_benchmark(root)
+    def __init__(self, config: TrainConfig, frozen: Policy, benchmark: Mapping[str, Sequence[Prompt]]) -> None:
+        self.config, self.benchmark = config, benchmark
         self._likeness = IdentityReward(frozen.vision_features, frozen.image_size)
         self._scorers: dict[str, AttributeScorer] = {}
         if any(prompt.attributes for prompts in self.benchmark.values() for prompt in prompts):
             self._scorers = {
                 "checker": index_scorer(checker_of(frozen).read_indices, VALUES),
-                "cnn": index_scorer(_judge().read_indices, VALUES),
+                "cnn": index_scorer(judge_cnn().read_indices, VALUES),
             }
 
     def __call__(self, policy: Policy) -> Evaluation:
@@ -205,14 +169,14 @@ class Evaluator:
         )
 
 
-def _judge() -> JudgeCNN:
+def judge_cnn() -> JudgeCNN:
     """The independent classifier, which no reward uses; trained in seconds at first use and kept."""
 
     def make(draft: Path) -> None:
         draft.mkdir()
         save_file(train_judge(load_vq()).state_dict(), draft / "judge.safetensors")
 
-    folder = _made_once(cache_dir() / f"judge-{_fingerprint('judge')}", make)
+    folder = made_once(cache_dir() / f"judge-{fingerprint('judge')}", make)
     judge = JudgeCNN()
     judge.load_state_dict(load_file(folder / "judge.safetensors"))
     return judge.requires_grad_(False).eval()

@@ -63,8 +63,10 @@ class Display:
         self.console.print(Text(f"  {text}"))
 
     @contextmanager
-    def training(self) -> Iterator[Display]:
-        """Shows the bar as long as the block runs; `step` moves it."""
+    def training(self, max_steps: int | None = None) -> Iterator[Display]:
+        """Shows the bar as long as the block runs; `step` moves it. A run of several stages gives each its steps."""
+        self.max_steps, self._done = self.max_steps if max_steps is None else max_steps, 0
+        self._progress.reset(self._task, total=self.max_steps, eta="")
         self._started = time.monotonic()
         if not self.console.is_terminal or self.console.quiet:
             yield self
@@ -90,6 +92,13 @@ class Display:
     def before_after(self, before: Scores, after: Scores) -> None:
         """Prints the table that the run was for."""
         self.console.print(before_after_table(before, after))
+
+    def wide(self, table: Table, width: int) -> None:
+        """Prints a table that needs more than the 80 characters that a log file is taken to have."""
+        room = self.console.width if self.console.is_terminal else max(width, self.console.width)
+        before, self.console.width = self.console.width, room
+        self.console.print(table)
+        self.console.width = before
 
     def _time_left(self) -> str:
         """From the pace after the first step, which also pays for compiling and warming up."""

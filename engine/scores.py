@@ -28,19 +28,32 @@ TASKS = {
     "dense_rea_gen": "Infer it from a long request, draw it",
     "general_vqa": "Questions about photos of nobody in particular (not trained on)",
     "general_image": "Draw a caption without a concept (not trained on)",
+    "t2i": "Draw a caption",
+    "mcq": "Multiple choice about a photo",
+    "oe": "Open questions about a photo",
+    "geneval": "GenEval's prompts",
+    "dpg": "DPG-Bench's prompts",
     SUMMARY: "All tasks",
 }
-"""UnifyBench++ tasks in words; another name is shown as it is."""
+"""Tasks of UnifyBench++ and of CoRL in words; another name is shown as it is."""
 
 MEASURES = {
     "greedy": "the single most likely answer is right",
     "sampled": "an answer drawn at random, as in training, is right",
     "checker": "the picture shows what was asked, by the checker that also gave rewards",
     "cnn": "the same by a network that training never saw",
+    "cycle": "like the real picture, and captioned back to the prompt",
+    "tim": "words and patches match in the starting model's own features",
+    "clip_text": "CLIP: picture and prompt",
+    "clip_image": "CLIP: picture and real picture",
+    "form greedy": "the answer keeps the form <think>…</think><answer>…</answer>",
+    "form sampled": "the same, drawn at random",
 }
 """What the columns' scores mean; shown under the table for those that occur."""
 
 
+SHOWN = ("score", "attributes", "reward", "format")
+"""Families of measures that the table shows, by the name behind the slash."""
 DETAILS = ("num_items", "identity")
 """Measures that scores.json has and the table leaves out."""
 
@@ -93,8 +106,8 @@ def headline(flat: Mapping[str, float | None]) -> dict[str, float | None]:
         head, _, how = measure.partition("/")
         if task == SUMMARY or not (how or measure in DETAILS):
             shown[name] = value
-        elif head in ("score", "attributes") and not (head == "score" and how == "sampled" and task in readable):
-            shown[f"{task}/{how}"] = value
+        elif head in SHOWN and not (head == "score" and how == "sampled" and task in readable):
+            shown[f"{task}/{f'form {how}' if head == 'format' else how}"] = value
     return shown
 
 

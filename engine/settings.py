@@ -51,33 +51,40 @@ class Setting(NamedTuple):
 
 @functools.cache
 def settings_of(config_type: type) -> tuple[Setting, ...]:
-    """The fields of `config_type` in order, with the docstring and the section that its source gives them."""
-    source = textwrap.dedent(inspect.getsource(config_type))
-    docs = _field_docs(source)
+    """The fields of `config_type`, with the docstring and the section that their source gives them, section by section.
+
+    A dataclass that builds on another one may add to its sections; where it gives a field a new default, it explains it
+    anew."""
+    docs: dict[str, tuple[str, str]] = {}
+    for part in reversed(config_type.__mro__):
+        if dataclasses.is_dataclass(part):
+            docs |= _field_docs(part)
+    hints = get_type_hints(config_type)
+    found = []
+    for field in dataclasses.fields(config_type):
+        doc, section = docs[field.name]
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        found.append(Setting(field.name, hints[field.name], default, doc, section))
+    order = list(dict.fromkeys(setting.section for setting in found))
+    return tuple(sorted(found, key=lambda setting: order.index(setting.section)))
+
+
+def _field_docs(part: type) -> dict[str, tuple[str, str]]:
+    """Name -> (docstring, section) of the fields that this very class writes down."""
+    source = textwrap.dedent(inspect.getsource(part))
     starts = [(number, found["title"]) for number, line in enumerate(source.splitlines(), 1)
               if (found := _SECTION.match(line))]  # fmt: skip
-    hints = get_type_hints(config_type)
-    out = []
-    for field in dataclasses.fields(config_type):
-        line, doc = docs[field.name]
-        section = next((title for number, title in reversed(starts) if number < line), "settings")
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        out.append(Setting(field.name, hints[field.name], default, doc, section))
-    return tuple(out)
-
-
-def _field_docs(source: str) -> dict[str, tuple[int, str]]:
-    """Field name -> (line, the string literal that follows it)."""
     class_def = ast.parse(source).body[0]
     assert isinstance(class_def, ast.ClassDef)
-    docs: dict[str, tuple[int, str]] = {}
+    docs: dict[str, tuple[str, str]] = {}
     for node, following in zip(class_def.body, [*class_def.body[1:], None], strict=True):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
         text = ""
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             text = " ".join(str(following.value.value).split())
-        docs[node.target.id] = (node.lineno, text)
+        section = next((title for number, title in reversed(starts) if number < node.lineno), "settings")
+        docs[node.target.id] = text, section
     return docs
 
 

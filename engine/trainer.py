@@ -1,4 +1,4 @@
-"""Sync-GRPO, the whole loop: prompts -> rollout -> reward -> advantage and pruning -> pack -> loss -> step.
+"""Group-relative RL, the whole loop: prompts -> rollout -> reward -> advantage and pruning -> pack -> loss -> step.
 
 Dims: P prompts, G members, S = P * G trajectories, K rewards.
 """
@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from syncr1.engine.config import SyncR1Config
+from syncr1.engine.credit import credited_rewards, shared_within_samples
 from syncr1.engine.dgs import PreviewGate
 from syncr1.engine.learner import Learner
 from syncr1.engine.packing import pack
@@ -21,10 +21,15 @@ from syncr1.engine.rewards.base import RewardTable, score
 from syncr1.engine.rewards.ensemble import RewardSet, combine
 from syncr1.engine.rollout import RolloutStats, Sampling
 from syncr1.engine.stopwatch import Stopwatch, split
+from syncr1.engine.train_config import TrainConfig
 from syncr1.kernels.api import dgs_select
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
 """Called after each step with its metrics, its trajectories and their total rewards [S] (NaN: unrewarded)."""
+
+
+CreditRule = Callable[[Tensor, Sequence[Rollout]], Tensor]
+"""Rewards [S, K] and trajectories to what text and image tokens answer for: [S, 2] float32; NaN = nothing."""
 
 
 class Prompts(Protocol):
@@ -43,19 +48,22 @@ class Trainer:
         rewards: reward functions, weights and kinds.
         preview: preview DGS; None draws every image to its end.
         on_step: where metrics and samples go.
+        credit: rewards to what text and image tokens answer for; None: `config.credit`, samples sharing one reward.
     """
 
     def __init__(
         self,
-        config: SyncR1Config,
+        config: TrainConfig,
         learner: Learner,
         prompts: Prompts,
         rewards: RewardSet,
         preview: PreviewGate | None = None,
         on_step: OnStep | None = None,
+        credit: CreditRule | None = None,
     ) -> None:
         self.config, self.learner, self.prompts, self.rewards = config, learner, prompts, rewards
         self.preview, self.on_step = preview, on_step
+        self.credit = credit or self._credit
         self.step = 0
         self.rollouts = learner.rollout_engine()
 
@@ -74,9 +82,9 @@ class Trainer:
         with time("reward"):
             table = score(rollouts, self.rewards.functions, timeout=config.reward_timeout)
         with time("pack"):
-            credit_S2 = credited_rewards(table.values, self.rewards, config.credit)
+            credit_S2 = self.credit(table.values, rollouts)
             keep_S = self._keep(rollouts, credit_S2)
-            if config.scale_rewards == "batch":
+            if config.scale_rewards == "batch" and self.learner.objective.scale == "batch":
                 credit_S2 = credit_S2 / self._batch_std(credit_S2)
             batches = pack(
                 policy,
@@ -91,14 +99,20 @@ class Trainer:
             scored = self.learner.score(batches)
         with time("update"):
             learned = self.learner.update(scored)
+        total_S = combine(shared_within_samples(table.values, rollouts), self.rewards.weight_tensor())
         seconds = split(time.seconds, rollout=self.rollouts.stats.seconds, update=self.learner.seconds)
         metrics = StepMetrics(
-            step=self.step, values=self._metrics(rollouts, table, keep_S, batches, learned, seconds), seconds=seconds
+            step=self.step,
+            values=self._metrics(rollouts, table, total_S, keep_S, batches, learned, seconds),
+            seconds=seconds,
         )
         self.step += 1
         if self.on_step is not None:
-            self.on_step(metrics, rollouts, combine(table.values, self.rewards.weight_tensor()))
+            self.on_step(metrics, rollouts, total_S)
         return metrics
+
+    def _credit(self, values_SK: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+        return credited_rewards(shared_within_samples(values_SK, rollouts), self.rewards, self.config.credit)
 
     def _sampling(self) -> Sampling:
         c = self.config
@@ -123,7 +137,7 @@ class Trainer:
         )
         anchors = torch.tensor([not rollout.prompt.rewarded for rollout in rollouts])
         finished = torch.tensor([not rollout.dropped for rollout in rollouts])
-        return (keep | anchors if c.anchor_beta > 0 else keep & ~anchors) & finished
+        return (keep | anchors if self.learner.objective.anchor_beta > 0 else keep & ~anchors) & finished
 
     def _batch_std(self, credit_S2: Tensor) -> Tensor:
         """[2]: standard deviation of all of the step's rewards, over ranks, which no micro-batch knows."""
@@ -138,13 +152,13 @@ class Trainer:
         self,
         rollouts: Sequence[Rollout],
         table: RewardTable,
+        total_S: Tensor,
         keep_S: Tensor,
         batches: Sequence[PackedBatch],
         learned: dict[str, float],
         seconds: Mapping[str, float],
     ) -> dict[str, float]:
         c = self.config
-        total_S = combine(table.values, self.rewards.weight_tensor())
         sampled = [sum(s.tokens.numel() for s in rollout.segments) for rollout in rollouts]
         texts = [s for rollout in rollouts for s in rollout.segments if s.kind == "text"]
         elapsed = sum(seconds.values())
@@ -180,24 +194,7 @@ class Trainer:
         return preview.adapt(int(accepted), int(tried))
 
 
-def credited_rewards(values_SK: Tensor, rewards: RewardSet, credit: str) -> Tensor:
-    """What text tokens and image tokens of each trajectory answer for: [S, 2] float32; NaN = nothing.
-
-    `shared` and `image_only`: both columns are the weighted sum of all rewards. `per_segment`: each column sums the
-    rewards that judge its own segment.
-    """
-    weights = rewards.weight_tensor()
-    if credit != "per_segment":
-        return combine(values_SK, weights)[:, None].expand(-1, 2).contiguous()
-    columns = []
-    for kind in ("text", "image"):
-        own = [k for k, name in enumerate(rewards.kinds) if name == kind]
-        empty = torch.full((values_SK.shape[0],), math.nan)
-        columns.append(combine(values_SK[:, own], weights[own]) if own else empty)
-    return torch.stack(columns, dim=1)
-
-
-def learning_rate(config: SyncR1Config, step: int) -> float:
+def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up over `warmup_steps`, then linearly down to a tenth at `max_steps`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps

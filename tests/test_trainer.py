@@ -18,6 +18,7 @@ from torch import Tensor
 
 from syncr1.engine.assemble import build_preview, build_reward_set
 from syncr1.engine.config import SyncR1Config
+from syncr1.engine.credit import credited_rewards
 from syncr1.engine.learner import Learner
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.prompt_stream import PromptStream
@@ -26,8 +27,8 @@ from syncr1.engine.records import PackedBatch, Prompt, Rollout, StepMetrics
 from syncr1.engine.rewards.base import score
 from syncr1.engine.rewards.ensemble import RewardSet, combine
 from syncr1.engine.rollout import Sampling, generate
-from syncr1.engine.run import objective_of, settings_of
-from syncr1.engine.trainer import Trainer, credited_rewards, learning_rate
+from syncr1.engine.trainer import Trainer, learning_rate
+from syncr1.engine.training import objective_of, settings_of
 from syncr1.kernels.api import dgs_select, group_advantages
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -83,7 +84,7 @@ class Run:
     def __init__(self, config: SyncR1Config, world: Path, rewards: RewardSet, prompts: list[Prompt] | None = None,
                  policy: JanusPolicy | None = None) -> None:  # fmt: skip
         policy = sharp_policy() if policy is None else policy
-        self.learner = WatchedLearner(policy, objective_of(config, policy.num_image_tokens), settings_of(config))
+        self.learner = WatchedLearner(policy, objective_of(config, policy.num_image_tokens, config.anchor_beta), settings_of(config))
         stream = PromptStream(load_training_prompts(world), load_anchors(world), config.seed, config.prompts_per_step,
                               config.anchor_fraction)  # fmt: skip
         self.steps: list[tuple[StepMetrics, Sequence[Rollout], Tensor]] = []
