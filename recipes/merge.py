@@ -1,0 +1,102 @@
+"""Merges models that were trained from one base into one checkpoint, as CoRL does after its refined stage.
+
+python recipes/merge.py --base W0 --models MC OE --output OUT   Gaussian merge of folders MC and OE, trained from W0
+python recipes/merge.py --help                                  every setting
+
+Works on disk, tensor by tensor: the models may be larger than memory. `--method` gaussian, fnorm or mean; what they
+compute is written atop engine/merge.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from syncr1.engine.cli import parse
+from syncr1.engine.model_card import is_hub_name, write_model_card
+from syncr1.engine.settings import ConfigError, normalise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeConfig:
+    """Settings of `recipes/merge.py`; base, models and output have to be given."""
+
+    # --- checkpoints ---
+    base: str | None = None
+    """Folder or hub name of the checkpoint that all models were trained from. Another base gives another merge."""
+    models: tuple[str, ...] = ()
+    """Two or more folders or hub names; configuration, tokenizer and processor are taken from the first."""
+    output: Path | None = None
+    """Folder for the result; must not exist, or be empty."""
+
+    # --- the merge ---
+    method: Literal["gaussian", "fnorm", "mean"] = "gaussian"
+    """gaussian: ordinary changes are averaged, large ones added. fnorm: weighted by 1/norm. mean: plain average."""
+    width: float = 2.0
+    """gaussian: changes within so many standard deviations are ordinary."""
+    max_shard_gb: float = 5.0
+    """A weight file is at most so large, in 10^9 bytes."""
+
+    def __post_init__(self) -> None:
+        problems = normalise(self)
+        if not problems:
+            problems = _problems(self)
+        if problems:
+            raise ConfigError.of(problems)
+
+
+def _problems(config: MergeConfig) -> list[str]:
+    problems = []
+    if config.base is None:
+        problems.append("base: expected the folder that all models were trained from, got none; there is no default")
+    if len(config.models) < 2:
+        problems.append(f"models: expected two or more folders, got {len(config.models)}; list them after --models")
+    for name, folder in [("base", config.base), *(("models", model) for model in config.models)]:
+        if folder is not None and not Path(folder).is_dir() and not is_hub_name(folder):
+            problems.append(f"{name}: expected a folder or a hub name, got {folder}, which is neither; check the path")
+    if config.output is None:
+        problems.append("output: expected a folder for the result, got none")
+    elif config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
+        problems.append(f"output: expected a new or empty folder, got {config.output}; choose another name")
+    for name in ("width", "max_shard_gb"):
+        if getattr(config, name) <= 0:
+            problems.append(f"{name}: expected more than 0, got {getattr(config, name)}; leave it out for the default")
+    return problems
+
+
+def main() -> None:
+    config = parse(MergeConfig, description=__doc__)
+    from syncr1.engine.merge import merge_checkpoints
+    from syncr1.engine.safetensors_stream import CheckpointError
+
+    assert config.base is not None and config.output is not None  # MergeConfig saw to it
+    tenth = [0]
+
+    def say(done: int, total: int, name: str) -> None:
+        if done * 10 // total > tenth[0]:
+            tenth[0] = done * 10 // total
+            print(f"  {done} of {total} tensors", flush=True)
+
+    print(f"syncr1: merging {len(config.models)} models ({config.method}) ...", flush=True)
+    try:
+        report = merge_checkpoints(
+            config.base, config.models, config.output, config.method, config.width, say,
+            max_shard_bytes=int(config.max_shard_gb * 1e9),
+        )  # fmt: skip
+    except (CheckpointError, OSError) as error:
+        print(f"merge.py: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    method = f"{config.method} merge"
+    write_model_card(config.output, base_model=config.base, method=method, config=config, merged_from=config.models)
+    for index, model in enumerate(report.models):
+        outside = "" if report.outside is None else f", {report.outside[index]:.2%} of its elements outside the band"
+        print(f"  {model.name}: moved by {report.moved[index]:.4g}{outside}; {report.unmoved[index]} tensors unmoved")
+    if report.not_in_base:
+        print(f"  copied from the first model, as the base lacks them: {', '.join(report.not_in_base)}")
+    print(f"saved {config.output} in {report.seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
