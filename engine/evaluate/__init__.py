@@ -1,1 +1,1 @@
-"""UnifyBench++: its folder layout, its tasks and metrics, and the run over held-out items that reports quote."""
+"""Evaluation: what is asked, what an answer or a drawing is worth, scores while training, and two stages on disk."""

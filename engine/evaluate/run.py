@@ -71,20 +71,38 @@ def evaluate(
     # A greedy run needs the text alone; the chain's image comes after it and cannot change it.
     greedy = _generate(generate, [replace(prompt, segments=("text",)) for prompt in asked], 0.0)
     sampled = _generate(generate, items, 1.0)
-    scores: Scores = {}
-    for task, group in _grouped(sampled, lambda rollout: rollout.prompt.task).items():
-        scores.setdefault(task, {})["num_items"] = float(len(group))
-    _add_texts(scores, greedy, "greedy")
-    _add_texts(scores, [rollout for rollout in sampled if needs_text(rollout.prompt)], "sampled")
-    drawn = [rollout for rollout in sampled if needs_image(rollout.prompt)]
-    for task, group in _grouped(drawn, lambda rollout: image_task(rollout.prompt)).items():
-        scores.setdefault(task, {"num_items": float(len(group))}).update(
-            _image_scores(group, image_scorers or {}, identity)
-        )
+    scores = score_rollouts(greedy, sampled, image_scorers=image_scorers, identity=identity)
     groups = _grouped(sampled, lambda rollout: rollout.prompt.task)
     # Spread over the group, which is in the order of concepts.
     examples = {task: group[:: max(1, len(group) // num_examples)][:num_examples] for task, group in groups.items()}
     return Evaluation(scores=scores, examples=examples)
+
+
+def score_rollouts(
+    greedy: Sequence[Rollout],
+    sampled: Sequence[Rollout],
+    *,
+    image_scorers: Mapping[str, AttributeScorer] | None = None,
+    identity: Identity | None = None,
+) -> Scores:
+    """Every metric that needs no other model, by task.
+
+    Args:
+        greedy: trajectories whose text was drawn greedily, for the metrics `…/greedy`; their images do not count.
+        sampled: trajectories for the texts' metrics `…/sampled` and for the images' metrics.
+        image_scorers: as for `evaluate`.
+        identity: as for `evaluate`.
+    """
+    scores: Scores = {}
+    for task, group in _grouped([*sampled, *greedy], lambda rollout: rollout.prompt.task).items():
+        scores.setdefault(task, {})["num_items"] = float(len({rollout.prompt.id for rollout in group}))
+    _add_texts(scores, greedy, "greedy")
+    _add_texts(scores, [rollout for rollout in sampled if needs_text(rollout.prompt)], "sampled")
+    drawn = [rollout for rollout in sampled if needs_image(rollout.prompt)]
+    for task, group in _grouped(drawn, lambda rollout: image_task(rollout.prompt)).items():
+        count = float(len({rollout.prompt.id for rollout in group}))
+        scores.setdefault(task, {"num_items": count}).update(_image_scores(group, image_scorers or {}, identity))
+    return scores
 
 
 def choose(prompts: Sequence[Prompt], num_items: int, seed: int) -> list[Prompt]:
@@ -144,18 +162,18 @@ def summary(scores: Scores) -> dict[str, float]:
     """A dozen numbers from a hundred: means of main scores over tasks, every task counting once.
 
     `understanding/{greedy,sampled}`: tasks scored by their text.  `image/<scorer>`: share of attributes right, over
-    tasks scored by their image; `image/identity` likewise.  General tasks are kept apart, as `general_vqa/…` and
-    `general_image/…`.  What cannot be computed is absent.
+    tasks scored by their image; `image/{identity,clip_t,clip_i,clauses}` likewise.  General tasks are kept apart, as
+    `general_vqa/…` and `general_image/…`.  What cannot be computed is absent.
     """
     kept: dict[str, list[float]] = {}
     for task, metrics in scores.items():
-        is_text = "score/greedy" in metrics
+        is_text = "score/greedy" in metrics or "accuracy/sampled" in metrics
         family = task if task in GENERAL else ("understanding" if is_text else "image")
         for name, value in metrics.items():
             head, _, how = name.partition("/")
             if (is_text and head == "score") or head == "attributes":
                 kept.setdefault(f"{family}/{how}", []).append(value)
-            elif name == "identity":
-                kept.setdefault(f"{family}/identity", []).append(value)
+            elif name in ("identity", "clip_t", "clip_i", "clauses"):
+                kept.setdefault(f"{family}/{name}", []).append(value)
     finite = {name: [value for value in values if math.isfinite(value)] for name, values in kept.items()}
     return {name: sum(values) / len(values) for name, values in sorted(finite.items()) if values}

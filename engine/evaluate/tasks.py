@@ -7,17 +7,20 @@
 | rea, dense_rea | a description, then its image | words in place where the world is known, else character BLEU |
 | rea_gen, dense_rea_gen | that image, scored | attributes right (first scorer), else identity |
 | pure_gen, dense_gen, general_image | an image | the same |
+| mcq, oe (CoRL: prompts with a `qa_type`) | <think> … <answer> … | the answer in the tags is right |
+| t2i (CoRL) | an image | attributes right, where they are known |
 
-The published benchmark also asks a language model to grade answers and CLIP to grade images; neither is at hand
-offline.
+The published benchmark also asks a language model to grade answers and CLIP to grade images: see graders.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from syncr1.engine.evaluate.metrics import accuracy, weighted_recall, words_in_place
-from syncr1.engine.records import Prompt
+from syncr1.engine.evaluate.metrics import accuracy, mean, weighted_recall, words_in_place
+from syncr1.engine.records import Prompt, SegmentKind
+from syncr1.engine.rewards.accuracy import AccuracyReward
+from syncr1.engine.rewards.format import format_reward
 from syncr1.engine.rewards.text import char_bleu
 
 IMAGE_OF = {"rea": "rea_gen", "dense_rea": "dense_rea_gen"}
@@ -26,6 +29,28 @@ GENERAL = frozenset({"general_vqa", "general_image"})
 """Kept out of the two summaries of personalised skill, and reported beside them."""
 SHORT_ANSWER = 3
 """Words up to which an answer is expected to come back exactly."""
+
+PUBLISHED: Mapping[str, tuple[str, ...]] = {
+    "rec": ("recall",),
+    "vqa": ("bleu", "judge"),
+    "qa": ("bleu", "judge"),
+    "rea": ("bleu",),
+    "dense_rea": ("bleu", "judge"),
+    "pure_gen": ("clip_t", "clip_i"),
+    "rea_gen": ("clip_t", "clip_i"),
+    "dense_gen": ("clauses", "clip_i"),
+    "dense_rea_gen": ("clauses", "clip_i"),
+    "mcq": ("accuracy", "format"),
+    "oe": ("accuracy", "format"),
+    "t2i": ("clip_t",),
+}
+"""The metrics that papers report of a task: UnifyBench++ (`evaluation/tasks.py`), then CoRL."""
+IMAGE_METRICS = frozenset({"clip_t", "clip_i", "clauses"})
+"""Those of them that say something about the image; the others are about the text."""
+OF_IMAGES = ("clip_t", "clip_i")
+"""Metrics of other tasks that draw."""
+OF_TEXTS = ("accuracy", "bleu")
+"""Metrics of other tasks that answer."""
 
 
 def needs_text(prompt: Prompt) -> bool:
@@ -51,6 +76,8 @@ def text_scores(task: str, prompts: Sequence[Prompt], texts: Sequence[str]) -> d
         prompts: n items with a ground truth, n >= 1.
         texts: what the policy said, n.
     """
+    if all(prompt.qa_type is not None for prompt in prompts):
+        return _tagged_scores(prompts, texts)
     answers = [prompt.answer or "" for prompt in prompts]
     pairs = list(zip(answers, texts, strict=True))
     metrics = {
@@ -66,3 +93,12 @@ def text_scores(task: str, prompts: Sequence[Prompt], texts: Sequence[str]) -> d
     else:
         main = "accuracy" if all(len(answer.split()) <= SHORT_ANSWER for answer in answers) else "bleu"
     return {**metrics, "score": metrics[main]}
+
+
+def _tagged_scores(prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
+    """CoRL's questions: the share of right answers, read from the tags alone, and of texts in the asked form."""
+    columns = {name: [getattr(prompt, name) for prompt in prompts] for name in ("answer", "options", "qa_type")}
+    asked: list[tuple[SegmentKind, ...]] = [("text",)] * len(prompts)
+    right = mean(AccuracyReward()(completions=list(texts), segments=asked, **columns)) or 0.0
+    formed = mean(format_reward(completions=list(texts), segments=asked)) or 0.0
+    return {"accuracy": right, "format": formed, "score": right}

@@ -1,0 +1,179 @@
+"""Stage 1: a policy answers and draws every item of a benchmark, into a folder that outlives any interruption.
+
+What an item becomes depends on the seed, its id and its fixed batch alone: a run that was killed anywhere and started
+again leaves the same texts and the same PNG files, bit by bit, as one that was not.  Texts are drawn greedily and at
+the sampling temperature, images by sampling; a chained prompt (rea, dense_rea) is drawn from the text that the model
+itself has just written, so rea always precedes rea_gen.
+
+Several ranks (torch.distributed) share out the batches; rank 0 then joins their files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from syncr1.engine.evaluate.manifest import EvaluationError, Settings, claim, describe
+from syncr1.engine.evaluate.run import choose
+from syncr1.engine.evaluate.store import Item, Key, Store
+from syncr1.engine.policies.base import Policy
+from syncr1.engine.records import Prompt, Rollout
+from syncr1.engine.rollout import RolloutEngine, Sampling
+
+Progress = Callable[[int, int], None]
+"""Called after every batch with the number of trajectories that are on disk, and of all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Prompts of one task that are always generated together."""
+
+    prompts: tuple[Prompt, ...]
+    members: int
+    """Trajectories of each prompt."""
+
+    @property
+    def keys(self) -> list[Key]:
+        return [(prompt.id, member) for prompt in self.prompts for member in range(self.members)]
+
+
+def plan(items: Mapping[str, Sequence[Prompt]], settings: Settings) -> list[Batch]:
+    """The fixed batches of a run, task by task.
+
+    Raises:
+        EvaluationError: two items have the same id, or there is none at all.
+    """
+    seen: set[str] = set()
+    for prompt in (prompt for prompts in items.values() for prompt in prompts):
+        if prompt.id in seen:
+            raise EvaluationError(f"two items have the id {prompt.id!r}; ids name files, so give each its own")
+        seen.add(prompt.id)
+    if not seen:
+        raise EvaluationError("there is no item to evaluate; check data, split and tasks")
+    size = settings.batch_size
+    return [
+        Batch(prompts=tuple(group[start : start + size]), members=settings.images_per_prompt if draws else 1)
+        for prompts in items.values()
+        for draws in (False, True)
+        if (group := [prompt for prompt in prompts if ("image" in prompt.segments) is draws])
+        for start in range(0, len(group), size)
+    ]
+
+
+def select(
+    items: Mapping[str, Sequence[Prompt]], tasks: Sequence[str] = (), num_items: int | None = None
+) -> dict[str, list[Prompt]]:
+    """The wanted tasks, at most `num_items` of each: always the same ones.
+
+    Raises:
+        EvaluationError: a task that the data does not have.
+    """
+    unknown = [task for task in tasks if task not in items]
+    if unknown:
+        raise EvaluationError(f"tasks: the data has no {', '.join(unknown)}; it has {', '.join(items)}")
+    wanted = {task: items[task] for task in (tasks or items)}
+    return {task: list(all_) if num_items is None else choose(all_, num_items, 0) for task, all_ in wanted.items()}
+
+
+def generate_items(
+    policy: Policy,
+    items: Mapping[str, Sequence[Prompt]],
+    folder: Path,
+    settings: Settings,
+    *,
+    model_name: str = "",
+    source: str = "",
+    progress: Progress | None = None,
+) -> list[Item]:
+    """Generates what the folder lacks, and returns everything that it then has, in order (on rank 0; [] elsewhere).
+
+    Args:
+        policy: in eval mode, on its device.
+        items: task -> prompts.
+        folder: new, or of an interrupted run with the same settings.
+        settings: of the sampling.
+        model_name: how the manifest calls the model.
+        source: how the manifest calls the data.
+        progress: told about every batch.
+
+    Raises:
+        EvaluationError: the folder was made with another model, other data or settings, or does not hold items.
+        PictureError: an item's picture cannot be read.
+    """
+    rank, world_size = ranks()
+    batches = plan(items, settings)
+    order = [key for batch in batches for key in batch.keys]
+    manifest = describe(policy, model_name, items, source, settings)
+    if rank == 0:
+        claim(folder, manifest)
+        Store(folder).settle(order)
+    barrier()
+    store = Store(folder, rank)
+    done = {item.key for item in store.read()}
+    barrier()
+    engine = RolloutEngine(policy)
+    try:
+        for batch in batches[rank::world_size]:
+            missing = [key for key in batch.keys if key not in done]
+            if missing:
+                for item, image in draw_batch(engine, batch, settings):
+                    if item.key not in done:
+                        store.append(item, image)
+                        done.add(item.key)
+                store.commit()
+            if progress is not None:
+                progress(len(done), len(order))
+    finally:
+        store.close()
+        engine.release()
+    barrier()
+    return store.settle(order) if rank == 0 else []
+
+
+def draw_batch(engine: RolloutEngine, batch: Batch, settings: Settings) -> Iterator[tuple[Item, Tensor | None]]:
+    """Every trajectory of a batch, with its image [3, H, W] in [0, 1] where it draws one."""
+    asked = [prompt for prompt in batch.prompts if "text" in prompt.segments]
+    greedy: dict[str, str] = {}
+    if settings.greedy_texts and asked:
+        # The text alone: an image comes after it and cannot change it.
+        texts = [replace(prompt, segments=("text",)) for prompt in asked]
+        greedy = {rollout.prompt.id: rollout.text for rollout in _sample(engine, texts, settings, 0.0, 1)}
+    draws = any("image" in prompt.segments for prompt in batch.prompts)
+    if draws or settings.sampled_texts:
+        for rollout in _sample(engine, batch.prompts, settings, settings.temperature, batch.members):
+            said = rollout.text if "text" in rollout.prompt.segments else None
+            first = greedy.get(rollout.prompt.id) if rollout.member == 0 else None
+            yield Item(prompt=rollout.prompt, member=rollout.member, greedy=first, sampled=said,
+                       follow_up_text=rollout.follow_up_text), rollout.image  # fmt: skip
+        return
+    for prompt in batch.prompts:
+        yield Item(prompt=prompt, greedy=greedy.get(prompt.id)), None
+
+
+def _sample(
+    engine: RolloutEngine, prompts: Sequence[Prompt], settings: Settings, temperature: float, members: int
+) -> list[Rollout]:
+    sampling = Sampling(
+        num_generations=members,
+        temperature=temperature,
+        max_text_tokens=settings.max_text_tokens,
+        cfg_weight=settings.cfg_weight,
+        seed=settings.seed,
+    )
+    return engine.generate(prompts, sampling)
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) outside of torch.distributed."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def barrier() -> None:
+    if ranks()[1] > 1:
+        torch.distributed.barrier()
