@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train test check bench gpu clean typing
+.PHONY: setup train corl test check bench gpu clean typing
 
 setup: $(STAMP)
 
@@ -32,6 +32,9 @@ $(STAMP): $(SETUP_INPUTS) | $(BIN)/python
 
 train: setup
 	$(BIN)/python recipes/sync_r1.py $(ARGS)
+
+corl: setup
+	$(BIN)/python recipes/corl.py $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest tests -n $(JOBS) $(ARGS)
@@ -56,7 +59,9 @@ gpu: setup
 	$(BIN)/python bench/table.py --out $(OUT)
 	$(BIN)/python bench/rollout.py --out $(OUT)
 	$(BIN)/python bench/step.py --out $(OUT)
+	$(BIN)/python bench/rewards.py --out $(OUT)
 	$(BIN)/python recipes/sync_r1.py --output_dir $(OUT)/gpu_run $(ARGS)
+	$(BIN)/python recipes/corl.py --output_dir $(OUT)/gpu_corl
 
 # All providers of an op side by side, then one table with the goals; bench/results/<device>.json holds it.
 bench: setup
@@ -64,6 +69,7 @@ bench: setup
 	$(BIN)/python bench/table.py
 	$(BIN)/python bench/rollout.py
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/rewards.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

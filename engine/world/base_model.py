@@ -12,8 +12,7 @@ General questions about photos and general captions are clean: that is what RL m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,11 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncr1.engine.objective import Objective, PolicyForward
-from syncr1.engine.packing import pack
-from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.records import PackedBatch, Prompt, Rollout, Segment, SegmentKind
+from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.world.attributes import (
     ATTRIBUTES,
     CONCEPT_BY_NAME,
@@ -39,6 +35,7 @@ from syncr1.engine.world.attributes import (
     Look,
 )
 from syncr1.engine.world.checker import AttributeChecker
+from syncr1.engine.world.supervised import fit, given, one_thread, slipped
 from syncr1.engine.world.tasks import TASKS, Item
 from syncr1.engine.world.texts import VOCABULARY, fact
 from syncr1.engine.world.tiny_janus import build_policy
@@ -143,9 +140,9 @@ class NoisyTeacher:
         dropped = text is None and rng.random() < s.drop_condition
         segments = []
         if text is not None:
-            segments.append(_given("text", self._text_tokens(text)))
+            segments.append(given("text", self._text_tokens(text)))
         if look is not None:
-            codes = _given("image", self._codes[LOOK_INDEX[look]])
+            codes = given("image", self._codes[LOOK_INDEX[look]])
             segments.append(replace(codes, lead=torch.tensor([self.policy.image_start])))
         tokens = self.policy.unconditional_tokens()[:-1] if dropped else self._prompt_tokens(item)
         prompt = Prompt(id="", task=item.task, text=item.question)
@@ -191,11 +188,7 @@ class NoisyTeacher:
         return Look.from_dict(words)
 
     def _slipped(self, look: Look) -> Look:
-        words = look.to_dict()
-        for name in ATTRIBUTES:
-            if self.rng.random() < self.settings.image_slip_rate:
-                words[name] = VALUES[name][int(self.rng.integers(len(VALUES[name])))]
-        return Look.from_dict(words)
+        return slipped(self.rng, look, self.settings.image_slip_rate)
 
     def _prompt_tokens(self, item: Item) -> Tensor:
         key = (item.question, item.photo is not None)
@@ -210,50 +203,9 @@ class NoisyTeacher:
         return self._answers[text]
 
 
-def _given(kind: SegmentKind, tokens: Tensor) -> Segment:
-    nothing = torch.zeros(tokens.numel())
-    return Segment(kind=kind, tokens=tokens, logp=nothing, logp_mixed=nothing, entropy=nothing)
-
-
-def with_photos(policy: Policy, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The trajectories with their photos seen by the vision tower, gradients attached."""
-    shown = [i for i, rollout in enumerate(rollouts) if rollout.image is not None]
-    seen = policy.see(torch.stack([image for i in shown if (image := rollouts[i].image) is not None]))
-    places = {i: row for row, i in enumerate(shown)}
-    return [replace(r, prompt_image=seen[places[i]]) if i in places else r for i, r in enumerate(rollouts)]
-
-
-def supervised_loss(forward: PolicyForward, rollouts: Sequence[Rollout]) -> Tensor:
-    """Mean negative log-likelihood per text token plus that per image token."""
-    policy = forward.policy
-    n = len(rollouts)
-    ready = with_photos(policy, rollouts)
-    batch = pack(
-        policy, ready, torch.zeros(n, 2), torch.ones(n, dtype=torch.bool), num_generations=1, max_tokens=1 << 30
-    )[0]
-    logp = forward(batch)["logp"]
-    return sum((_mean_nll(logp, batch, code) for code in range(2)), start=logp.new_zeros(()))
-
-
-def _mean_nll(logp: Tensor, batch: PackedBatch, code: int) -> Tensor:
-    rows = batch.loss_mask & (batch.modality == code)
-    return -(logp * rows).sum() / rows.sum().clamp(min=1)
-
-
 def corpus() -> list[str]:
     """Texts that the tokenizer is trained on: every word of the world, often enough to become a token."""
     return [" ".join(VOCABULARY)] * 20
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """A model this small is slower on two threads than on one (.19 s a step against .13 s), and one is reproducible."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @one_thread()
@@ -266,19 +218,6 @@ def train_base(settings: BaseSettings, report: Callable[[int, float], None] | No
     """
     torch.manual_seed(settings.seed)
     policy = build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=settings.seed)
-    forward = PolicyForward(policy, Objective())
     teacher = NoisyTeacher(policy, settings)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    policy.train()
-    for step in range(settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 20, 1.02 - step / settings.steps)
-        loss = supervised_loss(forward, teacher.batch())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        if report is not None and (step % 25 == 0 or step + 1 == settings.steps):
-            report(step, loss.item())
-    return policy.eval()
+    fit(policy, teacher.batch, steps=settings.steps, learning_rate=settings.learning_rate, report=report)
+    return policy

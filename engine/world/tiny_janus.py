@@ -43,20 +43,24 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(texts: Sequence[str], concepts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts`; each `<concept>` is a token of its own, as in UniCTokens."""
+def build_tokenizer(texts: Sequence[str], concepts: Sequence[str], tags: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over `texts`; each `<concept>` is a token of its own, as in UniCTokens.
+
+    `tags` (such as `<think>`) are tokens of their own, too, and no special ones: decoding keeps them.
+    """
     special = [PAD, BOS, EOS, IMAGE, BOI, EOI, ASSISTANT]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(concepts),
+        vocab_size=VOCABULARY - len(concepts) - len(tags),
         special_tokens=special,
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(f"<{concept}>", lstrip=True, normalized=False) for concept in concepts])
+    added = [*(f"<{concept}>" for concept in concepts), *tags]
+    tokenizer.add_tokens([AddedToken(text, lstrip=True, normalized=False) for text in added])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -68,10 +72,15 @@ def build_tokenizer(texts: Sequence[str], concepts: Sequence[str]) -> PreTrained
 
 
 def build_policy(
-    texts: Sequence[str], concepts: Sequence[str], *, seed: int, freeze_vision: bool = False
+    texts: Sequence[str],
+    concepts: Sequence[str],
+    *,
+    seed: int,
+    freeze_vision: bool = False,
+    tags: Sequence[str] = (),
 ) -> JanusPolicy:
     """An untrained tiny Janus around the shipped VQ model, about 1 M parameters; a seed gives the same weights."""
-    tokenizer = build_tokenizer(texts, concepts)
+    tokenizer = build_tokenizer(texts, concepts, tags)
     num_slots = (IMAGE_SIZE // VISION_PATCH) ** 2
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -111,6 +120,7 @@ def build_policy(
         model = JanusForConditionalGeneration(config)
     load_vq_into(model.model.vqmodel)
     generation = model.generation_config
+    generation._from_model_config = False  # else transformers drops generation_kwargs on loading
     generation.generation_kwargs = {"boi_token_id": tokenizer.convert_tokens_to_ids(BOI)}
     generation.bos_token_id, generation.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     generation.pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,1 @@
+"""CoRL / ULM-R1: unified RL, refined RL, merging."""

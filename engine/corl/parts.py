@@ -1,0 +1,69 @@
+"""What the trainings of a CoRL run share: data, starting model, judges, the evaluation.
+
+Without `--model` and `--data` they are the embedded ones, made on first use and kept in a cache folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from syncr1.engine.assemble import checker_of, judge_cnn
+from syncr1.engine.corl.config import CorlConfig, Training
+from syncr1.engine.corl.evaluation import CorlEvaluator
+from syncr1.engine.corl.rewards import RewardParts
+from syncr1.engine.corl.samples import held_out_prompts
+from syncr1.engine.data.questions import THINK_THEN_ANSWER
+from syncr1.engine.learner import local_device
+from syncr1.engine.policies.auto import load_policy
+from syncr1.engine.policies.base import Policy
+from syncr1.engine.prompts import DataError
+from syncr1.engine.rewards.ensemble import RewardSet
+from syncr1.engine.rewards.judge import index_scorer
+from syncr1.engine.world.attributes import VALUES
+from syncr1.engine.world.corl_parts import corl_base, prepare_x2x
+
+Report = Callable[[str], None]
+
+
+def data_of(config: CorlConfig) -> tuple[str | Path, str | None]:
+    """The data's source, and what its questions are put into: the tiny model knows the form without being told."""
+    return (prepare_x2x(), None) if config.data is None else (config.data, THINK_THEN_ANSWER)
+
+
+class Parts:
+    """Made once per run; the frozen copy of the starting model judges all of it.
+
+    Args:
+        config: the run's settings.
+        report: takes lines about what is being made.
+    """
+
+    def __init__(self, config: CorlConfig, report: Report) -> None:
+        self.config = config
+        self.data, self.instruction = data_of(config)
+        self.base = str(corl_base(report=report)) if config.model is None else config.model
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        self.frozen: Policy = load_policy(self.base, dtype=dtype).requires_grad_(False).eval().to(local_device())
+        self._rewards = RewardParts(config, self.frozen, local_device(), report)
+        self.evaluator = self._evaluator(report) if config.eval_samples else None
+
+    def rewards(self, training: Training, policy: Policy) -> RewardSet:
+        """The rewards of one training of `policy`."""
+        return self._rewards.of(training, policy)
+
+    def _evaluator(self, report: Report) -> CorlEvaluator | None:
+        try:
+            benchmark = held_out_prompts(self.config, self.data, self.instruction)
+        except DataError as error:
+            report(f"no scores: {error}")
+            return None
+        scorers = {}
+        if self.config.data is None:  # only the rendered world says what a picture must show in words that can be read
+            scorers = {
+                "checker": index_scorer(checker_of(self.frozen).read_indices, VALUES),
+                "cnn": index_scorer(judge_cnn().read_indices, VALUES),
+            }
+        return CorlEvaluator(self.config, benchmark, self._rewards.of("t2i", self.frozen), scorers)

@@ -1,0 +1,52 @@
+"""CoRL / ULM-R1: unified RL of drawing and answering under one reward, three refined runs, and the merge of two models.
+
+python recipes/corl.py                                      the embedded default: no model, no data, no GPU needed
+python recipes/corl.py --model JANUS --data DATA            a Janus checkpoint on x2x_rft_22k or your own data
+python recipes/corl.py --stage mcq --model FOLDER ...       one refined run alone
+python recipes/corl.py --strategy separate                  the paper's pilot study: two models, one a skill
+python recipes/corl.py --help                               every setting
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Two processes that spin for each other's threads are many times slower than two that sleep; read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from syncr1.engine.cli import parse
+from syncr1.engine.corl.config import CorlConfig
+
+TINY = Path(__file__).with_name("corl_tiny.yaml")
+"""Settings of the embedded default; the dataclass's own defaults are the paper's, for Janus-Pro."""
+
+
+def main() -> None:
+    given = [argument.split("=", 1)[0] for argument in sys.argv[1:]]
+    embedded = not {"--model", "--data", "--config", "--help", "-h"} & set(given)
+    config = parse(CorlConfig, description=__doc__, default_yaml=TINY if embedded else None)
+    if embedded:
+        print(f"syncr1: no --model and no --data: the tiny world, settings from recipes/{TINY.name}")
+    print("syncr1: loading torch and transformers ...", flush=True)
+    from syncr1.engine.corl.run import run
+    from syncr1.engine.pictures import PictureError
+    from syncr1.engine.prompts import DataError
+    from syncr1.engine.rewards.custom import RewardSpecError
+    from syncr1.engine.safetensors_stream import CheckpointError
+
+    try:
+        run(config)
+    except (DataError, PictureError, RewardSpecError, CheckpointError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:  # during training `run` handles it itself: it scores, saves and reports what there is
+        print("syncr1: stopped outside of training", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
