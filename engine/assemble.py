@@ -23,9 +23,11 @@ from syncr1.engine.policies.base import Policy
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.base import score
 from syncr1.engine.rewards.caption import CaptionLikelihood
+from syncr1.engine.rewards.clip import ClipScorer
 from syncr1.engine.rewards.ensemble import RewardSet, build_rewards, combine
 from syncr1.engine.rewards.identity import IdentityReward
 from syncr1.engine.rewards.judge import AttributeScorer, index_scorer, posterior_scorer
+from syncr1.engine.rewards.llm_judge import LLMJudge
 from syncr1.engine.rollout import Sampling, generate
 from syncr1.engine.train_config import TrainConfig
 from syncr1.engine.world.attributes import VALUES
@@ -77,9 +79,14 @@ def build_reward_set(config: SyncR1Config, frozen: Policy, prompts: Sequence[Pro
         prompts: what will be trained on; decides whether attributes can be read.
     """
     named = all(prompt.attributes for prompt in prompts if "image" in prompt.segments)
+    features, size = frozen.vision_features, frozen.image_size
+    if config.clip is not None:
+        clip = ClipScorer.from_pretrained(config.clip, device=frozen.cache_shape().device)
+        features = clip.image_features
     return build_rewards(
-        features=frozen.vision_features,
-        image_size=frozen.image_size,
+        features=features,
+        image_size=size,
+        judge=remote_judge(config),
         scorer=posterior_scorer(checker_of(frozen).posterior, VALUES)
         if any(prompt.attributes for prompt in prompts)
         else None,
@@ -87,6 +94,19 @@ def build_reward_set(config: SyncR1Config, frozen: Policy, prompts: Sequence[Pro
         identity_weight=config.identity_weight,
         judge_weight=config.judge_weight,
         text_weight=config.text_weight,
+    )
+
+
+def remote_judge(config: TrainConfig) -> LLMJudge | None:
+    """The judge behind `judge_url`, which answers well before the step's rewards time out; None without one."""
+    if config.judge_url is None or config.judge_model is None:
+        return None
+    return LLMJudge(
+        config.judge_url,
+        config.judge_model,
+        api_key_env=config.judge_key_env,
+        timeout=config.reward_timeout / 2,
+        budget=0.9 * config.reward_timeout,
     )
 
 
@@ -98,9 +118,10 @@ def checker_of(policy: Policy) -> AttributeChecker:
 def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None:
     """Preview DGS, judged by the run's own image rewards on the partly drawn image; a redraw changes no text reward.
 
-    None when it is switched off, and when no reward looks at images.
+    A remote judge, slow and dear, is not asked.  None when it is switched off, and when no reward looks at images.
     """
-    columns = [k for k, kind in enumerate(rewards.kinds) if kind == "image"]
+    judged = zip(rewards.kinds, rewards.functions.values(), strict=True)
+    columns = [k for k, (kind, judge) in enumerate(judged) if kind == "image" and not isinstance(judge, LLMJudge)]
     weights = rewards.weight_tensor()[columns]
     if config.preview_fraction == 0 or not bool((weights > 0).any()):
         return None

@@ -40,6 +40,9 @@ class SyncR1Config(TrainConfig):
     columns that engine/data/samples.py lists. None: the rendered world."""
 
     # --- rewards ---
+    clip: str | None = None
+    """CLIP whose features tell likeness to the concept's photos: folder or hub name. None: the frozen vision
+    tower's."""
     identity_weight: float = 0.26
     """Does the image show this very concept? The paper's total is R = .65 (.4 R_id + .6 R_vlm) + .35 R_txt."""
     judge_weight: float = 0.39

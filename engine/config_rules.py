@@ -102,6 +102,13 @@ def objective_problems(c: Any) -> list[str]:
     return problems
 
 
+def judge_problems(c: Any) -> list[str]:
+    if (c.judge_url is None) == (c.judge_model is None):
+        return []
+    given, missing = ("judge_url", "judge_model") if c.judge_url is not None else ("judge_model", "judge_url")
+    return [f"{missing}: expected beside {given} ({getattr(c, given)}), got none; a judge needs both"]
+
+
 def dgs_problems(c: Any) -> list[str]:
     problems = []
     if c.dgs in ("max_variance", "top_k") and c.dgs_keep is None:
@@ -159,4 +166,4 @@ def run_problems(c: Any) -> list[str]:
     return problems
 
 
-RULES: tuple[Rule, ...] = (objective_problems, dgs_problems, path_problems, run_problems)
+RULES: tuple[Rule, ...] = (objective_problems, judge_problems, dgs_problems, path_problems, run_problems)

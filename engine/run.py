@@ -12,6 +12,7 @@ from syncr1.engine.config import SyncR1Config
 from syncr1.engine.data.samples import load_prompts
 from syncr1.engine.display import Display
 from syncr1.engine.learner import Learner, init_distributed, local_device
+from syncr1.engine.model_card import write_model_card
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.prompt_stream import PromptStream
 from syncr1.engine.prompts import DataError, by_task, load_anchors, load_benchmark, load_training_prompts
@@ -75,6 +76,10 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
         after = evaluate(evaluator, learner)
         learner.save(log.folder / "checkpoints" / "last")
         write_scores(log, before, after)
+        if rank == 0:
+            scores = [None if scored is None else table_of(scored) for scored in (before, after)]
+            write_model_card(log.folder / "checkpoints" / "last", base_model=config.model, method="Sync-R1",
+                             config=config, data=config.data, before=scores[0], after=scores[1])  # fmt: skip
         if before is not None and after is not None:
             display.before_after(table_of(before), table_of(after))
     display.note(f"model {log.folder / 'checkpoints' / 'last'}")

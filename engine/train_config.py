@@ -85,6 +85,13 @@ class TrainConfig:
     """Weight of image tokens in the loss."""
 
     # --- rewards ---
+    judge_url: str | None = None
+    """Address of an OpenAI-compatible server that judges drawings, e.g. http://127.0.0.1:8000/v1; https, or this
+    machine. Sync-R1's judge is then this one; CoRL names it `judge` in reward_funcs."""
+    judge_model: str | None = None
+    """Name of the model there."""
+    judge_key_env: str | None = None
+    """Environment variable that holds the server's key, where it needs one; the key itself is written nowhere."""
     reward_timeout: float = 120.0
     """Seconds that a step's reward functions may take; a late one counts as failed, never as 0."""
 

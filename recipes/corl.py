@@ -19,7 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from syncr1.engine.cli import parse
-from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.corl.config import ConfigError, CorlConfig
 
 TINY = Path(__file__).with_name("corl_tiny.yaml")
 """Settings of the embedded default; the dataclass's own defaults are the paper's, for Janus-Pro."""
@@ -40,7 +40,7 @@ def main() -> None:
 
     try:
         run(config)
-    except (DataError, PictureError, RewardSpecError, CheckpointError) as error:
+    except (ConfigError, DataError, PictureError, RewardSpecError, CheckpointError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:  # during training `run` handles it itself: it scores, saves and reports what there is

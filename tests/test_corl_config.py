@@ -35,9 +35,9 @@ def test_the_papers_table_is_the_default(
 
 def test_epochs_become_steps_and_steps_overrule_them() -> None:
     assert CorlConfig(num_train_epochs=0.5, prompts_per_step=4).for_stage("unified", 9).max_steps == 2
-    assert CorlConfig(num_train_epochs=0.01).for_stage("unified", 9).max_steps == 1
-    assert CorlConfig(max_steps=7).for_stage("unified", 9).max_steps == 7
-    assert CorlConfig(max_steps=7, refined_max_steps=3).for_stage("mcq", 9).max_steps == 3
+    assert CorlConfig(num_train_epochs=0.01).for_stage("unified", 99).max_steps == 1
+    assert CorlConfig(max_steps=7).for_stage("unified", 99).max_steps == 7
+    assert CorlConfig(max_steps=7, refined_max_steps=3).for_stage("mcq", 99).max_steps == 3
 
 
 def test_weights_may_be_given() -> None:

@@ -16,9 +16,10 @@ from helpers import ROOT, environment, short_base
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data
+from small_emu3 import sharp_emu3
 from small_models import saved, small_bert, small_blip, small_clip, small_janus
 
-from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.corl.config import ConfigError, CorlConfig
 from syncr1.engine.corl.run import run
 from syncr1.engine.policies.auto import load_policy
 
@@ -98,7 +99,7 @@ def test_the_whole_recipe_from_a_users_checkpoints_and_photographs(
     assert (folder / "report.html").is_file() and "mcq + oe merged" in done.stdout
     record = json.loads((folder / "merged" / "merge.json").read_text())
     assert record["method"] == "gaussian" and load_policy(folder / "merged").image_size == 32
-    frozen = ("vision_model", "vqmodel", "aligner")
+    frozen = ("vision_model", "vqmodel", "model.aligner")
     moved = changed(janus, folder / "merged")
     assert moved and not {name for name in moved if any(part in name for part in frozen)}
     scores = json.loads((folder / "scores.json").read_text())
@@ -111,7 +112,7 @@ def small_config(photographs: Path, base: Path, tmp_path: Path, **changes: Any) 
         "refined_max_steps": 1, "prompts_per_step": 2, "num_generations": 2, "refined_num_generations": 2,
         "refined_t2i_prompts_per_step": 2, "refined_text_prompts_per_step": 2, "max_completion_length": 4,
         "reward_funcs": ("tim", f"{BREVITY}:brevity"), "learning_rate": 1e-3, "refined_learning_rate": 1e-3,
-        "eval_samples": 0,
+        "eval_samples": 0, "think_instruction": False,
     }  # fmt: skip
     return CorlConfig(**(small | changes))
 
@@ -164,6 +165,25 @@ def test_what_halves_share(unify: str, photographs: Path, base: Path, tmp_path: 
     assert (by_half["t2i"] == by_half["mm2t"]) == (unify != "none")
 
 
+def test_adapters_in_place_of_weights(photographs: Path, base: Path, tmp_path: Path) -> None:
+    run(small_config(photographs, base, tmp_path, stage="oe", lora_rank=2, gradient_checkpointing=True))
+    saved_model = tmp_path / "run" / "oe" / "checkpoints" / "last"
+    adapter = load_file(saved_model / "adapter" / "adapter_model.safetensors")
+    assert adapter and all("lora_" in name for name in adapter)
+    moved = changed(base, saved_model)  # what was saved is the merged model
+    assert moved and all("language_model" in name and "_proj" in name for name in moved)
+
+
+def test_emu3_goes_through_the_same_recipe(photographs: Path, tmp_path: Path) -> None:
+    emu3 = tmp_path / "emu3"
+    sharp_emu3().save(emu3)
+    run(small_config(photographs, emu3, tmp_path, eval_samples=2))
+    (row,) = [json.loads(line) for line in (tmp_path / "run/unified/metrics.jsonl").read_text().splitlines()]
+    assert row["rollout/replay_logp_max_abs"] <= 1e-4 and row["reward_failures"] == 0
+    merged = load_policy(tmp_path / "run" / "merged")
+    assert type(merged).__name__ == "Emu3Policy" and changed(emu3, tmp_path / "run" / "merged")
+
+
 def test_one_refined_stage_and_a_merge_stand_alone(photographs: Path, base: Path, tmp_path: Path) -> None:
     run(small_config(photographs, base, tmp_path, stage="mcq"))
     run(small_config(photographs, base, tmp_path, stage="oe"))
@@ -178,9 +198,15 @@ def test_one_refined_stage_and_a_merge_stand_alone(photographs: Path, base: Path
 
 def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(photographs: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, RECIPE, "--data", str(photographs), "--output_dir", str(tmp_path / "run"), "--dry_run"],
+        [sys.executable, RECIPE, "--data", str(photographs), "--output_dir", str(tmp_path / "run"), "--dry_run",
+         "--prompts_per_step", "2", "--refined_t2i_prompts_per_step", "2", "--refined_text_prompts_per_step", "2"],
         cwd=tmp_path, env=environment(tmp_path / "cache"), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "a cup of coffee" in done.stdout and "learning_rate: 4.0e-06" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_larger_than_the_data_is_refused_by_name(photographs: Path, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="refined_text_prompts_per_step: training mcq has 3 samples"):
+        run(small_config(photographs, base, tmp_path, stage="mcq", refined_text_prompts_per_step=32))

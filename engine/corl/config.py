@@ -39,6 +39,8 @@ def _own_problems(c: CorlConfig) -> list[str]:
         problems.append(f"reward_funcs: {name} is given twice; name it once")
     if c.cycle_image == c.cycle_text == "none" and "cycle" in c.reward_funcs:
         problems.append("cycle_image, cycle_text: both are none, so cycle compares nothing; leave it out or give one")
+    if "judge" in c.reward_funcs and c.judge_url is None:
+        problems.append("reward_funcs: judge needs a judge_url, got none; give one, or leave judge out")
     if c.stage == "merge" and len(c.merge_models) < 2:
         problems.append(f"merge_models: --stage merge needs at least 2 checkpoints, got {len(c.merge_models)}")
     if c.stage == "merge" and c.merge_base is None:
@@ -70,6 +72,8 @@ class CorlConfig(TrainConfig):
     """Multiple-choice questions of the second stage. None: those of `data`."""
     data_oe: str | None = None
     """Open-ended questions of the second stage. None: those of `data`."""
+    think_instruction: bool = True
+    """Put questions that do not speak of <think> themselves into an instruction to think first and answer in tags."""
     data_split: str = "train"
     """Split of the data that is trained on."""
     eval_data: str | None = None
@@ -115,8 +119,8 @@ class CorlConfig(TrainConfig):
 
     # --- rewards ---
     reward_funcs: tuple[str, ...] = ("cycle", "tim", "accuracy", "format")
-    """cycle, tim, accuracy, format, clip_text, clip_image, bleu, or your own: `module:function`, `file.py:function`,
-    `verl@file.py:function` (docs/rewards.md)."""
+    """cycle, tim, accuracy, format, clip_text, clip_image, judge, bleu, or your own: `module:function`,
+    `file.py:function`, `verl@file.py:function` (docs/rewards.md)."""
     reward_weights: tuple[float, ...] = ()
     """One for each of reward_funcs. None given: 1, and understanding_weight for accuracy and format."""
     understanding_weight: float = 0.8
@@ -209,6 +213,9 @@ class CorlConfig(TrainConfig):
             training: which one.
             num_samples: of its data, to count an epoch.
             changes: other fields to replace, such as `model` and `output_dir`.
+
+        Raises:
+            ConfigError: there are fewer samples than one step takes.
         """
         if training in REFINED:
             t2i = training == "t2i"
@@ -223,6 +230,14 @@ class CorlConfig(TrainConfig):
                 **changes,
             }
         made = replace(self, **changes)
+        if made.prompts_per_step > num_samples:
+            name = "prompts_per_step"
+            if training in REFINED:
+                name = f"refined_{'t2i' if training == 't2i' else 'text'}_prompts_per_step"
+            raise ConfigError(
+                f"{name}: training {training} has {num_samples} samples, so a step cannot take {made.prompts_per_step} "
+                "different ones; lower it"
+            )
         if made.max_steps > 0:
             return made
         return replace(made, max_steps=max(1, math.ceil(num_samples * made.num_train_epochs / made.prompts_per_step)))

@@ -30,7 +30,9 @@ Report = Callable[[str], None]
 
 def data_of(config: CorlConfig) -> tuple[str | Path, str | None]:
     """The data's source, and what its questions are put into: the tiny model knows the form without being told."""
-    return (prepare_x2x(), None) if config.data is None else (config.data, THINK_THEN_ANSWER)
+    if config.data is None:
+        return prepare_x2x(), None
+    return config.data, THINK_THEN_ANSWER if config.think_instruction else None
 
 
 class Parts:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from syncr1.engine.assemble import remote_judge
 from syncr1.engine.corl.config import CorlConfig, Training
 from syncr1.engine.pictures import ImageRef
 from syncr1.engine.policies.base import Policy
@@ -32,7 +33,7 @@ from syncr1.engine.rewards.tim import TextImageMatching
 from syncr1.engine.world.corl_parts import captioner_folder
 from syncr1.engine.world.scene_graph import parse_captions
 
-IMAGE_REWARDS = ("cycle", "tim", "clip_text", "clip_image")
+IMAGE_REWARDS = ("cycle", "tim", "clip_text", "clip_image", "judge")
 TEXT_REWARDS = ("accuracy", "format", "bleu")
 EMBEDDED = "world"
 """Value of `captioner` and `spice_parser` that means the rendered world's own."""
@@ -106,6 +107,10 @@ class RewardParts:
             return TextImageMatching(self.frozen)
         if name == "accuracy":
             return AccuracyReward(config.accuracy_variant)
+        if name == "judge":
+            judge = remote_judge(config)
+            assert judge is not None  # the settings were checked
+            return judge
         if name in ("clip_text", "clip_image"):
             scorer = ClipScorer.from_pretrained(config.clip, device=self.device)
             return ClipTextReward(scorer) if name == "clip_text" else LikenessReward(scorer)

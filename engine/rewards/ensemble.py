@@ -50,6 +50,7 @@ def build_rewards(
     image_size: int = 384,
     scorer: AttributeScorer | None = None,
     caption_logp: CaptionLogp | None = None,
+    judge: RewardFunction | None = None,
     identity_weight: float = IDENTITY_WEIGHT,
     judge_weight: float = JUDGE_WEIGHT,
     text_weight: float = TEXT_WEIGHT,
@@ -62,6 +63,7 @@ def build_rewards(
         scorer: reads attributes off an image (rendered world).
         caption_logp: likelihood of a description given an image. Neither this nor `scorer`: no judge, and R_id takes
             the whole bracket, as in the released code; without `features` the judge takes it.
+        judge: takes the place of `scorer` and `caption_logp`, such as `LLMJudge`.
         identity_weight, judge_weight, text_weight: at least 0; 0 leaves the reward out.
 
     Returns:
@@ -75,7 +77,9 @@ def build_rewards(
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"build_rewards: expected {name} >= 0, got {weight}")
     columns: list[tuple[str, RewardFunction, float, str]] = []
-    has_judge = (scorer is not None or caption_logp is not None) and judge_weight > 0
+    if judge is None and (scorer is not None or caption_logp is not None):
+        judge = Judge(scorer, caption_logp)
+    has_judge = judge is not None and judge_weight > 0
     has_identity = features is not None and identity_weight > 0
     bracket = identity_weight + judge_weight
     if has_identity:
@@ -83,7 +87,8 @@ def build_rewards(
         weight = identity_weight if has_judge else bracket
         columns.append(("identity", IdentityReward(features, image_size), weight, "image"))
     if has_judge:
-        columns.append(("judge", Judge(scorer, caption_logp), judge_weight if has_identity else bracket, "image"))
+        assert judge is not None
+        columns.append(("judge", judge, judge_weight if has_identity else bracket, "image"))
     if text_weight > 0:
         columns.append(("text", text_reward, text_weight, "text"))
     if not columns:

@@ -9,6 +9,9 @@ and right drawings, it only does not prefer them enough. Four kinds of noise:
 - broken format: a tag is missing or out of place;
 - drawings: an attribute is a random one some of the time.
 
+On held-out looks and wordings (100 samples): multiple choice .60 greedy, .42 sampled, .92 best of eight; open questions
+.60, .49, .84; format kept 1.0 and .79; attributes of drawings .80, and .87 with guidance 1.5.
+
 An answer reads `<think> the hat is crown </think><answer> B </answer>`: the thought names what is seen, the answer
 says it, or the letter of the option that says it.
 """

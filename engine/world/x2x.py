@@ -106,7 +106,8 @@ def photograph(rng: np.random.Generator, look: Look) -> Picture:
     """A photo from straight ahead: light, tint and noise as `render` varies them, but no shift and no scale.
 
     A drawing is compared with it, and likeness sees two pixels of shift sooner than a wrong shape: within groups of
-    drawings, 1 - LPIPS (alex, random weights, 64 px) correlates .05 with right shapes on shifted photos (measured).
+    drawings, 1 - LPIPS (alex, random weights, 64 px) correlates .02 with a right shape on shifted photos and .12 to .30
+    on these, .76 and .80 with all attributes (two bases, 32 groups of 8).
     """
     gain = rng.uniform(0.88, 1.12) * rng.uniform(0.95, 1.05, size=3)
     picture = render(look).astype(np.float64) * gain
