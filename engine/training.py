@@ -46,8 +46,8 @@ def train(
     log: RunLog | NullRunLog,
     display: Display,
     credit: CreditRule | None = None,
-) -> None:
-    """The loop, watched: metrics, samples and the terminal's bar; Ctrl-C ends it early."""
+) -> bool:
+    """The loop, watched: metrics, samples and the terminal's bar. False when Ctrl-C ended it early."""
 
     def on_step(metrics: StepMetrics, rollouts: Sequence[Rollout], totals: Tensor) -> None:
         log.metrics(metrics)
@@ -61,6 +61,8 @@ def train(
             trainer.train()
         except KeyboardInterrupt:
             display.note(f"stopped at step {trainer.step}; scoring what there is")
+            return False
+    return True
 
 
 def write_scores(log: RunLog | NullRunLog, before: Evaluation | None, after: Evaluation | None = None) -> None:

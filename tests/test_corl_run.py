@@ -22,6 +22,7 @@ from small_models import saved, small_bert, small_blip, small_clip, small_janus
 from syncr1.engine.corl.config import ConfigError, CorlConfig
 from syncr1.engine.corl.run import run
 from syncr1.engine.policies.auto import load_policy
+from syncr1.engine.trainer import Trainer
 
 RECIPE = str(ROOT / "recipes" / "corl.py")
 PHOTOS = {
@@ -163,6 +164,23 @@ def test_what_halves_share(unify: str, photographs: Path, base: Path, tmp_path: 
             by_half[half][row["member"]] = row["rewards"]["reward"]
     assert len(by_half["t2i"]) == len(by_half["mm2t"]) == 3
     assert (by_half["t2i"] == by_half["mm2t"]) == (unify != "none")
+
+
+def test_ctrl_c_makes_the_current_training_the_last(
+    photographs: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Trainer.train_step
+
+    def interrupted(self: Trainer) -> Any:
+        if self.step == 1:
+            raise KeyboardInterrupt
+        return trained(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    summaries = run(small_config(photographs, base, tmp_path, max_steps=5, eval_samples=2))
+    assert list(summaries) == ["base", "unified"]
+    assert changed(base, tmp_path / "run" / "unified" / "checkpoints" / "last"), "what was learnt is kept"
+    assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "t2i").exists()
 
 
 def test_adapters_in_place_of_weights(photographs: Path, base: Path, tmp_path: Path) -> None:

@@ -84,7 +84,9 @@ class Run:
     def __init__(self, config: SyncR1Config, world: Path, rewards: RewardSet, prompts: list[Prompt] | None = None,
                  policy: JanusPolicy | None = None) -> None:  # fmt: skip
         policy = sharp_policy() if policy is None else policy
-        self.learner = WatchedLearner(policy, objective_of(config, policy.num_image_tokens, config.anchor_beta), settings_of(config))
+        self.learner = WatchedLearner(
+            policy, objective_of(config, policy.num_image_tokens, config.anchor_beta), settings_of(config)
+        )
         stream = PromptStream(load_training_prompts(world), load_anchors(world), config.seed, config.prompts_per_step,
                               config.anchor_fraction)  # fmt: skip
         self.steps: list[tuple[StepMetrics, Sequence[Rollout], Tensor]] = []

@@ -89,23 +89,26 @@ class CorlRun:
         self.config, self.log, self.display = config, log, display
         display.stage("data, starting model and rewards")
         self.parts = one_at_a_time(lambda: Parts(config, display.note))
+        self.stopped = False
 
     def models(self) -> dict[str, Model]:
-        """Every model of the run by name, in the order in which they were made."""
+        """Every model of the run by name, in order of making; Ctrl-C makes the current one the last."""
         config = self.config
         models = {"base": self._scored("base", self.parts.base)}
         start = dict.fromkeys(("drawing", "answering"), models["base"])
         if config.stage in ("all", "unified"):
             models |= self._first_stage(models["base"])
             for skill, name in (("drawing", "generation"), ("answering", "understanding")):
-                start[skill] = next(models[n] for n in ("merged_first", "unified", name) if n in models)
+                start[skill] = next(models[n] for n in ("merged_first", "unified", name, "base") if n in models)
         refined = REFINED if config.stage in ("all", "refined") else tuple(t for t in REFINED if t == config.stage)
         for training in refined:
+            if self.stopped:
+                return models
             models[training] = self._train(training, start["drawing" if training == "t2i" else "answering"])
         if config.stage == "merge":
             sources, base = list(config.merge_models), config.merge_base
             models["merged"] = self._merge("merged", str(base), sources)
-        elif "mcq" in models and "oe" in models:
+        elif "mcq" in models and "oe" in models and not self.stopped:
             base = config.merge_base or start["answering"].folder
             models["merged"] = self._merge("merged", base, [models["mcq"].folder, models["oe"].folder])
         return models
@@ -113,8 +116,10 @@ class CorlRun:
     def _first_stage(self, base: Model) -> dict[str, Model]:
         if self.config.strategy in ("unified", "alternating"):
             return {"unified": self._train("unified", base)}
-        models = {name: self._train(name, base) for name in ("generation", "understanding")}
-        if self.config.strategy == "separate_merged":
+        models = {"generation": self._train("generation", base)}
+        if not self.stopped:
+            models["understanding"] = self._train("understanding", base)
+        if self.config.strategy == "separate_merged" and not self.stopped:
             folders = [model.folder for model in models.values()]
             models["merged_first"] = self._merge("merged_first", self.config.merge_base or base.folder, folders)
         return models
@@ -124,7 +129,11 @@ class CorlRun:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         samples = training_samples(self.config, training, self.parts.data, self.parts.instruction)
         config = self.config.for_stage(
-            training, len(samples), model=start.folder, output_dir=self.log.folder / training, stage="unified"
+            training,
+            len(samples),
+            model=start.folder,
+            output_dir=self.log.folder / training,
+            stage=training if training in REFINED else "unified",
         )
         self.display.stage(f"training {training}: {config.max_steps} steps, {len(samples)} samples")
         policy = self._load(start.folder)
@@ -139,10 +148,10 @@ class CorlRun:
         stream = stream_of(config, training, samples, rank, world_size)
         with open_run_log(config.output_dir, config) as log:
             write_scores(log, start.scores)
-            train(config, learner, stream, rewards, log, self.display, credit)
-            scores = evaluate(self.parts.evaluator, learner)
+            self.stopped = not train(config, learner, stream, rewards, log, self.display, credit)
             folder = log.folder / "checkpoints" / "last"
             learner.save(folder)
+            scores = evaluate(self.parts.evaluator, learner)
             write_scores(log, start.scores, scores)
         self._card(folder, f"CoRL, {training}", config, start, scores)
         del learner, policy, rewards
