@@ -271,7 +271,7 @@ def test_ends_and_forbidden_ids() -> None:
 def test_images_are_refused_with_the_prompts_name(tmp_path: Path) -> None:
     made = policy()
     for prompt in (make_prompt("draw"), make_prompt("who?", TEXT, image=tmp_path / "photo.png")):
-        with pytest.raises(ValueError, match=f"prompt {prompt.id}.*Janus checkpoint"):
+        with pytest.raises(ValueError, match=f"prompt {prompt.id}.*Janus or Emu3 checkpoint"):
             made.prompt_tokens(prompt)
     nothing, images = torch.zeros(1, dtype=torch.long), torch.zeros(1, 3, 8, 8)
     calls = (

@@ -60,6 +60,7 @@ def changed(one: str | Path, other: str | Path) -> set[str]:
     return {name for name in a if not torch.equal(a[name], b[name])}
 
 
+@pytest.mark.slow
 def test_the_whole_recipe_from_a_users_checkpoints_and_photographs(
     photographs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -192,6 +193,7 @@ def test_adapters_in_place_of_weights(photographs: Path, base: Path, tmp_path: P
     assert moved and all("language_model" in name and "_proj" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_emu3_goes_through_the_same_recipe(photographs: Path, tmp_path: Path) -> None:
     emu3 = tmp_path / "emu3"
     sharp_emu3().save(emu3)
@@ -214,6 +216,7 @@ def test_one_refined_stage_and_a_merge_stand_alone(photographs: Path, base: Path
         torch.testing.assert_close(value, (a[name] + b[name]) / 2, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(photographs: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, RECIPE, "--data", str(photographs), "--output_dir", str(tmp_path / "run"), "--dry_run",

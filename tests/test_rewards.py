@@ -44,8 +44,9 @@ def lengths(*, completions: list[str], **_: Any) -> list[float | None]:
 
 
 def test_columns_are_every_field_of_prompt_and_trl_names() -> None:
-    columns = columns_of(group(["a", "bb"], task="rea"))
-    assert {f.name for f in fields(Prompt)} <= set(columns)
+    columns = columns_of(group(["a", "bb"], task="rea", extra={"style": "oil", "prompts": "not these"}))
+    assert {f.name for f in fields(Prompt)} - {"extra"} <= set(columns)
+    assert columns["style"] == ["oil"] * 2, "further columns of the data come by their own names"
     assert columns["prompts"] == ["what colour?"] * 2
     assert columns["completions"] == ["a", "bb"]
     assert columns["completion_ids"] == [[97], [98, 98]]

@@ -144,6 +144,9 @@ class CorlConfig(TrainConfig):
     """Side in pixels that pictures are brought to for LPIPS; 0: as they are."""
     spice_parser: str = "lizhuang144/flan-t5-base-VG-factual-sg"
     """FactualSceneGraph's parser: folder or hub name; `world` reads the captions of the rendered world."""
+    spice_synonyms: Literal["wordnet", "none"] = "wordnet"
+    """Whether words of one WordNet set are the same to SPICE; the table comes by `pip install --no-deps
+    FactualSceneGraph`."""
     bert: str = "google-bert/bert-base-uncased"
     """Model of BERTScore: folder or hub name."""
     clip: str = "openai/clip-vit-base-patch32"

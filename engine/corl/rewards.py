@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from syncr1.engine.assemble import remote_judge
-from syncr1.engine.corl.config import CorlConfig, Training
+from syncr1.engine.corl.config import ConfigError, CorlConfig, Training
 from syncr1.engine.pictures import ImageRef
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.rewards.accuracy import AccuracyReward, soft_jaccard
@@ -26,7 +26,7 @@ from syncr1.engine.rewards.cycle import CycleReward
 from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.engine.rewards.format import format_reward
 from syncr1.engine.rewards.perceptual import ImageSimilarity, LpipsSimilarity, RmseSimilarity
-from syncr1.engine.rewards.spice import FactualParser, Spice
+from syncr1.engine.rewards.spice import FactualParser, Spice, WordNet
 from syncr1.engine.rewards.text import text_reward
 from syncr1.engine.rewards.text_similarity import BertScore, TextSimilarity
 from syncr1.engine.rewards.tim import TextImageMatching
@@ -59,7 +59,7 @@ class RewardParts:
         """The rewards that apply to a training of `policy`, with their weights.
 
         Raises:
-            ValueError: none of them applies.
+            ConfigError: none of them applies, or two have one name.
         """
         config = self.config
         wanted = {"t2i": ("image",), "generation": ("image",), "unified": ("text", "image")}.get(training, ("text",))
@@ -77,14 +77,14 @@ class RewardParts:
                 if kind in wanted:
                     columns.append((reward_name(spec), function, config.weight_of(spec), kind))
         if not columns:
-            raise ValueError(
+            raise ConfigError(
                 f"reward_funcs: none of {', '.join(config.reward_funcs)} judges what training {training} produces "
                 f"({' and '.join(wanted)}); add one that does"
             )
         names = [name for name, *_ in columns]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"reward_funcs: two rewards are called {', '.join(repeated)}; rename one of the functions")
+            raise ConfigError(f"reward_funcs: two rewards are called {', '.join(repeated)}; rename one of the functions")
         refined = training in ("t2i", "mcq", "oe") and not config.reward_weights
         return RewardSet(
             functions={name: function for name, function, _, _ in columns},
@@ -145,7 +145,18 @@ class RewardParts:
             return BertScore.from_pretrained(config.bert, device=self.device)
         if config.spice_parser == EMBEDDED:
             return Spice(parse_captions)
-        return Spice(FactualParser.from_pretrained(config.spice_parser, device=self.device))
+        return Spice(FactualParser.from_pretrained(config.spice_parser, device=self.device), self._synonyms())
+
+    def _synonyms(self) -> WordNet | None:
+        if self.config.spice_synonyms == "none":
+            return None
+        try:
+            return WordNet.from_package()
+        except ModuleNotFoundError:
+            raise ConfigError(
+                "spice_synonyms: expected WordNet's table, which is not installed; run `pip install --no-deps "
+                "FactualSceneGraph` (its requirements would replace torch), or set spice_synonyms none"
+            ) from None
 
 
 class LikenessReward:

@@ -1,0 +1,112 @@
+"""CoRL's embedded default over seeds, and the paper's pilot study: which way of training both skills gains most.
+
+    python bench/corl_seeds.py --seeds 3 --jobs 2                 all stages, before and after
+    python bench/corl_seeds.py --seeds 3 --jobs 2 --pilot         the first stage alone, by each strategy
+
+Each seed trains its own tiny base and its own RL runs (`recipes/corl.py`, as a user would).  Results go to
+bench/results/corl.json, the table to stdout.  Higher is better; scores are shares of held-out items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "corl.json"
+MEASURES = {
+    "t2i/attributes/checker": "drawings show what was asked, by the attribute checker",
+    "t2i/attributes/cnn": "the same by a classifier that no reward uses",
+    "mcq/score/sampled": "multiple choice, an answer drawn at random is right",
+    "mcq/score/greedy": "multiple choice, greedy",
+    "oe/score/sampled": "open questions, drawn",
+    "oe/score/greedy": "open questions, greedy",
+}
+STRATEGIES = ("unified", "alternating", "separate", "separate_merged")
+BASE = (
+    "import sys; from pathlib import Path; "
+    "from syncr1.engine.world.corl_base import CorlBaseSettings, train_corl_base; "
+    "train_corl_base(CorlBaseSettings(seed=int(sys.argv[1]))).save(Path(sys.argv[2]))"
+)
+"""The world itself is seed 0's for every base."""
+
+
+def timed(command: list[str], log: Path) -> float:
+    """Runs with one thread; returns the wall time in seconds."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    start = time.perf_counter()
+    with log.open("w") as out:
+        subprocess.run([sys.executable, *command], env=environment, stdout=out, stderr=subprocess.STDOUT, check=True)
+    return time.perf_counter() - start
+
+
+def make_base(work: Path, seed: int) -> Path:
+    folder = work / f"base-{seed}"
+    if not (folder / "processor_config.json").is_file():
+        seconds = timed(["-c", BASE, str(seed), str(folder)], work / f"base-{seed}.log")
+        print(f"base {seed}: {seconds:.0f} s", flush=True)
+    return folder
+
+
+def make_run(work: Path, name: str, seed: int, flags: list[str]) -> dict[str, dict[str, float]]:
+    """`before` and `after` of one run."""
+    folder = work / f"{name}-{seed}"
+    if not (folder / "report.html").is_file():
+        recipe = [str(ROOT / "recipes" / "corl.py"), "--config", str(ROOT / "recipes" / "corl_tiny.yaml")]
+        arguments = ["--model", str(work / f"base-{seed}"), "--seed", str(seed), "--output_dir", str(folder), *flags]
+        seconds = timed([*recipe, *arguments], work / f"{name}-{seed}.log")
+        print(f"{name} seed {seed}: {seconds:.0f} s", flush=True)
+    scores = json.loads((folder / "scores.json").read_text())
+    return {when: {m: scores[when][m] for m in MEASURES} for when in ("before", "after")}
+
+
+def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
+    """Markdown: a row per run and measure."""
+    lines = ["| run | held-out score | before | after | change | worst seed |", "|---|---|---|---|---|---|"]
+    for name, runs in results.items():
+        for measure, words in MEASURES.items():
+            before, after = ([run[when][measure] for run in runs] for when in ("before", "after"))
+            changes = [b - a for a, b in zip(before, after, strict=True)]
+            spread = statistics.stdev(changes) if len(changes) > 1 else 0.0
+            lines.append(
+                f"| {name} | {words} | {statistics.mean(before):.3f} | {statistics.mean(after):.3f} "
+                f"| {statistics.mean(changes):+.3f} ± {spread:.3f} | {min(changes):+.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    parser.add_argument("--pilot", action="store_true", help="the first stage alone, by each strategy")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "corl_seeds")
+    given, extra = parser.parse_known_args()
+    runs = {"all stages": ["--stage", "all"]}
+    if given.pilot:
+        runs = {name: ["--stage", "unified", "--strategy", name] for name in STRATEGIES}
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(lambda seed: make_base(given.work, seed), range(given.seeds)))
+        wanted = [(name, seed) for name in runs for seed in range(given.seeds)]
+        done = list(pool.map(
+            lambda job: make_run(given.work, job[0].replace(" ", "_"), job[1], [*runs[job[0]], *extra]), wanted
+        ))  # fmt: skip
+    results: dict[str, Any] = {name: [] for name in runs}
+    for (name, _), scores in zip(wanted, done, strict=True):
+        results[name].append(scores)
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    RESULTS.write_text(json.dumps(known | results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
