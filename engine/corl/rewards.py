@@ -84,7 +84,7 @@ class RewardParts:
         names = [name for name, *_ in columns]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ConfigError(f"reward_funcs: two rewards are called {', '.join(repeated)}; rename one of the functions")
+            raise ConfigError(f"reward_funcs: two rewards are called {', '.join(repeated)}; rename one of them")
         refined = training in ("t2i", "mcq", "oe") and not config.reward_weights
         return RewardSet(
             functions={name: function for name, function, _, _ in columns},
