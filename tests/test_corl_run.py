@@ -12,7 +12,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import ROOT, environment, short_base
+from helpers import ROOT, environment, short_base, torchrun
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data
@@ -231,3 +231,19 @@ def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(photographs: Pa
 def test_a_step_larger_than_the_data_is_refused_by_name(photographs: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="refined_text_prompts_per_step: training mcq has 3 samples"):
         run(small_config(photographs, base, tmp_path, stage="mcq", refined_text_prompts_per_step=32))
+
+
+@pytest.mark.slow
+def test_two_ranks_share_samples_and_write_one_run(photographs: Path, base: Path, tmp_path: Path) -> None:
+    flags = [
+        "--model", base, "--data", photographs, "--output_dir", tmp_path / "run", "--reward_funcs", "tim",
+        f"{BREVITY}:brevity", "--tim_policy", "frozen", "--max_steps", "1", "--refined_max_steps", "1",
+        "--prompts_per_step", "2", "--num_generations", "2", "--refined_num_generations", "2",
+        "--refined_t2i_prompts_per_step", "2", "--refined_text_prompts_per_step", "2", "--max_completion_length", "4",
+        "--learning_rate", "1e-3", "--eval_samples", "0", "--no_think_instruction", "--zero_stage", "3",
+    ]  # fmt: skip
+    torchrun(RECIPE, *map(str, flags), cache_dir=tmp_path / "cache")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["run"]
+    for name in ("unified", "t2i", "mcq", "oe"):
+        assert changed(base, tmp_path / "run" / name / "checkpoints" / "last"), name
+    assert changed(base, tmp_path / "run" / "merged")
