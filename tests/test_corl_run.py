@@ -167,6 +167,14 @@ def test_what_halves_share(unify: str, photographs: Path, base: Path, tmp_path: 
     assert (by_half["t2i"] == by_half["mm2t"]) == (unify != "none")
 
 
+def test_bf16_goes_through_every_stage(photographs: Path, base: Path, tmp_path: Path) -> None:
+    run(small_config(photographs, base, tmp_path, bf16=True, zero_stage=2, eval_samples=2))
+    merged = tensors(tmp_path / "run" / "merged")
+    assert all(value.dtype == torch.bfloat16 for name, value in merged.items() if value.is_floating_point())
+    (row,) = [json.loads(line) for line in (tmp_path / "run/unified/metrics.jsonl").read_text().splitlines()]
+    assert row["reward_failures"] == 0 and row["rollout/replay_logp_max_abs"] <= 0.5
+
+
 def test_ctrl_c_makes_the_current_training_the_last(
     photographs: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
