@@ -6,10 +6,12 @@ A rule takes the settings and returns what is wrong with them in words: field, w
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 Rule = Callable[[Any], list[str]]
 """Settings to what is wrong with them, in words."""
@@ -62,7 +64,11 @@ RANGES: dict[str, tuple[Range, str]] = {
     "logging_steps": (AT_LEAST_1, "1 logs every step"),
     "replay_check_steps": (AT_LEAST_0, "0 never checks"),
     "sample_steps": (AT_LEAST_0, "0 never writes samples"),
+    "checkpointing_steps": (AT_LEAST_0, "0 saves at the end alone"),
+    "save_total_limit": (AT_LEAST_1, "leave it out to keep all"),
     "nodes": (AT_LEAST_1, "1 is this machine"),
+    "ranks_per_node": (AT_LEAST_1, "leave it out for one per GPU"),
+    "max_restarts": (AT_LEAST_0, "0 gives up at the first loss"),
 }
 
 
@@ -103,10 +109,24 @@ def objective_problems(c: Any) -> list[str]:
 
 
 def judge_problems(c: Any) -> list[str]:
-    if (c.judge_url is None) == (c.judge_model is None):
-        return []
+    problems = address_problems(c)
+    if problems or (c.judge_url is None) == (c.judge_model is None):
+        return problems
     given, missing = ("judge_url", "judge_model") if c.judge_url is not None else ("judge_model", "judge_url")
     return [f"{missing}: expected beside {given} ({getattr(c, given)}), got none; a judge needs both"]
+
+
+def address_problems(c: Any) -> list[str]:
+    """A secret in an address would stand in the run's config.yaml; the message does not repeat it."""
+    try:
+        url = urlsplit(c.judge_url or "")
+        plain = "@" not in url.netloc and not url.query and not url.fragment
+    except ValueError:
+        plain = False
+    if plain:
+        return []
+    remedy = "name the variable that holds the key in judge_key_env"
+    return [f"judge_url: expected an address without user, password, query and fragment; {remedy}"]
 
 
 def dgs_problems(c: Any) -> list[str]:
@@ -128,11 +148,11 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def path_problems(c: Any) -> list[str]:
     problems = []
     if c.model is not None:
-        folder = Path(c.model).expanduser()
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
+        folder = os.path.expanduser(c.model)
+        if os.path.isdir(folder):  # unlike Path's, False for a name that no file could have
+            if not os.path.isfile(os.path.join(folder, "config.json")):
                 problems.append(f"model: expected transformers' format, but {c.model} has no config.json")
-        elif folder.exists() or not may_be_hub_name(c.model):
+        elif os.path.exists(folder) or not may_be_hub_name(c.model):
             problems.append(f"model: expected a checkpoint folder or a hub name, got {c.model}, which is not a folder")
     if c.output_dir.exists() and not c.output_dir.is_dir():
         problems.append(f"output_dir: expected a folder, got the file {c.output_dir}; choose another name")
@@ -143,20 +163,15 @@ def may_be_hub_name(model: str) -> bool:
     """`organisation/name` is one; `./x` and `a/b/c` are paths, and so is `runs/x` where a folder `runs` exists."""
     if not _HUB_NAME.fullmatch(model) or model.startswith((".", "~")):
         return False
-    return "/" not in model or not Path(model).parent.is_dir()
+    return "/" not in model or not os.path.isdir(Path(model).parent)
 
 
 def run_problems(c: Any) -> list[str]:
     problems = []
-    if c.nodes > 1:
+    asked = c.resume_from_checkpoint
+    if asked not in (None, "latest") and not os.path.isdir(os.path.expanduser(asked)):
         problems.append(
-            f"nodes: expected 1, got {c.nodes}; this version does not train on several machines. "
-            "It does not fall back to one by itself: leave --nodes out to run on this machine"
-        )
-    if c.resume_from_checkpoint is not None:
-        problems.append(
-            f"resume_from_checkpoint: this version cannot resume yet, got {c.resume_from_checkpoint!r}; to train on "
-            "from a saved model, pass its folder as --model"
+            f"resume_from_checkpoint: expected latest, a checkpoint or a run's folder, got {asked}, which is no folder"
         )
     for tracker in sorted(set(c.report_to)):
         if c.report_to.count(tracker) > 1:

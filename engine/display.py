@@ -42,7 +42,7 @@ class Display:
     ) -> None:
         self.console = console or Console(quiet=quiet, highlight=False)
         self.max_steps, self.num_stages, self.logging_steps = max_steps, num_stages, max(1, logging_steps)
-        self._stage = self._done = 0
+        self._stage = self._done = self._before = 0
         self._first_step_at = math.nan
         self._live: Live | None = None
         self._progress = Progress(
@@ -63,10 +63,12 @@ class Display:
         self.console.print(Text(f"  {text}"))
 
     @contextmanager
-    def training(self, max_steps: int | None = None) -> Iterator[Display]:
-        """Shows the bar as long as the block runs; `step` moves it. A run of several stages gives each its steps."""
-        self.max_steps, self._done = self.max_steps if max_steps is None else max_steps, 0
-        self._progress.reset(self._task, total=self.max_steps, eta="")
+    def training(self, max_steps: int | None = None, done: int = 0) -> Iterator[Display]:
+        """Shows the bar as long as the block runs; `step` moves it. A run of several stages gives each its steps, a
+        resumed one those that are `done`."""
+        self.max_steps = self.max_steps if max_steps is None else max_steps
+        self._done = self._before = done
+        self._progress.reset(self._task, total=self.max_steps, completed=done, eta="")
         self._started = time.monotonic()
         if not self.console.is_terminal or self.console.quiet:
             yield self
@@ -84,7 +86,7 @@ class Display:
         if self._live is not None:
             self._progress.update(self._task, completed=self._done, eta=self._time_left())
             self._live.update(Group(self._progress, Text(f"  {line}", "dim", overflow="ellipsis", no_wrap=True)))
-        elif self._done % self.logging_steps == 0 or self._done in (1, self.max_steps):
+        elif self._done % self.logging_steps == 0 or self._done in (self._before + 1, self.max_steps):
             left = self._time_left()
             text = f"  step {self._done}/{self.max_steps}  {line}" + (f"  {left}" if left else "")
             self.console.print(Text(text), soft_wrap=True)
@@ -103,9 +105,10 @@ class Display:
     def _time_left(self) -> str:
         """From the pace after the first step, which also pays for compiling and warming up."""
         now = time.monotonic()
-        if self._done == 1:
+        done = self._done - self._before
+        if done == 1:
             self._first_step_at = now
-        steps, seconds = self._done - 1, now - self._first_step_at
+        steps, seconds = done - 1, now - self._first_step_at
         if steps <= 0 or math.isnan(seconds):
             steps, seconds = 1, now - self._started
         left = max(0, self.max_steps - self._done)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from torch import Tensor
 
+from syncr1.engine.checkpoint import sync_tree
 from syncr1.engine.objective import Objective, PolicyForward
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.lora import adapter_disabled, base_of, has_lora, save_adapter
@@ -220,12 +222,20 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """The policy in transformers' format, adapters added to its weights, and beside it in peft's; every rank must
-        call it."""
+        call it.  The folder appears whole, in place of one that is there."""
         with self.sampling() as policy:
             if self.rank == 0:
-                policy.save(folder)
+                draft, old = (folder.with_name(f".draft-{name}-{folder.name}") for name in ("new", "old"))
+                for left in (draft, old):
+                    shutil.rmtree(left, ignore_errors=True)
+                policy.save(draft)
                 if has_lora(policy):
-                    save_adapter(policy, folder / "adapter")
+                    save_adapter(policy, draft / "adapter")
+                sync_tree(draft)
+                if folder.exists():
+                    os.rename(folder, old)
+                os.rename(draft, folder)
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def replay_error(batch: PackedBatch, logp: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from syncr1.engine.policies.base import Policy
 from syncr1.engine.prompt_stream import PromptStream
 from syncr1.engine.prompts import DataError, by_task, load_anchors, load_benchmark, load_training_prompts
 from syncr1.engine.records import Prompt
+from syncr1.engine.resume import resume_point
 from syncr1.engine.runlog import open_run_log
 from syncr1.engine.training import (
     add_adapters,
@@ -36,15 +38,16 @@ from syncr1.engine.training import (
 def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
     """Runs to the end and returns the summaries `before` and `after` (empty without evaluation)."""
     quieten()
-    init_distributed()
-    if torch.distributed.get_rank() == 0 and config.dry_run:
-        dry_run(config)
-    if config.dry_run:
+    if config.dry_run:  # joins no group, so that the plan is made in the environment that a run would find
+        if os.environ.get("RANK", "0") == "0":
+            dry_run(config)
         return {}
+    init_distributed()
     torch.manual_seed(config.seed)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     display = Display(max_steps=config.max_steps, num_stages=4, logging_steps=config.logging_steps, quiet=rank != 0)
 
+    resumed = resume_point(config, display.note)
     display.stage("data and starting model")
     policy = starting_policy(config, display)
     root = one_at_a_time(lambda: prepare_data(config))
@@ -66,12 +69,12 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
     objective = objective_of(config, policy.num_image_tokens, anchor_beta)
     learner = Learner(policy, objective, settings_of(config), frozen)
 
-    with open_run_log(config.output_dir, config) as log:
+    with open_run_log(config.output_dir, config, resumed) as log:
         display.stage("scores before training")
         before = evaluate(evaluator, learner)
         write_scores(log, before)
         display.stage("training")
-        train(config, learner, stream, rewards, log, display)
+        train(config, learner, stream, rewards, log, display, resumed=resumed)
         display.stage("scores after training")
         after = evaluate(evaluator, learner)
         learner.save(log.folder / "checkpoints" / "last")
@@ -109,14 +112,15 @@ def starting_policy(config: SyncR1Config, display: Display) -> Policy:
 
 
 def dry_run(config: SyncR1Config) -> None:
-    """Prints the resolved settings and the first prompts, without loading a model."""
-    from syncr1.engine.settings import to_yaml
+    """Prints the resolved settings, the plan, memory and the first prompts, without loading a model."""
+    from syncr1.engine.plan import show
 
-    print(to_yaml(config, comments=False))
-    root = prepare_data(config)
-    prompts, anchors, _ = load_data(root, scored=False)
-    stream = PromptStream(prompts, anchors, config.seed, config.prompts_per_step, config.anchor_fraction)
-    print(f"data: {root}: {len(prompts)} prompts, {len(anchors)} anchors; the first step:")
-    for prompt in stream.next_step():
-        shown = f" [{prompt.image.name}]" if prompt.image else ""
-        print(f"  {prompt.task:14}{shown} {prompt.text!r} -> {prompt.answer or prompt.target!r}")
+    def prompts_of(world_size: int) -> list[Prompt]:
+        root = prepare_data(config)
+        prompts, anchors, _ = load_data(root, scored=False)
+        print(f"data: {root}: {len(prompts)} prompts, {len(anchors)} anchors")
+        fraction = config.anchor_fraction if anchors else 0.0
+        stream = PromptStream(prompts, anchors, config.seed, config.prompts_per_step, fraction, 0, world_size)
+        return stream.next_step()
+
+    show(config, prompts_of)

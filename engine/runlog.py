@@ -1,6 +1,6 @@
 """A run's folder: settings, environment, metrics, samples, scores and the report, written as the run goes.
 
-    config.yaml        every setting, readable by `--config`
+    config.yaml        every setting, readable by `--config`; of the last start, where a run was resumed
     environment.json   versions, commit, device: what it takes to repeat the run
     metrics.jsonl      one JSON object per step
     samples/           step_000020.png (pictures, texts, rewards) and step_000020.jsonl
@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Protocol, Self, TextIO
 
 import torch
 import torch.distributed as dist
@@ -39,13 +39,27 @@ from syncr1.engine.trackers import Trackers
 
 PACKAGES = ("syncr1", "torch", "transformers", "deepspeed", "triton", "tokenizers", "safetensors", "numpy", "pillow")
 MAX_FOLDERS = 10_000
+CONFIG_HEADING = "# Settings of this run; pass this file with --config to repeat it.\n\n"
 
 
-def open_run_log(output_dir: Path, config: Any) -> RunLog | NullRunLog:
+class Resumed(Protocol):
+    """Where an interrupted run goes on."""
+
+    @property
+    def run_folder(self) -> Path: ...
+
+    @property
+    def step(self) -> int:
+        """Steps that were done."""
+        ...
+
+
+def open_run_log(output_dir: Path, config: Any, resumed: Resumed | None = None) -> RunLog | NullRunLog:
     """The run's log on rank 0, and one that writes nothing elsewhere; all ranks learn the same `folder`."""
     if not (dist.is_available() and dist.is_initialized()):
-        return RunLog(output_dir, config) if int(os.environ.get("RANK", "0")) == 0 else NullRunLog(output_dir)
-    log = RunLog(output_dir, config) if dist.get_rank() == 0 else None
+        first = int(os.environ.get("RANK", "0")) == 0
+        return RunLog(output_dir, config, resumed) if first else NullRunLog(output_dir)
+    log = RunLog(output_dir, config, resumed) if dist.get_rank() == 0 else None
     box = [str(log.folder) if log else ""]
     dist.broadcast_object_list(box, src=0)
     return log or NullRunLog(Path(box[0]))
@@ -54,15 +68,23 @@ def open_run_log(output_dir: Path, config: Any) -> RunLog | NullRunLog:
 class RunLog:
     """Writes a run's folder.  Use it as a context manager, or call `close()`: that writes the report."""
 
-    def __init__(self, output_dir: Path, config: Any) -> None:
+    def __init__(self, output_dir: Path, config: Any, resumed: Resumed | None = None) -> None:
         """Makes the folder: `output_dir`, or `output_dir-2`, `-3`, … where a run is already; none is overwritten.
 
         Args:
             output_dir: where the run should go.
             config: the recipe's settings, a dataclass of the kind that `settings.py` reads.
+            resumed: go on in this run's folder instead; `cut` is then to be called before the first step.
         """
-        self.folder = _claim_folder(Path(output_dir), to_yaml(config))
-        _write_json(self.folder / "environment.json", environment())
+        if getattr(config, "resume_from_checkpoint", None) is not None:
+            config = dataclasses.replace(config, resume_from_checkpoint=None)  # config.yaml repeats the run
+        if resumed is None:
+            self.folder = _claim_folder(Path(output_dir), to_yaml(config))
+            _write_json(self.folder / "environment.json", environment())
+        else:
+            self.folder = resumed.run_folder
+            _write_text(self.folder / "config.yaml", CONFIG_HEADING + to_yaml(config))
+            _write_json(self.folder / "environment.json", environment() | {"resumed_at_step": resumed.step})
         self._metrics: TextIO | None = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._logging_steps = max(1, getattr(config, "logging_steps", 1))
         settings = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
@@ -80,6 +102,24 @@ class RunLog:
         self._metrics.flush()
         if metrics.step % self._logging_steps == 0:
             self._trackers.log(metrics.step, finite)
+
+    def cut(self, num_steps: int) -> None:
+        """Removes metrics and samples of steps from `num_steps` on, which come again, and a line that a crash cut."""
+        path = self.folder / "metrics.jsonl"
+        rows = [row for row in report.read_jsonl(path) if row.get("step", num_steps) < num_steps]
+        if self._metrics is not None:
+            self._metrics.close()
+        _write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        self._metrics = path.open("a", encoding="utf-8")
+        for sample in (self.folder / "samples").glob("step_*"):
+            number = sample.stem.removeprefix("step_")
+            if number.isdecimal() and int(number) >= num_steps:
+                sample.unlink()
+
+    def sync(self) -> None:
+        """Metrics so far are on the disk, not only on their way, when this returns: a checkpoint counts on them."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
 
     def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards | Tensor) -> None:
         """Writes a step's trajectories as a picture to look at and a JSONL file to search in.
@@ -173,6 +213,12 @@ class NullRunLog:
     def metrics(self, metrics: StepMetrics) -> None:
         """Does nothing."""
 
+    def cut(self, num_steps: int) -> None:
+        """Does nothing."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
     def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards | Tensor) -> None:
         """Does nothing."""
 
@@ -207,7 +253,7 @@ def _claim_folder(wanted: Path, config_yaml: str) -> Path:
             continue
         try:
             with (folder / "config.yaml").open("x", encoding="utf-8") as file:
-                file.write("# Settings of this run; pass this file with --config to repeat it.\n\n" + config_yaml)
+                file.write(CONFIG_HEADING + config_yaml)
         except FileExistsError:
             continue
         return folder
@@ -268,9 +314,16 @@ def _plain(value: Any) -> Any:
 
 
 def _write_json(path: Path, content: Any) -> None:
+    _write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     """Writes beside and renames, so that a reader (or a killed run) never has half a file."""
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 

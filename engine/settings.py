@@ -27,11 +27,18 @@ Config = TypeVar("Config")
 MAX_YAML_BYTES = 1 << 20
 """A settings file is a page of text; anything near this size is something else."""
 
+MAX_DEPTH = 4
+"""Of lists and mappings within each other; settings need two."""
+
 _SECTION = re.compile(r"^\s*# --- (?P<title>.+?) ---\s*$")
 
 
 class ConfigError(ValueError):
     """Settings that cannot work.  Each line names the field, what was expected, what came, and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        # YAML can spell half of a surrogate pair, which no terminal takes.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
 
     @classmethod
     def of(cls, problems: list[str]) -> ConfigError:
@@ -122,16 +129,37 @@ def coerce(value: Any, annotation: Any) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(coerce(item, args[0]) for item in value)
     if annotation is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an integer of 400 digits
+            raise ValueError from None
         if math.isfinite(number):
             return number
-    elif annotation is Path and isinstance(value, str | Path) and str(value).strip():
-        return Path(value).expanduser()
-    elif (
-        annotation in (int, str, bool) and type(value) is annotation and value != ""
-    ):  # a bool is an int: type, exactly
+    elif annotation is Path and isinstance(value, str | Path) and str(value).strip() and _is_text(str(value)):
+        return _path(value)
+    elif annotation in (int, str, bool) and type(value) is annotation and _fits(value):  # a bool is an int: exactly
         return value
     raise ValueError
+
+
+def _fits(value: int | str | bool) -> bool:
+    """Not a number or a text that later steps cannot take or write out."""
+    return _is_text(value) if isinstance(value, str) else abs(value) < 2**63
+
+
+def _is_text(value: str) -> bool:
+    """Not empty, and such as the operating system and a terminal take."""
+    return value != "" and "\0" not in value and value == value.encode("utf-8", "replace").decode()
+
+
+def _path(value: str | Path) -> Path:
+    """The path, `~` expanded; ValueError where no file could have that name."""
+    try:
+        path = Path(value).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long; no such user
+        raise ValueError from error
+    return path
 
 
 def _coerce_union(value: Any, args: tuple[Any, ...]) -> Any:
@@ -163,16 +191,34 @@ def normalise(config: Any) -> list[str]:
 
 def _wrong_type(setting: Setting, value: Any) -> str:
     wanted = describe(setting.type)
+    if isinstance(value, int) and abs(value) >= 2**63:  # Python does not write integers of 4300 digits at all
+        return f"{setting.name}: expected {wanted}, got an integer of {value.bit_length()} bits; take a smaller one"
     if str(value).lower().strip("+-.") in ("nan", "inf", "infinity"):
         wanted = wanted.replace("a number", "a finite number")
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-    nearest = difflib.get_close_matches(str(value), [str(choice) for choice in choices(setting.type)], n=1)
+    nearest = difflib.get_close_matches(str(value)[:80], [str(choice) for choice in choices(setting.type)], n=1)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"default: {_scalar(setting.default)}"
     return f"{setting.name}: expected {wanted}, got {shown} ({type(value).__name__}); {remedy}"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """`yaml.safe_load` that refuses a key that comes twice, where the plain one silently keeps the last."""
+    """`yaml.safe_load` that refuses a key that comes twice, where the plain one silently keeps the last, and what no
+    settings need and a few lines make huge: aliases, and lists in lists in lists."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1
+            raise ConfigError(f"line {line}: aliases (*name) are not read; write the value out")
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            line = self.peek_event().start_mark.line + 1
+            raise ConfigError(f"line {line}: lists within lists within lists are no setting; take brackets out")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -203,7 +249,10 @@ def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
     try:
         # _StrictLoader is a SafeLoader: it builds plain values only.
         loaded = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    # PyYAML reads `2001-99-99`, `!!bool x` and `!!int ''` with errors that are none of its own.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(f"{where}: not plain YAML: {' '.join(str(error).split())}") from error
     if loaded is None:
         return {}

@@ -139,8 +139,18 @@ class TrainConfig:
     """Replay decoding steps as CUDA graphs, on a GPU and below ZeRO-3."""
     compile_decode: bool = False
     """Run decoding steps through torch.compile."""
-    nodes: int = 1
-    """Machines. This version trains on one."""
+    nodes: int | None = None
+    """Machines: with Slurm, torchrun or a hostfile; with none of them the exact commands are said, and nothing starts.
+    None: as many as torchrun started or as the hostfile names, else this one."""
+    ranks_per_node: int | None = None
+    """Processes per machine. None: one per GPU (a hostfile's slots) where nodes is given, else one."""
+    hostfile: Path | None = None
+    """Machines in DeepSpeed's form, `name slots=n` per line. None: /job/hostfile where nodes needs one."""
+    launcher: str = "ssh"
+    """What reaches a hostfile's machines: ssh, or a command with {host} in it that runs its last words there."""
+    max_restarts: int = 3
+    """How often all ranks start again, from the last checkpoint, when a rank or a machine is lost; not for one
+    process."""
 
     # --- what is written and shown ---
     eval_samples: int = 192
@@ -153,10 +163,17 @@ class TrainConfig:
     """Every this many steps the sampler's log-probabilities are compared with the trainer's; 0: never."""
     sample_steps: int = 20
     """Every this many steps an image grid with prompts and texts goes to `samples/`; 0: never."""
+    checkpointing_steps: int = 20
+    """Every this many steps everything that the training depends on goes to `checkpoints/`, so that it can be resumed;
+    0: only at the end."""
+    save_total_limit: int | None = 2
+    """Checkpoints to resume from that are kept, the newest ones. None: all."""
     resume_from_checkpoint: str | None = None
-    """Not in this version."""
+    """Go on from a checkpoint, in its own run's folder: `latest` (of output_dir; a new run where there is none yet), a
+    run's folder, or one checkpoint."""
     dry_run: bool = False
-    """Print the resolved settings and one data batch, then end."""
+    """Print the resolved settings, nodes and ranks, memory per rank and one checked data batch, then end; no GPU is
+    needed."""
 
     RANGES: ClassVar[dict[str, tuple[Range, str]]] = RANGES
     """Field -> what it must be, and the remedy."""

@@ -23,10 +23,11 @@ from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.fused import use_liger_kernels
 from syncr1.engine.policies.lora import add_lora, base_of
 from syncr1.engine.records import Rollout, StepMetrics
+from syncr1.engine.resume import Checkpoints, ResumablePrompts, ResumePoint
 from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.engine.runlog import NullRunLog, RunLog
 from syncr1.engine.train_config import TrainConfig
-from syncr1.engine.trainer import CreditRule, Prompts, Trainer
+from syncr1.engine.trainer import CreditRule, Trainer
 
 Made = TypeVar("Made")
 Scorer = Callable[[Policy], Evaluation]
@@ -41,27 +42,39 @@ EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "t2i")
 def train(
     config: TrainConfig,
     learner: Learner,
-    prompts: Prompts,
+    prompts: ResumablePrompts,
     rewards: RewardSet,
     log: RunLog | NullRunLog,
     display: Display,
     credit: CreditRule | None = None,
+    resumed: ResumePoint | None = None,
 ) -> bool:
-    """The loop, watched: metrics, samples and the terminal's bar. False when Ctrl-C ended it early."""
+    """The loop, watched: metrics, samples, checkpoints and the terminal's bar, from the start or from where a
+    checkpoint left it. False when Ctrl-C ended it early."""
 
     def on_step(metrics: StepMetrics, rollouts: Sequence[Rollout], totals: Tensor) -> None:
         log.metrics(metrics)
         display.step(metrics)
         if config.sample_steps and metrics.step % config.sample_steps == 0:
             log.samples(metrics.step, rollouts, totals)
+        if checkpoints.due(trainer.step):
+            log.sync()
+            checkpoints.save(trainer)
 
     trainer = Trainer(config, learner, prompts, rewards, build_preview(config, rewards), on_step, credit)
-    with display.training(config.max_steps):
+    checkpoints = Checkpoints(config, log.folder / "checkpoints", learner, prompts)
+    if resumed is not None:
+        checkpoints.restore(trainer, resumed.checkpoint)
+        log.cut(trainer.step)
+        display.note(f"going on after {trainer.step} steps, in {resumed.run_folder}")
+    with display.training(config.max_steps, trainer.step):
         try:
             trainer.train()
         except KeyboardInterrupt:
             display.note(f"stopped at step {trainer.step}; scoring what there is")
             return False
+    log.sync()
+    checkpoints.save(trainer)
     return True
 
 

@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from syncr1.engine.cli import parse
 from syncr1.engine.corl.config import ConfigError, CorlConfig
+from syncr1.engine.launch import launch
 
 TINY = Path(__file__).with_name("corl_tiny.yaml")
 """Settings of the embedded default; the dataclass's own defaults are the paper's, for Janus-Pro."""
@@ -29,6 +30,7 @@ def main() -> None:
     given = [argument.split("=", 1)[0] for argument in sys.argv[1:]]
     embedded = not {"--model", "--data", "--config", "--help", "-h"} & set(given)
     config = parse(CorlConfig, description=__doc__, default_yaml=TINY if embedded else None)
+    config = launch(config, __file__)
     if embedded:
         print(f"syncr1: no --model and no --data: the tiny world, settings from recipes/{TINY.name}")
     print("syncr1: loading torch and transformers ...", flush=True)

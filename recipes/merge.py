@@ -9,6 +9,7 @@ compute is written atop engine/merge.py.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def _problems(config: MergeConfig) -> list[str]:
     if len(config.models) < 2:
         problems.append(f"models: expected two or more folders, got {len(config.models)}; list them after --models")
     for name, folder in [("base", config.base), *(("models", model) for model in config.models)]:
-        if folder is not None and not Path(folder).is_dir() and not is_hub_name(folder):
+        if folder is not None and not os.path.isdir(folder) and not is_hub_name(folder):
             problems.append(f"{name}: expected a folder or a hub name, got {folder}, which is neither; check the path")
     if config.output is None:
         problems.append("output: expected a folder for the result, got none")

@@ -11,6 +11,7 @@ part alone.  Source: CoRL (arXiv 2505.17534), section 3; the strategies of the f
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,9 +21,11 @@ import torch
 
 from syncr1.engine.corl.config import REFINED, CorlConfig, Training
 from syncr1.engine.corl.parts import Parts
+from syncr1.engine.corl.resume import Continued, interrupted_run, is_finished, mark_finished
 from syncr1.engine.corl.samples import stream_of, training_samples
 from syncr1.engine.corl.table import models_table
 from syncr1.engine.credit import shared_advantages
+from syncr1.engine.data.samples import Sample
 from syncr1.engine.display import Display
 from syncr1.engine.evaluate.run import Evaluation
 from syncr1.engine.learner import Learner, init_distributed, local_device
@@ -30,6 +33,8 @@ from syncr1.engine.merge import merge_checkpoints
 from syncr1.engine.model_card import write_model_card
 from syncr1.engine.policies.auto import load_policy
 from syncr1.engine.policies.base import Policy
+from syncr1.engine.records import Prompt
+from syncr1.engine.resume import resume_point
 from syncr1.engine.runlog import NullRunLog, RunLog, open_run_log
 from syncr1.engine.training import (
     add_adapters,
@@ -61,14 +66,15 @@ class Model:
 def run(config: CorlConfig) -> dict[str, dict[str, float]]:
     """Runs what `config.stage` asks for; returns each model's summary by name (empty without evaluation)."""
     quieten()
-    init_distributed()
-    if config.dry_run:
-        if torch.distributed.get_rank() == 0:
+    if config.dry_run:  # needs no other rank
+        if os.environ.get("RANK", "0") == "0":
             dry_run(config)
         return {}
+    init_distributed()
     torch.manual_seed(config.seed)
     display = Display(max_steps=1, logging_steps=config.logging_steps, quiet=torch.distributed.get_rank() != 0)
-    with open_run_log(config.output_dir, config) as log:
+    interrupted = interrupted_run(config, display.note)
+    with open_run_log(config.output_dir, config, interrupted) as log:
         models = CorlRun(config, log, display).models()
         scored = {name: model.scores for name, model in models.items() if model.scores is not None}
         if scored:
@@ -133,8 +139,13 @@ class CorlRun:
             len(samples),
             model=start.folder,
             output_dir=self.log.folder / training,
+            resume_from_checkpoint=self.config.resume_from_checkpoint and "latest",
             stage=training if training in REFINED else "unified",
         )
+        if config.resume_from_checkpoint and is_finished(config.output_dir):
+            self.display.note(f"training {training}: finished already")
+            return self._scored(training, str(config.output_dir / "checkpoints" / "last"))
+        torch.manual_seed(config.seed)  # a training does not depend on those before it that are finished already
         self.display.stage(f"training {training}: {config.max_steps} steps, {len(samples)} samples")
         policy = self._load(start.folder)
         reference = add_adapters(config, policy) if config.lora_rank or config.beta else None
@@ -146,14 +157,21 @@ class CorlRun:
                              text_weight=config.understanding_weight)  # fmt: skip
         learner = Learner(policy, objective, settings_of(config), reference)
         stream = stream_of(config, training, samples, rank, world_size)
-        with open_run_log(config.output_dir, config) as log:
+        resumed = resume_point(config, self.display.note)
+        # A training that was killed before its first checkpoint begins anew in the folder that it has made.
+        begun = bool(config.resume_from_checkpoint) and (config.output_dir / "config.yaml").is_file()
+        goes_on = resumed or (Continued(config.output_dir) if begun else None)
+        with open_run_log(config.output_dir, config, goes_on) as log:
+            log.cut(0 if resumed is None else resumed.step)
             write_scores(log, start.scores)
-            self.stopped = not train(config, learner, stream, rewards, log, self.display, credit)
+            self.stopped = not train(config, learner, stream, rewards, log, self.display, credit, resumed)
             folder = log.folder / "checkpoints" / "last"
             learner.save(folder)
             scores = evaluate(self.parts.evaluator, learner)
             write_scores(log, start.scores, scores)
         self._card(folder, f"CoRL, {training}", config, start, scores)
+        if not self.stopped:
+            mark_finished(log.folder, config.max_steps)
         del learner, policy, rewards
         gc.collect()
         return Model(str(folder), scores)
@@ -162,7 +180,7 @@ class CorlRun:
         """Two models into one; rank 0 writes, all wait and score."""
         config, folder = self.config, self.log.folder / name
         self.display.stage(f"merging {len(sources)} models ({config.merge_method})")
-        if torch.distributed.get_rank() == 0:
+        if torch.distributed.get_rank() == 0 and not (self.config.resume_from_checkpoint and folder.is_dir()):
             merge_checkpoints(base, sources, folder, config.merge_method)
         if torch.distributed.get_world_size() > 1:
             torch.distributed.barrier()
@@ -210,18 +228,23 @@ def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
 
 
 def dry_run(config: CorlConfig) -> None:
-    """Prints the resolved settings and each training's first prompts, without loading a model."""
+    """Prints each training's settings, plan, memory and first prompts, without loading a model's weights."""
     from syncr1.engine.corl.parts import data_of
+    from syncr1.engine.plan import show
     from syncr1.engine.settings import to_yaml
 
-    print(to_yaml(config, comments=False))
+    if config.stage == "merge":
+        print(to_yaml(config, comments=False))
+        return
     root, instruction = data_of(config)
     first: tuple[Training, ...] = ("unified",) if config.stage in ("all", "unified") else ()
     refined = REFINED if config.stage in ("all", "refined") else tuple(t for t in REFINED if t == config.stage)
     for training in (*first, *refined):
         samples = training_samples(config, training, root, instruction)
         settings = config.for_stage(training, len(samples))
-        print(f"{training}: {len(samples)} samples of {root}, {settings.max_steps} steps; the first:")
-        for prompt in stream_of(settings, training, samples).next_step()[:4]:
-            shown = f" [{prompt.image.name}]" if prompt.image else ""
-            print(f"  {prompt.task:4}{shown} {prompt.text!r} -> {prompt.answer or prompt.target!r}")
+        print(f"\n# {training}: {len(samples)} samples of {root}, {settings.max_steps} steps\n")
+        show(settings, partial(_first_prompts, settings, training, samples))
+
+
+def _first_prompts(settings: CorlConfig, training: Training, samples: list[Sample], ranks: int) -> list[Prompt]:
+    return stream_of(settings, training, samples, 0, ranks).next_step()

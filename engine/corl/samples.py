@@ -16,7 +16,6 @@ from syncr1.engine.data.samples import KINDS, Kind, Sample, load_samples
 from syncr1.engine.data.stream import SampleStream
 from syncr1.engine.prompts import DataError
 from syncr1.engine.records import Prompt
-from syncr1.engine.trainer import Prompts
 
 WANTED: Mapping[Training, tuple[Kind, ...]] = {
     "unified": KINDS,
@@ -63,7 +62,7 @@ def held_out_prompts(config: CorlConfig, root: str | Path, instruction: str | No
 
 def stream_of(
     config: CorlConfig, training: Training, samples: Sequence[Sample], rank: int = 0, world_size: int = 1
-) -> Prompts:
+) -> SampleStream | AlternatingStream:
     """The prompts of each step: whole samples, or drawings and questions in turn (`strategy="alternating"`)."""
 
     def stream(some: Sequence[Sample], seed: int) -> SampleStream:
