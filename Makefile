@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train corl test check bench gpu clean typing
+.PHONY: setup train corl test test-multinode fuzz check bench gpu clean typing
 
 setup: $(STAMP)
 
@@ -38,6 +38,14 @@ corl: setup
 
 test: setup
 	$(BIN)/python -m pytest tests -n $(JOBS) $(ARGS)
+
+# Four machines made of network namespaces, one of which is killed; needs root and iproute2.
+test-multinode: setup
+	SYNCR1_FOUR_NODES=1 $(BIN)/python -m pytest tests/test_multinode.py -q $(ARGS)
+
+# 1,000,000 inputs, new ones every time: more than an hour.
+fuzz: setup
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_fuzz.py -q -n $(JOBS)
 
 # mypy cannot follow an editable install; it follows these links.
 typing:

@@ -101,7 +101,7 @@ def test_flag_spellings(arguments: list[str], field: str, expected: object) -> N
         (["--no_such_thing_at_all"], "--help lists all settings"),
         (["--num_generations", "1"], "at least 2"),
         (["--learning_rate", "nan"], "a finite number"),
-        (["--nodes", "4"], "does not train on several machines"),
+        (["--nodes", "0"], "at least 1"),
         (["--config"], "expected a YAML file"),
         (["--config", "no.yaml"], "no.yaml"),
         (["--config", "a.yaml", "--config", "b.yaml"], "given 2 times"),

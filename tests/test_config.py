@@ -67,9 +67,12 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens_per_microbatch": 0}, "max_tokens_per_microbatch", "at least 1"),
     ({"logging_steps": 0}, "logging_steps", "at least 1"),
     ({"sample_steps": -1}, "sample_steps", "at least 0"),
+    ({"checkpointing_steps": -1}, "checkpointing_steps", "0 saves at the end alone"),
+    ({"save_total_limit": 0}, "save_total_limit", "leave it out to keep all"),
     ({"nodes": 0}, "nodes", "at least 1"),
-    ({"nodes": 4}, "nodes", "does not train on several machines"),
-    ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint", "cannot resume yet"),
+    ({"ranks_per_node": 0}, "ranks_per_node", "at least 1"),
+    ({"max_restarts": -1}, "max_restarts", "at least 0"),
+    ({"resume_from_checkpoint": "no/such/run"}, "resume_from_checkpoint", "which is no folder"),
     ({"report_to": ("mlflow",)}, "report_to", "tensorboard"),
     ({"report_to": "tensorboard"}, "report_to", "a list"),
     ({"model": ""}, "model", "text"),
@@ -91,7 +94,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], field: str, w
 
 def test_all_problems_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        SyncR1Config(num_generations=1, temperature=-1.0, nodes=4)
+        SyncR1Config(num_generations=1, temperature=-1.0, nodes=0)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         "num_generations",
         "temperature",

@@ -105,7 +105,7 @@ def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
     [
         (["--num_generations", "1"], "num_generations"),
         (["--data", "/nonexistent"], "data: expected a folder"),
-        (["--nodes", "2"], "does not fall back to one"),
+        (["--nodes", "2"], "does not become a run on one machine"),
         (["--zero_stage", "4"], "zero_stage"),
     ],
 )
@@ -122,8 +122,8 @@ def test_dry_run_shows_settings_and_prompts_and_writes_nothing(cache_dir: Path, 
     out, _ = run(
         cache_dir, "--dry_run", "--model", str(base), "--output_dir", str(tmp_path / "run"), "--max_steps", "7"
     )
-    settings, _, prompts = out.rpartition("data: ")
-    assert yaml.safe_load(settings[settings.index("model:") :])["max_steps"] == 7
+    settings, prompts = out[out.index("model:") : out.index("plan:")], out.rpartition("data: ")[2]
+    assert yaml.safe_load(settings)["max_steps"] == 7
     assert len(re.findall(r"->", prompts)) == 16 and not (tmp_path / "run").exists()
 
 
