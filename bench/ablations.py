@@ -153,6 +153,7 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
 
     from syncr1.engine.assemble import build_reward_set, prepare_data
     from syncr1.engine.config import SyncR1Config
+    from syncr1.engine.credit import credited_rewards
     from syncr1.engine.objective import Objective, PolicyForward
     from syncr1.engine.packing import pack
     from syncr1.engine.policies.janus import JanusPolicy
@@ -160,7 +161,6 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
     from syncr1.engine.prompts import load_training_prompts
     from syncr1.engine.rewards.base import score
     from syncr1.engine.rollout import Sampling, generate
-    from syncr1.engine.credit import credited_rewards
     from syncr1.kernels.api import dgs_select
 
     config = SyncR1Config()

@@ -62,8 +62,8 @@ class OurStep:
         from syncr1.engine.config import SyncR1Config
         from syncr1.engine.learner import Learner
         from syncr1.engine.rewards.ensemble import RewardSet
-        from syncr1.engine.training import objective_of, settings_of
         from syncr1.engine.trainer import Trainer
+        from syncr1.engine.training import objective_of, settings_of
 
         work, size = sides.work, sides.size
         config = SyncR1Config(
@@ -77,7 +77,9 @@ class OurStep:
             functions={"text": our_text_reward, "image": our_image_reward}, weights=(0.8, 1.0), kinds=("text", "image")
         )
         policy = models.build_policy(size)
-        learner = Learner(policy, objective_of(config, policy.num_image_tokens, config.anchor_beta), settings_of(config))
+        learner = Learner(
+            policy, objective_of(config, policy.num_image_tokens, config.anchor_beta), settings_of(config)
+        )
         self.everything = [*sides.questions, *sides.drawings]
         self.prompts = Given(self.everything)
         self.trainer = Trainer(config, learner, self.prompts, rewards, build_preview(config, rewards))

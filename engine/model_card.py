@@ -118,7 +118,7 @@ def model_name(model: str | Path) -> str:
 
 def is_hub_name(name: str | Path | None) -> bool:
     """`organisation/name` is one, unless a folder `organisation` is here: then it is a path."""
-    return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not Path(name).parent.is_dir()
+    return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not os.path.isdir(Path(name).parent)
 
 
 def _front_matter(

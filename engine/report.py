@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import string
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -62,7 +61,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for line in _read_text(path).splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # an integer of 5000 digits is a ValueError
             continue
         if isinstance(row, dict):
             rows.append(row)
@@ -79,7 +78,7 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(path) or "{}")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -87,7 +86,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(_read_text(path))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):  # PyYAML's own and others
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -99,7 +98,7 @@ def _points(rows: Rows, name: str) -> list[tuple[float, float]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # not NaN, no overflow
 
 
 def _series(rows: Rows, names: Mapping[str, str]) -> dict[str, list[tuple[float, float]]]:

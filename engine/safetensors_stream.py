@@ -130,7 +130,7 @@ def _shards(index: Path) -> dict[Path, set[str] | None]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         placed = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: expected JSON with a weight_map ({error}); copy it again") from error
     shards: dict[Path, set[str] | None] = {}
     for name, file in placed:

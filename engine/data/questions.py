@@ -91,7 +91,7 @@ def answer_of(value: Any, column: str) -> str:
         value = value[0]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
         raise DataError(f"column {column!r} must be one answer, text or a number, got {_short(value)}")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from syncr1.engine.config_rules import AT_LEAST_0, AT_LEAST_1, RANGES, Range, path_problems, range_problems
+from syncr1.engine.config_rules import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    RANGES,
+    Range,
+    address_problems,
+    path_problems,
+    range_problems,
+)
 from syncr1.engine.settings import ConfigError, normalise
 
 
@@ -102,11 +111,11 @@ _RANGES: dict[str, tuple[Range, str]] = {
 
 
 def _problems(c: EvaluateConfig) -> list[str]:
-    problems = []
+    problems = address_problems(c)
     if (
         c.data is not None
         and c.data_form in ("unifybench", "geneval", "dpg")
-        and not Path(c.data).expanduser().exists()
+        and not os.path.exists(os.path.expanduser(c.data))
     ):
         problems.append(f"data: expected a folder or file in the form {c.data_form}, got {c.data}, which is not there")
     if c.stage == "score" and not (c.output_dir / "manifest.json").is_file():

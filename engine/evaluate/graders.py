@@ -112,7 +112,7 @@ class Kept:
                 row = json.loads(line)
                 self.values[row["key"]] = float(row["value"])
                 self.graders.setdefault(row["metric"], set()).add(row["grader"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise EvaluationError(f"{self._path}, line {number}: cannot be read ({error}); delete the file to "
                                       "score anew") from error  # fmt: skip
         if lines[-1]:

@@ -97,7 +97,10 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> bool:
         write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         return False
     before = read_manifest(folder)
-    found = list(differences(before, manifest))
+    try:
+        found = list(differences(before, manifest))
+    except RecursionError as error:
+        raise EvaluationError(f"{path}: is nested too deeply to be a manifest; choose another output_dir") from error
     if found:
         lines = "\n  ".join(found)
         raise EvaluationError(
@@ -114,7 +117,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EvaluationError(f"{path}: missing; run --stage generate first, or name its output_dir") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{path}: not readable as JSON ({error}); generate into another output_dir") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise EvaluationError(f"{path}: is not of format {FORMAT}; generate into another output_dir")

@@ -100,7 +100,7 @@ def load_geneval(path: Path) -> list[Prompt]:
 def _metadata(line: str, where: str) -> Mapping[str, Any]:
     try:
         metadata = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); expected one object per line") from error
     for name in ("prompt", "tag"):
         value = metadata.get(name) if isinstance(metadata, dict) else None

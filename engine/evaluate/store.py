@@ -209,7 +209,7 @@ def _lines(path: Path) -> Iterator[Item]:
             return
         try:
             yield _from_row(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise EvaluationError(
                 f"{path}, line {number}: is not an item ({type(error).__name__}: {error}); restore the file, or delete "
                 "it to generate its items again"
