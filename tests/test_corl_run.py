@@ -193,7 +193,8 @@ def test_ctrl_c_makes_the_current_training_the_last(
 
 
 def test_adapters_in_place_of_weights(photographs: Path, base: Path, tmp_path: Path) -> None:
-    run(small_config(photographs, base, tmp_path, stage="oe", lora_rank=2, gradient_checkpointing=True))
+    run(small_config(photographs, base, tmp_path, stage="oe", lora_rank=2, gradient_checkpointing=True,
+                     refined_num_generations=6, max_completion_length=8, refined_max_steps=2))  # fmt: skip
     saved_model = tmp_path / "run" / "oe" / "checkpoints" / "last"
     adapter = load_file(saved_model / "adapter" / "adapter_model.safetensors")
     assert adapter and all("lora_" in name for name in adapter)
@@ -228,7 +229,8 @@ def test_one_refined_stage_and_a_merge_stand_alone(photographs: Path, base: Path
 def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(photographs: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, RECIPE, "--data", str(photographs), "--output_dir", str(tmp_path / "run"), "--dry_run",
-         "--prompts_per_step", "2", "--refined_t2i_prompts_per_step", "2", "--refined_text_prompts_per_step", "2"],
+         "--prompts_per_step", "2", "--refined_t2i_prompts_per_step", "2", "--refined_text_prompts_per_step", "2",
+         "--max_completion_length", "16"],
         cwd=tmp_path, env=environment(tmp_path / "cache"), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -246,8 +248,8 @@ def test_two_ranks_share_samples_and_write_one_run(photographs: Path, base: Path
     flags = [
         "--model", base, "--data", photographs, "--output_dir", tmp_path / "run", "--reward_funcs", "tim",
         f"{BREVITY}:brevity", "--tim_policy", "frozen", "--max_steps", "1", "--refined_max_steps", "1",
-        "--prompts_per_step", "2", "--num_generations", "2", "--refined_num_generations", "2",
-        "--refined_t2i_prompts_per_step", "2", "--refined_text_prompts_per_step", "2", "--max_completion_length", "4",
+        "--prompts_per_step", "2", "--num_generations", "2", "--refined_num_generations", "6",
+        "--refined_t2i_prompts_per_step", "2", "--refined_text_prompts_per_step", "2", "--max_completion_length", "8",
         "--learning_rate", "1e-3", "--eval_samples", "0", "--no_think_instruction", "--zero_stage", "3",
     ]  # fmt: skip
     torchrun(RECIPE, *map(str, flags), cache_dir=tmp_path / "cache")

@@ -52,6 +52,8 @@ def hostfile(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _no_usual_hostfile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launch_file, "DEFAULT_HOSTFILE", tmp_path / "job" / "hostfile")
+    for name in set(os.environ) - set(environment()):  # what a test that trained in this process has left
+        monkeypatch.delenv(name)
 
 
 # The decision ---------------------------------------------------------------------------------------------------------
