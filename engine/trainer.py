@@ -67,9 +67,9 @@ class Trainer:
         self.step = 0
         self.rollouts = learner.rollout_engine()
 
-    def train(self) -> None:
-        """Runs to `max_steps`."""
-        while self.step < self.config.max_steps:
+    def train(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Runs to `max_steps`, or until `stop`, asked between steps, says so; all ranks must get one answer."""
+        while self.step < self.config.max_steps and not stop():
             self.train_step()
 
     def train_step(self) -> StepMetrics:

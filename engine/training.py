@@ -1,6 +1,6 @@
 """One stage of training, the same for every method: scores before, the loop, scores after, the model on disk.
 
-Ctrl-C ends the loop; what was learnt is then scored, saved and reported like any other result.
+Ctrl-C ends the loop after its step; what was learnt is then scored, saved and reported like any other result.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from syncr1.engine.assemble import build_preview
 from syncr1.engine.display import Display
 from syncr1.engine.evaluate.run import Evaluation
+from syncr1.engine.interrupts import Interrupts
 from syncr1.engine.learner import Learner, LearnerSettings
 from syncr1.engine.objective import Objective
 from syncr1.engine.policies.base import Policy
@@ -67,15 +68,17 @@ def train(
         checkpoints.restore(trainer, resumed.checkpoint)
         log.cut(trainer.step)
         display.note(f"going on after {trainer.step} steps, in {resumed.run_folder}")
-    with display.training(config.max_steps, trainer.step):
-        try:
-            trainer.train()
-        except KeyboardInterrupt:
-            display.note(f"stopped at step {trainer.step}; scoring what there is")
-            return False
+    with display.training(config.max_steps, trainer.step), Interrupts(display.note) as interrupts:
+
+        def stop() -> bool:  # one rank's Ctrl-C is everybody's
+            return bool(learner.all_reduce(torch.tensor([int(interrupts.asked)])).item())
+
+        trainer.train(stop)
     log.sync()
     checkpoints.save(trainer)
-    return True
+    if trainer.step < config.max_steps:
+        display.note(f"stopped at step {trainer.step}; scoring what there is")
+    return trainer.step >= config.max_steps
 
 
 def write_scores(log: RunLog | NullRunLog, before: Evaluation | None, after: Evaluation | None = None) -> None:

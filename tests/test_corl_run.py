@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -182,12 +184,14 @@ def test_ctrl_c_makes_the_current_training_the_last(
 
     def interrupted(self: Trainer) -> Any:
         if self.step == 1:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return trained(self)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     summaries = run(small_config(photographs, base, tmp_path, max_steps=5, eval_samples=2))
     assert list(summaries) == ["base", "unified"]
+    rows = (tmp_path / "run" / "unified" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 2, "the step under way is finished, and no other begun"
     assert changed(base, tmp_path / "run" / "unified" / "checkpoints" / "last"), "what was learnt is kept"
     assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "t2i").exists()
 
