@@ -161,8 +161,10 @@ def agent() -> int:
 def _end_children() -> None:
     """Kills what is left below this process, generation by generation."""
     for _ in range(100):
-        tasks = Path("/proc/self/task").iterdir()
-        children = [pid for task in tasks for pid in (task / "children").read_text().split()]
+        children: list[str] = []
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(OSError):  # the thread has just ended; its children are another's now
+                children += (task / "children").read_text().split()
         if not children:
             return
         for pid in children:
