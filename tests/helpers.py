@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import copy
+import fcntl
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -214,11 +217,27 @@ class Gate(PreviewGate):
 # Shared by a session --------------------------------------------------------------------------------------------------
 
 
+def session_folder(factory: pytest.TempPathFactory) -> Path:
+    """One for all processes of a session: those of xdist keep theirs below it."""
+    folder = factory.getbasetemp()
+    return folder.parent if folder.name.startswith("popen-gw") else folder
+
+
+def cache_folder(factory: pytest.TempPathFactory) -> Path:
+    """`SYNCR1_CACHE` of a session's runs: where they keep the rendered world and the judge."""
+    return session_folder(factory) / "cache"
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder of the session, made by whichever module asks first."""
-    folder = factory.getbasetemp() / name
-    if not folder.exists():
-        make(folder)
+    """A folder of the session, made in full by whichever test of whichever process asks first."""
+    folder = session_folder(factory) / name
+    with folder.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            draft = folder.with_name(f"{name}.draft")
+            shutil.rmtree(draft, ignore_errors=True)  # of a test that failed in the midst of it
+            make(draft)
+            draft.rename(folder)
     return folder
 
 
@@ -232,9 +251,19 @@ def world_folder(factory: pytest.TempPathFactory) -> Path:
 
 def short_base(factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that has learnt a little: seconds instead of the whole base."""
-    return made_once(
-        factory, "short_base", lambda folder: train_base(BaseSettings(steps=60, photo_pool=400)).save(folder)
-    )
+
+    def make(folder: Path) -> None:
+        losses: list[float] = []
+        train_base(BaseSettings(steps=60, photo_pool=400), lambda _, loss: losses.append(loss)).save(folder)
+        (folder.parent / "short_base.json").write_text(json.dumps(losses))
+
+    return made_once(factory, "short_base", make)
+
+
+def losses_of_short_base(factory: pytest.TempPathFactory) -> list[float]:
+    """Of steps 0, 25, 50 and 59."""
+    losses: list[float] = json.loads(short_base(factory).with_suffix(".json").read_text())
+    return losses
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -263,8 +292,8 @@ def everything_partitioned() -> Iterator[None]:
 
     original = learner.deepspeed_config
 
-    def config(settings: learner.LearnerSettings) -> dict[str, Any]:
-        made = original(settings)
+    def config(settings: learner.LearnerSettings, num_trained: int) -> dict[str, Any]:
+        made = original(settings, num_trained)
         made["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
         return made
 
@@ -282,7 +311,7 @@ def environment(cache_dir: Path | None = None) -> dict[str, str]:
     return clean | threads | ({} if cache_dir is None else {"SYNCR1_CACHE": str(cache_dir)})
 
 
-def torchrun(*arguments: str, cache_dir: Path | None = None, timeout: float = 240) -> str:
+def torchrun(*arguments: str, cache_dir: Path | None = None, timeout: float = 600) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "127.0.0.1:0", *arguments]  # fmt: skip
     done = subprocess.run(
@@ -330,6 +359,7 @@ def main(folder: Path) -> None:
     from syncr1.engine.learner import init_distributed
 
     torch.set_num_threads(1)
+    gc.freeze()  # ZeRO-3 collects in every step: what was imported is not looked through
     init_distributed()
     rank = dist.get_rank()
     policy = sharp_policy()

@@ -10,6 +10,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import numpy as np
 import pytest
 import torch
+from helpers import losses_of_short_base
 
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import Rollout
@@ -42,12 +43,10 @@ def test_same_settings_give_the_same_weights() -> None:
     assert not any("vqmodel" in name for name in moved)
 
 
-@pytest.mark.slow
-def test_the_loss_falls() -> None:
+def test_the_loss_falls(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A short training already halves the loss, so that the whole one is not luck."""
-    seen: list[float] = []
-    train_base(replace(SHORT, steps=51, batch=32, photo_pool=200), lambda _, loss: seen.append(loss))
-    assert len(seen) == 3 and seen[-1] < 0.6 * seen[0]
+    losses = losses_of_short_base(tmp_path_factory)
+    assert len(losses) == 4 and losses[2] < 0.6 * losses[0] and losses[3] < 0.6 * losses[0]
 
 
 def test_rumours_are_wrong_values_of_half_of_all_facts() -> None:

@@ -14,8 +14,9 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import ROOT, environment, short_base, torchrun
+from helpers import ROOT, cache_folder, environment, short_base, torchrun
 from PIL import Image
+from recipe_cases import recipe_here
 from safetensors.torch import load_file
 from skimage import data
 from small_emu3 import sharp_emu3
@@ -229,16 +230,18 @@ def test_one_refined_stage_and_a_merge_stand_alone(photographs: Path, base: Path
         torch.testing.assert_close(value, (a[name] + b[name]) / 2, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.slow
-def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(photographs: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, RECIPE, "--data", str(photographs), "--output_dir", str(tmp_path / "run"), "--dry_run",
-         "--prompts_per_step", "2", "--refined_t2i_prompts_per_step", "2", "--refined_text_prompts_per_step", "2",
-         "--max_completion_length", "16"],
-        cwd=tmp_path, env=environment(tmp_path / "cache"), capture_output=True, text=True, timeout=200,
+def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(
+    photographs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In this process; test_security.py starts the recipe's in another."""
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder(tmp_path_factory)))
+    out, _ = recipe_here(
+        capsys, "corl.py", "--dry_run", "--data", photographs, "--output_dir", tmp_path / "run",
+        "--prompts_per_step", 2, "--refined_t2i_prompts_per_step", 2, "--refined_text_prompts_per_step", 2,
+        "--max_completion_length", 16,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "a cup of coffee" in done.stdout and "learning_rate: 4.0e-06" in done.stdout
+    assert "a cup of coffee" in out and "learning_rate: 4.0e-06" in out
     assert not (tmp_path / "run").exists()
 
 

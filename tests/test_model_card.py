@@ -185,9 +185,9 @@ def test_a_token_is_found_anywhere(around: str, token: str) -> None:
 def test_redacting_a_long_text_is_fast() -> None:
     """No pattern may backtrack: a card can hold a whole prompt file."""
     for text in ("a1" * 100_000, "sk-" + "a" * 200_000, "://" + "a" * 200_000, "?" * 200_000, "eyJ" * 60_000):
-        started = time.perf_counter()
+        started = time.thread_time()
         assert len(redact(text)) <= len(text) + 20
-        assert time.perf_counter() - started < 5  # a quadratic pattern takes minutes
+        assert time.thread_time() - started < 5  # a quadratic pattern takes minutes
 
 
 def test_labels() -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import runpy
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
-import transformers
-from helpers import ROOT, environment, made_once
+from helpers import ROOT, cache_folder, environment, made_once
 from PIL import Image
+from recipe_cases import recipe_here
 from rich.console import Console
 from small_models import saved, small_clip
 from test_graders import server
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cache_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the runs of this session keep the rendered world and the judge."""
-    folder = tmp_path_factory.getbasetemp() / "cache"
+    folder = cache_folder(tmp_path_factory)
     monkeypatch.setenv("SYNCR1_CACHE", str(folder))
     return folder
 
@@ -52,25 +52,6 @@ def start(cache_dir: Path, *flags: object) -> subprocess.Popen[str]:
     command = [sys.executable, RECIPE, *map(str, flags)]
     return subprocess.Popen(command, cwd=ROOT, env=environment(cache_dir), text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)  # fmt: skip
-
-
-def recipe(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *flags: object, expected: int = 0
-) -> tuple[str, str]:
-    """The recipe in this process, which has loaded torch: its stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", [RECIPE, *map(str, flags)])
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    code: object = 0
-    try:
-        runpy.run_path(RECIPE, run_name="__main__")
-    except SystemExit as stopped:
-        code = stopped.code
-    finally:
-        transformers.utils.logging.enable_progress_bar()
-        transformers.utils.logging.set_verbosity_warning()
-    output = capsys.readouterr()
-    assert code == expected, output
-    return output.out, output.err
 
 
 def photographs(root: Path) -> Path:
@@ -97,7 +78,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_recipe_goes_on_to_the_same_images(
-    model: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SIGKILL in the middle of stage 1; the same command then leaves what a run in peace leaves."""
     (tmp_path / "prompts").mkdir()
@@ -112,7 +93,7 @@ def test_a_killed_recipe_goes_on_to_the_same_images(
     assert killed.wait(30) == -signal.SIGKILL, "it was done before it could be killed"
     assert 0 < len(items.read_bytes().splitlines()) < 48 and not (tmp_path / "out" / "scores.json").exists()
 
-    out, err = recipe(capsys, monkeypatch, *flags, "--output_dir", tmp_path / "out")
+    out, err = recipe_here(capsys, "evaluate.py", *flags, "--output_dir", tmp_path / "out")
     assert "24 items of 1 tasks" in out and "no CLIP model was given" in out and "Traceback" not in err
 
     data, peace = str(tmp_path / "prompts"), tmp_path / "peace"
@@ -160,7 +141,7 @@ def test_dpg_from_prompts_to_grids(model: Path, cache_dir: Path, tmp_path: Path)
 
 
 def test_what_is_wrong_is_said_without_a_traceback(
-    model: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = start(cache_dir, "--stage", "score", "--output_dir", tmp_path / "nowhere")
     out, err = done.communicate(timeout=120)
@@ -168,12 +149,15 @@ def test_what_is_wrong_is_said_without_a_traceback(
     assert "loading torch" not in out
     (tmp_path / "concept").mkdir()
     flags = ["--model", model, "--output_dir", tmp_path / "out"]
-    _, err = recipe(capsys, monkeypatch, *flags, "--data", tmp_path, expected=2)
+    recipe = partial(recipe_here, capsys, "evaluate.py")
+    _, err = recipe(*flags, "--data", tmp_path, expected=2)
     assert err.startswith("syncr1: ") and "concept/train: missing" in err
-    _, err = recipe(capsys, monkeypatch, *flags, "--data", dpg(tmp_path / "prompts"), "--tasks", "rec", expected=2)
+    _, err = recipe_here(
+        capsys, "evaluate.py", *flags, "--data", dpg(tmp_path / "prompts"), "--tasks", "rec", expected=2
+    )
     assert "the data has no rec; it has dpg" in err
     (tmp_path / "prompts" / "long.txt").write_text("red " * 4000)
-    _, err = recipe(capsys, monkeypatch, *flags, "--data", tmp_path / "prompts", expected=2)
+    _, err = recipe(*flags, "--data", tmp_path / "prompts", expected=2)
     assert "prompt dpg/long has" in err and "shorten the prompt" in err
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, all_kinds_of_prompts, environment, make_prompt, short_base
+import yaml
+from children import ChildrenSeconds
+from helpers import all_kinds_of_prompts, cache_folder, make_prompt, short_base
 from PIL import Image
+from recipe_cases import leaks, recipe_here, started
 
 from syncr1.engine.config import SyncR1Config
 from syncr1.engine.pictures import PictureError
@@ -87,22 +89,37 @@ def test_what_would_stop_the_run_stops_the_plan() -> None:
 
 @pytest.mark.slow
 def test_dry_run_of_the_recipe_needs_less_than_a_minute(
-    base: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    cache_dir = tmp_path_factory.getbasetemp() / "cache"
-    begun = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "sync_r1.py"), "--dry_run", "--nodes", "4", "--zero_stage", "2",
-         "--output_dir", str(tmp_path / "run")],
-        cwd=ROOT, env=environment(cache_dir), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert time.monotonic() - begun < 60
+    """A process that loads everything; nothing is written, and no secret is said."""
+    flags = ["--nodes", 4, "--zero_stage", 2, "--judge_key_env", "JUDGE_KEY", "--output_dir", tmp_path / "run"]
+    with ChildrenSeconds() as seconds:
+        out = started(cache_folder(tmp_path_factory), "sync_r1.py", "--dry_run", *flags)
+    assert seconds.used < 60
     for words in ("zero_stage: 2", "plan: 4 nodes, 4 ranks", "sbatch --nodes=4", "in all", "lengths checked"):
-        assert words in done.stdout
-    assert not (tmp_path / "run").exists()
-    refused = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "sync_r1.py"), "--dry_run", "--nodes", "5", "--prompts_per_step", "16"],
-        cwd=ROOT, env=environment(cache_dir), capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert refused.returncode == 2 and "multiple of the 5 ranks" in refused.stderr and "Traceback" not in refused.stderr
+        assert words in out
+    assert leaks(out.encode()) == [] and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def cache_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the runs of this session keep the rendered world."""
+    folder = cache_folder(tmp_path_factory)
+    monkeypatch.setenv("SYNCR1_CACHE", str(folder))
+    return folder
+
+
+def test_dry_run_shows_settings_and_prompts(
+    base: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dry_run", "--model", base, "--output_dir", tmp_path / "run", "--max_steps", 7]
+    out, _ = recipe_here(capsys, "sync_r1.py", *flags)
+    settings, prompts = out[out.index("model:") : out.index("plan:")], out.rpartition("data: ")[2]
+    assert yaml.safe_load(settings)["max_steps"] == 7
+    assert len(re.findall(r"->", prompts)) == 16 and not (tmp_path / "run").exists()
+
+
+def test_a_plan_that_cannot_be_ends_with_a_message(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--dry_run", "--nodes", "5", "--prompts_per_step", "16"]
+    _, err = recipe_here(capsys, "sync_r1.py", *flags, expected=2)
+    assert "multiple of the 5 ranks" in err and "Traceback" not in err

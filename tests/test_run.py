@@ -16,7 +16,8 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 import yaml
-from helpers import ROOT, environment, short_base, torchrun
+from children import ChildrenSeconds
+from helpers import ROOT, cache_folder, environment, short_base, torchrun
 from PIL import Image
 from skimage import data
 
@@ -29,7 +30,7 @@ SMALL = ["--prompts_per_step", "4", "--num_generations", "4", "--warmup_steps", 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs of this session keep the rendered world and the judge."""
-    return tmp_path_factory.getbasetemp() / "cache"
+    return cache_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def start(cache_dir: Path, *flags: str) -> subprocess.Popen[str]:
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
 
 
-def run(cache_dir: Path, *flags: str, expected: int = 0, timeout: float = 200) -> tuple[str, str]:
+def run(cache_dir: Path, *flags: str, expected: int = 0, timeout: float = 600) -> tuple[str, str]:
     process = start(cache_dir, *flags)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -94,9 +95,9 @@ def photo_folder(root: Path) -> Path:
 
 def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
     """Exit code 2, the nearest flag named, and torch is not even imported."""
-    start_time = time.monotonic()
-    out, err = run(cache_dir, "--max_stpes", "3", expected=2, timeout=60)
-    assert time.monotonic() - start_time < 5
+    with ChildrenSeconds() as seconds:
+        out, err = run(cache_dir, "--max_stpes", "3", expected=2, timeout=60)
+    assert seconds.used < 3
     assert "did you mean --max_steps?" in err and "loading torch" not in out and "Traceback" not in err
 
 
@@ -115,16 +116,6 @@ def test_a_setting_that_cannot_work_is_refused(cache_dir: Path, flags: list[str]
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_dry_run_shows_settings_and_prompts_and_writes_nothing(cache_dir: Path, base: Path, tmp_path: Path) -> None:
-    out, _ = run(
-        cache_dir, "--dry_run", "--model", str(base), "--output_dir", str(tmp_path / "run"), "--max_steps", "7"
-    )
-    settings, prompts = out[out.index("model:") : out.index("plan:")], out.rpartition("data: ")[2]
-    assert yaml.safe_load(settings)["max_steps"] == 7
-    assert len(re.findall(r"->", prompts)) == 16 and not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
@@ -262,29 +253,22 @@ def test_ctrl_c_ends_with_scores_and_a_report(cache_dir: Path, base: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_a_users_photographs_under_zero_2(cache_dir: Path, base: Path, tmp_path: Path) -> None:
-    """`--data FOLDER` of real pictures: the judge is the likelihood of the description, and all rewards arrive."""
+def test_a_users_photographs_in_bf16_under_zero_2(cache_dir: Path, base: Path, tmp_path: Path) -> None:
+    """`--data FOLDER` of real pictures: the judge is the likelihood of the description, and all rewards arrive.
+
+    `--bf16`, as in the README: vision, VQ model, heads and optimizer agree on dtypes, close to what was sampled.
+    """
     folder = tmp_path / "run"
     mine = ["--model", str(base), "--data", str(photo_folder(tmp_path / "data")), "--output_dir", str(folder)]
-    run(cache_dir, *mine, "--max_steps", "2", "--eval_samples", "2", "--zero_stage", "2",
+    run(cache_dir, *mine, "--max_steps", "2", "--eval_samples", "2", "--bf16", "--zero_stage", "2",
         "--max_tokens_per_microbatch", "200", *SMALL)  # fmt: skip
     rows = rows_of(folder)
     assert len(rows) == 2 and all(row["reward_failures"] == 0 and row["grad_norm"] > 0 for row in rows)
     assert all(row["rewards/identity/mean"] >= 0 and row["rewards/judge/mean"] > 0 for row in rows)
+    assert 1e-4 < rows[0]["rollout/replay_logp_max_abs"] < 0.5
     scores = json.loads((folder / "scores.json").read_text())
     assert {"rec", "vqa", "qa"} <= {name.split("/")[0] for name in scores["after"]}
     assert (folder / "report.html").is_file()
-
-
-@pytest.mark.slow
-def test_bf16_runs_and_stays_close_to_what_was_sampled(cache_dir: Path, base: Path, tmp_path: Path) -> None:
-    """`--bf16`, as in the README: vision, VQ model, heads and optimizer agree on dtypes."""
-    folder = tmp_path / "run"
-    run(cache_dir, "--model", str(base), "--bf16", "--zero_stage", "2", "--max_steps", "1", "--eval_samples", "2",
-        "--output_dir", str(folder), *SMALL)  # fmt: skip
-    (row,) = rows_of(folder)
-    assert row["grad_norm"] > 0 and row["reward_failures"] == 0
-    assert 1e-4 < row["rollout/replay_logp_max_abs"] < 0.5
 
 
 @pytest.mark.slow

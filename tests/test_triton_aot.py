@@ -14,10 +14,18 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 
-def test_all_kernels_compile_without_spills(tmp_path: Path) -> None:
+@pytest.fixture
+def compiled(pytestconfig: pytest.Config, tmp_path: Path) -> Path:
+    """Where Triton keeps what it has compiled, from one session to the next: by source, options, compiler and target,
+    so that what changed is compiled again. `make clean` removes it."""
+    kept = getattr(pytestconfig, "cache", None)
+    return tmp_path if kept is None else kept.mkdir("triton")
+
+
+def test_all_kernels_compile_without_spills(compiled: Path) -> None:
     """In a child process: TRITON_INTERPRET, if set here, would replace the kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["TRITON_CACHE_DIR"] = str(compiled)
     command = [sys.executable, "-W", "ignore", "-m", "syncr1.kernels.triton_ops.aot"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(done.stdout)

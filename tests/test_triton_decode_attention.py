@@ -1,45 +1,28 @@
 """The Triton decode step against torch's attention in float64, in Triton's interpreter.
 
-TRITON_INTERPRET must be set before triton is imported, so one child process runs every `check_…` of this file. On a
-machine with a GPU a second child runs them there, compiled.
+test_triton_interpreted.py runs every `check_…` of this file in a process of its own; on a machine with a GPU another
+runs them there, compiled.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from decode_cases import Step, assert_close_to_truth, assert_written, attention, make_step
 from torch import Tensor
+from triton_child import run_checks
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
-def run_checks(device: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if device == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "python_functions=check_*"]
-    command = [sys.executable, "-m", "pytest", str(Path(__file__)), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_interpreted() -> None:
-    run_checks("cpu")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_the_gpu() -> None:
-    run_checks("cuda")
+    run_checks("cuda", __file__)
 
 
 def attend(step: Step, scale: float | None = None) -> Tensor:
