@@ -15,7 +15,7 @@ from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.captioner import QUESTION, BlipCaptioner, PolicyCaptioner
-from syncr1.engine.rewards.clip import Preparation
+from syncr1.engine.rewards.checkpoints import Preparation
 from syncr1.engine.rollout import Sampling, generate
 
 

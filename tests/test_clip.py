@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from syncr1.engine.pictures import PictureError, open_picture
-from syncr1.engine.rewards.clip import ClipScorer, ClipTextReward, Preparation
+from syncr1.engine.rewards.batches import picture_pixels
+from syncr1.engine.rewards.checkpoints import Preparation
+from syncr1.engine.rewards.clip import ClipImageReward, ClipScorer, ClipTextReward
 from syncr1.engine.rewards.identity import IdentityReward
-from syncr1.engine.rewards.perceptual import picture_pixels
 
 TEXTS = ("a man riding a red surfboard", "two dogs", "Ein Hund. 一只狗 🐕", "", "a " * 5000)
 
@@ -145,6 +146,12 @@ def test_reward_takes_the_target_or_the_prompt(scorer: ClipScorer, photos: list[
     first, third = scorer.clip_t([image, image], ["a red bus", "two dogs"])
     assert values == [pytest.approx(2 * first), None, pytest.approx(2 * third)] and first != third
     assert reward(images=[None], prompts=["x"], target=[None]) == [None]
+
+
+def test_likeness_reward_needs_a_drawing_and_a_real_picture(scorer: ClipScorer, photos: list[Path]) -> None:
+    images = [picture_pixels(photos[0]), None, picture_pixels(photos[1])]
+    values = ClipImageReward(scorer)(images=images, real_image=[photos[2], photos[0], None])
+    assert values == [*scorer.clip_i([images[0]], [(photos[2],)]), None, None]  # type: ignore[list-item]
 
 
 def test_features_serve_the_identity_reward(scorer: ClipScorer, photos: list[Path]) -> None:

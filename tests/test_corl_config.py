@@ -29,7 +29,7 @@ def test_the_papers_table_is_the_default(
     config = CorlConfig().for_stage(training, num_samples=22_479)
     assert (config.num_generations, config.learning_rate, config.beta) == (group, rate, beta)
     assert config.prompts_per_step == prompts and config.max_completion_length == 512
-    assert config.weight_of("accuracy") == weight and config.weight_of("cycle") == 1.0
+    assert config.weight_of("accuracy", training) == weight and config.weight_of("cycle", training) == 1.0
     assert config.max_steps == -(-22_479 // prompts)  # one epoch
 
 
@@ -42,7 +42,8 @@ def test_epochs_become_steps_and_steps_overrule_them() -> None:
 
 def test_weights_may_be_given() -> None:
     config = CorlConfig(reward_funcs=("format", "tim"), reward_weights=(0.1, 2.0))
-    assert (config.weight_of("format"), config.weight_of("tim")) == (0.1, 2.0)
+    for training in ("unified", "mcq"):
+        assert (config.weight_of("format", training), config.weight_of("tim", training)) == (0.1, 2.0)
 
 
 @pytest.mark.parametrize(

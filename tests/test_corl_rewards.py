@@ -87,7 +87,9 @@ def test_every_cycle_scores(settings: dict[str, Any], tmp_path: Path, tmp_path_f
                 image=torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)))
         for p in (prompt, bare)
     ]  # fmt: skip
-    table = score(rollouts, parts.of("t2i", sharp_policy()).functions)
+    functions = parts.of("t2i", sharp_policy()).functions
+    assert functions["clip_text"].scorer is functions["clip_image"].scorer, "one CLIP is enough"  # type: ignore[attr-defined]
+    table = score(rollouts, functions)
     assert not any(table.failures.values())
     assert table.values[0].isfinite().all()
     assert table.values[1, 2].isnan() and table.values[1, :2].isfinite().all(), "no real picture, no CLIP-I"
@@ -99,6 +101,12 @@ def test_own_rewards_say_what_they_judge() -> None:
     assert rewards.names == ("brevity", "format") and rewards.weights == (2.0, 1.0)
     with pytest.raises(ValueError, match=r"none of .* judges what training t2i produces"):
         parts.of("t2i", sharp_policy())
+
+
+def test_own_rewards_judge_texts_or_images(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def odd(**_): return []\nodd.kind = 'video'\n")
+    with pytest.raises(ConfigError, match=r"mine\.py:odd is of kind 'video'; expected 'text' or 'image'"):
+        parts_of(reward_funcs=("format", f"{tmp_path}/mine.py:odd")).of("mcq", sharp_policy())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("factual_scene_graph") is not None, reason="the table is installed")

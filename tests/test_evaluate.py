@@ -14,7 +14,7 @@ import torch
 
 from syncr1.engine.evaluate.metrics import accuracy, attribute_metrics, mean, verdict, weighted_recall, words_in_place
 from syncr1.engine.evaluate.run import choose, evaluate, summary
-from syncr1.engine.evaluate.tasks import text_scores
+from syncr1.engine.evaluate.tasks import tagged_scores, text_scores
 from syncr1.engine.prompts import load_benchmark
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.identity import IdentityReward
@@ -84,6 +84,15 @@ def test_choice_of_items_is_fixed_by_the_seed() -> None:
     assert choose(prompts, 50, 0) == prompts
     chosen = [int(p.id) for p in choose(prompts, 10, 0)]
     assert chosen == sorted(set(chosen)) and len(chosen) == 10
+
+
+def test_questions_with_tags_are_read_from_the_tags_alone() -> None:
+    said = ["<think>x</think><answer>B</answer>", "so <answer>(b) dog</answer>", "B", "<answer>A</answer>"]
+    question = Prompt(id="0", task="mcq", text="?", answer="B", options=("cat", "dog"), qa_type="MC")
+    expected = {"accuracy": 0.5, "format": 0.25, "score": 0.5}
+    assert tagged_scores([question] * 4, said) == text_scores("mcq", [question] * 4, said) == expected
+    nothing_asked = replace(question, answer=None, qa_type=None)
+    assert tagged_scores([nothing_asked] * 4, said) == {"format": 0.25}
 
 
 # A whole evaluation ---------------------------------------------------------------------------------------------------

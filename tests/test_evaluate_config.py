@@ -38,8 +38,8 @@ def test_flags(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"judge_url": "https://x/v1"}, "judge_url, judge_model: one is given without the other"),
-        ({"judge_model": "x"}, "one is given without the other"),
+        ({"judge_url": "https://x/v1"}, "judge_model: expected beside judge_url"),
+        ({"judge_model": "x"}, "judge_url: expected beside judge_model"),
         ({"greedy_texts": False, "sampled_texts": False}, "both are off"),
         ({"export": ("dpg",), "images_per_prompt": 5}, "grid holds 4"),
         ({"export": ("dpg", "dpg")}, "dpg is given twice"),

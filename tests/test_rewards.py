@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
+import multiprocessing
+import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from syncr1.engine.records import Prompt, Rollout, Segment
-from syncr1.engine.rewards.base import RewardError, columns_of, mode_of, score
+from syncr1.engine.rewards.base import RewardError, columns_of, mode_of, score, still_running
 from syncr1.engine.rewards.ensemble import build_rewards, combine
 
 
@@ -84,6 +91,8 @@ def test_numpy_numbers_booleans_and_integers_are_numbers() -> None:
         ([1.0, 2.0, 3.0], None),
         ([1.0, math.nan], 1),
         ([math.inf, 1.0], 0),
+        ([1.0, 1e39], 1),  # infinite once it is a float32
+        ([10**400, 1.0], 0),
         (["1.0", 1.0], 0),
         ([1.0, torch.tensor(1.0)], 1),
         (torch.ones(2), None),
@@ -110,7 +119,24 @@ def test_an_exception_is_none_for_all_counted_and_logged(caplog: pytest.LogCaptu
     assert table.values[:, 0].isnan().all()
     assert table.failures == {"broken": 1, "length": 0}
     assert table.incomplete == 0
-    assert "broken" in caplog.text and "no such column" in caplog.text
+    assert "'broken' failed (rank 0) and is None for all 2 trajectories: KeyError: 'no such column'" in caplog.text
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), GeneratorExit()], ids=repr)
+def test_what_is_no_exception_to_python_is_a_failure_too(error: BaseException) -> None:
+    """`sys.exit` in a parser, a client's cancelled request: not the run's end, and no None that breaks the contract."""
+
+    def leaves(**_: Any) -> list[float | None]:
+        raise error
+
+    table = score(group(["a", "b"]), {"leaves": leaves, "length": lengths})
+    assert table.failures == {"leaves": 1, "length": 0} and table.values[:, 1].tolist() == [1.0, 1.0]
+
+
+def test_errors_name_rank_step_and_prompt() -> None:
+    rollouts = [make_rollout("a", "anchor", rewarded=False), *group(["b", "c"], "p1")]
+    with pytest.raises(RewardError, match=r"'mine' at index 1: .* got nan.* \(rank 0, step 7, prompt 'p1'\)"):
+        score(rollouts, {"mine": lambda **_: [1.0, math.nan]}, step=7)
 
 
 def test_a_late_function_is_none_and_not_called_again_while_it_hangs() -> None:
@@ -132,9 +158,128 @@ def test_a_late_function_is_none_and_not_called_again_while_it_hangs() -> None:
     assert time.monotonic() - start < 2.0
     assert len(calls) == 1
     assert threading.active_count() <= threads + 1
+    assert still_running() == ["reward-slow"]
     release.set()
     time.sleep(0.1)
     assert score(rollouts, {"slow": slow}).values[:, 0].tolist() == [1.0, 1.0]
+    assert still_running() == []
+
+
+def test_a_late_coroutine_is_cancelled_and_called_again(caplog: pytest.LogCaptureFixture) -> None:
+    calls = []
+
+    async def slow_at_first(*, completions: list[str], **_: Any) -> list[float | None]:
+        calls.append(1)
+        await asyncio.sleep(30 if len(calls) == 1 else 0)
+        return [1.0] * len(completions)
+
+    first, second = (score(group(["a", "b"]), {"slow": slow_at_first}, timeout=0.4) for _ in range(2))
+    assert first.failures == {"slow": 1} and second.values[:, 0].tolist() == [1.0, 1.0]
+    assert "cancelled" in caplog.text and still_running() == []
+
+
+def test_the_log_says_where_a_late_function_is(caplog: pytest.LogCaptureFixture) -> None:
+    release = threading.Event()
+
+    def spins(**_: Any) -> list[float | None]:
+        while not release.is_set():
+            pass
+        return [None]
+
+    score(group(["a"]), {"spins": spins}, timeout=0.1, step=3)
+    release.set()
+    assert "rank 0, step 3" in caplog.text and Path(__file__).name in caplog.text and "in spins" in caplog.text
+
+
+def test_many_failures_cost_no_step_and_no_thread() -> None:
+    """Of 200 calls 20 raise and 2 hang for three steps: the other reward is whole in every one. The overhead is counted
+    in CPU seconds, since cores are shared."""
+    rollouts = [rollout for p in range(8) for rollout in group(["a" * 64] * 8, f"p{p}")]
+    release = threading.Event()
+    step = 0
+
+    def unreliable(*, completions: list[str], **_: Any) -> list[float | None]:
+        if step % 10 == 3:
+            raise OSError("the service is away")
+        if step % 100 == 25:
+            release.wait(30)
+        return [1.0] * len(completions)
+
+    failed, most, before, start = 0, 0, threading.active_count(), time.process_time()
+    for step in range(200):
+        if step % 100 == 28:
+            release.set()
+            while still_running():
+                time.sleep(0.001)
+            release.clear()
+        table = score(rollouts, {"unreliable": unreliable, "length": lengths}, timeout=0.6)
+        assert table.values[:, 1].tolist() == [64.0] * 64 and table.incomplete == 0
+        failed += table.failures["unreliable"]
+        most = max(most, threading.active_count())
+    assert failed == 20 + 2 * 3
+    assert most <= before + 1
+    assert (time.process_time() - start) / (2 * 200) < 0.005
+
+
+RANKS = 2
+
+
+def fails(how: str, done: threading.Event) -> Callable[..., list[float | None]]:
+    def reward(*, completions: list[str], **_: Any) -> list[float | None]:
+        if dist.get_rank() == 1:
+            if how == "raises":
+                raise OSError("the service is away")
+            if how == "hangs":
+                done.wait(30)
+            if how == "garbage":
+                return [math.nan] * len(completions)
+        return [1.0] * len(completions)
+
+    return reward
+
+
+def one_rank(rank: int, folder: Path) -> None:
+    """What each kind of failure, on the last rank alone, does on this rank."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("syncr1.engine.rewards.base").addHandler(handler)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    found: dict[str, Any] = {}
+    done = threading.Event()
+    for how in ("raises", "hangs", "garbage"):
+        lines.clear()
+        try:
+            table = score(group(["a", "b"]), {"mine": fails(how, done), "length": lengths}, timeout=0.5, step=9)
+            said = "".join(lines)
+        except RewardError as error:
+            table, said = None, str(error)
+        met = torch.ones(1)
+        dist.all_reduce(met)  # the step's own collectives: nobody waits in vain
+        found[how] = [None if table is None else table.values.isnan().any(0).tolist(), said, met.item()]
+    done.set()
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_one_rank_s_failure_costs_the_others_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=one_rank, args=(rank, tmp_path)) for rank in range(RANKS)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    first, last = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS))
+    assert list(first.values()) == [[[False, False], "", 2.0]] * 3
+    for how, what in {"raises": "OSError", "hangs": "TimeoutError: no answer within 0.5 s"}.items():
+        missing, said, met = last[how]
+        assert missing == [True, False] and met == 2.0
+        assert "'mine' failed (rank 1, step 9)" in said and what in said
+    missing, said, _ = last["garbage"]
+    assert missing is None and "rank 1, step 9, prompt 'p0'" in said and "got nan" in said
 
 
 def test_functions_run_at_the_same_time_and_without_gradients() -> None:

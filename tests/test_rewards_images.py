@@ -81,7 +81,7 @@ def test_identity_reads_each_reference_once(photos: dict[str, tuple[Path, ...]])
     assert reward(images=images, references=[photos["cat"]] * 4) == first
     assert features.num_images == 8 + 2
     reward(images=images[:1], references=[photos["coffee"]])  # one cat photo has to go
-    assert len(reward._cache) == 3
+    assert len(reward.known) == 3
 
 
 def test_identity_takes_images_of_different_sizes_in_any_order(photos: dict[str, tuple[Path, ...]]) -> None:

@@ -21,6 +21,9 @@ Stage = Literal["all", "unified", "refined", "t2i", "mcq", "oe", "merge"]
 Training = Literal["unified", "generation", "understanding", "t2i", "mcq", "oe"]
 """One training: of the first stage (`unified`, or a half of it: the pilot study's strategies) or of the second."""
 REFINED: tuple[Training, ...] = ("t2i", "mcq", "oe")
+IMAGE_REWARDS = ("cycle", "tim", "clip_text", "clip_image", "judge")
+TEXT_REWARDS = ("accuracy", "format", "bleu")
+"""The built-in rewards, by what they judge."""
 
 
 def _own_problems(c: CorlConfig) -> list[str]:
@@ -229,7 +232,6 @@ class CorlConfig(TrainConfig):
                 "beta": self.refined_beta,
                 "num_generations": self.refined_num_generations,
                 "prompts_per_step": self.refined_t2i_prompts_per_step if t2i else self.refined_text_prompts_per_step,
-                "understanding_weight": 1.0,
                 **changes,
             }
         made = replace(self, **changes)
@@ -245,8 +247,8 @@ class CorlConfig(TrainConfig):
             return made
         return replace(made, max_steps=max(1, math.ceil(num_samples * made.num_train_epochs / made.prompts_per_step)))
 
-    def weight_of(self, name: str) -> float:
-        """The weight of a reward: as given, or the paper's."""
+    def weight_of(self, name: str, training: Training) -> float:
+        """The weight of a reward in one training: as given, or the paper's, whose lambda is the first stage's alone."""
         if self.reward_weights:
             return self.reward_weights[self.reward_funcs.index(name)]
-        return self.understanding_weight if name in ("accuracy", "format", "bleu") else 1.0
+        return self.understanding_weight if name in TEXT_REWARDS and training not in REFINED else 1.0

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from syncr1.engine.corl.config import CorlConfig
-from syncr1.engine.evaluate.metrics import attribute_metrics, mean
+from syncr1.engine.evaluate.metrics import attribute_metrics
 from syncr1.engine.evaluate.run import Evaluation, Scores, choose
+from syncr1.engine.evaluate.tasks import tagged_scores
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rewards.accuracy import AccuracyReward
-from syncr1.engine.rewards.base import columns_of, score
+from syncr1.engine.rewards.base import RewardFunction, score
 from syncr1.engine.rewards.ensemble import RewardSet
-from syncr1.engine.rewards.format import format_reward
 from syncr1.engine.rewards.judge import AttributeScorer
 from syncr1.engine.rollout import Sampling, generate
 
@@ -48,10 +46,10 @@ class CorlEvaluator:
     ) -> None:
         self.config, self.scorers = config, scorers or {}
         self.prompts = {task: choose(prompts, config.eval_samples, 0) for task, prompts in benchmark.items()}
-        kinds = {} if rewards is None else dict(zip(rewards.names, rewards.kinds, strict=True))
-        self.image_rewards = (
-            {name: rewards.functions[name] for name, kind in kinds.items() if kind == "image"} if rewards else {}
-        )
+        self.image_rewards: dict[str, RewardFunction] = {}
+        if rewards is not None:
+            kinds = dict(zip(rewards.names, rewards.kinds, strict=True))
+            self.image_rewards = {name: rewards.functions[name] for name in kinds if kinds[name] == "image"}
 
     def __call__(self, policy: Policy) -> Evaluation:
         """Draws, scores and averages; the same policy gives the same scores."""
@@ -110,8 +108,5 @@ class CorlScores(Evaluation):
 
 
 def _answers(rollouts: Sequence[Rollout], how: str) -> dict[str, float]:
-    with torch.no_grad():
-        columns = columns_of(rollouts)
-    right, kept = mean(AccuracyReward("paper")(**columns)), mean(format_reward(**columns))
-    known = {f"score/{how}": right, f"format/{how}": kept}
-    return {name: value for name, value in known.items() if value is not None}
+    found = tagged_scores([rollout.prompt for rollout in rollouts], [rollout.text for rollout in rollouts])
+    return {f"{name}/{how}": found[name] for name in ("score", "format") if name in found}

@@ -8,19 +8,19 @@ Only what a training can use is loaded: answers need no captioner.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import torch
 
 from syncr1.engine.assemble import remote_judge
-from syncr1.engine.corl.config import ConfigError, CorlConfig, Training
-from syncr1.engine.pictures import ImageRef
+from syncr1.engine.corl.config import IMAGE_REWARDS, TEXT_REWARDS, ConfigError, CorlConfig, Training
 from syncr1.engine.policies.base import Policy
-from syncr1.engine.rewards.accuracy import AccuracyReward, soft_jaccard
-from syncr1.engine.rewards.base import RewardFunction, RewardValues
+from syncr1.engine.records import SegmentKind
+from syncr1.engine.rewards.accuracy import AccuracyReward
+from syncr1.engine.rewards.base import RewardFunction
 from syncr1.engine.rewards.captioner import BlipCaptioner, Captioner, PolicyCaptioner
-from syncr1.engine.rewards.clip import ClipScorer, ClipTextReward
+from syncr1.engine.rewards.clip import ClipImageReward, ClipScorer, ClipTextReward
 from syncr1.engine.rewards.custom import load_reward, reward_name
 from syncr1.engine.rewards.cycle import CycleReward
 from syncr1.engine.rewards.ensemble import RewardSet
@@ -28,13 +28,20 @@ from syncr1.engine.rewards.format import format_reward
 from syncr1.engine.rewards.perceptual import ImageSimilarity, LpipsSimilarity, RmseSimilarity
 from syncr1.engine.rewards.spice import FactualParser, Spice, WordNet
 from syncr1.engine.rewards.text import text_reward
-from syncr1.engine.rewards.text_similarity import BertScore, TextSimilarity
+from syncr1.engine.rewards.text_similarity import BertScore, SoftJaccard, TextSimilarity
 from syncr1.engine.rewards.tim import TextImageMatching
 from syncr1.engine.world.corl_parts import captioner_folder
 from syncr1.engine.world.scene_graph import parse_captions
 
-IMAGE_REWARDS = ("cycle", "tim", "clip_text", "clip_image", "judge")
-TEXT_REWARDS = ("accuracy", "format", "bleu")
+SEGMENTS: Mapping[Training, tuple[SegmentKind, ...]] = {
+    "unified": ("text", "image"),
+    "generation": ("image",),
+    "understanding": ("text",),
+    "t2i": ("image",),
+    "mcq": ("text",),
+    "oe": ("text",),
+}
+"""What a training produces; a reward of one's own that does not say what it judges is for the first."""
 EMBEDDED = "world"
 """Value of `captioner` and `spice_parser` that means the rendered world's own."""
 
@@ -59,23 +66,24 @@ class RewardParts:
         """The rewards that apply to a training of `policy`, with their weights.
 
         Raises:
-            ConfigError: none of them applies, or two have one name.
+            ConfigError: none of them applies, two have one name, or one judges neither text nor images.
         """
         config = self.config
-        wanted = {"t2i": ("image",), "generation": ("image",), "unified": ("text", "image")}.get(training, ("text",))
+        wanted = SEGMENTS[training]
         columns: list[tuple[str, RewardFunction, float, str]] = []
         for spec in config.reward_funcs:
+            weight = config.weight_of(spec, training)
             if spec in IMAGE_REWARDS + TEXT_REWARDS:
                 kind = "image" if spec in IMAGE_REWARDS else "text"
                 if kind in wanted:
-                    columns.append((spec, self._built_in(spec, policy), config.weight_of(spec), kind))
+                    columns.append((spec, self._built_in(spec, policy), weight, kind))
             else:
-                function = (
-                    self._made.setdefault(spec, load_reward(spec)) if spec not in self._made else self._made[spec]
-                )
+                function = self._own(spec)
                 kind = str(getattr(function, "kind", wanted[0]))
+                if kind not in ("text", "image"):
+                    raise ConfigError(f"reward_funcs: {spec} is of kind {kind!r}; expected 'text' or 'image'")
                 if kind in wanted:
-                    columns.append((reward_name(spec), function, config.weight_of(spec), kind))
+                    columns.append((reward_name(spec), function, weight, kind))
         if not columns:
             raise ConfigError(
                 f"reward_funcs: none of {', '.join(config.reward_funcs)} judges what training {training} produces "
@@ -85,12 +93,16 @@ class RewardParts:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ConfigError(f"reward_funcs: two rewards are called {', '.join(repeated)}; rename one of them")
-        refined = training in ("t2i", "mcq", "oe") and not config.reward_weights
         return RewardSet(
             functions={name: function for name, function, _, _ in columns},
-            weights=tuple(1.0 if refined else weight for _, _, weight, _ in columns),
+            weights=tuple(weight for _, _, weight, _ in columns),
             kinds=tuple(kind for *_, kind in columns),
         )
+
+    def _own(self, spec: str) -> RewardFunction:
+        if spec not in self._made:
+            self._made[spec] = load_reward(spec)
+        return self._made[spec]
 
     def _built_in(self, name: str, policy: Policy) -> RewardFunction:
         if name == "tim" and self.config.tim_policy == "live":
@@ -112,9 +124,12 @@ class RewardParts:
             assert judge is not None  # the settings were checked
             return judge
         if name in ("clip_text", "clip_image"):
-            scorer = ClipScorer.from_pretrained(config.clip, device=self.device)
-            return ClipTextReward(scorer) if name == "clip_text" else LikenessReward(scorer)
+            return ClipTextReward(self._clip) if name == "clip_text" else ClipImageReward(self._clip)
         return format_reward if name == "format" else text_reward
+
+    @cached_property
+    def _clip(self) -> ClipScorer:
+        return ClipScorer.from_pretrained(self.config.clip, device=self.device)
 
     def _cycle(self) -> CycleReward:
         config = self.config
@@ -138,9 +153,7 @@ class RewardParts:
     def _text_similarity(self) -> TextSimilarity:
         config = self.config
         if config.cycle_text == "soft_jaccard":
-            return lambda candidates, references: [
-                soft_jaccard(a, b) for a, b in zip(candidates, references, strict=True)
-            ]
+            return SoftJaccard()
         if config.cycle_text == "bertscore":
             return BertScore.from_pretrained(config.bert, device=self.device)
         if config.spice_parser == EMBEDDED:
@@ -157,22 +170,3 @@ class RewardParts:
                 "spice_synonyms: expected WordNet's table, which is not installed; run `pip install --no-deps "
                 "FactualSceneGraph` (its requirements would replace torch), or set spice_synonyms none"
             ) from None
-
-
-class LikenessReward:
-    """CLIP-I: cosine of the features of drawing and real picture; None without either."""
-
-    def __init__(self, scorer: ClipScorer) -> None:
-        self.scorer = scorer
-        self.__name__ = "clip_image"
-
-    def __call__(
-        self, *, images: Sequence[torch.Tensor | None], real_image: Sequence[ImageRef | None], **_: Any
-    ) -> RewardValues:
-        rows = [i for i, image in enumerate(images) if image is not None and real_image[i] is not None]
-        rewards: RewardValues = [None] * len(images)
-        drawn = [image for i in rows if (image := images[i]) is not None]
-        real = [[ref] for i in rows if (ref := real_image[i]) is not None]
-        for row, value in zip(rows, self.scorer.clip_i(drawn, real), strict=True):
-            rewards[row] = value
-        return rewards

@@ -12,7 +12,7 @@ from syncr1.engine.config_rules import (
     AT_LEAST_1,
     RANGES,
     Range,
-    address_problems,
+    judge_problems,
     path_problems,
     range_problems,
 )
@@ -111,7 +111,7 @@ _RANGES: dict[str, tuple[Range, str]] = {
 
 
 def _problems(c: EvaluateConfig) -> list[str]:
-    problems = address_problems(c)
+    problems = judge_problems(c)
     if (
         c.data is not None
         and c.data_form in ("unifybench", "geneval", "dpg")
@@ -122,8 +122,6 @@ def _problems(c: EvaluateConfig) -> list[str]:
         problems.append(
             f"output_dir: {c.output_dir} holds nothing generated (no manifest.json); run --stage generate first"
         )
-    if (c.judge_url is None) != (c.judge_model is None):
-        problems.append("judge_url, judge_model: one is given without the other; give both, or none")
     if not (c.greedy_texts or c.sampled_texts):
         problems.append("greedy_texts, sampled_texts: both are off, so nothing would be answered; leave one on")
     if "dpg" in c.export and c.images_per_prompt > 4:

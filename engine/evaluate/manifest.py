@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncr1.engine.messages import Refused
 from syncr1.engine.pictures import ImageRef
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.records import Prompt
@@ -31,7 +32,7 @@ SAMPLED_VALUES = 4096
 """Of each weight tensor, this many values, evenly spread, go into the fingerprint."""
 
 
-class EvaluationError(ValueError):
+class EvaluationError(Refused):
     """An evaluation cannot go on; the message says what was found and what to do."""
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from syncr1.engine.data.questions import THINK_THEN_ANSWER
 from syncr1.engine.data.samples import load_samples
 from syncr1.engine.evaluate.unifybench import DataError
+from syncr1.engine.messages import shown
 from syncr1.engine.prompts import by_task, load_benchmark
 from syncr1.engine.records import Prompt
 
@@ -105,7 +106,7 @@ def _metadata(line: str, where: str) -> Mapping[str, Any]:
     for name in ("prompt", "tag"):
         value = metadata.get(name) if isinstance(metadata, dict) else None
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{where}: {name!r} must be text, got {value!r}; GenEval's scorer needs it")
+            raise DataError(f"{where}: {name!r} must be text, got {shown(value)}; GenEval's scorer needs it")
     return dict(metadata)
 
 

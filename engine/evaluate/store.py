@@ -95,7 +95,7 @@ class Store:
         found: dict[Key, Item] = {}
         for path in self._files():
             for item in _lines(path):
-                if item.drawn is None or (self.folder / item.drawn).is_file():
+                if item.drawn is None or os.path.isfile(self.folder / item.drawn):
                     found.setdefault(item.key, item)
         return list(found.values())
 
@@ -199,6 +199,11 @@ def _from_row(row: Mapping[str, Any]) -> Item:
     columns |= {name: tuple(columns[name]) for name in _TUPLES if name in columns}
     prompt = Prompt(**columns, references=tuple(Path(name) for name in row["references"]))
     own = {name: row[name] for name in _OWN}
+    told = [value for name, value in own.items() if name != "member" and value is not None]
+    if type(own["member"]) is not int or not all(
+        isinstance(value, str) for value in (prompt.id, prompt.task, prompt.text, *told)
+    ):
+        raise TypeError("expected texts, and a number as member")
     return Item(prompt=prompt, **own)
 
 

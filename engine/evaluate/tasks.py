@@ -77,7 +77,7 @@ def text_scores(task: str, prompts: Sequence[Prompt], texts: Sequence[str]) -> d
         texts: what the policy said, n.
     """
     if all(prompt.qa_type is not None for prompt in prompts):
-        return _tagged_scores(prompts, texts)
+        return tagged_scores(prompts, texts)
     answers = [prompt.answer or "" for prompt in prompts]
     pairs = list(zip(answers, texts, strict=True))
     metrics = {
@@ -95,10 +95,20 @@ def text_scores(task: str, prompts: Sequence[Prompt], texts: Sequence[str]) -> d
     return {**metrics, "score": metrics[main]}
 
 
-def _tagged_scores(prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
-    """CoRL's questions: the share of right answers, read from the tags alone, and of texts in the asked form."""
-    columns = {name: [getattr(prompt, name) for prompt in prompts] for name in ("answer", "options", "qa_type")}
+def tagged_scores(prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
+    """CoRL's questions: `accuracy`, the share of right answers, read from the tags, `format`, that of texts in the
+    asked form, and `score`, the main one. Without any question (a `qa_type` or an answer) only `format` is there.
+
+    Args:
+        prompts: n items, n >= 1.
+        texts: what the policy said, n.
+
+    Raises:
+        RewardError: a question without a ground truth.
+    """
+    columns = {name: [getattr(prompt, name) for prompt in prompts] for name in ("answer", "options", "qa_type", "id")}
     asked: list[tuple[SegmentKind, ...]] = [("text",)] * len(prompts)
-    right = mean(AccuracyReward()(completions=list(texts), segments=asked, **columns)) or 0.0
-    formed = mean(format_reward(completions=list(texts), segments=asked)) or 0.0
-    return {"accuracy": right, "format": formed, "score": right}
+    right = mean(AccuracyReward()(completions=list(texts), segments=asked, **columns))
+    formed = mean(format_reward(completions=list(texts), segments=asked))
+    found = {"accuracy": right, "format": formed, "score": right}
+    return {name: value for name, value in found.items() if value is not None}

@@ -13,10 +13,13 @@ forms that differ between its versions are all understood.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from syncr1.engine.messages import Refused, shown
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
@@ -27,7 +30,7 @@ PAIRS = {
 """Reasoning tasks: the lists of implicit prompts and of what they mean, in t2i_conditions.json."""
 
 
-class DataError(ValueError):
+class DataError(Refused):
     """Something in the data folder cannot be used; the message names the file, the entry and the remedy."""
 
 
@@ -58,10 +61,14 @@ def read_json(path: Path) -> Any:
 
 def inside(root: Path, path: Path, named_by: str) -> Path:
     """`path`, resolved; DataError when it is missing or, symbolic links followed, lies outside `root`."""
-    resolved = path.resolve()
+    try:
+        resolved = path.resolve()
+        found = resolved.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; a loop of links; half of a surrogate pair
+        raise DataError(f"{named_by}: {shown(str(path))} is no usable path ({error}); rename the picture") from error
     if not resolved.is_relative_to(root.resolve()):
         raise DataError(f"{named_by}: {path} lies outside {root}; copy the picture into the folder")
-    if not resolved.is_file():
+    if not found:
         raise DataError(f"{named_by}: names a picture that does not exist, {path}; add it or drop the entry")
     return resolved
 
@@ -78,13 +85,15 @@ def photos(root: Path, folder: Path) -> tuple[Path, ...]:
 def _picture(root: Path, folder: Path, name: Any, where: str) -> Path:
     """A picture named in a question file: relative to that file's folder or to the root, with or without its suffix."""
     if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: column 'image' must be a file name, got {name!r}")
+        raise DataError(f"{where}: column 'image' must be a file name, got {shown(name)}")
+    if len(name) > 4096:  # resolving it would take quadratic time
+        raise DataError(f"{where}: column 'image' has {len(name)} characters, which no file has; rename the picture")
     for base in (folder, root):
-        if (base / name).is_file():
+        if os.path.isfile(base / name):  # unlike Path's, False for a name that no file could have
             return inside(root, base / name, where)
         if not Path(name).suffix:
             for suffix in sorted(PICTURE_SUFFIXES):
-                if (base / f"{name}{suffix}").is_file():
+                if os.path.isfile(base / f"{name}{suffix}"):
                     return inside(root, base / f"{name}{suffix}", where)
     return inside(root, folder / name, where)  # raises, naming what is wrong
 
@@ -125,21 +134,25 @@ def _question(root: Path, folder: Path, image: Any, entry: Mapping[str, Any], wh
         entry = {**entry, "query": turns[0].get("value"), "answer": turns[1].get("value")}
     text = _column(entry, ("query", "question"), where).replace("<image>", "").strip()
     answer = _column(entry, ("answer",), where)
-    options = tuple(entry.get("options") or ())
+    options = entry.get("options") or []
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise DataError(f"{where}: column 'options' must be a list of texts, got {shown(options)}")
     if options and answer not in options:
-        raise DataError(f"{where}: 'answer' {answer!r} is not among 'options' {list(options)}; add it")
-    kind = str(entry.get("type", ""))
-    shown = None if image is None or kind == "text_only" else _picture(root, folder, image, where)
-    return Question(text, answer, shown, options, kind)
+        raise DataError(f"{where}: 'answer' {shown(answer)} is not among 'options' {shown(options)}; add it")
+    kind = entry.get("type") or ""
+    if not isinstance(kind, str):
+        raise DataError(f"{where}: column 'type' must be text, got {shown(kind)}")
+    picture = None if image is None or kind == "text_only" else _picture(root, folder, image, where)
+    return Question(text, answer, picture, tuple(options), kind)
 
 
 def _column(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
     for name in names:
         if name in entry:
             if not isinstance(entry[name], str) or not entry[name].strip():
-                raise DataError(f"{where}: column {name!r} must be text, got {entry[name]!r}")
+                raise DataError(f"{where}: column {name!r} must be text, got {shown(entry[name])}")
             return entry[name].strip()
-    raise DataError(f"{where}: column {' or '.join(map(repr, names))} is missing; found {sorted(entry)}")
+    raise DataError(f"{where}: column {' or '.join(map(repr, names))} is missing; found {shown(sorted(entry))}")
 
 
 # Concepts -------------------------------------------------------------------------------------------------------------
@@ -168,10 +181,10 @@ class ConceptFolder:
     def identity(self) -> Mapping[str, str] | None:
         """What every training photo of the concept shows alike (a place that varies is no part of it); None if
         unknown."""
-        images = list(_attributes(self.train, "images").values())
+        images = list(image_attributes(self.train).values())
         common = dict(images[0]) if images else {}
-        for shown in images[1:]:
-            common = {name: value for name, value in common.items() if shown.get(name) == value}
+        for other in images[1:]:
+            common = {name: value for name, value in common.items() if other.get(name) == value}
         return common or None
 
     def wanted(self, folder: Path, name: str, num_items: int) -> list[Mapping[str, str] | None]:
@@ -183,7 +196,8 @@ class ConceptFolder:
             raise DataError(
                 f"{folder / 'attributes.json'}: t2i / {name!r} must be a list of {num_items}, one per prompt"
             )
-        return rows
+        where = f"{folder / 'attributes.json'}: t2i / {name!r}"
+        return [None if row is None else _texts(row, where) for row in rows]
 
     def shared_prompts(self) -> list[str]:
         """The prompts of `prompts_to_eval.json` for this concept's generation_type, with its token; [] when not
@@ -193,9 +207,11 @@ class ConceptFolder:
         if not path.is_file():
             return []
         contents = read_json(path)
-        if not isinstance(contents, Mapping) or not isinstance(contents.get(kind), list):
-            raise DataError(f"{path}: has no list {kind!r}, the generation_type in {self.train / 'info.json'}")
-        return [str(text).replace("<sks>", self.token) for text in contents[kind]]
+        listed = contents.get(kind) if isinstance(contents, Mapping) and isinstance(kind, str) else None
+        if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+            told = f"{shown(kind)}, the generation_type in {self.train / 'info.json'}"
+            raise DataError(f"{path}: has no list of texts {told}")
+        return [text.replace("<sks>", self.token) for text in listed]
 
     def conditions(self, *, held_out: bool) -> tuple[Mapping[str, list[str]], Path]:
         """The prompts of t2i_conditions.json that belong to one side of the split, and the folder they come from."""
@@ -218,7 +234,7 @@ class ConceptFolder:
         if not isinstance(held_out, int) or isinstance(held_out, bool) or not 0 <= held_out <= num_items:
             raise DataError(
                 f"{self.train / 'info.json'}: num_testing_info must be 0 to {num_items}, as many as {path} has, "
-                f"got {held_out!r}"
+                f"got {shown(held_out)}"
             )
         return num_items - held_out
 
@@ -236,7 +252,14 @@ def _attributes(folder: Path, part: str) -> Mapping[str, Any]:
 
 def image_attributes(folder: Path) -> Mapping[str, Mapping[str, str]]:
     """What each picture of a folder shows, by file name, as far as attributes.json says."""
-    return _attributes(folder, "images")
+    found = _attributes(folder, "images")
+    return {name: _texts(values, f"{folder / 'attributes.json'}: images / {name!r}") for name, values in found.items()}
+
+
+def _texts(values: Any, where: str) -> Mapping[str, str]:
+    if not isinstance(values, Mapping) or not all(isinstance(value, str) for value in values.values()):
+        raise DataError(f"{where}: expected an object of texts, got {shown(values)}")
+    return values
 
 
 def _conditions(path: Path) -> dict[str, list[str]]:
@@ -268,8 +291,8 @@ def concepts(root: Path) -> list[ConceptFolder]:
         raise DataError(f"{listed if listed.is_file() else parent}: names no concept; add one folder per concept")
     found = []
     for name in names:
-        if Path(name).name != name or name in ("", ".", "..") or not (parent / name).is_dir():
-            raise DataError(f"{listed}: there is no folder {parent / name}; add it or drop the name")
+        if Path(name).name != name or name in ("", ".", "..") or not os.path.isdir(parent / name):
+            raise DataError(f"{listed}: there is no folder {shown(str(parent / name), 300)}; add it or drop the name")
         info = parent / name / "info.json"
         contents = read_json(info) if info.is_file() else {}
         if not isinstance(contents, Mapping):

@@ -20,6 +20,11 @@ from syncr1.engine.rewards.tags import ANSWER, ANSWER_END, THINK, THINK_END, ans
 
 Variant = Literal["paper", "released"]
 
+MOST_PAIRS = 100_000
+"""Of words that are compared letter by letter: beyond, only equal words count. 500 words against 200 are as many."""
+MOST_LETTERS = 1000
+"""Of such a word. Both bounds keep a text that a policy or a table fills without end from taking minutes."""
+
 
 class AccuracyReward:
     """1 for a right answer, 0 for a wrong one; `released` also gives what lies between."""
@@ -164,7 +169,10 @@ def soft_jaccard(a: str, b: str, threshold: float = 0.8) -> float:
 
 def _likenesses(left: set[str], right: set[str], threshold: float) -> list[tuple[float, str, str]]:
     """Pairs of words whose ratio reaches the threshold; difflib's ratio is not symmetric, so the greater one counts."""
-    pairs = []
+    pairs: list[tuple[float, str, str]] = []
+    if len(left) * len(right) > MOST_PAIRS:
+        return pairs
+    right = {word for word in right if len(word) <= MOST_LETTERS}
     for other in right:
         matcher, mirrored = SequenceMatcher(None, "", other), SequenceMatcher(None, other, "")
         for one in left:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from syncr1.engine.rewards.base import RewardError, RewardFunction, RewardValues
+from syncr1.engine.rewards.batches import by_shape
 
 Foreign = Callable[..., Any]
 Columns = dict[str, list[Any]]
@@ -114,12 +115,11 @@ def flow_grpo(function: Foreign) -> RewardFunction:
     def reward(**columns: Any) -> RewardValues:
         images: list[Tensor | None] = columns["images"]
         values: RewardValues = [None] * len(images)
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for row, image in enumerate(images):
-            if image is not None:
-                by_shape.setdefault(tuple(image.shape), []).append(row)
-        for rows in by_shape.values():
-            batch = torch.stack([images[row] for row in rows])  # type: ignore[misc]
+        with_image = [row for row, image in enumerate(images) if image is not None]
+        drawn = [image for image in images if image is not None]
+        for members in by_shape(drawn):
+            rows = [with_image[i] for i in members]
+            batch = torch.stack([drawn[i] for i in members])
             metadata = [_row(columns, row, "metadata") for row in rows]
             result = function(batch, [columns["prompts"][row] for row in rows], metadata)
             scores = result[0] if isinstance(result, tuple) else result

@@ -6,7 +6,13 @@ as a list, what is in its `extra`, `mode` and `follow_up_completions`. Functions
 with gradients off, and under a timeout. A function that raises or is late gives None for all and is counted: never 0.0,
 which would be a verdict.
 
-Dims: S trajectories, K rewards.  Source of the signature: TRL's GRPOTrainer, `reward_funcs`.
+Every rank calls them for its own trajectories, and nothing here talks to other ranks: a function that fails on one of
+them costs that rank's rewards of this step alone, and the others wait for it no longer than the timeout. A Python
+thread cannot be killed, so a plain function that never returns is not called again on that rank (an async one is
+cancelled), and one that keeps the interpreter's lock, or takes the process down, cannot be contained here: isolated.py
+runs such functions in a process of their own.
+
+Dims: S trajectories, K rewards, P prompts.  Source of the signature: TRL's GRPOTrainer, `reward_funcs`.
 """
 
 from __future__ import annotations
@@ -16,15 +22,20 @@ import inspect
 import logging
 import math
 import numbers
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from syncr1.engine.messages import printable
 from syncr1.engine.records import Prompt, Rollout
 
 RewardValues = list[float | None]
@@ -35,18 +46,28 @@ logger = logging.getLogger(__name__)
 REASONING_TASKS = frozenset({"rea", "dense_rea"})
 """Tasks of Sync-R1's mode `r`; every other one is of mode `u`."""
 
+LARGEST = torch.finfo(torch.float32).max
+"""A reward beyond it would be infinite in the table."""
+CANCELLED = 5.0
+"""Seconds that a late function has to come back once its `cancel` was called."""
+
 _abandoned: dict[int, threading.Thread] = {}
 """Threads that outlived their timeout, by id of their function (which the thread keeps alive, so the id stays its own).
-A Python thread cannot be killed: not calling a function that still hangs is what keeps their number bounded."""
+Not calling a function that still hangs is what keeps their number bounded: one for each function."""
 
 
 class RewardError(ValueError):
     """A reward function broke its contract: a wrong number of values, or one that is not a finite number or None."""
 
     def __init__(self, function: str, index: int | None, problem: str) -> None:
-        self.function, self.index = function, index
-        where = "" if index is None else f" at index {index}"
-        super().__init__(f"reward {function!r}{where}: {problem}")
+        self.function, self.index, self.problem = function, index, problem
+        self.where = ""
+        """Rank, step and prompt, once they are known."""
+        at = "" if index is None else f" at index {index}"
+        super().__init__(printable(f"reward {function!r}{at}: {problem}"))
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} ({self.where})" if self.where else self.args[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +108,7 @@ def columns_of(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
         "mode": [mode_of(prompt) for prompt in prompts],
         "prompts": [prompt.text for prompt in prompts],
         "completions": [rollout.text for rollout in rollouts],
-        "completion_ids": [[int(t) for s in segments for t in s.tokens.tolist()] for segments in texts],
+        "completion_ids": [list(chain.from_iterable(s.tokens.tolist() for s in segments)) for segments in texts],
         "images": [rollout.image for rollout in rollouts],
         "follow_up_completions": [rollout.follow_up_text for rollout in rollouts],
     }
@@ -100,6 +121,7 @@ def score(
     timeout: float = 120.0,
     *,
     strict: bool = True,
+    step: int | None = None,
 ) -> RewardTable:
     """Score trajectories by every function.
 
@@ -110,6 +132,7 @@ def score(
         timeout: seconds that a function may take, counted from the common start.
         strict: raise on a broken contract (a bug will not mend itself); False counts it as a failure, for functions
             that reach out to services.
+        step: of the training, for errors and the log.
 
     Returns:
         RewardTable, `values` [S, K]. NaN all over for anchors and for what was dropped. A member that lacks a reward
@@ -122,17 +145,24 @@ def score(
     values = torch.full((len(rollouts), len(reward_functions)), math.nan)
     failures = dict.fromkeys(reward_functions, 0)
     if rows:
-        results = _run_all([rollouts[i] for i in rows], reward_functions, timeout)
-        for column, (name, result) in enumerate(results.items()):
-            try:
-                scores = _checked(name, result, len(rows))
-            except _Failed as failure:
-                if strict and isinstance(failure.cause, RewardError):
-                    raise failure.cause from None
+        shown = [rollouts[i] for i in rows]
+        for column, (name, outcome) in enumerate(_run_all(shown, reward_functions, timeout).items()):
+            scores: RewardValues = []
+            error = outcome.error
+            if error is None:
+                try:
+                    scores = checked(name, outcome.value, len(rows))
+                except RewardError as broken:
+                    error = broken
+            if strict and isinstance(error, RewardError):
+                error.where = _where(step, shown, error.index)
+                raise error from None
+            if error is not None:
                 failures[name] += 1
                 logger.warning(
-                    "reward %r failed and is None for all %d trajectories: %s", name, len(rows), failure.cause
-                )
+                    "reward %r failed (%s) and is None for all %d trajectories: %s: %s",
+                    name, _where(step), len(rows), type(error).__name__, error,
+                )  # fmt: skip
                 continue
             values[rows, column] = torch.tensor([math.nan if s is None else float(s) for s in scores])
     incomplete = _incomplete(rollouts, values)
@@ -142,87 +172,144 @@ def score(
     )
 
 
-class _Failed(Exception):
-    """Internal: this function has no result; `cause` says why."""
+def still_running() -> list[str]:
+    """Names of the threads of functions that never came back. One that waits for a thread pool of its own keeps Python
+    from ending when the run does."""
+    return sorted(thread.name for thread in _abandoned.values() if thread.is_alive())
 
-    def __init__(self, cause: Exception) -> None:
-        self.cause = cause
+
+def _where(step: int | None, rollouts: Sequence[Rollout] = (), index: int | None = None) -> str:
+    """This rank, the step and the prompt, as far as they are known."""
+    parts = [f"rank {dist.get_rank() if dist.is_initialized() else 0}"]
+    if step is not None:
+        parts.append(f"step {step}")
+    if index is not None and 0 <= index < len(rollouts):
+        parts.append(f"prompt {rollouts[index].prompt.id!r}")
+    return ", ".join(parts)
 
 
-def _run_all(rollouts: Sequence[Rollout], functions: Mapping[str, RewardFunction], timeout: float) -> dict[str, Any]:
-    """Results by name; an exception instance where a function raised, ran late, or still hangs from an earlier call."""
-    results: dict[str, Any] = {}
+@dataclass(slots=True)
+class Outcome:
+    """Where a thread leaves what came out; one that is abandoned keeps its own and disturbs nobody."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+
+def _run_all(
+    rollouts: Sequence[Rollout], functions: Mapping[str, RewardFunction], timeout: float
+) -> dict[str, Outcome]:
+    """What came out, by name: a value, or why a function has none (it raised, ran late, hangs from an earlier call)."""
+    outcomes: dict[str, Outcome] = {}
     threads: dict[str, threading.Thread] = {}
     deadline = time.monotonic() + timeout
+    columns = columns_of(rollouts)
     for name, function in functions.items():
         earlier = _abandoned.get(id(function))
         if earlier is not None and earlier.is_alive():
-            results[name] = TimeoutError("an earlier call is still running")
+            outcomes[name] = Outcome(error=TimeoutError(f"an earlier call is still running{_stuck_at(earlier)}"))
             continue
         _abandoned.pop(id(function), None)
-        box = results[name] = _Box()
-        columns = columns_of(rollouts)  # fresh lists for each, so that no function can change what another sees
-        thread = threading.Thread(target=_call, args=(function, columns, box), name=f"reward-{name}", daemon=True)
-        threads[name] = thread
-        thread.start()
+        own = _copied(columns)
+        outcome = outcomes[name] = Outcome()
+        thread = threading.Thread(
+            target=call, args=(function, own, outcome, deadline), name=f"reward-{name}", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more threads
+            outcome.error = error
+        else:
+            threads[name] = thread
     for name, thread in threads.items():
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
-            _abandoned[id(functions[name])] = thread
-            results[name] = TimeoutError(f"no answer within {timeout:g} s")
-        else:
-            results[name] = results[name].value
-    return {name: results[name] for name in functions}
+            outcomes[name] = Outcome(error=TimeoutError(f"no answer within {timeout:g} s{_stuck_at(thread)}"))
+            cancel = getattr(functions[name], "cancel", None)
+            if cancel is not None:
+                cancel()
+                thread.join(CANCELLED)
+            if thread.is_alive():
+                _abandoned[id(functions[name])] = thread
+    return outcomes
 
 
-class _Box:
-    """Where a thread leaves its result; one that is abandoned keeps its own box and disturbs nobody."""
+def _copied(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Fresh lists for each function, so that none can change what another sees; their entries are shared."""
+    own = {name: list(column) for name, column in columns.items()}
+    return own | {"completion_ids": [list(ids) for ids in columns["completion_ids"]]}
 
-    value: Any = None
+
+def _stuck_at(thread: threading.Thread) -> str:
+    """`, at my.py:12 in judge, within socket.py:720 in readinto`: the reward's own line, and the innermost one that it
+    waits for; nothing once the thread has ended."""
+    frame: FrameType | None = sys._current_frames().get(thread.ident or 0)
+    places: list[str] = []
+    while frame is not None and frame.f_code is not call.__code__:
+        places.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
+        frame = frame.f_back
+    if frame is None or not places:
+        return ""
+    return f", at {places[-1]}" + (f", within {places[0]}" if len(places) > 1 else "")
 
 
-def _call(function: RewardFunction, columns: dict[str, list[Any]], box: _Box) -> None:
+def call(function: RewardFunction, columns: dict[str, list[Any]], outcome: Outcome, deadline: float = math.inf) -> None:
+    """Leaves in `outcome` what a function returns or raises; an async one is awaited until `deadline` (monotonic)."""
     try:
         with torch.no_grad():  # grad mode is per thread
             result = function(**columns)
-            box.value = asyncio.run(_await(result)) if inspect.isawaitable(result) else result
-    except Exception as error:
-        box.value = error
+            outcome.value = asyncio.run(_awaited(result, deadline)) if inspect.isawaitable(result) else result
+    except BaseException as error:  # SystemExit and CancelledError too: a thread would end by them without a word
+        outcome.error = error
 
 
-async def _await(result: Awaitable[RewardValues]) -> RewardValues:
-    return await result
+async def _awaited(result: Awaitable[RewardValues], deadline: float) -> RewardValues:
+    """Cancelled shortly before the deadline, so that its thread has ended when the others are given up."""
+    left = deadline - time.monotonic()
+    limit = asyncio.timeout(left - min(1.0, 0.05 * left))
+    try:
+        async with limit:
+            return await result
+    except TimeoutError:
+        if limit.expired():
+            raise TimeoutError("no answer in time; cancelled") from None
+        raise
 
 
-def _checked(name: str, result: Any, num_expected: int) -> RewardValues:
-    if isinstance(result, Exception):
-        raise _Failed(result)
+def checked(name: str, result: Any, num_expected: int) -> RewardValues:
+    """What a function returned, as a list.
+
+    Raises:
+        RewardError: another number of values, or one that is neither None nor a finite number.
+    """
     if not isinstance(result, list | tuple):
         what = (
             f"expected a list of {num_expected} numbers or None, got {type(result).__name__}; use .tolist() on arrays"
         )
-        raise _Failed(RewardError(name, None, what))
+        raise RewardError(name, None, what)
     if len(result) != num_expected:
-        raise _Failed(RewardError(name, None, f"expected {num_expected} values, one per trajectory, got {len(result)}"))
+        raise RewardError(name, None, f"expected {num_expected} values, one per trajectory, got {len(result)}")
     for index, value in enumerate(result):
         if value is None:
             continue
         if not isinstance(value, numbers.Real):
             what = f"expected a number or None, got {type(value).__name__}; use float(...) or .item()"
-            raise _Failed(RewardError(name, index, what))
-        if not math.isfinite(value):
-            raise _Failed(RewardError(name, index, f"got {value}; return None where there is nothing to say"))
+            raise RewardError(name, index, what)
+        try:
+            number = float(value)
+        except OverflowError:  # Python's integers have no limit
+            number = math.inf
+        if not -LARGEST <= number <= LARGEST:  # false for NaN
+            what = f"expected a finite float32, got {number:g}; return None where there is nothing to say"
+            raise RewardError(name, index, what)
     return list(result)
 
 
 def _incomplete(rollouts: Sequence[Rollout], values: Tensor) -> Tensor:
     """[S] bool: trajectories that lack a reward which another trajectory of the same prompt has."""
-    groups: dict[str, list[int]] = {}
-    for row, rollout in enumerate(rollouts):
-        groups.setdefault(rollout.prompt.id, []).append(row)
-    marked = torch.zeros(len(rollouts), dtype=torch.bool)
-    present = ~values.isnan()
-    for members in groups.values():
-        applies = present[members].any(0)
-        marked[members] = (applies & ~present[members]).any(1)
-    return marked & torch.tensor([not rollout.dropped for rollout in rollouts], dtype=torch.bool)
+    known: dict[str, int] = {}
+    group_S = torch.tensor([known.setdefault(rollout.prompt.id, len(known)) for rollout in rollouts], dtype=torch.long)
+    present_SK = ~values.isnan()
+    applies_PK = torch.zeros(len(known), values.shape[1]).index_add_(0, group_S, present_SK.float()) > 0
+    finished_S = torch.tensor([not rollout.dropped for rollout in rollouts], dtype=torch.bool)
+    return (applies_PK[group_S] & ~present_SK).any(1) & finished_S

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessor
+from transformers import BlipForConditionalGeneration, BlipImageProcessor
 
 from syncr1.engine.pictures import MemoryImage
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.records import Prompt
-from syncr1.engine.rewards.clip import Preparation
-from syncr1.engine.rewards.perceptual import check_images
+from syncr1.engine.rewards.batches import check_images
+from syncr1.engine.rewards.checkpoints import Preparation, Pretrained, frozen
 from syncr1.engine.rollout import Sampling, generate
 
 Captioner = Callable[[Tensor], list[str]]
@@ -32,7 +31,7 @@ _ONE_AT_A_TIME = threading.Lock()
 QUESTION = "Describe the image in one sentence."
 
 
-class BlipCaptioner:
+class BlipCaptioner(Pretrained):
     """BLIP's captions, greedy: ULM-R1's first released captioner is `Salesforce/blip-image-captioning-base`.
 
     Args:
@@ -43,6 +42,8 @@ class BlipCaptioner:
         batch_size: images in one pass.
     """
 
+    model_class, processor_class = BlipForConditionalGeneration, BlipImageProcessor
+
     def __init__(
         self,
         model: BlipForConditionalGeneration,
@@ -52,32 +53,8 @@ class BlipCaptioner:
         max_new_tokens: int = 50,
         batch_size: int = 32,
     ) -> None:
-        self.model, self.tokenizer, self.preparation = model.eval().requires_grad_(False), tokenizer, preparation
+        self.model, self.tokenizer, self.preparation = frozen(model), tokenizer, preparation
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        *,
-        revision: str | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        max_new_tokens: int = 50,
-        batch_size: int = 32,
-    ) -> Self:
-        """A checkpoint in safetensors, by name or from a folder.
-
-        Raises:
-            OSError: nothing there, or no safetensors.
-        """
-        where = {"revision": revision or "main", "trust_remote_code": False}
-        model = BlipForConditionalGeneration.from_pretrained(
-            name_or_folder, dtype=dtype, use_safetensors=True, **where
-        ).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **where)
-        preparation = Preparation.of(BlipImageProcessor.from_pretrained(name_or_folder, **where))
-        return cls(model, tokenizer, preparation, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[str]:

@@ -10,82 +10,21 @@ Dims: n images, D features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import CLIPImageProcessor, CLIPModel
 
 from syncr1.engine.pictures import ImageRef
-from syncr1.engine.rewards.perceptual import Kept, by_shape, check_images, picture_pixels
-
-_MODES = {2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers of the ways to resample, which processors' files hold."""
+from syncr1.engine.rewards.batches import Kept, by_shape, check_images, picture_pixels
+from syncr1.engine.rewards.checkpoints import Preparation, Pretrained, frozen
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preparation:
-    """What a transformers image processor does to a picture, for tensors in [0, 1]."""
-
-    size: tuple[int, int] | int
-    """Height and width, or the shorter side alone, which keeps the aspect."""
-    crop: tuple[int, int] | None
-    """Height and width of the middle that stays."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    mode: str
-
-    @classmethod
-    def of(cls, processor: Any) -> Self:
-        """From a `CLIPImageProcessor`, a `BlipImageProcessor`, or another that only resizes, crops and normalises.
-
-        Raises:
-            ValueError: it has settings that this cannot follow; the message has them.
-        """
-        settings = processor.to_dict()
-        size, crop = settings["size"], settings.get("crop_size")
-        mode = _MODES.get(int(settings.get("resample", 3)))
-        whole = "shortest_edge" in size or {"height", "width"} <= set(size)
-        if not (whole and mode and settings.get("do_normalize", True) and settings.get("do_resize", True)):
-            raise ValueError(f"image processor: expected one that resizes and normalises, got {settings}")
-        edge = size.get("shortest_edge")
-        target = int(edge) if edge else (int(size["height"]), int(size["width"]))
-        cut = (int(crop["height"]), int(crop["width"])) if crop and settings.get("do_center_crop") else None
-        smallest = (target, target) if isinstance(target, int) else target
-        if cut is not None and (cut[0] > smallest[0] or cut[1] > smallest[1]):
-            raise ValueError(f"image processor: crop {cut} is larger than size {size}; padding is not supported")
-        return cls(
-            size=target,
-            crop=cut,
-            mean=tuple(settings["image_mean"]),
-            std=tuple(settings["image_std"]),
-            mode=mode,
-        )
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """[n, 3, H, W] float32 in [0, 1] -> [n, 3, *size or *crop] float32, normalised."""
-        height, width = images.shape[2:]
-        if isinstance(self.size, int):
-            short, long = sorted((height, width))
-            longer = int(self.size * long / short)
-            size = (self.size, longer) if height <= width else (longer, self.size)
-        else:
-            size = self.size
-        if size != (height, width):
-            images = F.interpolate(images, size, mode=self.mode, antialias=True).clamp(0.0, 1.0)
-        if self.crop is not None:
-            top, left = (round((side - cut) / 2) for side, cut in zip(size, self.crop, strict=True))
-            images = images[:, :, top : top + self.crop[0], left : left + self.crop[1]]
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (images - mean) / std
-
-
-class ClipScorer:
+class ClipScorer(Pretrained):
     """Features of length 1 of images and texts, and their cosines.
 
     Args:
@@ -96,6 +35,8 @@ class ClipScorer:
         max_bytes: of features that are kept, on the CPU; of texts and of pictures each.
     """
 
+    model_class, processor_class = CLIPModel, CLIPImageProcessor
+
     def __init__(
         self,
         model: CLIPModel,
@@ -105,32 +46,11 @@ class ClipScorer:
         batch_size: int = 64,
         max_bytes: int = 1 << 26,
     ) -> None:
-        self.model, self.tokenizer, self.preparation = model.eval().requires_grad_(False), tokenizer, preparation
+        self.model, self.tokenizer, self.preparation = frozen(model), tokenizer, preparation
         self.batch_size = batch_size
         self.max_length = int(model.config.text_config.max_position_embeddings)
         self._texts: Kept[str, Tensor] = Kept(self._of_texts, _num_bytes, max_bytes)
         self._pictures: Kept[ImageRef, Tensor] = Kept(self._of_pictures, _num_bytes, max_bytes)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        *,
-        revision: str | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        **more: Any,
-    ) -> Self:
-        """A checkpoint in safetensors, by name or from a folder; `more` goes to the constructor.
-
-        Raises:
-            OSError: nothing there, or no safetensors.
-        """
-        where = {"revision": revision or "main", "trust_remote_code": False}
-        model = CLIPModel.from_pretrained(name_or_folder, dtype=dtype, use_safetensors=True, **where).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **where)
-        preparation = Preparation.of(CLIPImageProcessor.from_pretrained(name_or_folder, **where))
-        return cls(model, tokenizer, preparation, **more)
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
@@ -220,4 +140,23 @@ class ClipTextReward:
         cosines = self.scorer.clip_t([images[i] for i in rows], [target[i] or prompts[i] for i in rows])  # type: ignore[misc]
         for row, cosine in zip(rows, cosines, strict=True):
             rewards[row] = self.scale * cosine
+        return rewards
+
+
+class ClipImageReward:
+    """CLIP-I: cosine of the features of drawing and real picture; None without either."""
+
+    def __init__(self, scorer: ClipScorer) -> None:
+        self.scorer = scorer
+        self.__name__ = "clip_image"
+
+    def __call__(
+        self, *, images: Sequence[Tensor | None], real_image: Sequence[ImageRef | None], **_: Any
+    ) -> list[float | None]:
+        rows = [i for i, image in enumerate(images) if image is not None and real_image[i] is not None]
+        rewards: list[float | None] = [None] * len(images)
+        drawn = [image for i in rows if (image := images[i]) is not None]
+        real = [[ref] for i in rows if (ref := real_image[i]) is not None]
+        for row, value in zip(rows, self.scorer.clip_i(drawn, real), strict=True):
+            rewards[row] = value
         return rewards

@@ -16,7 +16,9 @@ from typing import Any
 
 from syncr1.engine.rewards.adapters import ADAPTERS
 from syncr1.engine.rewards.base import RewardFunction
+from syncr1.engine.rewards.isolated import IsolatedError, IsolatedReward
 
+ISOLATED = "isolated"
 FORM = "expected [adapter@]package.module:function or [adapter@]path/to/file.py:function"
 
 
@@ -33,7 +35,8 @@ def load_reward(spec: str) -> RewardFunction:
     """The reward function that `spec` names.
 
     A class is made into an object without arguments, and so is what stands before `()`: the result of a call without
-    arguments, for functions that make reward functions. `adapter@` wraps one of another codebase, see `ADAPTERS`.
+    arguments, for functions that make reward functions. `adapter@` wraps one of another codebase, see `ADAPTERS`;
+    `isolated@` runs it in a process of its own, and may stand before another adapter.
 
     Args:
         spec: e.g. `my_rewards.py:brightness`, `my_package.rewards:Likeness`, `verl@scores.py:compute_score`.
@@ -44,8 +47,14 @@ def load_reward(spec: str) -> RewardFunction:
     adapter, found, target = spec.partition("@")
     if not (found and adapter.isidentifier()):  # else the mark belongs to a path, ./a@b/file.py
         adapter, target = "", spec
+    if adapter == ISOLATED:
+        try:
+            return IsolatedReward(target)
+        except IsolatedError as error:
+            raise RewardSpecError(f"in a process of its own: {error}") from None
     if adapter and adapter not in ADAPTERS:
-        raise RewardSpecError(f"reward {spec!r}: unknown adapter {adapter!r}; known: {', '.join(ADAPTERS)}")
+        known = ", ".join([*ADAPTERS, ISOLATED])
+        raise RewardSpecError(f"reward {spec!r}: unknown adapter {adapter!r}; known: {known}")
     where, _, attribute = target.rpartition(":")
     makes = attribute.endswith("()")
     attribute = attribute.removesuffix("()")

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from syncr1.engine.pictures import ImageRef
+from syncr1.engine.rewards.batches import by_shape
 from syncr1.engine.rewards.captioner import Captioner
-from syncr1.engine.rewards.perceptual import ImageSimilarity, by_shape
+from syncr1.engine.rewards.perceptual import ImageSimilarity
 from syncr1.engine.rewards.text_similarity import TextSimilarity
 
 

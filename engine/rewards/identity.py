@@ -12,15 +12,15 @@ Dims: n images, D features.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from syncr1.engine.pictures import ImageRef, load_pictures
+from syncr1.engine.rewards.batches import Kept, by_shape
 
 Features = Callable[[Tensor], Tensor]
 """Images [n, 3, H, W] float32 in [0, 1] to features [n, D]; must be frozen, or the reward drifts with the policy."""
@@ -36,10 +36,9 @@ class IdentityReward:
             size: reference photos are scaled and cropped to this many pixels squared, as the policy sees them.
             max_cached: references whose features are kept; the least recently used goes first.
         """
-        self.features, self.size, self.max_cached = features, size, max_cached
+        self.features, self.size = features, size
         self.__name__ = "identity"
-        self._cache: OrderedDict[ImageRef, Tensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self.known: Kept[ImageRef, Tensor] = Kept(self._of_photos, lambda _: 1, max_cached)
 
     def __call__(
         self, *, images: Sequence[Tensor | None], references: Sequence[tuple[ImageRef, ...]], **_: Any
@@ -54,43 +53,29 @@ class IdentityReward:
         rewards: list[float | None] = [None] * len(images)
         if not rows:
             return rewards
-        drawn = self._embed([images[i] for i in rows])  # type: ignore[misc]
-        known = self._reference_features([references[i] for i in rows])
+        drawn = self._embed([image for i in rows if (image := images[i]) is not None])
+        known = self.known([photo for i in rows for photo in references[i]])
         for row, feature in zip(rows, drawn, strict=True):
-            cosines = torch.stack([known[path] for path in references[row]]) @ feature
+            cosines = torch.stack([known[photo] for photo in references[row]]) @ feature
             rewards[row] = float((2.0 * (cosines - 0.5)).clamp(0.0, 1.0).mean())
         return rewards
 
-    def _reference_features(self, wanted: Sequence[tuple[ImageRef, ...]]) -> dict[ImageRef, Tensor]:
-        """Unit features [D] of every path in `wanted`; only unknown ones are computed."""
-        paths = list(dict.fromkeys(path for group in wanted for path in group))
-        with self._lock:
-            new = [path for path in paths if path not in self._cache]
-            if new:
-                photos = load_pictures(new, self.size)
-                self._cache.update(zip(new, self._embed(list(photos)), strict=True))
-            for path in paths:
-                self._cache.move_to_end(path)
-            known = {path: self._cache[path] for path in paths}
-            while len(self._cache) > self.max_cached:
-                self._cache.popitem(last=False)
-        return known
+    def _of_photos(self, photos: list[ImageRef]) -> list[Tensor]:
+        return self._embed(list(load_pictures(photos, self.size)))
 
-    def _embed(self, images: Sequence[Tensor]) -> Tensor:
-        """Unit features [n, D] on the CPU; images of different sizes go through in one batch per size."""
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
+    def _embed(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """[D] of length 1 of each on the CPU; images of different sizes go through in one batch per size."""
+        for image in images:
             if image.ndim != 3 or image.shape[0] != 3:
                 raise ValueError(f"identity reward: expected images [3, H, W], got {tuple(image.shape)}")
-            by_shape.setdefault(tuple(image.shape), []).append(index)
-        parts: list[Tensor] = [torch.empty(0)] * len(images)
+        found: list[Tensor] = [torch.empty(0)] * len(images)
         with torch.no_grad():
-            for members in by_shape.values():
+            for members in by_shape(images):
                 features = self.features(torch.stack([images[i] for i in members])).float().flatten(1).cpu()
                 if not features.isfinite().all():
                     raise ValueError(
                         "identity reward: features of an image are not finite; check the feature extractor"
                     )
-                for index, feature in zip(members, torch.nn.functional.normalize(features, dim=-1), strict=True):
-                    parts[index] = feature
-        return torch.stack(parts)
+                for index, feature in zip(members, F.normalize(features, dim=-1), strict=True):
+                    found[index] = feature.clone()  # a view would keep the whole batch in memory
+        return found

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncr1.engine.rewards.batches import by_shape
+
 AttributeScorer = Callable[[Tensor, Sequence[Mapping[str, str]]], Tensor]
 """Images [n, 3, H, W] in [0, 1] and the attributes wanted of each (possibly a part of all) to how right each is:
 [n, A] float in [0, 1] (0 or 1 when the reading is hard); NaN for an attribute that is not named. The order of the
@@ -60,14 +62,12 @@ class CaptionLikelihoodJudge:
     ) -> list[float | None]:
         rows = [i for i, image in enumerate(images) if image is not None and target[i]]
         rewards: list[float | None] = [None] * len(images)
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for row in rows:
-            by_shape.setdefault(tuple(images[row].shape), []).append(row)  # type: ignore[union-attr]
-        for members in by_shape.values():
-            texts = [str(target[i]) for i in members]
-            logp = self.caption_logp(torch.stack([images[i] for i in members]), texts)  # type: ignore[misc]
-            for row, value in zip(members, logp.float().clamp(max=0.0).exp().tolist(), strict=True):
-                rewards[row] = value if math.isfinite(value) else None  # a text without tokens has no likelihood
+        drawn = [image for i in rows if (image := images[i]) is not None]
+        for members in by_shape(drawn):
+            texts = [str(target[rows[i]]) for i in members]
+            logp = self.caption_logp(torch.stack([drawn[i] for i in members]), texts)
+            for index, value in zip(members, logp.float().clamp(max=0.0).exp().tolist(), strict=True):
+                rewards[rows[index]] = value if math.isfinite(value) else None  # a text without tokens has none
         return rewards
 
 

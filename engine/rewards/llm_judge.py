@@ -18,7 +18,6 @@ import re
 import string
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
@@ -28,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from syncr1.engine.pictures import ImageRef, open_picture
+from syncr1.engine.rewards.batches import Kept
 from syncr1.engine.rewards.chat import ChatClient, ChatError, Message
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ Result = TypeVar("Result")
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 MAX_REPLY = 20_000
 """Characters of a reply that are searched for scores; a list of numbers is far shorter."""
+MAX_KEPT = 1 << 26
+"""Bytes of encoded reference photos that are kept."""
 
 
 class LLMJudge:
@@ -94,14 +96,7 @@ class LLMJudge:
         Raises:
             ValueError: a template with an unknown field, a number that cannot work, or what `ChatClient` refuses.
         """
-        known = {name for _, name, _, _ in string.Formatter().parse(prompt_template) if name is not None}
-        if known - FIELDS:
-            raise ValueError(f"llm judge: prompt_template has {sorted(known - FIELDS)}; known fields: {sorted(FIELDS)}")
-        if batch_by not in ("prompt", "single") or reference not in ("references", "real_image", None):
-            raise ValueError(
-                "llm judge: expected batch_by 'prompt' or 'single' and reference 'references', 'real_image' or None, "
-                f"got {batch_by!r} and {reference!r}"
-            )
+        _check(prompt_template, batch_by, reference)
         if not (max_concurrency >= 1 and max_images >= 1 and max_side >= 16 and 0 < top < math.inf and budget > 0):
             raise ValueError(
                 "llm judge: expected max_concurrency >= 1, max_images >= 1, max_side >= 16, top > 0 and budget > 0, "
@@ -117,7 +112,7 @@ class LLMJudge:
         self.num_failed = 0
         """Images and questions that were given up so far."""
         self.__name__, self.kind = "llm_judge", "image"
-        self._photos: OrderedDict[ImageRef, str] = OrderedDict()
+        self._photos: Kept[ImageRef, str] = Kept(self._of_photos, len, MAX_KEPT)
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -233,7 +228,7 @@ class LLMJudge:
         fields = {"num_images": len(images), "prompt": prompt, "target": wanted, "top": f"{self.top:g}"}
         content: list[dict[str, Any]] = [{"type": "text", "text": self.prompt_template.format(**fields)}]
         if photo is not None:
-            content += [{"type": "text", "text": "Reference photo:"}, self._picture(self._photo(photo))]
+            content += [{"type": "text", "text": "Reference photo:"}, self._picture(self._photos([photo])[photo])]
         for number, image in enumerate(images, start=1):
             assert image is not None
             content += [{"type": "text", "text": f"Image {number}:"}, self._picture(_data_url(image, self.max_side))]
@@ -243,22 +238,23 @@ class LLMJudge:
         system: list[Message] = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return [*system, {"role": "user", "content": content}]
 
-    def _photo(self, photo: ImageRef) -> str:
-        """The reference as a data URL; the most recent 256 are kept."""
-        with self._lock:
-            if photo in self._photos:
-                self._photos.move_to_end(photo)
-                return self._photos[photo]
-        url = _encode(open_picture(photo), self.max_side)
-        with self._lock:
-            self._photos[photo] = url
-            while len(self._photos) > 256:
-                self._photos.popitem(last=False)
-        return url
+    def _of_photos(self, photos: Sequence[ImageRef]) -> list[str]:
+        return [_encode(open_picture(photo), self.max_side) for photo in photos]
 
     @staticmethod
     def _picture(url: str) -> dict[str, Any]:
         return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _check(prompt_template: str, batch_by: str, reference: str | None) -> None:
+    known = {name for _, name, _, _ in string.Formatter().parse(prompt_template) if name is not None}
+    if known - FIELDS:
+        raise ValueError(f"llm judge: prompt_template has {sorted(known - FIELDS)}; known fields: {sorted(FIELDS)}")
+    if batch_by not in ("prompt", "single") or reference not in ("references", "real_image", None):
+        raise ValueError(
+            "llm judge: expected batch_by 'prompt' or 'single' and reference 'references', 'real_image' or None, "
+            f"got {batch_by!r} and {reference!r}"
+        )
 
 
 def read_scores(reply: str, count: int, top: float) -> list[float] | None:

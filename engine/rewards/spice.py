@@ -24,16 +24,16 @@ from typing import Any, Self
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
-from syncr1.engine.rewards.perceptual import Kept
+from syncr1.engine.rewards.batches import Kept
+from syncr1.engine.rewards.checkpoints import Pretrained, frozen
 
 Words = tuple[str, ...]
 Parser = Callable[[Sequence[str]], "list[SceneGraph]"]
 Synonyms = Callable[[str], frozenset[int]]
 """A word, or several, to its synsets; empty for one that is unknown."""
 
-CHECKPOINT = "lizhuang144/flan-t5-base-VG-factual-sg"
 TASK = "Generate Scene Graph: "
 _MARKS = re.compile(r"(?<![^\s(,])p?v:|:\d+\b")
 """FACTUAL's marks of verbs and of which of several things is meant."""
@@ -178,8 +178,8 @@ def _pairs(text: str) -> Iterable[tuple[str, str]]:
     return zip(lines[::2], lines[1::2], strict=True)
 
 
-class FactualParser:
-    """Captions to scene graphs, by a T5 that was trained on FACTUAL.
+class FactualParser(Pretrained):
+    """Captions to scene graphs, by a T5 that was trained on FACTUAL: `lizhuang144/flan-t5-base-VG-factual-sg`.
 
     Args:
         model: put into eval mode.
@@ -189,6 +189,8 @@ class FactualParser:
         num_beams: of the search.
         batch_size: captions in one pass.
     """
+
+    model_class = AutoModelForSeq2SeqLM
 
     def __init__(
         self,
@@ -200,27 +202,8 @@ class FactualParser:
         num_beams: int = 5,
         batch_size: int = 32,
     ) -> None:
-        self.model, self.tokenizer, self.batch_size = model.eval().requires_grad_(False), tokenizer, batch_size
+        self.model, self.tokenizer, self.batch_size = frozen(model), tokenizer, batch_size
         self.max_input_tokens, self.max_output_tokens, self.num_beams = max_input_tokens, max_output_tokens, num_beams
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path = CHECKPOINT,
-        *,
-        revision: str | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        **more: Any,
-    ) -> Self:
-        """A checkpoint in safetensors, by name or from a folder; `more` goes to the constructor.
-
-        Raises:
-            OSError: nothing there, or no safetensors.
-        """
-        where = {"revision": revision or "main", "trust_remote_code": False}
-        model = AutoModelForSeq2SeqLM.from_pretrained(name_or_folder, dtype=dtype, use_safetensors=True, **where)
-        return cls(model.to(device), AutoTokenizer.from_pretrained(name_or_folder, **where), **more)
 
     def __call__(self, captions: Sequence[str]) -> list[SceneGraph]:
         """n captions -> n graphs; an empty graph for an empty caption."""

@@ -15,8 +15,7 @@ Dims: n texts or pairs, L tokens, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
@@ -24,15 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from syncr1.engine.rewards.accuracy import soft_jaccard
+from syncr1.engine.rewards.checkpoints import Pretrained, frozen
 
 TextSimilarity = Callable[[Sequence[str], Sequence[str]], list[float]]
 """n candidates and n references to likeness in [0, 1]; 0 for an empty text."""
 
 
-class BertScore:
+class BertScore(Pretrained):
     """BERTScore F1; each different text of a call goes through the model once.
 
     Args:
@@ -41,7 +41,12 @@ class BertScore:
         layer: whose hidden states are compared; -1 is the last, 0 the embeddings.
         max_length: longer texts are cut; None: as many tokens as the model has positions, 512 at most.
         batch_size: texts in one pass, and pairs compared at once.
+
+    Raises:
+        ValueError: the model has no such layer.
     """
+
+    model_class = AutoModel
 
     def __init__(
         self,
@@ -52,31 +57,12 @@ class BertScore:
         max_length: int | None = None,
         batch_size: int = 64,
     ) -> None:
-        self.model, self.tokenizer, self.layer = model.eval().requires_grad_(False), tokenizer, layer
+        self.model, self.tokenizer, self.layer = frozen(model), tokenizer, layer
         self.max_length = max_length or _num_positions(model, tokenizer)
         self.batch_size = batch_size
         layers = int(model.config.num_hidden_layers) + 1
         if not -layers <= layer < layers:
             raise ValueError(f"BERTScore: layer {layer} is not there; the model has 0 (embeddings) to {layers - 1}")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        *,
-        revision: str | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        **more: Any,
-    ) -> Self:
-        """A checkpoint in safetensors, by name or from a folder; `more` goes to the constructor.
-
-        Raises:
-            OSError: nothing there, or no safetensors.
-        """
-        where = {"revision": revision or "main", "trust_remote_code": False}
-        model = AutoModel.from_pretrained(name_or_folder, dtype=dtype, use_safetensors=True, **where).to(device)
-        return cls(model, AutoTokenizer.from_pretrained(name_or_folder, **where), **more)
 
     @torch.no_grad()
     def __call__(self, candidates: Sequence[str], references: Sequence[str]) -> list[float]:
