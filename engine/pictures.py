@@ -18,13 +18,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from syncr1.engine.messages import Refused
+
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger pictures are refused before they are decoded (a decompression bomb is a small file)."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Pillow opens a phone's MPO as JPEG; named here, it would raise KeyError."""
 
 
-class PictureError(ValueError):
+class PictureError(Refused):
     """A picture that cannot be used; the message names the file and the reason."""
 
 

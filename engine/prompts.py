@@ -25,6 +25,7 @@ from syncr1.engine.evaluate.unifybench import (
     recognition_test,
     recognition_training,
 )
+from syncr1.engine.messages import shown
 from syncr1.engine.records import Prompt, SegmentKind
 
 __all__ = ["DataError", "load_anchors", "load_benchmark", "load_training_prompts"]
@@ -238,10 +239,13 @@ def _general(root: Path, split: str) -> list[Prompt]:
     ]
     path = folder / "captions.json"
     attributes = image_attributes(folder)
-    for index, entry in enumerate(read_json(path) if path.is_file() else ()):
+    entries = read_json(path) if path.is_file() else []
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: expected a list of captions, got {type(entries).__name__}")
+    for index, entry in enumerate(entries):
         caption = entry.get("caption") if isinstance(entry, Mapping) else None
         if not isinstance(caption, str) or not caption.strip():
-            raise DataError(f"{path}, entry {index}: column 'caption' must be text, got {caption!r}")
+            raise DataError(f"{path}, entry {index}: column 'caption' must be text, got {shown(caption)}")
         prompts.append(
             Prompt(
                 id=f"{split}/general_image/{index}",
@@ -249,7 +253,7 @@ def _general(root: Path, split: str) -> list[Prompt]:
                 text=caption,
                 segments=IMAGE_ONLY,
                 target=caption,
-                attributes=attributes.get(entry.get("image")),
+                attributes=attributes.get(str(entry.get("image"))),
             )
         )
     return prompts

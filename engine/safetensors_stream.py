@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from syncr1.engine.messages import Refused
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,7 +50,7 @@ MAX_HEADER_BYTES = 100_000_000
 """Readers refuse longer headers."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Refused):
     """A checkpoint that cannot be read or used: what was expected, what came, and the remedy."""
 
 
@@ -88,7 +90,7 @@ class MappedCheckpoint:
         for file, expected in self.files.items():
             try:
                 opened = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError) as error:  # a name that no file could have
                 raise CheckpointError(f"{file}: not a complete safetensors file ({error}); copy it again") from error
             names = opened.offset_keys()
             if expected is not None and set(names) != expected:

@@ -22,10 +22,15 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import yaml
 
+from syncr1.engine.messages import Refused, shown
+
 Config = TypeVar("Config")
 
-MAX_YAML_BYTES = 1 << 20
-"""A settings file is a page of text; anything near this size is something else."""
+MAX_YAML_BYTES = 1 << 15
+"""Twice what all settings and their explanations take; anything larger is something else, and slow to read."""
+
+MAX_PROBLEMS = 20
+"""Told at once."""
 
 MAX_DEPTH = 4
 """Of lists and mappings within each other; settings need two."""
@@ -33,12 +38,8 @@ MAX_DEPTH = 4
 _SECTION = re.compile(r"^\s*# --- (?P<title>.+?) ---\s*$")
 
 
-class ConfigError(ValueError):
+class ConfigError(Refused):
     """Settings that cannot work.  Each line names the field, what was expected, what came, and the remedy."""
-
-    def __init__(self, message: str) -> None:
-        # YAML can spell half of a surrogate pair, which no terminal takes.
-        super().__init__(message.encode("utf-8", "backslashreplace").decode())
 
     @classmethod
     def of(cls, problems: list[str]) -> ConfigError:
@@ -195,10 +196,9 @@ def _wrong_type(setting: Setting, value: Any) -> str:
         return f"{setting.name}: expected {wanted}, got an integer of {value.bit_length()} bits; take a smaller one"
     if str(value).lower().strip("+-.") in ("nan", "inf", "infinity"):
         wanted = wanted.replace("a number", "a finite number")
-    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     nearest = difflib.get_close_matches(str(value)[:80], [str(choice) for choice in choices(setting.type)], n=1)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"default: {_scalar(setting.default)}"
-    return f"{setting.name}: expected {wanted}, got {shown} ({type(value).__name__}); {remedy}"
+    return f"{setting.name}: expected {wanted}, got {shown(value)} ({type(value).__name__}); {remedy}"
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -233,6 +233,7 @@ def unknown_name(name: str, config_type: type) -> str:
     """What to say about a name that `config_type` lacks: its name here, or the nearest one."""
     known = [setting.name for setting in settings_of(config_type)]
     renamed: Mapping[str, str] = getattr(config_type, "RENAMED", {})
+    name = name if len(name) <= 80 else f"{name[:77]}..."
     if name in renamed:
         return f"{name}: unknown here; {renamed[name]}"
     nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
@@ -246,6 +247,8 @@ def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
     Raises ConfigError for unknown or duplicate keys, tags (`!!python/...`), wrong types, and NaN or infinity.
     """
     where, text = ("YAML", source) if isinstance(source, str) else (str(source), _read(source))
+    if len(text) > MAX_YAML_BYTES:
+        raise ConfigError(f"{where}: is over {MAX_YAML_BYTES} characters, so these are no settings")
     try:
         # _StrictLoader is a SafeLoader: it builds plain values only.
         loaded = yaml.load(text, Loader=_StrictLoader)
@@ -259,8 +262,12 @@ def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{where}: expected `setting: value` lines, got {type(loaded).__name__}")
     known = {setting.name: setting for setting in settings_of(config_type)}
-    values, problems = {}, []
-    for name, value in loaded.items():
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for number, (name, value) in enumerate(loaded.items(), 1):
+        if len(problems) == MAX_PROBLEMS:
+            problems.append(f"{len(loaded) - number + 1} more settings were not looked at")
+            break
         if name not in known:
             problems.append(unknown_name(str(name), config_type))
             continue

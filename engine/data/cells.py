@@ -21,8 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from syncr1.engine.evaluate.unifybench import DataError, inside
+from syncr1.engine.messages import shown
 from syncr1.engine.pictures import PictureError, StoredImage
 
+MAX_PATH = 4096
+"""Characters; as many bytes are what Linux takes."""
 BATCH = 4
 """Rows of a picture column that become arrow arrays at once while one of them is looked for in its row group."""
 
@@ -70,24 +73,21 @@ def confined(root: Path, name: Any, where: str) -> Path:
     if isinstance(name, dict):
         name = name.get("path") or name.get("image")
     if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: a picture must be a path relative to {root}, got {_short(name)}")
+        raise DataError(f"{where}: a picture must be a path relative to {root}, got {shown(name)}")
     if "://" in name:
-        raise DataError(f"{where}: {_short(name)} is an address; download the picture and give its path")
+        raise DataError(f"{where}: {shown(name)} is an address; download the picture and give its path")
+    if len(name) > MAX_PATH:  # resolving it would take quadratic time
+        raise DataError(f"{where}: a path of {len(name)} characters is no usable path; rename the picture")
     try:
         if Path(name).is_absolute():
-            raise DataError(f"{where}: the path {_short(name)} is absolute; give it relative to {root}")
+            raise DataError(f"{where}: the path {shown(name)} is absolute; give it relative to {root}")
         return inside(root, root / name, where)
     except (OSError, RuntimeError) as error:  # too long; a loop of symbolic links
-        raise DataError(f"{where}: {_short(name)} is no usable path ({error}); rename the picture") from error
+        raise DataError(f"{where}: {shown(name)} is no usable path ({error}); rename the picture") from error
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{where}: {_short(name)} is no usable path ({error}); rename the picture") from error
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        raise DataError(f"{where}: {shown(name)} is no usable path ({error}); rename the picture") from error
 
 
 @dataclass(frozen=True)

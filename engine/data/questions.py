@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from syncr1.engine.evaluate.unifybench import DataError
+from syncr1.engine.messages import shown
 
 THINK_THEN_ANSWER = (
     "{question}\n\n"
@@ -25,8 +26,10 @@ WORDS_FORM = "a short answer of one to three words"
 LONGER_FORM = "a concise answer"
 MAX_WORDS = 3
 
-OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
+OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*)$", re.MULTILINE)
+"""White space at the end is the caller's to cut off: a lazy star before it takes quadratic time."""
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+ANSWER_END = re.compile("</answer>", re.IGNORECASE)
 LETTER = re.compile(r"\(?([A-Za-z])[.):]?")
 
 
@@ -48,10 +51,11 @@ def text_of(value: Any, column: str) -> str:
 
 def _messages(value: Any, column: str) -> str:
     if not isinstance(value, list | tuple) or not all(isinstance(turn, Mapping) for turn in value):
-        raise DataError(f"column {column!r} must be text or chat messages, got {_short(value)}")
+        raise DataError(f"column {column!r} must be text or chat messages, got {shown(value)}")
     said: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
     for turn in value:
-        role = str(turn.get("role")).strip("<|>").lower()
+        told = turn.get("role")
+        role = told.strip("<|>").lower() if isinstance(told, str) else shown(told)
         if role not in said:
             raise DataError(f"column {column!r} has a message of role {role!r}; expected system, user or assistant")
         said[role].append(_content(turn.get("content"), column))
@@ -68,7 +72,7 @@ def _content(value: Any, column: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list | tuple):
-        raise DataError(f"column {column!r} has a message whose content is {_short(value)}; expected text or parts")
+        raise DataError(f"column {column!r} has a message whose content is {shown(value)}; expected text or parts")
     texts = []
     for part in value:
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -77,7 +81,7 @@ def _content(value: Any, column: str) -> str:
         elif kind == "image":
             texts.append("<image>")
         else:
-            raise DataError(f"column {column!r} has a part {_short(part)}; expected type 'text' or 'image'")
+            raise DataError(f"column {column!r} has a part {shown(part)}; expected type 'text' or 'image'")
     return "\n".join(texts)
 
 
@@ -94,8 +98,10 @@ def answer_of(value: Any, column: str) -> str:
     if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
-        raise DataError(f"column {column!r} must be one answer, text or a number, got {_short(value)}")
-    tagged = ANSWER_TAG.findall(value)
+        raise DataError(f"column {column!r} must be one answer, text or a number, got {shown(value)}")
+    ends = [found.end() for found in ANSWER_END.finditer(value)]
+    # Openings behind the last end would each be followed to the end of the text, in vain.
+    tagged = ANSWER_TAG.findall(value[: ends[-1]]) if ends else []
     return text_of(tagged[-1] if tagged else value, column)
 
 
@@ -107,7 +113,7 @@ def options_in(problem: str) -> tuple[str, ...]:
         if letter == "A":
             run = []
         if ord(letter) - ord("A") == len(run):
-            run.append(text)
+            run.append(text.rstrip(" \t"))
             best = run if len(run) > len(best) else best
     return tuple(best) if len(best) > 1 else ()
 
@@ -128,7 +134,7 @@ def letter_of(answer: str, options: Sequence[str]) -> str | None:
         return found[1].upper()
     if (line := OPTION_LINE.fullmatch(answer)) is not None:
         index = ord(line[1]) - ord("A")
-        return line[1] if index < len(texts) and texts[index] == line[2].casefold() else None
+        return line[1] if index < len(texts) and texts[index] == line[2].rstrip(" \t").casefold() else None
     return chr(ord("A") + texts.index(answer.casefold())) if texts.count(answer.casefold()) == 1 else None
 
 
@@ -138,8 +144,3 @@ def instructed(problem: str, qa_type: str, answer: str, instruction: str | None)
         return problem
     form = LETTER_FORM if qa_type == "MC" else WORDS_FORM if len(answer.split()) <= MAX_WORDS else LONGER_FORM
     return instruction.replace("{form}", form).replace("{question}", problem)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

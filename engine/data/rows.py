@@ -15,6 +15,7 @@ from typing import Any, Literal
 from syncr1.engine.data.questions import options_in, text_of
 from syncr1.engine.data.table import SPLITS, Table
 from syncr1.engine.evaluate.unifybench import DataError
+from syncr1.engine.messages import shown
 from syncr1.engine.pictures import ImageRef
 from syncr1.engine.records import Prompt
 
@@ -136,7 +137,7 @@ def qa_type_of(value: Any) -> Literal["MC", "OE"] | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or value.strip().upper() not in QA_TYPES:
-        raise DataError(f"column 'qa_type' must be MC or OE, got {value!r}; give one per row")
+        raise DataError(f"column 'qa_type' must be MC or OE, got {shown(value)}; give one per row")
     return QA_TYPES[value.strip().upper()]
 
 

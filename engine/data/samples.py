@@ -49,6 +49,7 @@ from syncr1.engine.data.rows import (
     references_of,
 )
 from syncr1.engine.data.table import Table, open_table
+from syncr1.engine.messages import shown
 from syncr1.engine.pictures import ImageRef
 from syncr1.engine.prompts import DataError, load_training_prompts
 from syncr1.engine.records import Prompt, SegmentKind
@@ -283,7 +284,9 @@ def _segments(value: Any, picture: ImageRef | None) -> tuple[SegmentKind, ...]:
         return IMAGE_ONLY if picture is None else TEXT_ONLY
     words = tuple(value.split("+") if isinstance(value, str) else value if isinstance(value, list | tuple) else ())
     if words not in SEGMENTS:
-        raise DataError(f"column 'segments' must be one of {['+'.join(known) for known in SEGMENTS]}, got {value!r}")
+        raise DataError(
+            f"column 'segments' must be one of {['+'.join(known) for known in SEGMENTS]}, got {shown(value)}"
+        )
     return SEGMENTS[SEGMENTS.index(words)]
 
 
