@@ -37,6 +37,7 @@ from syncr1.engine.safetensors_stream import NAMES, CheckpointError
 
 Result = TypeVar("Result")
 Warn = Callable[[str], None]
+Group = dist.ProcessGroup | None
 
 FORMAT = 1
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
@@ -74,7 +75,12 @@ class Checkpoint:
 
 
 def save(
-    root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int | None = None
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int | None = None,
+    group: Group = None,
 ) -> Path:
     """Writes a checkpoint, then removes all but the newest `keep`. Collective.
 
@@ -84,6 +90,7 @@ def save(
         tensors: this rank's, of any dtype and device that safetensors know.
         state: JSON values; rank 0's is written.
         keep: None keeps all.
+        group: of all ranks, with CPU collectives; a thread beside the training needs one of its own. None: torch's own.
 
     Raises:
         CheckpointError: on every rank, where any of them could not write; older checkpoints are as they were.
@@ -92,11 +99,11 @@ def save(
     folder, draft = root / step_name(step), root / (_DRAFT + step_name(step))
     doing = f"saving {folder}"
     try:
-        agreed(lambda: _begin(root, draft) if rank == 0 else None, doing)
-        shards = everywhere(lambda: _write_tensors(draft / shard_name(rank), tensors), doing)
+        agreed(lambda: _begin(root, draft) if rank == 0 else None, doing, group)
+        shards = everywhere(lambda: _write_tensors(draft / shard_name(rank), tensors), doing, group)
         files = {shard_name(other): entry for other, entry in enumerate(shards)}
-        agreed(lambda: _finish(draft, folder, step, files, state) if rank == 0 else None, doing)
-        agreed(lambda: _prune(root, keep) if rank == 0 else None, f"removing old checkpoints of {root}")
+        agreed(lambda: _finish(draft, folder, step, files, state) if rank == 0 else None, doing, group)
+        agreed(lambda: _prune(root, keep) if rank == 0 else None, f"removing old checkpoints of {root}", group)
     except BaseException:
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
@@ -106,8 +113,9 @@ def save(
 
 def _begin(root: Path, draft: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob(f"{_DRAFT}*"):  # by a run that was killed while it saved
-        _remove(left)
+    for name in ("step_*", LATEST):  # by a run that was killed while it saved
+        for left in root.glob(_DRAFT + name):
+            _remove(left)
     draft.mkdir()
 
 
@@ -323,33 +331,35 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
-def agreed(action: Callable[[], Result], doing: str) -> Result:
-    """The result of `action`, once it succeeded on every rank. Collective.
+def agreed(action: Callable[[], Result], doing: str, group: Group = None) -> Result:
+    """The result of `action`, once it succeeded on every rank of `group`. Collective.
 
     Raises:
-        CheckpointError: on every rank, when the action failed on any of them for the disk's or the data's sake.
+        CheckpointError: on every rank, when the action failed on any of them, for whatever reason: a rank that left
+            with an error of its own would keep the others waiting.
     """
     result, problem, cause = None, None, None
     try:
         result = action()
-    except (OSError, CheckpointError) as error:
-        problem, cause = str(error), error
-    failed = [(rank, text) for rank, text in enumerate(_gathered(problem)) if text is not None]
+    except Exception as error:
+        expected = isinstance(error, OSError | CheckpointError)
+        problem, cause = str(error) if expected else f"{type(error).__name__}: {error}", error
+    failed = [(rank, text) for rank, text in enumerate(_gathered(problem, group)) if text is not None]
     if failed:
         told = (f"rank {rank}: {text}" if place()[1] > 1 else text for rank, text in failed)
         raise CheckpointError(f"{doing}: {'; '.join(told)}") from cause
     return cast(Result, result)
 
 
-def everywhere(action: Callable[[], Result], doing: str) -> list[Result]:
+def everywhere(action: Callable[[], Result], doing: str, group: Group = None) -> list[Result]:
     """`agreed`, with every rank's result, which should be small, in order."""
-    return _gathered(agreed(action, doing))
+    return _gathered(agreed(action, doing, group), group)
 
 
-def _gathered(value: Any) -> list[Any]:
+def _gathered(value: Any, group: Group) -> list[Any]:
     _, world_size = place()
     if world_size == 1:
         return [value]
     values = [None] * world_size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values

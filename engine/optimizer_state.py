@@ -20,6 +20,7 @@ from torch import Tensor
 from syncr1.engine.safetensors_stream import CheckpointError
 
 MASTER = "master"
+STATES = ("step", "exp_avg", "exp_avg_sq")
 
 
 def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
@@ -39,14 +40,22 @@ def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
 
 def check_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError when `tensors` are not of this model, these ranks or this ZeRO stage."""
-    wanted = {f"{MASTER}.{index}": master.shape for index, master in enumerate(_masters(optimizer))}
-    got = {name: tensor.shape for name, tensor in tensors.items() if _split(name)[0] == MASTER}
+    masters = _masters(optimizer)
+    wanted = {f"{MASTER}.{index}": master.shape for index, master in enumerate(masters)}
+    got = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(f"{MASTER}.")}
     if got != wanted:
         odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))[0]
         raise CheckpointError(
             f"the checkpoint's weights are not this run's: {odd} is {_shown(got.get(odd))} there, "
             f"{_shown(wanted.get(odd))} here; resume with the model and settings that it was saved with"
         )
+    for name, tensor in tensors.items():
+        kind, index = _split(name)
+        if kind not in (MASTER, *STATES) or not 0 <= index < len(masters):
+            raise CheckpointError(f"the checkpoint's optimizer is not this run's: it has {name!r}; start a new run")
+        shape = torch.Size() if kind == "step" else masters[index].shape
+        if tensor.shape != shape:
+            raise CheckpointError(f"the checkpoint's {name} is {_shown(tensor.shape)}, expected {_shown(shape)}")
 
 
 @torch.no_grad()
@@ -67,7 +76,7 @@ def load_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Tensor]) -> Non
 
 def _split(name: str) -> tuple[str, int]:
     kind, _, index = name.rpartition(".")
-    return kind, int(index)
+    return kind, int(index) if index.isascii() and index.isdigit() else -1
 
 
 def _shown(shape: Any) -> str:

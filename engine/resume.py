@@ -6,12 +6,14 @@ rollout was used: the resumed run samples, learns and writes what the uninterrup
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from syncr1.engine.checkpoint import (
     place,
     save,
     set_aside,
+    shard_name,
     verified,
 )
 from syncr1.engine.learner import Learner
@@ -37,6 +40,7 @@ from syncr1.engine.optimizer_state import (
     optimizer_tensors,
 )
 from syncr1.engine.safetensors_stream import CheckpointError
+from syncr1.engine.saver import Saver
 from syncr1.engine.settings import ConfigError, to_yaml
 from syncr1.engine.train_config import TrainConfig
 from syncr1.engine.trainer import Prompts, Trainer
@@ -45,7 +49,7 @@ FREE = frozenset({
     *("max_steps", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "save_total_limit", "dry_run"),
     *("eval_samples", "eval_cfg_weight", "report_to", "logging_steps", "replay_check_steps", "sample_steps"),
     *("nodes", "ranks_per_node", "hostfile", "launcher", "max_restarts"),
-    *("reward_timeout", "judge_url", "judge_key_env"),
+    *("reward_timeout", "stage_timeout", "shutdown_timeout", "max_skipped_updates", "judge_url", "judge_key_env"),
 })  # fmt: skip
 """Settings that may differ from those of the checkpoint."""
 ROUNDING = frozenset({
@@ -53,6 +57,7 @@ ROUNDING = frozenset({
 })  # fmt: skip
 """These may differ as well, but other rounding makes the resumed run another one than the uninterrupted."""
 OPTIMIZER, RANDOM = "optimizer/", "random/"
+Made = TypeVar("Made")
 
 
 class ResumablePrompts(Prompts, Protocol):
@@ -145,7 +150,21 @@ def _check_fits(config: TrainConfig, checkpoint: Checkpoint, note: Warn) -> None
         raise CheckpointError(
             f"saved by {checkpoint.world_size} ranks, this run has {world_size}; start {checkpoint.world_size}"
         )
-    check_settings(yaml.safe_load(checkpoint.state()["config"]), config, note)
+    try:
+        before = yaml.safe_load(_entry(checkpoint.state(), "config", str))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(f"state.json: its config is no YAML ({type(error).__name__})") from error
+    if not isinstance(before, dict) or not all(isinstance(name, str) for name in before):
+        raise CheckpointError(f"state.json: expected config to be settings by name, got {type(before).__name__}")
+    check_settings(before, config, note)
+
+
+def _entry(state: Mapping[str, Any], name: str, kind: type[Made]) -> Made:
+    """An entry of the plain state; CheckpointError where it is absent or of another kind."""
+    value = state.get(name)
+    if type(value) is not kind:
+        raise CheckpointError(f"state.json: expected {name}, of type {kind.__name__}, got {type(value).__name__}")
+    return value
 
 
 def check_settings(before: Mapping[str, Any], config: TrainConfig, note: Warn, free: frozenset[str] = FREE) -> None:
@@ -168,7 +187,11 @@ def check_settings(before: Mapping[str, Any], config: TrainConfig, note: Warn, f
 
 
 class Checkpoints:
-    """Takes and puts back the state of one training; every rank has one and calls it at the same steps.
+    """Takes and puts back the state of one training; every rank makes one and calls it at the same steps.
+
+    Saving goes on beside the training: `save` copies the state, which takes as long as reading it once, and a thread
+    hashes and writes the copy, about as long again as the file system needs.  The copy stays on the CPU (page-locked
+    beside a GPU) for the next save: as many bytes as this rank's share of a checkpoint, 12 per trained weight.
 
     Args:
         config: settings of the run, which go with the state.
@@ -179,6 +202,8 @@ class Checkpoints:
     def __init__(self, config: TrainConfig, root: Path, learner: Learner, prompts: ResumablePrompts) -> None:
         self.config, self.root, self.learner, self.prompts = config, root, learner, prompts
         self._at: int | None = None
+        self._saver = Saver(timeout=config.stage_timeout + 60)
+        self._copies: dict[str, Tensor] = {}
 
     def due(self, num_steps: int) -> bool:
         """Whether `checkpointing_steps` asks for a checkpoint after so many steps."""
@@ -186,7 +211,14 @@ class Checkpoints:
         return every > 0 and num_steps % every == 0
 
     def save(self, trainer: Trainer) -> None:
-        """Saves the state between two steps, unless it is the one that was saved or restored last. Collective."""
+        """Begins to save the state between two steps, unless it is the one that was saved or restored last. Collective.
+
+        It is saved when `wait` returns, and may be changed as soon as this does.  First waits for the save before.
+
+        Raises:
+            CheckpointError: the save before failed.
+        """
+        self.wait()
         if self._at == trainer.step:
             return
         rank, _ = place()
@@ -195,13 +227,52 @@ class Checkpoints:
             tensors |= {OPTIMIZER + name: value for name, value in optimizer_tensors(self.learner.optimizer).items()}
         state = {
             "step": trainer.step,
-            "prompts": self.prompts.state_dict(),
-            "preview": None if trainer.preview is None else trainer.preview.state_dict(),
+            "prompts": copy.deepcopy(self.prompts.state_dict()),
+            "preview": None if trainer.preview is None else copy.deepcopy(trainer.preview.state_dict()),
+            **self._constant,
+        }
+        copies, step, keep, group = self._copied(tensors), trainer.step, self.config.save_total_limit, self._saver.group
+        self._saver.start(lambda: save(self.root, step, copies, state, keep, group))
+        self._at = step
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way has failed on this rank so far. A loop that asks all ranks between its steps, and
+        calls `wait` on all when one says so, ends at once rather than at the next save."""
+        return self._saver.failed
+
+    def wait(self) -> None:
+        """Returns when no save is under way. All ranks must call it at the same place.
+
+        Raises:
+            CheckpointError: the same on every rank: any of them could not write; older checkpoints are as they were.
+        """
+        try:
+            self._saver.wait()
+        except Exception:
+            self._at = None
+            raise
+
+    @cached_property
+    def _constant(self) -> dict[str, str]:
+        """What no step changes."""
+        return {
             "config": to_yaml(self.config, comments=False),
             "frozen": frozen_fingerprint(self.learner.policy),
         }
-        save(self.root, trainer.step, tensors, state, self.config.save_total_limit)
-        self._at = trainer.step
+
+    @torch.no_grad()
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the CPU.  Their memory is kept: the first touch of fresh pages takes longer than the copying."""
+        before, self._copies = self._copies, {}
+        for name, value in tensors.items():
+            kept = before.get(name)
+            if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
+                kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._copies[name] = kept.copy_(value, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return dict(self._copies)
 
     def restore(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
         """Puts the state back. Collective.
@@ -209,29 +280,36 @@ class Checkpoints:
         Raises:
             CheckpointError: the checkpoint is of another model or of other data.
         """
-        state, mine, optimizer = agreed(lambda: self._read(checkpoint), f"resuming from {checkpoint.folder}")
+        self.wait()
+        doing = f"resuming from {checkpoint.folder}"
+        step, mine, optimizer = agreed(lambda: self._read(trainer, checkpoint), doing)
         load_optimizer_tensors(self.learner.optimizer, optimizer)
-        if trainer.preview is not None and state["preview"] is not None:
-            trainer.preview.load_state_dict(state["preview"])
-        trainer.step = self._at = int(state["step"])
-        load_random_state(_under(RANDOM, mine))
-        if place()[0] == 0:
-            set_aside(self.root, trainer.step)
+        trainer.step = self._at = step
+        agreed(lambda: load_random_state(_under(RANDOM, mine)), doing)
+        agreed(lambda: set_aside(self.root, step) if place()[0] == 0 else None, doing)
 
-    def _read(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-        """The plain state, this rank's tensors and its optimizer's, all checked; the prompts are put back already."""
+    def _read(self, trainer: Trainer, checkpoint: Checkpoint) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
+        """The step, this rank's tensors and its optimizer's, all checked; prompts and preview are put back already."""
         rank, _ = place()
         state, mine = checkpoint.state(), checkpoint.tensors(rank)
-        if rank == 0 and state["frozen"] != frozen_fingerprint(self.learner.policy):
+        if _entry(state, "step", int) != checkpoint.step:
+            raise CheckpointError(f"state.json: expected step {checkpoint.step}, got {state['step']}")
+        if rank == 0 and state.get("frozen") != self._constant["frozen"]:
             raise CheckpointError("the starting model's frozen weights are others now; resume with the model as it was")
         owner = mine if rank == 0 or self.learner.settings.zero_stage > 0 else checkpoint.tensors(0)
         optimizer = _under(OPTIMIZER, owner)
         check_optimizer_tensors(self.learner.optimizer, optimizer)
+        absent = sorted(random_state().keys() - {"cuda"} - _under(RANDOM, mine).keys())
+        if absent:
+            raise CheckpointError(f"{shard_name(rank)}: expected the random states {absent}, which are absent")
         try:
-            self.prompts.load_state_dict(state["prompts"])
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
-        return state, mine, optimizer
+            self.prompts.load_state_dict(_entry(state, "prompts", dict))
+            if trainer.preview is not None and state.get("preview") is not None:
+                trainer.preview.load_state_dict(_entry(state, "preview", dict))
+        except (ValueError, KeyError, TypeError) as error:
+            told = str(error) if isinstance(error, ValueError) else f"state.json: {type(error).__name__} {error}"
+            raise CheckpointError(told) from error
+        return checkpoint.step, mine, optimizer
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

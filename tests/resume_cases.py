@@ -75,6 +75,7 @@ class Training:
             self.trainer.train_step()
             if saving:
                 self.checkpoints.save(self.trainer)
+        self.checkpoints.wait()
         return self
 
     def resume(self, step: int) -> Training:
@@ -124,6 +125,7 @@ def fails_together(training: Training) -> None:
         if dist.get_rank() == 1:
             checkpoint.os = FullDisk()  # type: ignore[assignment]
         training.checkpoints.save(training.trainer)
+        training.checkpoints.wait()
     except CheckpointError as error:
         assert "rank 1" in str(error) and "rank 0" not in str(error) and "No space left" in str(error)
     else:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from disk_faults import CODES, FaultyOS, faults_on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
-from kills import kill_saves, plain_tensors
+from kills import PlainSaving, kill_saves
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -111,37 +111,14 @@ def test_sigkill_at_any_moment(tmp_path: Path) -> None:
     """Saves in a loop, killed at random: what has a checkpoint's name is whole, and what was saved is there.
 
     SYNCR1_KILLS=200 for more of them; tests/kills.py does the same with ZeRO learners and several ranks."""
-    told = kill_saves(tmp_path, plain_tensors, KILLS)
+    told = kill_saves(tmp_path, PlainSaving, KILLS)
     assert told["last_step"] > KILLS / 4 and told["mid_save"] > KILLS / 4, told
 
 
 # A disk that fails ----------------------------------------------------------------------------------------------------
 
 
-class FaultyOS:
-    """`os`, whose n-th call that changes the disk fails; writes are short, as they may be."""
-
-    def __init__(self, fails_at: int, code: int) -> None:
-        self.left, self.code = fails_at, code
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(os, name)
-        return self._counted(real, name) if name in ("open", "write", "fsync", "rename", "replace") else real
-
-    def _counted(self, real: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            self.left -= 1
-            if self.left == 0:
-                raise OSError(self.code, os.strerror(self.code))
-            if name == "write":
-                file, data = arguments
-                return real(file, data[: max(1, len(data) // 2)])
-            return real(*arguments)
-
-        return call
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("code", CODES)
 def test_an_error_at_the_nth_call_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """Every n: a clear error, the older checkpoint as it was, no broken one, and the next save works."""
     number = 0
@@ -163,6 +140,14 @@ def test_an_error_at_the_nth_call_loses_nothing(tmp_path: Path, monkeypatch: pyt
         saved(root, [3], keep=1)
         assert [verified(folder).step for folder in folders(root)] == [3] and not list(root.glob(".draft-*"))
     assert number > 50, "every write of every file was tried"
+
+
+def test_errors_of_one_of_two_ranks(tmp_path: Path) -> None:
+    """Every rank is told the same, which names the rank; nothing hangs; the older checkpoint stays, the next is saved.
+
+    tests/disk_faults.py tries more of them."""
+    told = faults_on_ranks(tmp_path, 8)
+    assert sum(told["kinds"].values()) == 8 and {kind.split()[-1] for kind in told["kinds"]} == {"0", "1"}, told
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

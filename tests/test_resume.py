@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
-import re
 import shutil
-import signal
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,13 +19,13 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, environment, everything_partitioned, own_process_group, sharp_policy, short_base, torchrun
+from helpers import ROOT, everything_partitioned, own_process_group, sharp_policy, torchrun
 from helpers import world_folder as make_world
-from resume_cases import Training, assert_same, config_of
-from safetensors.torch import load_file
+from resume_cases import FullDisk, Training, assert_same, config_of
 
+from syncr1.engine import checkpoint
 from syncr1.engine.assemble import build_reward_set
-from syncr1.engine.checkpoint import folders, verified
+from syncr1.engine.checkpoint import folders, save, verified
 from syncr1.engine.prompts import load_training_prompts
 from syncr1.engine.resume import load_random_state, random_state, resume_point
 from syncr1.engine.rewards.ensemble import RewardSet
@@ -102,6 +100,66 @@ def test_random_states_come_back() -> None:
 def test_a_save_changes_nothing(world: Path, rewards: RewardSet, tmp_path: Path) -> None:
     saving = Training(config_of(), world, tmp_path / "a", rewards).to(2, saving=True)
     assert_same(saving, Training(config_of(), world, tmp_path / "b", rewards).to(2))
+
+
+class HeldDisk:
+    """`os` on a disk that writes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        self.go, self.asked = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return self._write if name == "write" else getattr(os, name)
+
+    def _write(self, *arguments: Any) -> int:
+        self.asked.set()
+        assert self.go.wait(60)
+        return os.write(*arguments)
+
+
+def test_training_goes_on_while_it_is_saved(
+    whole: Training, world: Path, rewards: RewardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps after it was begun nothing is written yet; what then is, is the state at the end of its step."""
+    config = whole.trainer.config
+    training = Training(config, world, tmp_path, rewards).to(2)
+    before = training.state()
+    disk = HeldDisk()
+    monkeypatch.setattr(checkpoint, "os", disk)
+    training.checkpoints.save(training.trainer)
+    assert disk.asked.wait(60)
+    for _ in range(2):
+        training.trainer.train_step()
+    after = training.state()
+    assert folders(tmp_path) == [] and not training.checkpoints.failed and training.trainer.step == 4
+    disk.go.set()
+    training.checkpoints.save(training.trainer)  # the next one waits for it
+    assert (tmp_path / "step_000002").is_dir()
+    training.checkpoints.wait()
+    saved = verified(tmp_path / "step_000002").tensors(0)
+    names = [name.removeprefix("optimizer ") for name in before if name.startswith("optimizer ")]
+    assert names and all(torch.equal(saved[f"optimizer/{n}"], before[f"optimizer {n}"]) for n in names)
+    assert not all(torch.equal(after[name], before[name]) for name in before)
+    for step in (4, 2):
+        assert_same(Training(config, world, tmp_path, rewards).resume(step).to(5), whole)
+
+
+def test_a_failed_save_is_told_and_the_next_works(
+    world: Path, rewards: RewardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(config_of(), world, tmp_path, rewards).to(1, saving=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "os", FullDisk())
+        training.trainer.step = 2
+        training.checkpoints.save(training.trainer)
+        while not training.checkpoints.failed:
+            time.sleep(0.01)
+    with pytest.raises(CheckpointError, match="No space left"):
+        training.checkpoints.save(training.trainer)
+    assert [folder.name for folder in folders(tmp_path)] == ["step_000001"]
+    training.checkpoints.save(training.trainer)
+    training.checkpoints.wait()
+    assert [verified(folder).step for folder in folders(tmp_path)] == [2, 1]
 
 
 @pytest.mark.slow
@@ -190,6 +248,66 @@ def test_another_model_is_refused(whole: Training, run_folder: Path, tmp_path: P
         resume_point(asked(whole, run_folder, model=str(tmp_path / "model")), silent)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"config": None}, "expected config, of type str, got NoneType"),
+        ({"config": "a: [b"}, "its config is no YAML"),
+        ({"config": "[1, 2]"}, "expected config to be settings by name, got list"),
+        ({"config": "[" * 9999}, "its config is no YAML"),
+    ],
+    ids=["absent", "not YAML", "a list", "deep"],
+)
+def test_a_state_without_settings_is_refused(
+    whole: Training, run_folder: Path, change: dict[str, Any], said: str
+) -> None:
+    """Whole by its digests, but of another making."""
+    folder = rewritten(run_folder / "checkpoints" / "step_000003", change)
+    with pytest.raises(ConfigError, match=said):
+        resume_point(asked(whole, run_folder, str(folder)), silent)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"step": None}, "expected step, of type int, got NoneType"),
+        ({"step": 7}, "expected step 3, got 7"),
+        ({"prompts": None}, "expected prompts, of type dict, got NoneType"),
+        ({"prompts": {}}, "state.json: |other prompts"),
+        ({"preview": {}}, "state.json: KeyError"),
+        ({"frozen": None}, "frozen weights are others"),
+        ({"random/torch": None}, "expected the random states ..torch.., which are absent"),
+        ({"random/torch": torch.zeros(3)}, "RuntimeError|TypeError"),
+        ({"optimizer/exp_avg.0": torch.zeros(1)}, "exp_avg.0 is .1., expected"),
+        ({"optimizer/master.0": None}, "master.0 is absent there"),
+        ({"optimizer/momentum.0": torch.zeros(1)}, "it has 'momentum.0'"),
+        ({"optimizer/exp_avg.x": torch.zeros(1)}, "it has 'exp_avg.x'"),
+        ({"optimizer/step.99999": torch.zeros(())}, "it has 'step.99999'"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_making_is_refused(
+    whole: Training, world: Path, run_folder: Path, change: dict[str, Any], said: str
+) -> None:
+    rewritten(run_folder / "checkpoints" / "step_000003", change)
+    training = Training(whole.trainer.config, world, run_folder / "checkpoints", whole.rewards)
+    with pytest.raises(CheckpointError, match=f"resuming from .*step_000003: .*({said})"):
+        training.resume(3)
+
+
+def rewritten(folder: Path, change: dict[str, Any]) -> Path:
+    """The checkpoint with entries of its state, or with tensors ("kind/…"), changed; None: left out."""
+    before = verified(folder)
+    state, tensors = dict(before.state()), before.tensors(0)
+    for name, value in change.items():
+        into: dict[str, Any] = tensors if "/" in name else state
+        into.pop(name, None)
+        if value is not None:
+            into[name] = value
+    shutil.rmtree(folder)
+    return save(folder.parent, before.step, tensors, state)
+
+
 def test_other_weights_are_refused(whole: Training, world: Path, run_folder: Path) -> None:
     other = sharp_policy()
     with torch.no_grad():
@@ -248,47 +366,3 @@ def test_newer_checkpoints_are_set_aside(whole: Training, world: Path, run_folde
     Training(whole.trainer.config, world, root, whole.rewards).resume(3).to(4, saving=True)
     assert [verified(folder).step for folder in folders(root)] == [4, 3, 2, 1]
     assert {path.name for path in root.glob("aside*")} == {"aside_1-step_000004", "aside_1-step_000005"}
-
-
-# The recipe -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_recipe_killed_and_resumed(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    """SIGKILL, then the same command with `--resume_from_checkpoint latest`: one folder, the same metrics and model as
-    without the kill; and the same command once more finds nothing left to do."""
-    recipe = [sys.executable, str(ROOT / "recipes" / "sync_r1.py"), "--model", str(short_base(tmp_path_factory)),
-              "--max_steps", "5", "--eval_samples", "0", "--prompts_per_step", "4", "--num_generations", "4", "--seed",
-              "3", "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest", "--output_dir"]  # fmt: skip
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-
-    def start(folder: Path) -> subprocess.Popen[str]:
-        return subprocess.Popen([*recipe, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                env=environment(tmp_path_factory.getbasetemp() / "cache"), text=True)  # fmt: skip
-
-    def finish(folder: Path) -> str:
-        process = start(folder)
-        told, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, told[-5000:]
-        return told
-
-    finish(whole)
-    process = start(killed)
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and not folders(killed / "checkpoints"):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "report.html").exists()
-    assert re.search(r"going on after [1-4] steps", finish(killed))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
-    timing = re.compile("seconds|time|per_second")
-    rows = [
-        [{k: v for k, v in json.loads(line).items() if not timing.search(k)}
-         for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (whole, killed)
-    ]  # fmt: skip
-    assert rows[0] == rows[1] and len(rows[0]) == 5
-    models = [load_file(folder / "checkpoints" / "last" / "model.safetensors") for folder in (whole, killed)]
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    assert "going on after 5 steps" in finish(killed)
