@@ -75,6 +75,8 @@ class PromptStream:
         """This rank's prompts of the next step: prompts_per_step / world_size of them."""
         taken: set[str] = set()
         step = self._prompts.draw(self.num_prompts, taken) + self._anchors.draw(self.num_anchors, taken)
+        if self.world_size > 1:  # all wait for the rank with the most drawings: each kind is dealt out evenly
+            step.sort(key=_kind)
         return step[self.rank :: self.world_size]
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,6 +168,11 @@ MODE_SHARES = {"reasoning": 0.4, "drawing": 0.2, "understanding": 0.4}
 ANCHOR_SHARES = {"general_image": 3.0, "general_vqa": 1.0}
 """Relative shares of anchors: a drawing's many tokens drift more than an answer's one or two."""
 DRAWING_TASKS = ("pure_gen", "dense_gen")
+
+
+def _kind(prompt: Prompt) -> int:
+    """What draws lies together in this order, and so does what writes; either is then even over ranks, to one."""
+    return ("text" in prompt.segments) + ("image" not in prompt.segments)
 
 
 def _mode(task: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, environment, short_base
+from helpers import ROOT, cache_folder, environment, short_base
 from namespaces import INTERFACE, Cluster, cluster, missing
 
 REASON = missing()
@@ -29,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "cache"
+    return cache_folder(tmp_path_factory)
 
 
 def start(nodes: Cluster, base: Path, cache_dir: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:
@@ -45,7 +46,8 @@ def start(nodes: Cluster, base: Path, cache_dir: Path, folder: Path, *flags: str
                             env=environment(cache_dir) | {"GLOO_SOCKET_IFNAME": INTERFACE})  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
+def finish(process: subprocess.Popen[str], timeout: float = 900) -> str:
+    """Waits as long as four nodes on two busy cores may take; what hangs is the run's own to notice."""
     try:
         out, _ = process.communicate(timeout=timeout)
     finally:
@@ -72,7 +74,7 @@ def dies_and_comes_back(num_nodes: int, base: Path, cache_dir: Path, root: Path,
         assert json.loads((root / "whole" / "environment.json").read_text())["ranks"] == num_nodes
         process = start(nodes, base, cache_dir, root / "killed", *flags)
         try:
-            deadline = time.monotonic() + 150
+            deadline = time.monotonic() + 600
             while process.poll() is None and len(rows_of(root / "killed")) < 3 and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert nodes.kill(num_nodes - 1) >= 3  # agent, torchrun, rank
@@ -95,11 +97,31 @@ def test_four_nodes_one_of_which_dies(base: Path, cache_dir: Path, tmp_path: Pat
     dies_and_comes_back(4, base, cache_dir, tmp_path, "--zero_stage", stage)
 
 
+def test_who_stops_the_launcher_loses_nothing(base: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """SIGTERM to the command on the first machine: all nodes finish their step, save and end, it ends with 75."""
+    with cluster(2) as nodes:
+        process = start(nodes, base, cache_dir, tmp_path / "run", "--max_steps", "50", "--checkpointing_steps", "0")
+        try:
+            deadline = time.monotonic() + 150
+            while process.poll() is None and len(rows_of(tmp_path / "run")) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            out, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        assert process.returncode == 75, out[-3000:]
+        steps = len(rows_of(tmp_path / "run"))
+        assert f"stopped after {steps} steps; go on with --resume_from_checkpoint latest" in out
+        assert "all nodes have ended" in out and "restart" not in out
+        assert [nodes.pids(index) for index in range(2)] == [[], []]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{steps:06d}\n"
+
+
 def test_a_program_that_fails_everywhere_is_given_up(base: Path, cache_dir: Path, tmp_path: Path) -> None:
     """Prompts that the ranks cannot share: the error is shown, and no restart helps."""
     with cluster(2) as nodes:
         process = start(nodes, base, cache_dir, tmp_path / "run", "--prompts_per_step", "3", "--max_restarts", "0")
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=600)
         assert process.returncode not in (0, None) and "giving up after 0 restarts" in out
         assert "prompts_per_step must be a multiple of the 2 ranks" in out
         assert [nodes.pids(index) for index in range(2)] == [[], []]
