@@ -69,6 +69,9 @@ RANGES: dict[str, tuple[Range, str]] = {
     "nodes": (AT_LEAST_1, "1 is this machine"),
     "ranks_per_node": (AT_LEAST_1, "leave it out for one per GPU"),
     "max_restarts": (AT_LEAST_0, "0 gives up at the first loss"),
+    "stage_timeout": (POSITIVE, "more than the longest rollout takes; 1800 is the default"),
+    "shutdown_timeout": (AT_LEAST_1, "more than a step and a checkpoint take; 120 is the default"),
+    "max_skipped_updates": (AT_LEAST_0, "0 ends the run at the first one"),
 }
 
 
@@ -168,6 +171,10 @@ def may_be_hub_name(model: str) -> bool:
 
 def run_problems(c: Any) -> list[str]:
     problems = []
+    if c.reward_timeout >= c.stage_timeout:
+        problems.append(
+            f"reward_timeout: expected less than stage_timeout {c.stage_timeout:g}, got {c.reward_timeout:g}; lower it"
+        )
     asked = c.resume_from_checkpoint
     if asked not in (None, "latest") and not os.path.isdir(os.path.expanduser(asked)):
         problems.append(

@@ -24,7 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from syncr1.engine.faults import Preempted
 from syncr1.engine.hosts import DEFAULT_HOSTFILE, Host, check_host, check_launcher, executor, read_hostfile
+from syncr1.engine.interrupts import preemptible
 from syncr1.engine.nodes import passed_environment, run_nodes
 from syncr1.engine.settings import ConfigError
 
@@ -63,6 +65,7 @@ class Request:
     hostfile: Path | None
     launcher: str
     max_restarts: int
+    shutdown_timeout: int
 
     @classmethod
     def of(cls, config: Any, recipe: str | Path, argv: Sequence[str]) -> Request:
@@ -75,6 +78,7 @@ class Request:
             hostfile=config.hostfile,
             launcher=config.launcher,
             max_restarts=config.max_restarts,
+            shutdown_timeout=config.shutdown_timeout,
         )
 
     def program(self) -> list[str]:
@@ -82,7 +86,7 @@ class Request:
 
     def torchrun(self, nodes: int, ranks: int, restarts: int, *more: str) -> list[str]:
         """A node's torchrun; `more` says where nodes meet."""
-        return [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={ranks}",
+        return [sys.executable, "-m", "syncr1.engine.torchrun", f"--nnodes={nodes}", f"--nproc-per-node={ranks}",
                 f"--max-restarts={restarts}", *more, *self.program()]  # fmt: skip
 
 
@@ -107,6 +111,7 @@ def launch(config: Config, recipe: str | Path, argv: Sequence[str] | None = None
                 else config
             )
         print(f"syncr1: {start.words}", file=sys.stderr, flush=True)
+        os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(request.shutdown_timeout)
         if not resumes and not restarted():
             start, request = _pinned(start, request, settings.output_dir)
         if start.how == "hosts":
@@ -285,15 +290,20 @@ def _run_on_hosts(request: Request, start: Start, secret_names: Sequence[str]) -
 
     agent = [sys.executable, "-m", "syncr1.engine.nodes"]
     try:
-        return run_nodes(
-            [host.name for host in start.hosts],
-            commands,
-            [executor(request.launcher, host, agent) for host in start.hosts],
-            folder=Path.cwd(),
-            environment=passed_environment(os.environ, secret_names),
-            max_restarts=request.max_restarts,
-            say=lambda line: print(f"syncr1: {line}", file=sys.stderr, flush=True),
-        )
+        with preemptible("all nodes have ended; go on with --resume_from_checkpoint latest"):
+            return run_nodes(
+                [host.name for host in start.hosts],
+                commands,
+                [executor(request.launcher, host, agent) for host in start.hosts],
+                folder=Path.cwd(),
+                environment=passed_environment(os.environ, secret_names),
+                max_restarts=request.max_restarts,
+                grace=request.shutdown_timeout + 10,  # torchrun's comes first
+                say=lambda line: print(f"syncr1: {line}", file=sys.stderr, flush=True),
+            )
+    except Preempted as stopped:
+        print(f"syncr1: {stopped}", file=sys.stderr)
+        return stopped.code
     except FileNotFoundError as error:
         raise ConfigError(f"launcher: {error.filename} is not on this machine's PATH; give another") from error
     except KeyboardInterrupt:

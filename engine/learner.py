@@ -6,12 +6,14 @@ token counts over all ranks, so gradients do not depend on how a batch is cut in
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,17 @@ from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from torch import Tensor
 
 from syncr1.engine.checkpoint import sync_tree
+from syncr1.engine.faults import NotFinite
+from syncr1.engine.memory import bucket_size
 from syncr1.engine.objective import Objective, PolicyForward
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.lora import adapter_disabled, base_of, has_lora, save_adapter
 from syncr1.engine.records import MODALITY_NAMES, PackedBatch
 from syncr1.engine.rollout import RolloutEngine
 from syncr1.engine.stopwatch import Stopwatch
+from syncr1.kernels.api import non_finite_passes
+
+logger = logging.getLogger(__name__)
 
 SEQUENCE_MEANS = frozenset({"grpo", "sapo", "luspo", "dr_grpo"})
 """Loss types that average over sequences; a micro-batch counts by its share of them."""
@@ -45,6 +52,7 @@ class LearnerSettings:
     zero_stage: int = 0
     bf16: bool = False
     num_iterations: int = 1
+    max_skipped_updates: int = 10
     gradient_checkpointing: bool = False
     cuda_graphs: bool = True
     compile_decode: bool = False
@@ -77,16 +85,16 @@ class Learner:
             policy.checkpoint_activations()
         forward = PolicyForward(policy, objective)
         trained = [p for p in forward.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
-        )
-        self._grad_norm: float | None = None
+        adamw = _ClippedAdamW if _clips_here(settings) else torch.optim.AdamW
+        optimizer = adamw(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
+        if isinstance(optimizer, _ClippedAdamW):
+            optimizer.max_norm = settings.max_grad_norm or math.inf
+        self._skipped_in_a_row = 0
         self._time = Stopwatch()
-        if _clips_here(settings):
-            optimizer.register_step_pre_hook(self._clip)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=forward, model_parameters=trained, optimizer=optimizer, config=deepspeed_config(settings)
-        )
+            model=forward, model_parameters=trained, optimizer=optimizer,
+            config=deepspeed_config(settings, sum(parameter.numel() for parameter in trained)),
+        )  # fmt: skip
 
     @property
     def world_size(self) -> int:
@@ -155,24 +163,32 @@ class Learner:
         return scored
 
     def update(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
-        """`num_iterations` optimizer steps on the scored batches; returns the last one's metrics under TRL's names."""
+        """`num_iterations` optimizer steps on the scored batches; returns the last one's metrics under TRL's names, and
+        in `updates_skipped` how many all ranks left out because a gradient was NaN or infinite.
+
+        Raises:
+            NotFinite: more than `max_skipped_updates` in a row were; weights and optimizer are as before them.
+        """
         metrics: dict[str, float] = {}
         self._time = Stopwatch()
+        skipped = 0.0
         for _ in range(self.settings.num_iterations):
             metrics = self._step(batches)
-        return metrics
+            skipped += metrics["updates_skipped"]
+        return metrics | {"updates_skipped": skipped}
 
     def _step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         num_items, shares = self._normalisers(batches)
         collected: dict[str, list[tuple[float, float]]] = {}
-        total, replay = 0.0, 0.0
+        total, replay, finite = 0.0, 0.0, True
         for batch, share in zip(batches, shares, strict=True):
-            with self._time("forward"):
+            with self._time("forward"), non_finite_passes():
                 out = self.engine(batch, num_items=num_items, share=share)
             with self._time("backward"):
                 self.engine.backward(out["loss"], scale_wrt_gas=False)
             total += float(out["loss"].detach())
             replay = max(replay, replay_error(batch, out["logp"]))
+            finite &= math.isfinite(float(out["loss"].detach() + out["logp"].sum()))
             weight = float(batch.loss_mask.sum())
             for name, value in out.items():
                 if name.startswith("metric/"):
@@ -180,17 +196,39 @@ class Learner:
         with self._time("optimizer"):
             self.engine.step()
         metrics = {name: _mean(pairs) for name, pairs in collected.items()}
-        norm = self._grad_norm if _clips_here(self.settings) else self.engine.get_global_grad_norm()
+        norm = self._grad_norm()
+        skipped = not math.isfinite(norm)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            self._report_skipped(finite)
         return metrics | {
             "loss": total,
-            "grad_norm": float("nan") if norm is None else float(norm),
+            "grad_norm": norm,
             "rollout/replay_logp_max_abs": replay,
+            "updates_skipped": float(skipped),
         }
 
-    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Runs when gradients are summed over ranks, before they are used."""
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, self.settings.max_grad_norm or math.inf))
+    def _grad_norm(self) -> float:
+        """Of the last update's gradients over all ranks, before clipping; the same on all ranks.
+
+        DeepSpeed says infinity for what is not finite, and then changes nothing; so does `_ClippedAdamW`."""
+        norm = self.optimizer.norm if _clips_here(self.settings) else self.engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def _report_skipped(self, finite_here: bool) -> None:
+        """Says whose it was; ends the run when it does not stop. Collective: all ranks skip together."""
+        ranks = torch.zeros(self.world_size, dtype=torch.float64)
+        ranks[self.rank] = float(not finite_here)
+        where = [str(rank) for rank, bad in enumerate(self.all_reduce(ranks).tolist()) if bad]
+        of = f"the loss of rank {', '.join(where[:8])}" if where else "a gradient, but no loss,"
+        text = f"{of} is NaN or infinite: all ranks skip this update ({self._skipped_in_a_row} in a row)"
+        if self.rank == 0:
+            logger.warning(text)
+        if self._skipped_in_a_row > self.settings.max_skipped_updates:
+            raise NotFinite(
+                f"{text}; more than max_skipped_updates = {self.settings.max_skipped_updates}: lower learning_rate or "
+                "max_grad_norm, or look for an overflow (bf16, temperature); the newest checkpoint is whole"
+            )
 
     def _normalisers(self, batches: Sequence[PackedBatch]) -> tuple[dict[str, float], list[float]]:
         """Token counts per modality and sequence shares of an update, so that DeepSpeed's mean over ranks is right."""
@@ -209,7 +247,8 @@ class Learner:
     def _aligned(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """As many micro-batches on every rank, the missing ones empty of loss, so that collectives match."""
         most = int(self.all_reduce(torch.tensor([len(batches)]), op=dist.ReduceOp.MAX))
-        idle = replace(batches[0], loss_mask=torch.zeros_like(batches[0].loss_mask))
+        smallest = min(batches, key=lambda batch: batch.num_tokens)
+        idle = replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))
         return [*batches, *[idle] * (most - len(batches))]
 
     def all_reduce(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -238,6 +277,20 @@ class Learner:
                 shutil.rmtree(old, ignore_errors=True)
 
 
+class _ClippedAdamW(torch.optim.AdamW):
+    """Clips gradients that are summed over ranks; where they are not finite it steps nowhere.
+
+    DeepSpeed's wrappers do so, but without ZeRO and in float32 there is none: its engine clips, does not tell the norm,
+    and lets NaN into the weights."""
+
+    max_norm, norm = math.inf, math.nan
+
+    def step(self, closure: Any = None) -> Any:
+        trained = [p for group in self.param_groups for p in group["params"]]
+        self.norm = float(torch.nn.utils.clip_grad_norm_(trained, self.max_norm))
+        return super().step(closure) if math.isfinite(self.norm) else None
+
+
 def replay_error(batch: PackedBatch, logp: Tensor) -> float:
     """Largest |sampler's log-probability - trainer's|, nats; 0 when nothing was sampled.
 
@@ -251,21 +304,22 @@ def _mean(pairs: list[tuple[float, float]]) -> float:
     return sum(v * w for v, w in pairs) / weight if weight else pairs[-1][0]
 
 
-def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
+def deepspeed_config(settings: LearnerSettings, num_trained: int) -> dict[str, Any]:
     """DeepSpeed's configuration: micro-batches vary in number, so gradient accumulation is driven by our own loop."""
+    zero = {"stage": settings.zero_stage, "overlap_comm": False, "reduce_bucket_size": bucket_size(num_trained)}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0 if _clips_here(settings) else settings.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": settings.bf16},
+        "bf16": {"enabled": settings.bf16, "check_grad_overflow": True},
     }
 
 
 def _clips_here(settings: LearnerSettings) -> bool:
-    """Without ZeRO and in float32, DeepSpeed clips but does not tell the norm: then the optimizer's hook does both."""
+    """Without ZeRO and in float32 DeepSpeed leaves the optimizer as it is: then ours clips."""
     return settings.zero_stage == 0 and not settings.bf16
 
 
@@ -279,8 +333,12 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _on_cuda() else torch.device("cpu")
 
 
-def init_distributed() -> None:
-    """Joins the launcher's process group, or makes one of a single process."""
+def init_distributed(timeout: float = 1800.0) -> None:
+    """Joins the launcher's process group, or makes one of a single process.
+
+    Args:
+        timeout: seconds after which a collective that another rank has not joined is an error.
+    """
     if dist.is_initialized():
         return
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -291,7 +349,9 @@ def init_distributed() -> None:
     if not _on_cuda():
         # DeepSpeed would compile its shared-memory collective for half a minute at first use; gloo does as well here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if _on_cuda() else "gloo", verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if _on_cuda() else "gloo", verbose=False, timeout=timedelta(seconds=timeout)
+    )
 
 
 def _free_port() -> int:

@@ -28,8 +28,11 @@ from syncr1.engine.rollout import DRAWN_AT_ONCE
 from syncr1.engine.train_config import TrainConfig
 from syncr1.kernels.linear import CHUNK_ROWS, WORKSPACE_BYTES
 
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's buffer of gradients to reduce: ZeRO 3 keeps it, ZeRO 1 and 2 make it for each backward."""
+
+def bucket_size(num_trained: int) -> int:
+    """Elements of DeepSpeed's buffer of gradients to reduce, its own 500 million but no more than there are gradients:
+    ZeRO 3 keeps it, ZeRO 1 and 2 make it for each backward."""
+    return min(500_000_000, max(1, num_trained))
 
 
 class PeakBytes(TorchDispatchMode):
@@ -141,7 +144,7 @@ def _lasting(config: TrainConfig, policy: Policy, world_size: int) -> dict[str, 
         "frozen copy for judging and the KL term": item * copied,
         "float32 weights": 4 * state if config.bf16 or stage else 0,
         "AdamW's moments": 8 * state,
-        "DeepSpeed's buffer of gradients": item * BUCKET if stage == 3 else 0,
+        "DeepSpeed's buffer of gradients": item * bucket_size(trained) if stage == 3 else 0,
     }
 
 
@@ -195,7 +198,7 @@ def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], wo
     at_most = max(WORKSPACE_BYTES["cuda"] // item, CHUNK_ROWS[0] * widest)
     logits = min(min(num_tokens, CHUNK_ROWS[1]) * widest, at_most) * item
     return {
-        "DeepSpeed's buffer of gradients": item * BUCKET if config.zero_stage in (1, 2) else 0,
+        "DeepSpeed's buffer of gradients": item * bucket_size(trained) if config.zero_stage in (1, 2) else 0,
         "gradients of other micro-batches": partial * item * (
             _share(trained, config, world_size) if config.zero_stage >= 2 else trained
         ),

@@ -5,7 +5,7 @@
 
 An agent (`python -m syncr1.engine.nodes`) reads what it has to do from the first line of its standard input, so that
 neither flags nor environment show in a command line, and ends with everything that it started when its standard input
-ends: nothing is left behind on a machine whose launcher is gone.  Only the standard library is imported.
+ends: nothing is left behind on a machine whose launcher is gone.  Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-GRACE = 20.0
-"""Seconds that a node has to end by itself before it is killed."""
+from syncr1.engine.faults import EXIT_PREEMPTED
+
+FINAL = (2, EXIT_PREEMPTED)
+"""Exit codes after which starting again does not help, or is not wanted."""
 _SUBREAPER, _PDEATHSIG = 36, 1  # of linux/prctl.h
 
 _PASSED = ("OMP_", "GOMP_", "MKL_", "NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "PYTORCH_",
@@ -52,6 +54,7 @@ def run_nodes(
     folder: Path,
     environment: Mapping[str, str],
     max_restarts: int,
+    grace: float,
     say: Callable[[str], None],
 ) -> int:
     """Runs all nodes to the end, from the last checkpoint again when one is lost; returns the exit code.
@@ -63,17 +66,20 @@ def run_nodes(
         folder: working directory on the nodes.
         environment: variables for what the nodes run.
         max_restarts: how often all of them start anew at most.
+        grace: seconds that a node has to end by itself before it is killed.
         say: takes lines for people.
     """
     for restarts in range(max_restarts + 1):
         jobs = [
-            {"folder": str(folder), "command": list(command), "environment": dict(environment)}
+            {"folder": str(folder), "command": list(command), "environment": dict(environment), "grace": grace}
             for command in commands(restarts)
         ]
-        lost, code = _attempt(executors, jobs)
+        lost, code = _attempt(executors, jobs, grace)
         if code == 0:
             return 0
         say(f"node {names[lost]} ended with {_in_words(code)}")
+        if code in FINAL:
+            return code
         if restarts < max_restarts:
             say(f"starting all {len(names)} nodes again ({restarts + 1} of {max_restarts} restarts)")
     say(f"giving up after {max_restarts} restarts")
@@ -84,7 +90,7 @@ def _in_words(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _attempt(executors: Sequence[Sequence[str]], jobs: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+def _attempt(executors: Sequence[Sequence[str]], jobs: Sequence[Mapping[str, Any]], grace: float) -> tuple[int, int]:
     """One start of all nodes: (which node failed first, its exit code), or (-1, 0) when all ended well."""
     nodes: list[subprocess.Popen[bytes]] = []
     try:
@@ -105,16 +111,16 @@ def _attempt(executors: Sequence[Sequence[str]], jobs: Sequence[Mapping[str, Any
                 return -1, 0
             time.sleep(0.1)
     finally:
-        _end(nodes)
+        _end(nodes, grace)
 
 
-def _end(nodes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(nodes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
     """Tells the agents to stop, by the end of their input; kills what does not."""
     for node in nodes:
         assert node.stdin is not None
         with suppress(OSError):
             node.stdin.close()
-    deadline = time.monotonic() + GRACE + 5
+    deadline = time.monotonic() + grace + 5
     for node in nodes:
         try:
             node.wait(max(0.1, deadline - time.monotonic()))
@@ -145,13 +151,13 @@ def agent() -> int:
         with suppress(ProcessLookupError):
             child.terminate()
         try:
-            child.wait(GRACE)
+            child.wait(job["grace"])
         except subprocess.TimeoutExpired:
             child.kill()
 
     threading.Thread(target=stop_with_launcher, daemon=True).start()
     # Ctrl-C and an orderly end of the machine: torchrun ends its ranks, then this process follows.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda *_: child.terminate())
     code = child.wait()
     _end_children()

@@ -12,7 +12,7 @@ from syncr1.engine.assemble import Evaluator, build_reward_set, prepare_data, pr
 from syncr1.engine.config import SyncR1Config
 from syncr1.engine.data.samples import load_prompts
 from syncr1.engine.display import Display
-from syncr1.engine.learner import Learner, init_distributed, local_device
+from syncr1.engine.learner import Learner, local_device
 from syncr1.engine.model_card import write_model_card
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.prompt_stream import PromptStream
@@ -29,10 +29,12 @@ from syncr1.engine.training import (
     one_at_a_time,
     quieten,
     settings_of,
+    supervised,
     table_of,
     train,
     write_scores,
 )
+from syncr1.engine.watchdog import Watchdog
 
 
 def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
@@ -42,8 +44,12 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
         if os.environ.get("RANK", "0") == "0":
             dry_run(config)
         return {}
-    init_distributed()
-    torch.manual_seed(config.seed)
+    with supervised(config) as watchdog:
+        return train_and_score(config, watchdog)
+
+
+def train_and_score(config: SyncR1Config, watchdog: Watchdog) -> dict[str, dict[str, float]]:
+    """The run itself, on a rank of the process group."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     display = Display(max_steps=config.max_steps, num_stages=4, logging_steps=config.logging_steps, quiet=rank != 0)
 
@@ -74,7 +80,7 @@ def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
         before = evaluate(evaluator, learner)
         write_scores(log, before)
         display.stage("training")
-        train(config, learner, stream, rewards, log, display, resumed=resumed)
+        train(config, learner, stream, rewards, log, display, watchdog, resumed=resumed)
         display.stage("scores after training")
         after = evaluate(evaluator, learner)
         learner.save(log.folder / "checkpoints" / "last")

@@ -151,6 +151,13 @@ class TrainConfig:
     max_restarts: int = 3
     """How often all ranks start again, from the last checkpoint, when a rank or a machine is lost; not for one
     process."""
+    stage_timeout: float = 1800.0
+    """Seconds that a stage of a step (rollout, reward, update, ...) may take before the run ends with the stacks of the
+    rank that holds it up."""
+    shutdown_timeout: int = 120
+    """Seconds that ranks have, once SIGTERM or SIGUSR1 asks a launcher to end, to finish their step and to save."""
+    max_skipped_updates: int = 10
+    """Updates in a row whose gradients are NaN or infinite, and which all ranks skip, before the run ends."""
 
     # --- what is written and shown ---
     eval_samples: int = 192

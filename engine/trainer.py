@@ -6,7 +6,8 @@ Dims: P prompts, G members, S = P * G trajectories, K rewards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -26,6 +27,10 @@ from syncr1.kernels.api import dgs_select
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
 """Called after each step with its metrics, its trajectories and their total rewards [S] (NaN: unrewarded)."""
+
+
+OnStage = Callable[[str, int], None]
+"""Called with a stage's name and the step before it begins."""
 
 
 CreditRule = Callable[[Tensor, Sequence[Rollout]], Tensor]
@@ -49,6 +54,7 @@ class Trainer:
         preview: preview DGS; None draws every image to its end.
         on_step: where metrics and samples go.
         credit: rewards to what text and image tokens answer for; None: `config.credit`, samples sharing one reward.
+        on_stage: who watches that no stage takes for ever.
     """
 
     def __init__(
@@ -60,11 +66,12 @@ class Trainer:
         preview: PreviewGate | None = None,
         on_step: OnStep | None = None,
         credit: CreditRule | None = None,
+        on_stage: OnStage = lambda stage, step: None,
     ) -> None:
         self.config, self.learner, self.prompts, self.rewards = config, learner, prompts, rewards
         self.preview, self.on_step = preview, on_step
-        self.credit = credit or self._credit
-        self.step = 0
+        self.credit, self.on_stage = credit or self._credit, on_stage
+        self.step, self._time = 0, Stopwatch()
         self.rollouts = learner.rollout_engine()
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> None:
@@ -74,14 +81,15 @@ class Trainer:
 
     def train_step(self) -> StepMetrics:
         """One rollout and its updates."""
-        config, time = self.config, Stopwatch()
+        config, stage = self.config, self._stage
+        self._time = Stopwatch()
         self.learner.set_learning_rate(learning_rate(config, self.step))
         prompts = self.prompts.next_step()
-        with time("rollout"), self.learner.sampling() as policy:
+        with stage("rollout"), self.learner.sampling() as policy:
             rollouts = self.rollouts.generate(prompts, self._sampling(), self.preview)
-        with time("reward"):
-            table = score(rollouts, self.rewards.functions, timeout=config.reward_timeout)
-        with time("pack"):
+        with stage("reward"):
+            table = score(rollouts, self.rewards.functions, timeout=config.reward_timeout, step=self.step)
+        with stage("pack"):
             credit_S2 = self.credit(table.values, rollouts)
             keep_S = self._keep(rollouts, credit_S2)
             if config.scale_rewards == "batch" and self.learner.objective.scale == "batch":
@@ -95,12 +103,12 @@ class Trainer:
                 max_tokens=config.max_tokens_per_microbatch,
                 share_prefix=config.share_prefix,
             )
-        with time("score"):
+        with stage("score"):
             scored = self.learner.score(batches)
-        with time("update"):
+        with stage("update"):
             learned = self.learner.update(scored)
         total_S = combine(shared_within_samples(table.values, rollouts), self.rewards.weight_tensor())
-        seconds = split(time.seconds, rollout=self.rollouts.stats.seconds, update=self.learner.seconds)
+        seconds = split(self._time.seconds, rollout=self.rollouts.stats.seconds, update=self.learner.seconds)
         metrics = StepMetrics(
             step=self.step,
             values=self._metrics(rollouts, table, total_S, keep_S, batches, learned, seconds),
@@ -110,6 +118,12 @@ class Trainer:
         if self.on_step is not None:
             self.on_step(metrics, rollouts, total_S)
         return metrics
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.on_stage(name, self.step)
+        with self._time(name):
+            yield
 
     def _credit(self, values_SK: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
         return credited_rewards(shared_within_samples(values_SK, rollouts), self.rewards, self.config.credit)

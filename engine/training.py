@@ -5,10 +5,12 @@ Ctrl-C ends the loop after its step; what was learnt is then scored, saved and r
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -17,8 +19,9 @@ from torch import Tensor
 from syncr1.engine.assemble import build_preview
 from syncr1.engine.display import Display
 from syncr1.engine.evaluate.run import Evaluation
-from syncr1.engine.interrupts import Interrupts
-from syncr1.engine.learner import Learner, LearnerSettings
+from syncr1.engine.faults import Preempted
+from syncr1.engine.interrupts import Interrupts, preemptible
+from syncr1.engine.learner import Learner, LearnerSettings, init_distributed
 from syncr1.engine.objective import Objective
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.fused import use_liger_kernels
@@ -29,6 +32,7 @@ from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.engine.runlog import NullRunLog, RunLog
 from syncr1.engine.train_config import TrainConfig
 from syncr1.engine.trainer import CreditRule, Trainer
+from syncr1.engine.watchdog import Watchdog
 
 Made = TypeVar("Made")
 Scorer = Callable[[Policy], Evaluation]
@@ -36,8 +40,22 @@ Scorer = Callable[[Policy], Evaluation]
 
 SMALL_MODEL = 5_000_000
 """Parameters below which a second thread costs more than it does (measured on the tiny Janus of 2 million)."""
+SAVE = "SAVE"
+"""A file of this name in a run's folder asks for a checkpoint and the model after the step under way."""
 EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "t2i")
 """Tasks whose pictures are shown before and after, where the data has them."""
+
+
+@contextmanager
+def supervised(config: TrainConfig) -> Iterator[Watchdog]:
+    """Joins the process group; inside nothing hangs unnoticed, and SIGTERM ends the run in order."""
+    init_distributed(config.stage_timeout + 60)  # the watchdog, which says more, comes first
+    torch.manual_seed(config.seed)
+    with (
+        Watchdog(config.stage_timeout) as watchdog,
+        preemptible("stopped outside of training; what was saved is whole"),
+    ):
+        yield watchdog
 
 
 def train(
@@ -47,11 +65,17 @@ def train(
     rewards: RewardSet,
     log: RunLog | NullRunLog,
     display: Display,
+    watchdog: Watchdog,
     credit: CreditRule | None = None,
     resumed: ResumePoint | None = None,
 ) -> bool:
     """The loop, watched: metrics, samples, checkpoints and the terminal's bar, from the start or from where a
-    checkpoint left it. False when Ctrl-C ended it early."""
+    checkpoint left it. False when Ctrl-C ended it early.
+
+    Raises:
+        Preempted: SIGTERM or SIGUSR1 came to any rank; a checkpoint is saved.
+        NotFinite: update after update was skipped.
+    """
 
     def on_step(metrics: StepMetrics, rollouts: Sequence[Rollout], totals: Tensor) -> None:
         log.metrics(metrics)
@@ -62,23 +86,62 @@ def train(
             log.sync()
             checkpoints.save(trainer)
 
-    trainer = Trainer(config, learner, prompts, rewards, build_preview(config, rewards), on_step, credit)
+    preview = build_preview(config, rewards)
+    trainer = Trainer(config, learner, prompts, rewards, preview, on_step, credit, watchdog.mark)
     checkpoints = Checkpoints(config, log.folder / "checkpoints", learner, prompts)
     if resumed is not None:
         checkpoints.restore(trainer, resumed.checkpoint)
         log.cut(trainer.step)
         display.note(f"going on after {trainer.step} steps, in {resumed.run_folder}")
-    with display.training(config.max_steps, trainer.step), Interrupts(display.note) as interrupts:
+    with (
+        _cheap_collections(config),
+        display.training(config.max_steps, trainer.step),
+        Interrupts(display.note, watchdog.hurry) as interrupts,
+    ):
 
-        def stop() -> bool:  # one rank's Ctrl-C is everybody's
-            return bool(learner.all_reduce(torch.tensor([int(interrupts.asked)])).item())
+        def stop() -> bool:
+            """Asked between steps: what one rank is asked for all do."""
+            save = log.folder / SAVE
+            wishes = [interrupts.stop, interrupts.preempt, learner.rank == 0 and save.exists(), checkpoints.failed]
+            stopped, preempted, saved, failed = learner.all_reduce(torch.tensor(wishes, dtype=torch.int32)).tolist()
+            if failed:
+                checkpoints.wait()  # raises, on all ranks at this same place
+            if preempted or saved:
+                log.sync()
+                checkpoints.save(trainer)
+                checkpoints.wait()
+            if saved:
+                folder = log.folder / "checkpoints" / f"model_{trainer.step:06d}"
+                learner.save(folder)
+                save.unlink(missing_ok=True)
+                display.note(f"{SAVE}: a checkpoint and {folder}")
+            if preempted:
+                raise Preempted(f"stopped after {trainer.step} steps; go on with --resume_from_checkpoint latest")
+            return bool(stopped)
 
         trainer.train(stop)
+        stop()  # what the last step was asked for
+    watchdog.mark("after training")
     log.sync()
     checkpoints.save(trainer)
+    checkpoints.wait()
     if trainer.step < config.max_steps:
         display.note(f"stopped at step {trainer.step}; scoring what there is")
     return trainer.step >= config.max_steps
+
+
+@contextmanager
+def _cheap_collections(config: TrainConfig) -> Iterator[None]:
+    """DeepSpeed collects garbage in every step of ZeRO-3, which looks at half a million imported objects (.6 s)."""
+    if config.zero_stage < 3:
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # else what this training leaves would never be freed
 
 
 def write_scores(log: RunLog | NullRunLog, before: Evaluation | None, after: Evaluation | None = None) -> None:
@@ -150,6 +213,7 @@ def settings_of(config: TrainConfig) -> LearnerSettings:
         zero_stage=config.zero_stage,
         bf16=config.bf16,
         num_iterations=config.num_iterations,
+        max_skipped_updates=config.max_skipped_updates,
         gradient_checkpointing=config.gradient_checkpointing,
         cuda_graphs=config.cuda_graphs,
         compile_decode=config.compile_decode,

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import TYPE_CHECKING, NoReturn
 
@@ -31,8 +33,24 @@ SMALL = 1024
 """Up to so many values a Python list is read faster than a tensor op starts."""
 
 
+_passing = ContextVar("passing", default=False)
+
+
 class NonFiniteError(ValueError):
     """A log-probability that carries loss is NaN or infinite."""
+
+
+@contextmanager
+def non_finite_passes() -> Iterator[None]:
+    """Inside, log-probabilities that are NaN or infinite go into the loss and its gradients instead of raising.
+
+    For a trainer of several ranks: an error on one would leave the others waiting in backward's collectives, while a
+    NaN reaches all of them in the reduced gradients, so that all skip the update together."""
+    token = _passing.set(True)
+    try:
+        yield
+    finally:
+        _passing.reset(token)
 
 
 def checks_values(tensor: Tensor) -> bool:
@@ -203,7 +221,7 @@ def check_log_probabilities(
             continue
         check_vector(op, name, values, num_tokens, "did packing drop a first token?")
         check_float(op, name, values)
-        if not finite or not checks_values(values):
+        if not finite or _passing.get() or not checks_values(values):
             continue
         if math.isfinite(float(values.detach().sum())):  # one pass without a temporary; a NaN may still be masked
             continue

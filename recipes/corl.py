@@ -19,7 +19,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from syncr1.engine.cli import parse
-from syncr1.engine.corl.config import ConfigError, CorlConfig
+from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.faults import run_to_exit
 from syncr1.engine.launch import launch
 
 TINY = Path(__file__).with_name("corl_tiny.yaml")
@@ -35,19 +36,8 @@ def main() -> None:
         print(f"syncr1: no --model and no --data: the tiny world, settings from recipes/{TINY.name}")
     print("syncr1: loading torch and transformers ...", flush=True)
     from syncr1.engine.corl.run import run
-    from syncr1.engine.pictures import PictureError
-    from syncr1.engine.prompts import DataError
-    from syncr1.engine.rewards.custom import RewardSpecError
-    from syncr1.engine.safetensors_stream import CheckpointError
 
-    try:
-        run(config)
-    except (ConfigError, DataError, PictureError, RewardSpecError, CheckpointError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:  # during training `run` handles it itself: it scores, saves and reports what there is
-        print("syncr1: stopped outside of training", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_to_exit(run, config)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ python recipes/sync_r1.py --help                            every setting
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 # Two processes that spin for each other's threads are many times slower than two that sleep; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,7 +17,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from syncr1.engine.cli import parse
-from syncr1.engine.config import ConfigError, SyncR1Config
+from syncr1.engine.config import SyncR1Config
+from syncr1.engine.faults import run_to_exit
 from syncr1.engine.launch import launch
 
 
@@ -27,19 +26,9 @@ def main() -> None:
     config = parse(SyncR1Config, description=__doc__)
     config = launch(config, __file__)
     print("syncr1: loading torch and transformers ...", flush=True)
-    from syncr1.engine.pictures import PictureError
-    from syncr1.engine.prompts import DataError
     from syncr1.engine.run import run
-    from syncr1.engine.safetensors_stream import CheckpointError
 
-    try:
-        run(config)
-    except (ConfigError, DataError, PictureError, CheckpointError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:  # during training `run` handles it itself: it scores, saves and reports what there is
-        print("syncr1: stopped outside of training", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_to_exit(run, config)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,16 @@ def test_the_example_of_a_batch_job_starts_all_of_its_nodes(tmp_path: Path) -> N
                           capture_output=True, check=True)  # fmt: skip
     arguments = done.stdout.splitlines()
     assert arguments[:3] == ["recipes/sync_r1.py", "--nodes", "4"] and arguments[-2:] == ["--seed", "a b"]
-    assert "runs/sync_r1-77" in arguments
+    assert "runs/sync_r1-77" in arguments and options["signal"].startswith("USR1@")
+    # Asked to stop before its time is up, it saves, ends with 75 and queues up again.
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho scontrol "$@"\n')
+    scontrol.chmod(0o755)
+    python.write_text("#!/bin/sh\nexit 75\n")
+    job = ["bash", str(ROOT / "examples" / "slurm.sbatch")]
+    again = subprocess.run(job, text=True, capture_output=True, check=False,
+                           env=environ | {"PATH": f"{tmp_path}:{environ['PATH']}"})  # fmt: skip
+    assert (again.returncode, again.stdout) == (75, "scontrol requeue 77\n")
 
 
 # Starting -------------------------------------------------------------------------------------------------------------

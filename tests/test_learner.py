@@ -239,7 +239,8 @@ def test_bfloat16_training_keeps_float32_masters(batches: list[PackedBatch]) -> 
 def test_settings_of_deepspeed() -> None:
     """Our own loop drives accumulation; clipping is done once, by whoever can tell the norm."""
     for stage in range(4):
-        config = deepspeed_config(LearnerSettings(learning_rate=1.0, zero_stage=stage, max_grad_norm=0.5))
+        config = deepspeed_config(LearnerSettings(learning_rate=1.0, zero_stage=stage, max_grad_norm=0.5), 10)
+        assert config["zero_optimization"]["reduce_bucket_size"] == 10  # not 2 GB for ten numbers
         assert config["managed_gradient_accumulation"] is False and config["zero_optimization"]["stage"] == stage
         assert config["gradient_clipping"] == (0.0 if stage == 0 else 0.5)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from syncr1.engine.nodes import passed_environment, run_nodes
+from syncr1.engine.nodes import FINAL, passed_environment, run_nodes
 
 AGENT = [sys.executable, "-m", "syncr1.engine.nodes"]
 
@@ -27,6 +27,7 @@ def nodes(folder: Path, scripts: list[str], *, max_restarts: int = 0) -> tuple[i
         folder=folder,
         environment={"NCCL_X": "passed"},
         max_restarts=max_restarts,
+        grace=20,
         say=said.append,
     )
     return code, said
@@ -55,10 +56,19 @@ def test_restarts_end(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("try*"))) == 3
 
 
+@pytest.mark.parametrize("code", FINAL)
+def test_some_ends_are_final(tmp_path: Path, code: int) -> None:
+    """Settings that cannot work do not work the second time, and who was asked to stop stays stopped."""
+    assert nodes(tmp_path, [f"raise SystemExit({code})"], max_restarts=2) == (
+        code,
+        [f"node n0 ended with exit code {code}"],
+    )
+
+
 def test_an_executor_that_cannot_start_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         run_nodes(["a"], lambda _: [["true"]], [["no-such-program"]], folder=tmp_path, environment={}, max_restarts=3,
-                  say=print)  # fmt: skip
+                  grace=20, say=print)  # fmt: skip
 
 
 def alive(pid: int) -> bool:
@@ -87,7 +97,7 @@ time.sleep(600)
 @pytest.mark.parametrize("how", ["its input ends", "its child is killed"])
 def test_an_agent_leaves_nothing_behind(tmp_path: Path, how: str) -> None:
     """A rank is in a session of its own, as torchrun's are, and still ends with its agent."""
-    job = {"folder": str(tmp_path), "command": [sys.executable, "-c", TREE], "environment": {}}
+    job = {"folder": str(tmp_path), "command": [sys.executable, "-c", TREE], "environment": {}, "grace": 20}
     agent = subprocess.Popen(AGENT, stdin=subprocess.PIPE)
     assert agent.stdin is not None
     try:
@@ -108,7 +118,7 @@ def test_an_agent_leaves_nothing_behind(tmp_path: Path, how: str) -> None:
 
 
 def test_torchrun_ends_with_its_killed_agent(tmp_path: Path) -> None:
-    job = {"folder": str(tmp_path), "command": [sys.executable, "-c", TREE], "environment": {}}
+    job = {"folder": str(tmp_path), "command": [sys.executable, "-c", TREE], "environment": {}, "grace": 20}
     agent = subprocess.Popen(AGENT, stdin=subprocess.PIPE)
     assert agent.stdin is not None
     agent.stdin.write(json.dumps(job).encode() + b"\n")

@@ -28,7 +28,7 @@ from syncr1.engine.credit import shared_advantages
 from syncr1.engine.data.samples import Sample
 from syncr1.engine.display import Display
 from syncr1.engine.evaluate.run import Evaluation
-from syncr1.engine.learner import Learner, init_distributed, local_device
+from syncr1.engine.learner import Learner, local_device
 from syncr1.engine.merge import merge_checkpoints
 from syncr1.engine.model_card import write_model_card
 from syncr1.engine.policies.auto import load_policy
@@ -45,10 +45,12 @@ from syncr1.engine.training import (
     one_at_a_time,
     quieten,
     settings_of,
+    supervised,
     table_of,
     train,
     write_scores,
 )
+from syncr1.engine.watchdog import Watchdog
 
 TABLE_WIDTH = 110
 """Characters; a log file's lines may be longer than a terminal's 80."""
@@ -70,12 +72,16 @@ def run(config: CorlConfig) -> dict[str, dict[str, float]]:
         if os.environ.get("RANK", "0") == "0":
             dry_run(config)
         return {}
-    init_distributed()
-    torch.manual_seed(config.seed)
+    with supervised(config) as watchdog:
+        return every_model(config, watchdog)
+
+
+def every_model(config: CorlConfig, watchdog: Watchdog) -> dict[str, dict[str, float]]:
+    """The run itself, on a rank of the process group."""
     display = Display(max_steps=1, logging_steps=config.logging_steps, quiet=torch.distributed.get_rank() != 0)
     interrupted = interrupted_run(config, display.note)
     with open_run_log(config.output_dir, config, interrupted) as log:
-        models = CorlRun(config, log, display).models()
+        models = CorlRun(config, log, display, watchdog).models()
         scored = {name: model.scores for name, model in models.items() if model.scores is not None}
         if scored:
             table = models_table({name: table_of(scores) for name, scores in scored.items()})
@@ -91,8 +97,8 @@ def run(config: CorlConfig) -> dict[str, dict[str, float]]:
 class CorlRun:
     """The trainings of a run, which share data, judges and the table of scores."""
 
-    def __init__(self, config: CorlConfig, log: RunLog | NullRunLog, display: Display) -> None:
-        self.config, self.log, self.display = config, log, display
+    def __init__(self, config: CorlConfig, log: RunLog | NullRunLog, display: Display, watchdog: Watchdog) -> None:
+        self.config, self.log, self.display, self.watchdog = config, log, display, watchdog
         display.stage("data, starting model and rewards")
         self.parts = one_at_a_time(lambda: Parts(config, display.note))
         self.stopped = False
@@ -164,7 +170,9 @@ class CorlRun:
         with open_run_log(config.output_dir, config, goes_on) as log:
             log.cut(0 if resumed is None else resumed.step)
             write_scores(log, start.scores)
-            self.stopped = not train(config, learner, stream, rewards, log, self.display, credit, resumed)
+            self.stopped = not train(
+                config, learner, stream, rewards, log, self.display, self.watchdog, credit, resumed
+            )
             folder = log.folder / "checkpoints" / "last"
             learner.save(folder)
             scores = evaluate(self.parts.evaluator, learner)

@@ -1,0 +1,121 @@
+"""NaN and infinity in an update: kernels let them through where asked, and the learner then changes nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
+import pytest
+import torch
+from helpers import everything_partitioned, own_process_group, packed, sampled, sharp_policy
+from torch import Tensor
+
+from syncr1.engine.faults import NotFinite
+from syncr1.engine.learner import Learner, LearnerSettings
+from syncr1.engine.objective import Objective
+from syncr1.engine.optimizer_state import optimizer_tensors
+from syncr1.engine.records import PackedBatch
+from syncr1.kernels.api import NonFiniteError, TokenStream, linear_grpo_loss, non_finite_passes
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_group() -> Iterator[None]:
+    with own_process_group(), everything_partitioned():
+        yield
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory: pytest.TempPathFactory) -> list[PackedBatch]:
+    policy = sharp_policy()
+    return packed(policy, sampled(policy, tmp_path_factory.mktemp("nan"), num_generations=3), 3, 1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_kernels_let_it_through(backend: str, value: float) -> None:
+    """A bad hidden state: an error by default; inside the block, gradients that are not finite."""
+    hidden = torch.randn(6, 8)
+    hidden[2, 3] = value
+    hidden.requires_grad_()
+    weight = torch.randn(11, 8, requires_grad=True)
+    stream = TokenStream(hidden, weight, torch.arange(6), torch.arange(6))
+    groups = torch.tensor([0, 3, 6], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+
+    def loss() -> Tensor:
+        rewards = torch.tensor([0.0, 1.0])
+        return linear_grpo_loss([stream], rewards, *groups, loss_mask=torch.ones(6).bool(), backend=backend).loss
+
+    with pytest.raises(NonFiniteError):
+        loss()
+    with non_finite_passes():
+        loss().backward()
+    assert weight.grad is not None and not bool(weight.grad.isfinite().all())
+    with pytest.raises(NonFiniteError):
+        loss()
+
+
+def learner_of(stage: int, bf16: bool, **more: Any) -> Learner:
+    settings = LearnerSettings(learning_rate=1e-3, zero_stage=stage, bf16=bf16, **more)
+    policy = sharp_policy()
+    return Learner(policy.to(torch.bfloat16) if bf16 else policy, Objective(), settings)
+
+
+def poisoned(learner: Learner, batches: list[PackedBatch], value: float = float("nan")) -> dict[str, float]:
+    """An update whose hidden states overflow in the second micro-batch."""
+    module: Any = learner.engine.module
+    hidden, calls = module.hidden, []
+
+    def broken(batch: PackedBatch) -> Tensor:
+        calls.append(batch)
+        states: Tensor = hidden(batch)
+        return states * value if len(calls) == 2 else states
+
+    module.hidden = broken
+    try:
+        return learner.update(batches)
+    finally:
+        del module.hidden
+
+
+def state(learner: Learner) -> dict[str, Tensor]:
+    with learner.sampling() as policy:
+        weights = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    return weights | {f"optimizer {n}": t.clone() for n, t in optimizer_tensors(learner.optimizer).items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (2, False), (3, False), (0, True), (2, True)])
+def test_an_update_that_is_not_finite_changes_nothing(stage: int, bf16: bool, batches: list[PackedBatch]) -> None:
+    """Weights and optimizer to the last bit; the updates before and after are those of a learner that never saw it."""
+    learner, other = learner_of(stage, bf16), learner_of(stage, bf16)
+    for each in (learner, other):
+        assert each.update(batches)["updates_skipped"] == 0
+    before = state(learner)
+    metrics = poisoned(learner, batches)
+    assert metrics["updates_skipped"] == 1 and not metrics["grad_norm"] < float("inf")
+    assert same(state(learner), before)
+    for each in (learner, other):
+        assert each.update(batches)["updates_skipped"] == 0
+    assert same(state(learner), state(other)) and not same(state(learner), before)
+
+
+def test_too_many_in_a_row_end_the_run(batches: list[PackedBatch], caplog: pytest.LogCaptureFixture) -> None:
+    learner = learner_of(0, False, max_skipped_updates=2)
+    before = state(learner)
+    for _ in range(2):
+        poisoned(learner, batches)
+    learner.update(batches)  # a good one in between
+    for _ in range(2):
+        poisoned(learner, batches)
+    assert "the loss of rank 0 is NaN or infinite: all ranks skip this update (2 in a row)" in caplog.messages[-1]
+    after = state(learner)
+    with pytest.raises(NotFinite, match="more than max_skipped_updates = 2"):
+        poisoned(learner, batches)
+    assert same(state(learner), after) and not same(after, before)
