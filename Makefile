@@ -68,6 +68,7 @@ gpu: setup
 	$(BIN)/python bench/rollout.py --out $(OUT)
 	$(BIN)/python bench/step.py --out $(OUT)
 	$(BIN)/python bench/rewards.py --out $(OUT)
+	$(BIN)/python bench/checkpoint.py --out $(OUT)
 	$(BIN)/python recipes/sync_r1.py --output_dir $(OUT)/gpu_run $(ARGS)
 	$(BIN)/python recipes/corl.py --output_dir $(OUT)/gpu_corl
 
@@ -78,6 +79,7 @@ bench: setup
 	$(BIN)/python bench/rollout.py
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/rewards.py
+	$(BIN)/python bench/checkpoint.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -6,11 +6,12 @@ token counts over all ranks, so gradients do not depend on how a batch is cut in
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -258,6 +259,19 @@ class Learner:
         moved = values.to(self.device)
         dist.all_reduce(moved, op=op)
         return moved.cpu()
+
+    def gathered(self, values: Mapping[str, float]) -> list[dict[str, float]]:
+        """What each rank calls this with, in order of ranks; names may differ. Collective."""
+        if self.world_size == 1:
+            return [dict(values)]
+        text = torch.frombuffer(bytearray(json.dumps(dict(values)).encode()), dtype=torch.uint8)
+        longest = int(self.all_reduce(torch.tensor([text.numel()]), op=dist.ReduceOp.MAX))
+        mine = torch.full((longest,), ord(" "), dtype=torch.uint8)
+        mine[: text.numel()] = text
+        mine = mine.to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine)
+        return [json.loads(bytes(part.cpu().tolist())) for part in parts]
 
     def save(self, folder: Path) -> None:
         """The policy in transformers' format, adapters added to its weights, and beside it in peft's; every rank must

@@ -16,6 +16,7 @@ from torch import Tensor
 from syncr1.engine.credit import credited_rewards, shared_within_samples
 from syncr1.engine.dgs import PreviewGate
 from syncr1.engine.learner import Learner
+from syncr1.engine.metrics import merged
 from syncr1.engine.packing import pack
 from syncr1.engine.records import MODALITY_NAMES, PackedBatch, Prompt, Rollout, StepMetrics
 from syncr1.engine.rewards.base import RewardTable, score
@@ -172,6 +173,7 @@ class Trainer:
         learned: dict[str, float],
         seconds: Mapping[str, float],
     ) -> dict[str, float]:
+        """Of the step, over all ranks. Collective."""
         c = self.config
         sampled = [sum(s.tokens.numel() for s in rollout.segments) for rollout in rollouts]
         texts = [s for rollout in rollouts for s in rollout.segments if s.kind == "text"]
@@ -198,7 +200,7 @@ class Trainer:
         if self.preview is not None:
             values["rollout/preview_threshold"] = math.nan if self.preview.threshold is None else self.preview.threshold
             values["rollout/preview_acceptance"] = self._adapt_preview(self.preview)
-        return values
+        return merged(self.learner.gathered(values))
 
     def _adapt_preview(self, preview: PreviewGate) -> float:
         """One threshold for all ranks: each took its own from its first previews, and all count for the next move."""
