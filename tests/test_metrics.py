@@ -16,13 +16,29 @@ NAN = math.nan
 def test_counts_extremes_and_means() -> None:
     ranks = [
         {
-            **{"reward": 0.2, "num_tokens": 10.0, "step_time": 1.0, "ratio_min/text": 0.5, "ratio_max/text": 1.5},
-            **{"tokens/text": 1.0, "tokens/image": 0.0, "kl/text": 1.0, "kl/image": NAN, "kl": 1.0},
+            "reward": 0.2,
+            "num_tokens": 10.0,
+            "step_time": 1.0,
+            "ratio_min/text": 0.5,
+            "ratio_max/text": 1.5,
+            "tokens/text": 1.0,
+            "tokens/image": 0.0,
+            "kl/text": 1.0,
+            "kl/image": NAN,
+            "kl": 1.0,
             "rewards/a/mean": 0.5,
         },
         {
-            **{"reward": 0.6, "num_tokens": 30.0, "step_time": 3.0, "ratio_min/text": 0.9, "ratio_max/text": 1.1},
-            **{"tokens/text": 3.0, "tokens/image": 4.0, "kl/text": 2.0, "kl/image": 0.5, "kl": 8 / 7},
+            "reward": 0.6,
+            "num_tokens": 30.0,
+            "step_time": 3.0,
+            "ratio_min/text": 0.9,
+            "ratio_max/text": 1.1,
+            "tokens/text": 3.0,
+            "tokens/image": 4.0,
+            "kl/text": 2.0,
+            "kl/image": 0.5,
+            "kl": 8 / 7,
             "rewards/b/mean": NAN,
         },
     ]
