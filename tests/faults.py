@@ -24,11 +24,12 @@ from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
+import kills
 import torch
 from helpers import ROOT
 from torch.distributed import TCPStore
 
-from syncr1.engine import checkpoint, trainer, training
+from syncr1.engine import checkpoint, trainer
 from syncr1.engine.checkpoint import folders, newest, verified
 from syncr1.engine.faults import EXIT_FAILED, EXIT_PREEMPTED, EXIT_STALLED
 from syncr1.engine.learner import Learner
@@ -304,11 +305,23 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--world", type=Path, required=True)
+    parser.add_argument("--cases", help="JSON: [[folder, flags, faults], ...] instead of random ones")
     parser.add_argument("--injections", type=int, default=len(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=KINDS)
     asked = parser.parse_args()
     preload()
+    if asked.cases is None:
+        inject_at_random(asked)
+        return
+    for name, more, listed in json.loads(asked.cases):
+        faults, folder = [Fault(*fault) for fault in listed], asked.folder / name
+        ended = run(folder, flags_of(asked.base, asked.world, folder, *more), faults)
+        check(faults, ended, folder)
+        print(json.dumps([name, ended.codes, ended.seconds]), flush=True)
+
+
+def inject_at_random(asked: argparse.Namespace) -> None:
     chance, slowest, bad = random.Random(asked.seed), dict.fromkeys(asked.kinds, 0.0), 0
     for number in range(asked.injections):
         fault, folder = some_fault(chance, asked.kinds[number % len(asked.kinds)]), asked.folder / f"{number:03d}"
@@ -325,11 +338,11 @@ def main() -> None:
 
 
 def preload() -> None:
-    """Once, not in every child; without a process group, which does not survive a fork."""
+    """Once, not in every child. In a fresh process: the threads and the group of one that trained die in a fork."""
     torch.set_num_threads(1)
     for name in ("syncr1.engine.run", "syncr1.engine.data.samples", "deepspeed.runtime.zero.stage3"):
         importlib.import_module(name)
-    assert training is not None
+    kills.preload()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ def test_twenty_cuts(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "SYNCR1_ALL_CUTS" not in os.environ, reason="SYNCR1_ALL_CUTS=1 runs it; test_faults.py has the like"
+)
 def test_the_recipe_killed_and_resumed(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     """SIGKILL, then the same command with `--resume_from_checkpoint latest`: one folder, the same metrics and model as
     without the kill; and the same command once more finds nothing left to do."""
