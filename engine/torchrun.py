@@ -2,7 +2,7 @@
 
     python -m syncr1.engine.torchrun [torchrun's flags] PROGRAM [flags]
 
-torchrun ends with 1 whatever happened. Here 75 says that a signal stopped it, after its ranks had
+torchrun ends with 1 whatever happened. Here 75 says that SIGTERM or SIGUSR1 stopped it, after its ranks had
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds to save, and another code is that of the first rank that failed.
 """
 
@@ -16,6 +16,7 @@ from torch.distributed.run import get_args_parser
 from torch.distributed.run import main as run
 
 from syncr1.engine.faults import EXIT_PREEMPTED
+from syncr1.engine.interrupts import PREEMPTING
 
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
         run([SIGNALS, *arguments] if known else arguments)  # torch before 2.9 does not know the flag
     except SignalException as stopped:
         print(f"syncr1: {stopped.sigval.name}: all ranks of this machine have ended", file=sys.stderr)
-        return EXIT_PREEMPTED
+        return EXIT_PREEMPTED if stopped.sigval in PREEMPTING else 128 + stopped.sigval
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
         code = int(first.exitcode)
