@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from children import ChildrenSeconds
-from helpers import all_kinds_of_prompts, cache_folder, make_prompt, short_base
+from helpers import all_kinds_of_prompts, cache_folder, environment, make_prompt, short_base
 from PIL import Image
 from recipe_cases import leaks, recipe_here, started
 
@@ -64,6 +65,13 @@ def said(config: SyncR1Config, folder: Path) -> str:
     return "\n".join(lines)
 
 
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test that trained in this process has left, or the machine's own."""
+    for name in {*os.environ} - {*environment()} | {"SLURM_JOB_ID", "SYNCR1_HOSTFILE"}:
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_the_plan_tells_ranks_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["sync_r1.py", "--nodes", "2"])
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
@@ -72,9 +80,7 @@ def test_the_plan_tells_ranks_and_memory(tmp_path: Path, monkeypatch: pytest.Mon
     assert "in all, at the worst moment" in out and "first step's 2 prompts of a rank" in out
 
 
-def test_nodes_that_cannot_be_had_are_part_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SYNCR1_HOSTFILE"):
-        monkeypatch.delenv(name, raising=False)
+def test_nodes_that_cannot_be_had_are_part_of_the_plan(tmp_path: Path) -> None:
     out = said(SyncR1Config(nodes=4, ranks_per_node=2), tmp_path)
     assert "plan: 4 nodes, 8 ranks" in out and "exit code 2" in out and "sbatch --nodes=4" in out
 
