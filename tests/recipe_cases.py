@@ -50,6 +50,8 @@ def recipe_here(capsys: pytest.CaptureFixture[str], recipe: str, *flags: object,
     code: object = 0
     more = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     with patch.object(sys, "argv", [path, *map(str, flags)]), patch.dict(os.environ, more), warnings.catch_warnings():
+        for name in {*os.environ} - {*environment()}:  # a launcher's, left by a test that trained in this process
+            del os.environ[name]
         try:
             runpy.run_path(path, run_name="__main__")
         except SystemExit as stopped:
