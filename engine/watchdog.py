@@ -151,7 +151,7 @@ class Watchdog:
                 self._beat()
                 if self._store is not None and self._store.check([_FAULT]):
                     return self._give_up(self._store.get(_FAULT).decode(), EXIT_FAILED)
-                # Rank 0 looks at everybody and everybody at rank 0: a few requests a second each, however many they are.
+                # Rank 0 looks at everybody, everybody at rank 0: a few requests a second each, however many they are.
                 silent = self._silent(self._silence, self._others if self.rank == 0 else [0])
                 if silent:
                     return self._give_up(self._publish(_gone(silent)), EXIT_FAILED)
