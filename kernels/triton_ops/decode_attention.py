@@ -121,14 +121,14 @@ def decode_kernel(
     if FORM.M == 1:
         query_at, out_at, inside = query_at + e_E, out_at + e_E, inside_E
         top = tl.full([FORM.COLUMNS], FLOOR, tl.float32)
-        outputs = tl.zeros([FORM.COLUMNS, FORM.WIDTH], tl.float32)
+        outputs = tl.full([FORM.COLUMNS, FORM.WIDTH], 0, tl.float32)
     else:
         m_M = tl.arange(0, FORM.HEADS)
         query_at = query_at + m_M[:, None] * strides.query_head + e_E[None, :]
         out_at = out_at + m_M[:, None] * FORM.E + e_E[None, :]
         inside = (m_M < FORM.M)[:, None] & inside_E[None, :]
         top = tl.full([FORM.HEADS, FORM.COLUMNS], FLOOR, tl.float32)
-        outputs = tl.zeros([FORM.HEADS, FORM.COLUMNS, FORM.WIDTH], tl.float32)
+        outputs = tl.full([FORM.HEADS, FORM.COLUMNS, FORM.WIDTH], 0, tl.float32)
     scaled_query = tl.load(query_at, mask=inside, other=0.0).to(tl.float32) * scale
     top, sums, outputs = attend(
         scaled_query, top, tl.zeros_like(top), outputs,

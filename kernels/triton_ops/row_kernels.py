@@ -72,8 +72,8 @@ def row_statistics(row, shift, V, scale, FORM: tl.constexpr):
     else:
         tile = tl.arange(0, FORM.TILE_ROWS)[:, None] * FORM.TILE_COLUMNS + tl.arange(0, FORM.TILE_COLUMNS)[None, :]
         offsets = tl.full([FORM.TILE_COLUMNS], LOWEST, tl.float32)
-        totals = tl.zeros([FORM.TILE_COLUMNS], tl.float32)
-        weighteds = tl.zeros([FORM.TILE_COLUMNS], tl.float32)
+        totals = tl.full([FORM.TILE_COLUMNS], 0, tl.float32)
+        weighteds = tl.full([FORM.TILE_COLUMNS], 0, tl.float32)
         for start in range(0, V, FORM.TILE_ROWS * FORM.TILE_COLUMNS):
             logits = load_logits(row, shift, start + tile, V, FORM.FORBIDDEN)
             offsets, totals, weighteds = absorb(logits, scale, offsets, totals, weighteds)

@@ -180,7 +180,7 @@ def locate(row, values, cut, bound, level, scale, offset, EQUAL: tl.constexpr, F
         chosen_tile = values
     else:
         tiles = tl.arange(0, FORM.TILES)
-        sums = tl.zeros([FORM.TILES], tl.float64)
+        sums = tl.full([FORM.TILES], 0, tl.float64)
         for index in range(num_tiles(row, FORM)):
             part = tile_values(row, index, cut, bound, scale, offset, EQUAL, FORM)
             sums = tl.where(tiles == index, tl.sum(tl.sum(part, axis=1).to(tl.float64)), sums)
