@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train corl test test-multinode fuzz check bench gpu clean typing
+.PHONY: setup train corl test test-multinode fuzz check bench gpu clean
 
 setup: $(STAMP)
 
@@ -47,16 +47,10 @@ test-multinode: setup
 fuzz: setup
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_files.py -q -rP -n $(JOBS)
 
-# mypy cannot follow an editable install; it follows these links.
-typing:
-	@mkdir -p build/typing/syncr1
-	@ln -sfn ../../../kernels build/typing/syncr1/kernels
-	@ln -sfn ../../../engine build/typing/syncr1/engine
-
-check: setup typing
+check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy build/typing/syncr1/kernels build/typing/syncr1/engine $(wildcard recipes/*.py)
+	$(BIN)/mypy syncr1/kernels syncr1/engine $(wildcard recipes/*.py)
 	$(BIN)/python -m pytest tests -m "not slow" -q -n $(JOBS) --dist worksteal
 
 # On a machine with a GPU: its tests, the benchmarks and the default run in one go, results under $(OUT).
