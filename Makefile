@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train corl test test-multinode fuzz check bench gpu clean
+.PHONY: setup train corl test test-triton test-multinode fuzz check bench gpu clean
 
 setup: $(STAMP)
 
@@ -36,8 +36,23 @@ train: setup
 corl: setup
 	$(BIN)/python recipes/corl.py $(ARGS)
 
-test: setup
+test: setup $(TRITONS_IN_CI:%=build/triton/%)
 	$(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal $(ARGS)
+
+# What CUDA builds of torch 2.10 to 2.15 bring; the tests compile for the first and the last.
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
+TRITONS_IN_CI := $(firstword $(TRITONS)) $(lastword $(TRITONS))
+
+build/triton/%: | setup
+	@echo "syncr1: Triton $* for the tests (200 MB)"
+	@rm -rf $@.part && $(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
+
+# Every launch at the sizes of real models, on every Triton, for sm_80, sm_90 and sm_100: about twenty minutes.
+test-triton: $(TRITONS:%=build/triton/%)
+	for version in $(TRITONS); do \
+		PYTHONPATH=build/triton/$$version:. TRITON_CACHE_DIR=build/triton-cache $(BIN)/python -W ignore \
+			-m syncr1.kernels.triton_ops.aot --processes $(JOBS) --json build/triton/$$version.json > /dev/null; done
+	$(BIN)/python -m syncr1.kernels.triton_ops.aot --merge $(TRITONS:%=build/triton/%.json) > bench/results/triton.md
 
 # Four machines made of network namespaces, one of which is killed; needs root and iproute2.
 test-multinode: setup

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from syncr1.kernels.terms import Backend, Head, RowSettings, RowTerms
+from syncr1.kernels.terms import Backend, Head, RowSettings, RowTerms, padded
 
 WORKSPACE_BYTES = {"cpu": 1 << 27, "cuda": 1 << 29}
 """Largest workspace; on a CPU pages of a fresh allocation cost as much as sweeping over them."""
@@ -64,7 +64,7 @@ class Workspace:
     def __init__(self, heads: Sequence[HeadRows]) -> None:
         like = heads[0].hidden
         self.limit = WORKSPACE_BYTES.get(like.device.type, WORKSPACE_BYTES["cuda"]) // like.element_size()
-        sizes = [self._chunk_rows(rows) * rows.weight.shape[0] for rows in heads]
+        sizes = [self._chunk_rows(rows) * padded(rows.weight.shape[0]) for rows in heads]
         self.limit = max(sizes, default=0)
         self.buffer = _take(self.limit, like)
 
@@ -77,19 +77,19 @@ class Workspace:
     def _chunk_rows(self, rows: HeadRows) -> int:
         """Rows of a chunk: as many as fit, evened out so that no short chunk is left over."""
         fewest, most = CHUNK_ROWS
-        vocabulary = max(rows.weight.shape[0], 1)
-        at_most = min(max(self.limit // vocabulary, fewest), most)
+        at_most = min(max(self.limit // max(padded(rows.weight.shape[0]), 1), fewest), most)
         num_chunks = max(-(-rows.num_rows // at_most), 1)
         return -(-rows.num_rows // num_chunks)
 
     def chunks(self, rows: HeadRows) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(rows, their hidden states [C, D], their products [C, V]); the products of the chunk before are gone."""
         vocabulary = rows.weight.shape[0]
-        size = max(min(self._chunk_rows(rows), self.limit // max(vocabulary, 1)), 1)
+        stride = padded(vocabulary)
+        size = max(min(self._chunk_rows(rows), self.limit // max(stride, 1)), 1)
         for start in range(0, rows.num_rows, size):
             part = slice(start, min(start + size, rows.num_rows))
             hidden_CD = rows.chunk(part)
-            products_CV = self.buffer[: hidden_CD.shape[0] * vocabulary].view(-1, vocabulary)
+            products_CV = self.buffer[: hidden_CD.shape[0] * stride].view(-1, stride)[:, :vocabulary]
             yield part, hidden_CD, torch.mm(hidden_CD, rows.weight.t(), out=products_CV)
 
 

@@ -33,6 +33,12 @@ def row_loss(loss_type: str) -> RowLoss | None:
     return None if loss_type == "vespo" else "clip"
 
 
+def padded(vocabulary: int) -> int:
+    """Length of a row of products in memory: every row begins where the vendor's products and the row kernels read and
+    write 16 bytes at a time, in any dtype."""
+    return -(-vocabulary // 16) * 16
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LossTerms:
     """Everything of a GRPO loss from log-probabilities."""

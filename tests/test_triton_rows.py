@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton_child import run_checks
 
-from syncr1.kernels.terms import Head, RowLoss, RowSettings, RowTerms
+from syncr1.kernels.terms import Head, RowLoss, RowSettings, RowTerms, padded
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -42,18 +42,25 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield request.param
 
 
-def guarded(num_rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(buffer, products): logits of realistic spread inside a band of NaN."""
-    buffer = torch.full((num_rows + 2, vocabulary + 5), torch.nan, dtype=dtype, device=DEVICE)
-    products = buffer[1:-1, 2:-3]
+@pytest.fixture(params=["aligned", "anywhere"])
+def place(request: pytest.FixtureRequest) -> str:
+    """Where rows begin: at multiples of 16 bytes, as those of a workspace, or not."""
+    return str(request.param)
+
+
+def guarded(
+    num_rows: int, vocabulary: int, dtype: torch.dtype, place: str = "anywhere"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(buffer, products, what of the buffer is not theirs): logits of realistic spread inside a band of NaN."""
+    before, stride = (16, padded(vocabulary) + 32) if place == "aligned" else (2, vocabulary + 5)
+    buffer = torch.full((num_rows + 2, stride), torch.nan, dtype=dtype, device=DEVICE)
+    products = buffer[1:-1, before : before + vocabulary]
     products.copy_(3 * torch.randn(num_rows, vocabulary))
-    return buffer, products
+    return buffer, products, buffer.isnan()
 
 
-def band_is_nan(buffer: Tensor) -> bool:
-    inside = torch.zeros_like(buffer, dtype=torch.bool)
-    inside[1:-1, 2:-3] = True
-    return bool(buffer[~inside].isnan().all())
+def band_is_nan(buffer: Tensor, band: Tensor) -> bool:
+    return bool(buffer[band].isnan().all())
 
 
 def head_of(vocabulary: int, dtype: torch.dtype, bias: bool, forbidden: bool) -> Head:
@@ -75,6 +82,14 @@ def scores(products: Tensor, targets: Tensor, head: Head, dtype: torch.dtype) ->
     return logp.gather(1, targets[:, None])[:, 0], entropy, z.logsumexp(-1)
 
 
+def is_fused() -> bool:
+    """`tl.fma` rounds once: on GPUs, and in the interpreter from Triton 3.9 on. Below, an exponent errs by the rounding
+    of a product as large as the logits."""
+    import triton
+
+    return DEVICE == "cuda" or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
+
 def no_worse(got: Tensor, plain: Tensor, truth: Tensor, floor: float) -> None:
     """At most twice the error of plain PyTorch, plus a floor."""
     error, allowed = (got.double() - truth).abs().max(), (plain.double() - truth).abs().max()
@@ -86,14 +101,15 @@ CASES = [
     (33, torch.float16, True, True),
     (1000, torch.bfloat16, True, False),
     (641, torch.float32, True, True),
+    (656, torch.bfloat16, False, True),
 ]
 
 
 @pytest.mark.parametrize(("vocabulary", "dtype", "bias", "forbidden"), CASES)
-def check_scores(form: str, vocabulary: int, dtype: torch.dtype, bias: bool, forbidden: bool) -> None:
+def check_scores(form: str, place: str, vocabulary: int, dtype: torch.dtype, bias: bool, forbidden: bool) -> None:
     from syncr1.kernels.triton_ops import score_rows
 
-    _, products = guarded(5, vocabulary, dtype)
+    _, products, _ = guarded(5, vocabulary, dtype, place)
     if vocabulary > 600:
         products[0, 600:] = -torch.inf
         products[1] += 300  # nothing may be lost where the logits are large
@@ -105,7 +121,7 @@ def check_scores(form: str, vocabulary: int, dtype: torch.dtype, bias: bool, for
     truth, plain = (scores(products, targets, head, kind) for kind in (torch.float64, torch.float32))
     for ours, theirs, exact, kind in zip(got, plain, truth, (torch.float32, torch.float32, torch.float64), strict=True):
         assert ours.dtype == kind
-        no_worse(ours, theirs, exact, 2e-6)
+        no_worse(ours, theirs, exact, 2e-6 if is_fused() else 6e-5)
 
 
 def token_loss(logp: Tensor, terms: RowTerms, settings: RowSettings) -> Tensor:
@@ -137,11 +153,11 @@ LOSSES.append(("sapo", True, True))
 
 @pytest.mark.parametrize(("loss", "old", "ref"), LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def check_loss_gradient(form: str, dtype: torch.dtype, loss: RowLoss, old: bool, ref: bool) -> None:
+def check_loss_gradient(form: str, place: str, dtype: torch.dtype, loss: RowLoss, old: bool, ref: bool) -> None:
     from syncr1.kernels.triton_ops import loss_rows
 
-    num_rows, vocabulary = 6, 700
-    buffer, products = guarded(num_rows, vocabulary, dtype)
+    num_rows, vocabulary = 6, 701
+    buffer, products, band = guarded(num_rows, vocabulary, dtype, place)
     head = head_of(vocabulary, dtype, loss != "clip", loss != "cispo")
     targets = torch.tensor([1, 2, 3, 7, 513, vocabulary - 1], device=DEVICE)
     leaf = products.double().requires_grad_()
@@ -163,18 +179,18 @@ def check_loss_gradient(form: str, dtype: torch.dtype, loss: RowLoss, old: bool,
     torch.testing.assert_close(got_logp.double(), logp.detach(), rtol=1e-6, atol=3e-6)
     torch.testing.assert_close(got_entropy.double(), entropy.detach(), rtol=1e-6, atol=3e-6)
     torch.testing.assert_close(products.double(), want, rtol=ROUNDING[dtype] + 1e-5, atol=2e-7)
-    assert bool((products[-1] == 0).all()) and band_is_nan(buffer)
+    assert bool((products[-1] == 0).all()) and band_is_nan(buffer, band)
     if head.forbidden is not None:
         assert bool((products[:, head.forbidden] == 0).all())
 
 
 @pytest.mark.parametrize("which", ["logp", "entropy", "both"])
 @pytest.mark.parametrize("in_place", [True, False])
-def check_gradient_from_scores(form: str, which: str, in_place: bool) -> None:
+def check_gradient_from_scores(form: str, place: str, which: str, in_place: bool) -> None:
     from syncr1.kernels.triton_ops import gradient_rows, score_rows
 
-    num_rows, vocabulary = 4, 700
-    buffer, products = guarded(num_rows, vocabulary, torch.float32)
+    num_rows, vocabulary = 4, 701
+    buffer, products, band = guarded(num_rows, vocabulary, torch.float32, place)
     products[1, 600:] = -torch.inf
     head = head_of(vocabulary, torch.float32, True, True)
     targets = torch.tensor([1, 2, 513, 0], device=DEVICE)  # the last one is forbidden
@@ -190,17 +206,20 @@ def check_gradient_from_scores(form: str, which: str, in_place: bool) -> None:
         value = value + (grad_entropy.double() * entropy)[rows].sum()
     (want,) = torch.autograd.grad(value, leaf)
     _, entropy_C, lse_C = score_rows(products, targets, head)
-    out_buffer, out = (buffer, products) if in_place else guarded(num_rows, vocabulary, torch.float32)
+    if not in_place:
+        buffer, out, band = guarded(num_rows, vocabulary, torch.float32, place)
+    else:
+        out = products
     gradient_rows(products, targets, head, lse_C, entropy_C, grad_logp, grad_entropy, out)
     torch.testing.assert_close(out.double(), want.nan_to_num(0.0), rtol=2e-5, atol=2e-7)
-    assert bool((out[3] == 0).all()) and band_is_nan(out_buffer)
+    assert bool((out[3] == 0).all()) and band_is_nan(buffer, band)
 
 
 def check_rows_are_independent(form: str) -> None:
     """Repeated, permuted and split calls give the same bits; a NaN row stays alone, and 0 where its gradient is 0."""
     from syncr1.kernels.triton_ops import gradient_rows, loss_rows, score_rows
 
-    _, products = guarded(6, 650, torch.float32)
+    _, products, _ = guarded(6, 650, torch.float32)
     products[2, 17] = torch.nan
     head = head_of(650, torch.float32, True, False)
     targets = torch.arange(6, device=DEVICE) * 100
@@ -227,7 +246,7 @@ def check_rows_are_independent(form: str) -> None:
 def check_no_rows_and_a_forbidden_nan() -> None:
     from syncr1.kernels.triton_ops import score_rows
 
-    _, products = guarded(3, 40, torch.float32)
+    _, products, _ = guarded(3, 40, torch.float32)
     head = Head(None, 1.0, torch.tensor([4], device=DEVICE))
     targets = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     assert all(part.shape == (0,) for part in score_rows(products[:0], targets[:0], head))

@@ -1,4 +1,4 @@
-"""One decode step over a shared prefix in Triton: one launch, one program per row and key-value head.
+"""One decode step over a shared prefix in Triton: one launch, one program per row, key-value head and four query heads.
 
     score_j = scale · query · key_j,   output = Σ_j 2^(score_j − top) value_j / Σ_j 2^(score_j − top)
 
@@ -27,8 +27,11 @@ FLOOR = tl.constexpr(-1e30)
 """A maximum before any score: below every real one, and finite, so that it can be subtracted from itself."""
 STAGES = tl.constexpr(4)
 WARPS = 8
+MAX_HEADS = 4
+"""Query heads of one program; more would not fit its registers, and read the keys again, from L2."""
+MAX_REGISTERS = 248
 TILE = 2048
-"""Products held at once, all query heads of a program together: 8 for each of 256 threads."""
+"""Keys held at once, in elements: 8 for each of 256 threads, which bfloat16 reads in 16 bytes."""
 
 
 class Strides(NamedTuple):
@@ -56,7 +59,7 @@ class DecodeForm(NamedTuple):
     M: Any
     E: Any
     HEADS: Any
-    """M, rounded up to a power of two."""
+    """Query heads of a program, a power of two."""
     WIDTH: Any
     """E, likewise."""
     COLUMNS: Any
@@ -103,7 +106,8 @@ def decode_kernel(
 ):
     # Rows change fastest: those that share a prefix read it at about the same time.
     row = (tl.program_id(0) % num_rows).to(tl.int64)
-    head = (tl.program_id(0) // num_rows).to(tl.int64)
+    head = (tl.program_id(0) // num_rows % num_kv_heads).to(tl.int64)
+    part = tl.program_id(0) // (num_rows * num_kv_heads)
     prefix_start, prefix_length = tl.load(spans + row * 4), tl.load(spans + row * 4 + 1)
     own_start, own_length = tl.load(spans + row * 4 + 2), tl.load(spans + row * 4 + 3)
     e_E = tl.arange(0, FORM.WIDTH)
@@ -113,8 +117,9 @@ def decode_kernel(
     new_value_E = tl.load(value + row * strides.value_row + head * strides.value_head + e_E, mask=inside_E, other=0.0)
     keys = own_keys + head * strides.own_key_head + own_start * strides.own_key_column
     values = own_values + head * strides.own_value_head + own_start * strides.own_value_column
-    tl.store(keys + own_length * strides.own_key_column + e_E, new_key_E, mask=inside_E)
-    tl.store(values + own_length * strides.own_value_column + e_E, new_value_E, mask=inside_E)
+    if part == 0:
+        tl.store(keys + own_length * strides.own_key_column + e_E, new_key_E, mask=inside_E)
+        tl.store(values + own_length * strides.own_value_column + e_E, new_value_E, mask=inside_E)
 
     query_at = query + row * strides.query_row + head * FORM.M * strides.query_head
     out_at = out + (row * num_kv_heads + head) * FORM.M * FORM.E
@@ -123,7 +128,7 @@ def decode_kernel(
         top = tl.full([FORM.COLUMNS], FLOOR, tl.float32)
         outputs = tl.full([FORM.COLUMNS, FORM.WIDTH], 0, tl.float32)
     else:
-        m_M = tl.arange(0, FORM.HEADS)
+        m_M = part * FORM.HEADS + tl.arange(0, FORM.HEADS)
         query_at = query_at + m_M[:, None] * strides.query_head + e_E[None, :]
         out_at = out_at + m_M[:, None] * FORM.E + e_E[None, :]
         inside = (m_M < FORM.M)[:, None] & inside_E[None, :]
@@ -150,10 +155,15 @@ def decode_kernel(
     tl.store(out_at, (output / tl.expand_dims(total, -1)).to(out.dtype.element_ty), mask=inside)
 
 
-def decode_form(group: int, width: int) -> DecodeForm:
-    """The cut of a program's work, which depends on the model alone: a row's result never on its batch."""
-    heads, padded = triton.next_power_of_2(group), triton.next_power_of_2(width)
-    return DecodeForm(group, width, heads, padded, max(TILE // (heads * padded), 4))
+def decode_form(group: int, width: int) -> tuple[DecodeForm, int]:
+    """The cut of a program's work and its warps, which depend on the model alone: a row's result never on its batch.
+
+    Products of several query heads with one key are held for each: half of the columns then, and half of the warps, so
+    that a thread still reads 16 bytes.
+    """
+    heads, padded = min(triton.next_power_of_2(group), MAX_HEADS), triton.next_power_of_2(width)
+    share = 1 if group == 1 else 2
+    return DecodeForm(group, width, heads, padded, max(TILE // (share * padded), 4)), WARPS // share
 
 
 def prefix_decode_attention(
@@ -172,9 +182,10 @@ def prefix_decode_attention(
     num_kv_heads = own_keys.shape[0]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     tensors = (query, key, value, prefix_keys, prefix_values, own_keys, own_values)
+    form, num_warps = decode_form(num_heads // num_kv_heads, width)
     strides = Strides(*(stride for tensor in tensors for stride in tensor.stride()[:2]))
     with on_device(query):
-        decode_kernel[(num_rows * num_kv_heads,)](
+        decode_kernel[(num_rows * num_kv_heads * triton.cdiv(form.M, form.HEADS),)](
             *tensors,
             spans,
             out,
@@ -182,24 +193,9 @@ def prefix_decode_attention(
             num_kv_heads,
             scale * LOG2E.value,
             strides,
-            FORM=decode_form(num_heads // num_kv_heads, width),
-            num_warps=WARPS,
+            FORM=form,
+            num_warps=num_warps,
+            # Stated, or ptxas spills a few bytes of several heads' sums to fit in one program more.
+            maxnreg=None if form.M == 1 else MAX_REGISTERS,
         )
     return out
-
-
-def aot_variants() -> list[tuple[Any, dict[str, Any], dict[str, Any], int, int, bool]]:
-    """What `aot` compiles: one query head per key-value head, as Janus has, and four."""
-    variants = []
-    for dtype in ("*bf16", "*fp32"):
-        caches = ("prefix_keys", "prefix_values", "own_keys", "own_values")
-        signature: dict[str, Any] = dict.fromkeys(("query", "key", "value", *caches), dtype)
-        signature |= {"spans": "*i64", "out": dtype, "num_rows": "i32", "num_kv_heads": "i32", "scale": "fp32"}
-        signature |= {"strides": Strides(*["i64"] * len(Strides._fields)), "FORM": "constexpr"}
-        for group, width in ((1, 64), (1, 128), (4, 128)):
-            hot = group == 1
-            variants.append((decode_kernel, signature, {"FORM": decode_form(group, width)}, WARPS, 3, hot))
-    return variants
-
-
-AOT = aot_variants()

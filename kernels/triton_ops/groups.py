@@ -215,34 +215,3 @@ def dgs_select(
         with on_device(reward_S):
             keep_kernel[(num_groups,)](*arguments, num_warps=1)
     return keep_S
-
-
-_GROUPS = {"reward_ptr": "*fp64", "offsets_ptr": "*i64"}
-_HALVES = {"eps_high": "fp32", "eps_low": "fp32"}
-AOT = [
-    (deviation_kernel, {"reward_ptr": "*fp64", "out_ptr": "*fp64", "num_sequences": "i32"}, {}, 1, 3, False),
-    *(
-        (
-            advantage_kernel,
-            _GROUPS | {"deviation_ptr": deviation, "out_ptr": "*fp32"} | _HALVES | {"SCALE": "constexpr"},
-            {"SCALE": SCALES.index(scale)},
-            1,
-            3,
-            scale == "group",
-        )
-        for scale, deviation in (("group", "constexpr"), ("batch", "*fp64"))
-    ),
-    *(
-        (
-            keep_kernel,
-            {"energy_ptr": "*fp64"} | _GROUPS | {"out_ptr": "*u8", "mass_high": "fp32", "mass_low": "fp32"}
-            | {"keep_count": "i32", "min_keep": "i32", "RULE": "constexpr"},
-            {"RULE": RULES.index(rule)},
-            1,
-            3,
-            rule == "variance_mass",
-        )
-        for rule in ("variance_mass", "top_k")
-    ),
-]  # fmt: skip
-"""Variants for `aot`."""

@@ -8,8 +8,6 @@ Dims: `T` packed tokens, `S` sequences, `P` groups, `M` 1 or 2 modalities with r
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -143,60 +141,6 @@ def _run(terms: LossTerms, counts: Tensor | None, tile: int | None) -> tuple[Tok
         )  # fmt: skip
         finish_kernel[(num_tiles if counted else 1,)](
             outputs, as_bytes(keep), terms.modality, num_tiles, num_tokens, num_sequences, num_groups,
-            counted, form.SPLIT, given, tile,
+            counted, form.SPLIT, given, tile, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return TokenLoss(loss, grad_logp, advantages, keep, metrics), counted_tokens
-
-
-_TOKEN_TYPES = ("*fp32", "*fp32", "*fp32", "*fp32", "*u8", "*u8", "*fp32", "*fp32", "*fp32")
-_SEQUENCES = Sequences("*i64", "*i64", "*fp64", "*fp32", "*u8")
-_COUNTS = dict.fromkeys(("num_tokens", "num_sequences", "num_groups"), "i32")
-_PLAIN = Form(
-    LOSS=0, SEQUENCE_RATIO=False, SEQUENCE_GRADIENT=False, SEQUENCE_MEAN=False, SPLIT=False, BIAS_CORRECTED=False,
-    IS_PER_SEQUENCE=False, M=1, SCALE=0, RULE=1, TILE=TILE,
-)  # fmt: skip
-
-
-def _variant(present: str, form: Form, given: bool = False, hot: bool = True) -> tuple[Any, ...]:
-    """An entry for `aot`: the token pointers that are there, and the form."""
-    names = present.split()
-    kinds = (kind if name in names else "constexpr" for name, kind in zip(Tokens._fields, _TOKEN_TYPES, strict=True))
-    signature = {
-        "tokens": Tokens(*kinds),
-        "sequences": _SEQUENCES._replace(rewards="constexpr") if given else _SEQUENCES,
-        "numbers": Numbers(*["fp32"] * len(Numbers._fields)),
-        "outputs": Outputs(*["*fp32"] * len(Outputs._fields)),
-        **_COUNTS,
-        "keep_count": "i32",
-        "min_keep": "i32",
-        "FORM": "constexpr",
-    }
-    return loss_kernel, signature, {"FORM": form}, 4, 3, hot, {"maxnreg": MAX_REGISTERS}
-
-
-def _finish_variant(counted: bool, split: bool, given: bool) -> tuple[Any, ...]:
-    signature = {
-        "outputs": Outputs(*["*fp32"] * len(Outputs._fields)),
-        "keep_ptr": "*u8",
-        "modality_ptr": "*u8",
-        "num_tiles": "i32",
-        **_COUNTS,
-        **dict.fromkeys(("COUNTED", "SPLIT", "GIVEN", "TILE"), "constexpr"),
-    }
-    return finish_kernel, signature, {"COUNTED": counted, "SPLIT": split, "GIVEN": given, "TILE": TILE}, 4, 3, True
-
-
-_USUAL = "logp old_logp entropy loss_mask modality"
-AOT = [
-    _variant(_USUAL, _PLAIN),
-    _variant(_USUAL, _PLAIN._replace(RULE=0), given=True),
-    _variant(f"{_USUAL} ref_logp", _PLAIN._replace(SEQUENCE_RATIO=True, SEQUENCE_GRADIENT=True, SEQUENCE_MEAN=True)),
-    _variant(f"{_USUAL} is_ratio num_items", _PLAIN._replace(LOSS=1, M=2, SPLIT=True, RULE=2), hot=False),
-    _variant(
-        f"{_USUAL} ref_logp thresholds", _PLAIN._replace(LOSS=2, SEQUENCE_MEAN=True, BIAS_CORRECTED=True, SCALE=3)
-    ),
-    _variant(f"{_USUAL} is_ratio", _PLAIN._replace(LOSS=3, IS_PER_SEQUENCE=True, M=2), hot=False),
-    _finish_variant(counted=True, split=True, given=False),
-    _finish_variant(counted=False, split=False, given=True),
-]
-"""Variants for `aot`."""

@@ -36,6 +36,8 @@ class RowForm(NamedTuple):
 
     FORBIDDEN: Any
     """Some of `shift` is -inf."""
+    RAGGED: Any
+    """Rows begin at multiples of 16 bytes and end elsewhere."""
     RESIDENT: Any
     """One tile of one row holds the whole row."""
     TILE_ROWS: Any
@@ -67,7 +69,7 @@ class Numbers(NamedTuple):
 def row_statistics(row, shift, V, scale, FORM: tl.constexpr):
     """(weights where the row is resident, finite offset, total, weighted) of one row."""
     if FORM.RESIDENT:
-        logits = load_logits(row, shift, tl.arange(0, FORM.TILE_COLUMNS), V, FORM.FORBIDDEN)
+        logits = load_logits(row, shift, tl.arange(0, FORM.TILE_COLUMNS), V, FORM.FORBIDDEN, FORM.RAGGED)
         weights, offset, total, weighted = whole_row(logits, scale)
     else:
         tile = tl.arange(0, FORM.TILE_ROWS)[:, None] * FORM.TILE_COLUMNS + tl.arange(0, FORM.TILE_COLUMNS)[None, :]
@@ -75,7 +77,7 @@ def row_statistics(row, shift, V, scale, FORM: tl.constexpr):
         totals = tl.full([FORM.TILE_COLUMNS], 0, tl.float32)
         weighteds = tl.full([FORM.TILE_COLUMNS], 0, tl.float32)
         for start in range(0, V, FORM.TILE_ROWS * FORM.TILE_COLUMNS):
-            logits = load_logits(row, shift, start + tile, V, FORM.FORBIDDEN)
+            logits = load_logits(row, shift, start + tile, V, FORM.FORBIDDEN, FORM.RAGGED)
             offsets, totals, weighteds = absorb(logits, scale, offsets, totals, weighteds)
         offset, total, weighted = combine(offsets, totals, weighteds)
         weights = total
@@ -95,15 +97,34 @@ def store_target(row, shift, target, value, gradient, FORBIDDEN: tl.constexpr):
 
 
 @triton.jit
-def store_part(row, columns, V, values):
-    tl.store(row + columns, values.to(row.dtype.element_ty), mask=columns < V)
+def tail_ids(row, V):
+    """The ids of a ragged row's last 16 bytes, which no store of whole 16 bytes may write."""
+    PIECE: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
+    return (V // PIECE) * PIECE + tl.arange(0, PIECE)
 
 
 @triton.jit
-def store_zeros(row, V, TILE: tl.constexpr):
-    columns = tl.arange(0, TILE)
+def store_part(row, ids, V, values, RAGGED: tl.constexpr):
+    """Writes values at the ids of the row; of a ragged one all but those of `tail_ids`."""
+    PIECE: tl.constexpr = 128 // row.dtype.element_ty.primitive_bitwidth
+    end = (V // PIECE) * PIECE if RAGGED else V
+    tl.store(row + ids, values.to(row.dtype.element_ty), mask=ids < end)
+
+
+@triton.jit
+def store_tail(row, V, values):
+    """Writes values at `tail_ids`."""
+    ids = tail_ids(row, V)
+    tl.store(row + ids, values.to(row.dtype.element_ty), mask=ids < V)
+
+
+@triton.jit
+def store_zeros(row, V, TILE: tl.constexpr, RAGGED: tl.constexpr):
+    ids = tl.arange(0, TILE)
     for start in range(0, V, TILE):
-        store_part(row, start + columns, V, tl.zeros([TILE], tl.float32))
+        store_part(row, start + ids, V, tl.zeros([TILE], tl.float32), RAGGED)
+    if RAGGED:
+        store_tail(row, V, tl.zeros_like(tail_ids(row, V)))
 
 
 @triton.jit
@@ -138,7 +159,7 @@ def row_gradient(logp, index, terms, numbers, LOSS: tl.constexpr, BIAS_CORRECTED
 def score_rows_kernel(products, stride, shift, targets, logp_out, entropy_out, lse_out, V, scale, FORM: tl.constexpr):
     index = tl.program_id(0).to(tl.int64)
     row = products + index * stride
-    target_logit = load_logits(row, shift, tl.load(targets + index), V, FORM.FORBIDDEN)
+    target_logit = load_logits(row, shift, tl.load(targets + index), V, FORM.FORBIDDEN, False)
     _, offset, total, weighted = row_statistics(row, shift, V, scale, FORM)
     log_total = tl.log2(total)
     tl.store(logp_out + index, (tl.fma(target_logit, scale, -offset) - log_total) * LN2)
@@ -164,30 +185,34 @@ def loss_rows_kernel(
     FORM: tl.constexpr,
 ):
     TILE: tl.constexpr = FORM.TILE_ROWS * FORM.TILE_COLUMNS
+    RAGGED: tl.constexpr = FORM.RAGGED
     index = tl.program_id(0).to(tl.int64)
     row = products + index * stride
     target = tl.load(targets + index)
     # Before the row is overwritten: the reductions below are barriers between this read and the writes.
-    target_logit = load_logits(row, shift, target, V, FORM.FORBIDDEN)
+    target_logit = load_logits(row, shift, target, V, FORM.FORBIDDEN, False)
     weights, offset, total, weighted = row_statistics(row, shift, V, scale, FORM)
     logp = (tl.fma(target_logit, scale, -offset) - tl.log2(total)) * LN2
     tl.store(logp_out + index, logp)
     tl.store(entropy_out + index, entropy_of(total, weighted))
     gradient = row_gradient(logp, index, terms, numbers, LOSS, BIAS_CORRECTED)
     if gradient == 0:
-        store_zeros(row, V, TILE)
+        store_zeros(row, V, TILE, RAGGED)
     else:
         gradient *= inverse_temperature
         share = -gradient / total
         columns = tl.arange(0, TILE)
         if FORM.RESIDENT:
-            store_part(row, columns, V, weights * share)
+            store_part(row, columns, V, weights * share, RAGGED)
         else:
             num_tiles = tl.cdiv(V, TILE)
             for tile in range(num_tiles):
                 ids = (num_tiles - 1 - tile) * TILE + columns
-                again, _ = weights_of(load_logits(row, shift, ids, V, FORM.FORBIDDEN), scale, offset)
-                store_part(row, ids, V, again * share)
+                again, _ = weights_of(load_logits(row, shift, ids, V, FORM.FORBIDDEN, RAGGED), scale, offset)
+                store_part(row, ids, V, again * share, RAGGED)
+        if RAGGED:
+            again, _ = weights_of(load_logits(row, shift, tail_ids(row, V), V, FORM.FORBIDDEN, False), scale, offset)
+            store_tail(row, V, again * share)
         target_weight, _ = weights_of(target_logit, scale, offset)
         store_target(row, shift, target, target_weight * share, gradient, FORM.FORBIDDEN)
 
@@ -215,6 +240,7 @@ def gradient_rows_kernel(
     scale,
     inverse_temperature,
     FORBIDDEN: tl.constexpr,
+    RAGGED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
@@ -222,7 +248,7 @@ def gradient_rows_kernel(
     by_logp = tl.load(grad_logp + index) if grad_logp is not None else 0.0
     by_entropy = tl.load(grad_entropy + index) if grad_entropy is not None else 0.0
     if (by_logp == 0) & (by_entropy == 0):
-        store_zeros(out_row, V, TILE)
+        store_zeros(out_row, V, TILE, RAGGED)
     else:
         by_logp *= inverse_temperature
         by_entropy *= inverse_temperature
@@ -230,12 +256,15 @@ def gradient_rows_kernel(
         level = -(by_logp + by_entropy * tl.load(entropy + index))
         slope = -by_entropy * LN2
         target = tl.load(targets + index)
-        target_logit = load_logits(row, shift, target, V, FORBIDDEN)
+        target_logit = load_logits(row, shift, target, V, FORBIDDEN, False)
         # `out` may be `products`: every thread has read the target before any writes.
         tl.debug_barrier()
         columns = tl.arange(0, TILE)
         for start in range(0, V, TILE):
-            logits = load_logits(row, shift, start + columns, V, FORBIDDEN)
-            store_part(out_row, start + columns, V, softmax_part(logits, scale, offset, slope, level))
+            logits = load_logits(row, shift, start + columns, V, FORBIDDEN, RAGGED)
+            store_part(out_row, start + columns, V, softmax_part(logits, scale, offset, slope, level), RAGGED)
+        if RAGGED:
+            logits = load_logits(row, shift, tail_ids(row, V), V, FORBIDDEN, False)
+            store_tail(out_row, V, softmax_part(logits, scale, offset, slope, level))
         value = softmax_part(target_logit, scale, offset, slope, level)
         store_target(out_row, shift, target, value, by_logp, FORBIDDEN)

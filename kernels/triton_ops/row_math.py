@@ -25,17 +25,29 @@ LOWEST = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def load_logits(row, shift, columns, V, FORBIDDEN: tl.constexpr):
+def readable(pointer, V, RAGGED: tl.constexpr):
+    """How many ids of a row may be read: of a RAGGED one the 16 bytes that hold its last id are read as a whole.
+
+    They are memory of the same allocation, which begins and ends at a multiple of 16 bytes, as the row does. A mask
+    that is cut elsewhere would make every load of the row one of single ids.
+    """
+    PIECE: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
+    return tl.cdiv(V, PIECE) * PIECE if RAGGED else V
+
+
+@triton.jit
+def load_logits(row, shift, ids, V, FORBIDDEN: tl.constexpr, RAGGED: tl.constexpr):
     """Products + shift in float32; -inf outside the row and where `shift` is -inf (a forbidden id)."""
-    inside = columns < V
+    inside = ids < readable(row, V, RAGGED)
     # Past L1, which is left to the shift that all rows share.
-    logits = tl.load(row + columns, mask=inside, other=LOWEST, cache_modifier=".cg").to(tl.float32)
+    logits = tl.load(row + ids, mask=inside, other=LOWEST, cache_modifier=".cg").to(tl.float32)
     if shift is not None:
-        added = tl.load(shift + columns, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        inside = ids < readable(shift, V, RAGGED)
+        added = tl.load(shift + ids, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
         shifted = logits + added
         # Chosen, not added: a NaN or +inf product of a forbidden id must not reach the row.
         logits = tl.where(added == LOWEST, LOWEST, shifted) if FORBIDDEN else shifted
-    return logits
+    return tl.where(ids < V, logits, LOWEST) if RAGGED else logits
 
 
 @triton.jit

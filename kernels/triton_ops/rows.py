@@ -5,7 +5,7 @@ Dims: `C` rows of a chunk, `V` vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,27 +33,38 @@ SCORE_WARPS = 8
 LOSS_WARPS = 16
 """Of a longer row, two sweeps: few rows in flight, so that the second one still finds them in L2."""
 GRADIENT_WARPS = 8
+MAX_REGISTERS = 128
+"""Stated, or ptxas spills a few bytes of a ragged row's loss to fit a second program into a multiprocessor."""
 
 
-def row_form(vocabulary: int, itemsize: int, forbidden: bool, resident: bool, stream_warps: int) -> tuple[RowForm, int]:
-    """The cut of a row and its warps. It depends on the vocabulary and the dtype alone, not on the number of rows: a
-    row's bits do not depend on its chunk."""
+class Cut(NamedTuple):
+    """What a kernel is compiled for beside the settings. It depends on a row alone, not on the number of rows: a row's
+    bits do not depend on its chunk."""
+
+    vocabulary: int
+    itemsize: int
+    forbidden: bool = False
+    ragged: bool = False
+
+
+def row_form(cut: Cut, resident: bool, stream_warps: int) -> tuple[RowForm, int]:
+    """The tiles of a row and its warps."""
     if resident:
-        columns = max(triton.next_power_of_2(vocabulary), 32)
-        return RowForm(forbidden, True, 1, columns), max(1, columns // 1024)
+        columns = max(triton.next_power_of_2(cut.vocabulary), 32)
+        return RowForm(cut.forbidden, cut.ragged, True, 1, columns), max(1, columns // 1024)
     # Every lane reads 16 bytes along the row; the tile's rows then lie in the registers of one thread.
-    columns = stream_warps * 32 * (16 // itemsize)
-    return RowForm(forbidden, False, STREAM_TILE // columns, columns), stream_warps
+    columns = stream_warps * 32 * (16 // cut.itemsize)
+    return RowForm(cut.forbidden, cut.ragged, False, STREAM_TILE // columns, columns), stream_warps
 
 
-def score_form(vocabulary: int, itemsize: int, forbidden: bool) -> tuple[RowForm, int]:
+def score_form(cut: Cut) -> tuple[RowForm, int]:
     """See `row_form`."""
-    return row_form(vocabulary, itemsize, forbidden, vocabulary <= SCORE_RESIDENT_IDS, SCORE_WARPS)
+    return row_form(cut, cut.vocabulary <= SCORE_RESIDENT_IDS, SCORE_WARPS)
 
 
-def loss_form(vocabulary: int, itemsize: int, forbidden: bool) -> tuple[RowForm, int]:
+def loss_form(cut: Cut) -> tuple[RowForm, int]:
     """See `row_form`."""
-    return row_form(vocabulary, itemsize, forbidden, vocabulary * itemsize <= LOSS_RESIDENT_BYTES, LOSS_WARPS)
+    return row_form(cut, cut.vocabulary * cut.itemsize <= LOSS_RESIDENT_BYTES, LOSS_WARPS)
 
 
 def gradient_tile(vocabulary: int) -> tuple[int, int]:
@@ -62,12 +73,22 @@ def gradient_tile(vocabulary: int) -> tuple[int, int]:
     return tile, max(1, tile * GRADIENT_WARPS // STREAM_TILE)
 
 
-def logit_shift(head: Head, products: Tensor) -> tuple[Tensor | None, bool]:
-    """[V] what is added to the products, and whether some of it is -inf."""
-    if head.forbidden is None or head.forbidden.numel() == 0:
-        return head.bias, False
-    shift = products.new_zeros(products.shape[1]) if head.bias is None else head.bias.clone()
-    return shift.index_fill_(0, head.forbidden, -torch.inf), True
+def is_ragged(*rows: Tensor) -> bool:
+    """Rows begin at multiples of 16 bytes and end elsewhere. Of rows that begin anywhere single ids are read."""
+    aligned = all(r.data_ptr() % 16 == 0 and (r.stride(0) % 16 == 0 or r.shape[0] == 1) for r in rows)
+    return aligned and rows[0].shape[1] % 16 != 0
+
+
+def prepared(head: Head, products: Tensor, *outputs: Tensor) -> tuple[Tensor | None, Cut]:
+    """([V] what is added to the products, contiguous and where memory's 16 bytes begin; the cut)."""
+    vocabulary, shift = products.shape[1], head.bias
+    forbidden = head.forbidden is not None and head.forbidden.numel() > 0
+    if head.forbidden is not None and forbidden:
+        shift = products.new_zeros(vocabulary) if shift is None else shift.clone(memory_format=torch.contiguous_format)
+        shift.index_fill_(0, head.forbidden, -torch.inf)
+    elif shift is not None and (not shift.is_contiguous() or shift.data_ptr() % 16):
+        shift = shift.clone(memory_format=torch.contiguous_format)
+    return shift, Cut(vocabulary, products.element_size(), forbidden, is_ragged(products, *outputs))
 
 
 def empty_rows(products: Tensor, count: int) -> list[Tensor]:
@@ -83,8 +104,8 @@ def score_rows(products: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, T
     if num_rows == 0:
         return logp, entropy, lse
     with on_device(products):
-        shift, forbidden = logit_shift(head, products)
-        form, num_warps = score_form(vocabulary, products.element_size(), forbidden)
+        shift, cut = prepared(head, products)
+        form, num_warps = score_form(cut)
         score_rows_kernel[(num_rows,)](
             products,
             products.stride(0),
@@ -112,8 +133,8 @@ def loss_rows(
     delta = float("inf") if settings.delta is None else settings.delta
     sapo = settings.sapo_temperature_pos, settings.sapo_temperature_neg
     with on_device(products):
-        shift, forbidden = logit_shift(head, products)
-        form, num_warps = loss_form(vocabulary, products.element_size(), forbidden)
+        shift, cut = prepared(head, products)
+        form, num_warps = loss_form(cut)
         loss_rows_kernel[(num_rows,)](
             products,
             products.stride(0),
@@ -130,6 +151,7 @@ def loss_rows(
             BIAS_CORRECTED=settings.bias_corrected_kl,
             FORM=form,
             num_warps=num_warps,
+            maxnreg=MAX_REGISTERS if cut.ragged else None,
         )
     return logp, entropy
 
@@ -150,7 +172,7 @@ def gradient_rows(
         return
     tile, num_warps = gradient_tile(vocabulary)
     with on_device(products):
-        shift, forbidden = logit_shift(head, products)
+        shift, cut = prepared(head, products, out)
         gradient_rows_kernel[(num_rows,)](
             products,
             products.stride(0),
@@ -165,37 +187,8 @@ def gradient_rows(
             vocabulary,
             LOG2E.value / head.temperature,
             1.0 / head.temperature,
-            FORBIDDEN=forbidden,
+            FORBIDDEN=cut.forbidden,
+            RAGGED=cut.ragged,
             TILE=tile,
             num_warps=num_warps,
         )
-
-
-def aot_variants() -> list[tuple[Any, dict[str, Any], dict[str, Any], int, int, bool]]:
-    """What `aot` compiles: Janus's image vocabulary with its bias and its text vocabulary without, in two dtypes."""
-    variants: list[tuple[Any, dict[str, Any], dict[str, Any], int, int, bool]] = []
-    vector, number = "*fp32", "fp32"
-    for dtype, itemsize in (("*bf16", 2), ("*fp32", 4)):
-        for vocabulary, shift in ((16384, dtype), (102400, "constexpr")):
-            row: dict[str, Any] = {"products": dtype, "stride": "i64", "shift": shift, "targets": "*i64"}
-            scales = {"V": "i32", "scale": number}
-            both = scales | {"inverse_temperature": number}
-            form, warps = score_form(vocabulary, itemsize, False)
-            signature = row | {"logp_out": vector, "entropy_out": vector, "lse_out": "*fp64"} | scales
-            variants.append((score_rows_kernel, signature | {"FORM": "constexpr"}, {"FORM": form}, warps, 3, True))
-            form, warps = loss_form(vocabulary, itemsize, False)
-            signature = row | {"terms": Terms(vector, vector, vector, vector, "constexpr")}
-            signature |= {"logp_out": vector, "entropy_out": vector} | both | {"numbers": Numbers(*[number] * 6)}
-            constexprs = {"LOSS": 0, "BIAS_CORRECTED": False, "FORM": form}
-            signature |= dict.fromkeys(constexprs, "constexpr")
-            variants.append((loss_rows_kernel, signature, constexprs, warps, 3, True))
-            tile, warps = gradient_tile(vocabulary)
-            signature = row | {"lse": "*fp64", "entropy": vector, "grad_logp": vector, "grad_entropy": vector}
-            signature |= {"out": dtype, "out_stride": "i64"} | both
-            constexprs = {"FORBIDDEN": False, "TILE": tile}
-            signature |= dict.fromkeys(constexprs, "constexpr")
-            variants.append((gradient_rows_kernel, signature, constexprs, warps, 3, True))
-    return variants
-
-
-AOT = aot_variants()

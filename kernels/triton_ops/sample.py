@@ -11,14 +11,13 @@ Dims: `B` rows, `V` vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from syncr1.kernels.records import CFGSample
+from syncr1.kernels.terms import padded
 from syncr1.kernels.triton_ops.launch import on_device
 from syncr1.kernels.triton_ops.philox import row_uniform
 from syncr1.kernels.triton_ops.row_math import LN2, LOG2E, entropy_of, whole_row
@@ -42,14 +41,16 @@ MAX_RESIDENT = 16384
 STREAM_TILE = 8192
 COLUMNS = 128
 MAX_WARPS = 16
+MAX_REGISTERS = 128
+"""Stated, or ptxas spills a few bytes to fit a second program into a multiprocessor: there are fewer rows than those."""
 
 
 @triton.jit
 def truncate_row(row, weights, top_k, top_p, scale, offset, FORM: tl.constexpr):
     """(weights, bound, last) after top_k, then top_p of what it left."""
     bound, last = scale * 0 - 1.0, row.V * 0 + ALL_IDS
-    # A loop, so that the search is compiled once.
-    for stage in range(0 if FORM.TOP_K else 1, 2 if FORM.TOP_P else 1):
+    # Unrolled: over two rounds the compiler would keep more between the searches than there are registers.
+    for stage in tl.static_range(0 if FORM.TOP_K else 1, 2 if FORM.TOP_P else 1):
         cut = Cut(bound, last)
         target = scale * 0 + top_k
         if stage == 1:
@@ -57,7 +58,10 @@ def truncate_row(row, weights, top_k, top_p, scale, offset, FORM: tl.constexpr):
             target = top_p * total
         bound, last = truncate(row, weights, cut, target, stage == 0, scale, offset, FORM)
         if FORM.RESIDENT:
-            weights = within(weights, tile_ids(0, FORM), Cut(bound, last))
+            # `bound` is never NaN, which the compiler cannot know: else it forms the ids of all that a thread holds
+            # before the search, and keeps them through it in more registers than there are.
+            tile = (bound != bound).to(tl.int32)
+            weights = within(weights, tile_ids(tile, FORM), Cut(bound, last))
     return weights, bound, last
 
 
@@ -85,7 +89,7 @@ def sample_kernel(
     uncond_row = uncond + index * uncond_stride if uncond is not None else None
     row = Row(cond + index * cond_stride, uncond_row, forbidden, tl.program_id(0) * 0 + V, cfg_weight)
     if FORM.RESIDENT:
-        cond_logits, mixed = load_mixed(row, tile_ids(0, FORM))
+        cond_logits, mixed = load_mixed(row, tile_ids(0, FORM), FORM.RAGGED)
         weights, cond_base, cond_total, cond_weighted = whole_row(cond_logits, scale)
         base, total = cond_base, cond_total
         if uncond is not None:
@@ -94,17 +98,17 @@ def sample_kernel(
     else:
         cond_base, cond_total, cond_weighted, base, total, highest = swept_statistics(row, scale, FORM)
         mixed, weights = total, total
+    tl.store(entropy_out + index, entropy_of(cond_total, cond_weighted))
     if FORM.GREEDY:
         token = first_highest(row, mixed, highest, FORM)
     else:
         weights, bound, last = truncate_row(row, weights, top_k, top_p, scale, base, FORM)
         uniform = row_uniform(tl.load(seed + index), tl.load(offset + index))
         token = locate(row, weights, Cut(bound, last), bound, uniform, scale, base, False, FORM)
-    cond_logit, mixed_logit = load_mixed(row, token)
+    cond_logit, mixed_logit = load_mixed(row, token, False)
     tl.store(token_out + index, token.to(tl.int64))
     tl.store(logp_out + index, (tl.fma(cond_logit, scale, -cond_base) - tl.log2(cond_total)) * LN2)
     tl.store(mixed_out + index, (tl.fma(mixed_logit, scale, -base) - tl.log2(total)) * LN2)
-    tl.store(entropy_out + index, entropy_of(cond_total, cond_weighted))
 
 
 def sample_form(vocabulary: int, greedy: bool, top_k: bool, top_p: bool) -> tuple[SampleForm, int]:
@@ -113,8 +117,17 @@ def sample_form(vocabulary: int, greedy: bool, top_k: bool, top_p: bool) -> tupl
     size = max(triton.next_power_of_2(vocabulary), 32) if resident else STREAM_TILE
     columns = min(size, COLUMNS)
     tiles = triton.next_power_of_2(triton.cdiv(vocabulary, size))
-    form = SampleForm(greedy, top_k, top_p, resident, size // columns, columns, tiles)
+    form = SampleForm(greedy, top_k, top_p, vocabulary % 16 != 0, resident, size // columns, columns, tiles)
     return form, min(max(size // 512, 1), MAX_WARPS)
+
+
+def aligned_rows(logits: Tensor) -> Tensor:
+    """[B, V] whose rows begin at multiples of 16 bytes, copied where they do not: less than to read ids one by one in
+    every sweep, and the sums of a row are added in one order wherever it lies."""
+    num_rows, vocabulary = logits.shape
+    if logits.stride(1) == 1 and logits.data_ptr() % 16 == 0 and (logits.stride(0) % 16 == 0 or num_rows == 1):
+        return logits
+    return logits.new_empty(num_rows, padded(vocabulary))[:, :vocabulary].copy_(logits)
 
 
 def sample(
@@ -137,8 +150,8 @@ def sample(
         return out
     greedy = temperature == 0
     form, num_warps = sample_form(vocabulary, greedy, not greedy and 0 < top_k < vocabulary, not greedy and top_p < 1)
-    uncond = None if cfg_weight == 1 else uncond
     with on_device(cond):
+        cond, uncond = aligned_rows(cond), None if uncond is None or cfg_weight == 1 else aligned_rows(uncond)
         mask = None
         if forbidden is not None and forbidden.numel():
             mask = torch.zeros(vocabulary, dtype=torch.uint8, device=cond.device).index_fill_(0, forbidden, 1)
@@ -162,24 +175,6 @@ def sample(
             float(top_p),
             FORM=form,
             num_warps=num_warps,
+            maxnreg=MAX_REGISTERS,
         )
     return out
-
-
-def aot_variants() -> list[tuple[Any, dict[str, Any], dict[str, Any], int, int, bool]]:
-    """What `aot` compiles: guided image tokens and plain text tokens, in two dtypes."""
-    variants = []
-    for dtype in ("*bf16", "*fp32"):
-        for vocabulary, uncond in ((16384, dtype), (102400, "constexpr")):
-            signature = {"cond": dtype, "cond_stride": "i64", "uncond": uncond, "uncond_stride": "i64"}
-            signature |= {"forbidden": "constexpr", "seed": "*i64", "offset": "*i64", "token_out": "*i64"}
-            signature |= dict.fromkeys(("logp_out", "mixed_out", "entropy_out"), "*fp32") | {"V": "i32"}
-            signature |= dict.fromkeys(("cfg_weight", "scale", "top_k", "top_p"), "fp32") | {"FORM": "constexpr"}
-            for greedy, top_k, top_p in ((0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 0, 0)):
-                form, warps = sample_form(vocabulary, bool(greedy), bool(top_k), bool(top_p))
-                hot = dtype == "*bf16" and not greedy and not top_k
-                variants.append((sample_kernel, signature, {"FORM": form}, warps, 3, hot))
-    return variants
-
-
-AOT = aot_variants()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from syncr1.kernels.triton_ops.row_math import LOWEST, finite, moved, weights_of, whole_row
+from syncr1.kernels.triton_ops.row_math import LOWEST, finite, moved, readable, weights_of, whole_row
 
 ALL_IDS = tl.constexpr(2147483647)
 
@@ -29,6 +29,8 @@ class SampleForm(NamedTuple):
     GREEDY: Any
     TOP_K: Any
     TOP_P: Any
+    RAGGED: Any
+    """Rows begin at multiples of 16 bytes and end elsewhere."""
     RESIDENT: Any
     """One tile holds the whole row."""
     LINES: Any
@@ -57,17 +59,21 @@ class Cut(NamedTuple):
 
 
 @triton.jit
-def load_mixed(row, ids):
+def load_mixed(row, ids, RAGGED: tl.constexpr):
     """(conditional, mixed) logits in float32; -inf outside the row and at forbidden ids."""
-    inside = ids < row.V
+    inside = ids < readable(row.cond, row.V, RAGGED)
     cond = tl.load(row.cond + ids, mask=inside, other=LOWEST).to(tl.float32)
+    allowed = ids < row.V
     if row.forbidden is not None:
-        allowed = tl.load(row.forbidden + ids, mask=inside, other=1) == 0
+        inside = ids < readable(row.forbidden, row.V, RAGGED)
+        allowed = allowed & (tl.load(row.forbidden + ids, mask=inside, other=1) == 0)
+    if RAGGED or row.forbidden is not None:
         cond = tl.where(allowed, cond, LOWEST)
     mixed = cond
     if row.uncond is not None:
+        inside = ids < readable(row.uncond, row.V, RAGGED)
         uncond = tl.load(row.uncond + ids, mask=inside, other=LOWEST).to(tl.float32)
-        if row.forbidden is not None:
+        if RAGGED or row.forbidden is not None:
             uncond = tl.where(allowed, uncond, LOWEST)
         # Where both are -inf their difference would be NaN.
         mixed = tl.where(cond == uncond, cond, tl.fma(cond - uncond, row.cfg_weight, uncond))
@@ -95,7 +101,7 @@ def within(weights, ids, cut):
 def tile_weights(row, tile, cut, scale, offset, FORM: tl.constexpr):
     """A tile of a row that is not resident."""
     ids = tile_ids(tile, FORM)
-    _, mixed = load_mixed(row, ids)
+    _, mixed = load_mixed(row, ids, FORM.RAGGED)
     weights, _ = weights_of(mixed, scale, offset)
     return within(weights, ids, cut) if FORM.TOP_K or FORM.TOP_P else weights
 
@@ -127,7 +133,7 @@ def swept_statistics(row, scale, FORM: tl.constexpr):
     cond_offset, cond_total, cond_weighted = nothing + LOWEST, nothing, nothing
     offset, total, weighted, highest = nothing + LOWEST, nothing, nothing, nothing + LOWEST
     for tile in range(num_tiles(row, FORM)):
-        cond, mixed = load_mixed(row, tile_ids(tile, FORM))
+        cond, mixed = load_mixed(row, tile_ids(tile, FORM), FORM.RAGGED)
         cond_offset, cond_total, cond_weighted = add_statistics(cond, scale, cond_offset, cond_total, cond_weighted)
         highest = tl.maximum(highest, tl.max(mixed))
         if row.uncond is not None:
@@ -231,6 +237,6 @@ def first_highest(row, mixed, highest, FORM: tl.constexpr):
         token = row.V * 0 + ALL_IDS
         for tile in range(num_tiles(row, FORM)):
             ids = tile_ids(tile, FORM)
-            _, tile_mixed = load_mixed(row, ids)
+            _, tile_mixed = load_mixed(row, ids, FORM.RAGGED)
             token = tl.minimum(token, tl.min(tl.where(tile_mixed == highest, ids, ALL_IDS)))
     return tl.minimum(token, row.V - 1)
