@@ -42,7 +42,7 @@ STREAM_TILE = 8192
 COLUMNS = 128
 MAX_WARPS = 16
 MAX_REGISTERS = 128
-"""Stated, or ptxas spills a few bytes to fit a second program into a multiprocessor: there are fewer rows than those."""
+"""Stated, or ptxas spills a few bytes to fit a second program into a multiprocessor, which has no second row."""
 
 
 @triton.jit
