@@ -1,7 +1,7 @@
 """What stands between a public op and the registered one: defaults, the backend, the records handed back.
 
-Backend `reference` is called directly, as the differentiable PyTorch code that it is; all others through
-`torch.ops.syncr1.*`. Nothing here reads a tensor's values, so that `torch.compile` can trace through it.
+Backend `reference` is called directly, as the differentiable PyTorch code that it is; all others, and losses of meta
+tensors, which have no values to select rows by, through `torch.ops.syncr1.*`. Nothing here reads a tensor's values, so that `torch.compile` can trace through it.
 
 Dims: `T` packed tokens, `S` sequences, `N` rows of a stream, `B` decode rows.
 """
@@ -109,7 +109,7 @@ def grpo_loss(
     if logp.dim() != 1:
         checks.refuse(op, "logp", "[T]", list(logp.shape), "pack the sequences onto one axis: logp[mask]")
     chosen = choose(op, backend, logp, old_logp, ref_logp, *credit[:0])
-    if chosen == "reference":
+    if chosen == "reference" and not logp.is_meta:
         layout, parsed = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, logp.shape[0]), decode(settings)
         checks.check_loss_inputs(
             op,
@@ -155,9 +155,11 @@ def linear_grpo_loss(
     checks.check_stream_records(op, streams)
     streams = [_autocast(stream) for stream in streams]
     known = [t.shape[0] for t in (old_logp, loss_mask, modality, ref_logp) if t is not None]
+    if not known and cu_seqlens.is_meta:
+        checks.refuse(op, "old_logp, loss_mask, modality or ref_logp", "given with meta tensors", None, "they tell T")
     num_tokens = known[0] if known else int(cu_seqlens[-1])
     chosen = choose(op, backend, *(s.hidden for s in streams))
-    if chosen == "reference":
+    if chosen == "reference" and not streams[0].hidden.is_meta:
         parsed = decode(settings)
         layout = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, num_tokens)
         checks.check_loss_inputs(op, layout, parsed, {"old_logp": old_logp, "ref_logp": ref_logp, "is_ratio": is_ratio})
@@ -185,20 +187,24 @@ def linear_grpo_loss(
 
 def _autocast(stream: TokenStream) -> TokenStream:
     """Under autocast a head runs in the autocast dtype, as `nn.Linear` does."""
-    device = stream.hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(stream.hidden):
         return stream
     hidden, weight, bias = cast_operands(stream.hidden, stream.weight, stream.bias)
     return TokenStream(hidden, weight, stream.targets, stream.rows, bias, stream.temperature, stream.modality,
                        stream.forbidden)  # fmt: skip
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Autocast is on for the tensor's device; meta tensors, whose device has none, are shapes alone."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def cast_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands of a head in the autocast dtype, where autocast is on."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    if not autocasts(hidden) or hidden.dtype == torch.float64:
         return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 

@@ -134,6 +134,11 @@ def token_loss(
     return result
 
 
+def loss_dtype(like: Tensor, backend: str) -> torch.dtype:
+    """Of a loss and of log-probabilities; `reference` gets here with meta tensors alone."""
+    return torch.float64 if backend == "reference" and like.dtype == torch.float64 else torch.float32
+
+
 @fakes("grpo_loss")
 def _(
     logp: Tensor,
@@ -154,8 +159,8 @@ def _(
 ) -> Outputs:
     num_sequences, num_credits = cu_seqlens.shape[0] - 1, len(rewards) or len(advantages)
     return (
-        logp.new_empty((), dtype=torch.float32),
-        logp.new_empty(logp.shape, dtype=torch.float32),
+        logp.new_empty((), dtype=loss_dtype(logp, backend)),
+        logp.new_empty(logp.shape, dtype=loss_dtype(logp, backend)),
         logp.new_empty((num_credits, num_sequences), dtype=torch.float32),
         logp.new_empty(num_sequences, dtype=torch.bool),
         logp.new_empty(len(METRICS), dtype=torch.float32),
@@ -204,7 +209,12 @@ LIBRARY.impl("grpo_loss", _with_autograd, "Autograd")
 
 def run(logp: Tensor, *others: Any) -> Outputs:
     """`torch.ops.syncr1.grpo_loss`, past torch's dispatcher where nobody could tell: that costs as much as the loss."""
-    if torch.compiler.is_compiling() or type(logp) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+    if (
+        torch.compiler.is_compiling()
+        or type(logp) is not Tensor
+        or logp.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
         outputs: Outputs = registered.grpo_loss(logp, *others)
         return outputs
     return _differentiable(grpo_loss, logp, *others)
