@@ -16,21 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.kernels import calls, checks
+from syncr1.kernels import calls, checks, ranges
 from syncr1.kernels.attention import SharedPrefixLayout, shared_prefix_attention
 from syncr1.kernels.checks import NonFiniteError, non_finite_passes
 from syncr1.kernels.decode_attention import prefix_decode_attention
 from syncr1.kernels.dispatch import BackendError, choose
-from syncr1.kernels.options import (
-    AGGREGATES,
-    SCALES,
-    Aggregate,
-    LossOptions,
-    Rule,
-    Scale,
-    check_choice,
-    check_selection,
-)
+from syncr1.kernels.options import Aggregate, LossOptions, Rule, Scale, check_selection, check_statistics
 from syncr1.kernels.plan import Rewards, per_modality
 from syncr1.kernels.records import CFGSample, GRPOOutput, TokenStream
 
@@ -74,10 +65,10 @@ def group_advantages(
         rewards: [S] or [S, K] float, finite; NaN = no reward. NaN components are left out of the weighted sum; a
             sequence without any is left out of the statistics and gets 0.
         group_offsets: [P+1] int; group p is sequences `group_offsets[p]:group_offsets[p+1]`, of any size.
-        weights: [K] float or None (all 1); only with [S, K].
+        weights: [K] float, finite, or None (all 1); only with [S, K].
         scale: "group" divides by std_group + eps (unbiased), "batch" by std of all rewards + eps, "none" only centres,
             "loo" subtracts the mean of the *other* members.
-        eps: ≥ 0, in units of the reward.
+        eps: finite, ≥ 0, in units of the reward.
         aggregate: "sum_then_normalize", or "normalize_then_sum": each reward is normalised in its group, the weighted
             sum is normalised over the batch (GDPO).
         backend: see `syncr1.kernels.dispatch`.
@@ -91,8 +82,7 @@ def group_advantages(
     Source: GRPO (arXiv 2402.03300); RLOO (2402.14740); Dr. GRPO (2503.20783); GDPO (2601.05242).
     """
     op = "group_advantages"
-    check_choice(op, "scale", scale, SCALES)
-    check_choice(op, "aggregate", aggregate, AGGREGATES)
+    check_statistics(op, scale, eps, aggregate)
     checks.check_float(op, "rewards", rewards)
     chosen = choose(op, backend, rewards)
     result: Tensor = calls.registered.group_advantages(
@@ -146,14 +136,14 @@ def dgs_select(
     Source: PODS (arXiv 2504.13818); GFPO (2508.09726).
     """
     op = "dgs_select"
-    check_selection(op, rule, mass, keep, min_keep)
-    check_choice(op, "scale", scale, SCALES)
-    check_choice(op, "aggregate", aggregate, AGGREGATES)
+    check_selection(op, rule, mass, keep, min_keep, seed)
+    check_statistics(op, scale, eps, aggregate)
     parts = [part.detach() for part in per_modality(op, "rewards", rewards)]
     chosen = choose(op, backend, *parts)
     result: Tensor = calls.registered.dgs_select(
-        parts, group_offsets, weights, scale, float(eps), aggregate, rule, float(mass), keep, min_keep, seed, chosen
-    )
+        parts, group_offsets, weights, scale, float(eps), aggregate, rule, float(mass),
+        None if keep is None else int(keep), int(min_keep), int(seed), chosen,
+    )  # fmt: skip
     return result
 
 
@@ -288,7 +278,7 @@ def linear_logp(
         weight: [V, D], dtype of `hidden`; with gradient.
         targets: [N] int in [0, V).
         bias: [V] or None; with gradient.
-        temperature: > 0.
+        temperature: finite, > 0.
         forbidden: [F] int64 vocabulary ids whose logits are -inf; a forbidden target has log-probability -inf.
         backend: see `syncr1.kernels.dispatch`.
 
@@ -321,7 +311,7 @@ def selective_logp(
     Args:
         logits: [N, V] float; with gradient.
         targets: [N] int in [0, V).
-        temperature: > 0.
+        temperature: finite, > 0.
         forbidden: [F] int64 vocabulary ids whose logits are taken as -inf.
         backend: see `syncr1.kernels.dispatch`.
 
@@ -359,8 +349,8 @@ def cfg_sample(
     Args:
         cond: [B, V] float; conditional logits.
         uncond: [B, V] float or None (no guidance).
-        cfg_weight: 1 = conditional, 5 = Janus's usual guidance.
-        temperature: ≥ 0; 0 is greedy, whose log-probabilities are reported at temperature 1.
+        cfg_weight: any finite number; 1 = conditional, 5 = Janus's usual guidance.
+        temperature: finite, ≥ 0; 0 is greedy, whose log-probabilities are reported at temperature 1.
         top_k: ≥ 0 most likely ids of z; 0 = all.
         top_p: in (0, 1]; the smallest set of ids holding that much of what top_k left; 1 = all.
         seed: int or [B] int64.
@@ -378,13 +368,19 @@ def cfg_sample(
     Source: Philox4x32-10 (Salmon et al., SC 2011); guidance as in Janus's `generation_inference.py`.
     """
     op = "cfg_sample"
-    checks.check_sampling(cond, uncond, cfg_weight, temperature, top_k, top_p, seed, offset)
+    given = {"cfg_weight": cfg_weight, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for name, allowed in ranges.SAMPLING.items():
+        allowed.check(op, name, given[name])
+    for name, counter in (("seed", seed), ("offset", offset)):
+        if not isinstance(counter, Tensor):
+            ranges.SEED.check(op, name, counter)
+    checks.check_sampling(cond, uncond, cfg_weight, seed, offset)
     chosen = choose(op, backend, cond, uncond)
     seed_B, offset_B = (
         torch.as_tensor(value, dtype=torch.int64, device=cond.device).expand(cond.shape[0]) for value in (seed, offset)
     )
     drawn = calls.registered.cfg_sample(
-        cond.detach(), None if uncond is None else uncond.detach(), float(cfg_weight), float(temperature), top_k,
+        cond.detach(), None if uncond is None else uncond.detach(), float(cfg_weight), float(temperature), int(top_k),
         float(top_p), seed_B, offset_B, forbidden, chosen,
     )  # fmt: skip
     return CFGSample(*drawn)

@@ -24,6 +24,7 @@ from syncr1.kernels.checks import check_float, check_offsets, refuse
 from syncr1.kernels.dispatch import ENVIRONMENT_VARIABLE, MODULES, BackendError, refuse_transforms
 from syncr1.kernels.layout import segment_ids
 from syncr1.kernels.ops.register import constant_when_traced, registered
+from syncr1.kernels.ranges import ATTENTION_SCALE
 
 __all__ = ["SharedPrefixLayout", "shared_prefix_attention"]
 
@@ -151,7 +152,7 @@ def shared_prefix_attention(
         k: [T, K, E], dtype of `q`; with gradient. Query head h reads key-value head h // (H / K).
         v: [T, K, E], dtype of `q`; with gradient.
         layout: of the token axis [all prefixes | all responses].
-        scale: > 0, multiplies the scores; None = 1/√E.
+        scale: finite, > 0; multiplies the scores; None = 1/√E.
         backend: "flash" is dense flash attention on the CPU, and on CUDA flash_attn's variable-length kernels, or
             PyTorch's where that is not installed (float16 and bfloat16); "reference" is plain PyTorch. None takes
             flash where it serves the tensors, unless SYNCR1_BACKEND=reference.
@@ -166,11 +167,10 @@ def shared_prefix_attention(
 
     Source: two variable-length calls merged by log-sum-exp as in Hydragen (arXiv 2402.05099), with their backward.
     """
+    # The kernels mask before they scale: 0 · -inf is NaN, and a negative scale would show what is hidden.
+    ATTENTION_SCALE.check(OP, "scale", scale)
     _check(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < float("inf"):
-        # The kernels mask before they scale: 0 · -inf is NaN, and a negative scale would show what is hidden.
-        refuse(OP, "scale", "positive and finite", scale, "multiply q by it instead")
     if choose_attention(backend, q) == "reference":
         return reference.attend(layout.plan, q, k, v, scale)
     out: Tensor = registered.shared_prefix_attention(q, k, v, *layout.host_offsets, scale)[0]

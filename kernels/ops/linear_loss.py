@@ -242,7 +242,9 @@ def linear_grpo_loss(
     options, module = decode(settings), module_of(backend)
     streams = _gather_streams(hidden, weight, bias, targets, rows, forbidden, temperature, stream_modality)
     given = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, num_tokens)
-    check_loss_inputs(OP, given, options, {"old_logp": old_logp, "ref_logp": ref_logp, "is_ratio": is_ratio})
+    check_loss_inputs(
+        OP, given, options, {"old_logp": old_logp, "ref_logp": ref_logp, "is_ratio": is_ratio, "num_items": num_items}
+    )
     check_streams(OP, streams, num_tokens)
     check_credit(OP, rewards, advantages, given, weights)
     layout = stream_layout(OP, streams, given)

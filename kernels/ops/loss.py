@@ -73,7 +73,14 @@ def grpo_loss(
     options = decode(settings)
     layout = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, logp.shape[0])
     module = module_of(backend)
-    named = {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy, "is_ratio": is_ratio}
+    named = {
+        "logp": logp,
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "entropy": entropy,
+        "is_ratio": is_ratio,
+        "num_items": num_items,
+    }
     check_loss_inputs("grpo_loss", layout, options, named, finite=not module.FINDS_NONFINITE)
     check_credit("grpo_loss", rewards, advantages, layout, weights)
     scores = None
