@@ -352,10 +352,13 @@ def cfg_sample(
         cfg_weight: any finite number; 1 = conditional, 5 = Janus's usual guidance.
         temperature: finite, ≥ 0; 0 is greedy, whose log-probabilities are reported at temperature 1.
         top_k: ≥ 0 most likely ids of z; 0 = all.
-        top_p: in (0, 1]; the smallest set of ids holding that much of what top_k left; 1 = all.
+        top_p: in (0, 1]; the smallest set of ids holding that much of what top_k left, met to a relative 1e-6, ties to
+            the lower id; 1 = all.
         seed: int or [B] int64.
         offset: int or [B] int64; counter of the draw. A row's token depends on its logits, seed and offset alone, so
-            give each sequence and step its own offset (sequence_id * max_steps + step).
+            give each sequence and step its own offset (sequence_id * max_steps + step). One number for all rows counts
+            on from row to row (row b draws at offset + b, and the next call starts at offset + B); rows draw with equal
+            numbers only where seeds and offsets are given per row and are equal.
         forbidden: [F] int64 vocabulary ids that are never sampled; both distributions exclude them.
         backend: see `syncr1.kernels.dispatch`.
 
@@ -376,9 +379,10 @@ def cfg_sample(
             ranges.SEED.check(op, name, counter)
     checks.check_sampling(cond, uncond, cfg_weight, seed, offset)
     chosen = choose(op, backend, cond, uncond)
-    seed_B, offset_B = (
-        torch.as_tensor(value, dtype=torch.int64, device=cond.device).expand(cond.shape[0]) for value in (seed, offset)
-    )
+    seed_B, offset_B = (torch.as_tensor(value, dtype=torch.int64, device=cond.device) for value in (seed, offset))
+    if offset_B.dim() == 0:  # rows of one call are independent
+        offset_B = offset_B + torch.arange(cond.shape[0], device=cond.device)
+    seed_B = seed_B.expand(cond.shape[0])
     drawn = calls.registered.cfg_sample(
         cond.detach(), None if uncond is None else uncond.detach(), float(cfg_weight), float(temperature), int(top_k),
         float(top_p), seed_B, offset_B, forbidden, chosen,

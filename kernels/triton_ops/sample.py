@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from syncr1.kernels.records import CFGSample
+from syncr1.kernels.reference.sample import wanted_share
 from syncr1.kernels.triton_ops.launch import on_device
 from syncr1.kernels.triton_ops.philox import row_uniform
 from syncr1.kernels.triton_ops.row_math import LN2, LOG2E, entropy_of, whole_row
@@ -159,7 +160,7 @@ def sample(
             # Greedy reports its log-probabilities at temperature 1.
             LOG2E.value / (temperature or 1.0),
             float(top_k),
-            float(top_p),
+            wanted_share(top_p),
             FORM=form,
             num_warps=num_warps,
         )
