@@ -108,14 +108,28 @@ def refusals(model: PreTrainedModel) -> list[str]:
     return found
 
 
+def check_decoder(policy: str, decoder: PreTrainedModel, *reasons: str) -> None:
+    """One rule for all policies, whatever decoder a checkpoint's configuration puts into them.
+
+    Raises:
+        ValueError: it does something that packed layouts or a linear head cannot express; `reasons` are further ones.
+    """
+    found = [*refusals(decoder), *reasons]
+    if found:
+        raise ValueError(
+            f"{policy}: {type(decoder).__name__} cannot be trained on packed sequences: {'; '.join(found)}. "
+            "Expected full causal attention and a plain linear head (Llama, Qwen2, Qwen3, Gemma, Granite, …)"
+        )
+
+
 def max_positions(model: PreTrainedModel) -> int:
     """Longest sequence that the position ids reach."""
     config = model.config.get_text_config(decoder=True)
     reach = getattr(config, "max_position_embeddings", None)
     if reach is None:
         raise ValueError(
-            f"CausalLMPolicy: {type(model).__name__} names no max_position_embeddings; expected a model with a bounded "
-            "context, set config.max_position_embeddings to the longest sequence it may see"
+            f"{type(model).__name__} names no max_position_embeddings; expected a model with a bounded context, "
+            "set config.max_position_embeddings to the longest sequence it may see"
         )
     return int(reach)
 
