@@ -79,7 +79,7 @@ def _noting_attention(
 AttentionInterface.register(PROBE_NAME, _noting_attention)
 
 
-def refusals(model: PreTrainedModel) -> list[str]:
+def refusals(model: PreTrainedModel, policy: str) -> list[str]:
     """Reasons in the configuration why our layouts and heads would be wrong for this model; empty if there are none."""
     config = model.config.get_text_config(decoder=True)
     settings = config.to_dict()
@@ -89,7 +89,7 @@ def refusals(model: PreTrainedModel) -> list[str]:
     for name, value in settings.items():
         if name.replace("_", "").endswith("softcapping") or "softcap" in name.replace("_", ""):
             found += [f"{name}={value} caps scores or logits by tanh"] if value else []
-    reach = max_positions(model)
+    reach = max_positions(model, policy)
     window = settings.get("sliding_window")
     others = {str(kind) for kind in settings.get("layer_types") or ()} - {"full_attention", "attention"}
     slides = "sliding_attention" in others or (window is not None and not settings.get("layer_types"))
@@ -114,7 +114,7 @@ def check_decoder(policy: str, decoder: PreTrainedModel, *reasons: str) -> None:
     Raises:
         ValueError: it does something that packed layouts or a linear head cannot express; `reasons` are further ones.
     """
-    found = [*refusals(decoder), *reasons]
+    found = [*refusals(decoder, policy), *reasons]
     if found:
         raise ValueError(
             f"{policy}: {type(decoder).__name__} cannot be trained on packed sequences: {'; '.join(found)}. "
@@ -122,14 +122,14 @@ def check_decoder(policy: str, decoder: PreTrainedModel, *reasons: str) -> None:
         )
 
 
-def max_positions(model: PreTrainedModel) -> int:
-    """Longest sequence that the position ids reach."""
+def max_positions(model: PreTrainedModel, policy: str = "CausalLMPolicy") -> int:
+    """Longest sequence that the position ids reach; `policy` is named in the error."""
     config = model.config.get_text_config(decoder=True)
     reach = getattr(config, "max_position_embeddings", None)
     if reach is None:
         raise ValueError(
-            f"{type(model).__name__} names no max_position_embeddings; expected a model with a bounded context, "
-            "set config.max_position_embeddings to the longest sequence it may see"
+            f"{policy}: {type(model).__name__} names no max_position_embeddings; expected a model with a bounded "
+            "context, set config.max_position_embeddings to the longest sequence it may see"
         )
     return int(reach)
 
