@@ -59,7 +59,7 @@ def group_advantages(
 
     Equivalent PyTorch, for one group without NaN:
         r = (rewards * weights).sum(1)
-        A = (r - r.mean()) / (r.std() + eps) if r.max() > r.min() else torch.zeros_like(r)
+        A = (r - r.mean()) / (r.std() + eps) if r.max() - r.min() > 2**-21 * r.abs().max() else torch.zeros_like(r)
 
     Args:
         rewards: [S] or [S, K] float, finite; NaN = no reward. NaN components are left out of the weighted sum; a
@@ -74,7 +74,8 @@ def group_advantages(
         backend: see `syncr1.kernels.dispatch`.
 
     Returns:
-        [S] float32 (float64 for float64 rewards), no gradient; exactly 0 where a group's valid rewards are all equal.
+        [S] float32 (float64 for float64 rewards), no gradient; exactly 0 where a group's valid rewards are all equal
+        up to four units in the last place of float32 (2⁻²¹ of the largest).
 
     Raises:
         ValueError: a shape, dtype or value is out of place.
