@@ -14,7 +14,7 @@ import pytest
 import torch
 from op_calls import BACKENDS, OPS
 
-from syncr1.kernels import api, dispatch
+from syncr1.kernels import api, attention, dispatch
 from syncr1.kernels.api import LossOptions, TokenStream, linear_grpo_loss
 from syncr1.kernels.options import AGGREGATES, LOSS_TYPES, RULES, SCALES
 from syncr1.kernels.ranges import BY_MODALITY
@@ -77,9 +77,7 @@ LOSS: dict[str, Kind] = {
     "dgs_keep": whole((1, 5), 0, -1, none=True),
     "dgs_min_keep": whole((0, 3), -1),
     "dgs_seed": SEED,
-    "num_items": by_modality(
-        Kind((5.0, 0, 0.25, torch.tensor(4.0), None), (-1.0, *NOT_FINITE, True, "5", [5.0], torch.tensor(math.nan)))
-    ),
+    "num_items": by_modality(Kind((5.0, 0, 0.25, torch.tensor(4.0), None), (-1.0, *NOT_FINITE, True, "5", [5.0]))),
     "num_sequences": number((3, 0, 0.5), -1.0, none=True),
     "max_length": whole((9, 1), 0, -1, none=True),
     "score_all": SWITCH,
@@ -130,7 +128,7 @@ def test_the_table_holds_every_option() -> None:
         assert named - {"num_items"} <= set(options), (op, named - set(options))
 
 
-def run(op: str, option: str, value: Any, backend: str) -> Any:
+def run(op: str, option: str, value: Any, backend: str | None) -> Any:
     """The op with one option set, and whatever that option asks for beside it."""
     given: dict[str, Any] = {option: value}
     if value == "dr_grpo" and option == "loss_type":
@@ -142,17 +140,31 @@ def run(op: str, option: str, value: Any, backend: str) -> Any:
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a backend is asked to compute, the test fails."""
-    for name in ("reference", "native"):
-        monkeypatch.setitem(dispatch.MODULES, name, "no.such.module")
+    """Where a backend would be chosen, the test fails: no work has begun before that."""
+
+    def reached(*arguments: object) -> None:
+        raise AssertionError("a backend was chosen for a call that should have been refused")
+
+    for module in (dispatch, attention):
+        monkeypatch.setattr(module, "_choose", reached)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [None, *dispatch.MODULES])
 @pytest.mark.parametrize(("op", "option"), TABLE)
-def test_out_of_range_is_refused_by_name(op: str, option: str, backend: str, nothing_runs: None) -> None:
+@pytest.mark.usefixtures("nothing_runs")
+def test_out_of_range_is_refused_by_name(op: str, option: str, backend: str | None) -> None:
     for value in OPTIONS[op][option].bad:
         with pytest.raises(ValueError, match=rf"^{op}: {option}.* must be .*, got .*; .+"):
             run(op, option, value, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", ["grpo_loss", "linear_grpo_loss"])
+def test_values_of_a_tensor_are_checked_where_values_are(op: str, backend: str) -> None:
+    for value in (math.nan, math.inf, -1.0):
+        for given in (torch.tensor(value), torch.tensor([5.0, value]), {"text": torch.tensor(value), "image": 1.0}):
+            with pytest.raises(ValueError, match=f"{op}: num_items must be finite and ≥ 0, got"):
+                run(op, "num_items", given, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -193,7 +205,7 @@ def test_a_streams_temperature_and_the_weights_of_rewards(backend: str) -> None:
 def test_loss_options_made_by_hand_are_checked_too() -> None:
     build: Callable[..., LossOptions] = LossOptions
     for option, kind in LOSS.items():
-        for value in (v for v in kind.bad if option != "num_items" or not isinstance(v, torch.Tensor)):
+        for value in kind.bad:
             with pytest.raises(ValueError, match=rf"grpo_loss: {option}"):
                 build(**{option: value})
     assert build(clip_low={"text": 0.1, "image": 0.2}).clip_low == {"text": 0.1, "image": 0.2}
