@@ -170,7 +170,8 @@ class TokenStep:
             cfg_weight=phase.cfg_weight,
             temperature=phase.temperature,
             seed=state.key,
-            offset=state.step + phase.first_offset,
+            # Per sequence, because keys are: which row of the batch a sequence is in must not matter.
+            offset=(state.step + phase.first_offset).expand(len(state)),
             forbidden=head.forbidden,
         )
         if self._forced is not None:

@@ -117,9 +117,30 @@ def to_tensor(picture: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0).permute(2, 0, 1)
 
 
+SMALL = 64
+"""Pictures loaded at no more pixels a side are kept: decoding them costs more than what is done with them."""
+
+
 @lru_cache(maxsize=4096)
-def _load_small(ref: ImageRef, size: int) -> Tensor:
+@torch.inference_mode(False)  # what is kept is trained on, too
+def _load_small(ref: ImageRef, size: int, version: tuple[object, ...]) -> Tensor:
     return to_tensor(open_picture(ref), size)
+
+
+def version_of(ref: object) -> tuple[object, ...]:
+    """What tells a file from an earlier one under its path, for keeping what was made of it; () for anything else.
+
+    A tuple's is that of its entries.
+    """
+    if isinstance(ref, tuple):
+        return tuple(version_of(part) for part in ref)
+    if not isinstance(ref, Path):
+        return ()
+    try:
+        found = ref.stat()
+    except (OSError, ValueError):  # opening it says why
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def load_pictures(refs: Sequence[ImageRef], size: int) -> Tensor:
@@ -134,4 +155,4 @@ def _load(ref: ImageRef, size: int) -> Tensor:
     if isinstance(ref, MemoryImage):  # seen once, so not worth keeping
         exact = tuple(ref.image.shape[1:]) == (size, size)
         return ref.pixels() if exact else to_tensor(open_picture(ref), size)
-    return _load_small(ref, size) if size <= 64 else to_tensor(open_picture(ref), size)
+    return _load_small(ref, size, version_of(ref)) if size <= SMALL else to_tensor(open_picture(ref), size)

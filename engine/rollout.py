@@ -101,6 +101,7 @@ class RolloutEngine:
         """Frees caches and graphs that a GPU keeps between calls, for a training step that needs the room."""
         self.stepper.release()
 
+    @torch.inference_mode(False)  # what a call keeps, and the tokens that it gives, are trained on later
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None = None) -> list[Rollout]:
         """Samples `num_generations` trajectories of each prompt; `stats` then tells what it cost.

@@ -25,6 +25,7 @@ from syncr1.engine.rollout import RolloutStats, Sampling
 from syncr1.engine.stopwatch import Stopwatch, split
 from syncr1.engine.train_config import TrainConfig
 from syncr1.kernels.api import dgs_select
+from syncr1.kernels.reference.advantage import SPREAD
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
 """Called after each step with its metrics, its trajectories and their total rewards [S] (NaN: unrewarded)."""
@@ -243,7 +244,7 @@ def _group_spread(total_S: Tensor, num_generations: int) -> dict[str, float]:
     groups = groups[~groups.isnan().any(1)]
     if groups.numel() == 0:
         return {"reward_std": math.nan, "frac_reward_zero_std": math.nan}
-    equal = groups.amax(1) == groups.amin(1)
+    equal = groups.amax(1) - groups.amin(1) <= SPREAD * groups.abs().amax(1)
     return {"reward_std": float(groups.std(1).mean()), "frac_reward_zero_std": float(equal.float().mean())}
 
 

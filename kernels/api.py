@@ -16,21 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.kernels import calls, checks
+from syncr1.kernels import calls, checks, ranges
 from syncr1.kernels.attention import SharedPrefixLayout, shared_prefix_attention
 from syncr1.kernels.checks import NonFiniteError, non_finite_passes
 from syncr1.kernels.decode_attention import prefix_decode_attention
 from syncr1.kernels.dispatch import BackendError, choose
-from syncr1.kernels.options import (
-    AGGREGATES,
-    SCALES,
-    Aggregate,
-    LossOptions,
-    Rule,
-    Scale,
-    check_choice,
-    check_selection,
-)
+from syncr1.kernels.options import Aggregate, LossOptions, Rule, Scale, check_selection, check_statistics
 from syncr1.kernels.plan import Rewards, per_modality
 from syncr1.kernels.records import CFGSample, GRPOOutput, TokenStream
 
@@ -68,22 +59,23 @@ def group_advantages(
 
     Equivalent PyTorch, for one group without NaN:
         r = (rewards * weights).sum(1)
-        A = (r - r.mean()) / (r.std() + eps) if r.max() > r.min() else torch.zeros_like(r)
+        A = (r - r.mean()) / (r.std() + eps) if r.max() - r.min() > 2**-21 * r.abs().max() else torch.zeros_like(r)
 
     Args:
         rewards: [S] or [S, K] float, finite; NaN = no reward. NaN components are left out of the weighted sum; a
             sequence without any is left out of the statistics and gets 0.
         group_offsets: [P+1] int; group p is sequences `group_offsets[p]:group_offsets[p+1]`, of any size.
-        weights: [K] float or None (all 1); only with [S, K].
+        weights: [K] float, finite, or None (all 1); only with [S, K].
         scale: "group" divides by std_group + eps (unbiased), "batch" by std of all rewards + eps, "none" only centres,
             "loo" subtracts the mean of the *other* members.
-        eps: ≥ 0, in units of the reward.
+        eps: finite, ≥ 0, in units of the reward.
         aggregate: "sum_then_normalize", or "normalize_then_sum": each reward is normalised in its group, the weighted
             sum is normalised over the batch (GDPO).
         backend: see `syncr1.kernels.dispatch`.
 
     Returns:
-        [S] float32 (float64 for float64 rewards), no gradient; exactly 0 where a group's valid rewards are all equal.
+        [S] float32 (float64 for float64 rewards), no gradient; exactly 0 where a group's valid rewards are all equal
+        up to four units in the last place of float32 (2⁻²¹ of the largest).
 
     Raises:
         ValueError: a shape, dtype or value is out of place.
@@ -91,8 +83,7 @@ def group_advantages(
     Source: GRPO (arXiv 2402.03300); RLOO (2402.14740); Dr. GRPO (2503.20783); GDPO (2601.05242).
     """
     op = "group_advantages"
-    check_choice(op, "scale", scale, SCALES)
-    check_choice(op, "aggregate", aggregate, AGGREGATES)
+    check_statistics(op, scale, eps, aggregate)
     checks.check_float(op, "rewards", rewards)
     chosen = choose(op, backend, rewards)
     result: Tensor = calls.registered.group_advantages(
@@ -146,14 +137,14 @@ def dgs_select(
     Source: PODS (arXiv 2504.13818); GFPO (2508.09726).
     """
     op = "dgs_select"
-    check_selection(op, rule, mass, keep, min_keep)
-    check_choice(op, "scale", scale, SCALES)
-    check_choice(op, "aggregate", aggregate, AGGREGATES)
+    check_selection(op, rule, mass, keep, min_keep, seed)
+    check_statistics(op, scale, eps, aggregate)
     parts = [part.detach() for part in per_modality(op, "rewards", rewards)]
     chosen = choose(op, backend, *parts)
     result: Tensor = calls.registered.dgs_select(
-        parts, group_offsets, weights, scale, float(eps), aggregate, rule, float(mass), keep, min_keep, seed, chosen
-    )
+        parts, group_offsets, weights, scale, float(eps), aggregate, rule, float(mass),
+        None if keep is None else int(keep), int(min_keep), int(seed), chosen,
+    )  # fmt: skip
     return result
 
 
@@ -288,7 +279,7 @@ def linear_logp(
         weight: [V, D], dtype of `hidden`; with gradient.
         targets: [N] int in [0, V).
         bias: [V] or None; with gradient.
-        temperature: > 0.
+        temperature: finite, > 0.
         forbidden: [F] int64 vocabulary ids whose logits are -inf; a forbidden target has log-probability -inf.
         backend: see `syncr1.kernels.dispatch`.
 
@@ -321,7 +312,7 @@ def selective_logp(
     Args:
         logits: [N, V] float; with gradient.
         targets: [N] int in [0, V).
-        temperature: > 0.
+        temperature: finite, > 0.
         forbidden: [F] int64 vocabulary ids whose logits are taken as -inf.
         backend: see `syncr1.kernels.dispatch`.
 
@@ -359,13 +350,16 @@ def cfg_sample(
     Args:
         cond: [B, V] float; conditional logits.
         uncond: [B, V] float or None (no guidance).
-        cfg_weight: 1 = conditional, 5 = Janus's usual guidance.
-        temperature: ≥ 0; 0 is greedy, whose log-probabilities are reported at temperature 1.
+        cfg_weight: any finite number; 1 = conditional, 5 = Janus's usual guidance.
+        temperature: finite, ≥ 0; 0 is greedy, whose log-probabilities are reported at temperature 1.
         top_k: ≥ 0 most likely ids of z; 0 = all.
-        top_p: in (0, 1]; the smallest set of ids holding that much of what top_k left; 1 = all.
+        top_p: in (0, 1]; the smallest set of ids holding that much of what top_k left, met to a relative 1e-6, ties to
+            the lower id; 1 = all.
         seed: int or [B] int64.
         offset: int or [B] int64; counter of the draw. A row's token depends on its logits, seed and offset alone, so
-            give each sequence and step its own offset (sequence_id * max_steps + step).
+            give each sequence and step its own offset (sequence_id * max_steps + step). One number for all rows counts
+            on from row to row (row b draws at offset + b, and the next call starts at offset + B); rows draw with equal
+            numbers only where seeds and offsets are given per row and are equal.
         forbidden: [F] int64 vocabulary ids that are never sampled; both distributions exclude them.
         backend: see `syncr1.kernels.dispatch`.
 
@@ -378,13 +372,20 @@ def cfg_sample(
     Source: Philox4x32-10 (Salmon et al., SC 2011); guidance as in Janus's `generation_inference.py`.
     """
     op = "cfg_sample"
-    checks.check_sampling(cond, uncond, cfg_weight, temperature, top_k, top_p, seed, offset)
+    given = {"cfg_weight": cfg_weight, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for name, allowed in ranges.SAMPLING.items():
+        allowed.check(op, name, given[name])
+    for name, counter in (("seed", seed), ("offset", offset)):
+        if not isinstance(counter, Tensor):
+            ranges.SEED.check(op, name, counter)
+    checks.check_sampling(cond, uncond, cfg_weight, seed, offset)
     chosen = choose(op, backend, cond, uncond)
-    seed_B, offset_B = (
-        torch.as_tensor(value, dtype=torch.int64, device=cond.device).expand(cond.shape[0]) for value in (seed, offset)
-    )
+    seed_B, offset_B = (torch.as_tensor(value, dtype=torch.int64, device=cond.device) for value in (seed, offset))
+    if offset_B.dim() == 0:  # rows of one call are independent
+        offset_B = offset_B + torch.arange(cond.shape[0], device=cond.device)
+    seed_B = seed_B.expand(cond.shape[0])
     drawn = calls.registered.cfg_sample(
-        cond.detach(), None if uncond is None else uncond.detach(), float(cfg_weight), float(temperature), top_k,
+        cond.detach(), None if uncond is None else uncond.detach(), float(cfg_weight), float(temperature), int(top_k),
         float(top_p), seed_B, offset_B, forbidden, chosen,
     )  # fmt: skip
     return CFGSample(*drawn)

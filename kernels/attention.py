@@ -21,9 +21,10 @@ from syncr1.kernels.attention_ops import cuda, reference
 from syncr1.kernels.attention_ops.op import OP
 from syncr1.kernels.attention_ops.plan import Plan, plan_of
 from syncr1.kernels.checks import check_float, check_offsets, refuse
-from syncr1.kernels.dispatch import ENVIRONMENT_VARIABLE, MODULES, BackendError
+from syncr1.kernels.dispatch import ENVIRONMENT_VARIABLE, MODULES, BackendError, refuse_transforms
 from syncr1.kernels.layout import segment_ids
 from syncr1.kernels.ops.register import constant_when_traced, registered
+from syncr1.kernels.ranges import ATTENTION_SCALE
 
 __all__ = ["SharedPrefixLayout", "shared_prefix_attention"]
 
@@ -56,7 +57,9 @@ class SharedPrefixLayout:
 
     def __post_init__(self) -> None:
         # Offsets given on a GPU are read back here, once; no attention layer reads them there.
-        host = tuple(x.detach().cpu() for x in (self.cu_prefixes, self.cu_seqlens, self.group_offsets))
+        given = (self.cu_prefixes, self.cu_seqlens, self.group_offsets)
+        with torch.inference_mode(False):  # a training step saves them for its backward
+            host = tuple((x.clone() if x.is_inference() else x).detach().cpu() for x in given)
         cu_prefixes, cu_seqlens, group_offsets = host
         check_offsets("SharedPrefixLayout", "cu_prefixes", cu_prefixes)
         check_offsets("SharedPrefixLayout", "cu_seqlens", cu_seqlens)
@@ -84,9 +87,10 @@ class SharedPrefixLayout:
     def to(self, device: torch.device | str) -> SharedPrefixLayout:
         """The same layout with its tensors on `device`, ready for attention there."""
         moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                object.__setattr__(moved, name, value.to(device))
+        with torch.inference_mode(False):
+            for name, value in vars(self).items():
+                if isinstance(value, Tensor):
+                    object.__setattr__(moved, name, value.to(device))
         self.plan.prepare(moved.device)
         return moved
 
@@ -102,6 +106,7 @@ class SharedPrefixLayout:
         return self._predicting_rows
 
     @cached_property
+    @torch.inference_mode(False)  # what is kept serves training, too
     def _position_ids(self) -> Tensor:
         cu_prefixes, cu_seqlens, group_offsets = (x.long() for x in self.host_offsets)
         num_response_tokens = self.num_tokens - self.num_prefix_tokens
@@ -114,6 +119,7 @@ class SharedPrefixLayout:
         return torch.cat([in_prefix, in_response]).to(self.device)
 
     @cached_property
+    @torch.inference_mode(False)
     def _predicting_rows(self) -> Tensor:
         cu_prefixes, cu_seqlens, group_offsets = (x.long() for x in self.host_offsets)
         rows = torch.arange(self.num_prefix_tokens, self.num_tokens, device="cpu") - 1
@@ -146,7 +152,7 @@ def shared_prefix_attention(
         k: [T, K, E], dtype of `q`; with gradient. Query head h reads key-value head h // (H / K).
         v: [T, K, E], dtype of `q`; with gradient.
         layout: of the token axis [all prefixes | all responses].
-        scale: > 0, multiplies the scores; None = 1/√E.
+        scale: finite, > 0; multiplies the scores; None = 1/√E.
         backend: "flash" is dense flash attention on the CPU, and on CUDA flash_attn's variable-length kernels, or
             PyTorch's where that is not installed (float16 and bfloat16); "reference" is plain PyTorch. None takes
             flash where it serves the tensors, unless SYNCR1_BACKEND=reference.
@@ -161,11 +167,10 @@ def shared_prefix_attention(
 
     Source: two variable-length calls merged by log-sum-exp as in Hydragen (arXiv 2402.05099), with their backward.
     """
+    # The kernels mask before they scale: 0 · -inf is NaN, and a negative scale would show what is hidden.
+    ATTENTION_SCALE.check(OP, "scale", scale)
     _check(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < float("inf"):
-        # The kernels mask before they scale: 0 · -inf is NaN, and a negative scale would show what is hidden.
-        refuse(OP, "scale", "positive and finite", scale, "multiply q by it instead")
     if choose_attention(backend, q) == "reference":
         return reference.attend(layout.plan, q, k, v, scale)
     out: Tensor = registered.shared_prefix_attention(q, k, v, *layout.host_offsets, scale)[0]
@@ -191,17 +196,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout) -> None:
 
 def choose_attention(backend: str | None, q: Tensor) -> str:
     """Which backend serves: flash or reference, by the rule of `syncr1.kernels.dispatch`."""
-    return _choose(backend, q.device, q.dtype, q.shape[-1])
+    # The head size is a symbol where torch.compile traces with dynamic shapes: what is constant then may not see it.
+    fits = q.device.type != "cuda" or cuda.serves_head_size(q.shape[-1])
+    chosen = _choose(backend, q.device, q.dtype, fits)
+    refuse_transforms(OP, chosen)
+    return chosen
 
 
 @constant_when_traced
-def _choose(backend: str | None, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    return _choose_once(backend, os.environ.get(ENVIRONMENT_VARIABLE), device, dtype, head_size)
+def _choose(backend: str | None, device: torch.device, dtype: torch.dtype, fits: bool) -> str:
+    return _choose_once(backend, os.environ.get(ENVIRONMENT_VARIABLE), device, dtype, fits)
 
 
 @cache
 def _choose_once(
-    backend: str | None, preferred: str | None, device: torch.device, dtype: torch.dtype, head_size: int
+    backend: str | None, preferred: str | None, device: torch.device, dtype: torch.dtype, fits: bool
 ) -> str:
     wanted = backend or preferred
     # `native` and `triton` in the environment are preferences for other ops; attention has neither.
@@ -213,7 +222,7 @@ def _choose_once(
         )
     if wanted == "reference":
         return wanted
-    reason = _unsupported_reason(device, dtype, head_size)
+    reason = _unsupported_reason(device, dtype, fits)
     if reason is None:
         return "flash"
     if backend:
@@ -221,9 +230,9 @@ def _choose_once(
     return "reference"
 
 
-def _unsupported_reason(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+def _unsupported_reason(device: torch.device, dtype: torch.dtype, fits: bool) -> str | None:
     if device.type == "cuda":
-        return cuda.unsupported_reason(dtype, head_size, torch.cuda.get_device_capability(device))
+        return cuda.unsupported_reason(dtype, fits, torch.cuda.get_device_capability(device))
     if device.type != "cpu":
         return f"it serves cpu and cuda tensors, not {device.type}"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

@@ -1,7 +1,8 @@
 """What stands between a public op and the registered one: defaults, the backend, the records handed back.
 
-Backend `reference` is called directly, as the differentiable PyTorch code that it is; all others through
-`torch.ops.syncr1.*`. Nothing here reads a tensor's values, so that `torch.compile` can trace through it.
+Backend `reference` is called directly, as the differentiable PyTorch code that it is; all others, and losses of meta
+tensors, which have no values to select rows by, through `torch.ops.syncr1.*`. Nothing here reads a tensor's values, so
+that `torch.compile` can trace through it.
 
 Dims: `T` packed tokens, `S` sequences, `N` rows of a stream, `B` decode rows.
 """
@@ -20,7 +21,7 @@ import syncr1.kernels.ops.linear_loss
 import syncr1.kernels.ops.logp
 import syncr1.kernels.ops.sample
 import syncr1.kernels.ops.scores  # noqa: F401
-from syncr1.kernels import checks
+from syncr1.kernels import checks, ranges
 from syncr1.kernels.dispatch import choose
 from syncr1.kernels.layout import PackedLayout
 from syncr1.kernels.ops.loss import run as run_grpo_loss
@@ -31,17 +32,21 @@ from syncr1.kernels.records import MODALITIES, GRPOOutput, TokenStream
 from syncr1.kernels.reference import backend as reference
 from syncr1.kernels.terms import METRICS, METRICS_PER_MODALITY
 
-Setting = tuple[str, Any]
+Setting = tuple[str, Any, str]
+"""Name, value (a dict as a tuple of its items) and type: to a cache, True and 1 are the same key."""
 
 
 @constant_when_traced
 def _encode(op: str, settings: tuple[Setting, ...]) -> str:
-    return _encode_once(op, settings)
+    try:
+        return _encode_once(op, settings)
+    except TypeError:  # a value without a hash, which no setting is
+        return _encode_once.__wrapped__(op, settings)
 
 
 @lru_cache(maxsize=256)
 def _encode_once(op: str, settings: tuple[Setting, ...]) -> str:
-    return encode(op, {name: dict(value) if isinstance(value, tuple) else value for name, value in settings})
+    return encode(op, {name: dict(value) if kind.startswith("dict") else value for name, value, kind in settings})
 
 
 def _split_num_items(options: dict[str, Any]) -> tuple[tuple[Setting, ...], Tensor | None]:
@@ -49,6 +54,7 @@ def _split_num_items(options: dict[str, Any]) -> tuple[tuple[Setting, ...], Tens
     value = options.get("num_items")
     tensor: Tensor | None = None
     if isinstance(value, Mapping) and any(isinstance(part, Tensor) for part in value.values()):
+        checks.check_modality_keys("grpo_loss", "num_items", value)
         tensor = torch.stack([torch.as_tensor(value[m]).float().reshape(()) for m in MODALITIES])
     elif isinstance(value, Tensor):
         tensor = value.reshape(-1)
@@ -57,12 +63,14 @@ def _split_num_items(options: dict[str, Any]) -> tuple[tuple[Setting, ...], Tens
     if tensor is not None:
         # The tensor says how much; the setting still says whether modalities are reduced on their own.
         options = options | {"num_items": 1.0 if tensor.numel() == 1 else dict.fromkeys(MODALITIES, 1.0)}
-    return tuple((name, _plain(value)) for name, value in options.items()), tensor
+    return tuple(_plain(name, value) for name, value in options.items()), tensor
 
 
-def _plain(value: Any) -> Any:
-    """A setting that can be a key of a cache."""
-    return tuple((key, float(number)) for key, number in value.items()) if isinstance(value, Mapping) else value
+def _plain(name: str, value: Any) -> Setting:
+    """A setting as a key of a cache."""
+    if not isinstance(value, Mapping):
+        return name, value, type(value).__name__
+    return name, tuple(value.items()), "dict " + " ".join(type(part).__name__ for part in value.values())
 
 
 def _credits(op: str, name: str, values: Rewards | None) -> list[Tensor]:
@@ -109,13 +117,20 @@ def grpo_loss(
     if logp.dim() != 1:
         checks.refuse(op, "logp", "[T]", list(logp.shape), "pack the sequences onto one axis: logp[mask]")
     chosen = choose(op, backend, logp, old_logp, ref_logp, *credit[:0])
-    if chosen == "reference":
+    if chosen == "reference" and not logp.is_meta:
         layout, parsed = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, logp.shape[0]), decode(settings)
         checks.check_loss_inputs(
             op,
             layout,
             parsed,
-            {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy, "is_ratio": is_ratio},
+            {
+                "logp": logp,
+                "old_logp": old_logp,
+                "ref_logp": ref_logp,
+                "entropy": entropy,
+                "is_ratio": is_ratio,
+                "num_items": num_items,
+            },
         )
         check_credit(op, credit, given, layout, weights)
         return reference.grpo_loss(
@@ -153,14 +168,23 @@ def linear_grpo_loss(
     settings = _encode(op, plain)
     credit, given = _credits(op, "rewards", rewards), _credits(op, "advantages", advantages)
     checks.check_stream_records(op, streams)
+    for stream in streams:
+        ranges.TEMPERATURE.check(op, "stream.temperature", stream.temperature)
     streams = [_autocast(stream) for stream in streams]
     known = [t.shape[0] for t in (old_logp, loss_mask, modality, ref_logp) if t is not None]
+    if not known and cu_seqlens.is_meta:
+        checks.refuse(op, "old_logp, loss_mask, modality or ref_logp", "given with meta tensors", None, "they tell T")
     num_tokens = known[0] if known else int(cu_seqlens[-1])
     chosen = choose(op, backend, *(s.hidden for s in streams))
-    if chosen == "reference":
+    if chosen == "reference" and not streams[0].hidden.is_meta:
         parsed = decode(settings)
         layout = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, num_tokens)
-        checks.check_loss_inputs(op, layout, parsed, {"old_logp": old_logp, "ref_logp": ref_logp, "is_ratio": is_ratio})
+        checks.check_loss_inputs(
+            op,
+            layout,
+            parsed,
+            {"old_logp": old_logp, "ref_logp": ref_logp, "is_ratio": is_ratio, "num_items": num_items},
+        )
         checks.check_streams(op, streams, num_tokens)
         check_credit(op, credit, given, layout, weights)
         return reference.linear_grpo_loss(
@@ -185,20 +209,24 @@ def linear_grpo_loss(
 
 def _autocast(stream: TokenStream) -> TokenStream:
     """Under autocast a head runs in the autocast dtype, as `nn.Linear` does."""
-    device = stream.hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(stream.hidden):
         return stream
     hidden, weight, bias = cast_operands(stream.hidden, stream.weight, stream.bias)
     return TokenStream(hidden, weight, stream.targets, stream.rows, bias, stream.temperature, stream.modality,
                        stream.forbidden)  # fmt: skip
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Autocast is on for the tensor's device; meta tensors, whose device has none, are shapes alone."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def cast_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands of a head in the autocast dtype, where autocast is on."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    if not autocasts(hidden) or hidden.dtype == torch.float64:
         return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
@@ -215,12 +243,14 @@ def linear_logp(
     op = "linear_logp"
     hidden, weight, bias = cast_operands(hidden, weight, bias)
     checks.check_rows(op, hidden, weight, targets, bias)
-    checks.check_temperature(op, temperature)
+    ranges.TEMPERATURE.check(op, "temperature", temperature)
     chosen = choose(op, backend, hidden, weight)
     if chosen == "reference":
         checks.check_targets(op, targets, hidden.shape[0], weight.shape[0])
         checks.check_forbidden(op, forbidden, weight.shape[0])
-        return reference.linear_logp(hidden, weight, targets, bias=bias, temperature=temperature, forbidden=forbidden)
+        return reference.linear_logp(
+            hidden, weight, targets, bias=bias, temperature=float(temperature), forbidden=forbidden
+        )
     logp, entropy, _ = registered.linear_logp(hidden, weight, bias, targets, float(temperature), forbidden, chosen)
     return logp, entropy
 
@@ -231,11 +261,11 @@ def selective_logp(
     """See `syncr1.kernels.api.selective_logp`."""
     op = "selective_logp"
     checks.check_logits(op, logits)
-    checks.check_temperature(op, temperature)
+    ranges.TEMPERATURE.check(op, "temperature", temperature)
     chosen = choose(op, backend, logits)
     if chosen == "reference":
         checks.check_targets(op, targets, logits.shape[0], logits.shape[1])
         checks.check_forbidden(op, forbidden, logits.shape[1])
-        return reference.selective_logp(logits, targets, temperature=temperature, forbidden=forbidden)
+        return reference.selective_logp(logits, targets, temperature=float(temperature), forbidden=forbidden)
     logp, entropy, _ = registered.selective_logp(logits, targets, float(temperature), forbidden, chosen)
     return logp, entropy

@@ -116,6 +116,8 @@ def check_rewards(op: str, rewards: Tensor, group_offsets: Tensor, weights: Tens
         if rewards.dim() == 1:
             refuse(op, "weights", "None for rewards [S]", list(weights.shape), "scale the rewards themselves")
         check_vector(op, "weights", weights, rewards.shape[1], "one weight per reward column")
+        if checks_values(weights) and not bool(torch.isfinite(weights).all()):
+            refuse(op, "weights", "finite", weights.tolist(), "0 switches a reward off")
 
 
 def check_rows(op: str, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
@@ -165,12 +167,6 @@ def check_forbidden(op: str, forbidden: Tensor | None, vocabulary: int) -> None:
         refuse(op, "forbidden", f"fewer than all {vocabulary} ids", "all of them", "leave something to sample")
 
 
-def check_temperature(op: str, temperature: float) -> None:
-    """`temperature` is a positive number."""
-    if not temperature > 0:
-        refuse(op, "temperature", "> 0", temperature, "greedy decoding scores at temperature 1")
-
-
 def check_stream_records(op: str, streams: Sequence[TokenStream]) -> None:
     """A non-empty sequence of records, each with shapes, dtypes and settings that fit together."""
     if isinstance(streams, TokenStream) or not all(isinstance(s, TokenStream) for s in streams):
@@ -178,7 +174,6 @@ def check_stream_records(op: str, streams: Sequence[TokenStream]) -> None:
     if not streams:
         refuse(op, "streams", "at least one TokenStream", "none", "pass an empty stream to keep the head in the graph")
     for stream in streams:
-        check_temperature(op, stream.temperature)
         if stream.modality not in MODALITIES:
             refuse(op, "stream.modality", MODALITIES, repr(stream.modality), "text or image")
         check_vector(op, "stream.rows", stream.rows, stream.hidden.shape[0], "one packed position per hidden state")
@@ -247,13 +242,19 @@ def check_loss_inputs(
 ) -> None:
     """The layout and what lies on its token axis fit together, and what the options need is there.
 
-    `named`: logp, old_logp, ref_logp, entropy, is_ratio. `finite=False` leaves out the search for values that are not.
+    `named`: logp, old_logp, ref_logp, entropy, is_ratio; num_items where it is a tensor. `finite=False` leaves out the
+    search for values that are not.
     """
     ref_logp, entropy, is_ratio = (named.get(name) for name in ("ref_logp", "entropy", "is_ratio"))
     layout.validate(op)
     num_tokens, num_sequences = layout.num_tokens, layout.num_sequences
-    per_token = {name: values for name, values in named.items() if name != "is_ratio"}
+    per_token = {name: values for name, values in named.items() if name not in ("is_ratio", "num_items")}
     check_log_probabilities(op, layout.loss_mask, num_tokens, finite=finite, **per_token)
+    num_items = named.get("num_items")
+    if num_items is not None and checks_values(num_items):
+        wrong = [value for value in num_items.tolist() if not 0 <= value < math.inf]
+        if wrong:
+            refuse(op, "num_items", "finite and ≥ 0", wrong[0], "it is a divisor, and below 1 counts as 1")
     beta = options.beta
     if ref_logp is None and any(b != 0 for b in (beta.values() if isinstance(beta, Mapping) else (beta,))):
         refuse(op, "ref_logp", "given where beta is not 0", None, "pass the reference policy's log-probabilities")
@@ -289,16 +290,9 @@ def check_drawn(op: str, logp_B: Tensor) -> None:
 
 
 def check_sampling(
-    cond: Tensor,
-    uncond: Tensor | None,
-    cfg_weight: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int | Tensor,
-    offset: int | Tensor,
+    cond: Tensor, uncond: Tensor | None, cfg_weight: float, seed: int | Tensor, offset: int | Tensor
 ) -> None:
-    """The arguments of cfg_sample are consistent and in range."""
+    """The tensors of cfg_sample fit together."""
     op = "cfg_sample"
     check_float(op, "cond", cond)
     if cond.dim() != 2:
@@ -307,12 +301,10 @@ def check_sampling(
         refuse(op, "uncond", list(cond.shape), list(uncond.shape), "expand it to one row per conditional row")
     if uncond is None and cfg_weight != 1.0:
         refuse(op, "cfg_weight", "1 without uncond", cfg_weight, "pass the unconditional logits")
-    if not temperature >= 0:
-        refuse(op, "temperature", "≥ 0", temperature, "0 is greedy")
-    if top_k < 0 or not 0 < top_p <= 1:
-        refuse(op, "top_k, top_p", "≥ 0 and in (0, 1]", f"{top_k}, {top_p}", "0 and 1.0 switch them off")
     for name, value in (("seed", seed), ("offset", offset)):
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            check_vector(op, name, value, cond.shape[0], "one per row")
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
+        if not isinstance(value, Tensor):
+            continue
+        if value.dtype not in INTEGER_DTYPES:
             refuse(op, name, "int64", value.dtype, "convert it with .long()")
+        if value.dim() > 0:
+            check_vector(op, name, value, cond.shape[0], "one per row")

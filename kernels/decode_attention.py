@@ -15,6 +15,7 @@ from torch import Tensor
 from syncr1.kernels.checks import check_float, refuse
 from syncr1.kernels.dispatch import choose
 from syncr1.kernels.ops.decode_attention import run
+from syncr1.kernels.ranges import ATTENTION_SCALE
 
 OP = "prefix_decode_attention"
 
@@ -51,7 +52,7 @@ def prefix_decode_attention(
         own_keys: [Hkv, Nc, E], unit stride along E; overwritten with `key` at each row's new column.
         own_values: [Hkv, Nc, E], likewise with `value`.
         spans: [R, 4] int64: prefix start, prefix length, own start, own length before this token.
-        scale: of the scores; None is E ** -0.5.
+        scale: of the scores, finite and > 0; None is E ** -0.5.
         backend: see `syncr1.kernels.dispatch`.
 
     Returns:
@@ -64,6 +65,7 @@ def prefix_decode_attention(
 
     Source: Hydragen (arXiv 2402.05099); FlashAttention's online softmax (arXiv 2205.14135).
     """
+    ATTENTION_SCALE.check(OP, "scale", scale)
     tensors = (query, key, value, prefix_keys, prefix_values, own_keys, own_values)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(

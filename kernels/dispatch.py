@@ -30,6 +30,16 @@ MODULES = {
     "triton": "syncr1.kernels.triton_ops",
 }
 PREFERRED = {"cpu": "native", "cuda": "triton"}
+TRANSFORMABLE = {
+    "selective_logp": ("vmap", "grad", "jvp"),
+    "shared_prefix_attention": ("vmap", "grad", "jvp"),
+    "grpo_loss": ("grad", "jvp"),
+}
+"""What `reference` does right under transforms; everything else would fail somewhere below, or give tangents of 0."""
+
+
+_innermost = torch._C._functorch.peek_interpreter_stack
+_TRANSFORMS = {getattr(torch._C._functorch.TransformType, name.capitalize()): name for name in ("vmap", "grad", "jvp")}
 
 
 class BackendError(RuntimeError):
@@ -64,8 +74,35 @@ def available() -> dict[str, str]:
 
 
 def choose(op: str, backend: str | None, *tensors: Tensor | None) -> str:
-    """The name of the backend that serves `op` for these tensors, by the rule above."""
-    return _choose(op, backend, tuple([Kind(t.device, t.dtype) for t in tensors if t is not None]))
+    """The name of the backend that serves `op` for these tensors, by the rule above.
+
+    Raises:
+        ValueError: tensors on two devices.
+        BackendError: the backend that was asked for cannot serve the call.
+        NotImplementedError: a transform of torch.func, or forward-mode AD, that the backend cannot follow.
+    """
+    chosen = _choose(op, backend, tuple([Kind(t.device, t.dtype) for t in tensors if t is not None]))
+    refuse_transforms(op, chosen)
+    return chosen
+
+
+def refuse_transforms(op: str, backend: str | None = None) -> None:
+    """Registered ops are opaque: torch's fallbacks would batch them badly, or call their tangents 0 in silence."""
+    if torch.compiler.is_compiling() or (_innermost() is None and torch.autograd.forward_ad._current_level < 0):
+        return
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    active = {_TRANSFORMS[level.key()] for level in levels if level.key() in _TRANSFORMS}
+    if torch.autograd.forward_ad._current_level >= 0:
+        active.add("jvp")
+    served = TRANSFORMABLE.get(op, ()) if backend == "reference" else ()
+    refused = sorted(active.difference(served))
+    if refused:
+        able = TRANSFORMABLE.get(op)
+        remedy = f"backend='reference' follows {', '.join(able)}" if able else "take gradients with torch.autograd"
+        raise NotImplementedError(
+            f"{op}: must be called outside of torch.func's transforms and forward-mode AD, got a call inside "
+            f"{', '.join(refused)}; {remedy}"
+        )
 
 
 @constant_when_traced

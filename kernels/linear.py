@@ -102,7 +102,9 @@ def _take(size: int, like: Tensor) -> Tensor:
     kept = _kept.pop(like.dtype, None) if like.device.type == "cpu" else None
     if kept is not None and kept.numel() >= size:
         return kept
-    return torch.empty(size, dtype=like.dtype, device=like.device)
+    # Never an inference tensor: kept from a call that only scores, it would refuse every training step after it.
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=like.dtype, device=like.device)
 
 
 def _give_back(buffer: Tensor) -> None:

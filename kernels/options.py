@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, fields
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-from syncr1.kernels.checks import check_modality_keys, refuse
+from syncr1.kernels import ranges
+from syncr1.kernels.checks import refuse
+from syncr1.kernels.ranges import check_choice
 
 PerModality = float | Mapping[str, float]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -21,21 +24,20 @@ AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 RULES: tuple[str, ...] = get_args(Rule)
 
 
-def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    """`value` is one of `choices`."""
-    if value not in choices:
-        refuse(op, name, f"one of {', '.join(choices)}", repr(value), "check the spelling")
+def check_statistics(op: str, scale: str, eps: float, aggregate: str) -> None:
+    """The options of group-relative advantages are in range."""
+    check_choice(op, "scale", scale, SCALES)
+    ranges.EPS.check(op, "eps", eps)
+    check_choice(op, "aggregate", aggregate, AGGREGATES)
 
 
-def check_selection(op: str, rule: str, mass: float, keep: int | None, min_keep: int) -> None:
-    """The arguments of a DGS rule are in range."""
+def check_selection(op: str, rule: str, mass: float, keep: int | None, min_keep: int, seed: int) -> None:
+    """The options of a DGS rule are in range."""
     check_choice(op, "rule", rule, RULES)
-    if not 0 < mass <= 1:
-        refuse(op, "mass", "in (0, 1]", mass, "it is a fraction of the group's Σ A²")
-    if keep is not None and keep < 1:
-        refuse(op, "keep", "≥ 1", keep, "None keeps half of each group")
-    if min_keep < 0:
-        refuse(op, "min_keep", "≥ 0", min_keep, "0 switches it off")
+    ranges.MASS.check(op, "mass", mass)
+    ranges.KEEP.check(op, "keep", keep)
+    ranges.MIN_KEEP.check(op, "min_keep", min_keep)
+    ranges.SEED.check(op, "seed", seed)
 
 
 class UnknownOptionError(ValueError, TypeError):
@@ -44,28 +46,30 @@ class UnknownOptionError(ValueError, TypeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossOptions:
-    """Keyword settings of `grpo_loss` and `linear_grpo_loss`."""
+    """Keyword settings of `grpo_loss` and `linear_grpo_loss`; which numbers they may be: `syncr1.kernels.ranges`."""
 
     loss_type: LossType = "dapo"
     """Token loss and reduction; the table is in kernels/README.md."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio per token, or its geometric mean over the sequence's loss tokens of both modalities (GSPO)."""
     clip_low: PerModality = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
+    """≥ 0; the ratio is clipped below at 1 - clip_low."""
     clip_high: PerModality = 0.2
-    """The ratio is clipped above at 1 + clip_high; for cispo the *raw* bound of the ratio, as in TRL (5.0 is usual)."""
+    """≥ 0; the ratio is clipped above at 1 + clip_high; for cispo the *raw* bound of the ratio, as in TRL (5.0 is
+    usual)."""
     delta: PerModality | None = None
-    """Upper bound of the unclipped ratio (dual clip), > 1 + clip_high; None = no bound."""
+    """Upper bound of the unclipped ratio (dual clip), > 0 and as a rule > 1 + clip_high: at 1 or below it takes the
+    gradient of every token on policy away. None = no bound."""
     beta: PerModality = 0.0
-    """Weight of the k3 KL to the reference policy; needs `ref_logp` where not 0."""
+    """≥ 0; weight of the k3 KL to the reference policy; needs `ref_logp` where not 0."""
     bias_corrected_kl: bool = False
     """Multiplies the KL by the importance ratio."""
     weight: PerModality = 1.0
-    """Multiplies the token losses (policy and KL)."""
+    """≥ 0; multiplies the token losses (policy and KL)."""
     scale: Scale = "group"
     """See `group_advantages`."""
     eps: float = 1e-4
-    """Added to the standard deviation."""
+    """≥ 0; added to the standard deviation."""
     aggregate: Aggregate = "sum_then_normalize"
     """See `group_advantages`."""
     dgs: Rule = "none"
@@ -109,21 +113,21 @@ class LossOptions:
         """Each modality is reduced on its own."""
         return isinstance(self.num_items, Mapping)
 
-    def __post_init__(self) -> None:
-        op = "grpo_loss"
+    op: InitVar[str] = "grpo_loss"
+    """Named in errors; no setting."""
+
+    def __post_init__(self, op: str) -> None:
         check_choice(op, "loss_type", self.loss_type, LOSS_TYPES)
         check_choice(op, "ratio", self.ratio, ("token", "sequence"))
         check_choice(op, "scale", self.scale, SCALES)
         check_choice(op, "aggregate", self.aggregate, AGGREGATES)
-        check_selection(op, self.dgs, self.dgs_mass, self.dgs_keep, self.dgs_min_keep)
-        for name in ("clip_low", "clip_high", "delta", "beta", "weight", "num_items"):
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
-                check_modality_keys(op, name, value)
-        if self.loss_type == "dr_grpo" and not (self.max_length or 0) > 0:
-            refuse(op, "max_length", "> 0 for loss_type='dr_grpo'", self.max_length, "pass the completion length limit")
-        if not 0 < self.top_entropy_quantile <= 1:
-            refuse(op, "top_entropy_quantile", "in (0, 1]", self.top_entropy_quantile, "1.0 uses every token")
+        check_choice(op, "dgs", self.dgs, RULES)
+        for name in ranges.LOSS:
+            ranges.check_loss_numbers(op, name, getattr(self, name))
+        for name in ranges.SWITCHES:
+            ranges.check_switch(op, name, getattr(self, name))
+        if self.loss_type == "dr_grpo" and self.max_length is None:
+            refuse(op, "max_length", "an int > 0 for loss_type='dr_grpo'", None, ranges.LOSS["max_length"].remedy)
 
     @classmethod
     def parse(cls, op: str, settings: Mapping[str, Any]) -> LossOptions:
@@ -134,14 +138,20 @@ class LossOptions:
             raise UnknownOptionError(
                 f"{op}: options must be among {', '.join(known)}, got {', '.join(unknown)}; check the spelling"
             )
-        return cls(**settings)
+        return cls(**settings, op=op)
 
 
 def encode(op: str, settings: Mapping[str, Any]) -> str:
     """Checked settings as one string: what a registered op takes in place of a dataclass."""
-    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
-    LossOptions.parse(op, plain)
-    return json.dumps(plain)
+    given = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+    LossOptions.parse(op, given)
+    return json.dumps(given, default=_builtin)
+
+
+def _builtin(value: object) -> float:
+    """NumPy's numbers as Python's."""
+    assert isinstance(value, Real)  # checked
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 @lru_cache(maxsize=256)

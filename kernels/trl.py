@@ -40,6 +40,7 @@ __all__ = ["patch_grpo_trainer", "Patch"]
 SUPPORTED = "1.16."
 DIVIDED_BY_ITEMS = ("cispo", "dapo", "vespo")
 """Loss types that TRL divides by the tokens of the whole generation batch."""
+LOSS_LEFT = "TRL's own formulas take the loss, from log-probabilities of linear_logp"
 HEAD_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -93,6 +94,8 @@ class ScoreRequest:
     op = "linear_logp"
     loss: Tensor | None = None
     """What the model's output shall carry as its loss."""
+    left_to_trl: str | None = None
+    """Why TRL's formulas take a loss that was asked for here."""
 
     def serve(self, call: HeadCall) -> tuple[Tensor, Tensor]:
         """(logp, entropy), [N] each."""
@@ -129,7 +132,11 @@ class LossRequest(ScoreRequest):
         escape fp16's loss scaling, or where DataParallel handed this replica a part of the batch.
         """
         num_tokens = self.loss_mask_N.shape[0]
-        if call.compute_dtype == torch.float16 or call.targets.shape[0] != num_tokens:
+        if call.compute_dtype == torch.float16:
+            self.left_to_trl = "fp16: gradients formed in the forward would escape its loss scaling"
+        elif call.targets.shape[0] != num_tokens:
+            self.left_to_trl = "DataParallel: a replica has a part of the batch alone"
+        if self.left_to_trl is not None:
             return super().serve(call)
         hidden, weight, bias = call.operands()
         rows = torch.arange(num_tokens, device=hidden.device)
@@ -188,14 +195,20 @@ def sampler_ratio(trainer: Any, inputs: Mapping[str, Any]) -> Tensor | None:
 def unfused_reason(trainer: Any, inputs: Mapping[str, Any]) -> str | None:
     """What in the settings needs more than the fused op gives; TRL's formulas then run on `linear_logp`."""
     reasons = {
-        "the entropy bonus needs the gradient of the entropy": trainer._entropy_bonus_enabled,
-        "the quantile of the entropy is taken over all ranks": trainer.top_entropy_quantile < 1.0,
-        "the off-policy mask depends on the log-probabilities": trainer.off_policy_mask_threshold is not None,
-        "the router's auxiliary loss is added": trainer.aux_loss_enabled,
-        "there is one advantage per token": inputs["advantages"].dim() != 1,
-        "the loss type is not one of ours": trainer.loss_type not in LOSS_TYPES,
+        "the entropy bonus (entropy_coef) needs the gradient of the entropy": trainer._entropy_bonus_enabled,
+        "top_entropy_quantile is taken over all ranks": trainer.top_entropy_quantile < 1.0,
+        "off_policy_mask_threshold depends on the log-probabilities": trainer.off_policy_mask_threshold is not None,
+        "the router's auxiliary loss (router_aux_loss_coef) is added": trainer.aux_loss_enabled,
+        "advantages are given per token": inputs["advantages"].dim() != 1,
+        f"loss_type={trainer.loss_type!r} is not one of ours": trainer.loss_type not in LOSS_TYPES,
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return "; ".join(reason for reason, holds in reasons.items() if holds) or None
+
+
+def has_own_loss(trainer_class: type) -> bool:
+    """A subclass of GRPOTrainer (GMPO, …) that computes its loss without `GRPOTrainer._compute_loss`."""
+    base: Any = importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer
+    return any(getattr(trainer_class, name) is not getattr(base, name) for name in ("compute_loss", "_compute_loss"))
 
 
 class ServedModel:
@@ -277,11 +290,11 @@ class Patch:
         finally:
             self.request = before
 
-    def leave_to_trl(self, reason: str) -> None:
+    def leave_to_trl(self, reason: str, what: str = "TRL's own code computes it") -> None:
         """Warns once per reason."""
         if reason not in self._reasons:
             self._reasons.add(reason)
-            warnings.warn(f"patch_grpo_trainer: {reason}; TRL's own code computes it", stacklevel=3)
+            warnings.warn(f"patch_grpo_trainer: {reason}; {what}", stacklevel=3)
 
     def _compute_loss_of(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """TRL's method, with the fused loss handed back in place of its own where there is one.
@@ -290,7 +303,11 @@ class Patch:
         """
 
         def _compute_loss(trainer: Any, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-            if trainer.args.torch_compile or unfused_reason(trainer, inputs):
+            if trainer.args.torch_compile:
+                return original(trainer, model, inputs)  # whose scores say so
+            reason = unfused_reason(trainer, inputs)
+            if reason is not None:
+                self.leave_to_trl(reason, LOSS_LEFT)
                 return original(trainer, model, inputs)
             served = ServedModel(model, self, LossRequest(trainer, inputs))
             loss = original(trainer, served, inputs)
@@ -304,7 +321,9 @@ class Patch:
         def _get_per_token_logps_and_entropies(trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
             if trainer.args.torch_compile:
                 self.leave_to_trl("the model is compiled (torch_compile=True)")
-            elif not isinstance(model, ServedModel):
+            elif has_own_loss(type(trainer)):
+                self.leave_to_trl(f"{type(trainer).__name__} has a loss of its own", LOSS_LEFT)
+            if not trainer.args.torch_compile and not isinstance(model, ServedModel):
                 model = ServedModel(model, self, ScoreRequest())
             return original(trainer, model, *args, **kwargs)
 
@@ -344,6 +363,8 @@ class ServedHead:
             self.patch.counts["trl"] += 1
             return self.trl_apply(*args)
         logp_N, entropy_N = request.serve(call)
+        if request.left_to_trl is not None:
+            self.patch.leave_to_trl(request.left_to_trl, LOSS_LEFT)
         self.patch.counts[request.op] += 1
         return logp_N, entropy_N if "entropy" in call.outputs else None, None, None, None
 
@@ -356,7 +377,9 @@ def patch_grpo_trainer() -> Patch:
 
     Losses, gradients and logged metrics are TRL's up to rounding; log-ratios are clamped at ±20. Trainers that exist
     already are served as well. Where a model's head cannot be served (capped or scaled logits, quantized, ZeRO-3,
-    torch_compile), TRL's own code computes it and a warning names the reason.
+    torch_compile), TRL's own code computes it; where a feature needs more than the fused loss gives (entropy bonus and
+    quantile, off-policy mask, auxiliary losses, advantages per token, a trainer with a loss of its own), TRL's formulas
+    run on our log-probabilities. A warning names the reason, once.
 
     Returns:
         The patch: `patch()` or the end of `with patch_grpo_trainer():` undoes it, `patch.counts` says which op answered

@@ -107,7 +107,8 @@ def make_mask(kind: str | None, dtype: torch.dtype) -> Tensor | None:
     if kind is None:
         return None
     lengths = {"full": (5, 5, 5), "ragged": (2, 5, 4), "row": (3, 0, 5), "nothing": (0, 0, 0)}[kind]
-    mask = torch.arange(LENGTH) < torch.tensor(lengths).unsqueeze(1)
+    fifths = torch.tensor(lengths).repeat(-(-BATCH // 3))[:BATCH]
+    mask = torch.arange(LENGTH) < (fifths * LENGTH // 5).unsqueeze(1)
     if kind == "ragged":
         mask[1, 1] = False  # a hole: not every mask is padding
     return mask.to(dtype)
@@ -132,7 +133,7 @@ class Inputs:
         else:
             exact = self.logits[:, :-1]
         logp = logp_of(exact, self.ids, case["temperature"])
-        self.advantages = torch.tensor([1.3, -0.7, 0.0])[torch.randperm(BATCH, generator=g)] * (
+        self.advantages = torch.tensor([1.3, -0.7, 0.0])[torch.randperm(BATCH, generator=g) % 3] * (
             1 + torch.rand(1, generator=g)
         )
         self.old = (logp + 0.35 * normal(BATCH, LENGTH)).float() if case["old"] else None

@@ -170,11 +170,14 @@ def test_torch_kernels_are_called_as_they_are_declared() -> None:
 
 
 def test_what_the_kernels_do_not_take() -> None:
-    assert cuda.unsupported_reason(torch.bfloat16, 64, (9, 0)) is None
-    assert "float16 and torch.bfloat16 only" in str(cuda.unsupported_reason(torch.float32, 64, (9, 0)))
-    assert "multiples of 8 up to 256" in str(cuda.unsupported_reason(torch.float16, 36, (9, 0)))
-    assert "multiples of 8 up to 256" in str(cuda.unsupported_reason(torch.float16, 264, (9, 0)))
-    assert "capability 8.0, this GPU has 7.5" in str(cuda.unsupported_reason(torch.float16, 64, (7, 5)))
+    def reason(dtype: torch.dtype, head_size: int, capability: tuple[int, int] = (9, 0)) -> str:
+        return str(cuda.unsupported_reason(dtype, cuda.serves_head_size(head_size), capability))
+
+    assert reason(torch.bfloat16, 64) == "None"
+    assert "float16 and torch.bfloat16 only" in reason(torch.float32, 64)
+    assert "multiples of 8 up to 256" in reason(torch.float16, 36)
+    assert "multiples of 8 up to 256" in reason(torch.float16, 264)
+    assert "capability 8.0, this GPU has 7.5" in reason(torch.float16, 64, (7, 5))
 
 
 PAIRS = [

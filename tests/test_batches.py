@@ -89,3 +89,20 @@ def test_kept_survives_a_computation_that_fails() -> None:
         kept([1, 2])
     down = False
     assert kept([1]) == {1: 1} and kept.num_bytes == 1
+
+
+def test_kept_of_a_picture_goes_with_the_files_bytes(tmp_path: Path) -> None:
+    """A path is a key for as long as its file is what it was; so is a tuple with one."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"red")
+    kept: Kept[object, bytes] = Kept(lambda keys: [path.read_bytes()] * len(keys), len, 100)
+    for key in (path, (path, (2, 2))):
+        path.write_bytes(b"red")
+        assert kept([key]) == {key: b"red"}
+        computed = kept.num_computed
+        assert kept([key, key]) == {key: b"red"} and kept.num_computed == computed
+        path.write_bytes(b"blue")
+        assert kept([key]) == {key: b"blue"}
+    path.unlink()
+    missing = Kept(lambda keys: [b"gone"] * len(keys), len, 100)
+    assert missing([path]) == {path: b"gone"}

@@ -13,14 +13,13 @@ from kernel_cases import BACKENDS, offsets_of, sequence_of_token
 from torch import Tensor
 
 from syncr1.kernels.api import (
-    BackendError,
     TokenStream,
     dgs_select,
     group_advantages,
     grpo_loss,
     linear_grpo_loss,
 )
-from syncr1.kernels.options import LOSS_TYPES, SCALES
+from syncr1.kernels.options import AGGREGATES, LOSS_TYPES, SCALES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -91,22 +90,37 @@ def test_11_all_rewards_equal(scale: Any, backend: str) -> None:
 
 
 @BACKEND
-def test_12_rewards_that_differ_in_the_last_place(backend: str) -> None:
-    """In float32 1 + 1e-9 is 1: no variance. In float64 there is some, and `eps` keeps the advantages below 1e-5.
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_12_rewards_that_differ_by_rounding_alone(scale: Any, aggregate: Any, backend: str) -> None:
+    """A spread of a few units in the last place is none, whatever holds the rewards, however large they and their group
+    are, and though eps=0 would blow it up; ten times as much is a signal that eps keeps small."""
+    for size in (2, 5, 70):
+        offsets, noisy = offsets_of([size]), torch.arange(size) % 3 == 0
+        layout = {"cu_seqlens": offsets_of([1] * size), "group_offsets": offsets}
+        for magnitude in (1.0, 1e-6, 3e7, -0.3):
+            for dtype, ulps in ((torch.float32, 1), (torch.float32, 2), (torch.float64, 1), (torch.float64, 1 << 29)):
+                plain = torch.full((size,), 0.3 * magnitude, dtype=dtype)
+                apart = 2.0 ** -(23 if dtype == torch.float32 else 52) * ulps * plain.abs()
+                rewards = torch.where(noisy, plain + apart, plain)
+                assert bool((rewards != plain).any())
+                for given in (rewards, torch.stack([rewards, plain], 1), torch.stack([rewards, rewards], 1)):
+                    settings = {"scale": scale, "aggregate": aggregate, "eps": 0.0}
+                    out = grpo_loss(-torch.rand(size), -torch.rand(size), given, backend=backend, **settings, **layout)
+                    assert isinstance(out.advantages, Tensor) and not bool(out.advantages.any())
+                    assert out.metrics["frac_reward_zero_std"] == 1 and out.loss == 0
+                    chosen = backend if dtype == torch.float32 else "reference"
+                    assert not bool(group_advantages(given, offsets, backend=chosen, **settings).any())
+                    assert not bool(dgs_select(given, offsets, backend=chosen, **settings).any())
+            signal = torch.where(noisy, plain.float() * (1 + 1e-5), plain.float())
+            assert bool(group_advantages(signal, offsets, backend=backend, scale=scale, aggregate=aggregate).any())
+            assert bool(dgs_select(signal, offsets, backend=backend, scale=scale, aggregate=aggregate).any())
 
-    `eps=0` would blow them up to those of any other group, and DGS, which looks at their shares alone, keeps them.
-    """
-    values, offsets = [1.0, 1.0, 1.0, 1 + 1e-9], offsets_of([4])
-    layout = {"cu_seqlens": offsets_of([1] * 4), "group_offsets": offsets}
-    for dtype, largest in ((torch.float32, 0.0), (torch.float64, 1e-5)):
-        rewards = torch.tensor(values, dtype=dtype)
-        for scale in SCALES:
-            out = grpo_loss(-torch.rand(4), -torch.rand(4), rewards, scale=scale, backend=backend, **layout)
-            assert isinstance(out.advantages, Tensor) and float(out.advantages.abs().max()) <= largest
-            assert out.metrics["frac_reward_zero_std"] == (dtype == torch.float32)
-            assert abs(float(out.loss)) <= largest
-        assert bool(dgs_select(rewards, offsets, backend="reference").any()) == (dtype == torch.float64)
-    with pytest.raises(BackendError) if backend == "native" else pytest.MonkeyPatch.context():
-        group_advantages(rewards, offsets, backend=backend)
-    centred = group_advantages(rewards, offsets, eps=0.0)
-    torch.testing.assert_close(centred, torch.tensor([-0.5, -0.5, -0.5, 1.5]).double(), rtol=1e-6, atol=0)
+
+def test_rewards_that_cancel_each_other_leave_no_advantage() -> None:
+    """Each has an advantage of its own; their weighted sum is 0 but for rounding."""
+    first = torch.tensor([0.1, 0.7, 0.3, 0.9])
+    for second, weights in ((1 - first, None), (0.3 - 2 * first, None), (first, torch.tensor([1.0, -1.0]))):
+        both = torch.stack([first, second], 1)
+        found = group_advantages(both, offsets_of([4]), weights=weights, aggregate="normalize_then_sum", eps=0.0)
+        assert not bool(found.any())

@@ -59,12 +59,12 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "weights for [S]": (lambda: advantages([0, 2], weights=torch.ones(2)), "None for rewards"),
     "unknown scale": (lambda: advantages([0, 2], scale="std"), "one of group, batch, none, loo"),
     "unknown rule": (lambda: dgs_select(torch.ones(2), torch.tensor([0, 2]), rule="best"), "rule must be one of"),  # type: ignore[arg-type]
-    "mass 0": (lambda: dgs_select(torch.ones(2), torch.tensor([0, 2]), mass=0.0), r"mass must be in \(0, 1\]"),
+    "mass 0": (lambda: dgs_select(torch.ones(2), torch.tensor([0, 2]), mass=0.0), r"mass must be a number in \(0, 1\]"),
     "short old_logp": (lambda: loss(old_logp=torch.zeros(4)), r"old_logp must be \[5\], got \[4\]; did packing"),
     "float mask": (lambda: loss(loss_mask=torch.ones(5)), "loss_mask must be torch.bool"),
     "modality 2": (lambda: loss(modality=torch.full((5,), 2)), r"0 \(text\) or 1 \(image\)"),
     "beta without ref": (lambda: loss(beta=0.1), "ref_logp must be given where beta is not 0"),
-    "dr_grpo without length": (lambda: loss(loss_type="dr_grpo"), "max_length must be > 0"),
+    "dr_grpo without length": (lambda: loss(loss_type="dr_grpo"), "max_length must be an int > 0"),
     "half a dict": (lambda: loss(clip_low={"text": 0.1}), r"keys \['text', 'image'\]"),
     "is_ratio": (lambda: loss(is_ratio=torch.ones(3)), r"is_ratio must be \[5\], \[2\] or \[2, 1\]"),
     "NaN is_ratio per token": (lambda: loss(is_ratio=torch.tensor([1, 1, torch.nan, 1, 1])), "is_ratio must be finite"),
@@ -105,8 +105,8 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "a mask as forbidden": (lambda: selective_logp(LOGITS, ROWS, forbidden=torch.ones(5)), "ids, not a mask"),
     "guidance alone": (lambda: cfg_sample(LOGITS, cfg_weight=2.0, seed=0, offset=0), "1 without uncond"),
     "negative temperature": (lambda: cfg_sample(LOGITS, temperature=-1.0, seed=0, offset=0), "0 is greedy"),
-    "one offset short": (lambda: cfg_sample(LOGITS, seed=0, offset=torch.zeros(2)), r"offset must be \[3\]"),
-    "top_p 0": (lambda: cfg_sample(LOGITS, top_p=0.0, seed=0, offset=0), "top_k, top_p"),
+    "one offset short": (lambda: cfg_sample(LOGITS, seed=0, offset=ROWS[:2]), r"offset must be \[3\]"),
+    "top_p 0": (lambda: cfg_sample(LOGITS, top_p=0.0, seed=0, offset=0), "top_p must be"),
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from syncr1.kernels import dispatch
 from syncr1.kernels.api import (
+    SharedPrefixLayout,
     TokenStream,
     cfg_sample,
     dgs_select,
@@ -93,6 +94,30 @@ def test_opcheck() -> None:
          [REWARDS], [], CU_SEQLENS, GROUPS, p["loss_mask"], None, p["ref_logp"], None, None, None, T,
          [True, True, False], settings, BACKEND),
     )  # fmt: skip
+
+
+def test_opcheck_of_backward_ops() -> None:
+    """Their inputs may require a gradient; what they return has none, and says so."""
+    o, p, ops = operands(), packed(), torch.ops.syncr1
+    logits, upstream = torch.randn(T, 9, requires_grad=True), torch.ones(T)
+    _, entropy, lse = (x.detach() for x in ops.selective_logp(logits, p["targets"], 0.7, None, BACKEND))
+    for grads in ((upstream, upstream), (None, upstream)):
+        given = (logits, p["targets"], lse, entropy, *grads, 0.7, None, BACKEND)
+        torch.library.opcheck(ops.selective_logp_backward.default, given)
+        assert not ops.selective_logp_backward(*given).requires_grad
+    head = (o["hidden"], o["image"], o["bias"], p["targets"])
+    _, entropy, lse = (x.detach() for x in ops.linear_logp(*head, 0.7, None, BACKEND))
+    for needs in ([True, True, True], [True, False, False]):
+        given = (*head, lse, entropy, upstream, None, 0.7, None, needs, BACKEND)
+        torch.library.opcheck(ops.linear_logp_backward.default, given)
+        assert not any(x.requires_grad for x in ops.linear_logp_backward(*given))
+    layout = SharedPrefixLayout(torch.tensor([0, 3, 5]), torch.tensor([0, 2, 4, 7, 10]), torch.tensor([0, 2, 4]))
+    qkv = [torch.randn(15, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    out, lse = (x.detach() for x in ops.shared_prefix_attention(*qkv, *layout.host_offsets, 0.3))
+    torch.library.opcheck(ops.shared_prefix_attention.default, (*qkv, *layout.host_offsets, 0.3))
+    given = (torch.ones_like(out), *qkv, out, lse, *layout.host_offsets, 0.3)
+    torch.library.opcheck(ops.shared_prefix_attention_backward.default, given)
+    assert not any(x.requires_grad for x in ops.shared_prefix_attention_backward(*given))
 
 
 def assert_same_gradients(loss: Any, compiled: Any, inputs: list[Tensor]) -> None:

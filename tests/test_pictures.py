@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data
 
+from syncr1.engine import pictures
 from syncr1.engine.pictures import (
     MAX_PIXELS,
     MemoryImage,
@@ -341,3 +343,34 @@ def test_a_damaged_file_gives_a_picture_or_a_picture_error(
         assert str(error).startswith("cell: ")
     else:
         assert picture.mode == "RGB" and picture.width * picture.height <= MAX_PIXELS
+
+
+@pytest.mark.parametrize("size", [16, 64, 65])
+def test_a_picture_overwritten_under_its_path_is_seen(tmp_path: Path, size: int) -> None:
+    """Rewritten in place, replaced by another file, and put back with another time of change."""
+    path, other = tmp_path / "a.bmp", tmp_path / "b.bmp"
+
+    def colour() -> list[int]:
+        return (load_pictures([path], size)[0, :, 0, 0] * 255).round().int().tolist()
+
+    for number, rgb in enumerate([(200, 30, 40), (30, 200, 40), (30, 40, 200)]):
+        Image.new("RGB", (20, 20), rgb).save(path)  # of one size in bytes
+        os.utime(path, ns=(number, number))
+        assert colour() == list(rgb) == colour()
+    Image.new("RGB", (20, 20), RED).save(other)
+    other.replace(path)
+    assert colour() == list(RED)
+    path.unlink()
+    with pytest.raises(PictureError, match=r"a\.bmp"):
+        colour()
+
+
+def test_a_picture_first_loaded_in_inference_mode_trains(tmp_path: Path) -> None:
+    path = saved(Image.new("RGB", (8, 8), RED), tmp_path / "a.png")
+    with torch.inference_mode():
+        first = load_pictures([path], 8)
+    images = load_pictures([path], 8)
+    weight = torch.ones(1, 3, 8, 8, requires_grad=True)
+    torch.nn.functional.conv2d(images, weight).sum().backward()
+    assert images.equal(first) and weight.grad is not None
+    assert not pictures._load_small(path, 8, pictures.version_of(path)).is_inference()

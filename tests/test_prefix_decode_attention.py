@@ -30,7 +30,7 @@ def example(dtype: torch.dtype = torch.float32) -> Step:
     heads=st.sampled_from([(1, 1), (2, 2), (6, 2), (5, 1)]),
     width=st.sampled_from([1, 2, 8, 13]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
-    scale=st.sampled_from([None, 0.0, 0.7]),
+    scale=st.sampled_from([None, 0.01, 0.7]),
     seed=st.integers(0, 1 << 30),
 )
 def test_reference_is_attention(

@@ -5,6 +5,7 @@ Previews have test_preview.py.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -293,3 +294,18 @@ def test_photos_change_what_is_said(policy: JanusPolicy, tmp_path: Path) -> None
     ask = [replace(make_prompt("what is this?", ("text",), world_photo(tmp_path, i)), id="one") for i in (0, 77)]
     first, second = (generate(policy, [p], Sampling(num_generations=1, temperature=0))[0].segments[0] for p in ask)
     assert first.tokens.tolist() != second.tokens.tolist() or (first.logp - second.logp).abs().max() > 1e-3
+
+
+def test_rollouts_of_an_evaluation_in_inference_mode_train(policy: JanusPolicy, prompts: list[Prompt]) -> None:
+    """The same draws as outside; what they are made of, and what the engine keeps, serves a training step."""
+    sampling = Sampling(num_generations=2, cfg_weight=2.0, max_text_tokens=8)
+    engine = RolloutEngine(policy, cuda_graphs=False)
+    with torch.inference_mode():
+        evaluated = engine.generate(prompts[:3], sampling)
+    rollouts = engine.generate(prompts[:3], sampling)
+    assert tokens_of(evaluated) == tokens_of(rollouts)
+    forward = PolicyForward(copy.deepcopy(policy).train(), Objective(temperature=1.0))
+    losses = [forward(packed(policy, drawn, 2)[0], num_items=100.0)["loss"] for drawn in (evaluated, rollouts)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].equal(losses[1])

@@ -322,7 +322,9 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=f"shared_prefix_attention: {message}"):
             shared_prefix_attention(*inputs, layout)
     for scale in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"scale must be positive and finite, got .* multiply q by it"):
+        with pytest.raises(
+            ValueError, match=r"scale must be a finite number > 0, or None, got .* multiply the queries"
+        ):
             shared_prefix_attention(q, k, v, layout, scale=scale)
     other = make_layout([(2, [2])])
     with pytest.raises(ValueError, match="must be 4, got 5; is the layout that of this batch"):

@@ -333,3 +333,21 @@ def check_mass_is_float64() -> None:
     energy, groups = torch.ones(10, dtype=torch.float64, device=DEVICE), torch.tensor([0, 10], device=DEVICE)
     keep = dgs_select(energy, energy, groups, rule="variance_mass", mass=0.6, keep=None, min_keep=0, seed=0)
     assert int(keep.sum()) == 6
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "loo"])
+def check_a_spread_by_rounding_is_none(scale: str) -> None:
+    """As the C++ and the PyTorch backend take it: four units in the last place of float32, whatever the size."""
+    from syncr1.kernels.triton_ops import group_advantages
+
+    for size in (2, 33):
+        groups = torch.tensor([0, size, 2 * size], dtype=torch.int64)
+        for magnitude in (1.0, -1e6):
+            plain = torch.full((2 * size,), 0.3 * magnitude, dtype=torch.float64)
+            noise = torch.where(torch.arange(2 * size) % 2 == 0, 2.0**-22, 0.0)
+            noise[size:] *= 32  # the second group has a signal
+            rewards = plain * (1 + noise)
+            got = group_advantages(rewards.to(DEVICE), groups.to(DEVICE), scale, 0.0).cpu()
+            want = reference.group_advantages(rewards, groups, scale, 0.0)
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+            assert not bool(got[:size].any()) and bool(got[size:].all())

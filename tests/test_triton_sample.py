@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tied_logits import SEED, exact_size, late_offset, levels, tied_cases, uniform_shares
 from torch import Tensor
 from triton_child import run_checks
 
@@ -135,6 +136,23 @@ def check_ties_go_to_the_lower_ids(form: str, options: dict[str, Any]) -> None:
     got, want = draw(cond, temperature=1.0, **options)
     assert set(got.token.tolist()) <= {3, 30, 40} and len(set(got.token.tolist())) > 1
     assert torch.equal(got.token, want.token)
+
+
+def check_top_p_of_ties_is_exact(form: str) -> None:
+    """The smallest set that holds the share, as the C++ and the PyTorch sampler take it."""
+    where = {"seed": torch.tensor([SEED], device=DEVICE), "offset": torch.tensor([late_offset()], device=DEVICE)}
+    plain = {"cfg_weight": 1.0, "temperature": 1.0, "forbidden": None, **where}
+    sample = importlib.import_module(MODULE).sample
+    for counts, weights, share, top_k in tied_cases(5, 12 if form == "resident" else 6, 600):
+        if share < 1 and 1 - float(share) < 1e-5:
+            continue
+        cond = levels(counts, weights).to(DEVICE)
+        drawn = sample(cond, None, top_k=top_k, top_p=float(share), **plain)
+        assert int(drawn.token) == exact_size(counts, weights, share, top_k) - 1, (counts, weights, share, top_k)
+    for vocabulary in (8, 10, 41):
+        for top_p, kept in list(uniform_shares(vocabulary))[:: 3 if form == "resident" else 9]:
+            cond = torch.full((1, vocabulary), -1.3, device=DEVICE)
+            assert int(sample(cond, None, top_k=0, top_p=top_p, **plain).token) == kept - 1, (vocabulary, top_p)
 
 
 def check_a_row_does_not_depend_on_its_batch(form: str) -> None:

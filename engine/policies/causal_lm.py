@@ -24,7 +24,7 @@ from syncr1.engine.cache import CacheShape
 from syncr1.engine.pictures import ImageRef
 from syncr1.engine.policies.base import Head, Policy
 from syncr1.engine.policies.lora import merged
-from syncr1.engine.policies.probe import max_positions, measure, refusals
+from syncr1.engine.policies.probe import check_decoder, max_positions, measure
 from syncr1.engine.policies.tokens import control_tokens, escape_control_tokens
 from syncr1.engine.records import Prompt, SegmentKind
 
@@ -51,14 +51,8 @@ class CausalLMPolicy(Policy):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        reasons = refusals(model)
-        if model.get_output_embeddings() is None:
-            reasons.append("it has no linear head")
-        if reasons:
-            raise ValueError(
-                f"CausalLMPolicy: {type(model).__name__} cannot be trained on packed sequences: {'; '.join(reasons)}. "
-                "Expected full causal attention and a plain linear head (Llama, Qwen2, Qwen3, Gemma, Granite, …)"
-            )
+        headless = () if model.get_output_embeddings() is not None else ("it has no linear head",)
+        check_decoder("CausalLMPolicy", model, *headless)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

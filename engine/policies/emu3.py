@@ -31,6 +31,7 @@ from syncr1.engine.cache import CacheShape
 from syncr1.engine.pictures import ImageRef, load_pictures
 from syncr1.engine.policies.base import Head, Policy
 from syncr1.engine.policies.lora import merged
+from syncr1.engine.policies.probe import check_decoder
 from syncr1.engine.policies.tokens import control_tokens, escape_control_tokens
 from syncr1.engine.records import Prompt, SegmentKind
 
@@ -63,6 +64,7 @@ class Emu3Policy(Policy):
         self.model, self.processor = model, processor
         self.tokenizer: Any = processor.tokenizer
         decoder = model.model.text_model
+        check_decoder("Emu3Policy", decoder)
         decoder.set_attn_implementation(ATTENTION_NAME)
         for module in decoder.modules():
             if isinstance(module, nn.Dropout):

@@ -22,6 +22,7 @@ from syncr1.engine.cache import CacheShape
 from syncr1.engine.pictures import ImageRef, load_pictures
 from syncr1.engine.policies.base import Head, Policy
 from syncr1.engine.policies.lora import merged
+from syncr1.engine.policies.probe import check_decoder
 from syncr1.engine.policies.tokens import escape_control_tokens
 from syncr1.engine.records import Prompt, SegmentKind
 
@@ -37,6 +38,9 @@ class JanusPolicy(Policy):
         model: the loaded checkpoint.
         processor: its `JanusProcessor` (tokenizer, image processor, chat template).
         freeze_vision: no gradients for the vision tower, its aligner and the VQ model.
+
+    Raises:
+        ValueError: the language model does something that packed layouts cannot express (a sliding window, …).
     """
 
     _forbidden_text: Tensor
@@ -49,6 +53,7 @@ class JanusPolicy(Policy):
         self.processor = processor
         self.tokenizer = processor.tokenizer
         decoder = model.model.language_model
+        check_decoder("JanusPolicy", decoder)
         decoder.set_attn_implementation(ATTENTION_NAME)
         if freeze_vision:
             for part in (model.model.vision_model, model.model.aligner):

@@ -79,7 +79,7 @@ def _noting_attention(
 AttentionInterface.register(PROBE_NAME, _noting_attention)
 
 
-def refusals(model: PreTrainedModel) -> list[str]:
+def refusals(model: PreTrainedModel, policy: str) -> list[str]:
     """Reasons in the configuration why our layouts and heads would be wrong for this model; empty if there are none."""
     config = model.config.get_text_config(decoder=True)
     settings = config.to_dict()
@@ -89,7 +89,7 @@ def refusals(model: PreTrainedModel) -> list[str]:
     for name, value in settings.items():
         if name.replace("_", "").endswith("softcapping") or "softcap" in name.replace("_", ""):
             found += [f"{name}={value} caps scores or logits by tanh"] if value else []
-    reach = max_positions(model)
+    reach = max_positions(model, policy)
     window = settings.get("sliding_window")
     others = {str(kind) for kind in settings.get("layer_types") or ()} - {"full_attention", "attention"}
     slides = "sliding_attention" in others or (window is not None and not settings.get("layer_types"))
@@ -108,13 +108,27 @@ def refusals(model: PreTrainedModel) -> list[str]:
     return found
 
 
-def max_positions(model: PreTrainedModel) -> int:
-    """Longest sequence that the position ids reach."""
+def check_decoder(policy: str, decoder: PreTrainedModel, *reasons: str) -> None:
+    """One rule for all policies, whatever decoder a checkpoint's configuration puts into them.
+
+    Raises:
+        ValueError: it does something that packed layouts or a linear head cannot express; `reasons` are further ones.
+    """
+    found = [*refusals(decoder, policy), *reasons]
+    if found:
+        raise ValueError(
+            f"{policy}: {type(decoder).__name__} cannot be trained on packed sequences: {'; '.join(found)}. "
+            "Expected full causal attention and a plain linear head (Llama, Qwen2, Qwen3, Gemma, Granite, …)"
+        )
+
+
+def max_positions(model: PreTrainedModel, policy: str = "CausalLMPolicy") -> int:
+    """Longest sequence that the position ids reach; `policy` is named in the error."""
     config = model.config.get_text_config(decoder=True)
     reach = getattr(config, "max_position_embeddings", None)
     if reach is None:
         raise ValueError(
-            f"CausalLMPolicy: {type(model).__name__} names no max_position_embeddings; expected a model with a bounded "
+            f"{policy}: {type(model).__name__} names no max_position_embeddings; expected a model with a bounded "
             "context, set config.max_position_embeddings to the longest sequence it may see"
         )
     return int(reach)

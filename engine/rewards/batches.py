@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncr1.engine.pictures import ImageRef, open_picture
+from syncr1.engine.pictures import ImageRef, open_picture, version_of
 
 TOLERANCE = 1e-3
 """How far outside [0, 1] rounding may bring a pixel."""
@@ -67,6 +67,8 @@ def stretched(images: Tensor, size: tuple[int, int]) -> Tensor:
 class Kept(Generic[Key, Value]):  # Python 3.11 has no other way
     """What was computed of a key, kept up to a number of bytes: the least recently used goes first. For many threads.
 
+    A picture's path is a key for as long as its file stays what it is.
+
     Args:
         compute: keys -> their values, in one batch.
         size: bytes of a value.
@@ -77,7 +79,7 @@ class Kept(Generic[Key, Value]):  # Python 3.11 has no other way
         self, compute: Callable[[list[Key]], Sequence[Value]], size: Callable[[Value], int], max_bytes: int
     ) -> None:
         self._compute, self._size, self.max_bytes = compute, size, max_bytes
-        self._kept: OrderedDict[Key, Value] = OrderedDict()
+        self._kept: OrderedDict[tuple[Key, tuple[object, ...]], Value] = OrderedDict()
         self._lock = threading.Lock()
         self.num_bytes, self.num_computed = 0, 0
 
@@ -86,17 +88,17 @@ class Kept(Generic[Key, Value]):  # Python 3.11 has no other way
 
     def __call__(self, keys: Sequence[Key]) -> dict[Key, Value]:
         """The value of every key; an unknown one is computed once, even if two threads ask for it."""
-        wanted = list(dict.fromkeys(keys))
+        wanted = {key: (key, version_of(key)) for key in keys}
         with self._lock:
-            new = [key for key in wanted if key not in self._kept]
+            new = [key for key, entry in wanted.items() if entry not in self._kept]
             if new:
-                made = dict(zip(new, self._compute(new), strict=True))
+                made = dict(zip((wanted[key] for key in new), self._compute(new), strict=True))
                 self._kept.update(made)
                 self.num_computed += len(made)
                 self.num_bytes += sum(self._size(value) for value in made.values())
-            for key in wanted:
-                self._kept.move_to_end(key)
-            found = {key: self._kept[key] for key in wanted}
+            for entry in wanted.values():
+                self._kept.move_to_end(entry)
+            found = {key: self._kept[entry] for key, entry in wanted.items()}
             while self.num_bytes > self.max_bytes:
                 self.num_bytes -= self._size(self._kept.popitem(last=False)[1])
         return found

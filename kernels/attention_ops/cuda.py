@@ -126,11 +126,18 @@ def kernels() -> Kernels:
         return TorchFlash()
 
 
-def unsupported_reason(dtype: torch.dtype, head_size: int, capability: tuple[int, int]) -> str | None:
-    """Why FlashAttention does not take these tensors, or None."""
+def serves_head_size(head_size: int) -> bool:
+    """FlashAttention's kernels take heads of this size; a plain bool for a traced size, too."""
+    if head_size % 8 or head_size > MAX_HEAD_SIZE:  # noqa: SIM103
+        return False
+    return True
+
+
+def unsupported_reason(dtype: torch.dtype, fits: bool, capability: tuple[int, int]) -> str | None:
+    """Why FlashAttention does not take these tensors, or None; `fits` is what `serves_head_size` said."""
     if dtype not in DTYPES:
         return f"on CUDA it serves {' and '.join(str(d) for d in DTYPES)} only"
-    if head_size % 8 or head_size > MAX_HEAD_SIZE:
+    if not fits:
         return f"on CUDA it serves head sizes that are multiples of 8 up to {MAX_HEAD_SIZE} only"
     if capability < (8, 0):
         return f"it needs compute capability 8.0, this GPU has {'.'.join(map(str, capability))}"

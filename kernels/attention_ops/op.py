@@ -16,7 +16,7 @@ from syncr1.kernels.attention_ops import cpu, cuda, two_calls
 from syncr1.kernels.attention_ops.plan import Plan, plan_of
 from syncr1.kernels.checks import refuse
 from syncr1.kernels.ops.logp import refuse_second_derivative
-from syncr1.kernels.ops.register import differentiates, fakes, implements, registered
+from syncr1.kernels.ops.register import differentiates, differentiates_no_further, fakes, implements, registered
 
 OP = "shared_prefix_attention"
 Three = tuple[Tensor, Tensor, Tensor]
@@ -130,3 +130,4 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tu
 
 
 differentiates(OP, _save, _differentiate)
+differentiates_no_further(f"{OP}_backward")

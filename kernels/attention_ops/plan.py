@@ -117,11 +117,13 @@ class VarlenCall:
         """`cu_queries` and `cu_keys`, [n+1] int32 each, copied to a device once."""
         found = self._on_device.get(device)
         if found is None:
-            queries, keys = (torch.tensor(part, dtype=torch.int32, device=device) for part in self._offsets)
+            with torch.inference_mode(False):  # plans outlive the call, see `shared_plan`
+                queries, keys = (torch.tensor(part, dtype=torch.int32, device=device) for part in self._offsets)
             found = self._on_device[device] = (queries, keys)
         return found
 
     @cached_property
+    @torch.inference_mode(False)
     def _split(self) -> tuple[tuple[Run, ...], tuple[Bucket, ...]]:
         if not self.causal:  # padded keys would be seen
             return self.all_runs, ()

@@ -14,6 +14,7 @@ enum class Scale : int64_t { kGroup, kBatch, kNone, kLoo };
 enum class Rule : int64_t { kVarianceMass, kMaxVariance, kTopK, kRandom, kNone };
 
 constexpr double kMassSlack = 1e-9;
+constexpr double kSpread = 0x1p-21;  // SPREAD of kernels/reference/advantage.py: below, rewards differ by rounding alone
 constexpr uint32_t kRandomStream = 1;
 
 struct Statistics {
@@ -34,7 +35,7 @@ inline Statistics describe(const double* begin, const double* end) {
     lowest = std::min(lowest, *r);
     highest = std::max(highest, *r);
   }
-  s.varies = highest > lowest;
+  s.varies = highest - lowest > kSpread * std::max(std::abs(highest), std::abs(lowest));
   s.mean = sum / static_cast<double>(std::max<int64_t>(s.count, 1));
   double squares = 0.0;
   for (const double* r = begin; r != end; ++r) {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from syncr1.kernels.native.library import POINTER, function, pointer
 from syncr1.kernels.records import CFGSample
+from syncr1.kernels.reference.sample import wanted_share
 
 
 class Sampling(ctypes.Structure):
@@ -46,7 +47,7 @@ def sample(
         cond.dtype == torch.bfloat16, guided is not None and guided.dtype == torch.bfloat16,
         cond.stride(0), 0 if guided is None else guided.stride(0),
         num_rows, vocabulary, 0 if forbidden is None else forbidden.numel(), top_k, torch.get_num_threads(),
-        cfg_weight, temperature, top_p,
+        cfg_weight, temperature, wanted_share(top_p),
     )  # fmt: skip
     token_B = torch.empty(num_rows, dtype=torch.int64)
     logp_B, logp_mixed_B, entropy_B = (torch.empty(num_rows) for _ in range(3))

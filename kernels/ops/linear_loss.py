@@ -21,7 +21,7 @@ from syncr1.kernels.dispatch import module_of
 from syncr1.kernels.layout import PackedLayout
 from syncr1.kernels.linear import HeadRows, Workspace, gradient_pass, loss_pass, score_rows
 from syncr1.kernels.ops.logp import refuse_second_derivative
-from syncr1.kernels.ops.loss import is_per_sequence, plain, token_loss
+from syncr1.kernels.ops.loss import is_per_sequence, loss_dtype, plain, token_loss
 from syncr1.kernels.ops.register import differentiates, fakes, implements
 from syncr1.kernels.options import LossOptions, decode
 from syncr1.kernels.plan import (
@@ -242,7 +242,9 @@ def linear_grpo_loss(
     options, module = decode(settings), module_of(backend)
     streams = _gather_streams(hidden, weight, bias, targets, rows, forbidden, temperature, stream_modality)
     given = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, num_tokens)
-    check_loss_inputs(OP, given, options, {"old_logp": old_logp, "ref_logp": ref_logp, "is_ratio": is_ratio})
+    check_loss_inputs(
+        OP, given, options, {"old_logp": old_logp, "ref_logp": ref_logp, "is_ratio": is_ratio, "num_items": num_items}
+    )
     check_streams(OP, streams, num_tokens)
     check_credit(OP, rewards, advantages, given, weights)
     layout = stream_layout(OP, streams, given)
@@ -282,12 +284,13 @@ def _(
     backend: str,
 ) -> Outputs:
     like, num_sequences = hidden[0], cu_seqlens.shape[0] - 1
+    wide = loss_dtype(like, backend)
     parts = [part for triple in zip(hidden, weight, bias, strict=True) for part in triple]
     grads = [part.new_empty(part.shape) if need else like.new_empty(0) for part, need in zip(parts, needs, strict=True)]
     return (
-        like.new_empty((), dtype=torch.float32),
-        like.new_empty(num_tokens, dtype=torch.float32),
-        like.new_empty(num_tokens, dtype=torch.float32),
+        like.new_empty((), dtype=wide),
+        like.new_empty(num_tokens, dtype=wide),
+        like.new_empty(num_tokens, dtype=wide),
         like.new_empty((len(rewards) or len(advantages), num_sequences), dtype=torch.float32),
         like.new_empty(num_sequences, dtype=torch.bool),
         like.new_empty(len(METRICS), dtype=torch.float32),
@@ -318,7 +321,7 @@ def _scale(grad: Tensor, grad_loss: Tensor) -> Tensor:
     The public op hands these outputs to nobody else.
     """
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if type(grad) is not Tensor or keeps_graph():
+    if type(grad) is not Tensor or keeps_graph() or torch._C._functorch.is_legacy_batchedtensor(grad_loss):
         return grad * grad_loss.to(grad.dtype)
     if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
         return grad.detach()

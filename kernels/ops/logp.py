@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from syncr1.kernels.checks import check_forbidden, check_targets
-from syncr1.kernels.dispatch import module_of
+from syncr1.kernels.dispatch import module_of, refuse_transforms
 from syncr1.kernels.linear import backward_rows, score_hidden
-from syncr1.kernels.ops.register import differentiates, fakes, implements, registered
+from syncr1.kernels.ops.register import differentiates, differentiates_no_further, fakes, implements, registered
 from syncr1.kernels.terms import Head
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -24,6 +24,7 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 def refuse_second_derivative(op: str) -> None:
     """A gradient that is itself differentiated would be wrong in silence: it is a constant to autograd."""
+    refuse_transforms(op)  # torch.autograd.grad(is_grads_batched=True)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise NotImplementedError(
             f"{op}: its gradient cannot be differentiated again; use backend='reference' with create_graph=True"
@@ -124,6 +125,7 @@ def _differentiate_selective(
 
 
 differentiates("selective_logp", _save_selective, _differentiate_selective)
+differentiates_no_further("selective_logp_backward")
 
 
 @implements(
@@ -244,6 +246,7 @@ def _differentiate_linear(
 
 
 differentiates("linear_logp", _save_linear, _differentiate_linear)
+differentiates_no_further("linear_logp_backward")
 
 
 def _unit_stride(logits: Tensor) -> Tensor:

@@ -73,7 +73,14 @@ def grpo_loss(
     options = decode(settings)
     layout = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, logp.shape[0])
     module = module_of(backend)
-    named = {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy, "is_ratio": is_ratio}
+    named = {
+        "logp": logp,
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "entropy": entropy,
+        "is_ratio": is_ratio,
+        "num_items": num_items,
+    }
     check_loss_inputs("grpo_loss", layout, options, named, finite=not module.FINDS_NONFINITE)
     check_credit("grpo_loss", rewards, advantages, layout, weights)
     scores = None
@@ -134,6 +141,11 @@ def token_loss(
     return result
 
 
+def loss_dtype(like: Tensor, backend: str) -> torch.dtype:
+    """Of a loss and of log-probabilities; `reference` gets here with meta tensors alone."""
+    return torch.float64 if backend == "reference" and like.dtype == torch.float64 else torch.float32
+
+
 @fakes("grpo_loss")
 def _(
     logp: Tensor,
@@ -154,8 +166,8 @@ def _(
 ) -> Outputs:
     num_sequences, num_credits = cu_seqlens.shape[0] - 1, len(rewards) or len(advantages)
     return (
-        logp.new_empty((), dtype=torch.float32),
-        logp.new_empty(logp.shape, dtype=torch.float32),
+        logp.new_empty((), dtype=loss_dtype(logp, backend)),
+        logp.new_empty(logp.shape, dtype=loss_dtype(logp, backend)),
         logp.new_empty((num_credits, num_sequences), dtype=torch.float32),
         logp.new_empty(num_sequences, dtype=torch.bool),
         logp.new_empty(len(METRICS), dtype=torch.float32),
@@ -204,7 +216,12 @@ LIBRARY.impl("grpo_loss", _with_autograd, "Autograd")
 
 def run(logp: Tensor, *others: Any) -> Outputs:
     """`torch.ops.syncr1.grpo_loss`, past torch's dispatcher where nobody could tell: that costs as much as the loss."""
-    if torch.compiler.is_compiling() or type(logp) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+    if (
+        torch.compiler.is_compiling()
+        or type(logp) is not Tensor
+        or logp.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
         outputs: Outputs = registered.grpo_loss(logp, *others)
         return outputs
     return _differentiable(grpo_loss, logp, *others)

@@ -43,6 +43,16 @@ def differentiates(name: str, save: Callable[..., None], backward: Callable[...,
     torch.library.register_autograd(f"syncr1::{name}", backward, setup_context=save, lib=LIBRARY)
 
 
+def differentiates_no_further(name: str) -> None:
+    """The op is another's backward: what it returns has no gradient, whatever its inputs require."""
+
+    def mark(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+    # None of the outputs requires a gradient, so that the second function is never called.
+    differentiates(name, mark, lambda ctx, *grads: None)
+
+
 def constant_when_traced(function: F) -> F:
     """The result depends on plain Python values alone: `torch.compile` calls it once, while tracing.
 

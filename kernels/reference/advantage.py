@@ -1,6 +1,6 @@
 """Group-relative advantages.
 
-    A_s = (r_s − mean_g) / (std_g + eps),   and exactly 0 where every valid reward of the group is equal
+    A_s = (r_s − mean_g) / (std_g + eps),   exactly 0 where the valid rewards of the group are equal but for rounding
 
 Source: GRPO (arXiv 2402.03300, Eq. 3); "loo" RLOO (arXiv 2402.14740); "none" Dr. GRPO (arXiv 2503.20783);
 "normalize_then_sum" GDPO (arXiv 2601.05242). Statistics are float64.
@@ -28,11 +28,16 @@ def combine_rewards(rewards: Tensor, weights: Tensor | None) -> Tensor:
     return reward_SK.nansum(dim=1).masked_fill(missing_S, torch.nan)
 
 
+SPREAD = 2.0**-21
+"""Relative: four units in the last place of float32, in which rewards are computed, whatever holds them afterwards. A
+spread up to this is rounding and would become an advantage of any size; a small one above it is a signal."""
+
+
 def groups_with_variance(reward_S: Tensor, group_offsets: Tensor) -> Tensor:
-    """[P] bool: the valid rewards are not all equal. A test, not an epsilon: a small spread is still a signal."""
+    """[P] bool: the valid rewards differ by more than SPREAD of the largest of them."""
     highest_P = reduce_segments(reward_S.nan_to_num(nan=-torch.inf), group_offsets, "max", -torch.inf)
     lowest_P = reduce_segments(reward_S.nan_to_num(nan=torch.inf), group_offsets, "min", torch.inf)
-    return highest_P > lowest_P
+    return highest_P - lowest_P > SPREAD * torch.maximum(highest_P.abs(), lowest_P.abs())
 
 
 def standardize(reward_S: Tensor, group_offsets: Tensor, scale: str, eps: float) -> Tensor:
@@ -77,4 +82,8 @@ def combine_advantages(
     # Groups without variance in any reward stay at exactly 0, whatever the batch mean is.
     varies_P = torch.stack([groups_with_variance(c.double(), group_offsets) for c in rewards.unbind(dim=1)]).any(dim=0)
     used_S = valid_S & varies_P[segment_ids(group_offsets, value_S.numel())]
-    return torch.where(used_S, (value_S - mean) / (_batch_std(value_S, valid_S) + eps), 0.0)
+    centred_S = torch.where(used_S, value_S - mean, 0.0)
+    if centred_S.numel():  # rewards that cancel each other leave rounding
+        largest = advantage_SK.nan_to_num(nan=0.0).abs().max() * (1.0 if weights is None else weights.abs().max())
+        centred_S = torch.where(centred_S.abs().max() > SPREAD * largest, centred_S, 0.0)
+    return torch.where(centred_S != 0, centred_S / (_batch_std(value_S, valid_S) + eps), 0.0)

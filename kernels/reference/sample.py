@@ -18,6 +18,10 @@ from syncr1.kernels.records import CFGSample
 from syncr1.kernels.reference.logp import LOGP_FLOOR, accumulator
 from syncr1.kernels.reference.philox import uniform
 
+TOP_P_SLACK = 1e-6
+"""Relative: a set that holds top_p but for the rounding of float32 holds it. Half of eight equal ids are four, whatever
+the sums of a backend come to; below this no backend promises which of two sets is taken."""
+
 
 def sample(
     cond: Tensor,
@@ -61,6 +65,11 @@ def _log_probabilities(logits: Tensor, divisor: float, forbidden: Tensor | None)
     return logits_BV.log_softmax(dim=-1)
 
 
+def wanted_share(top_p: float) -> float:
+    """The share of the mass from which on a set holds `top_p`; 1 leaves nothing out."""
+    return top_p * (1 - TOP_P_SLACK) if top_p < 1 else 1.0
+
+
 def truncate(logp_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     """-inf outside the `top_k` most likely ids, then outside the smallest set of the rest that holds `top_p`.
 
@@ -79,7 +88,7 @@ def truncate(logp_BV: Tensor, top_k: int, top_p: float) -> Tensor:
         cumulative_BV = ordered_BV.double().exp().cumsum(dim=-1)
         # An id stays while the ids before it hold less than top_p of what top_k left; the first always stays.
         before_BV = cumulative_BV - ordered_BV.double().exp()
-        drop_BV = before_BV >= top_p * cumulative_BV[:, -1:]
+        drop_BV = before_BV >= wanted_share(top_p) * cumulative_BV[:, -1:]
         drop_BV[:, 0] = False
         logp_BV = logp_BV.masked_fill(torch.zeros_like(drop_BV).scatter(1, order_BV, drop_BV), -torch.inf)
     return logp_BV

@@ -1,6 +1,6 @@
 """Group statistics in Triton: advantages and the keep decision, one program per group.
 
-    A_s = (r_s - mean_g) / (std_g + eps), exactly 0 where the valid rewards of the group are equal
+    A_s = (r_s - mean_g) / (std_g + eps), exactly 0 where the valid rewards of the group are equal but for rounding
     keep_s = rank_s < min_keep or (energy of the members ranked before s) < mass * (energy of the group)
 
 Ranks come from comparing every pair of a group, in blocks of 32 members, so groups may have any
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from syncr1.kernels.options import SCALES
+from syncr1.kernels.reference.advantage import SPREAD
 from syncr1.kernels.reference.select import MASS_SLACK
 from syncr1.kernels.reference.select import dgs_select as select_on_host
 from syncr1.kernels.triton_ops.launch import as_bytes, halves, on_device
@@ -26,6 +27,7 @@ MEMBERS = tl.constexpr(32)
 DECIDED = tl.constexpr(8)
 """Members decided on at a time: a tile of pairs has 32 × 8, a few values for each thread."""
 MASS_FACTOR = tl.constexpr(1 - MASS_SLACK)
+SPREAD_SHARE = tl.constexpr(SPREAD)
 SCALE_GROUP, SCALE_BATCH, SCALE_LOO = (tl.constexpr(SCALES.index(scale)) for scale in ("group", "batch", "loo"))
 RULES = ("none", "variance_mass", "top_k")
 """Rules that need only one group at a time; the order is the code."""
@@ -54,7 +56,9 @@ def valid_moments(reward_ptr, start, end):
         reward_I = tl.load(reward_ptr + first + lane, mask=first + lane < end, other=float("nan"))
         centred_I = tl.where(reward_I == reward_I, reward_I - mean, 0.0)
         squares_I += centred_I * centred_I
-    return count, mean, tl.sum(squares_I), tl.max(highest_I) > tl.min(lowest_I)
+    highest, lowest = tl.max(highest_I), tl.min(lowest_I)
+    varies = highest - lowest > SPREAD_SHARE * tl.maximum(tl.abs(highest), tl.abs(lowest))
+    return count, mean, tl.sum(squares_I), varies
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from syncr1.kernels.records import CFGSample
+from syncr1.kernels.reference.sample import wanted_share
 from syncr1.kernels.terms import padded
 from syncr1.kernels.triton_ops.launch import on_device
 from syncr1.kernels.triton_ops.philox import row_uniform
@@ -172,7 +173,7 @@ def sample(
             # Greedy reports its log-probabilities at temperature 1.
             LOG2E.value / (temperature or 1.0),
             float(top_k),
-            float(top_p),
+            wanted_share(top_p),
             FORM=form,
             num_warps=num_warps,
             maxnreg=MAX_REGISTERS,
