@@ -20,7 +20,7 @@ from syncr1.kernels import calls, checks
 from syncr1.kernels.attention import SharedPrefixLayout, shared_prefix_attention
 from syncr1.kernels.checks import NonFiniteError, non_finite_passes
 from syncr1.kernels.decode_attention import prefix_decode_attention
-from syncr1.kernels.dispatch import BackendError, choose
+from syncr1.kernels.dispatch import BackendError, choose, same_device
 from syncr1.kernels.options import (
     AGGREGATES,
     SCALES,
@@ -94,6 +94,7 @@ def group_advantages(
     check_choice(op, "scale", scale, SCALES)
     check_choice(op, "aggregate", aggregate, AGGREGATES)
     checks.check_float(op, "rewards", rewards)
+    same_device(op, rewards=rewards, group_offsets=group_offsets, weights=weights)
     chosen = choose(op, backend, rewards)
     result: Tensor = calls.registered.group_advantages(
         rewards.detach(), group_offsets, weights, scale, float(eps), aggregate, chosen
@@ -149,6 +150,7 @@ def dgs_select(
     check_selection(op, rule, mass, keep, min_keep)
     check_choice(op, "scale", scale, SCALES)
     check_choice(op, "aggregate", aggregate, AGGREGATES)
+    same_device(op, rewards=rewards, group_offsets=group_offsets, weights=weights)
     parts = [part.detach() for part in per_modality(op, "rewards", rewards)]
     chosen = choose(op, backend, *parts)
     result: Tensor = calls.registered.dgs_select(
@@ -363,8 +365,8 @@ def cfg_sample(
         temperature: ≥ 0; 0 is greedy, whose log-probabilities are reported at temperature 1.
         top_k: ≥ 0 most likely ids of z; 0 = all.
         top_p: in (0, 1]; the smallest set of ids holding that much of what top_k left; 1 = all.
-        seed: int or [B] int64.
-        offset: int or [B] int64; counter of the draw. A row's token depends on its logits, seed and offset alone, so
+        seed: int, or [B] int64 on the device of `cond`.
+        offset: as `seed`; counter of the draw. A row's token depends on its logits, seed and offset alone, so
             give each sequence and step its own offset (sequence_id * max_steps + step).
         forbidden: [F] int64 vocabulary ids that are never sampled; both distributions exclude them.
         backend: see `syncr1.kernels.dispatch`.
@@ -379,6 +381,7 @@ def cfg_sample(
     """
     op = "cfg_sample"
     checks.check_sampling(cond, uncond, cfg_weight, temperature, top_k, top_p, seed, offset)
+    same_device(op, cond=cond, uncond=uncond, seed=seed, offset=offset, forbidden=forbidden)
     chosen = choose(op, backend, cond, uncond)
     seed_B, offset_B = (
         torch.as_tensor(value, dtype=torch.int64, device=cond.device).expand(cond.shape[0]) for value in (seed, offset)
