@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from syncr1.kernels import calls, checks
-from syncr1.kernels.attention import SharedPrefixLayout, shared_prefix_attention
+from syncr1.kernels.attention import SharedPrefixLayout, attention_provider, shared_prefix_attention
 from syncr1.kernels.checks import NonFiniteError, non_finite_passes
 from syncr1.kernels.decode_attention import prefix_decode_attention
 from syncr1.kernels.dispatch import BackendError, choose, same_device
@@ -38,7 +38,7 @@ __all__ = [
     "group_advantages", "dgs_select", "grpo_loss", "linear_grpo_loss", "linear_logp", "selective_logp", "cfg_sample",
     "shared_prefix_attention", "prefix_decode_attention", "SharedPrefixLayout", "TokenStream", "GRPOOutput",
     "CFGSample", "LossOptions", "BackendError", "NonFiniteError",
-    "non_finite_passes",
+    "attention_provider", "non_finite_passes",
 ]  # fmt: skip
 
 
