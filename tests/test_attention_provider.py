@@ -5,18 +5,38 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
 
+from syncr1.engine.display import Display
+from syncr1.engine.runlog import environment
+from syncr1.engine.train_config import TrainConfig
+from syncr1.engine.training import fuse_kernels
+from syncr1.engine.world.base_model import corpus
+from syncr1.engine.world.tiny_janus import build_policy
 from syncr1.kernels import attention
 from syncr1.kernels.api import BackendError, attention_provider
 from syncr1.kernels.attention_ops import cuda
+from syncr1.kernels.dispatch import available
 
 UNDEFINED = "flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2ENS_14SourceLocationE"
 WORKS = "def _wrapped_flash_attn_varlen_forward(*a, **k): ...\n_wrapped_flash_attn_varlen_backward = None\n"
 Install = Callable[[str], None]
+
+
+class Said(Display):
+    """A display that keeps its notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def forget() -> None:
@@ -108,4 +128,28 @@ def test_who_serves_is_public(install: Install, monkeypatch: pytest.MonkeyPatch)
         attention_provider("cuda", dtype=torch.float32, backend="flash")
     monkeypatch.setenv("SYNCR1_BACKEND", "reference")
     assert attention_provider("cpu") == "reference: it was asked for"
+    attention._choose_once.cache_clear()
+
+
+def test_a_run_says_it(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among the facts that a run's folder keeps, and on a GPU in the lines of its start."""
+    install(f"raise ImportError({UNDEFINED!r})")
+    monkeypatch.delenv("SYNCR1_BACKEND", raising=False)
+    facts = environment()
+    assert facts["backends"] == available() and facts["backends"]["reference"] == "ok"
+    if torch.cuda.is_available():
+        pytest.skip("the rest pretends that there is a GPU")
+    assert facts["attention"] == "flash: PyTorch's CPU kernel"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    attention._choose_once.cache_clear()
+    policy, said = build_policy(corpus(), [], seed=0), Said()
+    fuse_kernels(TrainConfig(use_liger_kernel=False), policy, said)
+    assert said.notes == []
+    here = policy.cache_shape()
+    monkeypatch.setattr(policy, "cache_shape", lambda: replace(here, device=torch.device("cuda", 0)))
+    fuse_kernels(TrainConfig(use_liger_kernel=False, bf16=True), policy, said)
+    (line,) = said.notes
+    assert line.startswith("attention: flash: PyTorch's FlashAttention-2 (flash_attn 2.6.3") and UNDEFINED in line
+    fuse_kernels(TrainConfig(use_liger_kernel=False, bf16=False), policy, said)
+    assert said.notes[-1].startswith("attention: reference: on CUDA it serves")
     attention._choose_once.cache_clear()
