@@ -36,6 +36,8 @@ from syncr1.engine.scores import Scores, flatten_scores
 from syncr1.engine.settings import to_yaml
 from syncr1.engine.sheets import Rewards, as_rewards
 from syncr1.engine.trackers import Trackers
+from syncr1.kernels.api import attention_provider
+from syncr1.kernels.dispatch import available
 
 PACKAGES = ("syncr1", "torch", "transformers", "deepspeed", "triton", "tokenizers", "safetensors", "numpy", "pillow")
 MAX_FOLDERS = 10_000
@@ -268,6 +270,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    cuda = torch.cuda.is_available()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -275,7 +278,9 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": versions,
         "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
+        "backends": available(),
+        "attention": attention_provider("cuda" if cuda else "cpu"),
         "ranks": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
     }
 

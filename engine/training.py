@@ -33,6 +33,7 @@ from syncr1.engine.runlog import NullRunLog, RunLog
 from syncr1.engine.train_config import TrainConfig
 from syncr1.engine.trainer import CreditRule, Trainer
 from syncr1.engine.watchdog import Watchdog
+from syncr1.kernels.api import attention_provider
 
 Made = TypeVar("Made")
 Scorer = Callable[[Policy], Evaluation]
@@ -179,11 +180,15 @@ def add_adapters(config: TrainConfig, policy: Policy) -> Policy:
 
 
 def fuse_kernels(config: TrainConfig, policy: Policy, display: Display) -> None:
-    """Liger's kernels in the decoder, where they apply; says which."""
+    """Liger's kernels in the decoder, where they apply; says which, and on a GPU whose kernels attention has."""
     if config.use_liger_kernel:
         for line in use_liger_kernels(policy.decoder()):
             if not line.startswith("none"):
                 display.note(f"liger-kernel: {line}")
+    shape = policy.cache_shape()
+    if shape.device.type == "cuda":
+        dtype = torch.bfloat16 if config.bf16 else shape.dtype
+        display.note(f"attention: {attention_provider(shape.device, dtype=dtype, head_size=shape.head_dim)}")
 
 
 def objective_of(config: TrainConfig, num_image_tokens: int, anchor_beta: float = 0.0) -> Objective:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from syncr1.kernels import calls, checks, ranges
-from syncr1.kernels.attention import SharedPrefixLayout, shared_prefix_attention
+from syncr1.kernels.attention import SharedPrefixLayout, attention_provider, shared_prefix_attention
 from syncr1.kernels.checks import NonFiniteError, non_finite_passes
 from syncr1.kernels.decode_attention import prefix_decode_attention
-from syncr1.kernels.dispatch import BackendError, choose
+from syncr1.kernels.dispatch import BackendError, choose, same_device
 from syncr1.kernels.options import Aggregate, LossOptions, Rule, Scale, check_selection, check_statistics
 from syncr1.kernels.plan import Rewards, per_modality
 from syncr1.kernels.records import CFGSample, GRPOOutput, TokenStream
@@ -29,7 +29,7 @@ __all__ = [
     "group_advantages", "dgs_select", "grpo_loss", "linear_grpo_loss", "linear_logp", "selective_logp", "cfg_sample",
     "shared_prefix_attention", "prefix_decode_attention", "SharedPrefixLayout", "TokenStream", "GRPOOutput",
     "CFGSample", "LossOptions", "BackendError", "NonFiniteError",
-    "non_finite_passes",
+    "attention_provider", "non_finite_passes",
 ]  # fmt: skip
 
 
@@ -85,6 +85,7 @@ def group_advantages(
     op = "group_advantages"
     check_statistics(op, scale, eps, aggregate)
     checks.check_float(op, "rewards", rewards)
+    same_device(op, rewards=rewards, group_offsets=group_offsets, weights=weights)
     chosen = choose(op, backend, rewards)
     result: Tensor = calls.registered.group_advantages(
         rewards.detach(), group_offsets, weights, scale, float(eps), aggregate, chosen
@@ -139,6 +140,7 @@ def dgs_select(
     op = "dgs_select"
     check_selection(op, rule, mass, keep, min_keep, seed)
     check_statistics(op, scale, eps, aggregate)
+    same_device(op, rewards=rewards, group_offsets=group_offsets, weights=weights)
     parts = [part.detach() for part in per_modality(op, "rewards", rewards)]
     chosen = choose(op, backend, *parts)
     result: Tensor = calls.registered.dgs_select(
@@ -379,6 +381,7 @@ def cfg_sample(
         if not isinstance(counter, Tensor):
             ranges.SEED.check(op, name, counter)
     checks.check_sampling(cond, uncond, cfg_weight, seed, offset)
+    same_device(op, cond=cond, uncond=uncond, seed=seed, offset=offset, forbidden=forbidden)
     chosen = choose(op, backend, cond, uncond)
     seed_B, offset_B = (torch.as_tensor(value, dtype=torch.int64, device=cond.device) for value in (seed, offset))
     if offset_B.dim() == 0:  # rows of one call are independent

@@ -26,7 +26,7 @@ from syncr1.kernels.layout import segment_ids
 from syncr1.kernels.ops.register import constant_when_traced, registered
 from syncr1.kernels.ranges import ATTENTION_SCALE
 
-__all__ = ["SharedPrefixLayout", "shared_prefix_attention"]
+__all__ = ["SharedPrefixLayout", "attention_provider", "shared_prefix_attention"]
 
 BACKENDS = ("reference", "flash")
 
@@ -154,8 +154,9 @@ def shared_prefix_attention(
         layout: of the token axis [all prefixes | all responses].
         scale: finite, > 0; multiplies the scores; None = 1/√E.
         backend: "flash" is dense flash attention on the CPU, and on CUDA flash_attn's variable-length kernels, or
-            PyTorch's where that is not installed (float16 and bfloat16); "reference" is plain PyTorch. None takes
-            flash where it serves the tensors, unless SYNCR1_BACKEND=reference.
+            PyTorch's where that is not installed or does not load (float16 and bfloat16; `attention_provider` says
+            which); "reference" is plain PyTorch. None takes flash where it serves the tensors, unless
+            SYNCR1_BACKEND=reference.
 
     Returns:
         [T, H, E], dtype of `q`.
@@ -192,6 +193,36 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout) -> None:
     for name, x in (("k", k), ("v", v)):
         if (x.dtype, x.device) != (q.dtype, q.device):
             refuse(OP, name, f"{q.dtype} on {q.device}", f"{x.dtype} on {x.device}", "convert it with .to(q)")
+
+
+def attention_provider(
+    device: torch.device | str = "cuda",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    head_size: int = 128,
+    backend: str | None = None,
+) -> str:
+    """Who serves `shared_prefix_attention` for such tensors, in words, and the reason where it is not the first choice.
+
+    Args:
+        device: of the tensors; one that is there.
+        dtype: of the tensors.
+        head_size: E.
+        backend: as in `shared_prefix_attention`.
+
+    Returns:
+        For example "flash: flash_attn 2.8.3", "flash: PyTorch's FlashAttention-2 (flash_attn is not installed)",
+        "flash: PyTorch's CPU kernel", "reference: on CUDA it serves torch.float16 and torch.bfloat16 only".
+
+    Raises:
+        BackendError: as `shared_prefix_attention`.
+    """
+    device = torch.device(device)
+    fits = device.type != "cuda" or cuda.serves_head_size(head_size)
+    if _choose(backend, device, dtype, fits) == "flash":
+        whose = cuda.provider() if device.type == "cuda" else "PyTorch's CPU kernel"
+        return f"flash: {whose}"
+    return f"reference: {_unsupported_reason(device, dtype, fits) or 'it was asked for'}"
 
 
 def choose_attention(backend: str | None, q: Tensor) -> str:

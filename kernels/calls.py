@@ -22,7 +22,7 @@ import syncr1.kernels.ops.logp
 import syncr1.kernels.ops.sample
 import syncr1.kernels.ops.scores  # noqa: F401
 from syncr1.kernels import checks, ranges
-from syncr1.kernels.dispatch import choose
+from syncr1.kernels.dispatch import choose, same_device
 from syncr1.kernels.layout import PackedLayout
 from syncr1.kernels.ops.loss import run as run_grpo_loss
 from syncr1.kernels.ops.register import constant_when_traced, registered
@@ -110,13 +110,18 @@ def grpo_loss(
 ) -> GRPOOutput:
     """See `syncr1.kernels.api.grpo_loss`."""
     op = "grpo_loss"
+    same_device(
+        op, logp=logp, old_logp=old_logp, rewards=rewards, cu_seqlens=cu_seqlens, group_offsets=group_offsets,
+        advantages=advantages, loss_mask=loss_mask, modality=modality, ref_logp=ref_logp, is_ratio=is_ratio,
+        entropy=entropy, weights=weights, num_items=options.get("num_items"),
+    )  # fmt: skip
     plain, num_items = _split_num_items(options)
     settings = _encode(op, plain)
     credit, given = _credits(op, "rewards", rewards), _credits(op, "advantages", advantages)
     checks.check_float(op, "logp", logp)
     if logp.dim() != 1:
         checks.refuse(op, "logp", "[T]", list(logp.shape), "pack the sequences onto one axis: logp[mask]")
-    chosen = choose(op, backend, logp, old_logp, ref_logp, *credit[:0])
+    chosen = choose(op, backend, logp, old_logp, ref_logp)
     if chosen == "reference" and not logp.is_meta:
         layout, parsed = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, logp.shape[0]), decode(settings)
         checks.check_loss_inputs(
@@ -164,6 +169,11 @@ def linear_grpo_loss(
 ) -> GRPOOutput:
     """See `syncr1.kernels.api.linear_grpo_loss`."""
     op = "linear_grpo_loss"
+    same_device(
+        op, streams=streams, rewards=rewards, cu_seqlens=cu_seqlens, group_offsets=group_offsets,
+        advantages=advantages, old_logp=old_logp, loss_mask=loss_mask, modality=modality, ref_logp=ref_logp,
+        is_ratio=is_ratio, weights=weights, num_items=options.get("num_items"),
+    )  # fmt: skip
     plain, num_items = _split_num_items(options)
     settings = _encode(op, plain)
     credit, given = _credits(op, "rewards", rewards), _credits(op, "advantages", advantages)
@@ -241,6 +251,7 @@ def linear_logp(
 ) -> tuple[Tensor, Tensor]:
     """See `syncr1.kernels.api.linear_logp`."""
     op = "linear_logp"
+    same_device(op, hidden=hidden, weight=weight, targets=targets, bias=bias, forbidden=forbidden)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
     checks.check_rows(op, hidden, weight, targets, bias)
     ranges.TEMPERATURE.check(op, "temperature", temperature)
@@ -260,6 +271,7 @@ def selective_logp(
 ) -> tuple[Tensor, Tensor]:
     """See `syncr1.kernels.api.selective_logp`."""
     op = "selective_logp"
+    same_device(op, logits=logits, targets=targets, forbidden=forbidden)
     checks.check_logits(op, logits)
     ranges.TEMPERATURE.check(op, "temperature", temperature)
     chosen = choose(op, backend, logits)

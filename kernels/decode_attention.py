@@ -40,7 +40,7 @@ def prefix_decode_attention(
         values = torch.cat([prefix_values[:, p : p + n], own_values[:, o : o + m + 1]], 1).repeat_interleave(...)
         output[r] = (scale * keys @ query[r, :, :, None]).softmax(1).mT @ values
 
-    Rows that read the same prefix should be neighbours: `native` then reads it once for all of them. Rows never share
+    Rows that read the same prefix should be neighbours: `native` then reads it once for many of them. Rows never share
     an own span. Rows of padding, whose output means nothing, may all name one dummy column with own length 0.
 
     Args:

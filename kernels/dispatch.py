@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from syncr1.kernels.ops.register import constant_when_traced
+from syncr1.kernels.records import TokenStream
 
 ENVIRONMENT_VARIABLE = "SYNCR1_BACKEND"
 MODULES = {
@@ -40,6 +43,7 @@ TRANSFORMABLE = {
 
 _innermost = torch._C._functorch.peek_interpreter_stack
 _TRANSFORMS = {getattr(torch._C._functorch.TransformType, name.capitalize()): name for name in ("vmap", "grad", "jvp")}
+STREAM_FIELDS = tuple(field.name for field in fields(TokenStream))
 
 
 class BackendError(RuntimeError):
@@ -73,11 +77,46 @@ def available() -> dict[str, str]:
     return {name: load(name)[1] or "ok" for name in MODULES}
 
 
+def same_device(op: str, **named: object) -> None:
+    """Raises ValueError where a tensor is not on the device of the first; nothing is moved, which would be slow unseen.
+
+    Args:
+        op: for the message.
+        **named: an op's arguments: a tensor, or a dict, a sequence or a TokenStream of them; anything else is passed
+            over (the ops' own checks judge it).
+    """
+    home: torch.device | None = None
+    first = ""
+    for name, value in named.items():
+        if value is None:
+            continue
+        for part, tensor in ((name, value),) if isinstance(value, Tensor) else _tensors(name, value):
+            if home is None:
+                home, first = tensor.device, part
+            elif tensor.device != home:
+                remedy = f"move it with .to({str(home)!r})"
+                raise ValueError(f"{op}: {part} must be on {home} as {first} is, got {tensor.device}; {remedy}")
+
+
+def _tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
+    """The tensors inside an argument, each with what a caller would write to get at it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, TokenStream):
+        for field in STREAM_FIELDS:
+            yield from _tensors(f"{name}.{field}", getattr(value, field))
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _tensors(f"{name}[{key!r}]", part)
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _tensors(f"{name}[{index}]", part)
+
+
 def choose(op: str, backend: str | None, *tensors: Tensor | None) -> str:
-    """The name of the backend that serves `op` for these tensors, by the rule above.
+    """The name of the backend that serves `op`, by the rule above, for its float operands, which are on one device.
 
     Raises:
-        ValueError: tensors on two devices.
         BackendError: the backend that was asked for cannot serve the call.
         NotImplementedError: a transform of torch.func, or forward-mode AD, that the backend cannot follow.
     """
@@ -112,10 +151,6 @@ def _choose(op: str, backend: str | None, kinds: tuple[Kind, ...]) -> str:
 
 @cache
 def _choose_once(op: str, backend: str | None, preferred: str | None, kinds: tuple[Kind, ...]) -> str:
-    devices = {kind.device for kind in kinds}
-    if len(devices) > 1:
-        found = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"{op}: all tensors must be on one device, got {found}; move them with .to(device)")
     wanted = backend or preferred
     name = wanted or PREFERRED.get(kinds[0].device.type if kinds else "cpu", "reference")
     module, reason = load(name)

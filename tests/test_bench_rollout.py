@@ -13,6 +13,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 from helpers import own_process_group
+from text_models import own_cache
 from torch import Tensor
 
 from syncr1.engine.objective import Objective, PolicyForward
@@ -123,6 +124,7 @@ def test_image_loop_draws_what_transformers_draws(sides: sides_module.Sides) -> 
     assert made.kv_bytes == 2 * 2 * G * (ids.shape[1] + N - 1) * sides.kv_token_bytes
     expected = sides.peer.generate(
         ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False, guidance_scale=5,
+        **own_cache(sides.peer, ids.shape[1] + N),
     )  # fmt: skip
     assert torch.equal(made.tokens, expected.repeat_interleave(G, 0))
     assert made.tokens.unique().numel() > 4

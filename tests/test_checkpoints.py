@@ -204,11 +204,11 @@ def test_code_in_a_checkpoint_is_not_run(hostile: Path, policy: JanusPolicy, tmp
     assert not list((tmp_path / "again").glob("*.py")) and not list((tmp_path / "merged").glob("*.py"))
 
 
-UNKNOWN: dict[str, dict[str, dict[str, str]]] = {
+UNKNOWN: dict[str, dict[str, dict[str, Any]]] = {
     "model": {"config.json": {"model_type": "evil"}},
     "processor": {"processor_config.json": {"processor_class": "Processor"}},
     "everything": {
-        "config.json": {"model_type": "evil", "architectures": "Model"},
+        "config.json": {"model_type": "evil", "architectures": ["Model"]},
         "processor_config.json": {"processor_class": "Processor", "image_processor_type": "Pictures"},
         "tokenizer_config.json": {"tokenizer_class": "Tokenizer", "processor_class": "Processor"},
     },
@@ -217,7 +217,7 @@ UNKNOWN: dict[str, dict[str, dict[str, str]]] = {
 
 @pytest.mark.parametrize("changes", UNKNOWN.values(), ids=UNKNOWN)
 def test_classes_that_only_the_checkpoint_has(
-    hostile: Path, tmp_path: Path, changes: dict[str, dict[str, str]]
+    hostile: Path, tmp_path: Path, changes: dict[str, dict[str, Any]]
 ) -> None:
     """transformers would ask whether to run them (and take the `y` that it gets); here it may fail, but never runs."""
     for name, values in changes.items():

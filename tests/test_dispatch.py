@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from syncr1.kernels import dispatch
-from syncr1.kernels.api import BackendError, grpo_loss, selective_logp
+from syncr1.kernels.api import BackendError, selective_logp
 from syncr1.kernels.native import library
 
 NATIVE = dispatch.available()["native"]
 needs_native = pytest.mark.skipif(NATIVE != "ok", reason=NATIVE)
 SINGLE, HALF, DOUBLE = (torch.zeros(2, 3, dtype=d) for d in (torch.float32, torch.bfloat16, torch.float64))
-OFFSETS = torch.tensor([0, 1])
 
 
 @needs_native
@@ -37,12 +36,6 @@ def test_a_named_backend_serves_or_says_why_not() -> None:
         BackendError, match=r"selective_logp: backend='native' cannot serve .*float32 and .*bfloat16 only"
     ):
         selective_logp(DOUBLE, torch.zeros(2, dtype=torch.int64), backend="native")
-
-
-def test_tensors_on_two_devices_are_refused() -> None:
-    logp = torch.zeros(1, device="meta")
-    with pytest.raises(ValueError, match="grpo_loss: all tensors must be on one device, got cpu, meta; move them"):
-        grpo_loss(logp, torch.zeros(1), torch.zeros(1), OFFSETS, OFFSETS)
 
 
 def test_a_library_that_does_not_fit_is_refused_with_the_remedy(

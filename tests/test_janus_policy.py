@@ -10,6 +10,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 from helpers import PlainJanus, make_prompt, sampled, sharp_policy, world_photo
+from text_models import own_cache
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from syncr1.engine.policies.janus import UNCONDITIONAL_PADS, JanusPolicy
@@ -36,7 +37,7 @@ def test_prompt_goes_through_the_chat_template(policy: JanusPolicy, photo: Path)
     plain = policy.prompt_tokens(make_prompt("who is this?"))
     shown = policy.prompt_tokens(make_prompt("who is this?", image=photo))
     ids = {name: policy.tokenizer.convert_tokens_to_ids(name) for name in (BOS, BOI, IMAGE, EOI, ASSISTANT)}
-    num_slots = policy.processor.num_image_tokens
+    num_slots = policy.num_image_slots
     assert plain[0] == ids[BOS] and plain[-1] == ids[ASSISTANT] and (plain == ids[BOS]).sum() == 1
     assert shown.tolist() == [ids[BOS], ids[BOI], *[ids[IMAGE]] * num_slots, ids[EOI], *plain[1:].tolist()]
     assert policy.image_slots(shown).sum() == num_slots == len(policy.see(policy.load_images([photo]))[0])
@@ -64,7 +65,7 @@ def test_a_users_text_cannot_hold_a_control_token(policy: JanusPolicy, photo: Pa
     plain = policy.prompt_tokens(make_prompt(text)).tolist()
     assert not control & set(plain[1:-1])
     shown = policy.prompt_tokens(make_prompt(text, image=photo))
-    assert policy.image_slots(shown).sum() == policy.processor.num_image_tokens
+    assert policy.image_slots(shown).sum() == policy.num_image_slots
     assert shown.tolist()[-len(plain) + 1 :] == plain[1:]
 
 
@@ -153,7 +154,7 @@ def test_greedy_image_is_transformers_own(policy: JanusPolicy, greedy_prompt: st
     ids = torch.cat([policy.prompt_tokens(prompt), torch.tensor([policy.image_start])])[None]
     with torch.no_grad():
         tokens = model.generate(ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False,
-                                guidance_scale=guidance, max_length=64)  # fmt: skip
+                                guidance_scale=guidance, max_length=64, **own_cache(model, 64))  # fmt: skip
         pixels = model.decode_image_tokens(tokens)
     assert ours.segments[0].tokens.tolist() == tokens[0].tolist()
     expected = (pixels[0].permute(2, 0, 1) * 0.5 + 0.5).clamp(0, 1)

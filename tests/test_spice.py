@@ -145,10 +145,13 @@ def test_parser_writes_what_the_model_says(folder: Path) -> None:
 
 def test_spice_of_odd_captions(folder: Path) -> None:
     """10 000 characters, nothing, and Chinese: in range, no crash, each text parsed once."""
-    spice = Spice(FactualParser.from_pretrained(folder, num_beams=1, max_output_tokens=16), WORDNET)
+    parser = FactualParser.from_pretrained(folder, num_beams=1, max_output_tokens=16)
+    spice = Spice(parser, WORDNET)
+    (dog,) = parser(["a dog"])  # random weights, and ids that differ from one training of the tokenizer to the next
     odd = ["a red dog " * 1000, "", " \n", "一只狗在海滩上奔跑", "( ( ) , ,", "a dog"]
     values = spice(odd, ["a dog"] * len(odd))
-    assert all(0.0 <= value <= 1.0 for value in values) and values[1] == values[2] == 0.0 and values[5] == 1.0
+    assert all(0.0 <= value <= 1.0 for value in values) and values[1] == values[2] == 0.0
+    assert values[5] == (1.0 if dog.objects else 0.0)
     assert spice.graphs.num_computed == len(odd) and spice(odd, ["a dog"] * len(odd)) == values
     assert spice.graphs.num_computed == len(odd)
     with pytest.raises(ValueError, match="1 candidates, but 2 references"):

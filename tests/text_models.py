@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    StaticCache,
 )
 
 from syncr1.engine.policies.causal_lm import CausalLMPolicy
@@ -101,3 +103,9 @@ def model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **m
 
 def policy(family: str = "llama", *, template: str | None = TEMPLATE, **more: Any) -> CausalLMPolicy:
     return CausalLMPolicy(model(family, **more), tokenizer(template=template))
+
+
+def own_cache(model: Any, length: int) -> dict[str, Any]:
+    """For `generate`: in transformers 5.13 to 5.17 Janus fails to make its own; 5.24 renames the argument."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: StaticCache(model.config.text_config, max_cache_len=length)}

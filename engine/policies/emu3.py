@@ -37,6 +37,8 @@ from syncr1.engine.records import Prompt, SegmentKind
 
 PIXELS_AT_ONCE = 1 << 20
 """Of images that the VQ model gets at a time: it works on four frames of each, up to 256 channels at full size."""
+PUBLISHED_IMAGE_AREA = 720 * 720
+"""Pixels of an image where neither configuration nor processor says it."""
 
 
 class Emu3Policy(Policy):
@@ -48,7 +50,8 @@ class Emu3Policy(Policy):
     Args:
         model: the loaded checkpoint.
         processor: its `Emu3Processor` (tokenizer, image processor, chat template).
-        image_size: pixels of an image's side; None: the configuration's `image_area`, else the processor's.
+        image_size: pixels of an image's side; None: the configuration's `image_area`, else the processor's,
+            else the published 720 x 720.
 
     Raises:
         ValueError: a size that is no multiple of the VQ model's factor, or a vocabulary without all codes.
@@ -94,8 +97,9 @@ class Emu3Policy(Policy):
         """(pixels, codes) of an image's side; the size is noted in the configuration, so that `save` keeps it."""
         factor = int(self.model.model.vqmodel.spatial_scale_factor)
         if image_size is None:
-            area = getattr(self.model.config, "image_area", None) or self.processor.image_area
-            image_size = factor * round(float(area) ** 0.5 / factor)
+            # The processor's attribute came with transformers 5.23.
+            said = getattr(self.model.config, "image_area", None) or getattr(self.processor, "image_area", None)
+            image_size = factor * round(float(said or PUBLISHED_IMAGE_AREA) ** 0.5 / factor)
         if image_size <= 0 or image_size % factor:
             raise ValueError(
                 f"Emu3Policy: expected an image_size that is a positive multiple of {factor} pixels, got {image_size}"

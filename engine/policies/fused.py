@@ -18,7 +18,8 @@ from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from importlib.util import find_spec
-from types import FunctionType, MethodType
+from inspect import unwrap
+from types import CellType, FunctionType, MethodType
 from typing import Any, cast
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -42,7 +43,7 @@ def use_liger_kernels(decoder: nn.Module, *, any_device: bool = False) -> list[s
         One line per kind of module: `RMSNorm: 9 of LlamaRMSNorm`; or one line `none: <reason>`.
     """
     if find_spec("liger_kernel") is None:
-        return ["none: liger-kernel is not installed (pip install 'syncr1[gpu]')"]
+        return ["none: liger-kernel is not installed (pip install liger-kernel)"]
     kinds = {parameter.device.type for parameter in decoder.parameters()}
     if kinds != {"cuda"} and not any_device:
         return [f"none: the decoder is on {', '.join(sorted(kinds))}, Liger's kernels need a GPU"]
@@ -97,14 +98,15 @@ def with_rotation(forward: Callable[..., Any], make: Callable[[Rotation], Rotati
     The rotation is a function of the module, not a method: the same code with other globals is the only way to change
     it for one instance. `make` gets the plain one, for what the other does not serve.
     """
-    if not isinstance(forward, FunctionType) or "apply_rotary_pos_emb" not in forward.__code__.co_names:
+    written = unwrap(forward)
+    if not isinstance(written, FunctionType) or "apply_rotary_pos_emb" not in written.__code__.co_names:
         return None
-    plain, half = (forward.__globals__.get(name) for name in ("apply_rotary_pos_emb", "rotate_half"))
+    plain, half = (written.__globals__.get(name) for name in ("apply_rotary_pos_emb", "rotate_half"))
     if not (same_code(plain, llama.apply_rotary_pos_emb) and same_code(half, llama.rotate_half)):
         return None
-    names = forward.__globals__ | {"apply_rotary_pos_emb": make(cast(Rotation, plain))}
-    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__ = forward.__kwdefaults__
+    made = with_globals(forward, {"apply_rotary_pos_emb": make(cast(Rotation, plain))})
+    if made is None:
+        return None
 
     @wraps(forward)
     def attention(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -112,6 +114,26 @@ def with_rotation(forward: Callable[..., Any], make: Callable[[Rotation], Rotati
         return (forward if torch.compiler.is_compiling() else made)(self, *args, **kwargs)
 
     return attention
+
+
+def with_globals(function: Callable[..., Any], names: dict[str, Any]) -> Callable[..., Any] | None:
+    """A copy of `function` that finds `names` among its globals; None where a decorator hides what it calls.
+
+    Decorators are kept (transformers 5.24 renames old keywords in one): a copy of each calls the copy of what it wraps.
+    """
+    if not isinstance(function, FunctionType):
+        return None
+    closure, inner = function.__closure__, getattr(function, "__wrapped__", None)
+    if inner is not None:
+        cells = closure or ()
+        copied = with_globals(inner, names)
+        if copied is None or not any(cell.cell_contents is inner for cell in cells):
+            return None
+        closure = tuple(CellType(copied) if cell.cell_contents is inner else cell for cell in cells)
+    found = function.__globals__ if inner is not None else function.__globals__ | names
+    made = FunctionType(function.__code__, found, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def _liger_rotation(plain: Rotation) -> Rotation:
@@ -134,7 +156,7 @@ def is_silu(module: Any) -> bool:
 
 
 def same_code(function: Any, known: Any) -> bool:
-    """Whether two functions compute the same: their byte code, names and constants agree, docstrings aside."""
+    """Whether two functions compute the same: byte code, names, constants, docstrings aside, and what they wrap."""
     if not isinstance(function, FunctionType) or not isinstance(known, FunctionType):
         return False
     facts = [
@@ -142,4 +164,13 @@ def same_code(function: Any, known: Any) -> bool:
         for f in (function, known)
         for code in (f.__code__,)
     ]
-    return facts[0] == facts[1]
+    if facts[0] != facts[1]:
+        return False
+    # A decorator's functions have one code, whatever they wrap and whatever it was given.
+    inner = [getattr(f, "__wrapped__", None) for f in (function, known)]
+    held = [[cell.cell_contents for cell in f.__closure__ or ()] for f in (function, known)]
+    for one, other in zip(*held, strict=True):
+        wrapped = one is inner[0] and other is inner[1]
+        if not (wrapped or one is other or (isinstance(one, str | int | float | tuple) and one == other)):
+            return False
+    return inner == [None, None] or same_code(*inner)

@@ -61,6 +61,8 @@ class JanusPolicy(Policy):
         model.model.vqmodel.requires_grad_(False)
         self.num_image_tokens = model.model.vqmodel.quantize.quant_state_dims[0] ** 2
         self.image_size = int(model.config.vision_config.image_size)
+        # Of the model, not of the processor, which counts 576 whatever the model before transformers 5.14.
+        self.num_image_slots = (self.image_size // int(model.config.vision_config.patch_size)) ** 2
         self.max_positions = int(model.config.text_config.max_position_embeddings)
         tokenizer = self.tokenizer
         self.image_start = int(tokenizer.convert_tokens_to_ids(tokenizer.boi_token))
@@ -107,7 +109,7 @@ class JanusPolicy(Policy):
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         if shows_image:
             tokenizer = self.tokenizer
-            slots = tokenizer.image_token * self.processor.num_image_tokens
+            slots = tokenizer.image_token * self.num_image_slots
             text = text.replace(tokenizer.image_token, f"{tokenizer.boi_token}{slots}{tokenizer.eoi_token}", 1)
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
 

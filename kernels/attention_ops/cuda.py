@@ -10,7 +10,9 @@ Dims: `N` queries, `M` keys, `H` query heads, `K` key-value heads, `E` head size
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,6 +25,8 @@ from syncr1.kernels.attention_ops.plan import VarlenCall
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
+INSTALL = "pip install flash-attn --no-build-isolation (its build imports the torch that is installed)"
+ABSENT = "flash_attn is not installed"
 
 
 class Where(NamedTuple):
@@ -119,11 +123,46 @@ def _deterministic() -> Iterator[None]:
 
 @cache
 def kernels() -> Kernels:
-    """The pair that serves this installation."""
+    """The pair that serves this installation; warns, once, where flash_attn is installed and cannot be used."""
+    pair, problem = choose_pair()
+    if problem is not None and problem != ABSENT:
+        warnings.warn(
+            f"shared_prefix_attention: {problem}; PyTorch's FlashAttention-2 serves instead. Remedy: uninstall it, or "
+            f"{INSTALL}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return pair
+
+
+@cache  # a failed import is not tried again: it may have registered half of its ops
+def choose_pair() -> tuple[Kernels, str | None]:
+    """The pair, and why it is not flash_attn's."""
     try:
-        return FlashAttn()
-    except (ImportError, AttributeError):  # absent, or older than 2.7
-        return TorchFlash()
+        return FlashAttn(), None
+    except ModuleNotFoundError as error:
+        if error.name == "flash_attn":
+            return TorchFlash(), ABSENT
+        reason = f"it needs a module that is missing ({error})"
+    except AttributeError as error:  # its internals came with 2.7
+        reason = f"2.7 or later is expected ({error})"
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, CUDA or C++ library
+        reason = f"it does not load ({type(error).__name__}: {error}); was it built for torch {torch.__version__}?"
+    return TorchFlash(), f"flash_attn {installed_version()} cannot be used: {reason}"
+
+
+def installed_version() -> str:
+    """flash_attn's, as its metadata has it, without importing it."""
+    try:
+        return importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        return "(of unknown version)"
+
+
+def provider() -> str:
+    """Whose kernels serve this installation, in words, with the reason where they are not flash_attn's."""
+    _, problem = choose_pair()
+    return f"flash_attn {installed_version()}" if problem is None else f"PyTorch's FlashAttention-2 ({problem})"
 
 
 def serves_head_size(head_size: int) -> bool:

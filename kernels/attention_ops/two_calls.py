@@ -4,7 +4,7 @@ With (o₁, l₁) the output and log-sum-exp of a response row over its own keys
     l = log(e^l₁ + e^l₂),  o = o₁ + σ(l₂ − l₁) (o₂ − o₁).
 Softmax attention's backward needs its output and log-sum-exp alone, and P = exp(s − l) is the probability over *all*
 keys in either call; so both backward calls are given the merged o and l, and their gradients add up.  Keys and values
-of a prefix are read once per group; nothing is copied per response, and no mask exists.
+of a prefix are stored once per group; nothing is copied per response, and no mask exists.
 
 Source: Hydragen (arXiv 2402.05099) and Cascade inference for the merge; FlashAttention-2 (2307.08691) for the backward.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from syncr1.kernels.api import grpo_loss, selective_logp
 from syncr1.kernels.calls import registered
-from syncr1.kernels.dispatch import choose, module_of
+from syncr1.kernels.dispatch import choose, module_of, same_device
 from syncr1.kernels.liger.padded import TOKEN_LEVEL_ONLY, Settings, loss_metrics, make_batch, padded_loss, token_terms
 from syncr1.kernels.terms import Head
 
@@ -30,6 +30,7 @@ class _SelectiveLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets_BT: Tensor, temperature: float, inplace: bool) -> Tensor:
+        same_device("selective_logp", logits=logits, completion_ids=targets_BT)
         targets = F.pad(targets_BT, (0, 1))
         backend, whole = choose("selective_logp", None, logits), logits.is_contiguous()
         rows = zip(_rows(logits, whole), _rows(targets, whole), strict=True)
