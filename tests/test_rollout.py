@@ -304,6 +304,7 @@ def test_rollouts_of_an_evaluation_in_inference_mode_train(policy: JanusPolicy, 
         evaluated = engine.generate(prompts[:3], sampling)
     rollouts = engine.generate(prompts[:3], sampling)
     assert tokens_of(evaluated) == tokens_of(rollouts)
+    assert not any(segment.tokens.is_inference() for rollout in evaluated for segment in rollout.segments)
     forward = PolicyForward(copy.deepcopy(policy).train(), Objective(temperature=1.0))
     losses = [forward(packed(policy, drawn, 2)[0], num_items=100.0)["loss"] for drawn in (evaluated, rollouts)]
     for loss in losses:
