@@ -383,7 +383,11 @@ def cfg_sample(
     checks.check_sampling(cond, uncond, cfg_weight, seed, offset)
     same_device(op, cond=cond, uncond=uncond, seed=seed, offset=offset, forbidden=forbidden)
     chosen = choose(op, backend, cond, uncond)
-    seed_B, offset_B = (torch.as_tensor(value, dtype=torch.int64, device=cond.device) for value in (seed, offset))
+    # Filled on the device: a Python number copied there makes the host wait for it.
+    seed_B, offset_B = (
+        value.long() if isinstance(value, Tensor) else cond.new_full((), value, dtype=torch.int64)
+        for value in (seed, offset)
+    )
     if offset_B.dim() == 0:  # rows of one call are independent
         offset_B = offset_B + torch.arange(cond.shape[0], device=cond.device)
     seed_B = seed_B.expand(cond.shape[0])

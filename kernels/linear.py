@@ -185,7 +185,7 @@ def score_rows(kernels: Backend, rows: HeadRows, workspace: Workspace) -> tuple[
     out = [torch.empty(rows.num_rows, dtype=kind, device=rows.hidden.device) for kind in kinds]
     for part, _, products_CV in workspace.chunks(rows):
         for into, values in zip(out, kernels.score_rows(products_CV, rows.targets[part], rows.head), strict=True):
-            into[part] = values
+            into[part].copy_(values)
     return out[0], out[1], out[2]
 
 
@@ -246,8 +246,8 @@ def loss_pass(
     logp_N, entropy_N = torch.empty(2, rows.num_rows, dtype=torch.float32, device=rows.hidden.device)
     gradients = HeadGradients(rows, needs)
     for part, hidden_CD, products_CV in workspace.chunks(rows):
-        logp_N[part], entropy_N[part] = kernels.loss_rows(
-            products_CV, rows.targets[part], rows.head, terms[part], settings
-        )
+        logp_C, entropy_C = kernels.loss_rows(products_CV, rows.targets[part], rows.head, terms[part], settings)
+        logp_N[part].copy_(logp_C)
+        entropy_N[part].copy_(entropy_C)
         gradients.add(part, hidden_CD, products_CV)
     return logp_N, entropy_N, gradients.finish()

@@ -171,8 +171,9 @@ def stream_layout(op: str, streams: Sequence[TokenStream], layout: PackedLayout)
     covered_T = torch.zeros(layout.num_tokens, dtype=torch.bool, device=device)
     modality_T = torch.zeros(layout.num_tokens, dtype=torch.uint8, device=device)
     for stream in streams:
-        covered_T[stream.rows] = True
-        modality_T[stream.rows] = MODALITIES.index(stream.modality)
+        rows = stream.rows.long()
+        covered_T.index_fill_(0, rows, True)
+        modality_T.index_fill_(0, rows, MODALITIES.index(stream.modality))
     given_T = layout.modality
     if given_T is not None and checks_values(covered_T) and bool((given_T != modality_T)[covered_T].any()):
         refuse(op, "modality", "that of the streams", "another one at some rows", "leave it out: streams carry it")
@@ -217,7 +218,8 @@ def divisors(settings: LossOptions, masks: Sequence[Tensor], given: Tensor | Non
     if values is None:
         return counts.clamp_min(1)
     numbers = [float(values[m]) for m in MODALITIES] if isinstance(values, Mapping) else [float(values)]
-    return torch.tensor(numbers, device=counts.device).clamp_min(1)
+    # Filled on the device: a tensor made of Python numbers is copied there, and the host waits for it.
+    return torch.stack([counts.new_full((), max(number, 1.0)) for number in numbers])
 
 
 def token_weights(

@@ -46,16 +46,34 @@ Grads = list[tuple[Tensor, Tensor, Tensor]]
 Scored = tuple[Tensor, Tensor, TokenLoss, Grads]
 
 
-def acting_rows(stream: TokenStream, acting_T: Tensor) -> tuple[HeadRows, Tensor]:
-    """The rows of a stream that take part in the products, and their packed positions."""
-    rows, targets = stream.rows.long(), stream.targets.long().contiguous()
-    head = Head(stream.bias, stream.temperature, stream.forbidden)
-    whole = HeadRows(stream.hidden, stream.weight, targets, head)
-    used = acting_T[rows]
-    if bool(used.all()):
-        return whole, rows
-    chosen = used.nonzero().squeeze(1)
-    return whole.subset(chosen), rows[chosen]
+def chosen_rows(masks: Sequence[Tensor]) -> list[Tensor | None]:
+    """Where each [n] bool mask is True: [count] int64 in rising order, None where it is everywhere.
+
+    How many there are is read back once for all masks: the one time that a GPU is waited for.
+    """
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    return [
+        None if count == mask.numel() else _first_true(mask, count) for mask, count in zip(masks, counts, strict=True)
+    ]
+
+
+def _first_true(mask: Tensor, count: int) -> Tensor:
+    """On a GPU by a stable sort: `nonzero` reads the count once more."""
+    if mask.device.type == "cpu":
+        return mask.nonzero().squeeze(1)
+    return mask.byte().argsort(descending=True, stable=True)[:count]
+
+
+def acting_rows(streams: Sequence[TokenStream], acting_T: Tensor) -> tuple[list[HeadRows], list[Tensor]]:
+    """The rows of each stream that take part in the products, and their packed positions."""
+    heads, positions = [], []
+    rows = [stream.rows.long() for stream in streams]
+    for stream, at, chosen in zip(streams, rows, chosen_rows([acting_T[at] for at in rows]), strict=True):
+        head = Head(stream.bias, stream.temperature, stream.forbidden)
+        whole = HeadRows(stream.hidden, stream.weight, stream.targets.long().contiguous(), head)
+        heads.append(whole if chosen is None else whole.subset(chosen))
+        positions.append(at if chosen is None else at[chosen])
+    return heads, positions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,8 +105,7 @@ class LinearLoss:
         self.sequence_T = layout.sequence_of_token
         self.acting_T = acting_tokens(options, scores, self.counted_T, self.sequence_T, self.image_T)
         check_allowed(OP, streams, self.acting_T)
-        picked = [acting_rows(stream, self.acting_T) for stream in streams]
-        self.heads, self.positions = [rows for rows, _ in picked], [positions for _, positions in picked]
+        self.heads, self.positions = acting_rows(streams, self.acting_T)
         self.needs = [needs[3 * index : 3 * index + 3] for index in range(len(streams))]
 
     @property
@@ -128,34 +145,37 @@ class LinearLoss:
             result = self._loss(logp_T, entropy_T)
             if not any(need for needs in self.needs for need in needs):
                 return logp_T, entropy_T, result, []
-            each = zip(self.heads, self.positions, scored, self.needs, strict=True)
+            each = zip(self.heads, self._live_rows(result.grad_logp), scored, self.needs, strict=True)
             grads = [
-                self._second_sweep(rows, result.grad_logp[at], lse_N, entropy_N, needs, workspace)
-                for rows, at, (_, entropy_N, lse_N), needs in each
+                self._second_sweep(rows, grad_N, live, lse_N, entropy_N, needs, workspace)
+                for rows, (grad_N, live), (_, entropy_N, lse_N), needs in each
             ]
         return logp_T, entropy_T, result, grads
+
+    def _live_rows(self, grad_T: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """(gradient of every row, where it is not 0) of each head: no product for clipped tokens."""
+        grads = [grad_T[at] for at in self.positions]
+        return list(zip(grads, chosen_rows([grad_N != 0 for grad_N in grads]), strict=True))
 
     def _second_sweep(
         self,
         rows: HeadRows,
         grad_N: Tensor,
+        live: Tensor | None,
         lse_N: Tensor,
         entropy_N: Tensor,
         needs: Sequence[bool],
         workspace: Workspace,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Clipped tokens have no gradient: no product for them."""
-        live = grad_N != 0
-        if not bool(live.all()):
-            chosen = live.nonzero().squeeze(1)
-            rows, grad_N, lse_N, entropy_N = rows.subset(chosen), grad_N[chosen], lse_N[chosen], entropy_N[chosen]
+        if live is not None:
+            rows, grad_N, lse_N, entropy_N = rows.subset(live), grad_N[live], lse_N[live], entropy_N[live]
         return gradient_pass(self.module, rows, workspace, lse_N, entropy_N, grad_N, None, needs)
 
     def _collect(self, values: Sequence[Tensor]) -> Tensor:
         """Per-row values of all heads on the packed axis, 0 elsewhere: [T] float32."""
         out_T = torch.zeros(self.layout.num_tokens, dtype=torch.float32, device=self.acting_T.device)
         for at, value in zip(self.positions, values, strict=True):
-            out_T[at] = value
+            out_T.index_copy_(0, at, value)
         return out_T
 
     def _loss(self, logp_T: Tensor, entropy_T: Tensor) -> TokenLoss:
@@ -208,6 +228,7 @@ def _present(values: Tensor) -> Tensor | None:
         " Tensor? is_ratio, Tensor? weights, Tensor? num_items, SymInt num_tokens, bool[] needs, str settings,"
         " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])"
     ),
+    reads_back=True,  # how many rows act; with an entropy quantile, how many tokens
 )
 def linear_grpo_loss(
     hidden: Sequence[Tensor],

@@ -17,11 +17,14 @@ registered: Any = torch.ops.syncr1
 """The ops by name: `registered.grpo_loss(…)`."""
 
 
-def implements(name: str, schema: str) -> Callable[[F], F]:
-    """Defines the op and makes the function its implementation on every device; it sees no autograd."""
+def implements(name: str, schema: str, *, reads_back: bool = False) -> Callable[[F], F]:
+    """Defines the op and makes the function its implementation on every device; it sees no autograd.
+
+    `reads_back`: the host waits for a value on the way, so that `torch.compile` keeps the op out of CUDA graphs.
+    """
 
     def decorate(function: F) -> F:
-        LIBRARY.define(name + schema)
+        LIBRARY.define(name + schema, tags=(torch.Tag.cudagraph_unsafe,) if reads_back else ())
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         return function
 

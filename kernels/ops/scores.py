@@ -55,6 +55,7 @@ def _dtype(rewards: Tensor) -> torch.dtype:
         "(Tensor[] rewards, Tensor group_offsets, Tensor? weights, str scale, float eps, str aggregate, str rule,"
         " float mass, int? keep, int min_keep, int seed, str backend) -> Tensor"
     ),
+    reads_back=True,  # of the rules max_variance and random, the rewards
 )
 def dgs_select(
     rewards: Sequence[Tensor],
