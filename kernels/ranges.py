@@ -7,7 +7,7 @@ neither is a tensor: reading it would make a GPU wait.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -108,7 +108,7 @@ SWITCHES = ("bias_corrected_kl", "score_all")
 
 def check_loss_numbers(op: str, name: str, value: object) -> None:
     """A number of `LossOptions`, or a dict of them."""
-    if name in BY_MODALITY and isinstance(value, dict):
+    if name in BY_MODALITY and isinstance(value, Mapping):
         check_modality_keys(op, name, value)
         for modality, part in value.items():
             LOSS[name].check(op, f"{name}[{modality!r}]", part)

@@ -81,6 +81,26 @@ def test_traced_whole_with_dynamic_shapes(name: str) -> None:
                 torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("linear_logp", "temperature"), ("selective_logp", "temperature"), ("cfg_sample", "cfg_weight"),
+     ("cfg_sample", "temperature"), ("shared_prefix_attention", "scale"), ("group_advantages", "eps")],
+)  # fmt: skip
+def test_options_may_be_symbols_when_traced(name: str, option: str) -> None:
+    """A float that a compiled function takes has no value while it is traced."""
+    op = OPS[name]
+
+    def run(inputs: Leaves, value: float) -> list[Tensor]:
+        return op.values(inputs, **{option: value})
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for value in (0.7, 1.3, 2.5):
+        for mine, theirs in zip(compiled(op.inputs(8), value), run(op.inputs(8), value), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
 def test_a_traced_head_size_gives_a_plain_bool() -> None:
     """On CUDA the head size decides who serves; what is constant when traced may not be handed a symbol."""
     found: list[Any] = []

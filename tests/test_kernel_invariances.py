@@ -147,14 +147,23 @@ CASES: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, str], Values]]] = 
 @pytest.mark.parametrize("op", CASES)
 @given(data=st.data())
 def test_again_and_on_two_threads(backend: str, op: str, data: st.DataObject) -> None:
-    """Three runs are bitwise equal, and no argument has changed."""
+    """Three runs are bitwise equal, and no argument has changed.
+
+    Not so torch's matrix products, whose last bits may depend on the number of threads (seen on an AMD EPYC).
+    """
     cases, run = CASES[op]
     case = data.draw(cases)
     before = [t.clone() for t in tensors_of(case)]
     once = run(case, backend)
     same_bits(once, run(case, backend))
     with threads(2):
-        same_bits(once, run(case, backend))
+        threaded = run(case, backend)
+    if op.startswith("linear"):
+        for name, value in once.items():
+            scale = float(value.detach().double().nan_to_num(0, 0, 0).abs().max()) if value.numel() else 0.0
+            torch.testing.assert_close(threaded[name], value, rtol=1e-5, atol=1e-6 + 1e-5 * scale, equal_nan=True)
+    else:
+        same_bits(once, threaded)
     for was, now in zip(before, tensors_of(case), strict=True):
         torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from syncr1.kernels import liger as ours
 
 pytestmark = pytest.mark.slow
-CHUNKED_SHAPES = [(8, 128, 1024, 4096), (3, 47, 31, 123)]
+LARGE, SMALL = (8, 128, 1024, 4096), (3, 47, 31, 123)
 LOGITS_SHAPE = (2, 128, 1, 1000)
 KINDS = [
     (kind, level, beta)
@@ -90,14 +90,15 @@ def tamed(inputs: Inputs) -> Inputs:
     return inputs
 
 
-@pytest.mark.parametrize("shape", CHUNKED_SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "backend_name"), [(LARGE, "native"), (SMALL, "native"), (SMALL, "reference")], ids=str
+)
 @pytest.mark.parametrize(("kind", "level", "beta"), KINDS)
 def test_chunked_loss(
-    kind: str, level: str, beta: float, shape: tuple[int, int, int, int], backend: str,
+    kind: str, level: str, beta: float, shape: tuple[int, int, int, int], backend_name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if shape[2] == 1024 and backend == "reference":
-        pytest.skip("the specification is held at the small shape")
+    use_backend(backend_name, monkeypatch)
     with sized(shape, looser=10):
         make = liger_cases.Inputs
         monkeypatch.setattr(liger_cases, "Inputs", lambda case: tamed(make(case)))
@@ -105,10 +106,9 @@ def test_chunked_loss(
 
 
 @pytest.mark.parametrize("kind", LOSS_TYPES)
-def test_chunked_loss_in_bfloat16(kind: str, backend: str) -> None:
+def test_chunked_loss_in_bfloat16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No further from Liger in float32 than twice what Liger in bfloat16 is, and a rounding."""
-    if backend == "reference":
-        pytest.skip("PyTorch's own products in bfloat16 take minutes here")
+    use_backend("native", monkeypatch)
     case = chunked_case(kind, "token", 0.0 if kind == "luspo" else 0.04) | {"mask": "full"}  # see `counts_padding`
     with sized((4, 64, 256, 4096), looser=1):
         inputs = tamed(Inputs(case))

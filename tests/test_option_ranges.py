@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -208,5 +209,9 @@ def test_loss_options_made_by_hand_are_checked_too() -> None:
         for value in kind.bad:
             with pytest.raises(ValueError, match=rf"grpo_loss: {option}"):
                 build(**{option: value})
-    assert build(clip_low={"text": 0.1, "image": 0.2}).clip_low == {"text": 0.1, "image": 0.2}
+    for mapping in (dict, MappingProxyType):
+        both = mapping({"text": 0.1, "image": 0.2})
+        assert build(clip_low=both).clip_low == {"text": 0.1, "image": 0.2}
+        with pytest.raises(ValueError, match=r"clip_low\['image'\] must be"):
+            build(clip_low=mapping({"text": 0.1, "image": -0.2}))
     assert set(BY_MODALITY) <= set(LOSS)

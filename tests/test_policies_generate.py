@@ -7,6 +7,7 @@ computed as transformers does, or be refused when the policy is made.  Two logit
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     Emu3Config,
     Emu3ForConditionalGeneration,
+    GenerationMixin,
     JanusConfig,
     JanusForConditionalGeneration,
     LlamaConfig,
@@ -170,7 +172,7 @@ def test_janus(seed: int, tmp_path: Path) -> None:
     (ours,) = generate(policy, [prompt], Sampling(num_generations=1, temperature=0.0, cfg_weight=weight))
     ids = torch.cat([policy.prompt_tokens(prompt), torch.tensor([policy.image_start])])[None]
     mine, plain = ours.segments[0].tokens, PlainJanus(policy)
-    if getattr(model.config.text_config, "layer_types", None) is None:
+    if getattr(model.config.text_config, "layer_types", None) is None and images_can_be_generated():
         tokens = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False,
                                  guidance_scale=weight, max_length=64)[0]  # fmt: skip
         different = (mine != tokens).nonzero().flatten()
@@ -178,9 +180,16 @@ def test_janus(seed: int, tmp_path: Path) -> None:
             top = guided_logits(plain, policy, ids[0], mine[: int(different[0])], weight).topk(2).values
             assert float(top[0] - top[1]) < NEAR, (mine.tolist(), tokens.tolist())
         return
-    for place in range(len(mine)):  # transformers 5.23's image loop fails where masks come per kind of layer
+    for place in range(len(mine)):
         logits = guided_logits(plain, policy, ids[0], mine[:place], weight)
         assert float(logits.max() - logits[mine[place]]) < NEAR, place
+
+
+def images_can_be_generated() -> bool:
+    """transformers' own image loop fails in some releases (5.17: a new argument of the cache's, that it leaves out),
+    and in all up to 5.23 where masks come per kind of layer."""
+    added = inspect.signature(GenerationMixin._prepare_static_cache).parameters.get("prefill_chunk_size")
+    return added is None or added.default is not inspect.Parameter.empty
 
 
 def guided_logits(plain: PlainJanus, policy: JanusPolicy, ids: Tensor, drawn: Tensor, weight: float) -> Tensor:
