@@ -47,7 +47,9 @@ def errors(found: Tensors, truth: Tensors, exact: tuple[str, ...]) -> dict[str, 
         if name.endswith("/token") or name in exact:
             result[name] = float((value != truth[name]).double().mean())
         elif name.endswith("/logp of its token"):
-            same = found[name.replace("logp of its token", "token")] == truth[name.replace("logp of its token", "token")]
+            same = (
+                found[name.replace("logp of its token", "token")] == truth[name.replace("logp of its token", "token")]
+            )
             result[name] = distance(value[same], truth[name][same]) if bool(same.any()) else 0.0
         else:
             result[name] = distance(value, truth[name])
@@ -135,7 +137,9 @@ def run(report: Report, pretend: bool, op: str) -> None:
     _guarded(report, f"{op}: other strides", check_strides, op, problems[0], torch.float32, device)
 
 
-def _guarded(report: Report, name: str, check: object, op: str, problem: Problem, dtype: torch.dtype, device: str) -> None:
+def _guarded(
+    report: Report, name: str, check: object, op: str, problem: Problem, dtype: torch.dtype, device: str
+) -> None:
     """An error of one check is a line; a CUDA error that stays ends the step, as everything after it would fail."""
     try:
         check(report, op, problem, dtype, device)  # type: ignore[operator]

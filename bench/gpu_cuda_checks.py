@@ -115,7 +115,9 @@ def _tail(report: Report, name: str, found: Tensors, expected: Tensors, bound: f
     off = {key: float((found[key].double() - expected[key].double()).norm() / expected[key].double().norm())
            for key in expected}  # fmt: skip
     wrong = {key: error for key, error in off.items() if not error <= bound}
-    report.line(name=f"{name}: beyond 2^31 elements", ok=not wrong, detail=", ".join(f"{k} {v:.1e}" for k, v in off.items()))
+    report.line(
+        name=f"{name}: beyond 2^31 elements", ok=not wrong, detail=", ".join(f"{k} {v:.1e}" for k, v in off.items())
+    )
 
 
 def large_logits(report: Report) -> None:
@@ -138,7 +140,9 @@ def large_logits(report: Report) -> None:
         part = cfg_sample(logits.detach()[last].clone(), seed=seed[last].clone(), offset=offset[last].clone(),
                           backend="triton", **options)  # type: ignore[arg-type]  # fmt: skip
         same = float((whole.token[last] == part.token).double().mean())
-        report.line(name=f"cfg_sample {options}: beyond 2^31 elements", ok=same == 1.0, detail=f"{same:.0%} same tokens")
+        report.line(
+            name=f"cfg_sample {options}: beyond 2^31 elements", ok=same == 1.0, detail=f"{same:.0%} same tokens"
+        )
 
 
 def large_caches(report: Report) -> None:

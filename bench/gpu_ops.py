@@ -50,7 +50,9 @@ def measure(report: Report, name: str, device: str, quick: bool, compiled: bool)
     so_far(result, skipped)
     print(table.show(case.title, result, skipped), flush=True)
     if not any(row["provider"].startswith("ours") for row in table.rows_of(result)):
-        report.line(name=f"{key}: ours", ok=False, detail="; ".join(f"{k}: {v}" for k, v in skipped.items() if "ours" in k))
+        report.line(
+            name=f"{key}: ours", ok=False, detail="; ".join(f"{k}: {v}" for k, v in skipped.items() if "ours" in k)
+        )
 
 
 def run(report: Report, pretend: bool, name: str) -> None:

@@ -238,7 +238,9 @@ class Runner:
         """Starts the process that has its turn next; its work waits."""
         if queue and part.together > 1:
             return
-        name, step = (part.name, queue[0]) if queue else (following.name, following.steps[0]) if following else ("", None)
+        name, step = (
+            (part.name, queue[0]) if queue else (following.name, following.steps[0]) if following else ("", None)
+        )
         if step is None or not step.waits:
             return
         if self.ready is not None:

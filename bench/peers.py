@@ -211,9 +211,7 @@ def liger_scaled(problem: HeadProblem, fallback: bool) -> Run:
         apply = module._FusedLinearPPOFallbackFunction.apply
         return per_token(problem, lambda h: _minus_first(*apply(h.hidden, h.weight, h.targets, 1.0, -100, True)))
     apply = module.LigerFusedLinearScaledCrossEntropyFunction.apply
-    return per_token(
-        problem, lambda h: _minus_first(*apply(h.hidden, h.weight, h.targets, 1.0, return_entropy=True))
-    )
+    return per_token(problem, lambda h: _minus_first(*apply(h.hidden, h.weight, h.targets, 1.0, return_entropy=True)))
 
 
 def _minus_first(nll_T: Tensor, entropy_T: Tensor) -> tuple[Tensor, Tensor]:
