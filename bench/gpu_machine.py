@@ -33,14 +33,17 @@ def seconds_of(run: Callable[[], Any], device: str, repeats: int = 10) -> float:
 
 def ceilings(device: str, copied: int, side: int) -> dict[str, float]:
     """Bytes a second, read and written both counted, and floating-point operations a second."""
-    source = torch.randint(-100, 100, (copied // 8,), dtype=torch.int64, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
-    del source, target
+    bandwidth = _copied_bytes_per_second(device, copied)
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(left)
     rate = 2 * side**3 / seconds_of(lambda: torch.mm(left, right, out=out), device)
     return {"copy_bytes_per_second": bandwidth, "bf16_flops": rate}
+
+
+def _copied_bytes_per_second(device: str, copied: int) -> float:
+    source = torch.randint(-100, 100, (copied // 8,), dtype=torch.int64, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
 
 
 def versions() -> dict[str, str]:

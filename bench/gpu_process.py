@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.05
+KILLED_SECONDS = 10.0
 LOG_BYTES = 60_000
 """Of a step's output that are kept: its beginning and its end."""
 
@@ -70,7 +71,7 @@ class Outcome:
     part: str
     step: str
     status: str
-    """ok, failed (it raised, or a check of its own failed), killed (its limit), skipped (it says why) or not started."""
+    """ok, failed (it raised, or a check was wrong), killed (its limit), skipped (it says why) or not started."""
     why: str = ""
     seconds: float = 0.0
     found: dict[str, Any] = field(default_factory=dict)
@@ -123,7 +124,8 @@ class Running:
         """The process and all that it started; what left the group is not ours to find."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs may hold it: the others go on
+            self.process.wait(KILLED_SECONDS)
 
     def outcome(self, killed: str = "") -> Outcome:
         """After its end."""
@@ -194,6 +196,10 @@ class Runner:
                 seconds = min(part.seconds, self.left - sum(other.least for other in later))
                 following = next((other for other in later if other.steps), None)
                 outcomes += self._run_part(part, seconds, following)
+        except BaseException:
+            for running in self.running:
+                self.told(running.outcome("the run was told to end"))
+            raise
         finally:
             self.stop()
         return outcomes

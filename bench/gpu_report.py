@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Skipped(Exception):  # noqa: N818  (not an error)
+class Skipped(Exception):
     """There is nothing to do here; the message says why."""
 
 

@@ -6,6 +6,7 @@ they are run directly, so that one failure does not hide the others.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,9 @@ def run(report: Report, pretend: bool, name: str) -> None:
             options += ["-k", "nothing or empty or no_rows"]
     else:
         options += ["-m", "gpu"]
-    if not pretend and int(os.environ.get("SYNCR1_GPU_WORKERS", "1")) > 1:
-        options += ["-n", os.environ["SYNCR1_GPU_WORKERS"], "--dist", "worksteal"]
-    else:
-        options += ["-p", "no:xdist"]
+    # Every check compiles kernels for seconds, on one core.
+    workers = (os.cpu_count() or 1) // 4 if name in CHECKS and not pretend and importlib.util.find_spec("xdist") else 1
+    options += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-p", "no:xdist"]
     code = pytest.main([str(TESTS / f"test_{name}.py"), *options], plugins=[Recorder(report)])
     lines = report.found.get("lines", [])
     if code == pytest.ExitCode.NO_TESTS_COLLECTED and not lines:
