@@ -126,7 +126,7 @@ class Goal:
         sign = "<=" if self.at_most else ">="
         text = f"{self.text} ({shape}): {sign} {self.bound:.3g} {self.unit}"
         line = {"goal": text, "measured": self.measured, "met": met}
-        return line | {"key": self.key, "bound": self.bound} if self.key else line
+        return line | {"key": self.key} if self.key else line
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,8 @@ def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
         parser.error(
             f"--wheels: {parsed.wheels} is no folder; make one with --collect_wheels on a machine with a network"
         )
-    processes = parsed.processes or max(1, (os.cpu_count() or 1) * 3 // 4)
+    cores = os.cpu_count() or 1
+    processes = parsed.processes or (cores if parsed.pretend else max(1, cores * 3 // 4))
     try:
         parsed.parts = gpu_parts.chosen(gpu_parts.all_parts(parsed.pretend, processes), parsed.only)
     except ValueError as error:

@@ -58,7 +58,7 @@ def measure(report: Report, name: str, case: Case, device: str, quick: bool, mem
     so_far(found)
     print(found.show(), flush=True)
     lines = [goal.line(case.shape) for goal in case.goals(found)]
-    keyed = {line["key"]: {"measured": line["measured"], "bound": line["bound"]} for line in lines if "key" in line}
+    keyed = {line["key"]: {"measured": line["measured"]} for line in lines if "key" in line}
     shares = {line["goal"]: line["measured"] for line in lines if "key" not in line}
     report.write(goals=keyed, other_goals=shares)
     if not any(row["provider"].startswith(comparison.OURS) for row in found.rows()):

@@ -25,12 +25,12 @@ def goal_lines(outcomes: Iterable[Outcome], pretend: bool) -> list[Line]:
     for goal in GOALS:
         outcome = by_step.get(goal.step)
         told = {} if outcome is None else outcome.found.get("goals", {}).get(goal.key, {})
-        measured, bound = told.get("measured"), told.get("bound", goal.bound)
+        measured = told.get("measured")
         sign = "<=" if goal.at_most else ">="
-        line: Line = {"key": goal.key, "goal": f"{goal.text}: {sign} {bound:.3g} {goal.unit}".strip(),
+        line: Line = {"key": goal.key, "goal": f"{goal.text}: {sign} {goal.bound:.4g} {goal.unit}".strip(),
                       "measured": measured, "met": None}  # fmt: skip
         if measured is not None and not pretend:
-            line["met"] = goal.met(measured, bound)
+            line["met"] = goal.met(measured)
         if measured is None:
             line["why"] = _why_not(goal.step, outcome)
         lines.append(line)

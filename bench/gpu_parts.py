@@ -56,7 +56,7 @@ def all_parts(pretend: bool, processes: int) -> list[Part]:
     profiles = {"linear_grpo_loss": 20.0, "cfg_sample": 12.0, "cfg_sample_top_p": 12.0, "decode_step": 40.0}
     return [
         Part("machine", "The machine", (child("machine", 30, pretend),), 45),
-        Part("checks", "Values of every op", values, 75, together=processes),
+        Part("checks", "Values of every op", values, 240 if pretend else 75, together=processes),
         Part("cuda", "Graphs, streams, read-backs, large addresses", on_gpu, 60, together=processes),
         Part("ops", "The ops beside floors and peers", ops, 150, 60),
         Part("rollout", "Rollouts beside transformers", rollouts, 110, 40),

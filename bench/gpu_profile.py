@@ -159,6 +159,8 @@ def run(report: Report, pretend: bool, what: str) -> None:
         else:
             call, work = sample(device, pretend, what)
         rows = profiled(call, device)
+    if not rows:
+        report.line(name=f"{what}: the profiler", ok=None, detail="it saw no kernel")
     total = sum(row["us"] for row in rows)
     seconds = gpu_machine.seconds_of(call, device, repeats=5)
     report.write(

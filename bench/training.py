@@ -146,6 +146,11 @@ def training(sides: Sides) -> Case:
                 f"training, faster than padded rows with our head and loss (token ratio {ratio:.2f})",
                 found.ratio(strict, OURS),
                 share * ratio,
+            ),
+            Goal(
+                "shared prefix, times faster than padded rows / ratio of tokens",
+                None if (faster := found.ratio(strict, OURS)) is None else faster / ratio,
+                share,
                 key="shared_prefix",
             ),
             Goal(
