@@ -51,10 +51,15 @@ def ours() -> None:
     torch.cuda.synchronize()
 
 
-def read(output: str) -> tuple[list[str], list[str]]:
-    """(summaries, findings) of the tool's output; findings without the summaries."""
+def verdict(output: str) -> tuple[bool | None, str]:
+    """Whether the tool found nothing, and what it said; None where it did not run to its summary: it refuses some
+    virtual machines, which is no finding."""
     summaries = SUMMARY.findall(output)
-    return summaries, [line for line in FOUND.findall(output) if "SUMMARY" not in line]
+    findings = [line for line in FOUND.findall(output) if "SUMMARY" not in line]
+    detail = "; ".join([*summaries, *findings[:5]])[:600]
+    if not summaries:
+        return None, detail
+    return not findings and all(re.search(r"\b0 (errors|hazards)", line) for line in summaries), detail
 
 
 def run(report: Report, pretend: bool, tool: str) -> None:
@@ -68,12 +73,9 @@ def run(report: Report, pretend: bool, tool: str) -> None:
     command = [program, "--tool", tool, "--target-processes", "application-only", "--print-limit", "20", *target]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, flush=True)
-    summaries, findings = read(done.stdout)
-    clean = bool(summaries) and all(re.search(r"\b0 (errors|hazards)", line) for line in summaries)
-    detail = "; ".join([*summaries, *findings[:5]]) or f"no summary, exit code {done.returncode}: see the log"
-    # Without a summary the tool itself did not run (it refuses some virtual machines): that is no finding of ours.
-    ok = None if not summaries else clean and not findings
-    report.line(name=f"{tool}: our kernels", ok=ok, detail=detail[:600], seconds=time.perf_counter() - began)
+    ok, detail = verdict(done.stdout)
+    detail = detail or f"no summary, exit code {done.returncode}: see the log"
+    report.line(name=f"{tool}: our kernels", ok=ok, detail=detail, seconds=time.perf_counter() - began)
 
 
 if __name__ == "__main__":
