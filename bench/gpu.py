@@ -144,7 +144,7 @@ def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """See the head of this file."""
-    given = arguments_of(arguments)
+    given, began = arguments_of(arguments), time.monotonic()
     if given.list:
         for part in given.parts:
             print(f"{part.name} ({part.seconds:.0f} s): {', '.join(step.name for step in part.steps)}")
@@ -161,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = environment_of(given.wheels, Path(scratch))
         if given.pretend:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        return run(given.parts, seconds=given.seconds, out=given.out, name=file_name(device), pretend=given.pretend,
+        left = given.seconds - (time.monotonic() - began)  # installing wheels took some
+        return run(given.parts, seconds=left, out=given.out, name=file_name(device), pretend=given.pretend,
                    environment=environment, scratch=Path(scratch))  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def measure(report: Report, name: str, device: str, quick: bool, compiled: bool)
     budget = table.QUICK if quick else COMPILE_BUDGET if compiled else BUDGET
     result, skipped = table.run_case(
         name, case, shape, device, budget, memory=name in WITH_MEMORY and not compiled and device == "cuda",
-        chosen=chosen, quick=quick, so_far=so_far,
+        chosen=chosen, quick=quick, so_far=so_far, modes=("hot",) if compiled else None,  # each mode compiles anew
     )  # fmt: skip
     so_far(result, skipped)
     print(table.show(case.title, result, skipped), flush=True)

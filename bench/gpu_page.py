@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,9 +216,13 @@ class Files:
     def write(self, outcomes: Sequence[Outcome], seconds: float, finished: bool) -> dict[str, Any]:
         """All that is known; each file is replaced whole."""
         everything = content(self.parts, outcomes, pretend=self.pretend, seconds=seconds, finished=finished)
+        try:
+            shown = page(everything, self.parts)
+        except Exception:  # what a step told may have any form; the numbers are in the other file
+            shown = f"# The page could not be made\n\n```\n{traceback.format_exc()}```\n"
         for path, text in (
             (self.json, json.dumps(everything, indent=1) + "\n"),
-            (self.page, page(everything, self.parts)),
+            (self.page, shown),
         ):
             fresh = path.with_name(path.name + ".new")
             fresh.write_text(text)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def modes_of(case: Case, device: str) -> tuple[str, ...]:
 def run_case(
     name: str, case: Case, shape: Shape, device: str, budget: Budget, *, memory: bool,
     chosen: Callable[[str], bool] = lambda _: True, quick: bool = False,
-    so_far: Callable[[CaseResult, dict[str, str]], None] = lambda *_: None,
+    so_far: Callable[[CaseResult, dict[str, str]], None] = lambda *_: None, modes: Sequence[str] | None = None,
 ) -> tuple[CaseResult, dict[str, str]]:  # fmt: skip
     """Times and memory of one case, and why providers were left out.
 
@@ -53,6 +53,7 @@ def run_case(
         chosen: which providers take part, by name; ours and the floor are prepared first.
         quick: tiny shapes.
         so_far: called with what is known after each mode.
+        modes: None: all that the case has.
     """
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # else the cases before count as recompilations of this one
@@ -60,7 +61,7 @@ def run_case(
     providers.sort(key=lambda p: not p.name.startswith(("ours", FLOOR)))
     times: dict[str, Measured] = {}
     skipped: dict[str, str] = {}
-    for mode in modes_of(case, device):
+    for mode in modes or modes_of(case, device):
         times[mode] = measure({p.name: p.prepare for p in providers}, clock_for(mode, device), budget)
         suffix = "" if mode == "hot" else f" [{mode}]"
         skipped |= {provider + suffix: reason for provider, reason in times[mode].skipped.items()}
