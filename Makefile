@@ -68,18 +68,13 @@ check: setup
 	$(BIN)/mypy syncr1/kernels syncr1/engine $(wildcard recipes/*.py)
 	$(BIN)/python -m pytest tests -m "not slow" -q -n $(JOBS) --dist worksteal
 
-# On a machine with a GPU: its tests, the benchmarks and the default run in one go, results under $(OUT).
+# On a machine with a GPU, with or without a network: checks, benchmarks, tests and profiles in nine minutes, one page
+# under $(OUT). Nothing is installed: .venv serves where there is one, else the machine's python3, or PYTHON=...
+# ARGS="--wheels FOLDER" brings what the machine lacks; see bench/gpu.py.
 OUT ?= bench/results
-gpu: setup
-	mkdir -p $(OUT)
-	$(BIN)/python -m pytest tests -m gpu -q
-	$(BIN)/python bench/table.py --out $(OUT)
-	$(BIN)/python bench/rollout.py --out $(OUT)
-	$(BIN)/python bench/step.py --out $(OUT)
-	$(BIN)/python bench/rewards.py --out $(OUT)
-	$(BIN)/python bench/checkpoint.py --out $(OUT)
-	$(BIN)/python recipes/sync_r1.py --output_dir $(OUT)/gpu_run $(ARGS)
-	$(BIN)/python recipes/corl.py --output_dir $(OUT)/gpu_corl
+GPU_PYTHON = $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(if $(wildcard $(BIN)/python),$(BIN)/python,python3))
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py --out $(OUT) $(ARGS)
 
 # All providers of an op side by side, then one table with the goals; bench/results/<device>.json holds it.
 bench: setup

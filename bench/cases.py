@@ -162,6 +162,17 @@ def liger_providers(problem: Callable[[], HeadProblem], length: int, device: str
     return found
 
 
+def other_heads(problem: Callable[[], HeadProblem], device: str) -> list[Provider]:
+    """Peers whose log-probabilities, with their gradients, take the padded loss; on a GPU."""
+    if device == "cpu":
+        return []
+    return [
+        Provider("Liger scaled CE", lambda: peers.liger_scaled(problem(), fallback=False)),
+        Provider("Liger scaled CE, its fallback", lambda: peers.liger_scaled(problem(), fallback=True)),
+        Provider("ml-cross-entropy", lambda: peers.cut_cross_entropy(problem())),
+    ]
+
+
 def linear(shape: shapes.HeadShape, few: bool = False) -> list[Provider]:
     """One head; `few` leaves out on a CPU what a smaller case shows."""
     problem = cache(lambda: head_problem(shape))
@@ -170,6 +181,7 @@ def linear(shape: shapes.HeadShape, few: bool = False) -> list[Provider]:
         *ours(shape.device, lambda backend: our_head(problem(), backend)),
         *(liger[2:] if few and shape.device == "cpu" else liger),
         Provider("TRL chunked", lambda: peers.trl_head(problem())),
+        *other_heads(problem, shape.device),
     ]
     if few and shape.device == "cpu":
         accelerated = dispatch.available()[BACKENDS[shape.device][0]] == "ok"
@@ -208,6 +220,7 @@ def on_policy(shape: shapes.HeadShape) -> list[Provider]:
         *ours(shape.device, our_run),
         Provider("F.linear_cross_entropy", lambda: peers.linear_cross_entropy(problem().heads[0], False)),
         Provider("F.linear_cross_entropy, chunked", lambda: peers.linear_cross_entropy(problem().heads[0], True)),
+        *([Provider("QuACK", lambda: peers.quack(problem()))] if shape.device == "cuda" else []),
         Provider(FLOOR, lambda: bare_products(problem()), ""),
     ]
 
@@ -321,6 +334,7 @@ def selective(shape: shapes.LogitShape) -> list[Provider]:
         Provider("eager", lambda: eager(False)),
         Provider("torch.compile", lambda: eager(True)),
         Provider("TRL", lambda: peers.trl_selective(problem().logits, problem().targets)),
+        Provider("TRL, one pass", lambda: peers.trl_one_pass(problem().logits, problem().targets)),
         Provider(FLOOR, lambda: moved_bytes(problem().logits.nbytes, shape.device), ""),
     ]
 

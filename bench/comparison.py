@@ -115,6 +115,8 @@ class Goal:
     bound: float
     at_most: bool = False
     unit: str = "x"
+    key: str = ""
+    """Of a goal of the GPU page."""
 
     def line(self, shape: str) -> dict[str, Any]:
         """As table.py writes it."""
@@ -123,7 +125,8 @@ class Goal:
         )  # fmt: skip
         sign = "<=" if self.at_most else ">="
         text = f"{self.text} ({shape}): {sign} {self.bound:.3g} {self.unit}"
-        return {"goal": text, "measured": self.measured, "met": met}
+        line = {"goal": text, "measured": self.measured, "met": met}
+        return line | {"key": self.key} if self.key else line
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,15 +232,17 @@ def keep_freed_memory(reserve: int) -> None:
 
 
 def compare(
-    case: Case, device: str, budget: Budget, peaks: Callable[[Provider], Mapping[str, Any]] | None
-) -> Comparison:
-    """Times every provider, then asks for peaks where they are wanted."""
+    case: Case, device: str, budget: Budget, peaks: Callable[[Provider], Mapping[str, Any]] | None,
+    so_far: Callable[[Comparison], None] = lambda _: None,
+) -> Comparison:  # fmt: skip
+    """Times every provider, then asks for peaks where they are wanted; `so_far` is told what is known in between."""
     floor = case.floor() if case.floor is not None else {}
     times = measure({p.name: p.prepare for p in case.providers}, clock_for("hot", device), budget)
     skipped, sizes = dict(times.skipped), {}
     for provider in case.providers:
         if peaks is None or not provider.memory or provider.name in skipped:
             continue
+        so_far(Comparison(case, times, dict(sizes), floor, dict(skipped)))
         found = peaks(provider)
         if "bytes" in found:
             sizes[provider.name] = int(found["bytes"])
@@ -298,24 +303,33 @@ def run_cases(
     budget = QUICK if given.quick else Budget(given.seconds, given.rounds, max(given.rounds, 25), 0.0)
     written: dict[str, Any] = {}
     goals: list[dict[str, Any]] = []
+    content: dict[str, Any] = {"environment": environment, "cases": {}, "goals": []}
     for name in given.only or names:
         case = build(name)
         print(f"{name}: {case.shape} …", file=sys.stderr, flush=True)
 
         def peaks(provider: Provider, name: str = name) -> Mapping[str, Any]:
+            if given.device == "cuda":  # its peak can be read again and again, in this process
+                return probe(provider, given.device)
             return probe_apart(script, f"{name}/{provider.name}", given.device, given.quick)
 
         found = compare(case, given.device, budget, None if given.no_memory else peaks)
         print(found.show(), flush=True)
         stamp = {key: environment[key] for key in ("commit", "uncommitted_changes", "date", "threads")}
-        written[name] = {"title": case.title, "shape": case.shape, "rows": found.rows(), "floor": dict(found.floor),
-                         "skipped": dict(found.skipped), **stamp}  # fmt: skip
+        written[name] = {**entry_of(found), **stamp}
         lines = [goal.line(case.shape) for goal in case.goals(found)]
         goals += [line | {"met": None} for line in lines] if given.quick else lines
+        content = {"environment": environment, "cases": dict(written), "goals": list(goals)}
+        write(given.out / f"{machine.slug(given.device)}-{suffix}.json", content, keep=bool(given.only))
     print(show_goals(goals))
-    content = {"environment": environment, "cases": written, "goals": goals}
-    write(given.out / f"{machine.slug(given.device)}-{suffix}.json", content, keep=bool(given.only))
     return content
+
+
+def entry_of(found: Comparison) -> dict[str, Any]:
+    """A case as the files have it."""
+    case = found.case
+    return {"title": case.title, "shape": case.shape, "rows": found.rows(), "floor": dict(found.floor),
+            "skipped": dict(found.skipped)}  # fmt: skip
 
 
 def only_probe(given: argparse.Namespace, build: Callable[[str], Case]) -> None:

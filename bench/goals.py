@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import gpu_goals
 import shapes
 from cases import FLOOR
 from interleaved import Measured, fastest
@@ -64,6 +65,8 @@ class Goal:
     bound: Callable[[Results], float]
     at_most: bool
     unit: str = "x"
+    key: str = ""
+    """Of a goal of the GPU page."""
 
     def line(self, results: Results) -> dict[str, object] | None:
         """Goal, measured, met; None where its case was not run."""
@@ -73,7 +76,8 @@ class Goal:
         met = None if found is None else (found <= bound if self.at_most else found >= bound)
         sign = "<=" if self.at_most else ">="
         shape = results[self.needs[-1]].shape
-        return {"goal": f"{self.text} ({shape}): {sign} {bound:.3g} {self.unit}", "measured": found, "met": met}
+        line = {"goal": f"{self.text} ({shape}): {sign} {bound:.3g} {self.unit}", "measured": found, "met": met}
+        return line | {"key": self.key} if self.key else line
 
 
 def faster(text: str, case: str, others: str, by: float, suffix: str = "") -> Goal:
@@ -127,19 +131,10 @@ def _growth(results: Results) -> float | None:
     return many / few if few and many else None
 
 
-def _half(results: Results) -> float | None:
-    result = results["pruned"]
-    whole = result.ours()
-    half = result.ours(", half pruned")
+def _half(result: CaseResult) -> float | None:
+    """Half of the trajectories pruned, over none pruned."""
+    whole, half = result.ours(), result.ours(", half pruned")
     return result.hot.ratio(half, whole) if whole and half else None
-
-
-def _microseconds(case: str, mode: str) -> Value:
-    def value(results: Results) -> float | None:
-        name = results[case].ours(mode=mode)
-        return None if name is None else results[case].times[mode].median(name) * 1e6
-
-    return value
 
 
 CPU_GOALS = (
@@ -152,24 +147,36 @@ CPU_GOALS = (
     Goal("the same, growth from 4096 to 16384 rows", ("memory_4k", "memory_16k"), _growth, lambda _: 1.05, True),
     faster("mixed batch, faster than our op over one vocabulary", "mixed", "ours native, one", 2.2),
     faster("mixed batch, faster than Liger chunked over one vocabulary", "mixed", "Liger chunked", 3.5),
-    Goal("half pruned / none pruned", ("pruned",), _half, lambda _: 0.55, True),
+    Goal("half pruned / none pruned", ("pruned",), lambda r: _half(r["pruned"]), lambda _: 0.55, True),
     faster("grpo_loss, faster than TRL's eager formula", "grpo_loss", "TRL eager", 8.0),
     faster("selective_logp with entropy, faster than log_softmax + gather without", "selective_logp",
            "log_softmax", 4.0),
     faster("cfg_sample with top-k and top-p, faster than the eager chain", "cfg_sample_top_p", "eager", 5.0),
 )  # fmt: skip
+
+
+def of_page(key: str, case: str, value: Callable[[CaseResult], float | None]) -> Goal:
+    """A goal of the GPU page, by its key there."""
+    goal = gpu_goals.BY_KEY[key]
+    return Goal(goal.text, (case,), lambda r: value(r[case]), lambda _: goal.bound, goal.at_most, goal.unit, key)
+
+
+def _replay(result: CaseResult) -> float | None:
+    """Of a captured graph, in microseconds."""
+    name = result.ours(mode="graph")
+    return None if name is None else result.times["graph"].median(name) * 1e6
+
+
 CUDA_GOALS = (
-    near_floor("linear_grpo_loss / three bare products", "linear_large", 1.15),
-    Goal("linear_grpo_loss, peak extra memory without dX", ("linear_large",),
-         lambda r: without_hidden(r["linear_large"]), lambda _: 1.2 * 1024, at_most=True, unit="MiB"),
-    faster("mixed batch, faster than Liger chunked over one vocabulary", "mixed", "Liger chunked", 2.8),
-    faster("mixed batch, faster than Liger Triton over one vocabulary", "mixed", "Liger Triton", 2.8),
-    Goal("half pruned / none pruned", ("pruned",), _half, lambda _: 0.55, True),
-    Goal("grpo_loss, graph replay", ("grpo_loss",), _microseconds("grpo_loss", "graph"), lambda _: 10.0, True, "us"),
-    Goal("cfg_sample, graph replay", ("cfg_sample",), _microseconds("cfg_sample", "graph"), lambda _: 15.0, True, "us"),
-    Goal("cfg_sample with top-p, graph replay", ("cfg_sample_top_p",), _microseconds("cfg_sample_top_p", "graph"),
-         lambda _: 45.0, True, "us"),
-)  # fmt: skip
+    of_page("linear", "linear_large", CaseResult.of_floor),
+    of_page("linear_memory", "linear_large", without_hidden),
+    of_page("mixed_chunked", "mixed", lambda r: r.times_slower("Liger chunked")),
+    of_page("mixed_triton", "mixed", lambda r: r.times_slower("Liger Triton")),
+    of_page("pruned", "pruned", _half),
+    of_page("grpo_loss", "grpo_loss", _replay),
+    of_page("cfg_sample", "cfg_sample", _replay),
+    of_page("cfg_sample_top_p", "cfg_sample_top_p", _replay),
+)
 
 
 def lines(results: Results, device: str) -> list[dict[str, object]]:

@@ -34,6 +34,8 @@ class Budget:
     min_rounds: int = 3
     max_rounds: int = 25
     sample_seconds: float = 0.005
+    prepare_seconds: float = math.inf
+    """Providers that would be prepared later than this are left out: the ones before are measured."""
 
     def calls(self, seconds_per_call: float) -> int:
         """As many calls as fill a sample."""
@@ -131,7 +133,7 @@ class GraphClock(EventClock):
         try:
             with torch.cuda.graph(graph):
                 kept = run()
-        except RuntimeError as error:
+        except Exception as error:  # whatever a library raises while it is captured
             torch.cuda.synchronize()
             raise Unavailable(f"cannot be captured: {_first_line(error)}") from error
 
@@ -156,15 +158,21 @@ def _first_line(error: BaseException) -> str:
 
 def measure(providers: Mapping[str, Callable[[], Run]], clock: Clock, budget: Budget) -> Measured:
     """Prepares and warms up every provider, then takes one sample of each per round."""
-    measured, runs = Measured(), {}
+    measured = Measured()
+    runs: dict[str, Run] = {}
+    start = time.perf_counter()
     for name, prepare in providers.items():
+        if time.perf_counter() - start > budget.prepare_seconds:
+            measured.skipped[name] = f"not prepared: {budget.prepare_seconds:.0f} s were over"
+            continue
         try:
             run = clock.prepare(prepare())
             run()  # compiles, allocates, loads
         except Unavailable as reason:
             measured.skipped[name] = str(reason)
-        except (RuntimeError, TypeError, AttributeError, ValueError, ImportError) as error:
-            # A peer of another version, or one that runs out of memory, leaves the others to be measured.
+        except Exception as error:
+            # A peer of another version, one whose kernel does not compile (triton's errors have no common base), or
+            # one that runs out of memory leaves the others to be measured.
             measured.skipped[name] = f"failed: {_first_line(error)}"
         else:
             runs[name] = run
@@ -180,15 +188,20 @@ def measure(providers: Mapping[str, Callable[[], Run]], clock: Clock, budget: Bu
     return measured
 
 
-def _take_rounds(measured: Measured, runs: Mapping[str, Run], clock: Clock, budget: Budget) -> None:
+def _take_rounds(measured: Measured, runs: dict[str, Run], clock: Clock, budget: Budget) -> None:
     """The first sample is one call; it says how many the next ones take."""
     calls = dict.fromkeys(runs, 1)
     start = time.perf_counter()
     for done in range(budget.max_rounds):
         if done >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
             break
-        for name, run in runs.items():
-            seconds = clock(run, calls[name])
+        for name, run in list(runs.items()):
+            try:
+                seconds = clock(run, calls[name])
+            except Exception as error:  # out of memory beside the others, say: it leaves, the others go on
+                measured.skipped[name] = f"failed in round {done + 1}: {_first_line(error)}"
+                del runs[name], measured.samples[name]
+                continue
             measured.samples[name].append(seconds)
             calls[name] = budget.calls(seconds)
 

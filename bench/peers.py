@@ -17,8 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from formulas import CLIP
-from interleaved import Unavailable
+from formulas import CLIP, padded_grpo_loss
+from interleaved import Run, Unavailable
 from problems import Head, HeadProblem, TokenProblem
 from torch import Tensor
 
@@ -32,8 +32,9 @@ def load(name: str) -> Any:
         import syncr1.engine.compat  # noqa: F401  # lets transformers and torchvision's wheel live together
 
         return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:
-        raise Unavailable(f"{name.split('.')[0]}: {str(error).splitlines()[0][:120]}") from error
+    except Exception as error:  # a peer's module may raise anything where it was made for other versions
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Unavailable(f"{name.split('.')[0]}: {first[:120]}") from error
 
 
 def need_compiler(device: str) -> None:
@@ -134,6 +135,12 @@ def trl_selective(logits: Tensor, targets: Tensor) -> Callable[[], dict[str, Ten
     }  # fmt: skip
 
 
+def trl_one_pass(logits: Tensor, targets: Tensor) -> Callable[[], dict[str, Tensor]]:
+    """`selective_log_softmax_and_entropy`: since 1.16 one Triton kernel on a GPU."""
+    function = load("trl.trainer.utils").selective_log_softmax_and_entropy
+    return lambda: dict(zip(("logp", "entropy"), function(logits, targets, entropy_requires_grad=False), strict=True))
+
+
 # Liger ----------------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +182,63 @@ def liger_triton(problem: HeadProblem) -> Callable[[], dict[str, Tensor]]:
             eps_low=CLIP, eps_high=CLIP, loss_type="dapo", reduce=True,
         )  # fmt: skip
         return outcome(problem, loss)
+
+    return run
+
+
+def per_token(problem: HeadProblem, score: Callable[[Head], tuple[Tensor, Tensor | None]]) -> Run:
+    """The padded loss on top of another library's log-probabilities [T], and its entropies where it has them."""
+    (head,) = problem.heads
+    mask_SL = torch.ones_like(problem.padded(head.targets), dtype=torch.bool)
+    old_SL = problem.padded(problem.old_logp)
+
+    def run() -> dict[str, Tensor]:
+        logp_T, entropy_T = score(head)
+        loss, metrics = padded_grpo_loss(
+            problem.padded(logp_T), old_SL, problem.advantages, mask_SL, float(problem.shape.rows),
+            entropy_SL=None if entropy_T is None else problem.padded(entropy_T.detach()),
+        )  # fmt: skip
+        return outcome(problem, loss) | metrics
+
+    return run
+
+
+def liger_scaled(problem: HeadProblem, fallback: bool) -> Run:
+    """`LigerFusedLinearScaledCrossEntropyFunction`: log-probability and entropy. On an H100 or H200 it is written in
+    CUTLASS's Python, which must be installed; the chunked PyTorch that it takes elsewhere is its `fallback`."""
+    module = load("liger_kernel.ops.fused_linear_scaled_cross_entropy")
+    if fallback:
+        apply = module._FusedLinearPPOFallbackFunction.apply
+        return per_token(problem, lambda h: _minus_first(*apply(h.hidden, h.weight, h.targets, 1.0, -100, True)))
+    apply = module.LigerFusedLinearScaledCrossEntropyFunction.apply
+    return per_token(problem, lambda h: _minus_first(*apply(h.hidden, h.weight, h.targets, 1.0, return_entropy=True)))
+
+
+def _minus_first(nll_T: Tensor, entropy_T: Tensor) -> tuple[Tensor, Tensor]:
+    return -nll_T.float(), entropy_T
+
+
+# Others ---------------------------------------------------------------------------------------------------------------
+
+
+def cut_cross_entropy(problem: HeadProblem) -> Run:
+    """ml-cross-entropy: log-probabilities without logits, which its backward computes again; no entropy."""
+    if problem.shape.device == "cpu":
+        raise Unavailable("needs a GPU")
+    function = load("cut_cross_entropy").linear_cross_entropy
+    return per_token(problem, lambda h: (-function(h.hidden, h.weight, h.targets, reduction="none").float(), None))
+
+
+def quack(problem: HeadProblem) -> Run:
+    """QuACK's chunked cross entropy: the gradient of the on-policy loss where every advantage is 1."""
+    if problem.shape.device == "cpu":
+        raise Unavailable("needs a GPU")
+    function = load("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    (head,) = problem.heads
+
+    def run() -> dict[str, Tensor]:
+        grads = torch.autograd.grad(function(head.hidden, head.weight, head.targets), [head.hidden, head.weight])
+        return dict(zip(("dhidden/text", "dweight/text"), grads, strict=True))
 
     return run
 

@@ -46,7 +46,7 @@ def understanding(sides: Sides) -> Case:
         few, time = short and size.device == "cpu", Stopwatch()
         chosen = slice(0, 1 if few else P)
         made = hf_text_rollout(
-            sides.peer, ids[chosen], pixels[chosen], 2 if few else work.group, 2 if few else work.text_tokens,
+            sides.peer, ids[chosen], pixels[chosen], 2 if few else work.group, 2 if short else work.text_tokens,
             forbidden=sides.forbidden, encode=encode, time=time,
         )  # fmt: skip
         return Told(time.seconds, {"kv_bytes": made.kv_bytes, "tokens": made.tokens.numel()})
@@ -62,7 +62,9 @@ def understanding(sides: Sides) -> Case:
     def goals(found: Comparison) -> list[Goal]:
         per_prompt = f"{HF_TEXT}, photo once per prompt"
         return [
-            Goal("understanding rollout, faster than HF generate", found.times_slower(HF_TEXT), 2.5),
+            Goal(
+                "understanding rollout, faster than HF generate", found.times_slower(HF_TEXT), 2.5, key="text_rollout"
+            ),
             Goal("understanding rollout, KV / HF generate's", found.number_share("kv_bytes", per_prompt), 0.25, True),
         ]
 
@@ -80,6 +82,7 @@ def drawing(sides: Sides) -> Case:
     work, size = sides.work, sides.size
     ids, engine = sides.ids(sides.drawings), RolloutEngine(sides.policy)
     (P, L), N = ids.shape, size.image_tokens
+    on_gpu = size.device == "cuda"
 
     def ours(short: bool) -> Told:
         few = short and size.device == "cpu"
@@ -92,11 +95,12 @@ def drawing(sides: Sides) -> Case:
     def hf(short: bool) -> Told:
         few, time = short and size.device == "cpu", Stopwatch()
         made = hf_image_rollout(
-            sides.peer, ids[: 1 if few else P], 2 if few else work.group, N, work.cfg_weight, pad_id=sides.pad_id,
-            time=time,
+            sides.peer, ids[: 1 if few else P], 2 if few else work.group, 2 if short else N, work.cfg_weight,
+            pad_id=sides.pad_id, time=time,
         )  # fmt: skip
         with torch.no_grad(), time("draw"):
-            sides.peer.model.vqmodel.decode(made.tokens)
+            whole = made.tokens if not short else made.tokens[:, :1].expand(-1, N).contiguous()
+            sides.peer.model.vqmodel.decode(whole)
         return Told(time.seconds, {"kv_bytes": made.kv_bytes, "tokens": made.tokens.numel()})
 
     def floor() -> dict[str, float]:
@@ -108,8 +112,12 @@ def drawing(sides: Sides) -> Case:
         )  # fmt: skip
 
     def goals(found: Comparison) -> list[Goal]:
+        stages = found.provider(OURS).stages()
+        least = found.floor["steps"] + found.floor["keys and values"]
+        steps = stages["image"] / least if "image" in stages else None
         return [
-            Goal("image rollout, faster than the HF loop", found.times_slower(HF_IMAGE), 1.5),
+            *([Goal("image tokens, all steps / their floor", steps, 1.5, True, key="image_step")] if on_gpu else []),
+            Goal("image rollout, faster than the HF loop", found.times_slower(HF_IMAGE), 1.5, key="image_rollout"),
             Goal("image rollout, KV / the HF loop's", found.number_share("kv_bytes", HF_IMAGE), 0.85, True),
         ]
 

@@ -3,6 +3,7 @@
     python bench/step.py                       both cases, several minutes on two cores
     python bench/step.py --only training       one of them, the others stay in the file
     python bench/step.py --only step_at_once   the step, with the released rollouts of all prompts at once
+    python bench/step.py --only our_step       the step of ours alone, by stage
     python bench/step.py --quick --out /tmp/x  a tiny model: shows that everything runs
 
 The step is mixed: as many questions about photos as images to draw, G trajectories each, the same cheap rewards on both
@@ -29,7 +30,7 @@ from training import training
 
 from syncr1.engine.records import Prompt
 
-CASES, ON_REQUEST = ("training", "step"), ("step_at_once",)
+CASES, ON_REQUEST = ("training", "step"), ("step_at_once", "our_step")
 RELEASED, WITH_DGS, WITHOUT_DGS = "released", f"{OURS}, DGS", f"{OURS}, no DGS"
 DESCRIBED = f"{RELEASED}, G photos and all logits"
 """The released way as it is often told; its code is leaner, see released.py."""
@@ -116,12 +117,18 @@ def released_step(sides: Sides, name: str, **how: Any) -> Provider:
     return Provider(name, run, memory=False)
 
 
-def step(sides: Sides, at_once: bool) -> Case:
-    """P questions about photos and P drawings, from prompts to updated weights."""
+def step(sides: Sides, against: str) -> Case:
+    """P questions about photos and P drawings, from prompts to updated weights.
+
+    Args:
+        sides: the model and the prompts.
+        against: the released step in its two forms (`pairs`), with all prompts `at once`, or nothing (`none`).
+    """
     work, size = sides.work, sides.size
-    if at_once:
+    peers: dict[str, Provider] = {}
+    if against == "at once":
         peers = {f"{RELEASED}, at once": released_step(sides, f"{RELEASED}, at once")}
-    else:
+    elif against == "pairs":
         peers = {
             DESCRIBED: released_step(sides, DESCRIBED, pair_by_pair=True, encode="per sample", logits="every position"),
             RELEASED: released_step(sides, RELEASED, pair_by_pair=True),
@@ -146,7 +153,8 @@ def build_case(name: str, size: Size, work: Work, folder: Path) -> Case:
     """A case by name, with sides of its own."""
     if name == "training":
         return training(Sides(size, work, folder, 2, 0))
-    return step(Sides(size, work, folder, work.pairs, work.pairs), name == "step_at_once")
+    against = {"step": "pairs", "step_at_once": "at once", "our_step": "none"}[name]
+    return step(Sides(size, work, folder, work.pairs, work.pairs), against)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,32 @@ def modes_of(case: Case, device: str) -> tuple[str, ...]:
 
 
 def run_case(
-    name: str, case: Case, shape: Shape, device: str, budget: Budget, *, memory: bool, compiled: bool = True,
-    quick: bool = False,
+    name: str, case: Case, shape: Shape, device: str, budget: Budget, *, memory: bool,
+    chosen: Callable[[str], bool] = lambda _: True, quick: bool = False,
+    so_far: Callable[[CaseResult, dict[str, str]], None] = lambda *_: None, modes: Sequence[str] | None = None,
 ) -> tuple[CaseResult, dict[str, str]]:  # fmt: skip
-    """Times and memory of one case, and why providers were left out."""
+    """Times and memory of one case, and why providers were left out.
+
+    Args:
+        name, case, shape, device: what is measured.
+        budget: of each mode.
+        memory: also the peaks.
+        chosen: which providers take part, by name; ours and the floor are prepared first.
+        quick: tiny shapes.
+        so_far: called with what is known after each mode.
+        modes: None: all that the case has.
+    """
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # else the cases before count as recompilations of this one
-    providers = [p for p in case.build(shape) if compiled or "compile" not in p.name]
+    providers = [p for p in case.build(shape) if chosen(p.name)]
+    providers.sort(key=lambda p: not p.name.startswith(("ours", FLOOR)))
     times: dict[str, Measured] = {}
     skipped: dict[str, str] = {}
-    for mode in modes_of(case, device):
+    for mode in modes or modes_of(case, device):
         times[mode] = measure({p.name: p.prepare for p in providers}, clock_for(mode, device), budget)
         suffix = "" if mode == "hot" else f" [{mode}]"
         skipped |= {provider + suffix: reason for provider, reason in times[mode].skipped.items()}
+        so_far(CaseResult(shape, times, {}), skipped)
     peaks: dict[str, int] = {}
     if memory and (case.memory or device == "cuda"):
         for provider in providers:
@@ -59,7 +73,8 @@ def run_case(
             if "bytes" in found:
                 peaks[provider.name] = found["bytes"]
             else:
-                skipped[provider.name] = found["skipped"]
+                skipped[f"{provider.name}, memory"] = found["skipped"]
+            so_far(CaseResult(shape, times, peaks), skipped)
     return CaseResult(shape, times, peaks), skipped
 
 
@@ -153,24 +168,25 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print(json.dumps(environment))
     results: dict[str, CaseResult] = {}
     written: dict[str, Any] = {}
+    content: dict[str, Any] = {"environment": environment, "cases": {}, "goals": []}
     for name, (case, shape) in cases.items():
         if given.only and name not in given.only:
             continue
         print(f"{name}: {shape} …", file=sys.stderr, flush=True)
         results[name], skipped = run_case(
-            name, case, shape, given.device, budget, memory=not given.no_memory, compiled=not given.no_compile,
-            quick=given.quick,
+            name, case, shape, given.device, budget, memory=not given.no_memory,
+            chosen=lambda provider: not given.no_compile or "compile" not in provider, quick=given.quick,
         )  # fmt: skip
         print(show(case.title, results[name], skipped), flush=True)
         stamp = {key: environment[key] for key in ("commit", "uncommitted_changes", "date", "threads")}
         written[name] = {"title": case.title, "shape": str(shape), "rows": rows_of(results[name]),
                          "skipped": skipped, **stamp}  # fmt: skip
-    reached = goals.lines(results, given.device)
-    if given.quick:  # tiny shapes say nothing about the goals
-        reached = [line | {"met": None} for line in reached]
-    print(show_goals(reached))
-    content = {"environment": environment, "cases": written, "goals": reached}
-    write(given.out / f"{machine.slug(given.device)}.json", content, keep=bool(given.only))
+        reached = goals.lines(results, given.device)
+        if given.quick:  # tiny shapes say nothing about the goals
+            reached = [line | {"met": None} for line in reached]
+        content = {"environment": environment, "cases": dict(written), "goals": reached}
+        write(given.out / f"{machine.slug(given.device)}.json", content, keep=bool(given.only))
+    print(show_goals(content["goals"]))
     return content
 
 

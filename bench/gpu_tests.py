@@ -1,0 +1,70 @@
+"""The tests that need a GPU, one file a step, each test known as it ends.
+
+Files of Triton kernels keep their tests in `check_…` functions, which another test runs in a process of its own: here
+they are run directly, so that one failure does not hide the others.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpu_report import Report, Skipped
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+CHECKS = ("triton_rows", "triton_loss", "triton_sample", "triton_decode_attention")
+"""Files with `check_…` functions."""
+
+
+class Recorder:
+    """A plugin that hands every result on."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """The call of a test, or what ended it before."""
+        if report.when == "call" or report.outcome != "passed":
+            ok = {"passed": True, "failed": False, "skipped": None}[report.outcome]
+            detail = "" if ok else _reason(report)
+            self.report.line(name=report.nodeid.split("/")[-1], ok=ok, detail=detail, seconds=report.duration)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """A file that cannot be imported."""
+        if report.failed:
+            self.report.line(name=f"{report.nodeid}: collection", ok=False, detail=_reason(report))
+
+
+def _reason(report: Any) -> str:
+    """The last line that says something."""
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[-1])[:300]
+    lines = [line for line in str(report.longrepr).splitlines() if line.strip()]
+    wrong = [line[1:].strip() for line in lines if line.startswith("E ")]
+    return (wrong or lines[-1:] or [""])[0][:300]
+
+
+def run(report: Report, pretend: bool, name: str) -> None:
+    """`tests/test_<name>.py`: what is marked gpu, or its checks; in pretence one quick check in the interpreter."""
+    options = ["-q", "-x"] if pretend else ["-q"]
+    options += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    if name in CHECKS:
+        options += ["-o", "python_functions=check_*"]
+        if pretend:
+            options += ["-k", "nothing or empty or no_rows"]
+    else:
+        options += ["-m", "gpu"]
+    # Every check compiles kernels for seconds, on one core.
+    workers = (os.cpu_count() or 1) // 4 if name in CHECKS and not pretend and importlib.util.find_spec("xdist") else 1
+    options += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-p", "no:xdist"]
+    code = pytest.main([str(TESTS / f"test_{name}.py"), *options], plugins=[Recorder(report)])
+    lines = report.found.get("lines", [])
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED and not lines:
+        raise Skipped("nothing there to run")
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        report.line(name=f"{name}: pytest", ok=False, detail=f"exit code {int(code)}: see the log")
+    passed, failed = (sum(line["ok"] is ok for line in lines) for ok in (True, False))
+    report.write(passed=passed, failed=failed, skipped=len(lines) - passed - failed)
