@@ -8,7 +8,7 @@ from triton_child import TESTS, run_checks
 pytest.importorskip("triton")
 BATCHES = [
     ("test_triton_sample.py", "test_triton_rows.py"),
-    ("test_triton_loss.py", "test_triton_decode_attention.py"),
+    ("test_triton_loss.py", "test_triton_decode_attention.py", "test_triton_ops.py"),
 ]
 
 

@@ -57,7 +57,7 @@ def valid_moments(reward_ptr, start, end):
         centred_I = tl.where(reward_I == reward_I, reward_I - mean, 0.0)
         squares_I += centred_I * centred_I
     highest, lowest = tl.max(highest_I), tl.min(lowest_I)
-    varies = highest - lowest > SPREAD_SHARE * tl.maximum(tl.abs(highest), tl.abs(lowest))
+    varies = highest - lowest > tl.maximum(tl.abs(highest), tl.abs(lowest)) * SPREAD_SHARE
     return count, mean, tl.sum(squares_I), varies
 
 
