@@ -14,29 +14,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.dgs import PreviewGate
-from syncr1.engine.evaluate.run import Evaluation, evaluate
-from syncr1.engine.made_once import cache_dir, fingerprint, made_once
-from syncr1.engine.policies.auto import load_policy
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rewards.base import score
-from syncr1.engine.rewards.caption import CaptionLikelihood
-from syncr1.engine.rewards.clip import ClipScorer
-from syncr1.engine.rewards.ensemble import RewardSet, build_rewards, combine
-from syncr1.engine.rewards.identity import IdentityReward
-from syncr1.engine.rewards.judge import AttributeScorer, index_scorer, posterior_scorer
-from syncr1.engine.rewards.llm_judge import LLMJudge
-from syncr1.engine.rollout import Sampling, generate
-from syncr1.engine.train_config import TrainConfig
-from syncr1.engine.world.attributes import VALUES
-from syncr1.engine.world.base_model import BaseSettings, train_base
-from syncr1.engine.world.checker import AttributeChecker
-from syncr1.engine.world.disk import write_world
-from syncr1.engine.world.general import write_general
-from syncr1.engine.world.judge_cnn import JudgeCNN, train_judge
-from syncr1.engine.world.vq import load_vq
+from .config import SyncR1Config
+from .dgs import PreviewGate
+from .evaluate.run import Evaluation, evaluate
+from .made_once import cache_dir, fingerprint, made_once
+from .policies.auto import load_policy
+from .policies.base import Policy
+from .records import Prompt, Rollout
+from .rewards.base import score
+from .rewards.caption import CaptionLikelihood
+from .rewards.clip import ClipScorer
+from .rewards.ensemble import RewardSet, build_rewards, combine
+from .rewards.identity import IdentityReward
+from .rewards.judge import AttributeScorer, index_scorer, posterior_scorer
+from .rewards.llm_judge import LLMJudge
+from .rollout import Sampling, generate
+from .train_config import TrainConfig
+from .world.attributes import VALUES
+from .world.base_model import BaseSettings, train_base
+from .world.checker import AttributeChecker
+from .world.disk import write_world
+from .world.general import write_general
+from .world.judge_cnn import JudgeCNN, train_judge
+from .world.vq import load_vq
 
 Report = Callable[[str], None]
 

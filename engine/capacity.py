@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from syncr1.engine.cache import CacheShape
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import Prompt, SegmentKind
+from .cache import CacheShape
+from .policies.base import Policy
+from .records import Prompt, SegmentKind
 
 SUPPORTED_SEGMENTS: tuple[tuple[SegmentKind, ...], ...] = (
     ("text",),

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from syncr1.engine.safetensors_stream import NAMES, CheckpointError
+from .safetensors_stream import NAMES, CheckpointError
 
 Result = TypeVar("Result")
 Warn = Callable[[str], None]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from syncr1.engine.settings import ConfigError, from_yaml, read_yaml, settings_of, to_yaml, unknown_name
+from .settings import ConfigError, from_yaml, read_yaml, settings_of, to_yaml, unknown_name
 
 __all__ = ["ConfigError", "from_yaml", "parse", "to_yaml", "write_default_yaml"]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from syncr1.engine.config_rules import AT_LEAST_0, BELOW_1, RANGES, RULES, Range, Rule, may_be_hub_name
-from syncr1.engine.settings import ConfigError, from_yaml, to_yaml
-from syncr1.engine.train_config import Credit, DGSRule, LossType, TrainConfig, check
+from .config_rules import AT_LEAST_0, BELOW_1, RANGES, RULES, Range, Rule, may_be_hub_name
+from .settings import ConfigError, from_yaml, to_yaml
+from .train_config import Credit, DGSRule, LossType, TrainConfig, check
 
 __all__ = ["ConfigError", "Credit", "DGSRule", "LossType", "SyncR1Config", "check", "from_yaml", "to_yaml"]
 

@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from syncr1.engine.records import Rollout
-from syncr1.engine.rewards.ensemble import RewardSet, combine
 from syncr1.kernels.api import group_advantages
+
+from .records import Rollout
+from .rewards.ensemble import RewardSet, combine
 
 Scale = Literal["group", "batch", "none", "loo"]
 

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncr1.engine.attention import AttentionLayout
-from syncr1.engine.cache import Decode, Rows, Store
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import SegmentKind
 from syncr1.kernels.api import CFGSample, cfg_sample
+
+from .attention import AttentionLayout
+from .cache import Decode, Rows, Store
+from .policies.base import Policy
+from .records import SegmentKind
 
 Trunk = Callable[[Tensor, Tensor, AttentionLayout], Tensor]
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from syncr1.engine.records import Prompt
+from .records import Prompt
 
 PreviewScorer = Callable[[Sequence[Prompt], Sequence[str], Tensor], Tensor]
 """(prompts, texts, images [n, 3, H, W]) -> scores [n] float32 in about [0, 1]; NaN = cannot be judged."""

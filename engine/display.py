@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from syncr1.engine.records import StepMetrics
-from syncr1.engine.scores import SUMMARY, ScoreRow, Scores, measures_in, score_rows, show_change, show_score
+from .records import StepMetrics
+from .scores import SUMMARY, ScoreRow, Scores, measures_in, score_rows, show_change, show_score
 
 
 class Display:

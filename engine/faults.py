@@ -56,12 +56,12 @@ def run_to_exit(run: Callable[[Config], object], config: Config) -> None:
     """A recipe's last line: `run(config)`, with its errors said in a line and turned into this page's exit codes.
 
     Returns when all went well; else the process ends."""
-    from syncr1.engine.pictures import PictureError
-    from syncr1.engine.prompts import DataError
-    from syncr1.engine.rewards.base import still_running
-    from syncr1.engine.rewards.custom import RewardSpecError
-    from syncr1.engine.safetensors_stream import CheckpointError
-    from syncr1.engine.settings import ConfigError
+    from .pictures import PictureError
+    from .prompts import DataError
+    from .rewards.base import still_running
+    from .rewards.custom import RewardSpecError
+    from .safetensors_stream import CheckpointError
+    from .settings import ConfigError
 
     code = 0
     try:

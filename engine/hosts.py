@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from syncr1.engine.settings import ConfigError
+from .settings import ConfigError
 
 DEFAULT_HOSTFILE = Path("/job/hostfile")
 """Where DeepSpeed looks."""

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from syncr1.engine.faults import Preempted
+from .faults import Preempted
 
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 

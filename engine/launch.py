@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from syncr1.engine.faults import Preempted
-from syncr1.engine.hosts import DEFAULT_HOSTFILE, Host, check_host, check_launcher, executor, read_hostfile
-from syncr1.engine.interrupts import preemptible
-from syncr1.engine.nodes import passed_environment, run_nodes
-from syncr1.engine.settings import ConfigError
+from .faults import Preempted
+from .hosts import DEFAULT_HOSTFILE, Host, check_host, check_launcher, executor, read_hostfile
+from .interrupts import preemptible
+from .nodes import passed_environment, run_nodes
+from .settings import ConfigError
 
 Config = TypeVar("Config")
 How = Literal["here", "rank", "torchrun", "hosts", "srun", "srun_task"]

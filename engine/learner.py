@@ -26,16 +26,17 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from torch import Tensor
 
-from syncr1.engine.checkpoint import sync_tree
-from syncr1.engine.faults import NotFinite
-from syncr1.engine.memory import bucket_size
-from syncr1.engine.objective import Objective, PolicyForward
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.policies.lora import adapter_disabled, base_of, has_lora, save_adapter
-from syncr1.engine.records import MODALITY_NAMES, PackedBatch
-from syncr1.engine.rollout import RolloutEngine
-from syncr1.engine.stopwatch import Stopwatch
 from syncr1.kernels.api import non_finite_passes
+
+from .checkpoint import sync_tree
+from .faults import NotFinite
+from .memory import bucket_size
+from .objective import Objective, PolicyForward
+from .policies.base import Policy
+from .policies.lora import adapter_disabled, base_of, has_lora, save_adapter
+from .records import MODALITY_NAMES, PackedBatch
+from .rollout import RolloutEngine
+from .stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class Learner:
         graphs = None if settings.cuda_graphs and settings.zero_stage < 3 else False
         trunk = None
         if settings.compile_decode and settings.zero_stage < 3:  # its hooks would break what is compiled
-            from syncr1.engine.policies.compiled import CompiledTrunk
+            from .policies.compiled import CompiledTrunk
 
             trunk = CompiledTrunk(self.policy)
         return RolloutEngine(self.policy, cuda_graphs=graphs, trunk=trunk)

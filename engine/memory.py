@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from syncr1.engine.capacity import Sizes
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.policies.lora import add_lora
-from syncr1.engine.records import Prompt
-from syncr1.engine.rollout import DRAWN_AT_ONCE
-from syncr1.engine.train_config import TrainConfig
 from syncr1.kernels.linear import CHUNK_ROWS, WORKSPACE_BYTES
+
+from .capacity import Sizes
+from .policies.base import Policy
+from .policies.lora import add_lora
+from .records import Prompt
+from .rollout import DRAWN_AT_ONCE
+from .train_config import TrainConfig
 
 
 def bucket_size(num_trained: int) -> int:

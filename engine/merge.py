@@ -38,8 +38,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from syncr1.engine.model_card import is_hub_name, model_name
-from syncr1.engine.safetensors_stream import (
+from .model_card import is_hub_name, model_name
+from .safetensors_stream import (
     INDEX,
     MAX_SHARD_BYTES,
     CheckpointError,

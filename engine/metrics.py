@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from syncr1.engine.records import MODALITY_NAMES
+from .records import MODALITY_NAMES
 
 SUMS = frozenset({
     *("num_tokens", "tokens_per_second", "reward_failures", "pack/tokens", "rollout/prefill_tokens"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from syncr1.engine.scores import Scores, measures_in, score_rows, show_change, show_score
+from .scores import Scores, measures_in, score_rows, show_change, show_score
 
 CARD = "README.md"
 REDACTED = "[redacted]"

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from syncr1.engine.faults import EXIT_PREEMPTED
+from .faults import EXIT_PREEMPTED
 
 FINAL = (2, EXIT_PREEMPTED)
 """Exit codes after which starting again does not help, or is not wanted."""

@@ -16,10 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from syncr1.engine.attention import PackedLayout
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import IMAGE, MODALITY_NAMES, PackedBatch
 from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
+
+from .attention import PackedLayout
+from .policies.base import Policy
+from .records import IMAGE, MODALITY_NAMES, PackedBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

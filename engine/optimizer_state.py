@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.engine.safetensors_stream import CheckpointError
+from .safetensors_stream import CheckpointError
 
 MASTER = "master"
 STATES = ("step", "exp_avg", "exp_avg_sq")

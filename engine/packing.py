@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import IMAGE, TEXT, PackedBatch, Rollout, Segment
 from syncr1.kernels.api import SharedPrefixLayout
+
+from .policies.base import Policy
+from .records import IMAGE, TEXT, PackedBatch, Rollout, Segment
 
 
 def pack(

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from syncr1.engine.messages import Refused
+from .messages import Refused
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger pictures are refused before they are decoded (a decompression bomb is a small file)."""

@@ -21,16 +21,16 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from syncr1.engine.capacity import Sizes, check_plans, check_prompts
-from syncr1.engine.launch import Request, Start, count_gpus, decide
-from syncr1.engine.memory import memory_of
-from syncr1.engine.pictures import open_picture
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.policies.emu3 import Emu3Policy
-from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.records import Prompt
-from syncr1.engine.settings import ConfigError, to_yaml
-from syncr1.engine.train_config import TrainConfig
+from .capacity import Sizes, check_plans, check_prompts
+from .launch import Request, Start, count_gpus, decide
+from .memory import memory_of
+from .pictures import open_picture
+from .policies.base import Policy
+from .policies.emu3 import Emu3Policy
+from .policies.janus import JanusPolicy
+from .records import Prompt
+from .settings import ConfigError, to_yaml
+from .train_config import TrainConfig
 
 _BUILDERS: Mapping[str, tuple[Any, Callable[[Any, str], Policy]]] = {
     "janus": (
@@ -55,9 +55,9 @@ def policy_without_weights(name: str | None) -> Policy:
         ValueError: no policy is known for the checkpoint's `model_type`.
     """
     if name is None:
-        from syncr1.engine.world.attributes import CONCEPTS
-        from syncr1.engine.world.base_model import corpus
-        from syncr1.engine.world.tiny_janus import build_policy
+        from .world.attributes import CONCEPTS
+        from .world.base_model import corpus
+        from .world.tiny_janus import build_policy
 
         tiny = build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=0, freeze_vision=True)
         return tiny.to("meta")

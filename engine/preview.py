@@ -18,11 +18,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from syncr1.engine.cache import Rows, Store
-from syncr1.engine.decode import Phase, Samples, State
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import Prompt
-from syncr1.engine.stepping import Stepper
+from .cache import Rows, Store
+from .decode import Phase, Samples, State
+from .policies.base import Policy
+from .records import Prompt
+from .stepping import Stepper
 
 
 class Preview(Protocol):

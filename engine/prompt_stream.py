@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from syncr1.engine.evaluate.unifybench import PAIRS
-from syncr1.engine.prompts import by_task
-from syncr1.engine.records import Prompt
+from .evaluate.unifybench import PAIRS
+from .prompts import by_task
+from .records import Prompt
 
 
 class PromptStream:

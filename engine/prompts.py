@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from syncr1.engine.evaluate.unifybench import (
+from .evaluate.unifybench import (
     PAIRS,
     ConceptFolder,
     DataError,
@@ -25,8 +25,8 @@ from syncr1.engine.evaluate.unifybench import (
     recognition_test,
     recognition_training,
 )
-from syncr1.engine.messages import shown
-from syncr1.engine.records import Prompt, SegmentKind
+from .messages import shown
+from .records import Prompt, SegmentKind
 
 __all__ = ["DataError", "load_anchors", "load_benchmark", "load_training_prompts"]
 

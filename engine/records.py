@@ -18,7 +18,7 @@ from torch import Tensor
 from syncr1.kernels.api import SharedPrefixLayout
 
 if TYPE_CHECKING:
-    from syncr1.engine.pictures import ImageRef
+    from .pictures import ImageRef
 
 TEXT, IMAGE = 0, 1
 """Values of `modality`: the vocabulary that a *target* token belongs to."""

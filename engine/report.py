@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from syncr1.engine.charts import line_chart, stacked_chart
-from syncr1.engine.display import duration
-from syncr1.engine.scores import SUMMARY, ScoreRow, measures_in, score_rows, show_change, show_score
+from .charts import line_chart, stacked_chart
+from .display import duration
+from .scores import SUMMARY, ScoreRow, measures_in, score_rows, show_change, show_score
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MAX_SHEETS, MAX_PAIRS = 8, 24

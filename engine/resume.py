@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from syncr1.engine.checkpoint import (
+from .checkpoint import (
     Checkpoint,
     Warn,
     agreed,
@@ -33,17 +33,17 @@ from syncr1.engine.checkpoint import (
     shard_name,
     verified,
 )
-from syncr1.engine.learner import Learner
-from syncr1.engine.optimizer_state import (
+from .learner import Learner
+from .optimizer_state import (
     check_optimizer_tensors,
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from syncr1.engine.safetensors_stream import CheckpointError
-from syncr1.engine.saver import Saver
-from syncr1.engine.settings import ConfigError, to_yaml
-from syncr1.engine.train_config import TrainConfig
-from syncr1.engine.trainer import Prompts, Trainer
+from .safetensors_stream import CheckpointError
+from .saver import Saver
+from .settings import ConfigError, to_yaml
+from .train_config import TrainConfig
+from .trainer import Prompts, Trainer
 
 FREE = frozenset({
     *("max_steps", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "save_total_limit", "dry_run"),

@@ -21,15 +21,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from syncr1.engine.cache import Extend, Prefill, Rows
-from syncr1.engine.capacity import Sizes, check_fits, check_plans, check_prompts
-from syncr1.engine.decode import Phase, Samples, State, Trunk, advance
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.policies.few_rows import FewRows
-from syncr1.engine.preview import Canvas, Preview, draw, fill, preview_length
-from syncr1.engine.records import Prompt, Rollout, Segment, SegmentKind
-from syncr1.engine.stepping import Stepper
-from syncr1.engine.stopwatch import Stopwatch
+from .cache import Extend, Prefill, Rows
+from .capacity import Sizes, check_fits, check_plans, check_prompts
+from .decode import Phase, Samples, State, Trunk, advance
+from .policies.base import Policy
+from .policies.few_rows import FewRows
+from .preview import Canvas, Preview, draw, fill, preview_length
+from .records import Prompt, Rollout, Segment, SegmentKind
+from .stepping import Stepper
+from .stopwatch import Stopwatch
 
 IMAGE_OFFSET, FOLLOW_UP_OFFSET = 1 << 20, 1 << 21
 """Random-number counters of image and follow-up tokens start here, so that they do not depend on the text's length."""

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from syncr1.engine.assemble import Evaluator, build_reward_set, prepare_data, prepare_policy
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.data.samples import load_prompts
-from syncr1.engine.display import Display
-from syncr1.engine.learner import Learner, local_device
-from syncr1.engine.model_card import write_model_card
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.prompt_stream import PromptStream
-from syncr1.engine.prompts import DataError, by_task, load_anchors, load_benchmark, load_training_prompts
-from syncr1.engine.records import Prompt
-from syncr1.engine.resume import resume_point
-from syncr1.engine.runlog import open_run_log
-from syncr1.engine.training import (
+from .assemble import Evaluator, build_reward_set, prepare_data, prepare_policy
+from .config import SyncR1Config
+from .data.samples import load_prompts
+from .display import Display
+from .learner import Learner, local_device
+from .model_card import write_model_card
+from .policies.base import Policy
+from .prompt_stream import PromptStream
+from .prompts import DataError, by_task, load_anchors, load_benchmark, load_training_prompts
+from .records import Prompt
+from .resume import resume_point
+from .runlog import open_run_log
+from .training import (
     add_adapters,
     evaluate,
     fuse_kernels,
@@ -34,7 +34,7 @@ from syncr1.engine.training import (
     train,
     write_scores,
 )
-from syncr1.engine.watchdog import Watchdog
+from .watchdog import Watchdog
 
 
 def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
@@ -119,7 +119,7 @@ def starting_policy(config: SyncR1Config, display: Display) -> Policy:
 
 def dry_run(config: SyncR1Config) -> None:
     """Prints the resolved settings, the plan, memory and the first prompts, without loading a model."""
-    from syncr1.engine.plan import show
+    from .plan import show
 
     def prompts_of(world_size: int) -> list[Prompt]:
         root = prepare_data(config)

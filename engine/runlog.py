@@ -30,14 +30,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncr1.engine import report, sheets
-from syncr1.engine.records import Rollout, StepMetrics
-from syncr1.engine.scores import Scores, flatten_scores
-from syncr1.engine.settings import to_yaml
-from syncr1.engine.sheets import Rewards, as_rewards
-from syncr1.engine.trackers import Trackers
 from syncr1.kernels.api import attention_provider
 from syncr1.kernels.dispatch import available
+
+from . import report, sheets
+from .records import Rollout, StepMetrics
+from .scores import Scores, flatten_scores
+from .settings import to_yaml
+from .sheets import Rewards, as_rewards
+from .trackers import Trackers
 
 PACKAGES = ("syncr1", "torch", "transformers", "deepspeed", "triton", "tokenizers", "safetensors", "numpy", "pillow")
 MAX_FOLDERS = 10_000

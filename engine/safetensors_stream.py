@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from syncr1.engine.messages import Refused
+from .messages import Refused
 
 DTYPES = {
     "F64": torch.float64,

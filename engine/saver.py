@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from syncr1.engine.checkpoint import Group, place
+from .checkpoint import Group, place
 
 GRACE_SECONDS = 60.0
 """How long a process that ends waits for a save; one that is given up leaves a draft, as a kill would."""

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import yaml
 
-from syncr1.engine.messages import Refused, shown
+from .messages import Refused, shown
 
 Config = TypeVar("Config")
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from syncr1.engine.pictures import PictureError, open_picture
-from syncr1.engine.records import Prompt, Rollout
+from .pictures import PictureError, open_picture
+from .records import Prompt, Rollout
 
 Rewards = Mapping[str, Sequence[float | None] | Tensor]
 """Reward name -> one value per rollout; None or NaN: it did not apply.  `reward`, if there, is the total."""

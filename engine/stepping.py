@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncr1.engine.cache import CacheShape, Rows, Store
-from syncr1.engine.decode import Linear, Phase, Samples, State, TokenStep, Trunk
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.policies.few_rows import FewRows
+from .cache import CacheShape, Rows, Store
+from .decode import Linear, Phase, Samples, State, TokenStep, Trunk
+from .policies.base import Policy
+from .policies.few_rows import FewRows
 
 POLL_STEPS = 8
 """Steps between two looks at how many sequences are left."""

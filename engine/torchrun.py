@@ -15,8 +15,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import main as run
 
-from syncr1.engine.faults import EXIT_PREEMPTED
-from syncr1.engine.interrupts import PREEMPTING
+from .faults import EXIT_PREEMPTED
+from .interrupts import PREEMPTING
 
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from syncr1.engine.config_rules import RANGES, RULES, Range, Rule, range_problems
-from syncr1.engine.settings import ConfigError, normalise
+from .config_rules import RANGES, RULES, Range, Rule, range_problems
+from .settings import ConfigError, normalise
 
 Credit = Literal["shared", "per_segment", "image_only"]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]

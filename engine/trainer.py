@@ -13,19 +13,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from syncr1.engine.credit import credited_rewards, shared_within_samples
-from syncr1.engine.dgs import PreviewGate
-from syncr1.engine.learner import Learner
-from syncr1.engine.metrics import merged
-from syncr1.engine.packing import pack
-from syncr1.engine.records import MODALITY_NAMES, PackedBatch, Prompt, Rollout, StepMetrics
-from syncr1.engine.rewards.base import RewardTable, score
-from syncr1.engine.rewards.ensemble import RewardSet, combine
-from syncr1.engine.rollout import RolloutStats, Sampling
-from syncr1.engine.stopwatch import Stopwatch, split
-from syncr1.engine.train_config import TrainConfig
 from syncr1.kernels.api import dgs_select
 from syncr1.kernels.reference.advantage import SPREAD
+
+from .credit import credited_rewards, shared_within_samples
+from .dgs import PreviewGate
+from .learner import Learner
+from .metrics import merged
+from .packing import pack
+from .records import MODALITY_NAMES, PackedBatch, Prompt, Rollout, StepMetrics
+from .rewards.base import RewardTable, score
+from .rewards.ensemble import RewardSet, combine
+from .rollout import RolloutStats, Sampling
+from .stopwatch import Stopwatch, split
+from .train_config import TrainConfig
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
 """Called after each step with its metrics, its trajectories and their total rewards [S] (NaN: unrewarded)."""

@@ -16,24 +16,25 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from syncr1.engine.assemble import build_preview
-from syncr1.engine.display import Display
-from syncr1.engine.evaluate.run import Evaluation
-from syncr1.engine.faults import Preempted
-from syncr1.engine.interrupts import Interrupts, preemptible
-from syncr1.engine.learner import Learner, LearnerSettings, init_distributed
-from syncr1.engine.objective import Objective
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.policies.fused import use_liger_kernels
-from syncr1.engine.policies.lora import add_lora, base_of
-from syncr1.engine.records import Rollout, StepMetrics
-from syncr1.engine.resume import Checkpoints, ResumablePrompts, ResumePoint
-from syncr1.engine.rewards.ensemble import RewardSet
-from syncr1.engine.runlog import NullRunLog, RunLog
-from syncr1.engine.train_config import TrainConfig
-from syncr1.engine.trainer import CreditRule, Trainer
-from syncr1.engine.watchdog import Watchdog
 from syncr1.kernels.api import attention_provider
+
+from .assemble import build_preview
+from .display import Display
+from .evaluate.run import Evaluation
+from .faults import Preempted
+from .interrupts import Interrupts, preemptible
+from .learner import Learner, LearnerSettings, init_distributed
+from .objective import Objective
+from .policies.base import Policy
+from .policies.fused import use_liger_kernels
+from .policies.lora import add_lora, base_of
+from .records import Rollout, StepMetrics
+from .resume import Checkpoints, ResumablePrompts, ResumePoint
+from .rewards.ensemble import RewardSet
+from .runlog import NullRunLog, RunLog
+from .train_config import TrainConfig
+from .trainer import CreditRule, Trainer
+from .watchdog import Watchdog
 
 Made = TypeVar("Made")
 Scorer = Callable[[Policy], Evaluation]

@@ -31,7 +31,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from syncr1.engine.faults import EXIT_FAILED, EXIT_STALLED, RankFailed, RunEnded
+from .faults import EXIT_FAILED, EXIT_STALLED, RankFailed, RunEnded
 
 POLL = 1.0
 """Seconds between beats."""

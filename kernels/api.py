@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.kernels import calls, checks, ranges
-from syncr1.kernels.attention import SharedPrefixLayout, attention_provider, shared_prefix_attention
-from syncr1.kernels.checks import NonFiniteError, non_finite_passes
-from syncr1.kernels.decode_attention import prefix_decode_attention
-from syncr1.kernels.dispatch import BackendError, choose, same_device
-from syncr1.kernels.options import Aggregate, LossOptions, Rule, Scale, check_selection, check_statistics
-from syncr1.kernels.plan import Rewards, per_modality
-from syncr1.kernels.records import CFGSample, GRPOOutput, TokenStream
+from . import calls, checks, ranges
+from .attention import SharedPrefixLayout, attention_provider, shared_prefix_attention
+from .checks import NonFiniteError, non_finite_passes
+from .decode_attention import prefix_decode_attention
+from .dispatch import BackendError, choose, same_device
+from .options import Aggregate, LossOptions, Rule, Scale, check_selection, check_statistics
+from .plan import Rewards, per_modality
+from .records import CFGSample, GRPOOutput, TokenStream
 
 __all__ = [
     "group_advantages", "dgs_select", "grpo_loss", "linear_grpo_loss", "linear_logp", "selective_logp", "cfg_sample",

@@ -17,14 +17,14 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from syncr1.kernels.attention_ops import cuda, reference
-from syncr1.kernels.attention_ops.op import OP
-from syncr1.kernels.attention_ops.plan import Plan, plan_of
-from syncr1.kernels.checks import check_float, check_offsets, refuse
-from syncr1.kernels.dispatch import ENVIRONMENT_VARIABLE, MODULES, BackendError, refuse_transforms
-from syncr1.kernels.layout import segment_ids
-from syncr1.kernels.ops.register import constant_when_traced, registered
-from syncr1.kernels.ranges import ATTENTION_SCALE
+from .attention_ops import cuda, reference
+from .attention_ops.op import OP
+from .attention_ops.plan import Plan, plan_of
+from .checks import check_float, check_offsets, refuse
+from .dispatch import ENVIRONMENT_VARIABLE, MODULES, BackendError, refuse_transforms
+from .layout import segment_ids
+from .ops.register import constant_when_traced, registered
+from .ranges import ATTENTION_SCALE
 
 __all__ = ["SharedPrefixLayout", "attention_provider", "shared_prefix_attention"]
 

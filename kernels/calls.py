@@ -21,16 +21,17 @@ import syncr1.kernels.ops.linear_loss
 import syncr1.kernels.ops.logp
 import syncr1.kernels.ops.sample
 import syncr1.kernels.ops.scores  # noqa: F401
-from syncr1.kernels import checks, ranges
-from syncr1.kernels.dispatch import choose, same_device
-from syncr1.kernels.layout import PackedLayout
-from syncr1.kernels.ops.loss import run as run_grpo_loss
-from syncr1.kernels.ops.register import constant_when_traced, registered
-from syncr1.kernels.options import decode, encode
-from syncr1.kernels.plan import Rewards, by_modality, check_credit, per_modality, stream_layout
-from syncr1.kernels.records import MODALITIES, GRPOOutput, TokenStream
-from syncr1.kernels.reference import backend as reference
-from syncr1.kernels.terms import METRICS, METRICS_PER_MODALITY
+
+from . import checks, ranges
+from .dispatch import choose, same_device
+from .layout import PackedLayout
+from .ops.loss import run as run_grpo_loss
+from .ops.register import constant_when_traced, registered
+from .options import decode, encode
+from .plan import Rewards, by_modality, check_credit, per_modality, stream_layout
+from .records import MODALITIES, GRPOOutput, TokenStream
+from .reference import backend as reference
+from .terms import METRICS, METRICS_PER_MODALITY
 
 Setting = tuple[str, Any, str]
 """Name, value (a dict as a tuple of its items) and type: to a cache, True and 1 are the same key."""

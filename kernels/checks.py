@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from syncr1.kernels.records import MODALITIES, TokenStream
+from .records import MODALITIES, TokenStream
 
 if TYPE_CHECKING:
-    from syncr1.kernels.layout import PackedLayout
-    from syncr1.kernels.options import LossOptions
+    from .layout import PackedLayout
+    from .options import LossOptions
 
 INTEGER_DTYPES = (torch.int32, torch.int64)
 CHECKS_VARIABLE = "SYNCR1_CHECKS"

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncr1.kernels.checks import check_float, refuse
-from syncr1.kernels.dispatch import choose
-from syncr1.kernels.ops.decode_attention import run
-from syncr1.kernels.ranges import ATTENTION_SCALE
+from .checks import check_float, refuse
+from .dispatch import choose
+from .ops.decode_attention import run
+from .ranges import ATTENTION_SCALE
 
 OP = "prefix_decode_attention"
 

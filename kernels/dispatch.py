@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncr1.kernels.ops.register import constant_when_traced
-from syncr1.kernels.records import TokenStream
+from .ops.register import constant_when_traced
+from .records import TokenStream
 
 ENVIRONMENT_VARIABLE = "SYNCR1_BACKEND"
 MODULES = {

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from syncr1.kernels.checks import check_offsets, check_vector, checks_values, refuse
-from syncr1.kernels.records import MODALITIES
+from .checks import check_offsets, check_vector, checks_values, refuse
+from .records import MODALITIES
 
 
 def segment_ids(offsets: Tensor, total: int) -> Tensor:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from syncr1.kernels.terms import Backend, Head, RowSettings, RowTerms, padded
+from .terms import Backend, Head, RowSettings, RowTerms, padded
 
 WORKSPACE_BYTES = {"cpu": 1 << 27, "cuda": 1 << 29}
 """Largest workspace; on a CPU pages of a fresh allocation cost as much as sweeping over them."""

@@ -9,9 +9,9 @@ from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-from syncr1.kernels import ranges
-from syncr1.kernels.checks import refuse
-from syncr1.kernels.ranges import check_choice
+from . import ranges
+from .checks import refuse
+from .ranges import check_choice
 
 PerModality = float | Mapping[str, float]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]

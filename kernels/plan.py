@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from syncr1.kernels.checks import (
+from .checks import (
     check_float,
     check_modality_keys,
     check_rewards,
@@ -23,11 +23,11 @@ from syncr1.kernels.checks import (
     checks_values,
     refuse,
 )
-from syncr1.kernels.layout import PackedLayout
-from syncr1.kernels.options import LossOptions, for_modality
-from syncr1.kernels.records import MODALITIES, TokenStream
-from syncr1.kernels.reference.advantage import combine_advantages, combine_rewards, groups_with_variance
-from syncr1.kernels.reference.segments import reduce_segments, sum_segments
+from .layout import PackedLayout
+from .options import LossOptions, for_modality
+from .records import MODALITIES, TokenStream
+from .reference.advantage import combine_advantages, combine_rewards, groups_with_variance
+from .reference.segments import reduce_segments, sum_segments
 
 Rewards = Tensor | Mapping[str, Tensor]
 

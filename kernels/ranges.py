@@ -13,7 +13,7 @@ from numbers import Integral, Real
 
 import torch
 
-from syncr1.kernels.checks import check_modality_keys, refuse
+from .checks import check_modality_keys, refuse
 
 NUMBERS = (float, int, torch.SymFloat, torch.SymInt, Real)
 WHOLE = (int, torch.SymInt, Integral)

@@ -15,8 +15,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from syncr1.kernels.options import LossOptions, for_modality
-from syncr1.kernels.records import CFGSample, Modality
+from .options import LossOptions, for_modality
+from .records import CFGSample, Modality
 
 RowLoss = Literal["clip", "cispo", "sapo"]
 ROW_LOSSES: tuple[RowLoss, ...] = ("clip", "cispo", "sapo")

@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
-from syncr1.kernels.options import LOSS_TYPES
+from .api import TokenStream, linear_grpo_loss, linear_logp
+from .options import LOSS_TYPES
 
 __all__ = ["patch_grpo_trainer", "Patch"]
 

@@ -32,13 +32,33 @@ def trees(*folders: str) -> Iterator[tuple[str, ast.Module]]:
             yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
 
 
-def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+def imports(tree: ast.Module, name: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of every module that the file `name` imports; names that it takes from a package too."""
+    package = ["syncr1", *Path(name).parts[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.lineno, node.module
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield node.lineno, node.module or ""
+            above = package[: len(package) - node.level + 1]
+            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node.lineno, ".".join([*above, module])) for module in modules)
+
+
+def test_imports_are_relative_within_a_package_and_absolute_across() -> None:
+    """So that an editor follows them with and without an install; `compat` by name, because it must come first."""
+    wrong = []
+    for name, tree in trees("engine", "kernels"):
+        own = f"syncr1.{name.split('/')[0]}"
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.level >= len(Path(name).parts):
+                wrong.append(f"{name}:{node.lineno} leaves {own}")
+            if not node.level and node.module and f"{node.module}.".startswith(f"{own}."):
+                wrong.append(f"{name}:{node.lineno} {node.module}")
+    assert wrong == []
 
 
 def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
@@ -61,7 +81,7 @@ def test_no_path_of_one_machine() -> None:
 
 
 def test_one_file_imports_deepspeed() -> None:
-    users = {name for name, tree in trees() for _, module in imports(tree) if module.split(".")[0] == "deepspeed"}
+    users = {name for name, tree in trees() for _, module in imports(tree, name) if module.split(".")[0] == "deepspeed"}
     assert users == {"engine/learner.py"}
 
 
@@ -72,7 +92,7 @@ def test_kernels_import_torch_and_themselves() -> None:
     foreign = [
         f"{name}:{line} {module}"
         for name, tree in trees("kernels")
-        for line, module in imports(tree)
+        for line, module in imports(tree, name)
         if module.split(".")[0] not in standard | allowed and not module.startswith("syncr1.kernels")
     ]
     assert [entry for entry in foreign if "liger" not in entry and "trl" not in entry] == []
@@ -96,7 +116,7 @@ def test_flow_goes_one_way() -> None:
     for name, tree in trees("engine"):
         stage = name.removeprefix("engine/").removesuffix(".py").split("/")[0]
         if stage in order:
-            used = {module.split(".")[2] for _, module in imports(tree) if module.startswith("syncr1.engine.")}
+            used = {module.split(".")[2] for _, module in imports(tree, name) if module.startswith("syncr1.engine.")}
             later = {other for other in used & set(order) if order.index(other) > order.index(stage)}
             if later:
                 late[name] = later
@@ -108,7 +128,7 @@ def test_compat_is_imported_before_transformers() -> None:
     wrong = []
     for name, tree in trees("engine", "recipes", "tests"):
         top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        modules = [m for node in top for _, m in imports(ast.Module([node], []))]
+        modules = [m for node in top for _, m in imports(ast.Module([node], []), name)]
         heavy = [
             i for i, module in enumerate(modules) if module.split(".")[0] in ("transformers", "lpips", "torchvision")
         ]
@@ -123,7 +143,7 @@ def test_nothing_unpickles_evaluates_or_runs_a_shell() -> None:
     for name, tree in trees():
         found += [
             f"{name}:{line} {m}"
-            for line, m in imports(tree)
+            for line, m in imports(tree, name)
             if m.split(".")[0] in ("pickle", "dill", "marshal", "shelve")
         ]
         for function, call in calls(tree):

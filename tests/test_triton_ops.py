@@ -131,7 +131,7 @@ def check_float16_heads_under_a_loss_scale(num_items: float) -> None:
         (output.loss * scale).backward()
         return [leaf.grad.double() for leaf in leaves]  # type: ignore[union-attr]
 
-    truth = [grad for grad in gradients(torch.float64, "reference")]
+    truth = gradients(torch.float64, "reference")
     for ours, plain, exact in zip(
         gradients(torch.float16, "triton"), gradients(torch.float16, "reference"), truth, strict=True
     ):

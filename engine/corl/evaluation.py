@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from syncr1.engine.corl.config import CorlConfig
-from syncr1.engine.evaluate.metrics import attribute_metrics
-from syncr1.engine.evaluate.run import Evaluation, Scores, choose
-from syncr1.engine.evaluate.tasks import tagged_scores
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rewards.base import RewardFunction, score
-from syncr1.engine.rewards.ensemble import RewardSet
-from syncr1.engine.rewards.judge import AttributeScorer
-from syncr1.engine.rollout import Sampling, generate
+from ..evaluate.metrics import attribute_metrics
+from ..evaluate.run import Evaluation, Scores, choose
+from ..evaluate.tasks import tagged_scores
+from ..policies.base import Policy
+from ..records import Prompt, Rollout
+from ..rewards.base import RewardFunction, score
+from ..rewards.ensemble import RewardSet
+from ..rewards.judge import AttributeScorer
+from ..rollout import Sampling, generate
+from .config import CorlConfig
 
 MAX_ROLLOUTS = 256
 """Sequences that are drawn at once."""

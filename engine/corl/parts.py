@@ -10,20 +10,20 @@ from pathlib import Path
 
 import torch
 
-from syncr1.engine.assemble import checker_of, judge_cnn
-from syncr1.engine.corl.config import CorlConfig, Training
-from syncr1.engine.corl.evaluation import CorlEvaluator
-from syncr1.engine.corl.rewards import RewardParts
-from syncr1.engine.corl.samples import held_out_prompts
-from syncr1.engine.data.questions import THINK_THEN_ANSWER
-from syncr1.engine.learner import local_device
-from syncr1.engine.policies.auto import load_policy
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.prompts import DataError
-from syncr1.engine.rewards.ensemble import RewardSet
-from syncr1.engine.rewards.judge import index_scorer
-from syncr1.engine.world.attributes import VALUES
-from syncr1.engine.world.corl_parts import corl_base, prepare_x2x
+from ..assemble import checker_of, judge_cnn
+from ..data.questions import THINK_THEN_ANSWER
+from ..learner import local_device
+from ..policies.auto import load_policy
+from ..policies.base import Policy
+from ..prompts import DataError
+from ..rewards.ensemble import RewardSet
+from ..rewards.judge import index_scorer
+from ..world.attributes import VALUES
+from ..world.corl_parts import corl_base, prepare_x2x
+from .config import CorlConfig, Training
+from .evaluation import CorlEvaluator
+from .rewards import RewardParts
+from .samples import held_out_prompts
 
 Report = Callable[[str], None]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import yaml
 
-from syncr1.engine.checkpoint import Warn, agreed, everywhere, place
-from syncr1.engine.corl.config import CorlConfig
-from syncr1.engine.resume import FREE, check_settings, numbered
-from syncr1.engine.safetensors_stream import CheckpointError
-from syncr1.engine.settings import ConfigError
+from ..checkpoint import Warn, agreed, everywhere, place
+from ..resume import FREE, check_settings, numbered
+from ..safetensors_stream import CheckpointError
+from ..settings import ConfigError
+from .config import CorlConfig
 
 FINISHED = "finished.json"
 

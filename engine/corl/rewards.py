@@ -13,25 +13,25 @@ from functools import cached_property
 
 import torch
 
-from syncr1.engine.assemble import remote_judge
-from syncr1.engine.corl.config import IMAGE_REWARDS, TEXT_REWARDS, ConfigError, CorlConfig, Training
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import SegmentKind
-from syncr1.engine.rewards.accuracy import AccuracyReward
-from syncr1.engine.rewards.base import RewardFunction
-from syncr1.engine.rewards.captioner import BlipCaptioner, Captioner, PolicyCaptioner
-from syncr1.engine.rewards.clip import ClipImageReward, ClipScorer, ClipTextReward
-from syncr1.engine.rewards.custom import load_reward, reward_name
-from syncr1.engine.rewards.cycle import CycleReward
-from syncr1.engine.rewards.ensemble import RewardSet
-from syncr1.engine.rewards.format import format_reward
-from syncr1.engine.rewards.perceptual import ImageSimilarity, LpipsSimilarity, RmseSimilarity
-from syncr1.engine.rewards.spice import FactualParser, Spice, WordNet
-from syncr1.engine.rewards.text import text_reward
-from syncr1.engine.rewards.text_similarity import BertScore, SoftJaccard, TextSimilarity
-from syncr1.engine.rewards.tim import TextImageMatching
-from syncr1.engine.world.corl_parts import captioner_folder
-from syncr1.engine.world.scene_graph import parse_captions
+from ..assemble import remote_judge
+from ..policies.base import Policy
+from ..records import SegmentKind
+from ..rewards.accuracy import AccuracyReward
+from ..rewards.base import RewardFunction
+from ..rewards.captioner import BlipCaptioner, Captioner, PolicyCaptioner
+from ..rewards.clip import ClipImageReward, ClipScorer, ClipTextReward
+from ..rewards.custom import load_reward, reward_name
+from ..rewards.cycle import CycleReward
+from ..rewards.ensemble import RewardSet
+from ..rewards.format import format_reward
+from ..rewards.perceptual import ImageSimilarity, LpipsSimilarity, RmseSimilarity
+from ..rewards.spice import FactualParser, Spice, WordNet
+from ..rewards.text import text_reward
+from ..rewards.text_similarity import BertScore, SoftJaccard, TextSimilarity
+from ..rewards.tim import TextImageMatching
+from ..world.corl_parts import captioner_folder
+from ..world.scene_graph import parse_captions
+from .config import IMAGE_REWARDS, TEXT_REWARDS, ConfigError, CorlConfig, Training
 
 SEGMENTS: Mapping[Training, tuple[SegmentKind, ...]] = {
     "unified": ("text", "image"),

@@ -19,24 +19,19 @@ from pathlib import Path
 
 import torch
 
-from syncr1.engine.corl.config import REFINED, CorlConfig, Training
-from syncr1.engine.corl.parts import Parts
-from syncr1.engine.corl.resume import Continued, interrupted_run, is_finished, mark_finished
-from syncr1.engine.corl.samples import stream_of, training_samples
-from syncr1.engine.corl.table import models_table
-from syncr1.engine.credit import shared_advantages
-from syncr1.engine.data.samples import Sample
-from syncr1.engine.display import Display
-from syncr1.engine.evaluate.run import Evaluation
-from syncr1.engine.learner import Learner, local_device
-from syncr1.engine.merge import merge_checkpoints
-from syncr1.engine.model_card import write_model_card
-from syncr1.engine.policies.auto import load_policy
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import Prompt
-from syncr1.engine.resume import resume_point
-from syncr1.engine.runlog import NullRunLog, RunLog, open_run_log
-from syncr1.engine.training import (
+from ..credit import shared_advantages
+from ..data.samples import Sample
+from ..display import Display
+from ..evaluate.run import Evaluation
+from ..learner import Learner, local_device
+from ..merge import merge_checkpoints
+from ..model_card import write_model_card
+from ..policies.auto import load_policy
+from ..policies.base import Policy
+from ..records import Prompt
+from ..resume import resume_point
+from ..runlog import NullRunLog, RunLog, open_run_log
+from ..training import (
     add_adapters,
     evaluate,
     fuse_kernels,
@@ -50,7 +45,12 @@ from syncr1.engine.training import (
     train,
     write_scores,
 )
-from syncr1.engine.watchdog import Watchdog
+from ..watchdog import Watchdog
+from .config import REFINED, CorlConfig, Training
+from .parts import Parts
+from .resume import Continued, interrupted_run, is_finished, mark_finished
+from .samples import stream_of, training_samples
+from .table import models_table
 
 TABLE_WIDTH = 110
 """Characters; a log file's lines may be longer than a terminal's 80."""
@@ -237,9 +237,9 @@ def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
 
 def dry_run(config: CorlConfig) -> None:
     """Prints each training's settings, plan, memory and first prompts, without loading a model's weights."""
-    from syncr1.engine.corl.parts import data_of
-    from syncr1.engine.plan import show
-    from syncr1.engine.settings import to_yaml
+    from ..plan import show
+    from ..settings import to_yaml
+    from .parts import data_of
 
     if config.stage == "merge":
         print(to_yaml(config, comments=False))

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from syncr1.engine.corl.config import CorlConfig, Training
-from syncr1.engine.data.samples import KINDS, Kind, Sample, load_samples
-from syncr1.engine.data.stream import SampleStream
-from syncr1.engine.prompts import DataError
-from syncr1.engine.records import Prompt
+from ..data.samples import KINDS, Kind, Sample, load_samples
+from ..data.stream import SampleStream
+from ..prompts import DataError
+from ..records import Prompt
+from .config import CorlConfig, Training
 
 WANTED: Mapping[Training, tuple[Kind, ...]] = {
     "unified": KINDS,

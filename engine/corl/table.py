@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 from rich.text import Text
 
-from syncr1.engine.scores import MEASURES, SUMMARY, TASKS, Scores, flatten_scores, headline, show_score
+from ..scores import MEASURES, SUMMARY, TASKS, Scores, flatten_scores, headline, show_score
 
 NAMES = {
     "base": "before",

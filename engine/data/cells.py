@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from syncr1.engine.evaluate.unifybench import DataError, inside
-from syncr1.engine.messages import shown
-from syncr1.engine.pictures import PictureError, StoredImage
+from ..evaluate.unifybench import DataError, inside
+from ..messages import shown
+from ..pictures import PictureError, StoredImage
 
 MAX_PATH = 4096
 """Characters; as many bytes are what Linux takes."""

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from syncr1.engine.evaluate.unifybench import DataError
-from syncr1.engine.messages import shown
+from ..evaluate.unifybench import DataError
+from ..messages import shown
 
 THINK_THEN_ANSWER = (
     "{question}\n\n"

@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from syncr1.engine.data.questions import options_in, text_of
-from syncr1.engine.data.table import SPLITS, Table
-from syncr1.engine.evaluate.unifybench import DataError
-from syncr1.engine.messages import shown
-from syncr1.engine.pictures import ImageRef
-from syncr1.engine.records import Prompt
+from ..evaluate.unifybench import DataError
+from ..messages import shown
+from ..pictures import ImageRef
+from ..records import Prompt
+from .questions import options_in, text_of
+from .table import SPLITS, Table
 
 Row = Mapping[str, Any]
 

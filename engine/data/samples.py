@@ -22,7 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from syncr1.engine.data.questions import (
+from ..messages import shown
+from ..pictures import ImageRef
+from ..prompts import DataError, load_training_prompts
+from ..records import Prompt, SegmentKind
+from .questions import (
     THINK_THEN_ANSWER,
     answer_of,
     instructed,
@@ -31,7 +35,7 @@ from syncr1.engine.data.questions import (
     text_of,
     with_options,
 )
-from syncr1.engine.data.rows import (
+from .rows import (
     ANSWER_COLUMNS,
     DRAWN_COLUMNS,
     SHOWN_COLUMNS,
@@ -48,11 +52,7 @@ from syncr1.engine.data.rows import (
     qa_type_of,
     references_of,
 )
-from syncr1.engine.data.table import Table, open_table
-from syncr1.engine.messages import shown
-from syncr1.engine.pictures import ImageRef
-from syncr1.engine.prompts import DataError, load_training_prompts
-from syncr1.engine.records import Prompt, SegmentKind
+from .table import Table, open_table
 
 Sample = tuple[Prompt, ...]
 """The prompts of one row, which stay together: at most one of each half."""

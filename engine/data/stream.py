@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from syncr1.engine.data.samples import Sample
-from syncr1.engine.records import Prompt
+from ..records import Prompt
+from .samples import Sample
 
 
 class SampleStream:

@@ -19,9 +19,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from syncr1.engine.data.cells import Part, arrow_part, confined, parquet_part
-from syncr1.engine.evaluate.unifybench import DataError
-from syncr1.engine.pictures import ImageRef
+from ..evaluate.unifybench import DataError
+from ..pictures import ImageRef
+from .cells import Part, arrow_part, confined, parquet_part
 
 PICTURE_COLUMNS = ("real_image", "image", "images", "image_path", "file_name", "references")
 """Columns of text that are paths of pictures, or lists of paths."""

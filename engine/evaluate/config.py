@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from syncr1.engine.config_rules import (
+from ..config_rules import (
     AT_LEAST_0,
     AT_LEAST_1,
     RANGES,
@@ -16,7 +16,7 @@ from syncr1.engine.config_rules import (
     path_problems,
     range_problems,
 )
-from syncr1.engine.settings import ConfigError, normalise
+from ..settings import ConfigError, normalise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

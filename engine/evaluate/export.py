@@ -28,10 +28,10 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from syncr1.engine.evaluate.manifest import EvaluationError, write_atomically
-from syncr1.engine.evaluate.store import Item
-from syncr1.engine.pictures import open_picture
-from syncr1.engine.rewards.tags import answer_of
+from ..pictures import open_picture
+from ..rewards.tags import answer_of
+from .manifest import EvaluationError, write_atomically
+from .store import Item
 
 Kind = Literal["geneval", "dpg", "lmms_eval", "vlmevalkit"]
 

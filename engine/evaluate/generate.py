@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from syncr1.engine.evaluate.manifest import EvaluationError, Settings, claim, describe
-from syncr1.engine.evaluate.run import choose
-from syncr1.engine.evaluate.store import Item, Key, Store
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rollout import RolloutEngine, Sampling
+from ..policies.base import Policy
+from ..records import Prompt, Rollout
+from ..rollout import RolloutEngine, Sampling
+from .manifest import EvaluationError, Settings, claim, describe
+from .run import choose
+from .store import Item, Key, Store
 
 Progress = Callable[[int, int], None]
 """Called after every batch with the number of trajectories that are on disk, and of all."""

@@ -28,11 +28,11 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from syncr1.engine.evaluate.manifest import EvaluationError, write_atomically
-from syncr1.engine.evaluate.store import Item, Key
-from syncr1.engine.evaluate.tasks import IMAGE_METRICS, IMAGE_OF, OF_IMAGES, OF_TEXTS, PUBLISHED, image_task
-from syncr1.engine.pictures import ImageRef, open_picture, to_tensor
-from syncr1.engine.rewards.chat import ChatError
+from ..pictures import ImageRef, open_picture, to_tensor
+from ..rewards.chat import ChatError
+from .manifest import EvaluationError, write_atomically
+from .store import Item, Key
+from .tasks import IMAGE_METRICS, IMAGE_OF, OF_IMAGES, OF_TEXTS, PUBLISHED, image_task
 
 KEPT = "scores.jsonl"
 AT_ONCE = 32

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.engine.messages import Refused
-from syncr1.engine.pictures import ImageRef
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import Prompt
+from ..messages import Refused
+from ..pictures import ImageRef
+from ..policies.base import Policy
+from ..records import Prompt
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from syncr1.engine.rewards.judge import AttributeScorer
-from syncr1.engine.rewards.text import normalise
+from ..rewards.judge import AttributeScorer
+from ..rewards.text import normalise
 
 
 def accuracy(answer: str, text: str) -> float:

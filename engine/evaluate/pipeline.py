@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from syncr1.engine.capacity import RolloutTooLarge
-from syncr1.engine.evaluate.config import EvaluateConfig
-from syncr1.engine.evaluate.export import export
-from syncr1.engine.evaluate.generate import barrier, generate_items, ranks, select
-from syncr1.engine.evaluate.graders import Graders
-from syncr1.engine.evaluate.manifest import EvaluationError, Settings, read_manifest
-from syncr1.engine.evaluate.score import Result, read_complete, rich_table, score_folder
-from syncr1.engine.evaluate.sources import load_items
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import Prompt
-from syncr1.engine.rewards.judge import AttributeScorer, index_scorer
+from ..capacity import RolloutTooLarge
+from ..policies.base import Policy
+from ..records import Prompt
+from ..rewards.judge import AttributeScorer, index_scorer
+from .config import EvaluateConfig
+from .export import export
+from .generate import barrier, generate_items, ranks, select
+from .graders import Graders
+from .manifest import EvaluationError, Settings, read_manifest
+from .score import Result, read_complete, rich_table, score_folder
+from .sources import load_items
 
 SMALL_MODEL = 5_000_000
 """Parameters below which a second thread costs more than it does."""
@@ -100,10 +100,10 @@ Parts = tuple[dict[str, list[Prompt]], Policy, str, str]
 
 def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     """Data and model; the embedded ones where `config` names none."""
-    from syncr1.engine.assemble import prepare_data, tiny_base
-    from syncr1.engine.config import SyncR1Config
-    from syncr1.engine.policies.auto import load_policy
-    from syncr1.engine.world.base_model import BaseSettings
+    from ..assemble import prepare_data, tiny_base
+    from ..config import SyncR1Config
+    from ..policies.auto import load_policy
+    from ..world.base_model import BaseSettings
 
     source = str(prepare_data(SyncR1Config())) if config.data is None else config.data
     found = load_items(source, config.data_form, config.split, think=config.think)
@@ -125,12 +125,12 @@ def graders_of(config: EvaluateConfig) -> Graders:
     """CLIP and the judge, as far as `config` names them."""
     clip = judge = None
     if config.clip is not None:
-        from syncr1.engine.rewards.clip import ClipScorer
+        from ..rewards.clip import ClipScorer
 
         with told("clip"):
             clip = ClipScorer.from_pretrained(config.clip, device=_device())
     if config.judge_url is not None and config.judge_model is not None:
-        from syncr1.engine.rewards.llm_judge import LLMJudge
+        from ..rewards.llm_judge import LLMJudge
 
         with told("judge_url"):
             judge = LLMJudge(config.judge_url, config.judge_model, api_key_env=config.judge_key_env)
@@ -145,14 +145,14 @@ def graders_of(config: EvaluateConfig) -> Graders:
 
 def world_scorers(folder: Path) -> dict[str, AttributeScorer]:
     """Readers of attributes, where the items name those of the rendered world; they need no policy."""
-    from syncr1.engine.world.attributes import VALUES
+    from ..world.attributes import VALUES
 
     named = [item.prompt.attributes for item in read_complete(folder) if item.prompt.attributes and item.drawn]
     if not named or any(value not in VALUES.get(name, ()) for look in named for name, value in look.items()):
         return {}
-    from syncr1.engine.assemble import judge_cnn
-    from syncr1.engine.world.checker import AttributeChecker
-    from syncr1.engine.world.vq import load_vq, round_trip
+    from ..assemble import judge_cnn
+    from ..world.checker import AttributeChecker
+    from ..world.vq import load_vq, round_trip
 
     vq = load_vq()
     checker = AttributeChecker.from_round_trip(lambda images: round_trip(vq, images))

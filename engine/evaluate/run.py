@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from syncr1.engine.evaluate.metrics import attribute_metrics, mean
-from syncr1.engine.evaluate.tasks import GENERAL, image_task, needs_image, needs_text, text_scores
-from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rewards.base import columns_of
-from syncr1.engine.rewards.judge import AttributeScorer
+from ..records import Prompt, Rollout
+from ..rewards.base import columns_of
+from ..rewards.judge import AttributeScorer
+from .metrics import attribute_metrics, mean
+from .tasks import GENERAL, image_task, needs_image, needs_text, text_scores
 
 Generate = Callable[[Sequence[Prompt], float], Sequence[Rollout]]
 """Prompts and a temperature (0: greedy) to one rollout per prompt, in their order."""

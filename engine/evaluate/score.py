@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from syncr1.engine.evaluate.graders import Graders, grade
-from syncr1.engine.evaluate.manifest import EvaluationError, read_manifest, write_atomically
-from syncr1.engine.evaluate.metrics import mean
-from syncr1.engine.evaluate.run import Scores, score_rollouts, summary
-from syncr1.engine.evaluate.store import Item, Store
-from syncr1.engine.evaluate.tasks import PUBLISHED, needs_text
-from syncr1.engine.pictures import open_picture, to_tensor
-from syncr1.engine.records import Rollout
-from syncr1.engine.rewards.judge import AttributeScorer
-from syncr1.engine.scores import TASKS, show_score
+from ..pictures import open_picture, to_tensor
+from ..records import Rollout
+from ..rewards.judge import AttributeScorer
+from ..scores import TASKS, show_score
+from .graders import Graders, grade
+from .manifest import EvaluationError, read_manifest, write_atomically
+from .metrics import mean
+from .run import Scores, score_rollouts, summary
+from .store import Item, Store
+from .tasks import PUBLISHED, needs_text
 
 SCORES, TABLE = "scores.json", "scores.md"
 

@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from syncr1.engine.data.questions import THINK_THEN_ANSWER
-from syncr1.engine.data.samples import load_samples
-from syncr1.engine.evaluate.unifybench import DataError
-from syncr1.engine.messages import shown
-from syncr1.engine.prompts import by_task, load_benchmark
-from syncr1.engine.records import Prompt
+from ..data.questions import THINK_THEN_ANSWER
+from ..data.samples import load_samples
+from ..messages import shown
+from ..prompts import by_task, load_benchmark
+from ..records import Prompt
+from .unifybench import DataError
 
 Form = Literal["unifybench", "geneval", "dpg", "table"]
 MAX_PROMPT_BYTES = 1 << 16

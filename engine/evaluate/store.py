@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from syncr1.engine.evaluate.manifest import EvaluationError, picture_name, write_atomically
-from syncr1.engine.pictures import ImageRef, open_picture
-from syncr1.engine.records import Prompt
+from ..pictures import ImageRef, open_picture
+from ..records import Prompt
+from .manifest import EvaluationError, picture_name, write_atomically
 
 ITEMS, IMAGES, REFERENCES = "items.jsonl", "images", "references"
 Key = tuple[str, int]

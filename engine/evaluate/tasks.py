@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from syncr1.engine.evaluate.metrics import accuracy, mean, weighted_recall, words_in_place
-from syncr1.engine.records import Prompt, SegmentKind
-from syncr1.engine.rewards.accuracy import AccuracyReward
-from syncr1.engine.rewards.format import format_reward
-from syncr1.engine.rewards.text import char_bleu
+from ..records import Prompt, SegmentKind
+from ..rewards.accuracy import AccuracyReward
+from ..rewards.format import format_reward
+from ..rewards.text import char_bleu
+from .metrics import accuracy, mean, weighted_recall, words_in_place
 
 IMAGE_OF = {"rea": "rea_gen", "dense_rea": "dense_rea_gen"}
 """Chained tasks: the name that their images are scored under."""

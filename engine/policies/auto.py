@@ -10,9 +10,9 @@ import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 import torch
 from transformers import PreTrainedConfig
 
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.policies.emu3 import Emu3Policy
-from syncr1.engine.policies.janus import JanusPolicy
+from .base import Policy
+from .emu3 import Emu3Policy
+from .janus import JanusPolicy
 
 KNOWN: Mapping[str, Callable[..., Policy]] = {
     "emu3": Emu3Policy.from_pretrained,

@@ -18,10 +18,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from syncr1.engine.attention import AttentionLayout
-from syncr1.engine.cache import CacheShape
-from syncr1.engine.pictures import ImageRef
-from syncr1.engine.records import Prompt, SegmentKind
+from ..attention import AttentionLayout
+from ..cache import CacheShape
+from ..pictures import ImageRef
+from ..records import Prompt, SegmentKind
 
 
 @dataclass(frozen=True, slots=True)

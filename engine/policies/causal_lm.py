@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from syncr1.engine.attention import ATTENTION_NAME, AttentionLayout
-from syncr1.engine.cache import CacheShape
-from syncr1.engine.pictures import ImageRef
-from syncr1.engine.policies.base import Head, Policy
-from syncr1.engine.policies.lora import merged
-from syncr1.engine.policies.probe import check_decoder, max_positions, measure
-from syncr1.engine.policies.tokens import control_tokens, escape_control_tokens
-from syncr1.engine.records import Prompt, SegmentKind
+from ..attention import ATTENTION_NAME, AttentionLayout
+from ..cache import CacheShape
+from ..pictures import ImageRef
+from ..records import Prompt, SegmentKind
+from .base import Head, Policy
+from .lora import merged
+from .probe import check_decoder, max_positions, measure
+from .tokens import control_tokens, escape_control_tokens
 
 
 class CausalLMPolicy(Policy):

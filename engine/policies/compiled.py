@@ -16,9 +16,9 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
-from syncr1.engine.attention import AttentionLayout
-from syncr1.engine.cache import Decode
-from syncr1.engine.policies.base import Policy
+from ..attention import AttentionLayout
+from ..cache import Decode
+from .base import Policy
 
 _log = logging.getLogger(__name__)
 

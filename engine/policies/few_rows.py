@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.policies.fused import Rotation, is_norm, is_silu, same_code, with_rotation
-from syncr1.engine.policies.lora import delta, is_lora
 from syncr1.kernels.dispatch import load
 from syncr1.kernels.native import trunk
+
+from .base import Policy
+from .fused import Rotation, is_norm, is_silu, same_code, with_rotation
+from .lora import delta, is_lora
 
 MAX_ROWS = 64
 """Above, a library's product over [N, K] is as fast."""

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
-from syncr1.engine.attention import ATTENTION_NAME, AttentionLayout
-from syncr1.engine.cache import CacheShape
-from syncr1.engine.pictures import ImageRef, load_pictures
-from syncr1.engine.policies.base import Head, Policy
-from syncr1.engine.policies.lora import merged
-from syncr1.engine.policies.probe import check_decoder
-from syncr1.engine.policies.tokens import escape_control_tokens
-from syncr1.engine.records import Prompt, SegmentKind
+from ..attention import ATTENTION_NAME, AttentionLayout
+from ..cache import CacheShape
+from ..pictures import ImageRef, load_pictures
+from ..records import Prompt, SegmentKind
+from .base import Head, Policy
+from .lora import merged
+from .probe import check_decoder
+from .tokens import escape_control_tokens
 
 UNCONDITIONAL_PADS = 4
 """Padding tokens between BOS and the image start in the classifier-free branch. Janus-Pro replaces a dropped caption by

@@ -29,7 +29,7 @@ import syncr1.engine.compat  # noqa: F401  (before transformers and peft: see th
 import torch
 from torch import Tensor, nn
 
-from syncr1.engine.policies.base import Policy
+from .base import Policy
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from syncr1.engine.attention import ATTENTION_NAME, AttentionLayout, PackedLayout
 from syncr1.kernels.api import SharedPrefixLayout
+
+from ..attention import ATTENTION_NAME, AttentionLayout, PackedLayout
 
 PROBE_NAME = ATTENTION_NAME + "_probe"
 _LENGTHS = (5, 3)

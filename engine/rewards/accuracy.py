@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
-from syncr1.engine.records import SegmentKind
-from syncr1.engine.rewards.answers import NUMBER_WORDS, chosen_letter, same_answer, true_letter
-from syncr1.engine.rewards.base import RewardError
-from syncr1.engine.rewards.tags import ANSWER, ANSWER_END, THINK, THINK_END, answer_of
+from ..records import SegmentKind
+from .answers import NUMBER_WORDS, chosen_letter, same_answer, true_letter
+from .base import RewardError
+from .tags import ANSWER, ANSWER_END, THINK, THINK_END, answer_of
 
 Variant = Literal["paper", "released"]
 

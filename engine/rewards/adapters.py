@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from syncr1.engine.rewards.base import RewardError, RewardFunction, RewardValues
-from syncr1.engine.rewards.batches import by_shape
+from .base import RewardError, RewardFunction, RewardValues
+from .batches import by_shape
 
 Foreign = Callable[..., Any]
 Columns = dict[str, list[Any]]

@@ -35,8 +35,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncr1.engine.messages import printable
-from syncr1.engine.records import Prompt, Rollout
+from ..messages import printable
+from ..records import Prompt, Rollout
 
 RewardValues = list[float | None]
 RewardFunction = Callable[..., RewardValues | Awaitable[RewardValues]]

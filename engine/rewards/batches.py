@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncr1.engine.pictures import ImageRef, open_picture, version_of
+from ..pictures import ImageRef, open_picture, version_of
 
 TOLERANCE = 1e-3
 """How far outside [0, 1] rounding may bring a pixel."""

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from syncr1.engine.objective import Objective, PolicyForward
-from syncr1.engine.packing import pack
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import Prompt, Rollout, Segment
+from ..objective import Objective, PolicyForward
+from ..packing import pack
+from ..policies.base import Policy
+from ..records import Prompt, Rollout, Segment
 
 QUESTION = "describe the photo."
 

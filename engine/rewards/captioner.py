@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipImageProcessor
 
-from syncr1.engine.pictures import MemoryImage
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import Prompt
-from syncr1.engine.rewards.batches import check_images
-from syncr1.engine.rewards.checkpoints import Preparation, Pretrained, frozen
-from syncr1.engine.rollout import Sampling, generate
+from ..pictures import MemoryImage
+from ..policies.base import Policy
+from ..records import Prompt
+from ..rollout import Sampling, generate
+from .batches import check_images
+from .checkpoints import Preparation, Pretrained, frozen
 
 Captioner = Callable[[Tensor], list[str]]
 """Images [n, 3, H, W] float in [0, 1] to n texts; an empty one where there is nothing to say."""

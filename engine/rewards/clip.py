@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel
 
-from syncr1.engine.pictures import ImageRef
-from syncr1.engine.rewards.batches import Kept, by_shape, check_images, picture_pixels
-from syncr1.engine.rewards.checkpoints import Preparation, Pretrained, frozen
+from ..pictures import ImageRef
+from .batches import Kept, by_shape, check_images, picture_pixels
+from .checkpoints import Preparation, Pretrained, frozen
 
 
 class ClipScorer(Pretrained):

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from syncr1.engine.rewards.adapters import ADAPTERS
-from syncr1.engine.rewards.base import RewardFunction
-from syncr1.engine.rewards.isolated import IsolatedError, IsolatedReward
+from .adapters import ADAPTERS
+from .base import RewardFunction
+from .isolated import IsolatedError, IsolatedReward
 
 ISOLATED = "isolated"
 FORM = "expected [adapter@]package.module:function or [adapter@]path/to/file.py:function"

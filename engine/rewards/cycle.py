@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.engine.pictures import ImageRef
-from syncr1.engine.rewards.batches import by_shape
-from syncr1.engine.rewards.captioner import Captioner
-from syncr1.engine.rewards.perceptual import ImageSimilarity
-from syncr1.engine.rewards.text_similarity import TextSimilarity
+from ..pictures import ImageRef
+from .batches import by_shape
+from .captioner import Captioner
+from .perceptual import ImageSimilarity
+from .text_similarity import TextSimilarity
 
 
 class CycleReward:

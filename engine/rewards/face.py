@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from syncr1.engine.pictures import ImageRef
-from syncr1.engine.rewards.batches import Kept, by_shape, check_images, picture_pixels
+from ..pictures import ImageRef
+from .batches import Kept, by_shape, check_images, picture_pixels
 
 FaceEmbedder = Callable[[Tensor], list[Tensor | None]]
 """Images [n, 3, H, W] float32 in [0, 1] to the embedding [D] of a face in each, the largest, say; None for no face."""

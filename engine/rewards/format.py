@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from syncr1.engine.records import SegmentKind
-from syncr1.engine.rewards.tags import parse_tagged
+from ..records import SegmentKind
+from .tags import parse_tagged
 
 
 def format_reward(

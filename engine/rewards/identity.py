@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncr1.engine.pictures import ImageRef, load_pictures
-from syncr1.engine.rewards.batches import Kept, by_shape
+from ..pictures import ImageRef, load_pictures
+from .batches import Kept, by_shape
 
 Features = Callable[[Tensor], Tensor]
 """Images [n, 3, H, W] float32 in [0, 1] to features [n, D]; must be frozen, or the reward drifts with the policy."""

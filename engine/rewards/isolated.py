@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from syncr1.engine.rewards.base import Outcome, RewardError, RewardFunction, RewardValues, call, checked
+from .base import Outcome, RewardError, RewardFunction, RewardValues, call, checked
 
 STARTUP = 300.0
 """Seconds that a worker has to load its function."""
@@ -227,7 +227,7 @@ def _receive(stream: Any) -> tuple[bytes, bytearray] | None:
 
 def _serve(spec: str) -> None:
     """The worker: answers until its input ends."""
-    from syncr1.engine.rewards.custom import RewardSpecError, load_reward
+    from .custom import RewardSpecError, load_reward
 
     for asked_to_end in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the run finishes its step, and needs this
         signal.signal(asked_to_end, signal.SIG_IGN)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.engine.rewards.batches import by_shape
+from .batches import by_shape
 
 AttributeScorer = Callable[[Tensor, Sequence[Mapping[str, str]]], Tensor]
 """Images [n, 3, H, W] in [0, 1] and the attributes wanted of each (possibly a part of all) to how right each is:

@@ -26,9 +26,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from syncr1.engine.pictures import ImageRef, open_picture
-from syncr1.engine.rewards.batches import Kept
-from syncr1.engine.rewards.chat import ChatClient, ChatError, Message
+from ..pictures import ImageRef, open_picture
+from .batches import Kept
+from .chat import ChatClient, ChatError, Message
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from syncr1.engine.pictures import ImageRef
-from syncr1.engine.rewards.batches import Kept, by_shape, check_images, picture_pixels, stretched
+from ..pictures import ImageRef
+from .batches import Kept, by_shape, check_images, picture_pixels, stretched
 
 ImageSimilarity = Callable[[Sequence[Tensor], Sequence[ImageRef]], list[float]]
 """Drawings [3, H, W] in [0, 1] of any sizes, and the picture that each is compared with, to likeness; 1 = the same."""

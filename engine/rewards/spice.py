@@ -26,8 +26,8 @@ import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 import torch
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
-from syncr1.engine.rewards.batches import Kept
-from syncr1.engine.rewards.checkpoints import Pretrained, frozen
+from .batches import Kept
+from .checkpoints import Pretrained, frozen
 
 Words = tuple[str, ...]
 Parser = Callable[[Sequence[str]], "list[SceneGraph]"]

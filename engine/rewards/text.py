@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from syncr1.engine.records import SegmentKind
+from ..records import SegmentKind
 
 WEIGHTS = (0.7, 0.3)
 _SMOOTHING = 0.1

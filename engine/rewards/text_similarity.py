@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedModel
 
-from syncr1.engine.rewards.accuracy import soft_jaccard
-from syncr1.engine.rewards.checkpoints import Pretrained, frozen
+from .accuracy import soft_jaccard
+from .checkpoints import Pretrained, frozen
 
 TextSimilarity = Callable[[Sequence[str], Sequence[str]], list[float]]
 """n candidates and n references to likeness in [0, 1]; 0 for an empty text."""

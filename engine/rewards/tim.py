@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncr1.engine.objective import Objective, PolicyForward
-from syncr1.engine.packing import pack
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import Prompt, Rollout
+from ..objective import Objective, PolicyForward
+from ..packing import pack
+from ..policies.base import Policy
+from ..records import Prompt, Rollout
 
 PROBES = ("a", "b")
 """What prompts made of different words have in common is the chat template's."""

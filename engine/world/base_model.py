@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.world.attributes import (
+from ..policies.janus import JanusPolicy
+from ..records import Prompt, Rollout
+from .attributes import (
     ATTRIBUTES,
     CONCEPT_BY_NAME,
     CONCEPTS,
@@ -34,11 +34,11 @@ from syncr1.engine.world.attributes import (
     VALUES,
     Look,
 )
-from syncr1.engine.world.checker import AttributeChecker
-from syncr1.engine.world.supervised import fit, given, one_thread, slipped
-from syncr1.engine.world.tasks import TASKS, Item
-from syncr1.engine.world.texts import VOCABULARY, fact
-from syncr1.engine.world.tiny_janus import build_policy
+from .checker import AttributeChecker
+from .supervised import fit, given, one_thread, slipped
+from .tasks import TASKS, Item
+from .texts import VOCABULARY, fact
+from .tiny_janus import build_policy
 
 MIX = {
     "generic_vqa": 0.30,

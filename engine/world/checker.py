@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from syncr1.engine.world.attributes import ATTRIBUTES, LOOK_INDEX, LOOKS, VALUES, Look
-from syncr1.engine.world.render import canonical_table
+from .attributes import ATTRIBUTES, LOOK_INDEX, LOOKS, VALUES, Look
+from .render import canonical_table
 
 
 class AttributeChecker:

@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.world.attributes import ATTRIBUTES, LOOK_INDEX, TRAIN_LOOKS, VALUES, Look
-from syncr1.engine.world.checker import AttributeChecker
-from syncr1.engine.world.supervised import fit, given, one_thread, slipped
-from syncr1.engine.world.tasks import pick
-from syncr1.engine.world.texts import VOCABULARY
-from syncr1.engine.world.tiny_janus import build_policy
-from syncr1.engine.world.x2x import LETTERS, QAType, Question, ask, caption_of, photograph
+from ..policies.janus import JanusPolicy
+from ..records import Prompt, Rollout
+from .attributes import ATTRIBUTES, LOOK_INDEX, TRAIN_LOOKS, VALUES, Look
+from .checker import AttributeChecker
+from .supervised import fit, given, one_thread, slipped
+from .tasks import pick
+from .texts import VOCABULARY
+from .tiny_janus import build_policy
+from .x2x import LETTERS, QAType, Question, ask, caption_of, photograph
 
 TAGS: Final = ("<think>", "</think>", "<answer>", "</answer>")
 BROKEN: Final = (

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from syncr1.engine.made_once import cache_dir, fingerprint, made_once
-from syncr1.engine.world.corl_base import CorlBaseSettings, train_corl_base
-from syncr1.engine.world.scene_graph import parse_captions
-from syncr1.engine.world.tiny_blip import BlipSettings, save_blip, train_blip
-from syncr1.engine.world.x2x import write_x2x
+from ..made_once import cache_dir, fingerprint, made_once
+from .corl_base import CorlBaseSettings, train_corl_base
+from .scene_graph import parse_captions
+from .tiny_blip import BlipSettings, save_blip, train_blip
+from .x2x import write_x2x
 
 Report = Callable[[str], None]
 

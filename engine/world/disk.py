@@ -24,10 +24,10 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from syncr1.engine.world.attributes import ATTRIBUTES, CONCEPTS, PLACES, TRAIN_LOOKS, UNSEEN_PLACE, Concept, Look
-from syncr1.engine.world.render import SIZE, render
-from syncr1.engine.world.tasks import MEMORY_QUESTIONS, memory_wordings, near_look, pick, seen_places
-from syncr1.engine.world.texts import (
+from .attributes import ATTRIBUTES, CONCEPTS, PLACES, TRAIN_LOOKS, UNSEEN_PLACE, Concept, Look
+from .render import SIZE, render
+from .tasks import MEMORY_QUESTIONS, memory_wordings, near_look, pick, seen_places
+from .texts import (
     ATTRIBUTE_QUESTIONS,
     FACT_QUESTIONS,
     PROMPTS,

@@ -16,9 +16,9 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from syncr1.engine.world.render import render
-from syncr1.engine.world.tasks import generic_t2i, generic_vqa
-from syncr1.engine.world.texts import Split
+from .render import render
+from .tasks import generic_t2i, generic_vqa
+from .texts import Split
 
 VERSION: Final = 1
 """Raise whenever what is written changes."""

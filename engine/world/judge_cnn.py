@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from syncr1.engine.world.attributes import ATTRIBUTES, LOOKS, VALUES, Look
-from syncr1.engine.world.checker import AttributeChecker
-from syncr1.engine.world.render import render
+from .attributes import ATTRIBUTES, LOOKS, VALUES, Look
+from .checker import AttributeChecker
+from .render import render
 
 if TYPE_CHECKING:
     from transformers.models.janus.modeling_janus import JanusVQVAE
@@ -58,7 +58,7 @@ class JudgeCNN(nn.Module):
 
 def judge_samples(vq: JanusVQVAE, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Training pictures `[N, 3, 32, 32]` and labels `[N, 5]`: renders and round trips, canonical and varied."""
-    from syncr1.engine.world.vq import round_trip, to_pixels
+    from .vq import round_trip, to_pixels
 
     labels = torch.tensor([look.indices() for look in LOOKS])
     canonical = AttributeChecker.raw_table()

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from syncr1.engine.world.attributes import LOOKS, Look
+from .attributes import LOOKS, Look
 
 SIZE: Final = 32
 _OVERSAMPLE: Final = 4

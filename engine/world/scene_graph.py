@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
-from syncr1.engine.rewards.spice import SceneGraph
-from syncr1.engine.world.attributes import COLOURS, CONCEPT_BY_NAME, HATS, PATTERNS, PLACES, SHAPES
-from syncr1.engine.world.texts import split_words
+from ..rewards.spice import SceneGraph
+from .attributes import COLOURS, CONCEPT_BY_NAME, HATS, PATTERNS, PLACES, SHAPES
+from .texts import split_words
 
 CREATURE: Final = "creature"
 NO_HAT: Final = "no hat"

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncr1.engine.objective import Objective, PolicyForward
-from syncr1.engine.packing import pack
-from syncr1.engine.policies.base import Policy
-from syncr1.engine.records import PackedBatch, Rollout, Segment, SegmentKind
-from syncr1.engine.world.attributes import ATTRIBUTES, VALUES, Look
+from ..objective import Objective, PolicyForward
+from ..packing import pack
+from ..policies.base import Policy
+from ..records import PackedBatch, Rollout, Segment, SegmentKind
+from .attributes import ATTRIBUTES, VALUES, Look
 
 
 def given(kind: SegmentKind, tokens: Tensor) -> Segment:

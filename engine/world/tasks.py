@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from syncr1.engine.world.attributes import (
+from .attributes import (
     ATTRIBUTES,
     CONCEPT_BY_NAME,
     CONCEPTS,
@@ -27,8 +27,8 @@ from syncr1.engine.world.attributes import (
     Concept,
     Look,
 )
-from syncr1.engine.world.render import render
-from syncr1.engine.world.texts import (
+from .render import render
+from .texts import (
     ATTRIBUTE_QUESTIONS,
     FACT_QUESTIONS,
     PROMPTS,

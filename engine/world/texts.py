@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final, Literal
 
-from syncr1.engine.world.attributes import CONCEPTS, FOODS, OWNERS, SOUNDS, VALUES, Concept, Look
+from .attributes import CONCEPTS, FOODS, OWNERS, SOUNDS, VALUES, Concept, Look
 
 Split = Literal["train", "test"]
 Wordings = dict[Split, tuple[str, ...]]

@@ -30,13 +30,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from syncr1.engine.world.attributes import LOOK_INDEX, LOOKS, TRAIN_LOOKS, VALUES, Look
-from syncr1.engine.world.render import SIZE, canonical_table
-from syncr1.engine.world.supervised import one_thread
-from syncr1.engine.world.texts import fill, split_words
-from syncr1.engine.world.tiny_janus import INITIALIZER_RANGE
-from syncr1.engine.world.vq import decode, encode, load_vq, to_pixels
-from syncr1.engine.world.x2x import photograph
+from .attributes import LOOK_INDEX, LOOKS, TRAIN_LOOKS, VALUES, Look
+from .render import SIZE, canonical_table
+from .supervised import one_thread
+from .texts import fill, split_words
+from .tiny_janus import INITIALIZER_RANGE
+from .vq import decode, encode, load_vq, to_pixels
+from .x2x import photograph
 
 PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[DEC]", "[SEP]"
 WORDING: Final = "a {shape} {colour} {pattern} creature with {a_hat} at the {place}."

@@ -22,8 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.world.vq import load_vq_into, vq_config
+from ..policies.janus import JanusPolicy
+from .vq import load_vq_into, vq_config
 
 HIDDEN, LAYERS, HEADS, MLP = 128, 4, 4, 256
 VISION_HIDDEN, VISION_LAYERS, VISION_PATCH = 64, 2, 8

@@ -27,10 +27,10 @@ from typing import Final, Literal
 import numpy as np
 from PIL import Image
 
-from syncr1.engine.world.attributes import ATTRIBUTES, TRAIN_LOOKS, VALUES, Look
-from syncr1.engine.world.render import Picture, render
-from syncr1.engine.world.tasks import TEST_LOOKS, pick
-from syncr1.engine.world.texts import ATTRIBUTE_QUESTIONS, PROMPTS, Split, fill
+from .attributes import ATTRIBUTES, TRAIN_LOOKS, VALUES, Look
+from .render import Picture, render
+from .tasks import TEST_LOOKS, pick
+from .texts import ATTRIBUTE_QUESTIONS, PROMPTS, Split, fill
 
 VERSION: Final = 1
 """Raise whenever what is written changes, so that old folders are written anew."""

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.kernels.attention_ops import cpu, cuda, two_calls
-from syncr1.kernels.attention_ops.plan import Plan, plan_of
-from syncr1.kernels.checks import refuse
-from syncr1.kernels.ops.logp import refuse_second_derivative
-from syncr1.kernels.ops.register import differentiates, differentiates_no_further, fakes, implements, registered
+from ..checks import refuse
+from ..ops.logp import refuse_second_derivative
+from ..ops.register import differentiates, differentiates_no_further, fakes, implements, registered
+from . import cpu, cuda, two_calls
+from .plan import Plan, plan_of
 
 OP = "shared_prefix_attention"
 Three = tuple[Tensor, Tensor, Tensor]

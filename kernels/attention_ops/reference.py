@@ -11,8 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from syncr1.kernels.attention_ops.plan import Plan, offsets_of
-from syncr1.kernels.layout import segment_ids
+from ..layout import segment_ids
+from .plan import Plan, offsets_of
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen_NN: Tensor, scale: float) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from syncr1.kernels.attention_ops.plan import Plan, VarlenCall
+from .plan import Plan, VarlenCall
 
 
 class Provider(Protocol):

@@ -1,6 +1,6 @@
 """Drop-in for the GRPO losses of Liger 0.8.5: its three public names, its signatures and its defaults.
 
-    from syncr1.kernels.liger import LigerFusedLinearGRPOLoss, triton_grpo_loss, fused_selective_log_softmax
+    from . import LigerFusedLinearGRPOLoss, triton_grpo_loss, fused_selective_log_softmax
 
 A padded batch is B packed sequences of T tokens whose loss mask is the attention mask: `linear_grpo_loss`, and
 `selective_logp` with `grpo_loss`, do the work on whichever backend serves the tensors.
@@ -27,7 +27,7 @@ Where it is not followed:
 - A mask is taken as zero or not zero. float64 inputs are computed and returned in float64.
 """
 
-from syncr1.kernels.liger.linear import LigerFusedLinearGRPOLoss
-from syncr1.kernels.liger.logits import fused_selective_log_softmax, triton_grpo_loss
+from .linear import LigerFusedLinearGRPOLoss
+from .logits import fused_selective_log_softmax, triton_grpo_loss
 
 __all__ = ["LigerFusedLinearGRPOLoss", "triton_grpo_loss", "fused_selective_log_softmax"]

@@ -10,9 +10,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from syncr1.kernels.api import linear_grpo_loss, linear_logp
-from syncr1.kernels.liger.padded import PaddedBatch, Settings, loss_metrics, make_batch, padded_loss
-from syncr1.kernels.records import TokenStream
+from ..api import linear_grpo_loss, linear_logp
+from ..records import TokenStream
+from .padded import PaddedBatch, Settings, loss_metrics, make_batch, padded_loss
 
 
 class LigerFusedLinearGRPOLoss(torch.nn.Module):

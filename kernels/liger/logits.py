@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncr1.kernels.api import grpo_loss, selective_logp
-from syncr1.kernels.calls import registered
-from syncr1.kernels.dispatch import choose, module_of, same_device
-from syncr1.kernels.liger.padded import TOKEN_LEVEL_ONLY, Settings, loss_metrics, make_batch, padded_loss, token_terms
-from syncr1.kernels.terms import Head
+from ..api import grpo_loss, selective_logp
+from ..calls import registered
+from ..dispatch import choose, module_of, same_device
+from ..terms import Head
+from .padded import TOKEN_LEVEL_ONLY, Settings, loss_metrics, make_batch, padded_loss, token_terms
 
 REFERENCE_ROWS = 1024
 """Rows that backend `reference` has in float32 at a time."""

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncr1.kernels.options import LOSS_TYPES
-from syncr1.kernels.reference.loss import MAX_LOG_RATIO, MIN_LOG_WEIGHT
+from ..options import LOSS_TYPES
+from ..reference.loss import MAX_LOG_RATIO, MIN_LOG_WEIGHT
 
 TOKEN_LEVEL_ONLY = ("cispo", "sapo", "vespo")
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from syncr1.kernels.native.decode_attention import prefix_decode_attention
-from syncr1.kernels.native.groups import dgs_select, group_advantages
-from syncr1.kernels.native.library import load
-from syncr1.kernels.native.loss import token_loss
-from syncr1.kernels.native.rows import gradient_rows, loss_rows, score_rows
-from syncr1.kernels.native.sample import sample
+from .decode_attention import prefix_decode_attention
+from .groups import dgs_select, group_advantages
+from .library import load
+from .loss import token_loss
+from .rows import gradient_rows, loss_rows, score_rows
+from .sample import sample
 
 __all__ = [
     "FINDS_NONFINITE",

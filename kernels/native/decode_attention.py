@@ -8,7 +8,7 @@ from ctypes import byref, c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from syncr1.kernels.native.library import POINTER, function, pointer
+from .library import POINTER, function, pointer
 
 TENSORS = ("query", "key", "value", "prefix_key", "prefix_value", "own_key", "own_value")
 

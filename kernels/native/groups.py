@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncr1.kernels.native.library import DOUBLE, INT, POINTER, function, pointer
-from syncr1.kernels.options import RULES, SCALES
+from ..options import RULES, SCALES
+from .library import DOUBLE, INT, POINTER, function, pointer
 
 
 def group_advantages(reward_S: Tensor, group_offsets: Tensor, scale: str, eps: float) -> Tensor:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from syncr1.kernels.native.library import DOUBLE, INT, POINTER, function, pointer
-from syncr1.kernels.options import RULES, SCALES, LossOptions, PerModality, for_modality
-from syncr1.kernels.records import MODALITIES
-from syncr1.kernels.terms import METRICS, ROW_LOSSES, LossTerms, TokenLoss, row_loss
+from ..options import RULES, SCALES, LossOptions, PerModality, for_modality
+from ..records import MODALITIES
+from ..terms import METRICS, ROW_LOSSES, LossTerms, TokenLoss, row_loss
+from .library import DOUBLE, INT, POINTER, function, pointer
 
 KINDS = (*ROW_LOSSES, "vespo")
 """The order is the code in C++."""

@@ -9,8 +9,8 @@ from ctypes import byref, c_double, c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from syncr1.kernels.native.library import INT, POINTER, function, pointer
-from syncr1.kernels.terms import ROW_LOSSES, Head, RowSettings, RowTerms
+from ..terms import ROW_LOSSES, Head, RowSettings, RowTerms
+from .library import INT, POINTER, function, pointer
 
 
 class Rows(ctypes.Structure):

@@ -8,9 +8,9 @@ from ctypes import byref, c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from syncr1.kernels.native.library import POINTER, function, pointer
-from syncr1.kernels.records import CFGSample
-from syncr1.kernels.reference.sample import wanted_share
+from ..records import CFGSample
+from ..reference.sample import wanted_share
+from .library import POINTER, function, pointer
 
 
 class Sampling(ctypes.Structure):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncr1.kernels.native.library import DOUBLE, INT, POINTER, function
+from .library import DOUBLE, INT, POINTER, function
 
 NORM = (*(POINTER,) * 3, *(INT,) * 5, DOUBLE)
 PRODUCT = (*(POINTER,) * 3, *(INT,) * 6)

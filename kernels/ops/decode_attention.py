@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncr1.kernels.checks import SMALL, checks_values, refuse
-from syncr1.kernels.dispatch import module_of
-from syncr1.kernels.ops.register import fakes, implements, registered
+from ..checks import SMALL, checks_values, refuse
+from ..dispatch import module_of
+from .register import fakes, implements, registered
 
 OP = "prefix_decode_attention"
 

@@ -16,15 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.kernels.checks import check_allowed, check_log_probabilities, check_loss_inputs, check_streams
-from syncr1.kernels.dispatch import module_of
-from syncr1.kernels.layout import PackedLayout
-from syncr1.kernels.linear import HeadRows, Workspace, gradient_pass, loss_pass, score_rows
-from syncr1.kernels.ops.logp import refuse_second_derivative
-from syncr1.kernels.ops.loss import is_per_sequence, loss_dtype, plain, token_loss
-from syncr1.kernels.ops.register import differentiates, fakes, implements
-from syncr1.kernels.options import LossOptions, decode
-from syncr1.kernels.plan import (
+from ..checks import check_allowed, check_log_probabilities, check_loss_inputs, check_streams
+from ..dispatch import module_of
+from ..layout import PackedLayout
+from ..linear import HeadRows, Workspace, gradient_pass, loss_pass, score_rows
+from ..options import LossOptions, decode
+from ..plan import (
     Scores,
     acting_tokens,
     check_credit,
@@ -37,8 +34,11 @@ from syncr1.kernels.plan import (
     token_advantages,
     token_weights,
 )
-from syncr1.kernels.records import MODALITIES, TokenStream
-from syncr1.kernels.terms import METRICS, Head, RowSettings, RowTerms, TokenLoss, row_loss
+from ..records import MODALITIES, TokenStream
+from ..terms import METRICS, Head, RowSettings, RowTerms, TokenLoss, row_loss
+from .logp import refuse_second_derivative
+from .loss import is_per_sequence, loss_dtype, plain, token_loss
+from .register import differentiates, fakes, implements
 
 OP = "linear_grpo_loss"
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]

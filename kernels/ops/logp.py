@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.kernels.checks import check_forbidden, check_targets
-from syncr1.kernels.dispatch import module_of, refuse_transforms
-from syncr1.kernels.linear import backward_rows, score_hidden
-from syncr1.kernels.ops.register import differentiates, differentiates_no_further, fakes, implements, registered
-from syncr1.kernels.terms import Head
+from ..checks import check_forbidden, check_targets
+from ..dispatch import module_of, refuse_transforms
+from ..linear import backward_rows, score_hidden
+from ..terms import Head
+from .register import differentiates, differentiates_no_further, fakes, implements, registered
 
 Three = tuple[Tensor, Tensor, Tensor]
 

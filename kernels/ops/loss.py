@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.kernels.checks import check_loss_inputs
-from syncr1.kernels.dispatch import module_of
-from syncr1.kernels.layout import PackedLayout
-from syncr1.kernels.ops.logp import refuse_second_derivative
-from syncr1.kernels.ops.register import LIBRARY, fakes, implements, registered
-from syncr1.kernels.options import LossOptions, decode
-from syncr1.kernels.plan import Scores, check_credit, entropy_thresholds, policy_mask, score_rewards
-from syncr1.kernels.reference.advantage import combine_rewards
-from syncr1.kernels.terms import METRICS, LossTerms, TokenLoss
+from ..checks import check_loss_inputs
+from ..dispatch import module_of
+from ..layout import PackedLayout
+from ..options import LossOptions, decode
+from ..plan import Scores, check_credit, entropy_thresholds, policy_mask, score_rewards
+from ..reference.advantage import combine_rewards
+from ..terms import METRICS, LossTerms, TokenLoss
+from .logp import refuse_second_derivative
+from .register import LIBRARY, fakes, implements, registered
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncr1.kernels.checks import check_drawn, check_forbidden
-from syncr1.kernels.dispatch import module_of
-from syncr1.kernels.ops.register import fakes, implements
+from ..checks import check_drawn, check_forbidden
+from ..dispatch import module_of
+from .register import fakes, implements
 
 
 @implements(

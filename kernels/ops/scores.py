@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from syncr1.kernels.checks import check_rewards
-from syncr1.kernels.dispatch import module_of
-from syncr1.kernels.ops.register import fakes, implements
-from syncr1.kernels.plan import advantage_energy, advantages_of, total_reward
+from ..checks import check_rewards
+from ..dispatch import module_of
+from ..plan import advantage_energy, advantages_of, total_reward
+from .register import fakes, implements
 
 
 @implements(

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncr1.kernels.layout import segment_ids
-from syncr1.kernels.reference.segments import reduce_segments, sum_segments
+from ..layout import segment_ids
+from .segments import reduce_segments, sum_segments
 
 
 def combine_rewards(rewards: Tensor, weights: Tensor | None) -> Tensor:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from syncr1.kernels.reference.advantage import standardize as group_advantages
-from syncr1.kernels.reference.decode_attention import prefix_decode_attention
-from syncr1.kernels.reference.logp import linear_logp, selective_logp
-from syncr1.kernels.reference.loss import grpo_loss, linear_grpo_loss
-from syncr1.kernels.reference.sample import sample
-from syncr1.kernels.reference.select import dgs_select
+from .advantage import standardize as group_advantages
+from .decode_attention import prefix_decode_attention
+from .logp import linear_logp, selective_logp
+from .loss import grpo_loss, linear_grpo_loss
+from .sample import sample
+from .select import dgs_select
 
 __all__ = [
     "unavailable_reason",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncr1.kernels.reference.logp import accumulator
+from .logp import accumulator
 
 
 def prefix_decode_attention(

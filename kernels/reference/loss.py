@@ -19,16 +19,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from syncr1.kernels.checks import check_allowed, check_log_probabilities
-from syncr1.kernels.layout import PackedLayout
-from syncr1.kernels.options import LossOptions
-from syncr1.kernels.plan import Scores, acting_tokens, by_modality, policy_mask, score_rewards, token_advantages
-from syncr1.kernels.records import GRPOOutput, TokenStream
-from syncr1.kernels.reference.advantage import standardize
-from syncr1.kernels.reference.logp import accumulator, linear_logp
-from syncr1.kernels.reference.reduction import PackedTerms, entropy_quantile_mask, loss_metrics, per_token, reduce_loss
-from syncr1.kernels.reference.segments import sum_segments
-from syncr1.kernels.reference.select import dgs_select
+from ..checks import check_allowed, check_log_probabilities
+from ..layout import PackedLayout
+from ..options import LossOptions
+from ..plan import Scores, acting_tokens, by_modality, policy_mask, score_rewards, token_advantages
+from ..records import GRPOOutput, TokenStream
+from .advantage import standardize
+from .logp import accumulator, linear_logp
+from .reduction import PackedTerms, entropy_quantile_mask, loss_metrics, per_token, reduce_loss
+from .segments import sum_segments
+from .select import dgs_select
 
 OP = "linear_grpo_loss"
 MAX_LOG_RATIO = 20.0

@@ -8,12 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from syncr1.kernels.layout import PackedLayout
-from syncr1.kernels.options import LossOptions, PerModality, for_modality
-from syncr1.kernels.plan import Scores, entropy_thresholds
-from syncr1.kernels.records import MODALITIES
-from syncr1.kernels.reference.logp import accumulator
-from syncr1.kernels.reference.segments import sum_segments
+from ..layout import PackedLayout
+from ..options import LossOptions, PerModality, for_modality
+from ..plan import Scores, entropy_thresholds
+from ..records import MODALITIES
+from .logp import accumulator
+from .segments import sum_segments
 
 
 class PackedTerms:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncr1.kernels.records import CFGSample
-from syncr1.kernels.reference.logp import LOGP_FLOOR, accumulator
-from syncr1.kernels.reference.philox import uniform
+from ..records import CFGSample
+from .logp import LOGP_FLOOR, accumulator
+from .philox import uniform
 
 TOP_P_SLACK = 1e-6
 """Relative: a set that holds top_p but for the rounding of float32 holds it. Half of eight equal ids are four, whatever

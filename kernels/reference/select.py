@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from syncr1.kernels.reference.philox import uniform
+from .philox import uniform
 
 RANDOM_STREAM = 1
 """Philox stream of the rule `random`; 0 is the sampler's."""

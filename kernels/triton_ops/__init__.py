@@ -31,12 +31,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 if INSTALLED:
-    from syncr1.kernels.triton_ops.decode_attention import prefix_decode_attention
-    from syncr1.kernels.triton_ops.groups import dgs_select, group_advantages
-    from syncr1.kernels.triton_ops.launch import interpreting
-    from syncr1.kernels.triton_ops.loss import token_loss
-    from syncr1.kernels.triton_ops.rows import gradient_rows, loss_rows, score_rows
-    from syncr1.kernels.triton_ops.sample import sample
+    from .decode_attention import prefix_decode_attention
+    from .groups import dgs_select, group_advantages
+    from .launch import interpreting
+    from .loss import token_loss
+    from .rows import gradient_rows, loss_rows, score_rows
+    from .sample import sample
 
 
 def unavailable_reason() -> str | None:

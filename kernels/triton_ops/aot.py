@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from syncr1.kernels.triton_ops.aot_cases import Case, cases
-from syncr1.kernels.triton_ops.launch import interpreting
+from .aot_cases import Case, cases
+from .launch import interpreting
 
 TARGETS = (80, 90, 100)
 H200_BYTES_PER_SECOND = 4.3e12

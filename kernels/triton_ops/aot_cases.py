@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.kernels.options import LossOptions
-from syncr1.kernels.terms import Head, LossTerms, RowSettings, RowTerms, padded
-from syncr1.kernels.triton_ops import groups
-from syncr1.kernels.triton_ops.decode_attention import prefix_decode_attention
-from syncr1.kernels.triton_ops.loss import token_loss
-from syncr1.kernels.triton_ops.rows import gradient_rows, loss_rows, score_rows
-from syncr1.kernels.triton_ops.sample import sample
+from ..options import LossOptions
+from ..terms import Head, LossTerms, RowSettings, RowTerms, padded
+from . import groups
+from .decode_attention import prefix_decode_attention
+from .loss import token_loss
+from .rows import gradient_rows, loss_rows, score_rows
+from .sample import sample
 
 NUM_TOKENS = 65536
 NUM_SEQUENCES = 128

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from syncr1.kernels.triton_ops.launch import on_device
-from syncr1.kernels.triton_ops.row_math import LOG2E
+from .launch import on_device
+from .row_math import LOG2E
 
 FLOOR = tl.constexpr(-1e30)
 """A maximum before any score: below every real one, and finite, so that it can be subtracted from itself."""

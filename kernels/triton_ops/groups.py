@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from syncr1.kernels.options import SCALES
-from syncr1.kernels.reference.advantage import SPREAD
-from syncr1.kernels.reference.select import MASS_SLACK
-from syncr1.kernels.reference.select import dgs_select as select_on_host
-from syncr1.kernels.triton_ops.launch import as_bytes, halves, on_device
+from ..options import SCALES
+from ..reference.advantage import SPREAD
+from ..reference.select import MASS_SLACK
+from ..reference.select import dgs_select as select_on_host
+from .launch import as_bytes, halves, on_device
 
 MEMBERS = tl.constexpr(32)
 DECIDED = tl.constexpr(8)

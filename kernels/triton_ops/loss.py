@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncr1.kernels.options import SCALES, LossOptions, PerModality, for_modality
-from syncr1.kernels.records import MODALITIES
-from syncr1.kernels.terms import METRICS, ROW_LOSSES, LossTerms, TokenLoss, row_loss
-from syncr1.kernels.triton_ops.groups import RULES
-from syncr1.kernels.triton_ops.launch import as_bytes, halves, interpreting, on_device
-from syncr1.kernels.triton_ops.loss_kernels import finish_kernel, loss_kernel
-from syncr1.kernels.triton_ops.loss_terms import Form, Numbers, Outputs, Sequences, Tokens
+from ..options import SCALES, LossOptions, PerModality, for_modality
+from ..records import MODALITIES
+from ..terms import METRICS, ROW_LOSSES, LossTerms, TokenLoss, row_loss
+from .groups import RULES
+from .launch import as_bytes, halves, interpreting, on_device
+from .loss_kernels import finish_kernel, loss_kernel
+from .loss_terms import Form, Numbers, Outputs, Sequences, Tokens
 
 TILE = 512
 """Tokens per program: 64k tokens are about one program per multiprocessor of an H200."""

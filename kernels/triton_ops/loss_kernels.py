@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from syncr1.kernels.triton_ops.groups import DECIDED, group_statistics, keep_members, member_advantages
-from syncr1.kernels.triton_ops.loss_terms import (
+from .groups import DECIDED, group_statistics, keep_members, member_advantages
+from .loss_terms import (
     CISPO,
     NUM_EXTREMES,
     NUM_SUMS,

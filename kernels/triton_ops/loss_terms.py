@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from syncr1.kernels.terms import ROW_LOSSES
-from syncr1.kernels.triton_ops.token_math import (
+from ..terms import ROW_LOSSES
+from .token_math import (
     MAX_LOG_RATIO,
     MIN_LOG_WEIGHT,
     add_kl,

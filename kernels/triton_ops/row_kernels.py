@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from syncr1.kernels.triton_ops.row_math import (
+from .row_math import (
     LN2,
     LOWEST,
     absorb,
@@ -28,7 +28,7 @@ from syncr1.kernels.triton_ops.row_math import (
     weights_of,
     whole_row,
 )
-from syncr1.kernels.triton_ops.token_math import token_gradient
+from .token_math import token_gradient
 
 
 class RowForm(NamedTuple):

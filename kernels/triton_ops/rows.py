@@ -11,9 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from syncr1.kernels.terms import ROW_LOSSES, Head, RowSettings, RowTerms
-from syncr1.kernels.triton_ops.launch import on_device
-from syncr1.kernels.triton_ops.row_kernels import (
+from ..terms import ROW_LOSSES, Head, RowSettings, RowTerms
+from .launch import on_device
+from .row_kernels import (
     Numbers,
     RowForm,
     Terms,
@@ -21,7 +21,7 @@ from syncr1.kernels.triton_ops.row_kernels import (
     loss_rows_kernel,
     score_rows_kernel,
 )
-from syncr1.kernels.triton_ops.row_math import LOG2E
+from .row_math import LOG2E
 
 SCORE_RESIDENT_IDS = 8192
 """Longest row that scoring holds in registers. It reads once in either form: the cut only balances occupancy."""

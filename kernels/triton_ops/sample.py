@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from syncr1.kernels.records import CFGSample
-from syncr1.kernels.reference.sample import wanted_share
-from syncr1.kernels.terms import padded
-from syncr1.kernels.triton_ops.launch import on_device
-from syncr1.kernels.triton_ops.philox import row_uniform
-from syncr1.kernels.triton_ops.row_math import LN2, LOG2E, entropy_of, whole_row
-from syncr1.kernels.triton_ops.sample_math import (
+from ..records import CFGSample
+from ..reference.sample import wanted_share
+from ..terms import padded
+from .launch import on_device
+from .philox import row_uniform
+from .row_math import LN2, LOG2E, entropy_of, whole_row
+from .sample_math import (
     ALL_IDS,
     Cut,
     Row,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from syncr1.kernels.triton_ops.row_math import LOWEST, finite, moved, readable, weights_of, whole_row
+from .row_math import LOWEST, finite, moved, readable, weights_of, whole_row
 
 ALL_IDS = tl.constexpr(2147483647)
 
