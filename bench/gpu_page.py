@@ -17,6 +17,8 @@ from gpu_goals import GOALS
 from gpu_process import Outcome, Part
 
 Line = dict[str, Any]
+MOST_LINES = 12
+"""Of one step that the page shows of what is wrong."""
 
 
 def goal_lines(outcomes: Iterable[Outcome], pretend: bool) -> list[Line]:
@@ -119,9 +121,12 @@ def _wrong(all_of_it: dict[str, Any]) -> list[str]:
             continue
         counts = [sum(line.get("ok") is ok for line in step["lines"]) for ok in (True, False, None)]
         lines.append(f"| {name} | {' | '.join(map(str, counts))} | {number(step['seconds'])} |")
-        failures += [f"- WRONG {l['name']}: {l['detail']}" for l in step["lines"] if l.get("ok") is False]  # noqa: E741
-        failures += [f"- note {l['name']}: {l['detail']}" for l in step["lines"]  # noqa: E741
-                     if l.get("ok") is None and l["detail"] and not name.startswith("tests/test")]  # fmt: skip
+        wrong = [line for line in step["lines"] if line.get("ok") is False]
+        failures += [f"- WRONG {line['name']}: {line['detail'][:300]}" for line in wrong[:MOST_LINES]]
+        if len(wrong) > MOST_LINES:
+            failures.append(f"- {name}: {len(wrong) - MOST_LINES} more that are wrong, see the JSON file")
+        notes = [line for line in step["lines"] if line.get("ok") is None and line["detail"]]
+        failures += [f"- note {line['name']}: {line['detail'][:300]}" for line in notes[:MOST_LINES]]
     return [*lines, "", *failures]
 
 

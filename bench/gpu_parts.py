@@ -13,7 +13,7 @@ from pathlib import Path
 from gpu_process import Part, Step
 
 CHILD = str(Path(__file__).resolve().parent / "gpu_child.py")
-OPS = ("linear_grpo_loss", "linear_logp", "cfg_sample", "prefix_decode_attention", "grpo_loss", "selective_logp",
+OPS = ("cfg_sample", "linear_grpo_loss", "linear_logp", "prefix_decode_attention", "grpo_loss", "selective_logp",
        "shared_prefix_attention", "groups")  # fmt: skip
 TESTS = ("triton_rows", "triton_sample", "triton_decode_attention", "triton_loss", "shared_prefix_attention",
          "stepping", "devices", "attention_cuda_bookkeeping", "emu3_rollout", "fused_trunk", "lora")  # fmt: skip
@@ -23,6 +23,7 @@ TABLE = {
     "linear_large": 50.0, "cfg_sample": 20.0, "cfg_sample_top_p": 20.0, "grpo_loss": 20.0, "selective_logp": 25.0,
     "mixed": 35.0, "pruned": 25.0, "on_policy": 25.0, "compiled": 60.0,
 }  # fmt: skip
+DTYPES = ("bfloat16", "float32")
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 
 
@@ -46,11 +47,13 @@ def all_parts(pretend: bool, processes: int) -> list[Part]:
         return tuple(made)
 
     only_gpu = ("groups",) if pretend else ("large addresses", *OPS)
-    values = steps("checks", dict.fromkeys(OPS, 60.0), interpreted=True, waits=False)
+    # The interpreter cannot compute in bfloat16; groups have no dtype but that of rewards.
+    checks = [f"{op}/{kind}" for op in OPS for kind in (("float32",) if pretend or op == "groups" else DTYPES)]
+    values = steps("checks", dict.fromkeys(checks, 75.0), interpreted=True, waits=False)
     on_gpu = steps("cuda", dict.fromkeys(only_gpu, 60.0), waits=False)
     # These two are slow and nothing is timed beside them.
-    sanitizer = steps("sanitizer", {"racecheck": 110.0, "memcheck": 110.0}, waits=False)
-    tests = steps("tests", dict.fromkeys(PRETENDED_TESTS if pretend else TESTS, 120.0), interpreted=True, waits=False)
+    sanitizer = steps("sanitizer", {"racecheck": 150.0, "memcheck": 150.0}, waits=False)
+    tests = steps("tests", dict.fromkeys(PRETENDED_TESTS if pretend else TESTS, 180.0), interpreted=True, waits=False)
     ops = steps("ops", {n: s for n, s in TABLE.items() if not (pretend and n == "compiled")})
     rollouts = steps("rollout", {"drawing": 65.0, "understanding": 60.0})
     profiles = {"linear_grpo_loss": 20.0, "cfg_sample": 12.0, "cfg_sample_top_p": 12.0, "decode_step": 40.0}
@@ -61,9 +64,9 @@ def all_parts(pretend: bool, processes: int) -> list[Part]:
         Part("ops", "The ops beside floors and peers", ops, 150, 60),
         Part("rollout", "Rollouts beside transformers", rollouts, 110, 40),
         Part("step", "Training beside padded rows", steps("step", {"training": 60, "our_step": 50}), 95, 30),
-        Part("tests", "Tests that need a GPU, and compute-sanitizer", (*sanitizer, *tests), 120, 40,
+        Part("tests", "Tests that need a GPU, and compute-sanitizer", (*sanitizer, *tests), 200, 40,
              together=processes),
-        Part("profile", "Where the time goes", steps("profile", profiles), 70, 25),
+        Part("profile", "Where the time goes", steps("profile", profiles), 80, 45),
     ]  # fmt: skip
 
 

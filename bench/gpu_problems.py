@@ -77,6 +77,11 @@ def leaves_of(inputs: Tensors, *names: str) -> dict[str, Tensor]:
     return {name: inputs[name].detach().requires_grad_() for name in names}
 
 
+def normal(*shape: int) -> Tensor:
+    """Gaussian numbers, made on the GPU where there is one: a head of 200 million takes seconds on a host."""
+    return torch.randn(*shape, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
 def packed(sequences: int, length: int, group: int) -> dict[str, Tensor]:
     """Ragged sequences and groups: lengths between half of `length` and all of it, one of them empty."""
     lengths = torch.randint(length // 2, length + 1, (sequences,))
@@ -153,11 +158,20 @@ def head_sizes(pretend: bool) -> list[tuple[int, int, int]]:
 def head_inputs(rows: int, hidden: int, vocabulary: int) -> dict[str, Tensor]:
     """Logits of standard deviation 1.5."""
     return {
-        "hidden": torch.randn(rows, hidden),
-        "weight": torch.randn(vocabulary, hidden) * 1.5 / math.sqrt(hidden),
-        "bias": 0.1 * torch.randn(vocabulary),
+        "hidden": normal(rows, hidden),
+        "weight": normal(vocabulary, hidden) * 1.5 / math.sqrt(hidden),
+        "bias": 0.1 * normal(vocabulary),
         "targets": torch.randint(vocabulary, (rows,)),
     }
+
+
+def near_logp(inputs: Tensors) -> Tensor:
+    """[N] log-probabilities within about .1 of the true ones, without a product: weights are Gaussian, so a row's
+    log-sum-exp is near log V + |h|² var(w) / 2."""
+    hidden, weight, targets = inputs["hidden"], inputs["weight"], inputs["targets"].to(inputs["weight"].device)
+    logit = (hidden * weight[targets]).sum(-1) + inputs["bias"][targets]
+    lse = math.log(weight.shape[0]) + hidden.square().sum(-1) * 1.5**2 / hidden.shape[1] / 2
+    return logit - lse
 
 
 def linear_scores(pretend: bool) -> list[Problem]:
@@ -200,8 +214,7 @@ def linear_losses(pretend: bool) -> list[Problem]:
         total = int(inputs["cu_seqlens"][-1])
         inputs |= head_inputs(total, hidden, vocabulary)
         inputs |= {"rows": torch.arange(total), "loss_mask": torch.rand(total) < 0.8}
-        exact = (inputs["hidden"].double() @ inputs["weight"].double().t() + inputs["bias"].double()).log_softmax(-1)
-        inputs["old_logp"] = (exact.gather(1, inputs["targets"][:, None])[:, 0] + 0.1 * torch.randn(total)).float()
+        inputs["old_logp"] = near_logp(inputs) + 0.1 * normal(total)
         return Problem(f"{total} x {hidden} x {vocabulary}", inputs, call, ("rewards", "old_logp"), graph=False,
                        strided=("hidden", "weight", "bias"))  # fmt: skip
 
@@ -217,7 +230,7 @@ def scores(pretend: bool) -> list[Problem]:
         return {"logp": logp.detach(), "entropy": entropy.detach()} | with_gradients(logp.mean() + entropy.mean(), leaf)
 
     return [
-        Problem(f"{n} x {v}", {"logits": 1.5 * torch.randn(n, v), "targets": torch.randint(v, (n,))}, call,
+        Problem(f"{n} x {v}", {"logits": 1.5 * normal(n, v), "targets": torch.randint(v, (n,))}, call,
                 strided=("logits",))
         for n, _, v in head_sizes(pretend)
     ]  # fmt: skip
@@ -246,8 +259,8 @@ def samples(pretend: bool) -> list[Problem]:
         return found
 
     def problem(rows: int, vocabulary: int) -> Problem:
-        cond = 1.5 * torch.randn(rows, vocabulary)
-        inputs = {"cond": cond, "uncond": cond + 0.3 * torch.randn(rows, vocabulary),
+        cond = 1.5 * normal(rows, vocabulary)
+        inputs = {"cond": cond, "uncond": cond + 0.3 * normal(rows, vocabulary),
                   "seed": torch.full((rows,), 7), "offset": torch.arange(rows)}  # fmt: skip
         return Problem(f"{rows} x {vocabulary}", inputs, call, strided=("cond", "uncond"))
 
@@ -270,10 +283,10 @@ def decode_steps(pretend: bool) -> list[Problem]:
         member = torch.arange(rows)
         spans = torch.stack([member // group * prefix, torch.full((rows,), prefix), member * (done + 1),
                              torch.randint(0, done + 1, (rows,))], 1)  # fmt: skip
-        inputs = {"query": torch.randn(rows, query_heads, width), "spans": spans}
-        inputs |= {name: torch.randn(rows, kv_heads, width) for name in ("key", "value")}
-        inputs |= {f"prefix_{n}": torch.randn(kv_heads, prompts * prefix, width) for n in ("keys", "values")}
-        inputs |= {f"own_{n}": torch.randn(kv_heads, rows * (done + 1), width) for n in ("keys", "values")}
+        inputs = {"query": normal(rows, query_heads, width), "spans": spans}
+        inputs |= {name: normal(rows, kv_heads, width) for name in ("key", "value")}
+        inputs |= {f"prefix_{n}": normal(kv_heads, prompts * prefix, width) for n in ("keys", "values")}
+        inputs |= {f"own_{n}": normal(kv_heads, rows * (done + 1), width) for n in ("keys", "values")}
         shape = f"{prompts} x {group} rows, prefix {prefix}, {done} own, heads {heads}, width {width}"
         return Problem(shape, inputs, call, strided=("query", "key", "value"))
 

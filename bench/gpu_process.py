@@ -226,7 +226,7 @@ class Runner:
                     outcomes.append(outcome)
                     self.told(outcome)
         for step in queue:
-            outcome = Outcome(part.name, step.name, "not started", f"no time was left of the part's {seconds:.0f} s")
+            outcome = Outcome(part.name, step.name, "not started", "no time was left for it")
             outcomes.append(outcome)
             self.told(outcome)
         return outcomes

@@ -1,7 +1,6 @@
 """Our kernels on tiny inputs, for `compute-sanitizer --tool racecheck` and `memcheck`: `sanitizer/<tool>`.
 
-The step starts the tool on this file and reads what it prints.  Inputs are made on the host, so that hardly any kernel
-but ours runs under the tool.
+The step starts the tool on this file and reads what it prints.
 
     compute-sanitizer --tool racecheck python bench/gpu_sanitizer.py
 """

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON = "3.12"
 WANTED = ("deepspeed", "liger-kernel", "trl", "tyro", "lpips", "nltk", "datasets", "cut-cross-entropy")
 """In the order in which they matter."""
+PEERS = {"cut-cross-entropy": "==25.1.1"}
+"""Versions of what only the benchmarks compare with."""
 BUILT = {"deepspeed": {"DS_BUILD_OPS": "0"}}
 """Published as source only: built here, in pure Python."""
 THERE = frozenset((
@@ -41,7 +43,7 @@ def normal(name: str) -> str:
 
 def pins() -> dict[str, str]:
     """name -> `==version` of constraints.txt."""
-    found = {}
+    found = dict(PEERS)
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         name, equals, version = line.strip().partition("==")
         if equals and not name.startswith("#"):

@@ -178,13 +178,13 @@ sys.exit(gpu.main(["--pretend", "--out", {str(tmp_path)!r}]))
 @pytest.mark.slow
 def test_the_script_pretends_real_steps(tmp_path: Path) -> None:
     """The command line, a check in Triton's interpreter, a case of the table; nothing is claimed."""
-    only = ["machine", "checks/groups", "cuda/groups", "ops/grpo_loss"]
+    only = ["machine", "checks/groups/float32", "cuda/groups", "ops/grpo_loss"]
     command = [sys.executable, str(BENCH / "gpu.py"), "--pretend", "--out", str(tmp_path), "--only", *only]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "pretend.json").read_text())
     assert {name: s["status"] for name, s in found["steps"].items()} == {
-        "machine/machine": "ok", "checks/groups": "ok", "cuda/groups": "skipped", "ops/grpo_loss": "ok",
+        "machine/machine": "ok", "checks/groups/float32": "ok", "cuda/groups": "skipped", "ops/grpo_loss": "ok",
     }  # fmt: skip
     assert found["pretend"] and {line["met"] for line in found["goals"]} == {None}
     providers = {row["provider"] for row in found["cases"]["grpo_loss"]["rows"]}
