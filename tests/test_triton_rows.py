@@ -39,6 +39,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         for name in ("SCORE_WARPS", "LOSS_WARPS", "GRADIENT_WARPS"):
             monkeypatch.setattr(rows, name, 1)
         monkeypatch.setattr(rows, "STREAM_TILE", 512)
+        monkeypatch.setattr(rows, "STREAM_BYTES", 1024)
     yield request.param
 
 

@@ -159,9 +159,9 @@ def row_gradient(logp, index, terms, numbers, LOSS: tl.constexpr, BIAS_CORRECTED
 def score_rows_kernel(products, stride, shift, targets, logp_out, entropy_out, lse_out, V, scale, FORM: tl.constexpr):
     index = tl.program_id(0).to(tl.int64)
     row = products + index * stride
-    target_logit = load_logits(row, shift, tl.load(targets + index), V, FORM.FORBIDDEN, False)
     _, offset, total, weighted = row_statistics(row, shift, V, scale, FORM)
     log_total = tl.log2(total)
+    target_logit = load_logits(row, shift, tl.load(targets + index), V, FORM.FORBIDDEN, False)
     tl.store(logp_out + index, (tl.fma(target_logit, scale, -offset) - log_total) * LN2)
     tl.store(entropy_out + index, entropy_of(total, weighted))
     tl.store(lse_out + index, (offset.to(tl.float64) + log_total.to(tl.float64)) * LN2)

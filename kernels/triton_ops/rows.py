@@ -28,13 +28,17 @@ SCORE_RESIDENT_IDS = 8192
 LOSS_RESIDENT_BYTES = 32768
 """Longest row that the loss holds in registers, to read it once; beyond, two programs do not fit a multiprocessor."""
 STREAM_TILE = 8192
+"""Ids of a step of the gradient sweep."""
+STREAM_BYTES = 16384
+"""Of a step of the others: four loads of 16 bytes for each of 256 threads, two for each of 512."""
 SCORE_WARPS = 8
 """Of a longer row, one sweep: several programs share a multiprocessor and hide each other's memory latency."""
 LOSS_WARPS = 16
 """Of a longer row, two sweeps: few rows in flight, so that the second one still finds them in L2."""
 GRADIENT_WARPS = 8
-MAX_REGISTERS = 128
-"""Stated, or ptxas spills a few bytes of a ragged row's loss to fit a second program into a multiprocessor."""
+REGISTERS = {"ragged": 128, "float32": 64, "float16": None}
+"""Of the loss's full programs, one a multiprocessor or two, whose rows L2 still holds for the second sweep. Stated, or
+ptxas spills a few bytes where it sees room for one more; two 16-bit rows it fits in by itself."""
 
 
 class Cut(NamedTuple):
@@ -46,6 +50,11 @@ class Cut(NamedTuple):
     forbidden: bool = False
     ragged: bool = False
 
+    @property
+    def kind(self) -> str:
+        """Of `REGISTERS`."""
+        return "ragged" if self.ragged else "float32" if self.itemsize == 4 else "float16"
+
 
 def row_form(cut: Cut, resident: bool, stream_warps: int) -> tuple[RowForm, int]:
     """The tiles of a row and its warps."""
@@ -54,7 +63,7 @@ def row_form(cut: Cut, resident: bool, stream_warps: int) -> tuple[RowForm, int]
         return RowForm(cut.forbidden, cut.ragged, True, 1, columns), max(1, columns // 1024)
     # Every lane reads 16 bytes along the row; the tile's rows then lie in the registers of one thread.
     columns = stream_warps * 32 * (16 // cut.itemsize)
-    return RowForm(cut.forbidden, cut.ragged, False, STREAM_TILE // columns, columns), stream_warps
+    return RowForm(cut.forbidden, cut.ragged, False, STREAM_BYTES // (cut.itemsize * columns), columns), stream_warps
 
 
 def score_form(cut: Cut) -> tuple[RowForm, int]:
@@ -151,7 +160,7 @@ def loss_rows(
             BIAS_CORRECTED=settings.bias_corrected_kl,
             FORM=form,
             num_warps=num_warps,
-            maxnreg=MAX_REGISTERS if cut.ragged else None,
+            maxnreg=None if num_warps < LOSS_WARPS else REGISTERS[cut.kind],
         )
     return logp, entropy
 
