@@ -15,8 +15,9 @@ from gpu_process import Part, Step
 CHILD = str(Path(__file__).resolve().parent / "gpu_child.py")
 OPS = ("cfg_sample", "linear_grpo_loss", "linear_logp", "prefix_decode_attention", "grpo_loss", "selective_logp",
        "shared_prefix_attention", "groups")  # fmt: skip
-TESTS = ("triton_rows", "triton_sample", "triton_decode_attention", "triton_loss", "shared_prefix_attention",
-         "stepping", "devices", "attention_cuda_bookkeeping", "emu3_rollout", "fused_trunk", "lora")  # fmt: skip
+TESTS = ("triton_rows", "triton_sample", "triton_decode_attention", "triton_loss", "triton_ops",
+         "shared_prefix_attention", "stepping", "devices", "attention_cuda_bookkeeping", "emu3_rollout", "fused_trunk",
+         "lora")  # fmt: skip
 """Files with gpu-marked tests, by worth."""
 PRETENDED_TESTS = ("triton_rows", "stepping")
 TABLE = {
