@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from gpu_checks import distance, serving
-from gpu_problems import PROBLEMS, Problem, Tensors
+from gpu_problems import PROBLEMS, Problem, Tensors, head_losses
 from gpu_report import Report, Skipped
 from torch import Tensor
 
@@ -18,8 +19,12 @@ LARGE_BYTES = 40 << 30
 """Free memory that the checks of large addresses want."""
 NEAR = 2.0**-6
 """Distance of results whose bfloat16 products were summed in another order."""
-READ_BACKS = {"linear_grpo_loss": 1, "grpo_loss": 0, "cfg_sample": 0, "prefix_decode_attention": 0}
-"""Goals: at most so many per call."""
+RATIOS = {"": "token", ", sequence ratios": "sequence"}
+READ_BACKS = {"linear_grpo_loss": 1, "linear_grpo_loss, sequence ratios": 2, "grpo_loss": 0, "cfg_sample": 0,
+              "prefix_decode_attention": 0}  # fmt: skip
+"""At most so many per call. Sequence ratios wait twice: how many rows act, and how many of them have a gradient."""
+CALLS = {"grpo_loss": 3, "cfg_sample": 5}
+"""Calls of the op in one of its problem's."""
 
 
 def fresh(inputs: Tensors) -> dict[str, Tensor]:
@@ -135,14 +140,17 @@ def count_read_backs(run: Callable[[], Any]) -> tuple[int, list[str]]:
 
 def check_read_backs(report: Report, op: str, problem: Problem, call: Callable[[Tensors], dict[str, Tensor]]) -> None:
     """Per call of the op, its gradients included; a problem's call may make several."""
-    inputs = problem.cast(torch.bfloat16, "cuda")
-    total, places = count_read_backs(lambda: call(inputs))
-    calls = {"linear_grpo_loss": 2, "grpo_loss": 3, "cfg_sample": 5}.get(op, 1)
-    found, most = total / calls, READ_BACKS.get(op)
-    report.line(name=f"{op}: read-backs per call", ok=None if most is None else found <= most,
-                detail=f"{found:g}: {', '.join(sorted(set(places)))}")  # fmt: skip
-    if most is not None:
-        report.write(goals={f"read_backs/{op}": {"measured": found}})
+    inputs, runs = problem.cast(torch.bfloat16, "cuda"), {"": call}
+    if op == "linear_grpo_loss":
+        backend = serving(op, False)
+        runs = {kind: partial(head_losses, backend=backend, ratios=[ratio]) for kind, ratio in RATIOS.items()}
+    for kind, run in runs.items():
+        total, places = count_read_backs(partial(run, inputs))
+        found, most = total / CALLS.get(op, 1), READ_BACKS.get(op + kind)
+        report.line(name=f"{op}{kind}: read-backs per call", ok=None if most is None else found <= most,
+                    detail=f"{found:g}: {', '.join(sorted(set(places)))}")  # fmt: skip
+        if most is not None and not kind:
+            report.write(goals={f"read_backs/{op}": {"measured": found}})
 
 
 # Addresses beyond 2³¹ ---------------------------------------------------------------------------------------------

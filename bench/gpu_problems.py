@@ -9,7 +9,7 @@ Dims: `T` tokens, `S` sequences, `N` rows, `V` vocabulary, `D` hidden, `R` rows 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,23 +190,26 @@ def linear_scores(pretend: bool) -> list[Problem]:
     ]
 
 
+def head_losses(
+    inputs: Tensors, backend: str | None, ratios: Sequence[str] = ("token", "sequence")
+) -> dict[str, Tensor]:
+    """`linear_grpo_loss` and its gradients by kind of ratio."""
+    found: dict[str, Tensor] = {}
+    for ratio in ratios:
+        leaves = leaves_of(inputs, "hidden", "weight", "bias")
+        stream = TokenStream(leaves["hidden"], leaves["weight"], inputs["targets"], inputs["rows"], leaves["bias"])
+        out = linear_grpo_loss(
+            [stream], inputs["rewards"], inputs["cu_seqlens"], inputs["group_offsets"], old_logp=inputs["old_logp"],
+            loss_mask=inputs["loss_mask"], num_items=64.0, ratio=ratio, backend=backend,
+        )  # fmt: skip
+        found |= {f"{ratio}/loss": out.loss.detach(), f"{ratio}/logp": out.logp}
+        found |= {f"{ratio}/{name}": grad for name, grad in with_gradients(out.loss, leaves).items()}
+    return found
+
+
 def linear_losses(pretend: bool) -> list[Problem]:
     """`linear_grpo_loss`, one head with a bias, a mask and an old policy; and sequence ratios, which take a product
     more."""
-
-    def call(inputs: Tensors, backend: str | None) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for ratio in ("token", "sequence"):
-            leaves = leaves_of(inputs, "hidden", "weight", "bias")
-            stream = TokenStream(leaves["hidden"], leaves["weight"], inputs["targets"], inputs["rows"], leaves["bias"])
-            out = linear_grpo_loss(
-                [stream], inputs["rewards"], inputs["cu_seqlens"], inputs["group_offsets"],
-                old_logp=inputs["old_logp"], loss_mask=inputs["loss_mask"], num_items=64.0, ratio=ratio,
-                backend=backend,
-            )  # fmt: skip
-            found |= {f"{ratio}/loss": out.loss.detach(), f"{ratio}/logp": out.logp}
-            found |= {f"{ratio}/{name}": grad for name, grad in with_gradients(out.loss, leaves).items()}
-        return found
 
     def problem(rows: int, hidden: int, vocabulary: int) -> Problem:
         group, length = 4, max(rows // 8, 1)
@@ -215,7 +218,7 @@ def linear_losses(pretend: bool) -> list[Problem]:
         inputs |= head_inputs(total, hidden, vocabulary)
         inputs |= {"rows": torch.arange(total), "loss_mask": torch.rand(total) < 0.8}
         inputs["old_logp"] = near_logp(inputs) + 0.1 * normal(total)
-        return Problem(f"{total} x {hidden} x {vocabulary}", inputs, call, ("rewards", "old_logp"), graph=False,
+        return Problem(f"{total} x {hidden} x {vocabulary}", inputs, head_losses, ("rewards", "old_logp"), graph=False,
                        strided=("hidden", "weight", "bias"))  # fmt: skip
 
     return [problem(*size) for size in head_sizes(pretend)]

@@ -15,7 +15,7 @@ import pytest
 from gpu_report import Report, Skipped
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-CHECKS = ("triton_rows", "triton_loss", "triton_sample", "triton_decode_attention")
+CHECKS = ("triton_rows", "triton_loss", "triton_sample", "triton_decode_attention", "triton_ops")
 """Files with `check_…` functions."""
 
 

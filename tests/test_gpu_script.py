@@ -28,6 +28,7 @@ try:
     import gpu_parts
     import gpu_process
     import gpu_sanitizer
+    import gpu_tests
     import gpu_wheels
     from gpu_problems import Problem
     from gpu_report import Report, Skipped
@@ -207,6 +208,8 @@ def test_every_file_with_a_gpu_test_is_among_the_steps() -> None:
     marker = "pytest.mark." + "gpu"
     files = [path for path in (ROOT / "tests").glob("test_*.py") if marker in path.read_text()]
     assert {path.stem.removeprefix("test_") for path in files} == set(gpu_parts.TESTS)
+    checks = {path.stem.removeprefix("test_") for path in files if "\ndef check_" in path.read_text()}
+    assert checks == set(gpu_tests.CHECKS)
 
 
 def test_parts_by_name() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,3 +193,15 @@ def test_continuous_integration_runs_the_whole_suite() -> None:
     makefile = (ROOT / "Makefile").read_text()
     suite = re.search(r"^test:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
     assert suite and "pytest tests" in suite.group(1) and "not slow" not in suite.group(1)
+
+
+@pytest.mark.skipif(shutil.which("make") is None or sys.platform != "linux", reason="needs make, and Triton's wheels")
+def test_make_test_fetches_the_tritons_that_its_tests_compile_with(tmp_path: Path) -> None:
+    """On a fresh machine; else test_triton_aot.py would skip what it is for."""
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "--no-print-directory", "-n", "test", "PYTHON=python3"]
+    planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+    fetched = re.findall(r"pip install .*--target build/triton/\S+ triton==(\S+)", planned)
+    compiled = re.search(r"parametrize\(\"version\", \[(.*)\]\)", (ROOT / "tests/test_triton_aot.py").read_text())
+    assert compiled and fetched == re.findall(r"[\d.]+", compiled.group(1)), planned
