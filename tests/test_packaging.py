@@ -83,6 +83,21 @@ def test_every_module_and_data_file_is_packaged() -> None:
     assert {"syncr1." + ".".join(folder.relative_to(ROOT).parts) for folder in folders} <= packages
 
 
+@pytest.mark.slow
+def test_a_source_distribution_holds_everything_once(tmp_path: Path) -> None:
+    """The Python of both packages under their folders, not under the links too, and the C++ sources."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    listed = subprocess.run(["tar", "tzf", archive], capture_output=True, text=True, check=True).stdout.split()
+    names = {name.split("/", 1)[1] for name in listed if not name.endswith("/")}
+    wanted = [path for folder in ("kernels", "engine") for path in (ROOT / folder).rglob("*")]
+    sources = {str(path.relative_to(ROOT)) for path in wanted if path.suffix in (".py", ".cpp", ".h", ".html")}
+    assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml"} <= names, sources - names
+    assert not [name for name in names if name.startswith(("syncr1/engine", "syncr1/kernels"))]
+
+
 def test_install_without_a_compiler_says_so_and_succeeds(tmp_path: Path) -> None:
     code = f"""
 import sysconfig
