@@ -126,7 +126,7 @@ def test_the_usual_hostfile(hostfile: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert decide(request(2), {}).how == "hosts" and decide(request(), {}).how == "here"
     assert decide(request(2), SLURM).how == "srun"
     with pytest.raises(ConfigError, match="hostfile: expected a text file"):
-        decide(request(2), {"SYNCR1_HOSTFILE": "/nonexistent"})
+        decide(request(2), {"SYNCR1_HOSTFILE": str(hostfile.parent / "absent")})
 
 
 names = st.sampled_from([*TORCHRUN, *TASK, "CROSS_SIZE", "CUDA_VISIBLE_DEVICES"])

@@ -121,15 +121,15 @@ print(setup.build_native(Path({str(tmp_path / "build")!r}), Path({str(tmp_path)!
     setup_has_cmake = run("import setup; print(setup.find_tool('cmake') is not None)").strip()
     if setup_has_cmake != "True":
         pytest.skip("no cmake here")
-    assert "configuring failed" in run(code, CXX="/nonexistent/compiler")
+    assert "configuring failed" in run(code, CXX=str(tmp_path / "absent"))
 
 
 def test_a_missing_library_leaves_the_reference(tmp_path: Path) -> None:
-    code = """
+    code = f"""
 from pathlib import Path
 import torch
 from syncr1.kernels.native import library
-library.LIBRARY = Path("/nonexistent.so")
+library.LIBRARY = Path({str(tmp_path / "absent.so")!r})
 from syncr1.kernels.api import BackendError, group_advantages
 print(group_advantages(torch.tensor([0.0, 1.0]), torch.tensor([0, 2])).tolist())
 try:

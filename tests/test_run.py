@@ -105,12 +105,13 @@ def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
     ("flags", "said"),
     [
         (["--num_generations", "1"], "num_generations"),
-        (["--data", "/nonexistent"], "data: expected a folder"),
+        (["--data", "ABSENT"], "data: expected a folder"),
         (["--nodes", "2"], "does not become a run on one machine"),
         (["--zero_stage", "4"], "zero_stage"),
     ],
 )
-def test_a_setting_that_cannot_work_is_refused(cache_dir: Path, flags: list[str], said: str) -> None:
+def test_a_setting_that_cannot_work_is_refused(cache_dir: Path, tmp_path: Path, flags: list[str], said: str) -> None:
+    flags = [str(tmp_path / "absent") if flag == "ABSENT" else flag for flag in flags]
     _, err = run(cache_dir, *flags, expected=2, timeout=60)
     assert said in err and "Traceback" not in err
 
