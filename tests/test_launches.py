@@ -180,7 +180,7 @@ def ragged(launch: Launch) -> bool:
 @pytest.mark.parametrize("stride", [1001, 1008, 1016])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_are_read_in_16_bytes_only_where_they_lie_so(gpu: AbsentGPU, rows: int, stride: int, shift: int) -> None:
-    """Wherever the caller's begin: a load that believes otherwise faults on a GPU."""
+    """Wherever the caller's begin: whole 16 bytes of rows that begin elsewhere may end on a page that is not there."""
 
     def placed(count: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         flat = gpu.tensor(shift + count * stride, dtype=dtype)
