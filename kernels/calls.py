@@ -202,16 +202,6 @@ def linear_grpo_loss(
             streams, old_logp, credit, given, stream_layout(op, streams, layout), parsed, ref_logp=ref_logp,
             is_ratio=is_ratio, weights=weights, num_items=num_items,
         )  # fmt: skip
-    if any(s.hidden.dtype == torch.float16 for s in streams):
-        layout = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, num_tokens)
-        checks.check_streams(op, streams, num_tokens)
-        layout = stream_layout(op, streams, layout)
-        logp_T, entropy_T = _scored(streams, num_tokens, chosen)
-        return grpo_loss(
-            logp_T, old_logp, rewards, cu_seqlens, group_offsets, advantages=advantages, loss_mask=layout.loss_mask,
-            modality=layout.modality, ref_logp=ref_logp, is_ratio=is_ratio, entropy=entropy_T.detach(),
-            weights=weights, backend=chosen, options=options,
-        )  # fmt: skip
     nothing, nowhere = streams[0].hidden.new_empty(0), streams[0].targets.new_empty(0, dtype=torch.int64)
     biases = [nothing if s.bias is None else s.bias for s in streams]
     forbidden = [nowhere if s.forbidden is None else s.forbidden for s in streams]
@@ -226,20 +216,6 @@ def linear_grpo_loss(
     )  # fmt: skip
     named = _metrics(metrics.detach(), image=True, kl=ref_logp is not None, entropy=True)
     return GRPOOutput(loss, by_modality(advantages_MS.detach()), keep, named, logp.detach(), entropy.detach())
-
-
-def _scored(streams: Sequence[TokenStream], num_tokens: int, backend: str) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) of all rows on the packed axis, [T] float32, differentiable: four products in place of three.
-
-    For float16: one sweep forms d loss / d logits before autograd knows the scale of the loss, and d loss is below what
-    float16 holds. Here it is formed in backward, from the scaled gradient of logp.
-    """
-    logp_T, entropy_T = (streams[0].hidden.new_zeros(num_tokens, dtype=torch.float32) for _ in range(2))
-    for s in streams:
-        logp, entropy = linear_logp(s.hidden, s.weight, s.targets, s.bias, float(s.temperature), s.forbidden, backend)
-        at = (s.rows.long(),)
-        logp_T, entropy_T = logp_T.index_put(at, logp), entropy_T.index_put(at, entropy.detach())
-    return logp_T, entropy_T
 
 
 def _autocast(stream: TokenStream) -> TokenStream:

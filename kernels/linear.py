@@ -58,6 +58,26 @@ class HeadRows:
         return HeadRows(self.hidden, self.weight, self.targets[chosen], self.head, index)
 
 
+def chosen_rows(masks: Sequence[Tensor]) -> list[Tensor | None]:
+    """Where each [n] bool mask is True: [count] int64 in rising order, None where it is everywhere.
+
+    How many there are is read back once for all masks: the one time that a GPU is waited for.
+    """
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    return [_places(mask, count) for mask, count in zip(masks, counts, strict=True)]
+
+
+def _places(mask: Tensor, count: int) -> Tensor | None:
+    if count == mask.numel():
+        return None
+    return mask.nonzero().squeeze(1) if mask.device.type == "cpu" else first_true(mask, count)
+
+
+def first_true(mask: Tensor, count: int) -> Tensor:
+    """Where the [n] mask is True, by a stable sort: `nonzero` would read the count once more from a GPU."""
+    return mask.byte().argsort(descending=True, stable=True)[:count]
+
+
 class Workspace:
     """One buffer for the products of one chunk at a time, shared by all heads of a call."""
 

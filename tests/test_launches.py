@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from absent_gpu import DEVICE, AbsentGPU, absent_gpu, strided
+from absent_gpu import DEVICE, AbsentGPU, Launch, absent_gpu, strided
 from absent_gpu import OPS as REGISTERED
 from torch import Tensor
 
 from syncr1.kernels import api
+from syncr1.kernels.ops import late_gradients as late
 from syncr1.kernels.ops import logp as ops
 from syncr1.kernels.records import TokenStream
+from syncr1.kernels.terms import Head
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces launches")
@@ -66,6 +68,14 @@ def linear_grpo_loss(make: Maker, dtype: torch.dtype = torch.bfloat16, **changes
     return api.linear_grpo_loss(streams, **arguments | changes)
 
 
+def late_gradients(make: Maker) -> None:
+    streams = [stream(make, 5000, VOCABULARY, "text", torch.float16), stream(make, 5000, 1001, "image", torch.float16)]
+    lists = [[getattr(s, name).detach() for s in streams] for name in ("hidden", "weight", "bias", "targets", "rows")]
+    nowhere = [make(0, dtype=torch.int64) for _ in streams]
+    scored = (make(TOKENS), make(TOKENS, dtype=torch.float64), make(TOKENS))
+    late.linear_grpo_loss_backward(*lists, nowhere, [1.0, 1.0], *scored, [True] * 6, "triton")
+
+
 def linear_logp(make: Maker) -> None:
     s = stream(make, 5000, 1001, "text")
     operands = (s.hidden.detach(), s.weight.detach(), s.bias.detach(), s.targets)  # type: ignore[union-attr]
@@ -108,6 +118,7 @@ OPS: dict[str, Callable[[Maker], Any]] = {
     "linear_grpo_loss, two sweeps": lambda make: linear_grpo_loss(make, ratio="sequence"),
     "linear_grpo_loss, items per modality": lambda make: linear_grpo_loss(make, num_items={"text": 3.0, "image": 9.0}),
     "linear_grpo_loss, float16": lambda make: linear_grpo_loss(make, torch.float16),
+    "linear_grpo_loss, float16, backward": late_gradients,
     "linear_logp": linear_logp,
     "selective_logp": selective_logp,
     "cfg_sample": cfg_sample,
@@ -115,6 +126,7 @@ OPS: dict[str, Callable[[Maker], Any]] = {
     "prefix_decode_attention": decode,
 }
 READ_BACKS = {"linear_grpo_loss": 1, "linear_grpo_loss, two sweeps": 2, "linear_grpo_loss, items per modality": 1}
+READ_BACKS |= {"linear_grpo_loss, float16": 1, "linear_grpo_loss, float16, backward": 1}
 """Of every other op: none."""
 
 
@@ -158,7 +170,41 @@ def test_a_row_begins_where_loads_of_16_bytes_can(gpu: AbsentGPU) -> None:
     assert launch.grid == (2**15,) and launch.arguments["stride"] == 2**17  # row · stride is formed in 64 bits
 
 
+def ragged(launch: Launch) -> bool:
+    """Its rows are read in 16 bytes up to their end."""
+    form = launch.arguments.get("FORM")
+    return bool(launch.arguments.get("RAGGED") or getattr(form, "RAGGED", False))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 8])
+@pytest.mark.parametrize("stride", [1001, 1008, 1016])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_are_read_in_16_bytes_only_where_they_lie_so(gpu: AbsentGPU, rows: int, stride: int, shift: int) -> None:
+    """Wherever the caller's begin: whole 16 bytes of rows that begin elsewhere may end on a page that is not there."""
+
+    def placed(count: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        flat = gpu.tensor(shift + count * stride, dtype=dtype)
+        return flat[shift:].view(count, stride)[:, :1001]
+
+    logits, targets = placed(rows), gpu.tensor(rows, dtype=torch.int64)
+    logp, entropy, lse = ops.selective_logp(logits, targets, 1.0, None, "triton")
+    ops.selective_logp_backward(logits, targets, lse, entropy, logp, entropy, 1.0, None, "triton")
+    api.cfg_sample(logits, placed(rows), cfg_weight=2.0, seed=1, offset=2)
+    from syncr1.kernels.triton_ops import score_rows
+
+    head = Head(placed(1)[0])
+    score_rows(gpu.tensor(rows, 1008, dtype=torch.bfloat16)[:, :1001], targets, head)
+    assert {launch.kernel for launch in gpu.launches} == {"score_rows_kernel", "gradient_rows_kernel", "sample_kernel"}
+    assert ragged(gpu.launches[-1]) and ragged(gpu.launches[-2])
+    for launch in filter(ragged, gpu.launches):
+        for name, tensor in launch.tensors():
+            if name in ("products", "out", "cond", "uncond", "shift", "forbidden"):
+                assert tensor.data_ptr() % 16 == 0, (launch.kernel, name)
+                assert tensor.dim() == 1 or tensor.shape[0] == 1 or tensor.stride(0) % 16 == 0, (launch.kernel, name)
+
+
 def test_ops_that_read_back_stay_out_of_cuda_graphs() -> None:
-    tags = {name: getattr(torch.ops.syncr1, name).default.tags for name in REGISTERED}
+    names = (*REGISTERED, "linear_grpo_loss_backward")
+    tags = {name: getattr(torch.ops.syncr1, name).default.tags for name in names}
     tagged = {name for name, own in tags.items() if torch.Tag.cudagraph_unsafe in own}
-    assert tagged == {"linear_grpo_loss", "dgs_select"}
+    assert tagged == {"linear_grpo_loss", "linear_grpo_loss_backward", "dgs_select"}

@@ -93,3 +93,24 @@ def test_bfloat16_gradients_of_many_chunks_are_summed_in_float32(monkeypatch: py
     assert weight.grad is not None
     share = torch.tensor(1 / VOCABULARY).bfloat16().float()
     torch.testing.assert_close(weight.grad[1].float(), (-ROWS * share).expand(WIDTH), rtol=2**-8, atol=0)
+
+
+def test_rows_of_a_second_sweep_fit_into_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 rows in chunks of 200; of the 256 that are left, one chunk would be 256."""
+    monkeypatch.setitem(linear.WORKSPACE_BYTES, "cpu", 1)
+    hidden, weight = torch.randn(600, 3), torch.randn(5, 3)
+    rows = linear.HeadRows(hidden, weight, torch.zeros(600, dtype=torch.int64), linear.Head())
+    left = torch.arange(256) * 2
+    with linear.Workspace([rows]) as workspace:
+        products = torch.cat([part.clone() for _, _, part in workspace.chunks(rows.subset(left))])
+    torch.testing.assert_close(products, hidden[left] @ weight.t())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_rows_are_found_by_sorting_as_by_looking(share: float) -> None:
+    """What a GPU takes in place of `nonzero`."""
+    mask = torch.rand(1000) < share
+    found = linear.first_true(mask, int(mask.sum()))
+    assert torch.equal(found, mask.nonzero().squeeze(1))
+    chosen = linear.chosen_rows([mask, torch.ones(3, dtype=torch.bool)])
+    assert chosen[1] is None and (chosen[0] is None if share == 1 else torch.equal(chosen[0], found))

@@ -111,6 +111,12 @@ def test_opcheck_of_backward_ops() -> None:
         given = (*head, lse, entropy, upstream, None, 0.7, None, needs, BACKEND)
         torch.library.opcheck(ops.linear_logp_backward.default, given)
         assert not any(x.requires_grad for x in ops.linear_logp_backward(*given))
+    empty, nowhere, rows = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.arange(T)
+    streams = ([o["hidden"]] * 2, [o["image"]] * 2, [o["bias"], empty], [p["targets"]] * 2, [rows, T + rows])
+    scored = [torch.cat([values, values]) for values in (upstream * (rows > 1), lse, entropy)]
+    given = (*streams, [nowhere] * 2, [0.7, 0.7], *scored, [True, True, True, False, True, False], BACKEND)
+    torch.library.opcheck(ops.linear_grpo_loss_backward.default, given)
+    assert not any(x.requires_grad for x in ops.linear_grpo_loss_backward(*given))
     layout = SharedPrefixLayout(torch.tensor([0, 3, 5]), torch.tensor([0, 2, 4, 7, 10]), torch.tensor([0, 2, 4]))
     qkv = [torch.randn(15, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
     out, lse = (x.detach() for x in ops.shared_prefix_attention(*qkv, *layout.host_offsets, 0.3))

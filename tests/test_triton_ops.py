@@ -137,3 +137,39 @@ def check_float16_heads_under_a_loss_scale(num_items: float) -> None:
     ):
         error, allowed = ((grad - exact).norm() / exact.norm() for grad in (ours, plain))
         assert error <= 2 * allowed + 1e-4, (float(error), float(allowed))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {}, {"score_all": True}, {"dgs": "variance_mass", "dgs_mass": 0.5}, {"ratio": "sequence"}, {"loss_type": "bnpo"},
+    {"loss_type": "vespo"}, {"beta": 0.1}, {"top_entropy_quantile": 0.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def check_float16_heads_mean_what_others_do(options: dict[str, Any]) -> None:
+    """Against float32 on `reference`: what is left out, metrics, settings of a stream, and gradients, though the hidden
+    state of a token that carries no loss is NaN."""
+    given = made()
+    given["mask"][:2] = False  # a whole sequence, and of its group one is left
+    given["rewards"] = torch.tensor([1.0, 0.0, 0.5, 0.5], device=DEVICE)  # the second group has advantage 0
+    places = (given["rewards"], given["cu_seqlens"], given["group_offsets"])
+    at = given["rows"]
+    masked = ~given["mask"][at]
+    ref = given["old_logp"] - 0.2
+    sampler = torch.linspace(0.8, 1.2, ROWS, device=DEVICE)
+
+    def everything(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        hidden = given["hidden"].masked_fill(masked[:, None], torch.nan)
+        leaves = [values.to(dtype).requires_grad_() for values in (hidden, given["weight"], given["bias"])]
+        forbidden = torch.tensor([33], device=DEVICE)
+        stream = api.TokenStream(*leaves[:2], given["targets"], at, leaves[2], 0.7, "image", forbidden)
+        out = api.linear_grpo_loss(
+            [stream], *places, old_logp=given["old_logp"], loss_mask=given["mask"], ref_logp=ref, is_ratio=sampler,
+            backend=backend, **options,
+        )  # fmt: skip
+        grads = torch.autograd.grad(out.loss, leaves)
+        found = [out.loss, out.logp, out.entropy, out.advantages, out.keep, *out.metrics.values(), *grads]
+        return [values.detach().double() for values in found]  # type: ignore[union-attr]
+
+    for ours, plain in zip(everything(torch.float16, "triton"), everything(torch.float32, "reference"), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-2, atol=5e-3)

@@ -254,3 +254,34 @@ def check_no_rows_and_a_forbidden_nan() -> None:
     want = score_rows(products, targets, head)
     products[:, 4] = torch.nan
     assert all(torch.equal(*pair) for pair in zip(want, score_rows(products, targets, head), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 3, 7, 8, 9, 15, 16, 17, 519, 520, 527, 528, 529])
+def check_every_end_of_a_row(form: str, vocabulary: int, dtype: torch.dtype) -> None:
+    """Around multiples of 16 bytes, with a bias of another dtype inside a band of NaN, which no call writes to."""
+    from syncr1.kernels.triton_ops import gradient_rows, loss_rows, score_rows
+
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    band = torch.full((padded(vocabulary) + 32,), torch.nan, dtype=other, device=DEVICE)
+    bias = band[16 : 16 + vocabulary].copy_(torch.randn(vocabulary))
+    head = Head(bias, 0.7, torch.tensor([vocabulary // 2], device=DEVICE) if vocabulary > 1 else None)
+    targets = torch.tensor([0, vocabulary - 1], device=DEVICE)
+    before = band.clone()
+    buffer, products, outside = guarded(2, vocabulary, dtype, "aligned")
+    leaf = products.double().requires_grad_()
+    logp, entropy, _ = scores(leaf, targets, head, torch.float64)
+    (want,) = torch.autograd.grad(logp[1], leaf)
+    got = score_rows(products, targets, head)
+    torch.testing.assert_close(got[0].double(), logp.detach(), rtol=1e-6, atol=6e-5)
+    torch.testing.assert_close(got[1].double(), entropy.detach(), rtol=1e-6, atol=6e-5)
+    out_buffer, out, _ = guarded(2, vocabulary, dtype, "aligned")
+    out_buffer.fill_(torch.nan)
+    ones = torch.tensor([0.0, 1.0], device=DEVICE)
+    gradient_rows(products, targets, head, got[2], got[1], ones, None, out)
+    settings = RowSettings("clip", 0.2, 0.2, None, 0.0, False, 1.0, 1.0)
+    loss_rows(products, targets, head, RowTerms(-ones, ones), settings)
+    for gradient in (out, products):
+        torch.testing.assert_close(gradient.double(), want, rtol=ROUNDING[dtype] + 1e-4, atol=2e-6)
+    assert band_is_nan(buffer, outside) and band_is_nan(out_buffer, outside)
+    assert torch.equal(band.nan_to_num(7.0), before.nan_to_num(7.0))

@@ -190,3 +190,15 @@ def check_minus_infinity_in_both_is_minus_infinity(form: str) -> None:
         forbidden=None,
     )
     assert all(torch.equal(getattr(got, name), getattr(want, name)) for name in ("token", "logp", "logp_mixed"))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 9, 297, 303])
+def check_what_lies_beside_a_row_is_not_drawn(form: str, vocabulary: int) -> None:
+    """Rows inside a band of NaN; away from the condition, where -inf at a forbidden id would become +inf."""
+    bands = torch.full((2, 3, 352), torch.nan, device=DEVICE)
+    cond, uncond = bands[:, :, 16 : 16 + vocabulary].copy_(torch.randn(2, 3, vocabulary))
+    forbidden = torch.tensor([vocabulary // 2], device=DEVICE) if vocabulary > 1 else None
+    for weight in (3.0, -0.5):
+        for options in ({}, {"top_k": 5, "top_p": 0.9}, {"temperature": 0.0}):
+            got, want = draw(cond, uncond, cfg_weight=weight, forbidden=forbidden, **options)
+            same(got, want, torch.arange(3, device=DEVICE))

@@ -1,8 +1,9 @@
 """Registered op `syncr1::linear_grpo_loss`: the row plan, the products of each head, the loss, the gradients.
 
 Losses that a row knows alone take one sweep of three products per chunk; those that need the whole sequence or batch
-first (sequence ratios, vespo, entropy quantiles) take two sweeps and a fourth product. Loss and metrics come from the
-same kernel as `syncr1::grpo_loss`. Backends `native` and `triton`; `reference` is ordinary autograd.
+first (sequence ratios, vespo, entropy quantiles) take two sweeps and a fourth product, and so do float16 heads, whose
+second sweep is in backward (`late_gradients`). Loss and metrics come from the same kernel as `syncr1::grpo_loss`.
+Backends `native` and `triton`; `reference` is ordinary autograd.
 
 Dims: `T` packed tokens, `S` sequences, `N` rows of a stream, `V` vocabulary, `D` hidden, `M` modalities.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..checks import check_allowed, check_log_probabilities, check_loss_inputs, check_streams
 from ..dispatch import module_of
 from ..layout import PackedLayout
-from ..linear import HeadRows, Workspace, gradient_pass, loss_pass, score_rows
+from ..linear import HeadRows, Workspace, chosen_rows, gradient_pass, loss_pass, score_rows
 from ..options import LossOptions, decode
 from ..plan import (
     Scores,
@@ -36,6 +37,7 @@ from ..plan import (
 )
 from ..records import MODALITIES, TokenStream
 from ..terms import METRICS, Head, RowSettings, RowTerms, TokenLoss, row_loss
+from . import late_gradients
 from .logp import refuse_second_derivative
 from .loss import is_per_sequence, loss_dtype, plain, token_loss
 from .register import differentiates, fakes, implements
@@ -44,24 +46,6 @@ OP = "linear_grpo_loss"
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 Grads = list[tuple[Tensor, Tensor, Tensor]]
 Scored = tuple[Tensor, Tensor, TokenLoss, Grads]
-
-
-def chosen_rows(masks: Sequence[Tensor]) -> list[Tensor | None]:
-    """Where each [n] bool mask is True: [count] int64 in rising order, None where it is everywhere.
-
-    How many there are is read back once for all masks: the one time that a GPU is waited for.
-    """
-    counts = torch.stack([mask.sum() for mask in masks]).tolist()
-    return [
-        None if count == mask.numel() else _first_true(mask, count) for mask, count in zip(masks, counts, strict=True)
-    ]
-
-
-def _first_true(mask: Tensor, count: int) -> Tensor:
-    """On a GPU by a stable sort: `nonzero` reads the count once more."""
-    if mask.device.type == "cpu":
-        return mask.nonzero().squeeze(1)
-    return mask.byte().argsort(descending=True, stable=True)[:count]
 
 
 def acting_rows(streams: Sequence[TokenStream], acting_T: Tensor) -> tuple[list[HeadRows], list[Tensor]]:
@@ -152,6 +136,15 @@ class LinearLoss:
             ]
         return logp_T, entropy_T, result, grads
 
+    def late(self) -> Scored:
+        """One product per chunk: what `late_gradients` forms the gradients from, d loss / d logp and log-sum-exp."""
+        with Workspace(self.heads) as workspace:
+            scored = [score_rows(self.module, rows, workspace) for rows in self.heads]
+        logp_T, entropy_T = (self._collect([values[i] for values in scored]) for i in range(2))
+        lse_T = self._collect([lse_N for _, _, lse_N in scored], torch.float64)
+        result = self._loss(logp_T, entropy_T)
+        return logp_T, entropy_T, result, [(result.grad_logp, lse_T, lse_T.new_empty(0))]
+
     def _live_rows(self, grad_T: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """(gradient of every row, where it is not 0) of each head: no product for clipped tokens."""
         grads = [grad_T[at] for at in self.positions]
@@ -171,9 +164,9 @@ class LinearLoss:
             rows, grad_N, lse_N, entropy_N = rows.subset(live), grad_N[live], lse_N[live], entropy_N[live]
         return gradient_pass(self.module, rows, workspace, lse_N, entropy_N, grad_N, None, needs)
 
-    def _collect(self, values: Sequence[Tensor]) -> Tensor:
-        """Per-row values of all heads on the packed axis, 0 elsewhere: [T] float32."""
-        out_T = torch.zeros(self.layout.num_tokens, dtype=torch.float32, device=self.acting_T.device)
+    def _collect(self, values: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Per-row values of all heads on the packed axis, 0 elsewhere: [T]."""
+        out_T = torch.zeros(self.layout.num_tokens, dtype=dtype, device=self.acting_T.device)
         for at, value in zip(self.positions, values, strict=True):
             out_T.index_copy_(0, at, value)
         return out_T
@@ -258,7 +251,8 @@ def linear_grpo_loss(
     """(loss, logp [T], entropy [T], advantages [M, S], keep [S], metrics [18], gradients).
 
     Lists hold one entry per stream, an empty tensor where it has no bias or nothing forbidden. `needs` and gradients
-    hold hidden, weight and bias of each stream in turn; a gradient not needed is empty.
+    hold hidden, weight and bias of each stream in turn; a gradient not needed is empty. Of float16 heads there are
+    d loss / d logp [T], log-sum-exp [T] and an empty tensor in their place.
     """
     options, module = decode(settings), module_of(backend)
     streams = _gather_streams(hidden, weight, bias, targets, rows, forbidden, temperature, stream_modality)
@@ -273,7 +267,10 @@ def linear_grpo_loss(
     ratios = Ratios(old_logp, ref_logp, is_ratio)
     call = LinearLoss(module, options, streams, layout, scores, ratios, num_items, needs)
     once = call.rows_know_alone and any(needs)
-    logp_T, entropy_T, result, grads = call.one_sweep() if once else call.two_sweeps()
+    if late_gradients.formed_late(hidden):
+        logp_T, entropy_T, result, grads = call.late()
+    else:
+        logp_T, entropy_T, result, grads = call.one_sweep() if once else call.two_sweeps()
     flat = [grad for parts in grads for grad in parts] or [hidden[0].new_empty(0) for _ in needs]
     return result.loss, logp_T, entropy_T, result.advantages, result.keep, result.metrics, flat
 
@@ -308,6 +305,11 @@ def _(
     wide = loss_dtype(like, backend)
     parts = [part for triple in zip(hidden, weight, bias, strict=True) for part in triple]
     grads = [part.new_empty(part.shape) if need else like.new_empty(0) for part, need in zip(parts, needs, strict=True)]
+    if late_gradients.formed_late(hidden):
+        grads = [
+            like.new_empty(n, dtype=kind) for n, kind in ((num_tokens, torch.float32), (num_tokens, torch.float64))
+        ]
+        grads.append(like.new_empty(0, dtype=torch.float64))
     return (
         like.new_empty((), dtype=wide),
         like.new_empty(num_tokens, dtype=wide),
@@ -320,8 +322,12 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    ctx.save_for_backward(*output[6])
     ctx.num_streams, ctx.needs, ctx.counts = len(inputs[0]), inputs[20], (len(inputs[9]), len(inputs[10]))
+    ctx.late = late_gradients.formed_late(inputs[0])
+    if ctx.late:
+        late_gradients.save(ctx, inputs, output[6][0], output[6][1], output[2])
+    else:
+        ctx.save_for_backward(*output[6])
     ctx.set_materialize_grads(False)
 
 
@@ -330,8 +336,9 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *others: Any) -> tuple[An
     nothing: list[None] = [None] * ctx.num_streams
     grads: list[list[Tensor | None]] = [list(nothing) for _ in range(3)]
     if grad_loss is not None:
-        for index, (grad, need) in enumerate(zip(ctx.saved_tensors, ctx.needs, strict=True)):
-            grads[index % 3][index // 3] = _scale(grad, grad_loss) if need else None
+        formed = late_gradients.gradients(ctx, grad_loss) if ctx.late else ctx.saved_tensors
+        for index, (grad, need) in enumerate(zip(formed, ctx.needs, strict=True)):
+            grads[index % 3][index // 3] = None if not need else grad if ctx.late else _scale(grad, grad_loss)
     lists = ([None] * ctx.counts[0], [None] * ctx.counts[1])
     return (*grads, nothing, nothing, nothing, None, None, None, *lists, *(None,) * 12)
 

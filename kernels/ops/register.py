@@ -50,7 +50,7 @@ def differentiates_no_further(name: str) -> None:
     """The op is another's backward: what it returns has no gradient, whatever its inputs require."""
 
     def mark(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+        ctx.mark_non_differentiable(*(output if isinstance(output, (tuple, list)) else (output,)))
 
     # None of the outputs requires a gradient, so that the second function is never called.
     differentiates(name, mark, lambda ctx, *grads: None)

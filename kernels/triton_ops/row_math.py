@@ -28,8 +28,8 @@ LOWEST = tl.constexpr(float("-inf"))
 def readable(pointer, V, RAGGED: tl.constexpr):
     """How many ids of a row may be read: of a RAGGED one the 16 bytes that hold its last id are read as a whole.
 
-    They are memory of the same allocation, which begins and ends at a multiple of 16 bytes, as the row does. A mask
-    that is cut elsewhere would make every load of the row one of single ids.
+    They may be another tensor's, and are not looked at; no page ends inside them, since the row begins at a multiple of
+    16 bytes. A mask that is cut elsewhere would make every load of the row one of single ids.
     """
     PIECE: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
     return tl.cdiv(V, PIECE) * PIECE if RAGGED else V
