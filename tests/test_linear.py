@@ -12,6 +12,7 @@ from torch import Tensor
 
 from syncr1.kernels import dispatch, linear
 from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
+from syncr1.kernels.ops import linear_loss
 from syncr1.kernels.terms import padded
 
 pytestmark = [
@@ -37,7 +38,8 @@ def operands(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor,
 def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, **settings: Any) -> list[Tensor]:
     stream = TokenStream(hidden, weight, targets, torch.arange(ROWS))
     cu_seqlens, groups = torch.tensor([0, 10, 20, ROWS]), torch.tensor([0, 3])
-    out = linear_grpo_loss([stream], torch.tensor([0.0, 1.0, 0.4]), cu_seqlens, groups, **settings)
+    rewards = None if "advantages" in settings else torch.tensor([0.0, 1.0, 0.4])
+    out = linear_grpo_loss([stream], rewards, cu_seqlens, groups, **settings)
     return [out.loss.detach(), *torch.autograd.grad(out.loss, [hidden, weight])]
 
 
@@ -102,8 +104,29 @@ def test_rows_of_a_second_sweep_fit_into_the_workspace(monkeypatch: pytest.Monke
     rows = linear.HeadRows(hidden, weight, torch.zeros(600, dtype=torch.int64), linear.Head())
     left = torch.arange(256) * 2
     with linear.Workspace([rows]) as workspace:
-        products = torch.cat([part.clone() for _, _, part in workspace.chunks(rows.subset(left))])
-    torch.testing.assert_close(products, hidden[left] @ weight.t())
+        parts = [(part.clone(), part.stride(0)) for _, _, part in workspace.chunks(rows.subset(left))]
+    assert {stride for _, stride in parts} == {padded(5)} and workspace.buffer.numel() == 200 * padded(5)
+    torch.testing.assert_close(torch.cat([part for part, _ in parts]), hidden[left] @ weight.t())
+
+
+def test_clipped_sequences_take_no_part_in_the_second_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do tokens that an entropy quantile leaves out."""
+    swept: list[int] = []
+
+    def second(kernels: Any, rows: linear.HeadRows, *others: Any) -> Any:
+        swept.append(rows.num_rows)
+        return linear.gradient_pass(kernels, rows, *others)
+
+    monkeypatch.setattr(linear_loss, "gradient_pass", second)
+    hidden, weight, targets = operands()
+    with torch.no_grad():
+        old_logp, _ = linear_logp(hidden, weight, targets)
+    advantages = torch.tensor([1.0, -1.0, 1.0])
+    # At twice the old probability the first sequence has gained enough.
+    old_logp[:10] -= 0.7
+    loss_and_gradients(hidden, weight, targets, ratio="sequence", old_logp=old_logp, advantages=advantages)
+    loss_and_gradients(hidden, weight, targets, top_entropy_quantile=0.2, advantages=advantages)
+    assert swept == [ROWS - 10, ROWS - int(0.8 * ROWS)]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

@@ -157,19 +157,21 @@ def check_float16_heads_mean_what_others_do(options: dict[str, Any]) -> None:
     masked = ~given["mask"][at]
     ref = given["old_logp"] - 0.2
     sampler = torch.linspace(0.8, 1.2, ROWS, device=DEVICE)
+    likely = (given["hidden"] @ given["weight"].t() + given["bias"]).mean(0)
+    likely[given["targets"]] = -torch.inf
+    forbidden = likely.argmax()[None]
 
     def everything(dtype: torch.dtype, backend: str) -> list[Tensor]:
         hidden = given["hidden"].masked_fill(masked[:, None], torch.nan)
         leaves = [values.to(dtype).requires_grad_() for values in (hidden, given["weight"], given["bias"])]
-        forbidden = torch.tensor([33], device=DEVICE)
         stream = api.TokenStream(*leaves[:2], given["targets"], at, leaves[2], 0.7, "image", forbidden)
         out = api.linear_grpo_loss(
             [stream], *places, old_logp=given["old_logp"], loss_mask=given["mask"], ref_logp=ref, is_ratio=sampler,
-            backend=backend, **options,
+            num_items=1.0, backend=backend, **options,
         )  # fmt: skip
-        grads = torch.autograd.grad(out.loss, leaves)
+        grads = torch.autograd.grad(100 * out.loss, leaves)
         found = [out.loss, out.logp, out.entropy, out.advantages, out.keep, *out.metrics.values(), *grads]
         return [values.detach().double() for values in found]  # type: ignore[union-attr]
 
     for ours, plain in zip(everything(torch.float16, "triton"), everything(torch.float32, "reference"), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-2, atol=5e-3)
+        assert float((ours - plain).norm()) <= 4e-3 * float(plain.norm()) + 1e-3

@@ -33,7 +33,7 @@ H200_BYTES_PER_SECOND = 4.3e12
 """A device-to-device copy, bytes read and written."""
 LAUNCH_SECONDS = 3e-6
 """Below it the launch is what a kernel costs."""
-NARROW_LOADS = 40
+NARROW_LOADS = 12
 """Loads of under 16 bytes that a hot kernel may hold beside those of its rows: targets, weights, a row's last piece."""
 
 
