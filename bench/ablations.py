@@ -136,7 +136,7 @@ def tasks_table(runs: list[dict[str, float]]) -> str:
 
 def write_results(output: Path, results: dict[str, list[dict[str, float]]]) -> None:
     """Adds the variants to what the file has, with the versions and the commit that they were measured with."""
-    from syncr1.engine.runlog import environment
+    from syncr1.engine.show.runlog import environment
 
     known = json.loads(output.read_text()) if output.is_file() else {}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -151,16 +151,16 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
     """
     import torch
 
-    from syncr1.engine.assemble import build_reward_set, prepare_data
-    from syncr1.engine.config import SyncR1Config
-    from syncr1.engine.credit import credited_rewards
-    from syncr1.engine.objective import Objective, PolicyForward
-    from syncr1.engine.packing import pack
+    from syncr1.engine.data.prompt_stream import PromptStream
+    from syncr1.engine.data.prompts import load_training_prompts
+    from syncr1.engine.forward.objective import Objective, PolicyForward
+    from syncr1.engine.forward.packing import pack
+    from syncr1.engine.learn.credit import credited_rewards
+    from syncr1.engine.methods.sync_r1_config import SyncR1Config
+    from syncr1.engine.methods.sync_r1_parts import build_reward_set, prepare_data
     from syncr1.engine.policies.janus import JanusPolicy
-    from syncr1.engine.prompt_stream import PromptStream
-    from syncr1.engine.prompts import load_training_prompts
-    from syncr1.engine.rewards.base import score
-    from syncr1.engine.rollout import Sampling, generate
+    from syncr1.engine.rewards.reward import score
+    from syncr1.engine.rollout.sampler import Sampling, generate
     from syncr1.kernels.api import dgs_select
 
     config = SyncR1Config()

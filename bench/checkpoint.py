@@ -32,16 +32,16 @@ import torch
 from comparison import OURS, Case, Comparison, Goal, Provider, Told, parser_of, run_cases
 from step import Given
 
-from syncr1.engine.assemble import build_preview, build_reward_set, prepare_data, prepare_policy
-from syncr1.engine.checkpoint import save
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.learner import Learner, local_device
-from syncr1.engine.optimizer_state import optimizer_tensors
-from syncr1.engine.prompt_stream import PromptStream
-from syncr1.engine.prompts import load_anchors, load_training_prompts
-from syncr1.engine.resume import Checkpoints
-from syncr1.engine.trainer import Trainer
-from syncr1.engine.training import add_adapters, objective_of, settings_of
+from syncr1.engine.checkpoints.optimizer_state import optimizer_tensors
+from syncr1.engine.checkpoints.sharded import save
+from syncr1.engine.data.prompt_stream import PromptStream
+from syncr1.engine.data.prompts import load_anchors, load_training_prompts
+from syncr1.engine.learn.learner import Learner, local_device
+from syncr1.engine.learn.trainer import Trainer
+from syncr1.engine.methods.resume import Checkpoints
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set, prepare_data, prepare_policy
+from syncr1.engine.methods.training import add_adapters, objective_of, settings_of
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.tiny_janus import build_policy

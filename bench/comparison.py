@@ -30,7 +30,7 @@ import torch
 from interleaved import Budget, Measured, Run, clock_for, fastest, measure
 from table import RESULTS, show_goals, write
 
-from syncr1.engine.capacity import free_bytes
+from syncr1.engine.rollout.capacity import free_bytes
 
 MIB = 1 << 20
 OURS = "ours"

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from syncr1.engine.cli import parse
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.launch import launch
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.processes.launch import launch
+from syncr1.engine.settings.flags import parse
 
 INTERFACE = "eth0"
 SMALL, ROUNDS = 8, 30
@@ -143,10 +143,10 @@ def rates(num_bytes: int) -> dict[str, float]:
 
 def install(counter: Counter, pace: Pace, steps: list[dict[str, Any]]) -> None:
     """Notes the counter whenever a step begins, and once when the training has ended; paces what lies between."""
-    from syncr1.engine.learner import Learner
-    from syncr1.engine.prompt_stream import PromptStream
-    from syncr1.engine.rollout import RolloutEngine
-    from syncr1.engine.trainer import Trainer
+    from syncr1.engine.data.prompt_stream import PromptStream
+    from syncr1.engine.learn.learner import Learner
+    from syncr1.engine.learn.trainer import Trainer
+    from syncr1.engine.rollout.sampler import RolloutEngine
 
     next_step, generate = PromptStream.next_step, RolloutEngine.generate
     score, update, train = Learner.score, Learner.update, Trainer.train
@@ -184,8 +184,8 @@ def install(counter: Counter, pace: Pace, steps: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     config = launch(parse(SyncR1Config, description=__doc__), __file__)
-    from syncr1.engine.learner import init_distributed
-    from syncr1.engine.run import run
+    from syncr1.engine.learn.learner import init_distributed
+    from syncr1.engine.methods.sync_r1 import run
 
     def given(name: str) -> str:
         return os.environ[f"SYNCR1_PACE_{name}"]

@@ -49,10 +49,10 @@ from transformers import (
 )
 
 from syncr1.engine.records import Prompt
-from syncr1.engine.rewards.captioner import BlipCaptioner
-from syncr1.engine.rewards.clip import Preparation
-from syncr1.engine.rewards.perceptual import LpipsSimilarity, stretched
-from syncr1.engine.rewards.tim import TextImageMatching
+from syncr1.engine.rewards.builtin.captioner import BlipCaptioner
+from syncr1.engine.rewards.builtin.clip import Preparation
+from syncr1.engine.rewards.builtin.perceptual import LpipsSimilarity, stretched
+from syncr1.engine.rewards.builtin.tim import TextImageMatching
 from syncr1.engine.stopwatch import Stopwatch
 
 PER_IMAGE, RELEASED = "per image", "as released"

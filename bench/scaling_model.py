@@ -96,7 +96,7 @@ class Machine:
     gpu_hours: float = 54 * 24 * 16384 / 419
     """Between unexpected interruptions: 419 in 54 days on 16,384 H100 (Llama 3, arXiv 2407.21783, section 3.3.4)."""
     notice: float = 64.0
-    """Seconds until a rank that vanished is given up, at most: engine/watchdog.py; a killed process shows at once."""
+    """Seconds until a rank that vanished is given up, at most: engine/processes/watchdog.py; a killed process shows at once."""
     start: float = 60.0
     """Seconds to start processes, imports and communicators; 30 to 60 on two cores here, assumed for all sizes."""
 
@@ -114,7 +114,7 @@ class Job:
     """Tokens of an answer; lengths are taken as geometric, cut at `text_cap`. Assumed."""
     text_cap: int = 128
     image_share: float = 0.63
-    """Of prompts that draw: engine/prompt_stream.py's shares with 18.75 % anchors."""
+    """Of prompts that draw: engine/data/prompt_stream.py's shares with 18.75 % anchors."""
     text_share: float = 0.70
     """Of prompts that write."""
     retries: float = 0.25

@@ -59,12 +59,12 @@ class OurStep:
     """
 
     def __init__(self, sides: Sides, dgs: bool) -> None:
-        from syncr1.engine.assemble import build_preview
-        from syncr1.engine.config import SyncR1Config
-        from syncr1.engine.learner import Learner
+        from syncr1.engine.learn.learner import Learner
+        from syncr1.engine.learn.trainer import Trainer
+        from syncr1.engine.methods.sync_r1_config import SyncR1Config
+        from syncr1.engine.methods.sync_r1_parts import build_preview
+        from syncr1.engine.methods.training import objective_of, settings_of
         from syncr1.engine.rewards.ensemble import RewardSet
-        from syncr1.engine.trainer import Trainer
-        from syncr1.engine.training import objective_of, settings_of
 
         work, size = sides.work, sides.size
         config = SyncR1Config(

@@ -18,8 +18,8 @@ from released import Logits, Sampled, padded_update
 from sides import Sides, text_score
 from torch import Tensor, nn
 
-from syncr1.engine.objective import Objective, PolicyForward
-from syncr1.engine.packing import pack
+from syncr1.engine.forward.objective import Objective, PolicyForward
+from syncr1.engine.forward.packing import pack
 from syncr1.engine.records import PackedBatch, Rollout, Segment
 from syncr1.engine.stopwatch import Stopwatch
 

@@ -18,16 +18,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .messages import Refused
+from .errors import PictureError
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger pictures are refused before they are decoded (a decompression bomb is a small file)."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Pillow opens a phone's MPO as JPEG; named here, it would raise KeyError."""
-
-
-class PictureError(Refused):
-    """A picture that cannot be used; the message names the file and the reason."""
 
 
 class StoredImage(ABC):

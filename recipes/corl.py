@@ -18,10 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from syncr1.engine.cli import parse
 from syncr1.engine.corl.config import CorlConfig
-from syncr1.engine.faults import run_to_exit
-from syncr1.engine.launch import launch
+from syncr1.engine.methods.exit import run_to_exit
+from syncr1.engine.processes.launch import launch
+from syncr1.engine.settings.flags import parse
 
 TINY = Path(__file__).with_name("corl_tiny.yaml")
 """Settings of the embedded default; the dataclass's own defaults are the paper's, for Janus-Pro."""

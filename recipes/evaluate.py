@@ -18,8 +18,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from syncr1.engine.cli import parse
-from syncr1.engine.evaluate.config import EvaluateConfig
+from syncr1.engine.methods.evaluation_config import EvaluateConfig
+from syncr1.engine.settings.flags import parse
 
 
 def main() -> None:
@@ -29,10 +29,8 @@ def main() -> None:
 
     from transformers.utils import logging
 
-    from syncr1.engine.evaluate.manifest import EvaluationError
-    from syncr1.engine.evaluate.pipeline import run_evaluation
-    from syncr1.engine.evaluate.unifybench import DataError
-    from syncr1.engine.pictures import PictureError
+    from syncr1.engine.errors import DataError, EvaluationError, PictureError
+    from syncr1.engine.methods.evaluation import run_evaluation
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -4,7 +4,7 @@ python recipes/merge.py --base W0 --models MC OE --output OUT   Gaussian merge o
 python recipes/merge.py --help                                  every setting
 
 Works on disk, tensor by tensor: the models may be larger than memory. `--method` gaussian, fnorm or mean; what they
-compute is written atop engine/merge.py.
+compute is written atop engine/checkpoints/merge.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from syncr1.engine.cli import parse
-from syncr1.engine.model_card import is_hub_name, write_model_card
-from syncr1.engine.settings import ConfigError, normalise
+from syncr1.engine.checkpoints.model_card import is_hub_name, write_model_card
+from syncr1.engine.errors import ConfigError
+from syncr1.engine.settings.flags import parse
+from syncr1.engine.settings.schema import normalise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +70,8 @@ def _problems(config: MergeConfig) -> list[str]:
 
 def main() -> None:
     config = parse(MergeConfig, description=__doc__)
-    from syncr1.engine.merge import merge_checkpoints
-    from syncr1.engine.safetensors_stream import CheckpointError
+    from syncr1.engine.checkpoints.merge import merge_checkpoints
+    from syncr1.engine.errors import CheckpointError
 
     assert config.base is not None and config.output is not None  # MergeConfig saw to it
     tenth = [0]

@@ -25,13 +25,15 @@ from kills import be_rank, free_port, preload
 from resume_cases import Training, config_of
 from safetensors.torch import load_file, save_file
 
-from syncr1.engine import checkpoint, decode, trainer
-from syncr1.engine.assemble import build_reward_set
-from syncr1.engine.checkpoint import newest
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.learner import init_distributed
-from syncr1.engine.prompts import load_training_prompts
+from syncr1.engine.checkpoints import sharded as checkpoint
+from syncr1.engine.checkpoints.sharded import newest
+from syncr1.engine.data.prompts import load_training_prompts
+from syncr1.engine.learn import trainer
+from syncr1.engine.learn.learner import init_distributed
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.rewards.ensemble import RewardSet
+from syncr1.engine.rollout import decode
 
 STEPS = 5
 """Of a training: more than two epochs of nine prompts."""

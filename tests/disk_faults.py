@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncr1.engine import checkpoint
-from syncr1.engine.checkpoint import everywhere, folders, place, save, verified
-from syncr1.engine.safetensors_stream import CheckpointError
-from syncr1.engine.saver import Saver
+from syncr1.engine.checkpoints import sharded as checkpoint
+from syncr1.engine.checkpoints.saver import Saver
+from syncr1.engine.checkpoints.sharded import everywhere, folders, place, save, verified
+from syncr1.engine.errors import CheckpointError
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 RANKS = 2

@@ -13,12 +13,12 @@ import torch
 from helpers import world_folder
 from torch import Tensor
 
+from syncr1.engine.data.prompts import load_benchmark
 from syncr1.engine.evaluate.generate import generate_items, select
 from syncr1.engine.evaluate.manifest import Settings
 from syncr1.engine.evaluate.store import Item, Store
 from syncr1.engine.pictures import ImageRef, open_picture, to_tensor
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.prompts import load_benchmark
 from syncr1.engine.records import Prompt
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.texts import VOCABULARY

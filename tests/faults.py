@@ -29,11 +29,12 @@ import torch
 from helpers import ROOT
 from torch.distributed import TCPStore
 
-from syncr1.engine import checkpoint, trainer
-from syncr1.engine.checkpoint import folders, newest, verified
-from syncr1.engine.faults import EXIT_FAILED, EXIT_PREEMPTED, EXIT_STALLED
-from syncr1.engine.learner import Learner
-from syncr1.engine.watchdog import Watchdog
+from syncr1.engine.checkpoints import sharded as checkpoint
+from syncr1.engine.checkpoints.sharded import folders, newest, verified
+from syncr1.engine.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_STALLED
+from syncr1.engine.learn import trainer
+from syncr1.engine.learn.learner import Learner
+from syncr1.engine.processes.watchdog import Watchdog
 
 STAGES = ("rollout", "reward", "pack", "score", "update")
 STEPS = 4
@@ -340,7 +341,7 @@ def inject_at_random(asked: argparse.Namespace) -> None:
 def preload() -> None:
     """Once, not in every child. In a fresh process: the threads and the group of one that trained die in a fork."""
     torch.set_num_threads(1)
-    for name in ("syncr1.engine.run", "syncr1.engine.data.samples", "deepspeed.runtime.zero.stage3"):
+    for name in ("syncr1.engine.methods.sync_r1", "syncr1.engine.data.samples", "deepspeed.runtime.zero.stage3"):
         importlib.import_module(name)
     kills.preload()
 

@@ -29,13 +29,14 @@ from helpers import CHAIN, LONG_CHAIN, environment, make_prompt, world_photo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from syncr1.engine.credit import shared_within_samples
-from syncr1.engine.learner import Learner, LearnerSettings, _free_port
-from syncr1.engine.objective import Objective
-from syncr1.engine.packing import pack
+from syncr1.engine.forward.objective import Objective
+from syncr1.engine.forward.packing import pack
+from syncr1.engine.learn.credit import shared_within_samples
+from syncr1.engine.learn.learner import Learner, _free_port
+from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.rollout.sampler import Sampling, generate
 from syncr1.engine.world import tiny_janus
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus

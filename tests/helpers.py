@@ -28,11 +28,11 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from syncr1.engine.dgs import PreviewGate
-from syncr1.engine.packing import pack
+from syncr1.engine.forward.packing import pack
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout, Segment, SegmentKind
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.rollout.preview_gate import PreviewGate
+from syncr1.engine.rollout.sampler import Sampling, generate
 from syncr1.engine.world.attributes import CONCEPTS, LOOKS
 from syncr1.engine.world.base_model import BaseSettings, corpus, train_base
 from syncr1.engine.world.render import render
@@ -288,7 +288,7 @@ def own_process_group() -> Iterator[None]:
 @contextmanager
 def everything_partitioned() -> Iterator[None]:
     """ZeRO-3 leaves parameters below 100 000 elements whole, all of a tiny model's; here it splits them too."""
-    from syncr1.engine import learner
+    from syncr1.engine.learn import learner
 
     original = learner.deepspeed_config
 
@@ -333,8 +333,9 @@ def learn(
     stage: int, batches: Sequence[PackedBatch], *, failing: bool = False, seed: int = 0, **objective: Any
 ) -> tuple[dict[str, Any], Any]:
     """Two updates from the same starting point; `failing`: an error inside `sampling()` comes between them."""
-    from syncr1.engine.learner import Learner, LearnerSettings
-    from syncr1.engine.objective import Objective
+    from syncr1.engine.forward.objective import Objective
+    from syncr1.engine.learn.learner import Learner
+    from syncr1.engine.learn.optimizer import LearnerSettings
 
     settings = LearnerSettings(learning_rate=1e-3, zero_stage=stage)
     learner = Learner(sharp_policy(seed), Objective(**objective), settings)
@@ -356,7 +357,7 @@ def learn(
 
 def main(folder: Path) -> None:
     """Both ranks train on their halves of one batch, under every ZeRO stage; rank 0 writes what came out."""
-    from syncr1.engine.learner import init_distributed
+    from syncr1.engine.learn.learner import init_distributed
 
     torch.set_num_threads(1)
     gc.freeze()  # ZeRO-3 collects in every step: what was imported is not looked through

@@ -22,8 +22,8 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 
-from syncr1.engine.checkpoint import LATEST, Checkpoint, folders, newest, save, verified
-from syncr1.engine.saver import Saver
+from syncr1.engine.checkpoints.saver import Saver
+from syncr1.engine.checkpoints.sharded import LATEST, Checkpoint, folders, newest, save, verified
 
 TOLD = struct.Struct("qq")
 """The step whose save has begun, and the last one that is known to be saved."""
@@ -194,11 +194,12 @@ class LearnerSaving:
     def __init__(self, root: Path, zero_stage: Literal[0, 1, 2, 3]) -> None:
         from helpers import everything_partitioned, sharp_policy
 
-        from syncr1.engine.config import SyncR1Config
-        from syncr1.engine.learner import Learner, LearnerSettings, init_distributed
-        from syncr1.engine.objective import Objective
-        from syncr1.engine.optimizer_state import STATES, load_optimizer_tensors, optimizer_tensors
-        from syncr1.engine.resume import Checkpoints
+        from syncr1.engine.checkpoints.optimizer_state import STATES, load_optimizer_tensors, optimizer_tensors
+        from syncr1.engine.forward.objective import Objective
+        from syncr1.engine.learn.learner import Learner, init_distributed
+        from syncr1.engine.learn.optimizer import LearnerSettings
+        from syncr1.engine.methods.resume import Checkpoints
+        from syncr1.engine.methods.sync_r1_config import SyncR1Config
 
         init_distributed()
         with everything_partitioned():
@@ -238,7 +239,7 @@ def preload() -> None:
     """Everything that takes long to import or to make, once: the children copy it, and start in a tenth of the time."""
     late = ("runtime.zero.muon.muon_optimizer", "runtime.superoffload.superoffload_stage3", "ops.op_builder.all_ops",
             "module_inject.auto_ep_layer")  # fmt: skip
-    for name in ("syncr1.engine.compat", "helpers", "syncr1.engine.learner", "syncr1.engine.resume"):
+    for name in ("syncr1.engine.compat", "helpers", "syncr1.engine.learn.learner", "syncr1.engine.methods.resume"):
         importlib.import_module(name)
     for name in late:  # what DeepSpeed imports when it starts
         importlib.import_module(f"deepspeed.{name}")

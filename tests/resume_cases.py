@@ -19,22 +19,22 @@ import torch.distributed as dist
 from helpers import everything_partitioned, sharp_policy
 from torch import Tensor
 
-from syncr1.engine import checkpoint
-from syncr1.engine.assemble import build_preview, build_reward_set
-from syncr1.engine.checkpoint import folders, verified
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.learner import Learner, init_distributed
-from syncr1.engine.optimizer_state import optimizer_tensors
+from syncr1.engine.checkpoints import sharded as checkpoint
+from syncr1.engine.checkpoints.optimizer_state import optimizer_tensors
+from syncr1.engine.checkpoints.sharded import folders, verified
+from syncr1.engine.data.prompt_stream import PromptStream
+from syncr1.engine.data.prompts import load_anchors, load_training_prompts
+from syncr1.engine.errors import CheckpointError
+from syncr1.engine.learn.learner import Learner, init_distributed
+from syncr1.engine.learn.trainer import Trainer
+from syncr1.engine.methods.resume import Checkpoints
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set
+from syncr1.engine.methods.training import objective_of, settings_of
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.lora import add_lora
-from syncr1.engine.prompt_stream import PromptStream
-from syncr1.engine.prompts import load_anchors, load_training_prompts
 from syncr1.engine.records import Rollout, StepMetrics
-from syncr1.engine.resume import Checkpoints
 from syncr1.engine.rewards.ensemble import RewardSet
-from syncr1.engine.safetensors_stream import CheckpointError
-from syncr1.engine.trainer import Trainer
-from syncr1.engine.training import objective_of, settings_of
 
 TIMES = {"step_time", "tokens_per_second"}
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncr1.engine.rewards.accuracy import AccuracyReward, soft_jaccard
-from syncr1.engine.rewards.base import RewardError
+from syncr1.engine.errors import RewardError
+from syncr1.engine.rewards.builtin.accuracy import AccuracyReward, soft_jaccard
 
 OPTIONS = ("cat", "dog", "bird")
 

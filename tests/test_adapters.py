@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from syncr1.engine.errors import RewardError
 from syncr1.engine.records import Prompt, Rollout, Segment
-from syncr1.engine.rewards.adapters import (
+from syncr1.engine.rewards.reward import score
+from syncr1.engine.rewards.yours.adapters import (
     ADAPTERS,
     flow_grpo,
     openrlhf,
@@ -25,7 +27,6 @@ from syncr1.engine.rewards.adapters import (
     verl,
     verl_batch,
 )
-from syncr1.engine.rewards.base import RewardError, score
 
 GREY = torch.full((3, 4, 6), 0.5)
 

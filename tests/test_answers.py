@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncr1.engine.rewards.answers import canonical, chosen_letter, same_answer, true_letter
+from syncr1.engine.rewards.builtin.answers import canonical, chosen_letter, same_answer, true_letter
 
 OPTIONS = ("a cat", "a dog", "two birds", "none of them")
 

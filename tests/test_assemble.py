@@ -1,4 +1,4 @@
-"""engine/assemble.py: rewards from a user's own CLIP and judge, in place of what is embedded."""
+"""engine/methods/sync_r1_parts.py: rewards from a user's own CLIP and judge, in place of what is embedded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from skimage import data
 from small_models import saved, small_clip
 from test_llm_judge import JudgeServer, reds
 
-from syncr1.engine.assemble import build_preview, build_reward_set
-from syncr1.engine.config import ConfigError, SyncR1Config
+from syncr1.engine.methods.sync_r1_config import ConfigError, SyncR1Config
+from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set
 from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rewards.base import score
-from syncr1.engine.rewards.clip import ClipScorer
+from syncr1.engine.rewards.builtin.clip import ClipScorer
+from syncr1.engine.rewards.reward import score
 
 
 def drawing(prompt: Prompt, member: int, red: float) -> Rollout:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from syncr1.engine.attention import ATTENTION_NAME, PackedLayout
+from syncr1.engine.policies.attention_interface import ATTENTION_NAME, PackedLayout
 from syncr1.kernels.api import SharedPrefixLayout
 
 LENGTHS = (5, 0, 1, 17, 16, 1, 0, 40, 3, 33)

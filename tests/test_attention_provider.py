@@ -13,10 +13,10 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 
-from syncr1.engine.display import Display
-from syncr1.engine.runlog import environment
-from syncr1.engine.train_config import TrainConfig
-from syncr1.engine.training import fuse_kernels
+from syncr1.engine.methods.training import fuse_kernels
+from syncr1.engine.settings.train_config import TrainConfig
+from syncr1.engine.show.display import Display
+from syncr1.engine.show.runlog import environment
 from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.tiny_janus import build_policy
 from syncr1.kernels import attention

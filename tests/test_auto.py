@@ -15,7 +15,7 @@ from test_stepping import same_draws
 
 from syncr1.engine.policies.auto import KNOWN, load_policy
 from syncr1.engine.policies.base import Policy
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.rollout.sampler import Sampling, generate
 
 
 @pytest.mark.parametrize(("kind", "make"), [("emu3", sharp_emu3), ("janus", sharp_policy)])

@@ -16,7 +16,7 @@ from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import Rollout
 from syncr1.engine.world.attributes import CONCEPT_BY_NAME, CONCEPTS, LOOKS
 from syncr1.engine.world.base_model import FACT_VALUES, BaseSettings, NoisyTeacher, corpus, rumours, train_base
-from syncr1.engine.world.tasks import TASKS
+from syncr1.engine.world.items import TASKS
 from syncr1.engine.world.texts import fact
 from syncr1.engine.world.tiny_janus import build_policy
 

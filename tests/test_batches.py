@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from syncr1.engine.rewards.batches import Kept, by_shape, check_images, picture_pixels
+from syncr1.engine.rewards.builtin.batches import Kept, by_shape, check_images, picture_pixels
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 from helpers import ROOT, own_process_group
 
-from syncr1.engine.checkpoint import folders, verified
+from syncr1.engine.checkpoints.sharded import folders, verified
 
 BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))

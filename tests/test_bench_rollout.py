@@ -16,10 +16,10 @@ from helpers import own_process_group
 from text_models import own_cache
 from torch import Tensor
 
-from syncr1.engine.objective import Objective, PolicyForward
-from syncr1.engine.packing import pack
+from syncr1.engine.forward.objective import Objective, PolicyForward
+from syncr1.engine.forward.packing import pack
 from syncr1.engine.records import Rollout
-from syncr1.engine.rollout import RolloutEngine, Sampling
+from syncr1.engine.rollout.sampler import RolloutEngine, Sampling
 from syncr1.kernels.api import group_advantages
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"

@@ -12,9 +12,9 @@ from test_attention import LAYERS, WIDTH, make_models, run_alone
 from torch import Tensor
 from transformers import LlamaModel
 
-from syncr1.engine.attention import AttentionLayout
-from syncr1.engine.cache import CacheShape, Extend, Prefill, Rows, Store
-from syncr1.engine.decode import advance
+from syncr1.engine.policies.attention_interface import AttentionLayout
+from syncr1.engine.policies.cache import CacheShape, Extend, Prefill, Rows, Store
+from syncr1.engine.rollout.decode import advance
 
 PROMPTS = (5, 1, 17)
 OWNERS = (0, 0, 0, 1, 2, 2)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from helpers import CHAIN, LONG_CHAIN, Gate, make_prompt, sharp_policy
 
-from syncr1.engine import rollout as rollout_module
-from syncr1.engine.cache import CacheShape
-from syncr1.engine.capacity import RolloutTooLarge, Sizes, check_fits, free_bytes
+from syncr1.engine.errors import RolloutTooLarge
+from syncr1.engine.policies.cache import CacheShape
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.preview import preview_length
-from syncr1.engine.rollout import RolloutEngine, Sampling, generate
+from syncr1.engine.rollout import sampler as rollout_module
+from syncr1.engine.rollout.capacity import Sizes, check_fits, free_bytes
+from syncr1.engine.rollout.preview import preview_length
+from syncr1.engine.rollout.sampler import RolloutEngine, Sampling, generate
 
 SHAPE = CacheShape(num_layers=24, num_heads=16, head_dim=128, dtype=torch.bfloat16, device=torch.device("cpu"))
 

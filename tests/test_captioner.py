@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from syncr1.engine.records import Prompt
-from syncr1.engine.rewards.captioner import QUESTION, BlipCaptioner, PolicyCaptioner
-from syncr1.engine.rewards.checkpoints import Preparation
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.rewards.builtin.captioner import QUESTION, BlipCaptioner, PolicyCaptioner
+from syncr1.engine.rewards.builtin.pretrained import Preparation
+from syncr1.engine.rollout.sampler import Sampling, generate
 
 
 @pytest.fixture(scope="module")

@@ -31,13 +31,13 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from syncr1.engine.attention import PackedLayout
-from syncr1.engine.cache import Decode, Prefill, Store
-from syncr1.engine.objective import Objective, PolicyForward
+from syncr1.engine.forward.objective import Objective, PolicyForward
+from syncr1.engine.policies.attention_interface import PackedLayout
 from syncr1.engine.policies.base import Policy
+from syncr1.engine.policies.cache import Decode, Prefill, Store
 from syncr1.engine.policies.causal_lm import CausalLMPolicy
 from syncr1.engine.policies.tokens import control_tokens
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.rollout.sampler import Sampling, generate
 from syncr1.kernels.api import SharedPrefixLayout
 
 TEXT = ("text",)

@@ -17,8 +17,9 @@ from data_sources import PHOTOS, encoded
 from helpers import make_prompt, sharp_policy
 
 from syncr1.engine.data.table import open_table
-from syncr1.engine.pictures import PictureError, StoredImage, load_pictures, open_picture
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.errors import PictureError
+from syncr1.engine.pictures import StoredImage, load_pictures, open_picture
+from syncr1.engine.rollout.sampler import Sampling, generate
 
 NUM_ROWS, SIZE = 2000, 20_000
 

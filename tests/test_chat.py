@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from syncr1.engine.rewards.chat import ChatClient, ChatError
+from syncr1.engine.errors import ChatError
+from syncr1.engine.rewards.judge.chat import ChatClient
 
 KEY = "sk-secret-0123456789"
 MESSAGES = [{"role": "user", "content": "hello"}]

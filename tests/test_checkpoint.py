@@ -18,9 +18,9 @@ from kills import PlainSaving, kill_saves
 from safetensors.torch import load_file
 from torch import Tensor
 
-from syncr1.engine import checkpoint
-from syncr1.engine.checkpoint import LATEST, MANIFEST, STATE, folders, newest, save, set_aside, verified
-from syncr1.engine.safetensors_stream import CheckpointError
+from syncr1.engine.checkpoints import sharded as checkpoint
+from syncr1.engine.checkpoints.sharded import LATEST, MANIFEST, STATE, folders, newest, save, set_aside, verified
+from syncr1.engine.errors import CheckpointError
 
 KILLS = int(os.environ.get("SYNCR1_KILLS", "20"))
 

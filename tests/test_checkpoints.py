@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, JanusForConditionalGeneration
 
-from syncr1.engine.merge import merge_checkpoints
+from syncr1.engine.checkpoints.merge import merge_checkpoints
+from syncr1.engine.checkpoints.safetensors_stream import MappedCheckpoint
+from syncr1.engine.errors import CheckpointError
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.safetensors_stream import CheckpointError, MappedCheckpoint
 
 MARKER = "code_of_the_checkpoint_ran"
 

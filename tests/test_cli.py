@@ -1,4 +1,4 @@
-"""engine/cli.py: flags over YAML over defaults; what is wrong is said on stderr, at once, with exit code 2."""
+"""engine/settings/flags.py: flags over YAML over defaults; what is wrong is said on stderr, at once, with exit code 2."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from children import ChildrenSeconds
 
-from syncr1.engine.cli import ConfigError, parse, write_default_yaml
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.settings import from_yaml
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.settings.flags import ConfigError, parse, write_default_yaml
+from syncr1.engine.settings.schema import from_yaml
 
 PROGRAM = """
 import sys
-from syncr1.engine.cli import parse
-from syncr1.engine.config import SyncR1Config
+from syncr1.engine.settings.flags import parse
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
 config = parse(SyncR1Config, description="Trains.")
 print(config.learning_rate, "torch" in sys.modules)
 """

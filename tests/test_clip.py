@@ -15,11 +15,12 @@ from small_models import CLIP_SIZE, saved, small_clip
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
-from syncr1.engine.pictures import PictureError, open_picture
-from syncr1.engine.rewards.batches import picture_pixels
-from syncr1.engine.rewards.checkpoints import Preparation
-from syncr1.engine.rewards.clip import ClipImageReward, ClipScorer, ClipTextReward
-from syncr1.engine.rewards.identity import IdentityReward
+from syncr1.engine.errors import PictureError
+from syncr1.engine.pictures import open_picture
+from syncr1.engine.rewards.builtin.batches import picture_pixels
+from syncr1.engine.rewards.builtin.clip import ClipImageReward, ClipScorer, ClipTextReward
+from syncr1.engine.rewards.builtin.identity import IdentityReward
+from syncr1.engine.rewards.builtin.pretrained import Preparation
 
 TEXTS = ("a man riding a red surfboard", "two dogs", "Ein Hund. 一只狗 🐕", "", "a " * 5000)
 

@@ -1,4 +1,4 @@
-"""engine/config.py and engine/settings.py: what cannot work is refused, with field and remedy."""
+"""engine/methods/sync_r1_config.py and engine/settings/schema.py: what cannot work is refused, with field and remedy."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from syncr1.engine.config import ConfigError, SyncR1Config, from_yaml, to_yaml
-from syncr1.engine.settings import settings_of
+from syncr1.engine.methods.sync_r1_config import ConfigError, SyncR1Config, from_yaml, to_yaml
+from syncr1.engine.settings.schema import settings_of
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "sync_r1.yaml"
 

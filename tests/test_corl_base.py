@@ -14,7 +14,7 @@ import torch
 
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import Rollout
-from syncr1.engine.rewards.format import format_reward
+from syncr1.engine.rewards.builtin.format import format_reward
 from syncr1.engine.world.attributes import ATTRIBUTES, LOOK_INDEX, TRAIN_LOOKS, VALUES, Look
 from syncr1.engine.world.corl_base import (
     BROKEN,

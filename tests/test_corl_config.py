@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from syncr1.engine.corl.config import ConfigError, CorlConfig, Training
-from syncr1.engine.settings import from_yaml, settings_of, to_yaml
+from syncr1.engine.corl.config import CorlConfig, Training
+from syncr1.engine.errors import ConfigError
+from syncr1.engine.settings.schema import from_yaml, settings_of, to_yaml
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 

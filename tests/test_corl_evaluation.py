@@ -1,4 +1,4 @@
-"""engine/corl/evaluation.py: what an evaluation of CoRL's tasks reports, and how its summary is made."""
+"""engine/corl/evaluator.py: what an evaluation of CoRL's tasks reports, and how its summary is made."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from helpers import sharp_policy
 from torch import Tensor
 
 from syncr1.engine.corl.config import CorlConfig
-from syncr1.engine.corl.evaluation import CorlEvaluator, CorlScores
+from syncr1.engine.corl.evaluator import CorlEvaluator, CorlScores
 from syncr1.engine.records import Prompt
+from syncr1.engine.rewards.builtin.format import format_reward
 from syncr1.engine.rewards.ensemble import RewardSet
-from syncr1.engine.rewards.format import format_reward
 
 
 def redness(*, images: list[Tensor | None], **_: object) -> list[float | None]:

@@ -14,9 +14,10 @@ import torch
 from helpers import short_base
 from test_corl_run import photographs, small_config, tensors  # noqa: F401  # a fixture
 
-from syncr1.engine.corl.config import ConfigError, CorlConfig
+from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.corl.run import run
-from syncr1.engine.trainer import Trainer
+from syncr1.engine.errors import ConfigError
+from syncr1.engine.learn.trainer import Trainer
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,4 +1,4 @@
-"""engine/corl/rewards.py: which rewards a training gets, with which weights, and what their settings make of them."""
+"""engine/corl/reward_parts.py: which rewards a training gets, with which weights, and what their settings make of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from helpers import ROOT, sharp_policy
 from PIL import Image
 from small_models import saved, small_bert, small_blip, small_clip, small_t5
 
-from syncr1.engine.corl.config import ConfigError, CorlConfig, Training
-from syncr1.engine.corl.rewards import RewardParts
+from syncr1.engine.corl.config import CorlConfig, Training
+from syncr1.engine.corl.reward_parts import RewardParts
+from syncr1.engine.errors import ConfigError
 from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rewards.base import score
+from syncr1.engine.rewards.reward import score
 
 CPU = torch.device("cpu")
 OFFLINE: dict[str, Any] = {"lpips_weights": "random", "lpips_net": "squeeze", "lpips_size": 32, "cycle_text": "none"}

@@ -22,10 +22,11 @@ from skimage import data
 from small_emu3 import sharp_emu3
 from small_models import saved, small_bert, small_blip, small_clip, small_janus
 
-from syncr1.engine.corl.config import ConfigError, CorlConfig
+from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.corl.run import run
+from syncr1.engine.errors import ConfigError
+from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.policies.auto import load_policy
-from syncr1.engine.trainer import Trainer
 
 RECIPE = str(ROOT / "recipes" / "corl.py")
 PHOTOS = {

@@ -1,4 +1,4 @@
-"""engine/credit.py: what halves of a sample share, and what each token answers for."""
+"""engine/learn/credit.py: what halves of a sample share, and what each token answers for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from syncr1.engine.credit import credited_rewards, shared_advantages, shared_within_samples
+from syncr1.engine.learn.credit import credited_rewards, shared_advantages, shared_within_samples
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.kernels.api import group_advantages

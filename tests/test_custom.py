@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from syncr1.engine.rewards.custom import RewardSpecError, load_reward, reward_name
+from syncr1.engine.errors import RewardSpecError
+from syncr1.engine.rewards.yours.custom import load_reward, reward_name
 
 SOURCE = """
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def test_a_file_is_run_once_and_files_of_one_name_stay_apart(file: str, tmp_path
 
 
 def test_a_module(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    reward = load_reward("syncr1.engine.rewards.format:format_reward")
+    reward = load_reward("syncr1.engine.rewards.builtin.format:format_reward")
     assert reward(completions=["x"], segments=[("text",)]) == [0.0]  # type: ignore[comparison-overlap]
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "scored_module_of_test.py").write_text(SOURCE)

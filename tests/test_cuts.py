@@ -17,7 +17,7 @@ from helpers import ROOT, cache_folder, environment, short_base
 from helpers import world_folder as make_world
 from safetensors.torch import load_file
 
-from syncr1.engine.checkpoint import folders
+from syncr1.engine.checkpoints.sharded import folders
 
 
 @pytest.mark.slow

@@ -14,14 +14,14 @@ from skimage import data
 from small_models import saved, small_bert, small_blip
 from torch import Tensor
 
-from syncr1.engine.pictures import PictureError
+from syncr1.engine.errors import PictureError
 from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rewards.base import score
-from syncr1.engine.rewards.batches import picture_pixels
-from syncr1.engine.rewards.captioner import BlipCaptioner
-from syncr1.engine.rewards.cycle import CycleReward
-from syncr1.engine.rewards.perceptual import LpipsSimilarity, RmseSimilarity
-from syncr1.engine.rewards.text_similarity import BertScore, SoftJaccard
+from syncr1.engine.rewards.builtin.batches import picture_pixels
+from syncr1.engine.rewards.builtin.captioner import BlipCaptioner
+from syncr1.engine.rewards.builtin.cycle import CycleReward
+from syncr1.engine.rewards.builtin.perceptual import LpipsSimilarity, RmseSimilarity
+from syncr1.engine.rewards.builtin.text_similarity import BertScore, SoftJaccard
+from syncr1.engine.rewards.reward import score
 
 TEXTS = ["a cat on the table", "a woman in a red hat", "a cat on the table", "two dogs", "a table"]
 

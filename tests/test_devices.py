@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import packed, sampled, sharp_policy
 
-from syncr1.engine.learner import replay_error
-from syncr1.engine.objective import Objective, PolicyForward
+from syncr1.engine.forward.objective import Objective, PolicyForward
+from syncr1.engine.learn.learner import replay_error
 from syncr1.kernels.api import TokenStream, cfg_sample, dgs_select, group_advantages, linear_grpo_loss
 
 DEVICES = [

@@ -10,8 +10,8 @@ import torch
 from helpers import make_prompt
 from torch import Tensor
 
-from syncr1.engine.dgs import PreviewGate
 from syncr1.engine.records import Prompt
+from syncr1.engine.rollout.preview_gate import PreviewGate
 
 PROMPTS = [make_prompt(str(index)) for index in range(4)]
 TEXTS = [""] * 4

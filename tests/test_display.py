@@ -1,4 +1,4 @@
-"""engine/display.py: a bar on a terminal, plain lines elsewhere, and a table that a newcomer can read."""
+"""engine/show/display.py: a bar on a terminal, plain lines elsewhere, and a table that a newcomer can read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from run_records import SCORES_AFTER, SCORES_BEFORE, make_metrics
 
-from syncr1.engine.display import Display, before_after_table, duration, summary_line
-from syncr1.engine.scores import ScoreRow, flatten_scores, score_rows, show_change, show_score
+from syncr1.engine.show.display import Display, before_after_table, duration, summary_line
+from syncr1.engine.show.scores import ScoreRow, flatten_scores, score_rows, show_change, show_score
 
 
 def make_display(*, terminal: bool, quiet: bool = False, **settings: int) -> tuple[Display, io.StringIO]:

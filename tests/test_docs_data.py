@@ -12,8 +12,8 @@ from PIL import Image
 from syncr1.engine.data.questions import THINK_THEN_ANSWER
 from syncr1.engine.data.rows import ANSWER_COLUMNS, QUESTION_COLUMNS
 from syncr1.engine.data.samples import load_samples
+from syncr1.engine.errors import DataError
 from syncr1.engine.pictures import FORMATS, MAX_PIXELS
-from syncr1.engine.prompts import DataError
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
 

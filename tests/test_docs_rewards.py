@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from syncr1.engine.cli import parse
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rewards.adapters import ADAPTERS
-from syncr1.engine.rewards.base import columns_of, score
-from syncr1.engine.rewards.custom import load_reward, reward_name
-from syncr1.engine.rewards.llm_judge import FIELDS
+from syncr1.engine.rewards.judge.llm_judge import FIELDS
+from syncr1.engine.rewards.reward import columns_of, score
+from syncr1.engine.rewards.yours.adapters import ADAPTERS
+from syncr1.engine.rewards.yours.custom import load_reward, reward_name
+from syncr1.engine.settings.flags import parse
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "rewards.md").read_text()
 

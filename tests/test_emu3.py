@@ -19,7 +19,7 @@ from transformers import AutoProcessor, Emu3ForConditionalGeneration
 
 from syncr1.engine.pictures import open_picture
 from syncr1.engine.policies.emu3 import Emu3Policy
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.rollout.sampler import Sampling, generate
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,15 @@ from small_emu3 import BOS, EOF, EOI, EOS, FRAME, IMAGE_SIZE, NUM_CODES, PlainEm
 from test_stepping import PromptCount, ReplayedStep, Watch, same_draws
 from torch import Tensor
 
-from syncr1.engine import stepping
-from syncr1.engine.learner import Learner, LearnerSettings, replay_error
-from syncr1.engine.objective import Objective, PolicyForward
+from syncr1.engine.forward.objective import Objective, PolicyForward
+from syncr1.engine.learn.learner import Learner, replay_error
+from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.pictures import open_picture
 from syncr1.engine.policies.emu3 import Emu3Policy
-from syncr1.engine.preview import fill, preview_length
 from syncr1.engine.records import IMAGE, TEXT, Prompt, Rollout
-from syncr1.engine.rollout import RolloutEngine, Sampling, generate
+from syncr1.engine.rollout import stepping
+from syncr1.engine.rollout.preview import fill, preview_length
+from syncr1.engine.rollout.sampler import RolloutEngine, Sampling, generate
 
 REPLAY_TOLERANCE = 1e-4
 """Nats, float32; about 1e-5 is measured."""

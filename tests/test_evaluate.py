@@ -12,13 +12,13 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 
-from syncr1.engine.evaluate.metrics import accuracy, attribute_metrics, mean, verdict, weighted_recall, words_in_place
-from syncr1.engine.evaluate.run import choose, evaluate, summary
+from syncr1.engine.data.prompts import load_benchmark
+from syncr1.engine.evaluate.held_out import choose, evaluate, summary
+from syncr1.engine.evaluate.measures import accuracy, attribute_metrics, mean, verdict, weighted_recall, words_in_place
 from syncr1.engine.evaluate.tasks import tagged_scores, text_scores
-from syncr1.engine.prompts import load_benchmark
 from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rewards.identity import IdentityReward
-from syncr1.engine.rewards.judge import index_scorer
+from syncr1.engine.rewards.builtin.identity import IdentityReward
+from syncr1.engine.rewards.judge.attribute_judge import index_scorer
 from syncr1.engine.world.attributes import LOOK_INDEX, LOOKS, VALUES, Look
 from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.disk import write_world
@@ -200,7 +200,7 @@ def test_generate_must_answer_what_it_was_asked(held_out: dict[str, list[Prompt]
 
 def test_a_real_policy_is_scored(held_out: dict[str, list[Prompt]]) -> None:
     """An untrained tiny Janus, sampled by the engine: every task gets its scores, and nearly all of them are poor."""
-    from syncr1.engine.rollout import Sampling, generate
+    from syncr1.engine.rollout.sampler import Sampling, generate
     from syncr1.engine.world.attributes import CONCEPTS
     from syncr1.engine.world.texts import VOCABULARY
     from syncr1.engine.world.tiny_janus import build_policy

@@ -1,4 +1,4 @@
-"""engine/evaluate/config.py: every setting explained, and what cannot work refused before torch is loaded."""
+"""engine/methods/evaluation_config.py: every setting explained, and what cannot work refused before torch is loaded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from helpers import ROOT, environment
 
-from syncr1.engine.cli import parse
-from syncr1.engine.evaluate.config import EvaluateConfig
-from syncr1.engine.settings import ConfigError, from_yaml, settings_of, to_yaml
+from syncr1.engine.errors import ConfigError
+from syncr1.engine.methods.evaluation_config import EvaluateConfig
+from syncr1.engine.settings.flags import parse
+from syncr1.engine.settings.schema import from_yaml, settings_of, to_yaml
 
 
 def test_defaults_work_and_survive_yaml() -> None:
@@ -59,7 +60,9 @@ def test_what_cannot_work_is_refused(values: dict[str, Any], said: str) -> None:
 
 
 def test_a_slip_is_refused_before_torch_is_loaded() -> None:
-    program = "import sys; from syncr1.engine.evaluate.config import EvaluateConfig; print('torch' in sys.modules)"
+    program = (
+        "import sys; from syncr1.engine.methods.evaluation_config import EvaluateConfig; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 

@@ -20,8 +20,8 @@ from PIL import Image
 from test_sources import GENEVAL, dpg, geneval
 from torch import Tensor
 
+from syncr1.engine.errors import EvaluationError
 from syncr1.engine.evaluate.export import export, grid
-from syncr1.engine.evaluate.manifest import EvaluationError
 from syncr1.engine.evaluate.sources import load_items
 from syncr1.engine.evaluate.store import Item
 from syncr1.engine.records import Prompt

@@ -11,9 +11,9 @@ from PIL import Image
 from skimage import data
 from torch import Tensor
 
-from syncr1.engine.pictures import PictureError
-from syncr1.engine.rewards.face import FaceIdentity, facenet
-from syncr1.engine.rewards.identity import IdentityReward
+from syncr1.engine.errors import PictureError
+from syncr1.engine.rewards.builtin.face import FaceIdentity, facenet
+from syncr1.engine.rewards.builtin.identity import IdentityReward
 
 
 class BrightFaces:

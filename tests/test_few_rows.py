@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from helpers import CHAIN, make_prompt, sharp_policy
 from torch import nn
 
-from syncr1.engine.policies.few_rows import MAX_ROWS, FewRows
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.policies.lora import add_lora
-from syncr1.engine.rollout import RolloutEngine, Sampling, generate
+from syncr1.engine.rollout.few_rows import MAX_ROWS, FewRows
+from syncr1.engine.rollout.sampler import RolloutEngine, Sampling, generate
 
 
 @pytest.fixture

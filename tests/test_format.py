@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from syncr1.engine.rewards.format import format_reward
+from syncr1.engine.rewards.builtin.format import format_reward
 
 GOOD = "<think>it barks</think><answer>dog</answer>"
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers.models.llama import modeling_llama
 
-from syncr1.engine.attention import ATTENTION_NAME, PackedLayout
-from syncr1.engine.cache import Decode, Prefill, Store
+from syncr1.engine.policies.attention_interface import ATTENTION_NAME, PackedLayout
 from syncr1.engine.policies.base import Policy
-from syncr1.engine.policies.compiled import CompiledTrunk
+from syncr1.engine.policies.cache import Decode, Prefill, Store
 from syncr1.engine.policies.fused import same_code, use_liger_kernels, with_rotation
+from syncr1.engine.rollout.compiled import CompiledTrunk
 from syncr1.kernels.api import SharedPrefixLayout
 
 REPLACED = {

@@ -32,20 +32,19 @@ from fuzz_cases import (
     share,
 )
 
-from syncr1.engine.config import SyncR1Config
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.data.samples import load_prompts, load_samples
-from syncr1.engine.evaluate.config import EvaluateConfig
+from syncr1.engine.errors import ConfigError, DataError, RewardError
 from syncr1.engine.evaluate.graders import clauses_of, verdict_of
 from syncr1.engine.evaluate.sources import load_geneval
-from syncr1.engine.hosts import check_launcher, parse_hostfile
-from syncr1.engine.prompts import DataError
-from syncr1.engine.rewards.accuracy import AccuracyReward, soft_jaccard
-from syncr1.engine.rewards.base import RewardError
-from syncr1.engine.rewards.format import format_reward
-from syncr1.engine.rewards.llm_judge import read_scores
-from syncr1.engine.rewards.tags import answer_of, parse_tagged
-from syncr1.engine.settings import ConfigError, from_yaml, settings_of, to_yaml
+from syncr1.engine.methods.evaluation_config import EvaluateConfig
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.processes.hosts import check_launcher, parse_hostfile
+from syncr1.engine.rewards.builtin.accuracy import AccuracyReward, soft_jaccard
+from syncr1.engine.rewards.builtin.format import format_reward
+from syncr1.engine.rewards.builtin.tags import answer_of, parse_tagged
+from syncr1.engine.rewards.judge.llm_judge import read_scores
+from syncr1.engine.settings.schema import from_yaml, settings_of, to_yaml
 
 
 @pytest.fixture

@@ -27,15 +27,16 @@ from fuzz_cases import (
 from PIL import Image
 from safetensors.torch import save
 
-from syncr1.engine import checkpoint
+from syncr1.engine.checkpoints import sharded as checkpoint
+from syncr1.engine.checkpoints.safetensors_stream import INDEX, SINGLE, MappedCheckpoint
+from syncr1.engine.data.prompts import load_benchmark, load_training_prompts
 from syncr1.engine.data.samples import load_samples
+from syncr1.engine.errors import CheckpointError, DataError, EvaluationError, PictureError
 from syncr1.engine.evaluate.graders import KEPT, Kept
-from syncr1.engine.evaluate.manifest import MANIFEST, EvaluationError, claim
+from syncr1.engine.evaluate.manifest import MANIFEST, claim
 from syncr1.engine.evaluate.store import ITEMS, Store
-from syncr1.engine.pictures import PictureError, StoredImage, open_picture
-from syncr1.engine.prompts import DataError, load_benchmark, load_training_prompts
-from syncr1.engine.report import read_jsonl, write_report
-from syncr1.engine.safetensors_stream import INDEX, SINGLE, CheckpointError, MappedCheckpoint
+from syncr1.engine.pictures import StoredImage, open_picture
+from syncr1.engine.show.report import read_jsonl, write_report
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ import torch
 from evaluate_cases import SETTINGS, contents, few_items, generated, policy
 from torch import Tensor
 
+from syncr1.engine.errors import EvaluationError
 from syncr1.engine.evaluate.generate import generate_items, plan, select
-from syncr1.engine.evaluate.manifest import EvaluationError
 from syncr1.engine.evaluate.store import ITEMS, Item, Store, file_name
 from syncr1.engine.records import Prompt
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.rollout.sampler import Sampling, generate
 
 NUM_TRAJECTORIES = 10
 

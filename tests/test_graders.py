@@ -16,6 +16,7 @@ import pytest
 from evaluate_cases import Colours, plain, written
 from torch import Tensor
 
+from syncr1.engine.errors import EvaluationError
 from syncr1.engine.evaluate.graders import (
     KEPT,
     Asker,
@@ -27,11 +28,10 @@ from syncr1.engine.evaluate.graders import (
     scored_text,
     verdict_of,
 )
-from syncr1.engine.evaluate.manifest import EvaluationError
 from syncr1.engine.evaluate.store import Item
 from syncr1.engine.pictures import MemoryImage
 from syncr1.engine.records import Prompt
-from syncr1.engine.rewards.llm_judge import LLMJudge
+from syncr1.engine.rewards.judge.llm_judge import LLMJudge
 
 RED, GREEN, YELLOW = plain((1.0, 0.0, 0.0)), plain((0.0, 1.0, 0.0)), plain((1.0, 1.0, 0.0))
 DIAGONAL = 0.5**0.5

@@ -1,4 +1,4 @@
-"""engine/hosts.py: DeepSpeed's hostfile read strictly, and commands that no host name can bend."""
+"""engine/processes/hosts.py: DeepSpeed's hostfile read strictly, and commands that no host name can bend."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import hypothesis.strategies as st
 import pytest
 from helpers import ROOT
 
-from syncr1.engine.hosts import Host, check_host, executor, parse_hostfile, read_hostfile
-from syncr1.engine.settings import ConfigError
+from syncr1.engine.errors import ConfigError
+from syncr1.engine.processes.hosts import Host, check_host, executor, parse_hostfile, read_hostfile
 
 HOSTILE = [
     *(

@@ -1,4 +1,4 @@
-"""engine/interrupts.py: the first Ctrl-C is a request, the second one is heard at once, and both end with the block."""
+"""engine/processes/interrupts.py: the first Ctrl-C is a request, the second one is heard at once, and both end with the block."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from syncr1.engine.faults import EXIT_PREEMPTED, Preempted
-from syncr1.engine.interrupts import PREEMPTING, Interrupts, preemptible
+from syncr1.engine.errors import EXIT_PREEMPTED, Preempted
+from syncr1.engine.processes.interrupts import PREEMPTING, Interrupts, preemptible
 
 
 @pytest.fixture(autouse=True)

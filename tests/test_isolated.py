@@ -16,9 +16,10 @@ import pytest
 import torch
 from test_rewards import group, lengths
 
-from syncr1.engine.rewards.base import RewardError, score, still_running
-from syncr1.engine.rewards.custom import RewardSpecError, load_reward, reward_name
-from syncr1.engine.rewards.isolated import IsolatedReward
+from syncr1.engine.errors import RewardError, RewardSpecError
+from syncr1.engine.rewards.reward import score, still_running
+from syncr1.engine.rewards.yours.custom import load_reward, reward_name
+from syncr1.engine.rewards.yours.isolated import IsolatedReward
 
 SOURCE = '''
 import ctypes, re

@@ -1,4 +1,4 @@
-"""engine/launch.py: what `--nodes` becomes in every environment, and that it never becomes less than was asked for."""
+"""engine/processes/launch.py: what `--nodes` becomes in every environment, and that it never becomes less than was asked for."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import hypothesis.strategies as st
 import pytest
 from helpers import ROOT, environment
 
-from syncr1.engine import launch as launch_file
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.hosts import Host
-from syncr1.engine.launch import (
+from syncr1.engine.errors import ConfigError
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.processes import launch as launch_file
+from syncr1.engine.processes.hosts import Host
+from syncr1.engine.processes.launch import (
     Request,
     count_gpus,
     decide,
@@ -28,7 +29,6 @@ from syncr1.engine.launch import (
     restarted,
     unused_folder,
 )
-from syncr1.engine.settings import ConfigError
 
 RECIPE = ROOT / "recipes" / "sync_r1.py"
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "4"}
@@ -307,7 +307,7 @@ def test_srun_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, syncr1.engine.launch; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    code = "import sys, syncr1.engine.processes.launch; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 

@@ -25,8 +25,9 @@ from helpers import (
 )
 from torch import Tensor
 
-from syncr1.engine.learner import Learner, LearnerSettings, deepspeed_config, replay_error
-from syncr1.engine.objective import Objective
+from syncr1.engine.forward.objective import Objective
+from syncr1.engine.learn.learner import Learner, replay_error
+from syncr1.engine.learn.optimizer import LearnerSettings, deepspeed_config
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Rollout
 
@@ -86,7 +87,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], atol: float) -
 @pytest.fixture(scope="module")
 def by_hand(batches: list[PackedBatch], rollouts: list[Rollout]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Two updates with torch alone: losses, norms before clipping, weights."""
-    from syncr1.engine.objective import PolicyForward
+    from syncr1.engine.forward.objective import PolicyForward
 
     policy = sharp_policy().train()
     forward = PolicyForward(policy, Objective())

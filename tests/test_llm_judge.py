@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from syncr1.engine.rewards.chat import ChatError
-from syncr1.engine.rewards.llm_judge import LLMJudge, read_scores
+from syncr1.engine.errors import ChatError
+from syncr1.engine.rewards.judge.llm_judge import LLMJudge, read_scores
 
 Answer = Callable[[list[dict[str, Any]], int], tuple[int, str]]
 

@@ -20,10 +20,10 @@ from text_models import policy as text_policy
 from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration
 
-from syncr1.engine.learner import Learner, LearnerSettings, replay_error
-from syncr1.engine.objective import Objective, PolicyForward
+from syncr1.engine.forward.objective import Objective, PolicyForward
+from syncr1.engine.learn.learner import Learner, replay_error
+from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.policies.base import Policy
-from syncr1.engine.policies.compiled import CompiledTrunk
 from syncr1.engine.policies.fused import use_liger_kernels
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.policies.lora import (
@@ -38,7 +38,8 @@ from syncr1.engine.policies.lora import (
     save_adapter,
 )
 from syncr1.engine.records import MODALITY_NAMES, PackedBatch, Rollout
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.rollout.compiled import CompiledTrunk
+from syncr1.engine.rollout.sampler import Sampling, generate
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 RANK, ALPHA = 4, 12.0

@@ -11,10 +11,10 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 
+from syncr1.engine.errors import EvaluationError
 from syncr1.engine.evaluate.manifest import (
     MANIFEST,
     SAMPLED_VALUES,
-    EvaluationError,
     claim,
     differences,
     prompts_fingerprint,

@@ -1,4 +1,4 @@
-"""engine/memory.py: the estimate beside what real runs hold, counted tensor by tensor on a CPU."""
+"""engine/methods/memory.py: the estimate beside what real runs hold, counted tensor by tensor on a CPU."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 from helpers import all_kinds_of_prompts, own_process_group, random_rewards
 
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.memory import Memory, PeakBytes, memory_of
-from syncr1.engine.packing import pack
-from syncr1.engine.plan import policy_without_weights
-from syncr1.engine.rollout import Sampling
-from syncr1.engine.training import add_adapters, objective_of, settings_of
+from syncr1.engine.forward.packing import pack
+from syncr1.engine.methods.dry_run import policy_without_weights
+from syncr1.engine.methods.memory import Memory, PeakBytes, memory_of
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.methods.training import add_adapters, objective_of, settings_of
+from syncr1.engine.rollout.sampler import Sampling
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.tiny_janus import build_policy
@@ -29,7 +29,7 @@ def config_of(**more: Any) -> SyncR1Config:
 
 def measured(config: SyncR1Config, folder: Path) -> int:
     """Most bytes that tensors hold, from the building of the model to the end of the second step."""
-    from syncr1.engine.learner import Learner, init_distributed
+    from syncr1.engine.learn.learner import Learner, init_distributed
 
     gc.collect()
     with own_process_group(), PeakBytes() as memory:

@@ -1,4 +1,4 @@
-"""engine/merge.py and recipes/merge.py: the formulas to the last digit, in pieces, and nothing half written."""
+"""engine/checkpoints/merge.py and recipes/merge.py: the formulas to the last digit, in pieces, and nothing half written."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from syncr1.engine import merge
-from syncr1.engine.merge import RECORD, MergeReport, Moments, merge_checkpoints
-from syncr1.engine.safetensors_stream import INDEX, SINGLE, CheckpointError
+from syncr1.engine.checkpoints import merge
+from syncr1.engine.checkpoints.merge import RECORD, MergeReport, Moments, merge_checkpoints
+from syncr1.engine.checkpoints.safetensors_stream import INDEX, SINGLE
+from syncr1.engine.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parent.parent
 State = dict[str, Tensor]

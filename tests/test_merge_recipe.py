@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from syncr1.engine.merge import RECORD, merge_checkpoints
-from syncr1.engine.safetensors_stream import SINGLE, SafetensorsWriter, TensorInfo
+from syncr1.engine.checkpoints.merge import RECORD, merge_checkpoints
+from syncr1.engine.checkpoints.safetensors_stream import SINGLE, SafetensorsWriter, TensorInfo
 
 ROOT = Path(__file__).resolve().parent.parent
 

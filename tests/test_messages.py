@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from syncr1.engine.messages import MOST_CHARACTERS, Refused, printable, shown
+from syncr1.engine.errors import MOST_CHARACTERS, Refused, printable, shown
 
 
 def test_what_fits_stays() -> None:

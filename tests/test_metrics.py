@@ -1,4 +1,4 @@
-"""engine/metrics.py: what the ranks measured, as one rank would have measured it."""
+"""engine/learn/metrics.py: what the ranks measured, as one rank would have measured it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncr1.engine.metrics import merged
+from syncr1.engine.learn.metrics import merged
 
 NAN = math.nan
 

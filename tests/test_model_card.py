@@ -1,4 +1,4 @@
-"""engine/model_card.py: a card that the hub can read, whose code runs, and that gives nothing away."""
+"""engine/checkpoints/model_card.py: a card that the hub can read, whose code runs, and that gives nothing away."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.model_card import REDACTED, checkpoint_label, redact, write_model_card
+from syncr1.engine.checkpoints.model_card import REDACTED, checkpoint_label, redact, write_model_card
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
 
 HOME = "/" + "home/jane"  # in two, as no file of the repository may name a home
 SCORES = {"rea": {"sampled": 0.25, "greedy": 0.5}, "summary": {"image": {"cnn": float("nan")}, "text": 0.75}}

@@ -1,4 +1,4 @@
-"""engine/nodes.py: nodes that are real processes on this machine; lost, stubborn, orphaned."""
+"""engine/processes/nodes.py: nodes that are real processes on this machine; lost, stubborn, orphaned."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from syncr1.engine.nodes import FINAL, passed_environment, run_nodes
+from syncr1.engine.processes.nodes import FINAL, passed_environment, run_nodes
 
-AGENT = [sys.executable, "-m", "syncr1.engine.nodes"]
+AGENT = [sys.executable, "-m", "syncr1.engine.processes.nodes"]
 
 
 def nodes(folder: Path, scripts: list[str], *, max_restarts: int = 0) -> tuple[int, list[str]]:

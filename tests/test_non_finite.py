@@ -12,10 +12,11 @@ import torch
 from helpers import everything_partitioned, own_process_group, packed, sampled, sharp_policy
 from torch import Tensor
 
-from syncr1.engine.faults import NotFinite
-from syncr1.engine.learner import Learner, LearnerSettings
-from syncr1.engine.objective import Objective
-from syncr1.engine.optimizer_state import optimizer_tensors
+from syncr1.engine.checkpoints.optimizer_state import optimizer_tensors
+from syncr1.engine.errors import NotFinite
+from syncr1.engine.forward.objective import Objective
+from syncr1.engine.learn.learner import Learner
+from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.records import PackedBatch
 from syncr1.kernels.api import NonFiniteError, TokenStream, linear_grpo_loss, non_finite_passes
 

@@ -17,11 +17,11 @@ from helpers import PlainJanus, all_kinds_of_prompts, packed, sampled, sharp_pol
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from syncr1.engine.learner import Learner
-from syncr1.engine.objective import Objective, PolicyForward
+from syncr1.engine.forward.objective import Objective, PolicyForward
+from syncr1.engine.learn.learner import Learner
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import IMAGE, PackedBatch, Rollout
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.rollout.sampler import Sampling, generate
 from syncr1.kernels.api import linear_logp
 
 GROUP = 3

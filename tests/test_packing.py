@@ -13,7 +13,7 @@ import torch
 from helpers import CHAIN, given, make_prompt, packed, random_rewards, sampled, sharp_policy
 from torch import Tensor
 
-from syncr1.engine.packing import pack
+from syncr1.engine.forward.packing import pack
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import IMAGE, TEXT, PackedBatch, Rollout, Segment
 
@@ -177,7 +177,7 @@ def test_sizes_that_do_not_fit_are_refused(policy: JanusPolicy, num_rewards: int
 
 def test_the_packed_axis_is_what_was_fed_while_sampling(policy: JanusPolicy, tmp_path: Path) -> None:
     """A truncated text is followed by the hand-over just as an ended one is."""
-    from syncr1.engine.rollout import Sampling, generate
+    from syncr1.engine.rollout.sampler import Sampling, generate
 
     (rollout,) = generate(policy, [make_prompt("draw it.", CHAIN)], Sampling(num_generations=1, max_text_tokens=1))
     (batch,) = packed(policy, [rollout], 1)

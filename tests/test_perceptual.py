@@ -21,9 +21,10 @@ from torch import Tensor
 from torchmetrics.functional.image import root_mean_squared_error_using_sliding_window
 from torchmetrics.functional.image.lpips import _LPIPS, ScalingLayer
 
-from syncr1.engine.pictures import MemoryImage, PictureError
-from syncr1.engine.rewards.batches import picture_pixels, stretched
-from syncr1.engine.rewards.perceptual import LpipsSimilarity, RmseSimilarity, lpips_model, rmse_windows
+from syncr1.engine.errors import PictureError
+from syncr1.engine.pictures import MemoryImage
+from syncr1.engine.rewards.builtin.batches import picture_pixels, stretched
+from syncr1.engine.rewards.builtin.perceptual import LpipsSimilarity, RmseSimilarity, lpips_model, rmse_windows
 
 NETS = ("vgg", "alex", "squeeze")
 

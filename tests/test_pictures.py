@@ -21,15 +21,8 @@ from PIL import Image
 from skimage import data
 
 from syncr1.engine import pictures
-from syncr1.engine.pictures import (
-    MAX_PIXELS,
-    MemoryImage,
-    PictureError,
-    StoredImage,
-    load_pictures,
-    open_picture,
-    to_tensor,
-)
+from syncr1.engine.errors import PictureError
+from syncr1.engine.pictures import MAX_PIXELS, MemoryImage, StoredImage, load_pictures, open_picture, to_tensor
 
 RED = (200, 30, 40)
 ROOT = Path(__file__).resolve().parent.parent

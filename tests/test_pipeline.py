@@ -23,9 +23,9 @@ from small_models import saved, small_clip
 from test_graders import server
 from test_sources import dpg
 
-from syncr1.engine.evaluate.config import EvaluateConfig
-from syncr1.engine.evaluate.manifest import EvaluationError
-from syncr1.engine.evaluate.pipeline import graders_of, run_evaluation
+from syncr1.engine.errors import EvaluationError
+from syncr1.engine.methods.evaluation import graders_of, run_evaluation
+from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.texts import VOCABULARY
 from syncr1.engine.world.tiny_janus import build_policy

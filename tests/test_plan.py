@@ -1,4 +1,4 @@
-"""engine/plan.py and `--dry_run`: what a run would be, and what would stop it, without a GPU and without weights."""
+"""engine/methods/dry_run.py and `--dry_run`: what a run would be, and what would stop it, without a GPU and without weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from helpers import all_kinds_of_prompts, cache_folder, environment, make_prompt
 from PIL import Image
 from recipe_cases import leaks, recipe_here, started
 
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.pictures import PictureError
-from syncr1.engine.plan import check_batch, policy_without_weights, show
+from syncr1.engine.errors import ConfigError, PictureError
+from syncr1.engine.methods.dry_run import check_batch, policy_without_weights, show
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.policies.auto import load_policy
-from syncr1.engine.settings import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import torch
 from helpers import CHAIN, LONG_CHAIN, Gate, make_prompt, sharp_policy
 
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.preview import fill
 from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rollout import RolloutEngine, Sampling, generate, trajectory_key
+from syncr1.engine.rollout.preview import fill
+from syncr1.engine.rollout.sampler import RolloutEngine, Sampling, generate, trajectory_key
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from syncr1.engine.prompt_stream import PromptStream
-from syncr1.engine.prompts import DataError, load_anchors, load_benchmark, load_training_prompts
+from syncr1.engine.data.prompt_stream import PromptStream
+from syncr1.engine.data.prompts import load_anchors, load_benchmark, load_training_prompts
+from syncr1.engine.errors import DataError
 from syncr1.engine.records import Prompt
 from syncr1.engine.world.disk import write_world
 from syncr1.engine.world.general import write_general

@@ -15,7 +15,7 @@ from syncr1.engine.data.questions import (
     text_of,
     with_options,
 )
-from syncr1.engine.evaluate.unifybench import DataError
+from syncr1.engine.errors import DataError
 
 
 @pytest.mark.parametrize(

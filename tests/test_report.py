@@ -1,4 +1,4 @@
-"""engine/report.py and charts.py: one page that stands alone, escapes what comes from data, and bears missing files."""
+"""engine/show/report.py and charts.py: one page that stands alone, escapes what comes from data, and bears missing files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from run_records import HOSTILE, SCORES_AFTER, SCORES_BEFORE, make_group, make_metrics, make_prompt, make_rollout
 
-from syncr1.engine.charts import line_chart, nice_ticks, smooth, stacked_chart, tick_label
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.report import read_jsonl, write_report
-from syncr1.engine.runlog import RunLog
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.show.charts import line_chart, nice_ticks, smooth, stacked_chart, tick_label
+from syncr1.engine.show.report import read_jsonl, write_report
+from syncr1.engine.show.runlog import RunLog
 
 VOID = {"meta", "img", "path", "circle", "br"}
 

@@ -23,15 +23,14 @@ from helpers import ROOT, everything_partitioned, own_process_group, sharp_polic
 from helpers import world_folder as make_world
 from resume_cases import FullDisk, Training, assert_same, config_of
 
-from syncr1.engine import checkpoint
-from syncr1.engine.assemble import build_reward_set
-from syncr1.engine.checkpoint import folders, save, verified
-from syncr1.engine.prompts import load_training_prompts
-from syncr1.engine.resume import load_random_state, random_state, resume_point
+from syncr1.engine.checkpoints import sharded as checkpoint
+from syncr1.engine.checkpoints.sharded import folders, save, verified
+from syncr1.engine.data.prompts import load_training_prompts
+from syncr1.engine.errors import CheckpointError, ConfigError
+from syncr1.engine.methods.resume import load_random_state, random_state, resume_point
+from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.rewards.ensemble import RewardSet
-from syncr1.engine.runlog import RunLog
-from syncr1.engine.safetensors_stream import CheckpointError
-from syncr1.engine.settings import ConfigError
+from syncr1.engine.show.runlog import RunLog
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -39,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 @pytest.fixture(scope="module", autouse=True)
 def _process_group() -> Iterator[None]:
     with own_process_group():
-        from syncr1.engine.learner import init_distributed
+        from syncr1.engine.learn.learner import init_distributed
 
         init_distributed()
         yield

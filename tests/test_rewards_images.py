@@ -12,9 +12,16 @@ from PIL import Image
 from skimage import data
 from torch import Tensor
 
-from syncr1.engine.pictures import PictureError, load_pictures
-from syncr1.engine.rewards.identity import IdentityReward
-from syncr1.engine.rewards.judge import AttributeJudge, CaptionLikelihoodJudge, Judge, index_scorer, posterior_scorer
+from syncr1.engine.errors import PictureError
+from syncr1.engine.pictures import load_pictures
+from syncr1.engine.rewards.builtin.identity import IdentityReward
+from syncr1.engine.rewards.judge.attribute_judge import (
+    AttributeJudge,
+    CaptionLikelihoodJudge,
+    Judge,
+    index_scorer,
+    posterior_scorer,
+)
 from syncr1.engine.world.attributes import LOOKS, VALUES
 from syncr1.engine.world.checker import AttributeChecker
 

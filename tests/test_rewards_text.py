@@ -8,7 +8,7 @@ import time
 import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from syncr1.engine.rewards.text import brier_among, char_bleu, exact_match, normalise, text_reward
+from syncr1.engine.rewards.builtin.text import brier_among, char_bleu, exact_match, normalise, text_reward
 
 CHAIN = ("text", "image")
 

@@ -18,11 +18,11 @@ import torch
 from helpers import Gate, PlainJanus, all_kinds_of_prompts, make_prompt, packed, sharp_policy, world_photo
 from torch import Tensor
 
-from syncr1.engine.learner import replay_error
-from syncr1.engine.objective import Objective, PolicyForward
+from syncr1.engine.forward.objective import Objective, PolicyForward
+from syncr1.engine.learn.learner import replay_error
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import IMAGE, TEXT, PackedBatch, Prompt, Rollout, Segment
-from syncr1.engine.rollout import RolloutEngine, Sampling, generate
+from syncr1.engine.rollout.sampler import RolloutEngine, Sampling, generate
 
 REPLAY_TOLERANCE = 1e-4
 """Nats, float32; about 5e-6 is measured."""

@@ -1,4 +1,4 @@
-"""engine/runlog.py, sheets.py and trackers.py: what a run leaves on disk, and that it overwrites nothing."""
+"""engine/show/runlog.py, sheets.py and trackers.py: what a run leaves on disk, and that it overwrites nothing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from run_records import SCORES_AFTER, SCORES_BEFORE, make_group, make_metrics, make_prompt, make_rollout
 
-from syncr1.engine import sheets
-from syncr1.engine.config import SyncR1Config, from_yaml
-from syncr1.engine.runlog import NullRunLog, RunLog, environment, open_run_log
-from syncr1.engine.trackers import Trackers
+from syncr1.engine.methods.sync_r1_config import SyncR1Config, from_yaml
+from syncr1.engine.show import sheets
+from syncr1.engine.show.runlog import NullRunLog, RunLog, environment, open_run_log
+from syncr1.engine.show.trackers import Trackers
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -154,8 +154,8 @@ TWO_RANKS = """
 import sys, torch.distributed as dist
 from datetime import timedelta
 from pathlib import Path
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.runlog import open_run_log
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.show.runlog import open_run_log
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
                         timeout=timedelta(seconds=50))

@@ -1,4 +1,4 @@
-"""engine/safetensors_stream.py: what it writes is what others read, in any pieces; what it cannot read it refuses."""
+"""engine/checkpoints/safetensors_stream.py: what it writes is what others read, in any pieces; what it cannot read it refuses."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from syncr1.engine.safetensors_stream import (
+from syncr1.engine.checkpoints.safetensors_stream import (
     DTYPES,
     INDEX,
     SINGLE,
-    CheckpointError,
     MappedCheckpoint,
     SafetensorsWriter,
     TensorInfo,
 )
+from syncr1.engine.errors import CheckpointError
 
 SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (5, 3), (2, 3, 3, 3)]
 

@@ -19,11 +19,11 @@ from test_prompts import album  # noqa: F401  # a fixture
 
 from syncr1.engine.data.questions import LETTER_FORM, WORDS_FORM
 from syncr1.engine.data.samples import load_prompts, load_samples
+from syncr1.engine.errors import DataError
 from syncr1.engine.pictures import open_picture
-from syncr1.engine.prompts import DataError
 from syncr1.engine.records import Prompt
-from syncr1.engine.rewards.base import columns_of
-from syncr1.engine.rollout import Sampling, generate
+from syncr1.engine.rewards.reward import columns_of
+from syncr1.engine.rollout.sampler import Sampling, generate
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, environment
 
-from syncr1.engine.checkpoint import verified
-from syncr1.engine.saver import Saver
+from syncr1.engine.checkpoints.saver import Saver
+from syncr1.engine.checkpoints.sharded import verified
 
 
 def test_one_job_at_a_time_and_beside_the_caller() -> None:

@@ -14,14 +14,14 @@ import pytest
 from evaluate_cases import Colours, few_items, generated, plain, written
 from rich.console import Console
 
+from syncr1.engine.errors import EvaluationError
 from syncr1.engine.evaluate.graders import Graders
-from syncr1.engine.evaluate.manifest import EvaluationError
-from syncr1.engine.evaluate.run import score_rollouts
+from syncr1.engine.evaluate.held_out import score_rollouts
 from syncr1.engine.evaluate.score import markdown, read_complete, rich_table, rollouts_of, rows_of, score_folder
 from syncr1.engine.evaluate.store import ITEMS, Item
 from syncr1.engine.pictures import MemoryImage
 from syncr1.engine.records import Prompt
-from syncr1.engine.rewards.judge import index_scorer
+from syncr1.engine.rewards.judge.attribute_judge import index_scorer
 from syncr1.engine.world.attributes import LOOKS, VALUES
 from syncr1.engine.world.checker import AttributeChecker
 

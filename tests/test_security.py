@@ -31,21 +31,21 @@ from small_models import saved, small_bert, small_blip, small_clip, small_janus,
 from test_repo import calls, imports, keywords, trees
 from text_models import policy as text_policy
 
-from syncr1.engine.checkpoint import MANIFEST, shard_name, verified
-from syncr1.engine.checkpoint import save as save_checkpoint
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.evaluate.config import EvaluateConfig
-from syncr1.engine.merge import merge_checkpoints
+from syncr1.engine.checkpoints.merge import merge_checkpoints
+from syncr1.engine.checkpoints.safetensors_stream import MappedCheckpoint
+from syncr1.engine.checkpoints.sharded import MANIFEST, shard_name, verified
+from syncr1.engine.checkpoints.sharded import save as save_checkpoint
+from syncr1.engine.errors import CheckpointError, ConfigError
+from syncr1.engine.methods.evaluation_config import EvaluateConfig
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.policies.auto import load_policy
 from syncr1.engine.policies.causal_lm import CausalLMPolicy
 from syncr1.engine.policies.lora import load_adapter
-from syncr1.engine.rewards.captioner import BlipCaptioner
-from syncr1.engine.rewards.clip import ClipScorer
-from syncr1.engine.rewards.perceptual import lpips_model
-from syncr1.engine.rewards.spice import FactualParser
-from syncr1.engine.rewards.text_similarity import BertScore
-from syncr1.engine.safetensors_stream import CheckpointError, MappedCheckpoint
-from syncr1.engine.settings import ConfigError
+from syncr1.engine.rewards.builtin.captioner import BlipCaptioner
+from syncr1.engine.rewards.builtin.clip import ClipScorer
+from syncr1.engine.rewards.builtin.perceptual import lpips_model
+from syncr1.engine.rewards.builtin.spice import FactualParser
+from syncr1.engine.rewards.builtin.text_similarity import BertScore
 
 MARKER = "a_strangers_code_ran"
 
@@ -53,9 +53,9 @@ MARKER = "a_strangers_code_ran"
 # The source -----------------------------------------------------------------------------------------------------------
 
 REVIEWED = {
-    "exec_module": {"engine/rewards/custom.py"},
-    "all_gather_object": {"engine/checkpoint.py"},
-    "broadcast_object_list": {"engine/runlog.py"},
+    "exec_module": {"engine/rewards/yours/custom.py"},
+    "all_gather_object": {"engine/checkpoints/sharded.py"},
+    "broadcast_object_list": {"engine/show/runlog.py"},
 }
 """What runs code or unpickles, and the files that were reviewed for it: a reward of the user's own, which the user
 names; short results between the ranks of one job, which torch sends as pickles."""
@@ -73,7 +73,12 @@ MODULES = {
 READS_IN_MEMORY = {("bench/gpu_wheels.py", "zipfile")}
 """Reads one named text of a wheel that pip brought, and unpacks nothing."""
 SHELLS = {
-    *("engine/runlog.py", "engine/launch.py", "engine/nodes.py", "engine/rewards/isolated.py"),
+    *(
+        "engine/show/runlog.py",
+        "engine/processes/launch.py",
+        "engine/processes/nodes.py",
+        "engine/rewards/yours/isolated.py",
+    ),
     "kernels/triton_ops/aot.py",
 }
 """Files that may start programs, with a list of words each."""
@@ -339,7 +344,7 @@ def test_the_search_for_secrets_finds_one() -> None:
 def test_no_flag_takes_a_secret() -> None:
     """Command lines are seen by every user of a machine, and stand in environment.json."""
     from syncr1.engine.corl.config import CorlConfig
-    from syncr1.engine.settings import settings_of
+    from syncr1.engine.settings.schema import settings_of
 
     secret = re.compile(r"(^|_)(api_key|key|token|secret|password|credential)$")
     names = {s.name for config in (SyncR1Config, CorlConfig, EvaluateConfig) for s in settings_of(config)}

@@ -11,8 +11,8 @@ import pytest
 from helpers import world_folder
 from PIL import Image
 
+from syncr1.engine.errors import DataError
 from syncr1.engine.evaluate.sources import MAX_PROMPT_BYTES, form_of, load_dpg, load_geneval, load_items
-from syncr1.engine.evaluate.unifybench import DataError
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},

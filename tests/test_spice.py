@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_models import saved, small_t5
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from syncr1.engine.rewards.spice import TASK, FactualParser, SceneGraph, Spice, WordNet, f_score, read_graph
+from syncr1.engine.rewards.builtin.spice import TASK, FactualParser, SceneGraph, Spice, WordNet, f_score, read_graph
 
 SYNSETS = """\
 man\n1 2\nguy\n1\nwoman\n3\nboard\n4 5\nsurfboard\n5\nride\n6\nsit_on\n7\nperch_on\n7

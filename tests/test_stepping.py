@@ -17,11 +17,11 @@ from helpers import Gate, all_kinds_of_prompts, sharp_policy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncr1.engine import capacity, stepping
-from syncr1.engine.decode import TokenStep
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rollout import RolloutEngine, Sampling
+from syncr1.engine.rollout import capacity, stepping
+from syncr1.engine.rollout.decode import TokenStep
+from syncr1.engine.rollout.sampler import RolloutEngine, Sampling
 
 READS_BACK = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "unique", "masked_select", "_to_copy")
 """Ops that make a GPU wait, or whose output's shape depends on values."""

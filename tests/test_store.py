@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from syncr1.engine.evaluate.manifest import EvaluationError
+from syncr1.engine.errors import EvaluationError
 from syncr1.engine.evaluate.store import ITEMS, Item, Store, encode_png, file_name
 from syncr1.engine.pictures import MemoryImage
 from syncr1.engine.records import Prompt

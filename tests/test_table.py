@@ -13,8 +13,8 @@ import pytest
 from data_sources import X2X_ROWS, write_forms, write_lines, write_photos
 
 from syncr1.engine.data.table import HUB_NAME, Table, open_table
+from syncr1.engine.errors import DataError
 from syncr1.engine.pictures import StoredImage, open_picture
-from syncr1.engine.prompts import DataError
 
 
 @pytest.fixture

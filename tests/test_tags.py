@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncr1.engine.rewards import tags
-from syncr1.engine.rewards.tags import Tagged, answer_of, parse_tagged
+from syncr1.engine.rewards.builtin import tags
+from syncr1.engine.rewards.builtin.tags import Tagged, answer_of, parse_tagged
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 

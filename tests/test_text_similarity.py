@@ -15,8 +15,8 @@ from small_models import WORDS, saved, small_bert
 from torchmetrics.functional.text.bert import bert_score
 from transformers import AutoModel, AutoTokenizer
 
-from syncr1.engine.rewards.accuracy import soft_jaccard
-from syncr1.engine.rewards.text_similarity import BertScore, MeanSimilarity, SoftJaccard
+from syncr1.engine.rewards.builtin.accuracy import soft_jaccard
+from syncr1.engine.rewards.builtin.text_similarity import BertScore, MeanSimilarity, SoftJaccard
 
 CANDIDATES = ["a man riding a red surfboard", "two dogs", "a dog on the beach at the street with two big hats", "bus"]
 REFERENCES = ["a woman on a blue surfboard", "the two black dogs sitting on a bench", "a dog", "bus"]

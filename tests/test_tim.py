@@ -18,7 +18,7 @@ from torch import Tensor
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.policies.lora import add_lora, base_of
 from syncr1.engine.records import Prompt
-from syncr1.engine.rewards.tim import TextImageMatching, matching
+from syncr1.engine.rewards.builtin.tim import TextImageMatching, matching
 
 TEXTS = (
     "round.",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-from syncr1.engine.rewards.captioner import BlipCaptioner
+from syncr1.engine.rewards.builtin.captioner import BlipCaptioner
 from syncr1.engine.world.attributes import LOOKS
 from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.tiny_blip import BlipSettings, build_blip, build_tokenizer, caption, save_blip, train_blip

@@ -1,4 +1,4 @@
-"""engine/torchrun.py: torchrun whose ranks hear of SIGUSR1 and SIGTERM, and whose exit code is theirs."""
+"""engine/processes/torchrun.py: torchrun whose ranks hear of SIGUSR1 and SIGTERM, and whose exit code is theirs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, environment
 
-from syncr1.engine.faults import EXIT_PREEMPTED
+from syncr1.engine.errors import EXIT_PREEMPTED
 
 pytestmark = pytest.mark.slow
 RANK = """
@@ -33,7 +33,7 @@ time.sleep(120)
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     (folder / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "syncr1.engine.torchrun", "--standalone", "--nproc-per-node=2",
+    command = [sys.executable, "-m", "syncr1.engine.processes.torchrun", "--standalone", "--nproc-per-node=2",
                str(folder / "rank.py"), str(folder), *more]  # fmt: skip
     return subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stderr=subprocess.PIPE)
 

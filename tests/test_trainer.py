@@ -16,19 +16,19 @@ import torch
 from helpers import own_process_group, sharp_policy, short_base, weights_of, world_folder
 from torch import Tensor
 
-from syncr1.engine.assemble import build_preview, build_reward_set
-from syncr1.engine.config import SyncR1Config
-from syncr1.engine.credit import credited_rewards
-from syncr1.engine.learner import Learner
+from syncr1.engine.data.prompt_stream import PromptStream
+from syncr1.engine.data.prompts import load_anchors, load_training_prompts
+from syncr1.engine.learn.credit import credited_rewards
+from syncr1.engine.learn.learner import Learner
+from syncr1.engine.learn.trainer import Trainer, learning_rate
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set
+from syncr1.engine.methods.training import objective_of, settings_of
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.prompt_stream import PromptStream
-from syncr1.engine.prompts import load_anchors, load_training_prompts
 from syncr1.engine.records import PackedBatch, Prompt, Rollout, StepMetrics
-from syncr1.engine.rewards.base import score
 from syncr1.engine.rewards.ensemble import RewardSet, combine
-from syncr1.engine.rollout import Sampling, generate
-from syncr1.engine.trainer import Trainer, learning_rate
-from syncr1.engine.training import objective_of, settings_of
+from syncr1.engine.rewards.reward import score
+from syncr1.engine.rollout.sampler import Sampling, generate
 from syncr1.kernels.api import dgs_select, group_advantages
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

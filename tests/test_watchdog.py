@@ -1,4 +1,4 @@
-"""engine/watchdog.py on one rank; what it does over ranks is in test_faults.py."""
+"""engine/processes/watchdog.py on one rank; what it does over ranks is in test_faults.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from syncr1.engine import watchdog
-from syncr1.engine.faults import EXIT_STALLED
-from syncr1.engine.watchdog import Beat, Watchdog
+from syncr1.engine.errors import EXIT_STALLED
+from syncr1.engine.processes import watchdog
+from syncr1.engine.processes.watchdog import Beat, Watchdog
 
 
 @pytest.fixture(autouse=True)

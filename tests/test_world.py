@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from syncr1.engine.world import tasks, texts
+from syncr1.engine.world import items as tasks
+from syncr1.engine.world import texts
 from syncr1.engine.world.attributes import (
     ATTRIBUTES,
     CONCEPTS,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncr1.engine.rewards.spice import SceneGraph, Spice
+from syncr1.engine.rewards.builtin.spice import SceneGraph, Spice
 from syncr1.engine.world.attributes import ATTRIBUTES, LOOKS, VALUES, Look
 from syncr1.engine.world.scene_graph import CREATURE, NO_HAT, parse_caption, parse_captions
 from syncr1.engine.world.texts import PROMPTS, fill

@@ -15,7 +15,7 @@ from PIL import Image
 
 from syncr1.engine.data.samples import load_samples
 from syncr1.engine.world.attributes import ATTRIBUTES, HELD_OUT_LOOKS, LOOKS, VALUES, Look
-from syncr1.engine.world.tasks import TEST_LOOKS
+from syncr1.engine.world.items import TEST_LOOKS
 from syncr1.engine.world.x2x import LETTERS, NUM_ROWS, STAMP, ask, caption_of, write_x2x, x2x_rows
 
 

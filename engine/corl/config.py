@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..config_rules import AT_LEAST_0, AT_LEAST_1, POSITIVE, RANGES, RULES, Range, Rule
-from ..settings import ConfigError
-from ..train_config import DGSRule, TrainConfig
+from ..errors import ConfigError
+from ..settings.rules import AT_LEAST_0, AT_LEAST_1, POSITIVE, RANGES, RULES, Range, Rule
+from ..settings.train_config import DGSRule, TrainConfig
 
 __all__ = ["REFINED", "ConfigError", "CorlConfig", "Stage", "Training"]
 

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import torch
 
-from ..assemble import checker_of, judge_cnn
 from ..data.questions import THINK_THEN_ANSWER
-from ..learner import local_device
+from ..errors import DataError
+from ..learn.learner import local_device
+from ..methods.sync_r1_parts import checker_of
 from ..policies.auto import load_policy
 from ..policies.base import Policy
-from ..prompts import DataError
 from ..rewards.ensemble import RewardSet
-from ..rewards.judge import index_scorer
+from ..rewards.judge.attribute_judge import index_scorer
 from ..world.attributes import VALUES
-from ..world.corl_parts import corl_base, prepare_x2x
+from ..world.embedded import corl_base, judge_cnn, prepare_x2x
 from .config import CorlConfig, Training
-from .evaluation import CorlEvaluator
-from .rewards import RewardParts
-from .samples import held_out_prompts
+from .evaluator import CorlEvaluator
+from .reward_parts import RewardParts
+from .training_data import held_out_prompts
 
 Report = Callable[[str], None]
 

@@ -19,19 +19,14 @@ from pathlib import Path
 
 import torch
 
-from ..credit import shared_advantages
+from ..checkpoints.merge import merge_checkpoints
+from ..checkpoints.model_card import write_model_card
 from ..data.samples import Sample
-from ..display import Display
-from ..evaluate.run import Evaluation
-from ..learner import Learner, local_device
-from ..merge import merge_checkpoints
-from ..model_card import write_model_card
-from ..policies.auto import load_policy
-from ..policies.base import Policy
-from ..records import Prompt
-from ..resume import resume_point
-from ..runlog import NullRunLog, RunLog, open_run_log
-from ..training import (
+from ..evaluate.held_out import Evaluation
+from ..learn.credit import shared_advantages
+from ..learn.learner import Learner, local_device
+from ..methods.resume import resume_point
+from ..methods.training import (
     add_adapters,
     evaluate,
     fuse_kernels,
@@ -45,12 +40,17 @@ from ..training import (
     train,
     write_scores,
 )
-from ..watchdog import Watchdog
+from ..policies.auto import load_policy
+from ..policies.base import Policy
+from ..processes.watchdog import Watchdog
+from ..records import Prompt
+from ..show.display import Display
+from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .config import REFINED, CorlConfig, Training
+from .models_table import models_table
 from .parts import Parts
-from .resume import Continued, interrupted_run, is_finished, mark_finished
-from .samples import stream_of, training_samples
-from .table import models_table
+from .progress import Continued, interrupted_run, is_finished, mark_finished
+from .training_data import stream_of, training_samples
 
 TABLE_WIDTH = 110
 """Characters; a log file's lines may be longer than a terminal's 80."""
@@ -237,8 +237,8 @@ def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
 
 def dry_run(config: CorlConfig) -> None:
     """Prints each training's settings, plan, memory and first prompts, without loading a model's weights."""
-    from ..plan import show
-    from ..settings import to_yaml
+    from ..methods.dry_run import show
+    from ..settings.schema import to_yaml
     from .parts import data_of
 
     if config.stage == "merge":

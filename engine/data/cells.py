@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..evaluate.unifybench import DataError, inside
-from ..messages import shown
-from ..pictures import PictureError, StoredImage
+from ..errors import DataError, PictureError, shown
+from ..pictures import StoredImage
+from .unifybench import inside
 
 MAX_PATH = 4096
 """Characters; as many bytes are what Linux takes."""

@@ -11,8 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluate.unifybench import DataError
-from ..messages import shown
+from ..errors import DataError, shown
 
 THINK_THEN_ANSWER = (
     "{question}\n\n"

@@ -12,8 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..evaluate.unifybench import DataError
-from ..messages import shown
+from ..errors import DataError, shown
 from ..pictures import ImageRef
 from ..records import Prompt
 from .questions import options_in, text_of

@@ -22,10 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..messages import shown
+from ..errors import DataError, shown
 from ..pictures import ImageRef
-from ..prompts import DataError, load_training_prompts
 from ..records import Prompt, SegmentKind
+from .prompts import load_training_prompts
 from .questions import (
     THINK_THEN_ANSWER,
     answer_of,

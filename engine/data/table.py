@@ -19,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..evaluate.unifybench import DataError
+from ..errors import DataError
 from ..pictures import ImageRef
 from .cells import Part, arrow_part, confined, parquet_part
 

@@ -28,9 +28,10 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from ..errors import EvaluationError
 from ..pictures import open_picture
-from ..rewards.tags import answer_of
-from .manifest import EvaluationError, write_atomically
+from ..rewards.builtin.tags import answer_of
+from .manifest import write_atomically
 from .store import Item
 
 Kind = Literal["geneval", "dpg", "lmms_eval", "vlmevalkit"]

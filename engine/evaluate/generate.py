@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import EvaluationError
 from ..policies.base import Policy
 from ..records import Prompt, Rollout
-from ..rollout import RolloutEngine, Sampling
-from .manifest import EvaluationError, Settings, claim, describe
-from .run import choose
+from ..rollout.sampler import RolloutEngine, Sampling
+from .held_out import choose
+from .manifest import Settings, claim, describe
 from .store import Item, Key, Store
 
 Progress = Callable[[int, int], None]

@@ -28,9 +28,9 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from ..errors import ChatError, EvaluationError
 from ..pictures import ImageRef, open_picture, to_tensor
-from ..rewards.chat import ChatError
-from .manifest import EvaluationError, write_atomically
+from .manifest import write_atomically
 from .store import Item, Key
 from .tasks import IMAGE_METRICS, IMAGE_OF, OF_IMAGES, OF_TEXTS, PUBLISHED, image_task
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..messages import Refused
+from ..errors import EvaluationError
 from ..pictures import ImageRef
 from ..policies.base import Policy
 from ..records import Prompt
@@ -30,10 +30,6 @@ PACKAGES = ("syncr1", "torch", "transformers")
 """Whose versions may change what is generated, bit by bit."""
 SAMPLED_VALUES = 4096
 """Of each weight tensor, this many values, evenly spread, go into the fingerprint."""
-
-
-class EvaluationError(Refused):
-    """An evaluation cannot go on; the message says what was found and what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from ..errors import EvaluationError
 from ..pictures import open_picture, to_tensor
 from ..records import Rollout
-from ..rewards.judge import AttributeScorer
-from ..scores import TASKS, show_score
+from ..rewards.judge.attribute_judge import AttributeScorer
+from ..show.scores import TASKS, show_score
 from .graders import Graders, grade
-from .manifest import EvaluationError, read_manifest, write_atomically
-from .metrics import mean
-from .run import Scores, score_rollouts, summary
+from .held_out import Scores, score_rollouts, summary
+from .manifest import read_manifest, write_atomically
+from .measures import mean
 from .store import Item, Store
 from .tasks import PUBLISHED, needs_text
 

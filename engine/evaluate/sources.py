@@ -17,12 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from ..data.prompts import by_task, load_benchmark
 from ..data.questions import THINK_THEN_ANSWER
 from ..data.samples import load_samples
-from ..messages import shown
-from ..prompts import by_task, load_benchmark
+from ..errors import DataError, shown
 from ..records import Prompt
-from .unifybench import DataError
 
 Form = Literal["unifybench", "geneval", "dpg", "table"]
 MAX_PROMPT_BYTES = 1 << 16

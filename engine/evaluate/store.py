@@ -24,9 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import EvaluationError
 from ..pictures import ImageRef, open_picture
 from ..records import Prompt
-from .manifest import EvaluationError, picture_name, write_atomically
+from .manifest import picture_name, write_atomically
 
 ITEMS, IMAGES, REFERENCES = "items.jsonl", "images", "references"
 Key = tuple[str, int]

@@ -18,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..records import Prompt, SegmentKind
-from ..rewards.accuracy import AccuracyReward
-from ..rewards.format import format_reward
-from ..rewards.text import char_bleu
-from .metrics import accuracy, mean, weighted_recall, words_in_place
+from ..rewards.builtin.accuracy import AccuracyReward
+from ..rewards.builtin.format import format_reward
+from ..rewards.builtin.text import char_bleu
+from .measures import accuracy, mean, weighted_recall, words_in_place
 
 IMAGE_OF = {"rea": "rea_gen", "dense_rea": "dense_rea_gen"}
 """Chained tasks: the name that their images are scored under."""

@@ -18,10 +18,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from ..attention import AttentionLayout
-from ..cache import CacheShape
 from ..pictures import ImageRef
 from ..records import Prompt, SegmentKind
+from .attention_interface import AttentionLayout
+from .cache import CacheShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..attention import ATTENTION_NAME, AttentionLayout
-from ..cache import CacheShape
 from ..pictures import ImageRef
 from ..records import Prompt, SegmentKind
+from .attention_interface import ATTENTION_NAME, AttentionLayout
 from .base import Head, Policy
+from .cache import CacheShape
 from .lora import merged
 from .probe import check_decoder, max_positions, measure
 from .tokens import control_tokens, escape_control_tokens

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Emu3ForConditionalGeneration, Emu3Processor
 
-from ..attention import ATTENTION_NAME, AttentionLayout
-from ..cache import CacheShape
 from ..pictures import ImageRef, load_pictures
 from ..records import Prompt, SegmentKind
+from .attention_interface import ATTENTION_NAME, AttentionLayout
 from .base import Head, Policy
+from .cache import CacheShape
 from .lora import merged
 from .probe import check_decoder
 from .tokens import control_tokens, escape_control_tokens

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from syncr1.kernels.api import SharedPrefixLayout
 
-from ..attention import ATTENTION_NAME, AttentionLayout, PackedLayout
+from .attention_interface import ATTENTION_NAME, AttentionLayout, PackedLayout
 
 PROBE_NAME = ATTENTION_NAME + "_probe"
 _LENGTHS = (5, 3)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import RewardFunction
-from .identity import Features, IdentityReward
-from .judge import AttributeScorer, CaptionLogp, Judge
-from .text import text_reward
+from .builtin.identity import Features, IdentityReward
+from .builtin.text import text_reward
+from .judge.attribute_judge import AttributeScorer, CaptionLogp, Judge
+from .reward import RewardFunction
 
 IDENTITY_WEIGHT, JUDGE_WEIGHT, TEXT_WEIGHT = 0.26, 0.39, 0.35
 """Of 1: .65 x .4, .65 x .6 and .35."""

@@ -35,8 +35,8 @@ from .attributes import (
     Look,
 )
 from .checker import AttributeChecker
+from .items import TASKS, Item
 from .supervised import fit, given, one_thread, slipped
-from .tasks import TASKS, Item
 from .texts import VOCABULARY, fact
 from .tiny_janus import build_policy
 

@@ -31,8 +31,8 @@ from ..policies.janus import JanusPolicy
 from ..records import Prompt, Rollout
 from .attributes import ATTRIBUTES, LOOK_INDEX, TRAIN_LOOKS, VALUES, Look
 from .checker import AttributeChecker
+from .items import pick
 from .supervised import fit, given, one_thread, slipped
-from .tasks import pick
 from .texts import VOCABULARY
 from .tiny_janus import build_policy
 from .x2x import LETTERS, QAType, Question, ask, caption_of, photograph

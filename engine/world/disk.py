@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 from .attributes import ATTRIBUTES, CONCEPTS, PLACES, TRAIN_LOOKS, UNSEEN_PLACE, Concept, Look
+from .items import MEMORY_QUESTIONS, memory_wordings, near_look, pick, seen_places
 from .render import SIZE, render
-from .tasks import MEMORY_QUESTIONS, memory_wordings, near_look, pick, seen_places
 from .texts import (
     ATTRIBUTE_QUESTIONS,
     FACT_QUESTIONS,

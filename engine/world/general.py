@@ -16,8 +16,8 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
+from .items import generic_t2i, generic_vqa
 from .render import render
-from .tasks import generic_t2i, generic_vqa
 from .texts import Split
 
 VERSION: Final = 1

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
-from ..rewards.spice import SceneGraph
+from ..rewards.builtin.spice import SceneGraph
 from .attributes import COLOURS, CONCEPT_BY_NAME, HATS, PATTERNS, PLACES, SHAPES
 from .texts import split_words
 

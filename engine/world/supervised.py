@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..objective import Objective, PolicyForward
-from ..packing import pack
+from ..forward.objective import Objective, PolicyForward
+from ..forward.packing import pack
 from ..policies.base import Policy
 from ..records import PackedBatch, Rollout, Segment, SegmentKind
 from .attributes import ATTRIBUTES, VALUES, Look

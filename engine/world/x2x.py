@@ -28,8 +28,8 @@ import numpy as np
 from PIL import Image
 
 from .attributes import ATTRIBUTES, TRAIN_LOOKS, VALUES, Look
+from .items import TEST_LOOKS, pick
 from .render import Picture, render
-from .tasks import TEST_LOOKS, pick
 from .texts import ATTRIBUTE_QUESTIONS, PROMPTS, Split, fill
 
 VERSION: Final = 1

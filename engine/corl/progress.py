@@ -1,0 +1,77 @@
+"""Going on with an interrupted CoRL run: what is finished stays, the training that was interrupted goes on.
+
+Each training keeps its own checkpoints, in its own folder below the run's; `finished.json` there says that its model is
+saved.  A merge appears whole or not at all, so its folder is record enough.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from ..checkpoints.sharded import Warn, agreed, everywhere, place
+from ..errors import CheckpointError, ConfigError
+from ..methods.resume import FREE, check_settings, numbered
+from .config import CorlConfig
+
+FINISHED = "finished.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """A run's or a training's folder that is written on, `step` steps into it."""
+
+    run_folder: Path
+    step: int = 0
+
+
+def interrupted_run(config: CorlConfig, note: Warn) -> Continued | None:
+    """The run that `resume_from_checkpoint` means: `latest` of `output_dir`, or a run's folder. Collective.
+
+    Raises:
+        ConfigError: no such run, or settings that differ where they must not.
+    """
+    asked = config.resume_from_checkpoint
+    if asked is None:
+        return None
+
+    def look() -> Path | None:
+        if asked != "latest" and not (Path(asked).expanduser() / "config.yaml").is_file():
+            raise CheckpointError(f"expected latest or a CoRL run's folder, got {asked}, which has no config.yaml")
+        found = numbered(config.output_dir, is_run) if asked == "latest" else [Path(asked).expanduser()]
+        if found:
+            before = yaml.safe_load((found[0] / "config.yaml").read_text(encoding="utf-8"))
+            check_settings(before, config, note, FREE - {"max_steps"})  # later trainings begin where earlier ones ended
+        return found[0] if found else None
+
+    try:
+        folder = everywhere(lambda: look() if place()[0] == 0 else None, "resuming")[0]
+    except CheckpointError as error:
+        raise ConfigError(f"resume_from_checkpoint: {error}") from error
+    if folder is None:
+        note(f"no interrupted run at {config.output_dir} yet: a new one")
+    return None if folder is None else Continued(folder)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether something was trained here."""
+    return (folder / "config.yaml").is_file() and any(folder.glob("*/metrics.jsonl"))
+
+
+def mark_finished(folder: Path, steps: int) -> None:
+    """Says that a training came to its end and its model is saved. Collective."""
+
+    def write() -> None:
+        draft = folder / f"{FINISHED}.tmp"
+        draft.write_text(json.dumps({"steps": steps}) + "\n", "utf-8")
+        draft.replace(folder / FINISHED)
+
+    agreed(lambda: write() if place()[0] == 0 else None, f"finishing {folder}")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a training came to its end; the same answer on every rank. Collective."""
+    return everywhere(lambda: (folder / FINISHED).is_file(), f"reading {folder}")[0]

@@ -1,0 +1,149 @@
+"""Every error of the engine, the exit code that a process ends with, and how a message shows what it was given.
+
+  0  done
+  1  a program's error, with its traceback
+  2  settings, data or a checkpoint that cannot work; nothing of the run is lost
+ 70  another rank failed, or too many updates in a row were not finite; the newest checkpoint is whole
+ 75  stopped by SIGTERM or SIGUSR1 after a checkpoint; start again with --resume_from_checkpoint latest
+124  a stage of a step took longer than --stage_timeout; the stacks of all threads were printed
+130  Ctrl-C outside of training
+"""
+
+from __future__ import annotations
+
+EXIT_BAD_INPUT = 2
+EXIT_FAILED = 70  # EX_SOFTWARE of sysexits.h
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: trying again helps
+EXIT_STALLED = 124  # as timeout(1)
+EXIT_INTERRUPTED = 130  # as a shell tells it
+
+MOST_CHARACTERS = 8_000
+"""Of a message. It names the place first and the remedy last, so what is left out is in between."""
+TAIL = 2_000
+
+
+# What was handed in cannot be used: exit 2 --------------------------------------------------------------------------
+
+
+class Refused(ValueError):
+    """Something that was handed in cannot be used; the message says what was expected, what came, and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+class ConfigError(Refused):
+    """Settings that cannot work.  Each line names the field, what was expected, what came, and the remedy."""
+
+    @classmethod
+    def of(cls, problems: list[str]) -> ConfigError:
+        """One error for all `problems`, so that nobody mends them one run at a time."""
+        return cls("\n".join(problems))
+
+
+class DataError(Refused):
+    """Something in the data folder cannot be used; the message names the file, the entry and the remedy."""
+
+
+class PictureError(Refused):
+    """A picture that cannot be used; the message names the file and the reason."""
+
+
+class CheckpointError(Refused):
+    """A checkpoint that cannot be read or used: what was expected, what came, and the remedy."""
+
+
+class EvaluationError(Refused):
+    """An evaluation cannot go on; the message says what was found and what to do."""
+
+
+class RewardSpecError(ValueError):
+    """A reward that cannot be loaded; the message names the spec, the reason and the remedy."""
+
+
+# What fails while a run goes on -------------------------------------------------------------------------------------
+
+
+class RewardError(ValueError):
+    """A reward function broke its contract: a wrong number of values, or one that is not a finite number or None."""
+
+    def __init__(self, function: str, index: int | None, problem: str) -> None:
+        self.function, self.index, self.problem = function, index, problem
+        self.where = ""
+        """Rank, step and prompt, once they are known."""
+        at = "" if index is None else f" at index {index}"
+        super().__init__(printable(f"reward {function!r}{at}: {problem}"))
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} ({self.where})" if self.where else self.args[0]
+
+
+class IsolatedError(RuntimeError):
+    """The function raised, or its process ended; the message has the reason."""
+
+
+class ChatError(RuntimeError):
+    """No usable answer. `status` is the HTTP status, None where none came; `again` says whether a retry may help."""
+
+    def __init__(self, problem: str, *, status: int | None = None, again: bool = False, wait: float = 0.0) -> None:
+        self.status, self.again, self.wait = status, again, wait
+        super().__init__(problem)
+
+    @property
+    def permanent(self) -> bool:
+        """The server refuses such requests: a wrong key, address or model does not mend itself."""
+        return self.status is not None and 300 <= self.status < 500 and not self.again
+
+
+class RolloutTooLarge(RuntimeError):
+    """The keys and values of a batch do not fit into memory."""
+
+
+# How a run ends early -----------------------------------------------------------------------------------------------
+
+
+class RunEnded(Exception):
+    """A run that cannot go on, in words for people; `code` is what the process ends with."""
+
+    code = EXIT_FAILED
+    together = True
+    """All ranks have agreed on it; otherwise the others must be told."""
+
+
+class Preempted(RunEnded):
+    """The machine is wanted back: all is saved, and the run goes on where it is started again."""
+
+    code = EXIT_PREEMPTED
+
+    def __init__(self, words: str, *, together: bool = True) -> None:
+        super().__init__(words)
+        self.together = together
+
+
+class RankFailed(RunEnded):
+    """Another rank is gone or failed, so that this one has nobody to go on with."""
+
+
+class NotFinite(RunEnded):
+    """Update after update came out NaN or infinite."""
+
+
+# What messages show -------------------------------------------------------------------------------------------------
+
+
+def printable(message: str) -> str:
+    """`message` without halves of surrogate pairs, which no terminal takes, and without the middle of a long one."""
+    message = message.encode("utf-8", "backslashreplace").decode()
+    if len(message) <= MOST_CHARACTERS:
+        return message
+    mark = " … "
+    return message[: MOST_CHARACTERS - TAIL - len(mark)] + mark + message[-TAIL:]
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """`repr(value)`, cut at `longest`; also of what Python has no repr for: deep lists, integers of 4300 digits."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        text = f"{type(value).__name__} that is too deep or too long to show"
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

@@ -1,0 +1,157 @@
+"""The one training forward: trunk once over the packed axis, each head on its own rows, one fused loss.
+
+The axis holds every prompt once and the responses behind; the loss sees the responses alone.
+
+Everything that needs the policy's weights happens inside `PolicyForward.forward`, because DeepSpeed must see the call:
+a forward that bypasses `engine(...)` has wrong gradients under ZeRO-3, without an error.
+
+Dims: Tp tokens of prompts, T tokens of responses, S sequences, N rows of one vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
+
+from ..policies.attention_interface import PackedLayout
+from ..policies.base import Policy
+from ..records import IMAGE, MODALITY_NAMES, PackedBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """Settings of Sync-GRPO's loss; the names and meanings are those of `syncr1.kernels.api.linear_grpo_loss`.
+
+    What the kernel would take from one call, the whole update gives here, so that micro-batches can be cut anywhere:
+    bnpo divides by the update's tokens, and `scale="batch"` expects rewards that the trainer has divided already.
+    """
+
+    loss_type: str = "dapo"
+    ratio: Literal["token", "sequence"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    delta: float | None = None
+    beta: float = 0.0
+    anchor_beta: float = 0.0
+    """KL weight on batches of anchors."""
+    scale: str = "group"
+    temperature: float = 1.0
+    credit: Literal["shared", "per_segment", "image_only"] = "shared"
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    max_length: int | None = None
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0 or self.anchor_beta > 0
+
+
+class PolicyForward(nn.Module):
+    """What DeepSpeed wraps: log-probabilities of a packed batch, or the loss on it.
+
+    Args:
+        policy: a `Policy` that is an `nn.Module`.
+        objective: the loss's settings.
+    """
+
+    def __init__(self, policy: Policy, objective: Objective) -> None:
+        super().__init__()
+        self.policy: Policy = policy
+        self.objective = objective
+
+    def forward(
+        self, batch: PackedBatch, num_items: dict[str, float] | None = None, share: float = 1.0
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            batch: one micro-batch.
+            num_items: tokens per modality that the loss is divided by, over all micro-batches and ranks of the update,
+                per rank; None computes log-probabilities only.
+            share: this micro-batch's part of the update's sequences, for loss types that average over sequences.
+
+        Returns:
+            Without `num_items`: `logp` and `entropy`, [T] float32, 0 where nothing was sampled.
+            With it: `loss` (scalar, carries the gradient), `logp` [T], and `metric/<name>` scalars.
+        """
+        streams = self._streams(batch)
+        if num_items is None:
+            return self._log_probabilities(streams, batch.tokens.numel())
+        o = self.objective
+        shared = o.credit != "per_segment"
+        rewards = batch.rewards[:, 0] if shared else {"text": batch.rewards[:, 0], "image": batch.rewards[:, 1]}
+        weights = {"text": 0.0 if o.credit == "image_only" else o.text_weight, "image": o.image_weight}
+        out = linear_grpo_loss(
+            streams,
+            rewards,
+            batch.cu_seqlens,
+            batch.group_offsets,
+            loss_mask=batch.loss_mask,
+            modality=batch.modality,
+            old_logp=batch.old_logp,
+            ref_logp=batch.ref_logp,
+            loss_type="dapo" if o.loss_type == "bnpo" else o.loss_type,
+            ratio=o.ratio,
+            clip_low=o.clip_low,
+            clip_high=o.clip_high,
+            delta=o.delta,
+            beta=o.anchor_beta if batch.anchor else o.beta,
+            scale="none" if o.scale == "batch" else o.scale,
+            num_items=num_items,
+            max_length=o.max_length,
+            weight=weights,
+        )
+        metrics = {f"metric/{name}": value for name, value in out.metrics.items()}
+        return {"loss": out.loss * share, "logp": out.logp, **metrics}
+
+    def _streams(self, batch: PackedBatch) -> list[TokenStream]:
+        """Each vocabulary's rows, with the hidden states that predict them, of whichever vocabulary those are."""
+        hidden = self.hidden(batch)
+        predicting = batch.layout.predicting_rows()
+        streams = []
+        for code, name in enumerate(MODALITY_NAMES):
+            rows = (batch.loss_mask & (batch.modality == code)).nonzero().squeeze(1)
+            if not rows.numel() and not self.policy.num_image_tokens and name == "image":
+                continue
+            head = self.policy.head(hidden[predicting[rows]], name)
+            streams.append(
+                TokenStream(
+                    hidden=head.hidden,
+                    weight=head.weight,
+                    targets=batch.tokens[rows],
+                    rows=rows,
+                    bias=head.bias,
+                    temperature=self.objective.temperature,
+                    modality=name,
+                    forbidden=head.forbidden,
+                )
+            )
+        return streams
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """[Tp + T, D] final hidden states of prompts and responses."""
+        is_image = batch.modality == IMAGE
+        words = torch.cat([batch.prefix_tokens, torch.where(is_image, 0, batch.tokens)])
+        embeddings = self.policy.embed(words, "text")
+        if self.policy.num_image_tokens:
+            drawn = is_image.nonzero().squeeze(1)  # may be empty: ZeRO-3 wants every module to run on every rank
+            image = self.policy.embed(batch.tokens[drawn], "image")
+            embeddings = embeddings.index_copy(0, drawn + batch.prefix_tokens.numel(), image)
+        if batch.image_rows.numel():
+            embeddings = embeddings.index_copy(0, batch.image_rows, batch.image_embeddings.to(embeddings.dtype))
+        return self.policy.trunk(embeddings[None], batch.layout.position_ids()[None], PackedLayout(batch.layout))[0]
+
+    def _log_probabilities(self, streams: list[TokenStream], num_tokens: int) -> dict[str, Tensor]:
+        logp = streams[0].hidden.new_zeros(num_tokens, dtype=torch.float32)
+        entropy = torch.zeros_like(logp)
+        for s in streams:
+            row_logp, row_entropy = linear_logp(
+                s.hidden, s.weight, s.targets, bias=s.bias, temperature=s.temperature, forbidden=s.forbidden
+            )
+            logp = logp.index_copy(0, s.rows, row_logp.float())
+            entropy = entropy.index_copy(0, s.rows, row_entropy.float())
+        return {"logp": logp, "entropy": entropy}

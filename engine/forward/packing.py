@@ -1,0 +1,188 @@
+"""Rollouts and rewards -> PackedBatch: whole groups on one token axis, each prompt once, no padding.
+
+    [ prompt 0 | prompt 1 | … | response 0.0 | response 0.1 | … | response 1.0 | … ]
+
+A response is what follows the prompt: `text | image_start | image | follow-up turn | text`, or a part of it; the loss
+mask covers what the policy sampled.  Pruned trajectories have no tokens.
+
+Dims: T tokens of responses, S sequences, P groups, G members, K rewards, R image-embedding rows, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from syncr1.kernels.api import SharedPrefixLayout
+
+from ..policies.base import Policy
+from ..records import IMAGE, TEXT, PackedBatch, Rollout, Segment
+
+
+def pack(
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    rewards_SK: Tensor,
+    keep_S: Tensor,
+    *,
+    num_generations: int,
+    max_tokens: int,
+    share_prefix: bool = True,
+) -> list[PackedBatch]:
+    """Packs whole groups into micro-batches of at most `max_tokens` tokens (a larger group stands alone).
+
+    Args:
+        policy: for its image placeholders.
+        rollouts: S = P * G, members of a group adjacent; they share one prompt.
+        rewards_SK: [S, K] float32; NaN = none.
+        keep_S: [S] bool; False drops the trajectory's tokens but keeps its reward in the group's statistics.
+        num_generations: G.
+        max_tokens: token budget of a micro-batch.
+        share_prefix: False gives every response its own copy of its prompt: the same loss and gradients, more work.
+
+    Returns:
+        Micro-batches in the order of the groups, anchors apart and last. Groups without a kept trajectory
+        appear in none. With nothing kept at all there is one batch whose loss mask is empty, so that every rank has a
+        forward pass to take part in.
+
+    Raises:
+        ValueError: sizes that do not fit, or a group whose members have different prompts.
+    """
+    S, G = len(rollouts), num_generations
+    if S % G or rewards_SK.shape[0] != S or keep_S.shape != (S,):
+        raise ValueError(
+            f"pack: expected S = P * G rollouts with rewards [S, K] and keep [S]; got S={S}, G={G}, "
+            f"rewards {tuple(rewards_SK.shape)}, keep {tuple(keep_S.shape)}"
+        )
+    groups = [range(start, start + G) for start in range(0, S, G) if bool(keep_S[start : start + G].any())]
+    if not groups:
+        dummy = keep_S.clone()
+        dummy[0] = True
+        batch = _pack_groups(policy, rollouts, rewards_SK, dummy, [range(G)], share_prefix)
+        return [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))]
+    for group in groups:
+        _check_one_prompt([rollouts[i] for i in group])
+    batches = []
+    for anchor in (False, True):
+        mine = [group for group in groups if rollouts[group.start].prompt.rewarded is not anchor]
+        sizes = [_group_tokens([rollouts[i] for i in group if keep_S[i]], share_prefix) for group in mine]
+        for chunk in _chunks(mine, sizes, max_tokens):
+            batch = _pack_groups(policy, rollouts, rewards_SK, keep_S, chunk, share_prefix)
+            batches.append(replace(batch, anchor=anchor))
+    return batches
+
+
+def _check_one_prompt(members: list[Rollout]) -> None:
+    first = members[0]
+    for member in members[1:]:
+        same_words = torch.equal(member.prompt_tokens, first.prompt_tokens)
+        if not same_words or member.prompt.image != first.prompt.image:
+            raise ValueError(
+                f"pack: expected members of a group to share one prompt, got {first.prompt.id!r} and "
+                f"{member.prompt.id!r}; order rollouts by prompt, or pass num_generations=1"
+            )
+
+
+def _group_tokens(kept: list[Rollout], share_prefix: bool) -> int:
+    """Tokens of a group on the packed axis."""
+    copies = 1 if share_prefix else len(kept)
+    return kept[0].prompt_tokens.numel() * copies + sum(
+        segment.lead.numel() + segment.tokens.numel() for rollout in kept for segment in rollout.segments
+    )
+
+
+def _chunks(groups: list[range], sizes: list[int], max_tokens: int) -> Iterator[list[range]]:
+    chunk: list[range] = []
+    used = 0
+    for group, size in zip(groups, sizes, strict=True):
+        if chunk and used + size > max_tokens:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(group)
+        used += size
+    if chunk:
+        yield chunk
+
+
+@dataclass(slots=True)
+class _Axis:
+    """A token axis while it grows, column by column."""
+
+    tokens: list[Tensor] = field(default_factory=list)
+    modality: list[Tensor] = field(default_factory=list)
+    loss_mask: list[Tensor] = field(default_factory=list)
+    sampled_logp: list[Tensor] = field(default_factory=list)
+    image_rows: list[Tensor] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
+    length: int = 0
+
+    def give(self, policy: Policy, tokens: Tensor, image: Tensor | None) -> None:
+        """Text ids that the policy was given, `image` at their placeholders."""
+        if image is not None:
+            self.image_rows.append(policy.image_slots(tokens).nonzero().squeeze(1) + self.length)
+            self.images.append(image)
+        nothing = torch.zeros_like(tokens, dtype=torch.bool)
+        self._append(tokens, TEXT, nothing, torch.full((tokens.numel(),), float("nan")))
+
+    def sample(self, policy: Policy, segment: Segment) -> None:
+        """Tokens that the policy sampled, and those that stood between them."""
+        sampled, logp = torch.ones_like(segment.tokens, dtype=torch.bool), segment.logp
+        forced = policy.forced_image_tokens() if segment.kind == "image" else None
+        if forced is not None:
+            sampled = forced[: segment.tokens.numel()] < 0
+            logp = logp.masked_fill(~sampled, float("nan"))
+        self._append(segment.tokens, IMAGE if segment.kind == "image" else TEXT, sampled, logp)
+
+    def _append(self, tokens: Tensor, modality: int, sampled: Tensor, logp: Tensor) -> None:
+        self.tokens.append(tokens)
+        self.modality.append(torch.full(tokens.shape, modality, dtype=torch.uint8))
+        self.loss_mask.append(sampled)
+        self.sampled_logp.append(logp)
+        self.length += tokens.numel()
+
+
+def _pack_groups(
+    policy: Policy,
+    rollouts: Sequence[Rollout],
+    rewards_SK: Tensor,
+    keep_S: Tensor,
+    groups: list[range],
+    share_prefix: bool,
+) -> PackedBatch:
+    prefixes, responses = _Axis(), _Axis()
+    cu_prefixes, cu_seqlens = [0], [0]
+    for group in groups:
+        kept = [i for i in group if keep_S[i]]
+        shared = share_prefix and len(kept) > 1
+        if shared:
+            prefixes.give(policy, rollouts[kept[0]].prompt_tokens, rollouts[kept[0]].prompt_image)
+        cu_prefixes.append(prefixes.length)
+        for i in group:
+            if keep_S[i]:
+                if not shared:
+                    responses.give(policy, rollouts[i].prompt_tokens, rollouts[i].prompt_image)
+                for segment in rollouts[i].segments:
+                    responses.give(policy, segment.lead, segment.lead_image)
+                    responses.sample(policy, segment)
+            cu_seqlens.append(responses.length)
+    images = prefixes.images + responses.images
+    rows = [*prefixes.image_rows, *(rows + prefixes.length for rows in responses.image_rows)]
+    members = torch.tensor([i for group in groups for i in group], device=rewards_SK.device)
+    offsets = torch.tensor([0, *(len(group) for group in groups)]).cumsum(0).int()
+    ends = torch.tensor(cu_seqlens, dtype=torch.int32)
+    return PackedBatch(
+        prefix_tokens=torch.cat(prefixes.tokens) if prefixes.tokens else torch.zeros(0, dtype=torch.long),
+        layout=SharedPrefixLayout(torch.tensor(cu_prefixes, dtype=torch.int32), ends, offsets),
+        tokens=torch.cat(responses.tokens),
+        modality=torch.cat(responses.modality),
+        loss_mask=torch.cat(responses.loss_mask),
+        cu_seqlens=ends,
+        group_offsets=offsets,
+        rewards=rewards_SK[members].cpu(),
+        image_rows=torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long),
+        image_embeddings=torch.cat(images).float().cpu() if images else torch.zeros(0, 0),
+        sampled_logp=torch.cat(responses.sampled_logp),
+    )

@@ -1,0 +1,1 @@
+"""The loop: rewards become credit, credit a loss, the loss a step."""

@@ -1,0 +1,328 @@
+"""The optimizer's side, on DeepSpeed: ZeRO 0-3, bf16, gradient clipping. The only file that imports deepspeed.
+
+One update is: any number of micro-batches forward and backward, then one step.  Losses are divided by the update's
+token counts over all ranks, so gradients do not depend on how a batch is cut into micro-batches or spread over ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidiactl") else "cuda")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+from torch import Tensor
+
+from syncr1.kernels.api import non_finite_passes
+
+from ..checkpoints.sharded import sync_tree
+from ..errors import NotFinite
+from ..forward.objective import Objective, PolicyForward
+from ..policies.base import Policy
+from ..policies.lora import adapter_disabled, base_of, has_lora, save_adapter
+from ..records import MODALITY_NAMES, PackedBatch
+from ..rollout.sampler import RolloutEngine
+from ..stopwatch import Stopwatch
+from .optimizer import ClippedAdamW, LearnerSettings, clips_here, deepspeed_config
+
+logger = logging.getLogger(__name__)
+
+SEQUENCE_MEANS = frozenset({"grpo", "sapo", "luspo", "dr_grpo"})
+"""Loss types that average over sequences; a micro-batch counts by its share of them."""
+
+
+class Learner:
+    """Owns the trained weights.
+
+    Args:
+        policy: a `Policy`; moved to the device and wrapped by DeepSpeed.
+        objective: the loss's settings; a KL term needs a reference, which shares what is frozen with the policy.
+        settings: optimizer and ZeRO.
+        reference: frozen policy that the KL term refers to; None: `policy` as it is now, without its adapters. Under
+            ZeRO-3 with adapters and None, heads that are trained are part of the reference: give one then.
+    """
+
+    def __init__(
+        self, policy: Policy, objective: Objective, settings: LearnerSettings, reference: Policy | None = None
+    ) -> None:
+        self.policy, self.objective, self.settings = policy, objective, settings
+        self.device = local_device()
+        self._reference: PolicyForward | None = None
+        # Where ZeRO-3 splits weights that others share, the base is this policy without its adapters.
+        self._base_inside = objective.needs_reference and reference is None and has_lora(policy)
+        self._base_inside &= settings.zero_stage == 3
+        if objective.needs_reference and not self._base_inside:
+            reference = reference or (base_of(policy) if settings.zero_stage < 3 else policy.frozen_copy())
+            self._reference = PolicyForward(reference.to(self.device), objective)
+        if settings.gradient_checkpointing:
+            policy.checkpoint_activations()
+        forward = PolicyForward(policy, objective)
+        trained = [p for p in forward.parameters() if p.requires_grad]
+        adamw = ClippedAdamW if clips_here(settings) else torch.optim.AdamW
+        optimizer = adamw(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
+        if isinstance(optimizer, ClippedAdamW):
+            optimizer.max_norm = settings.max_grad_norm or math.inf
+        self._skipped_in_a_row = 0
+        self._time = Stopwatch()
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=forward, model_parameters=trained, optimizer=optimizer,
+            config=deepspeed_config(settings, sum(parameter.numel() for parameter in trained)),
+        )  # fmt: skip
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the last update, by stage: forward, backward, optimizer."""
+        return self._time.seconds
+
+    def rollout_engine(self) -> RolloutEngine:
+        """A sampler of this policy, to be used inside `sampling()`. ZeRO-3 gathers parameters anew each time, so
+        graphs that hold their addresses are out of the question there."""
+        settings = self.settings
+        graphs = None if settings.cuda_graphs and settings.zero_stage < 3 else False
+        trunk = None
+        if settings.compile_decode and settings.zero_stage < 3:  # its hooks would break what is compiled
+            from ..rollout.compiled import CompiledTrunk
+
+            trunk = CompiledTrunk(self.policy)
+        return RolloutEngine(self.policy, cuda_graphs=graphs, trunk=trunk)
+
+    @contextmanager
+    def sampling(self) -> Iterator[Policy]:
+        """The policy with whole weights, in eval mode: under ZeRO-3 they are gathered for the duration."""
+        self.engine.eval()
+        try:
+            if self.settings.zero_stage < 3:
+                yield self.policy
+            else:
+                # DeepSpeed's helper restores its hooks only when its body ends normally, so an error waits outside.
+                failure: BaseException | None = None
+                with unwrap_model_for_generation(self.engine):
+                    try:
+                        yield self.policy
+                    except BaseException as error:
+                        failure = error
+                if failure is not None:
+                    raise failure
+        finally:
+            self.engine.train()
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """The batches with `ref_logp` where a KL term needs it, and `old_logp` where several updates follow.
+
+        With one update per rollout the loss takes its own detached log-probabilities as the old ones: the same numbers.
+        """
+        scored = []
+        for batch in self._aligned(batches):
+            moved = batch.to(self.device)
+            ref = self._reference(moved)["logp"] if self._reference is not None else None
+            if self._base_inside:
+                with adapter_disabled(self.policy):
+                    ref = self.engine(moved)["logp"]
+            old = self.engine(moved)["logp"] if self.settings.num_iterations > 1 else None
+            scored.append(replace(moved, ref_logp=ref, old_logp=old))
+        return scored
+
+    def update(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """`num_iterations` optimizer steps on the scored batches; returns the last one's metrics under TRL's names, and
+        in `updates_skipped` how many all ranks left out because a gradient was NaN or infinite.
+
+        Raises:
+            NotFinite: more than `max_skipped_updates` in a row were; weights and optimizer are as before them.
+        """
+        metrics: dict[str, float] = {}
+        self._time = Stopwatch()
+        skipped = 0.0
+        for _ in range(self.settings.num_iterations):
+            metrics = self._step(batches)
+            skipped += metrics["updates_skipped"]
+        return metrics | {"updates_skipped": skipped}
+
+    def _step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        num_items, shares = self._normalisers(batches)
+        collected: dict[str, list[tuple[float, float]]] = {}
+        total, replay, finite = 0.0, 0.0, True
+        for batch, share in zip(batches, shares, strict=True):
+            with self._time("forward"), non_finite_passes():
+                out = self.engine(batch, num_items=num_items, share=share)
+            with self._time("backward"):
+                self.engine.backward(out["loss"], scale_wrt_gas=False)
+            total += float(out["loss"].detach())
+            replay = max(replay, replay_error(batch, out["logp"]))
+            finite &= math.isfinite(float(out["loss"].detach() + out["logp"].sum()))
+            weight = float(batch.loss_mask.sum())
+            for name, value in out.items():
+                if name.startswith("metric/"):
+                    collected.setdefault(name.removeprefix("metric/"), []).append((float(value), weight))
+        with self._time("optimizer"):
+            self.engine.step()
+        metrics = {name: _mean(pairs) for name, pairs in collected.items()}
+        norm = self._grad_norm()
+        skipped = not math.isfinite(norm)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            self._report_skipped(finite)
+        return metrics | {
+            "loss": total,
+            "grad_norm": norm,
+            "rollout/replay_logp_max_abs": replay,
+            "updates_skipped": float(skipped),
+        }
+
+    def _grad_norm(self) -> float:
+        """Of the last update's gradients over all ranks, before clipping; the same on all ranks.
+
+        DeepSpeed says infinity for what is not finite, and then changes nothing; so does `ClippedAdamW`."""
+        norm = self.optimizer.norm if clips_here(self.settings) else self.engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def _report_skipped(self, finite_here: bool) -> None:
+        """Says whose it was; ends the run when it does not stop. Collective: all ranks skip together."""
+        ranks = torch.zeros(self.world_size, dtype=torch.float64)
+        ranks[self.rank] = float(not finite_here)
+        where = [str(rank) for rank, bad in enumerate(self.all_reduce(ranks).tolist()) if bad]
+        of = f"the loss of rank {', '.join(where[:8])}" if where else "a gradient, but no loss,"
+        text = f"{of} is NaN or infinite: all ranks skip this update ({self._skipped_in_a_row} in a row)"
+        if self.rank == 0:
+            logger.warning(text)
+        if self._skipped_in_a_row > self.settings.max_skipped_updates:
+            raise NotFinite(
+                f"{text}; more than max_skipped_updates = {self.settings.max_skipped_updates}: lower learning_rate or "
+                "max_grad_norm, or look for an overflow (bf16, temperature); the newest checkpoint is whole"
+            )
+
+    def _normalisers(self, batches: Sequence[PackedBatch]) -> tuple[dict[str, float], list[float]]:
+        """Token counts per modality and sequence shares of an update, so that DeepSpeed's mean over ranks is right."""
+        counts = torch.zeros(3, dtype=torch.float64)
+        for batch in batches:
+            for code in range(2):
+                counts[code] += float((batch.loss_mask & (batch.modality == code)).sum())
+            # Not those of a batch that only keeps another rank company.
+            counts[2] += (batch.cu_seqlens.numel() - 1) * bool(batch.loss_mask.any())
+        totals = self.all_reduce(counts) / self.world_size
+        num_items: dict[str, float] = {name: max(1.0, float(totals[code])) for code, name in enumerate(MODALITY_NAMES)}
+        if self.objective.loss_type not in SEQUENCE_MEANS:
+            return num_items, [1.0] * len(batches)
+        return num_items, [(batch.cu_seqlens.numel() - 1) / max(1.0, float(totals[2])) for batch in batches]
+
+    def _aligned(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """As many micro-batches on every rank, the missing ones empty of loss, so that collectives match."""
+        most = int(self.all_reduce(torch.tensor([len(batches)]), op=dist.ReduceOp.MAX))
+        smallest = min(batches, key=lambda batch: batch.num_tokens)
+        idle = replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))
+        return [*batches, *[idle] * (most - len(batches))]
+
+    def all_reduce(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Sum (or `op`) of a small CPU tensor over ranks."""
+        if self.world_size == 1:
+            return values
+        moved = values.to(self.device)
+        dist.all_reduce(moved, op=op)
+        return moved.cpu()
+
+    def gathered(self, values: Mapping[str, float]) -> list[dict[str, float]]:
+        """What each rank calls this with, in order of ranks; names may differ. Collective."""
+        if self.world_size == 1:
+            return [dict(values)]
+        text = torch.frombuffer(bytearray(json.dumps(dict(values)).encode()), dtype=torch.uint8)
+        longest = int(self.all_reduce(torch.tensor([text.numel()]), op=dist.ReduceOp.MAX))
+        mine = torch.full((longest,), ord(" "), dtype=torch.uint8)
+        mine[: text.numel()] = text
+        mine = mine.to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine)
+        return [json.loads(bytes(part.cpu().tolist())) for part in parts]
+
+    def save(self, folder: Path) -> None:
+        """The policy in transformers' format, adapters added to its weights, and beside it in peft's; every rank must
+        call it.  The folder appears whole, in place of one that is there."""
+        with self.sampling() as policy:
+            if self.rank == 0:
+                draft, old = (folder.with_name(f".draft-{name}-{folder.name}") for name in ("new", "old"))
+                for left in (draft, old):
+                    shutil.rmtree(left, ignore_errors=True)
+                policy.save(draft)
+                if has_lora(policy):
+                    save_adapter(policy, draft / "adapter")
+                sync_tree(draft)
+                if folder.exists():
+                    os.rename(folder, old)
+                os.rename(draft, folder)
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def replay_error(batch: PackedBatch, logp: Tensor) -> float:
+    """Largest |sampler's log-probability - trainer's|, nats; 0 when nothing was sampled.
+
+    The loss computes none (and says 0) for tokens that it has no use for: those of groups without an advantage."""
+    where = batch.loss_mask & batch.sampled_logp.isfinite() & (logp != 0)
+    return float((batch.sampled_logp - logp)[where].abs().max()) if bool(where.any()) else 0.0
+
+
+def _mean(pairs: list[tuple[float, float]]) -> float:
+    weight = sum(w for _, w in pairs)
+    return sum(v * w for v, w in pairs) / weight if weight else pairs[-1][0]
+
+
+def _on_cuda() -> bool:
+    return os.environ["DS_ACCELERATOR"] == "cuda" and torch.cuda.is_available()
+
+
+def local_device() -> torch.device:
+    """This process's device, once it has joined the group."""
+    init_distributed()
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _on_cuda() else torch.device("cpu")
+
+
+def init_distributed(timeout: float = 1800.0) -> None:
+    """Joins the launcher's process group, or makes one of a single process.
+
+    Args:
+        timeout: seconds after which a collective that another rank has not joined is an error.
+    """
+    if dist.is_initialized():
+        return
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if not _on_cuda():
+        # DeepSpeed would compile its shared-memory collective for half a minute at first use; gloo does as well here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if _on_cuda() else "gloo", verbose=False, timeout=timedelta(seconds=timeout)
+    )
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,131 @@
+"""What `--dry_run` says: settings, where the run goes, memory per rank, and one step's prompts, checked.
+
+No GPU and no weights are needed: of a checkpoint only the configuration and the tokenizer are read.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
+
+import torch
+from transformers import (
+    AutoProcessor,
+    Emu3ForConditionalGeneration,
+    Emu3Processor,
+    JanusForConditionalGeneration,
+    PreTrainedConfig,
+)
+
+from ..errors import ConfigError
+from ..pictures import open_picture
+from ..policies.base import Policy
+from ..policies.emu3 import Emu3Policy
+from ..policies.janus import JanusPolicy
+from ..processes.launch import Request, Start, count_gpus, decide
+from ..records import Prompt
+from ..rollout.capacity import Sizes, check_plans, check_prompts
+from ..settings.schema import to_yaml
+from ..settings.train_config import TrainConfig
+from .memory import memory_of
+
+_BUILDERS: Mapping[str, tuple[Any, Callable[[Any, str], Policy]]] = {
+    "janus": (
+        JanusForConditionalGeneration,
+        lambda model, name: JanusPolicy(model, AutoProcessor.from_pretrained(name, trust_remote_code=False)),
+    ),
+    "emu3": (
+        Emu3ForConditionalGeneration,
+        lambda model, name: Emu3Policy(model, Emu3Processor.from_pretrained(name)),
+    ),
+}
+"""`model_type` -> transformers' class, and the policy around a model of it."""
+
+
+def policy_without_weights(name: str | None) -> Policy:
+    """The policy of a checkpoint on the device `meta`: shapes, tokenizer and sizes, and no numbers.
+
+    Args:
+        name: folder or hub name; None: the tiny Janus.
+
+    Raises:
+        ValueError: no policy is known for the checkpoint's `model_type`.
+    """
+    if name is None:
+        from ..world.attributes import CONCEPTS
+        from ..world.base_model import corpus
+        from ..world.tiny_janus import build_policy
+
+        tiny = build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=0, freeze_vision=True)
+        return tiny.to("meta")
+    settings, _ = PreTrainedConfig.get_config_dict(name)
+    kind = settings.get("model_type")
+    if kind not in _BUILDERS:
+        raise ValueError(f"plan: expected a checkpoint of {' or '.join(sorted(_BUILDERS))}, got {kind!r} in {name}")
+    model_class, wrap = _BUILDERS[kind]
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_pretrained(name))
+    return wrap(model, name).to("meta")
+
+
+def start_of(config: TrainConfig) -> tuple[Start, list[str]]:
+    """How this very command would start, and lines about it; what stands in its way is part of the plan."""
+    request = Request.of(config, sys.argv[0], sys.argv[1:])
+    try:
+        start = decide(request, os.environ)
+    except ConfigError as error:
+        nodes = config.nodes or 1
+        ranks = nodes * (config.ranks_per_node or count_gpus(os.environ))
+        missing = Start(how="here", nodes=nodes, ranks=ranks, words="")
+        return missing, ["without --dry_run this command ends here, with exit code 2:", *str(error).splitlines()]
+    return start, [start.words]
+
+
+def show(
+    config: TrainConfig, prompts_of: Callable[[int], Sequence[Prompt]], say: Callable[[str], None] = print
+) -> None:
+    """Prints settings, plan, memory and the first step's prompts of one rank.
+
+    Args:
+        config: resolved settings.
+        prompts_of: number of ranks to the prompts of the first one's first step.
+        say: takes lines.
+
+    Raises:
+        ConfigError: a prompt that the model cannot take, or prompts that ranks cannot share.
+        DataError, PictureError: data or a picture that cannot be read.
+    """
+    say(to_yaml(config, comments=False))
+    start, lines = start_of(config)
+    say(f"plan: {start.nodes} nodes, {start.ranks} ranks, ZeRO stage {config.zero_stage}")
+    for line in lines:
+        say(f"  {line}")
+    try:
+        prompts = prompts_of(start.ranks)
+        policy = policy_without_weights(config.model)
+        check_batch(config, policy, prompts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    say("memory of a rank on a GPU, estimated (reward models, CUDA itself and NCCL apart):")
+    for line in memory_of(config, policy, prompts, start.ranks).lines():
+        say(f"  {line}")
+    say(f"data: the first step's {len(prompts)} prompts of a rank, their pictures opened and their lengths checked:")
+    for prompt in prompts:
+        shown = f" [{prompt.image.name}]" if prompt.image else ""
+        say(f"  {prompt.task:14}{shown} {prompt.text!r} -> {prompt.answer or prompt.target!r}")
+
+
+def check_batch(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> None:
+    """Opens every picture and checks every prompt's plan and length, as a rollout would."""
+    check_plans(policy, prompts)
+    follow_ups = [policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
+    sizes = Sizes.of(policy, prompts, follow_ups, config.max_completion_length)
+    check_prompts(policy, prompts, [policy.prompt_tokens(prompt) for prompt in prompts], sizes)
+    for prompt in prompts:
+        for picture in (prompt.image, prompt.real_image, *prompt.references):
+            if picture is not None:
+                open_picture(picture).close()

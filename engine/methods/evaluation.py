@@ -1,0 +1,188 @@
+"""`recipes/evaluate.py` from settings to tables: load, generate, score, export.
+
+Ranks (torchrun) share out the items; rank 0 scores and exports.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..errors import EvaluationError, RolloutTooLarge
+from ..evaluate.export import export
+from ..evaluate.generate import barrier, generate_items, ranks, select
+from ..evaluate.graders import Graders
+from ..evaluate.manifest import Settings, read_manifest
+from ..evaluate.score import Result, read_complete, rich_table, score_folder
+from ..evaluate.sources import load_items
+from ..policies.base import Policy
+from ..records import Prompt
+from ..rewards.judge.attribute_judge import AttributeScorer, index_scorer
+from .evaluation_config import EvaluateConfig
+
+SMALL_MODEL = 5_000_000
+"""Parameters below which a second thread costs more than it does."""
+
+
+def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Result | None:
+    """Runs the stages that `config` asks for.
+
+    Returns:
+        Scores, on rank 0; None elsewhere and where nothing was scored.
+
+    Raises:
+        EvaluationError, DataError, PictureError: as their files say.
+    """
+    start_ranks()
+    rank, _ = ranks()
+    console = console or Console(quiet=rank != 0, highlight=False)
+    folder = config.output_dir
+    if config.stage != "score":
+        generate(config, console)
+    if rank != 0:
+        return None
+    for kind in config.export:
+        items = read_complete(folder)
+        place = folder / "export" / kind
+        how = export(
+            items, folder, kind, place, model=str(read_manifest(folder)["model"]["name"]), name=config.export_name
+        )
+        console.print(f"  {kind}: {place}\n  to score it: {how}", markup=False)
+    if config.stage == "generate":
+        return None
+    result = score_folder(folder, graders_of(config), world_scorers(folder))
+    console.print(rich_table(result))
+    console.print(f"  {folder / 'scores.json'}, {folder / 'scores.md'}", markup=False)
+    return result
+
+
+def generate(config: EvaluateConfig, console: Console) -> None:
+    """Stage 1."""
+    rank, _ = ranks()
+    if rank == 0:  # makes and keeps what the others then find made
+        items, policy, model, source = parts_of(config, console)
+    barrier()
+    if rank != 0:
+        items, policy, model, source = parts_of(config, console)
+    settings = Settings(
+        seed=config.seed,
+        temperature=config.temperature,
+        max_text_tokens=config.max_completion_length,
+        cfg_weight=config.cfg_weight,
+        images_per_prompt=config.images_per_prompt,
+        greedy_texts=config.greedy_texts,
+        sampled_texts=config.sampled_texts,
+        batch_size=config.batch_size,
+    )
+    count = sum(map(len, items.values()))
+    console.print(f"  {count} items of {len(items)} tasks from {source}, into {config.output_dir}", markup=False)
+
+    with console.status("generating") as status:
+        try:
+            generate_items(
+                policy, items, config.output_dir, settings, model_name=model, source=source,
+                progress=lambda done, total: status.update(f"generated {done} of {total}"),
+            )  # fmt: skip
+        except (RolloutTooLarge, ValueError) as error:
+            if not str(error).startswith("generate: "):
+                raise
+            raise EvaluationError(str(error)) from error  # a prompt or a batch that the model cannot take
+
+
+Parts = tuple[dict[str, list[Prompt]], Policy, str, str]
+"""Items by task, the policy, and the names of model and data."""
+
+
+def parts_of(config: EvaluateConfig, console: Console) -> Parts:
+    """Data and model; the embedded ones where `config` names none."""
+    from ..policies.auto import load_policy
+    from ..world.base_model import BaseSettings
+    from ..world.embedded import tiny_base
+    from .sync_r1_config import SyncR1Config
+    from .sync_r1_parts import prepare_data
+
+    source = str(prepare_data(SyncR1Config())) if config.data is None else config.data
+    found = load_items(source, config.data_form, config.split, think=config.think)
+    items = select(found, config.tasks, config.num_items)
+
+    def say(line: str) -> None:
+        console.print(f"  {line}", markup=False)
+
+    model = config.model or str(tiny_base(BaseSettings(), say))
+    with told("model"):
+        policy = load_policy(model, dtype=torch.bfloat16 if config.bf16 else torch.float32)
+    policy.eval().requires_grad_(False)
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in policy.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)
+    return items, policy.to(_device()), model, source
+
+
+def graders_of(config: EvaluateConfig) -> Graders:
+    """CLIP and the judge, as far as `config` names them."""
+    clip = judge = None
+    if config.clip is not None:
+        from ..rewards.builtin.clip import ClipScorer
+
+        with told("clip"):
+            clip = ClipScorer.from_pretrained(config.clip, device=_device())
+    if config.judge_url is not None and config.judge_model is not None:
+        from ..rewards.judge.llm_judge import LLMJudge
+
+        with told("judge_url"):
+            judge = LLMJudge(config.judge_url, config.judge_model, api_key_env=config.judge_key_env)
+    return Graders(
+        clip=clip,
+        clip_name=config.clip or "",
+        clip_references=config.clip_references,
+        judge=judge,
+        judge_name=config.judge_model or "",
+    )
+
+
+def world_scorers(folder: Path) -> dict[str, AttributeScorer]:
+    """Readers of attributes, where the items name those of the rendered world; they need no policy."""
+    from ..world.attributes import VALUES
+
+    named = [item.prompt.attributes for item in read_complete(folder) if item.prompt.attributes and item.drawn]
+    if not named or any(value not in VALUES.get(name, ()) for look in named for name, value in look.items()):
+        return {}
+    from ..world.checker import AttributeChecker
+    from ..world.embedded import judge_cnn
+    from ..world.vq import load_vq, round_trip
+
+    vq = load_vq()
+    checker = AttributeChecker.from_round_trip(lambda images: round_trip(vq, images))
+    return {
+        "checker": index_scorer(checker.read_indices, VALUES),
+        "cnn": index_scorer(judge_cnn().read_indices, VALUES),
+    }
+
+
+@contextmanager
+def told(setting: str) -> Iterator[None]:
+    """What cannot be loaded is the user's to mend: an error that names the setting, without a traceback."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{setting}: {error}") from error
+
+
+def start_ranks() -> None:
+    """Joins the process group that torchrun started; nothing in a process of its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(_device())
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _device() -> torch.device:
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

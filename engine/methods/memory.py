@@ -1,0 +1,243 @@
+"""How much memory a rank will need, worked out from the model's configuration alone: no weights, no GPU.
+
+What lasts (weights, copies, gradients, optimizer) is arithmetic, with ZeRO's shares.  What comes and goes is measured
+on the model itself, built without data (torch's `meta` device): a micro-batch runs forward and backward through the
+decoder and a batch of pictures through the image decoder, and `PeakBytes` counts what is alive.  Reward models, NCCL,
+CUDA's own context (about 0.5 GiB) and fragmentation are not in it.
+
+Dims: N tokens of a micro-batch, D hidden size, H query heads, K key-value heads, E head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from syncr1.kernels.linear import CHUNK_ROWS, WORKSPACE_BYTES
+
+from ..learn.optimizer import bucket_size
+from ..policies.base import Policy
+from ..policies.lora import add_lora
+from ..records import Prompt
+from ..rollout.capacity import Sizes
+from ..rollout.sampler import DRAWN_AT_ONCE
+from ..settings.train_config import TrainConfig
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self._known:
+                    self._known.add(storage)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _free(self, num_bytes: int) -> None:
+        self.live -= num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one rank by what they are for: what lasts, and what each part of a step adds."""
+
+    lasting: dict[str, int]
+    rollout: dict[str, int]
+    backward: dict[str, int]
+    update: dict[str, int]
+
+    def peak(self, *, cache_stays: bool = True) -> int:
+        """At the worst moment. On a GPU keys and values stay allocated between rollouts, on a CPU they do not."""
+        kept = self.rollout["keys and values"] * cache_stays
+        moments = (self.rollout.values(), (kept, *self.backward.values()), (kept, *self.update.values()))
+        return sum(self.lasting.values()) + max(map(sum, moments))
+
+    def lines(self) -> list[str]:
+        """For people."""
+        moments = (("", self.lasting), ("rollout: ", self.rollout), ("backward: ", self.backward),
+                   ("update: ", self.update))  # fmt: skip
+        parts = [(f"{when}{what}", size) for when, items in moments for what, size in items.items() if size]
+        return [f"{_sized(size)}  {what}" for what, size in (*parts, ("in all, at the worst moment", self.peak()))]
+
+
+def _sized(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:8.2f} GiB" if num_bytes >= 1 << 28 else f"{num_bytes / 2**20:8.2f} MiB"
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention keeps for its backward: queries, keys, values, result, and one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
+
+
+class _AnyLayout:
+    """An attention layout that computes nothing."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        attended: Tensor = _Attention.apply(query, key, value)
+        return attended.transpose(1, 2)
+
+
+def memory_of(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], world_size: int) -> Memory:
+    """What a rank of `world_size` needs.
+
+    Args:
+        config: settings of the run.
+        policy: on the device `meta` (plan.py builds it there); it is given adapters, dtype and gradient checkpointing
+            as the settings say.
+        prompts: a step's, this rank's share; they tell how long prompts are.
+        world_size: ranks that ZeRO shares over.
+    """
+    policy.to(torch.bfloat16 if config.bf16 else torch.float32)
+    if config.lora_rank:
+        add_lora(policy, config.lora_rank, config.lora_alpha, target_modules=config.lora_target_modules or None)
+    if config.gradient_checkpointing:
+        policy.checkpoint_activations()
+    return Memory(
+        lasting=_lasting(config, policy, world_size),
+        rollout=_rollout(config, policy, prompts),
+        backward=_backward(config, policy, prompts, world_size),
+        update={"gradients": _gradients_at_update(config, policy, world_size)},
+    )
+
+
+def _lasting(config: TrainConfig, policy: Policy, world_size: int) -> dict[str, int]:
+    item = 2 if config.bf16 else 4
+    parameters = sum(p.numel() for p in policy.parameters())
+    trained = _num_trained(policy)
+    stage = config.zero_stage
+    state = _share(trained, config, world_size)
+    copied = parameters if stage == 3 else 0 if config.lora_rank else trained
+    return {
+        "weights": item * parameters,
+        "weights, this rank's share": item * -(-parameters // world_size) if stage == 3 else 0,
+        "frozen copy for judging and the KL term": item * copied,
+        "float32 weights": 4 * state if config.bf16 or stage else 0,
+        "AdamW's moments": 8 * state,
+        "DeepSpeed's buffer of gradients": item * bucket_size(trained) if stage == 3 else 0,
+    }
+
+
+def _share(count: int, config: TrainConfig, world_size: int) -> int:
+    """A rank's part of the optimizer's state."""
+    return -(-count // world_size) if config.zero_stage else count
+
+
+def _gradients_at_update(config: TrainConfig, policy: Policy, world_size: int) -> int:
+    """Float32 when the optimizer steps; without ZeRO the bfloat16 ones are still there."""
+    trained = _num_trained(policy)
+    return 4 * _share(trained, config, world_size) + 2 * trained * (config.bf16 and config.zero_stage == 0)
+
+
+def _num_trained(policy: Policy) -> int:
+    return sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+
+
+def _rollout(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> dict[str, int]:
+    G = config.num_generations
+    sizes, prefixes = _sizes(config, policy, prompts)
+    images = sum(sizes.images)
+    guided = config.cfg_weight != 1.0 and images > 0
+    columns = sum(prefixes) + G * sum(sizes.own)
+    if guided:
+        columns += policy.unconditional_tokens().numel() + G * images * policy.num_image_tokens
+    if config.preview_fraction and config.preview_max_attempts > 1:
+        columns += sizes.preview_columns(G, round(config.preview_fraction * policy.num_image_tokens), guided)
+    found = {"keys and values": policy.cache_shape().num_bytes(columns), "pictures": 0}
+    if images:
+        with torch.no_grad(), PeakBytes() as peak:
+            policy.draw(torch.zeros(min(DRAWN_AT_ONCE, images * G), policy.num_image_tokens, dtype=torch.long,
+                                    device="meta"))  # fmt: skip
+        found["pictures"] = peak.peak
+    return found
+
+
+def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], world_size: int) -> dict[str, int]:
+    sizes, prefixes = _sizes(config, policy, prompts)
+    G = config.num_generations
+    groups = [prefix * (1 if config.share_prefix else G) + G * own
+              for prefix, own in zip(prefixes, sizes.own, strict=True)]  # fmt: skip
+    num_tokens = max(min(config.max_tokens_per_microbatch, sum(groups)), max(groups))
+    trained, item = _num_trained(policy), 2 if config.bf16 else 4
+    partial = sum(groups) > num_tokens or config.zero_stage >= 2
+    saved, peak = _activations(policy, num_tokens, gradients_apart=partial)
+    kinds = ["text", "image"] if policy.num_image_tokens else ["text"]
+    hidden = torch.empty(1, _hidden_size(policy), device="meta", dtype=_dtype(policy))
+    weights = [policy.head(hidden, kind).weight for kind in kinds]  # type: ignore[arg-type]
+    widest = max(weight.shape[0] for weight in weights)
+    at_most = max(WORKSPACE_BYTES["cuda"] // item, CHUNK_ROWS[0] * widest)
+    logits = min(min(num_tokens, CHUNK_ROWS[1]) * widest, at_most) * item
+    return {
+        "DeepSpeed's buffer of gradients": item * bucket_size(trained) if config.zero_stage in (1, 2) else 0,
+        "gradients of other micro-batches": partial * item * (
+            _share(trained, config, world_size) if config.zero_stage >= 2 else trained
+        ),
+        "gradients of the heads": sum(4 * weight.numel() for weight in weights if weight.requires_grad),
+        "activations of a micro-batch": saved,
+        "the backward's own, or a chunk of logits": max(peak - saved, logits),
+    }  # fmt: skip
+
+
+def _activations(policy: Policy, num_tokens: int, *, gradients_apart: bool) -> tuple[int, int]:
+    """(what a forward through the decoder leaves, the peak of it and its backward); `gradients_apart`: without those
+    of parameters."""
+    policy.train()
+    trained = [parameter for parameter in policy.decoder().parameters() if parameter.requires_grad]
+    for parameter in trained if gradients_apart else ():
+        parameter.register_post_accumulate_grad_hook(_drop)
+    position_ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
+    with PeakBytes() as memory:
+        embeddings = torch.empty(1, num_tokens, _hidden_size(policy), dtype=_dtype(policy), device="meta")
+        embeddings.requires_grad_(_embedded(policy).requires_grad)
+        hidden = policy.trunk(embeddings, position_ids, _AnyLayout())
+        saved = memory.live
+        hidden.backward(torch.empty_like(hidden))
+    return saved, memory.peak
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _sizes(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> tuple[Sizes, list[int]]:
+    follow_ups = [policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
+    sizes = Sizes.of(policy, prompts, follow_ups, config.max_completion_length)
+    return sizes, [policy.prompt_tokens(prompt).numel() for prompt in prompts]
+
+
+def _hidden_size(policy: Policy) -> int:
+    return int(_embedded(policy).shape[-1])
+
+
+def _embedded(policy: Policy) -> Tensor:
+    return policy.embed(torch.zeros(1, dtype=torch.long, device="meta"), "text")
+
+
+def _dtype(policy: Policy) -> torch.dtype:
+    return policy.cache_shape().dtype

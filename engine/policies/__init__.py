@@ -1,0 +1,1 @@
+"""Unified models behind one protocol, each with its attention and its cache."""

@@ -1,0 +1,1 @@
+"""Ranks and machines: started, watched, stopped."""

@@ -1,0 +1,88 @@
+"""What people and schedulers ask of a run while it trains; the step under way is finished first.
+
+    Ctrl-C                  stop after this step, score what there is; a second one interrupts at once
+    SIGTERM, SIGUSR1        stop after this step, save a checkpoint and end (schedulers send them before they kill)
+    a file SAVE in the run's folder     save a checkpoint and the model after this step, and go on
+
+An exception raised wherever Python happens to be may land in a callback or a destructor, where it is printed and
+forgotten, and under several processes it strikes each at another place.  A flag that the loop reads between steps is
+neither lost nor early, and the ranks can agree on it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
+
+from ..errors import Preempted
+
+PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupts:
+    """While the block runs, signals only set flags; the second Ctrl-C interrupts at once, as ever.
+
+    Args:
+        say: takes a line for the user when one comes.
+        on_preempt: called when SIGTERM or SIGUSR1 comes first.
+    """
+
+    def __init__(
+        self, say: Callable[[str], None] = lambda _: None, on_preempt: Callable[[], None] = lambda: None
+    ) -> None:
+        self.stop = False
+        """Ctrl-C was pressed."""
+        self.preempt = False
+        """SIGTERM or SIGUSR1 came."""
+        self._say, self._when_preempted = say, on_preempt
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # nobody else may set a handler
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_stop)
+            for number in PREEMPTING:
+                self._before[number] = signal.signal(number, self._on_preempt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number in list(self._before):
+            self._restore(number)
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        self.stop = True
+        self._restore(number)
+        self._say("stopping after this step; Ctrl-C again stops at once")
+
+    def _on_preempt(self, number: int, frame: FrameType | None) -> None:
+        if not self.preempt:
+            self.preempt = True
+            self._when_preempted()
+            self._say(f"{signal.Signals(number).name}: saving and ending after this step")
+
+    def _restore(self, number: int) -> None:
+        if number in self._before:
+            signal.signal(number, self._before.pop(number))
+
+
+@contextmanager
+def preemptible(words: str) -> Iterator[None]:
+    """Outside of training nothing has to be finished: SIGTERM and SIGUSR1 raise `Preempted(words)` at once."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Preempted(f"{signal.Signals(number).name}: {words}", together=False)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in PREEMPTING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,44 @@
+"""torchrun, which hands SIGUSR1 on to its ranks as well, and whose exit code tells how they ended.
+
+    python -m syncr1.engine.processes.torchrun [torchrun's flags] PROGRAM [flags]
+
+torchrun ends with 1 whatever happened. Here 75 says that SIGTERM or SIGUSR1 stopped it, after its ranks had
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds to save, and another code is that of the first rank that failed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser
+from torch.distributed.run import main as run
+
+from ..errors import EXIT_PREEMPTED
+from .interrupts import PREEMPTING
+
+SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+
+def main(arguments: list[str]) -> int:
+    known = any(SIGNALS.partition("=")[0] in action.option_strings for action in get_args_parser()._actions)
+    try:
+        run([SIGNALS, *arguments] if known else arguments)  # torch before 2.9 does not know the flag
+    except SignalException as stopped:
+        print(f"syncr1: {stopped.sigval.name}: all ranks of this machine have ended", file=sys.stderr)
+        return EXIT_PREEMPTED if stopped.sigval in PREEMPTING else 128 + stopped.sigval
+    except ChildFailedError as failed:
+        _, first = failed.get_first_failure()
+        code = int(first.exitcode)
+        print(f"syncr1: local rank {first.local_rank} ended with {_in_words(code)}, first of all here", file=sys.stderr)
+        return code if code > 0 else 128 - code
+    return 0
+
+
+def _in_words(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

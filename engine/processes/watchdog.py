@@ -1,0 +1,233 @@
+"""Nothing hangs: every rank hears within seconds that another is gone, and one that stalls shows where.
+
+A thread beside the training beats once a second into the process group's store and looks for what others say:
+
+    fault           the first thing that went wrong, in words; whoever reads it ends
+    beat/<rank>     how many marks the rank has passed, where it is, and a number that rises while it lives
+
+    a rank raises an error           it says so as it leaves
+    a rank is killed                 its beats stand still: asked at once when a collective fails, else after SILENCE
+    a rank stalls                    no mark for `timeout` seconds: whoever has passed the fewest is named
+
+A rank that reads a fault prints the stacks of its threads, waits GRACE seconds for the main one to come out by itself,
+and ends the process.  A main thread that blocks all others (it holds Python's lock) is ended by `faulthandler`, which
+needs no lock.
+
+Source: the store as a side channel as in torchft and NeMo-RL's heartbeats; naming by progress is ours.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from ..errors import EXIT_FAILED, EXIT_STALLED, RankFailed, RunEnded
+
+POLL = 1.0
+"""Seconds between beats."""
+SILENCE = 60.0
+"""Seconds without a beat after which a rank is given up: longer than a machine's hiccup."""
+GRACE = 10.0
+"""Seconds that a main thread has to come out of a failed collective by itself."""
+_MISSED = 4
+"""Beats that a rank may miss where something has failed already and the question is who."""
+_FAULT = "fault"
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a rank told last."""
+
+    count: int
+    marks: int
+    where: str
+
+    @classmethod
+    def read(cls, text: bytes) -> Beat:
+        count, marks, where = text.decode().split(" ", 2)
+        return cls(int(count), int(marks), where)
+
+    def text(self) -> str:
+        return f"{self.count} {self.marks} {self.where}"
+
+
+_LEFT = Beat(-1, 0, "left")
+
+
+class Watchdog:
+    """Watches this rank and, over the store, the others.  A context manager around a run.
+
+    Args:
+        timeout: seconds that a stage of a step may take.
+        say: takes lines for people; None: stderr, with the rank.
+        end: ends the process; tests put something milder in its place.
+    """
+
+    def __init__(
+        self, timeout: float, say: Callable[[str], None] | None = None, end: Callable[[int], object] = os._exit
+    ) -> None:
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        # A client of its own: the main thread's may be waiting for something.
+        store: Any = dist.distributed_c10d._get_default_store() if self.world_size > 1 else None
+        self._store: Any = None if store is None else dist.PrefixStore("syncr1/watchdog", store.clone())
+        self.timeout, self._end = timeout, end
+        self._say = say or self._to_stderr
+        self._where, self._limited, self._marks, self._marked_at = "starting", False, 0, time.monotonic()
+        self._count, self._silence = 0, SILENCE
+        self._others = [rank for rank in range(self.world_size) if rank != self.rank]
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def mark(self, stage: str, step: int | None = None) -> None:
+        """This rank now begins `stage`. Stages of a step are limited in time; others (`step` None) are not."""
+        where = stage if step is None else f"step {step}, {stage}"
+        self._where, self._limited, self._marked_at = where, step is not None, time.monotonic()
+        self._marks += 1
+        if step is None:
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            # Seconds later than the thread, which says more; for when the thread cannot run.
+            faulthandler.dump_traceback_later(self.timeout + 2 * GRACE, exit=True)
+
+    def hurry(self) -> None:
+        """This rank was asked to end, perhaps because another is gone: a few missed beats now mean that it is."""
+        self._silence = _MISSED * POLL
+
+    def __enter__(self) -> Self:
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Tells the others what ended this rank; raises RankFailed where it was another rank's doing."""
+        faulthandler.cancel_dump_traceback_later()
+        try:
+            if self._store is not None and not (isinstance(error, RunEnded) and error.together):
+                self._store.set(f"beat/{self.rank}", _LEFT.text()) if error is None else self._tell(error)
+        except (dist.DistError, RuntimeError) as unreachable:
+            if error is not None and _of_communication(error):
+                raise RankFailed(_storeless(unreachable)) from error
+        finally:
+            self._over.set()
+            if self._thread is not threading.current_thread():
+                self._thread.join(2 * POLL)
+
+    def _tell(self, error: BaseException) -> None:
+        """Publishes this rank's error, or raises with what somebody else's fault it is."""
+        deadline = time.monotonic() + (_MISSED + 2) * POLL
+        while _of_communication(error) and time.monotonic() < deadline:
+            if self._store.check([_FAULT]):
+                raise RankFailed(self._store.get(_FAULT).decode()) from error
+            silent = self._silent(_MISSED * POLL, self._others)
+            if silent:
+                raise RankFailed(self._publish(_gone(silent))) from error
+            time.sleep(POLL / 4)
+        self._publish(f"rank {self.rank} failed at {self._where}: {type(error).__name__}: {str(error)[:500]}")
+        if self.rank == 0:  # the store may end with this process; the others have time to read it
+            time.sleep(2 * POLL)
+
+    def _publish(self, fault: str) -> str:
+        """The first fault of all, which is this one if nobody was earlier."""
+        told: bytes = self._store.compare_set(_FAULT, "", fault)
+        return told.decode()
+
+    def _watch(self) -> None:
+        try:
+            while not self._over.wait(POLL):
+                self._beat()
+                if self._store is not None and self._store.check([_FAULT]):
+                    return self._give_up(self._store.get(_FAULT).decode(), EXIT_FAILED)
+                # Rank 0 looks at everybody, everybody at rank 0: a few requests a second each, however many they are.
+                silent = self._silent(self._silence, self._others if self.rank == 0 else [0])
+                if silent:
+                    return self._give_up(self._publish(_gone(silent)), EXIT_FAILED)
+                if self._late() and not self._over.wait(2 * POLL) and self._late():  # the others' beats are new now
+                    return self._give_up(self._stalled(), EXIT_STALLED)
+        except (dist.DistError, RuntimeError) as error:
+            if not self._over.wait(GRACE):  # nor is it the end of all
+                self._give_up(_storeless(error), EXIT_FAILED)
+
+    def _beat(self) -> None:
+        self._count += 1
+        if self._store is not None:
+            self._store.set(f"beat/{self.rank}", Beat(self._count, self._marks, self._where).text())
+
+    def _beats(self, ranks: Sequence[int]) -> dict[int, Beat]:
+        """The last one of each that has begun and not yet left."""
+        keys = [f"beat/{rank}" for rank in ranks]
+        if not self._store.check(keys):
+            keys = [key for key in keys if self._store.check([key])]
+        texts = self._store.multi_get(keys) if keys else []
+        beats = {int(key.removeprefix("beat/")): Beat.read(text) for key, text in zip(keys, texts, strict=True)}
+        return {rank: beat for rank, beat in beats.items() if beat != _LEFT}
+
+    def _silent(self, seconds: float, ranks: Sequence[int]) -> dict[int, Beat]:
+        """Those of `ranks` whose beats have stood still for so long, with the last one."""
+        if self._store is None:
+            return {}
+        now, silent = time.monotonic(), {}
+        for rank, beat in self._beats(ranks).items():
+            count, since = self._seen.get(rank, (-1, now))
+            self._seen[rank] = beat.count, (since if count == beat.count else now)
+            if now - self._seen[rank][1] >= seconds:
+                silent[rank] = beat
+        return silent
+
+    def _late(self) -> bool:
+        return self._limited and time.monotonic() - self._marked_at > self.timeout
+
+    def _stalled(self) -> str:
+        """Who holds the others up: those that have passed the fewest marks."""
+        own = f"no progress within stage_timeout = {self.timeout:g} s"
+        if self._store is None:
+            return f"{own} at {self._where}"
+        marks = {self.rank: Beat(self._count, self._marks, self._where), **self._beats(self._others)}
+        fewest = min(beat.marks for beat in marks.values())
+        behind = [f"rank {rank} at {beat.where}" for rank, beat in sorted(marks.items()) if beat.marks == fewest]
+        return self._publish(f"{own}: {'; '.join(behind[:8])}")
+
+    def _give_up(self, fault: str, code: int) -> None:
+        """Says what happened and where this rank is, lets the main thread come out by itself, then ends the process."""
+        self._say(fault)
+        if self._over.wait(POLL):
+            return
+        self._say(f"is at {self._where}; stacks follow")
+        with suppress(OSError, ValueError):
+            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        if not self._over.wait(GRACE):
+            self._say("ends")
+            sys.stdout.flush()
+            self._end(code)
+
+    def _to_stderr(self, line: str) -> None:
+        name = f" rank {self.rank}:" if self.world_size > 1 else ""
+        print(f"syncr1:{name} {line}", file=sys.__stderr__, flush=True)
+
+
+def _gone(silent: dict[int, Beat]) -> str:
+    named = [f"rank {rank} (last at {beat.where})" for rank, beat in sorted(silent.items())]
+    return f"{', '.join(named[:8])} gave no sign of life: killed, or its machine is gone"
+
+
+def _storeless(error: BaseException) -> str:
+    return f"rank 0 (or its machine, which keeps the run's store) is gone: {str(error)[:200]}"
+
+
+def _of_communication(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank did not answer."""
+    words = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in words for word in ("gloo", "nccl", "by peer"))

@@ -1,0 +1,1 @@
+"""Judges: by attributes, by likelihood, by a remote model."""

@@ -1,0 +1,232 @@
+"""A client for OpenAI-compatible `/chat/completions`: one request, one text back, or a `ChatError` that says why.
+
+The server is not trusted: redirects are refused (they would carry the key to another host), an answer has a size limit,
+and a deadline holds for the whole of it, not for each packet. The key is read from an environment variable right
+before it is sent, and stands in no attribute, log or error text. Standard library only; proxies are not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ipaddress
+import json
+import logging
+import os
+import random
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from ...errors import ChatError
+
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, Any]
+"""`{"role": …, "content": text or list of parts}`, as the API has it."""
+
+MAX_WAIT = 30.0
+"""Seconds between two tries, whatever a server asks for."""
+
+_jitter = random.Random()  # its own generator: the global one belongs to the run's seed
+
+
+class ChatClient:
+    """`complete(messages) -> text`. Safe to call from many threads at once; every call has its own connection."""
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key_env: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        backoff: float = 1.0,
+        max_bytes: int = 1 << 20,
+        max_tokens: int = 512,
+        temperature: float = 0.0,
+        allow_http: bool = False,
+    ) -> None:
+        """
+        Args:
+            base_url: what stands before `/chat/completions`, e.g. `https://host/v1`.
+            model: the model's name at that server.
+            api_key_env: environment variable that holds the key; None sends none (a server of one's own).
+            timeout: seconds for one try, from connecting to the last byte.
+            retries: further tries after 429, 5xx, a timeout or a lost connection; nothing else is tried again.
+            backoff: seconds before the first retry; doubles each time, times a random number in [.5, 1].
+            max_bytes: of an answer; more is refused.
+            max_tokens, temperature: as the API has them.
+            allow_http: plain http to other hosts than this machine; pictures and key are then readable on the way.
+
+        Raises:
+            ValueError: an address, number or key that cannot work. The text never holds the key.
+        """
+        url = urlsplit(base_url)
+        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment or "@" in url.netloc:
+            raise ValueError(
+                "chat client: expected base_url like https://host/v1, without user, password, query or fragment"
+            )
+        if url.scheme == "http" and not (allow_http or _is_loopback(url.hostname)):
+            raise ValueError(
+                f"chat client: {url.hostname} over plain http; use https, or allow_http=True on a network you trust"
+            )
+        if not (timeout > 0 and retries >= 0 and backoff >= 0 and max_bytes > 0):
+            raise ValueError(
+                "chat client: expected timeout > 0, retries >= 0, backoff >= 0 and max_bytes > 0, "
+                f"got {timeout}, {retries}, {backoff} and {max_bytes}"
+            )
+        self.host, self.port, self.is_https = url.hostname, url.port, url.scheme == "https"
+        self.path = url.path.rstrip("/") + "/chat/completions"
+        self.model, self.api_key_env = model, api_key_env
+        self.timeout, self.retries, self.backoff, self.max_bytes = timeout, retries, backoff, max_bytes
+        self.max_tokens, self.temperature = max_tokens, temperature
+        self._key()  # a missing key is found before a run starts
+
+    def __repr__(self) -> str:
+        return f"ChatClient(host={self.host!r}, model={self.model!r}, api_key_env={self.api_key_env!r})"
+
+    def complete(self, messages: Sequence[Message], *, deadline: float | None = None) -> str:
+        """The text of the first choice.
+
+        Args:
+            messages: the conversation.
+            deadline: on `time.monotonic()`; no try lasts longer and none begins after it.
+
+        Raises:
+            ChatError: no answer after all retries, one that is refused, or one that cannot be read.
+        """
+        content = {
+            "model": self.model,
+            "messages": list(messages),
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+        }
+        body = json.dumps(content).encode()
+        deadline = float("inf") if deadline is None else deadline
+        for attempt in range(self.retries + 1):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise ChatError(f"{self.host}: no time left for try {attempt + 1}")
+            try:
+                return _text_of(self._post(body, min(self.timeout, left)), self.host)
+            except ChatError as error:
+                wait = max(error.wait, self.backoff * 2**attempt * _jitter.uniform(0.5, 1.0))
+                wait = min(wait, MAX_WAIT)
+                if not error.again or attempt == self.retries or time.monotonic() + wait >= deadline:
+                    raise
+                logger.info("chat: try %d of %d failed (%s)", attempt + 1, self.retries + 1, error)
+                time.sleep(wait)
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _key(self) -> str | None:
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise ValueError(f"chat client: environment variable {self.api_key_env} is empty; put the API key there")
+        if not (key.isascii() and key.isprintable()):  # http.client would quote it in its error
+            raise ValueError(f"chat client: the key in {self.api_key_env} has characters that no header can carry")
+        return key
+
+    def _post(self, body: bytes, seconds: float) -> bytes:
+        """One try: the body of a 200 answer."""
+        key = self._key()
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        connection = self._connection(seconds)
+        expired = threading.Event()
+        # A socket's timeout counts from packet to packet, so a server that drips bytes would hold on for ever.
+        watchdog = threading.Timer(seconds, lambda: _hang_up(opened, expired))
+        watchdog.daemon = True
+        opened: list[socket.socket] = []  # the connection forgets its socket while an answer is still being read
+        try:
+            watchdog.start()
+            connection.connect()
+            opened.append(connection.sock)
+            if expired.is_set():
+                raise TimeoutError
+            connection.request("POST", self.path, body, headers)
+            response = connection.getresponse()
+            status, after = response.status, response.getheader("Retry-After")
+            data = response.read(self.max_bytes + 1)
+            cut_off = len(data) <= self.max_bytes and response.length not in (None, 0)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._failed(error, expired.is_set(), seconds) from None
+        finally:
+            watchdog.cancel()
+            connection.close()
+        if expired.is_set() or cut_off:
+            raise self._failed(ConnectionError(), expired.is_set(), seconds)
+        if status != 200:
+            raise self._refused(status, after, data, key)
+        if len(data) > self.max_bytes:
+            raise ChatError(f"{self.host}: an answer above {self.max_bytes} bytes; refused", status=status)
+        return data
+
+    def _connection(self, seconds: float) -> http.client.HTTPConnection:
+        if self.is_https:
+            context = ssl.create_default_context()
+            return http.client.HTTPSConnection(self.host, self.port, timeout=seconds, context=context)
+        return http.client.HTTPConnection(self.host, self.port, timeout=seconds)
+
+    def _failed(self, error: Exception, expired: bool, seconds: float) -> ChatError:
+        if expired or isinstance(error, TimeoutError):
+            return ChatError(f"{self.host}: no answer within {seconds:.3g} s", again=True)
+        lost = isinstance(error, ConnectionError | http.client.IncompleteRead)
+        return ChatError(f"{self.host}: {type(error).__name__}", again=lost)
+
+    def _refused(self, status: int, after: str | None, data: bytes, key: str | None) -> ChatError:
+        if 300 <= status < 400:
+            return ChatError(f"{self.host}: HTTP {status}, a redirect; refused, give its target as base_url",
+                             status=status)  # fmt: skip
+        said = " ".join(data[: self.max_bytes].decode("utf-8", "replace").split())
+        if key:
+            said = said.replace(key, "***")
+        again = status == 429 or status >= 500
+        return ChatError(f"{self.host}: HTTP {status}: {said[:200]}", status=status, again=again,
+                         wait=_seconds_of(after) if again else 0.0)  # fmt: skip
+
+
+def _hang_up(opened: list[socket.socket], expired: threading.Event) -> None:
+    expired.set()
+    for connected in opened:
+        with contextlib.suppress(OSError):  # closed already
+            connected.shutdown(socket.SHUT_RDWR)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _seconds_of(retry_after: str | None) -> float:
+    """`Retry-After` as seconds from now: a number or a date; 0 where it is neither."""
+    if not retry_after:
+        return 0.0
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        return min(MAX_WAIT, max(0.0, float(retry_after)))
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        return min(MAX_WAIT, max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()))
+    return 0.0
+
+
+def _text_of(data: bytes, host: str) -> str:
+    try:
+        text = json.loads(data)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise ChatError(f"{host}: the answer is no chat completion (no choices[0].message.content)", status=200)
+    return text

@@ -1,0 +1,67 @@
+"""The process of an isolated reward (isolated.py): `python -m syncr1.engine.rewards.yours.worker SPEC SYS_PATH`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+from ...errors import RewardError, RewardSpecError
+from ..reward import Outcome, RewardFunction, call, checked
+from .custom import load_reward
+from .wire import receive, send, unpacked
+
+
+def serve(spec: str) -> None:
+    """The worker: answers until its input ends."""
+    for asked_to_end in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the run finishes its step, and needs this
+        signal.signal(asked_to_end, signal.SIG_IGN)
+    # What the function prints or reads is neither a reply nor a request.
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    try:
+        function = load_reward(spec)
+    except RewardSpecError as error:
+        send(replies, json.dumps({"error": str(error)}))
+        return
+    name = getattr(function, "__name__", type(function).__name__)
+    send(replies, json.dumps({"name": name, "kind": getattr(function, "kind", None)}))
+    while (request := receive(requests)) is not None:
+        _die_with_the_run(requests.fileno(), True)
+        reply = _answer(name, function, unpacked(*request))
+        _die_with_the_run(requests.fileno(), False)
+        send(replies, json.dumps(reply))
+
+
+def _answer(name: str, function: RewardFunction, columns: dict[str, Any]) -> dict[str, Any]:
+    outcome = Outcome()
+    call(function, columns, outcome)
+    error = outcome.error
+    if error is None:
+        try:
+            values = checked(name, outcome.value, len(columns["images"]))
+            return {"values": [None if value is None else float(value) for value in values]}
+        except RewardError as broken:
+            error = broken
+    if isinstance(error, RewardError):
+        return {"is_contract": True, "index": error.index, "error": error.problem}
+    return {"is_contract": False, "error": f"{type(error).__name__}: {error}"}
+
+
+def _die_with_the_run(descriptor: int, on: bool) -> None:
+    """While a call runs, the end of the run's side of the pipe kills this process, even where Python cannot act."""
+    if sys.platform == "linux":
+        import fcntl
+
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(descriptor, 10, signal.SIGKILL)  # F_SETSIG, which the module does not name
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
+
+
+if __name__ == "__main__":
+    sys.path[:] = json.loads(sys.argv[2])
+    serve(sys.argv[1])

@@ -1,0 +1,1 @@
+"""Trajectories sampled: many groups at once, each prompt run once."""

@@ -1,0 +1,130 @@
+"""What a rollout will need, worked out before anything is allocated.
+
+Dims: P prompts, G members.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import RolloutTooLarge
+from ..policies.base import Policy
+from ..policies.cache import CacheShape
+from ..records import Prompt, SegmentKind
+
+SUPPORTED_SEGMENTS: tuple[tuple[SegmentKind, ...], ...] = (
+    ("text",),
+    ("image",),
+    ("text", "image"),
+    ("image", "text"),
+    ("text", "image", "text"),
+)
+FREE_SHARE = 0.9
+"""Share of the free memory that keys and values may take; activations, logits and pictures need some."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Tokens of each prompt's trajectories, at most."""
+
+    before_image: list[int]
+    """[P] what a member holds when its first image token is sampled, its prompt apart."""
+    own: list[int]
+    """[P] what a member holds at the end, its prompt apart."""
+    images: list[bool]
+    """[P] an image is drawn."""
+
+    @classmethod
+    def of(
+        cls, policy: Policy, prompts: Sequence[Prompt], follow_ups: Sequence[Tensor | None], max_text_tokens: int
+    ) -> Sizes:
+        """
+        Args:
+            policy: for the number of image tokens.
+            prompts: [P].
+            follow_ups: [P] the turns behind the image, None where there is none.
+            max_text_tokens: of each text segment.
+        """
+        before, own = [], []
+        for prompt, turn in zip(prompts, follow_ups, strict=True):
+            drawn = "image" in prompt.segments
+            before.append(max_text_tokens * (prompt.segments[0] == "text") + drawn)
+            after = 0 if turn is None else turn.numel() + max_text_tokens
+            own.append(before[-1] + policy.num_image_tokens * drawn + after)
+        return cls(before_image=before, own=own, images=["image" in prompt.segments for prompt in prompts])
+
+    def preview_columns(self, num_generations: int, num_tokens: int, guided: bool) -> int:
+        """What the tries of a preview after `num_tokens` take, if every image is drawn again."""
+        per_try = num_tokens * (1 + guided)
+        tries = [before + per_try for before, drawn in zip(self.before_image, self.images, strict=True) if drawn]
+        return num_generations * sum(tries) if num_tokens else 0
+
+
+def check_plans(policy: Policy, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError for a segment plan that cannot be sampled."""
+    for prompt in prompts:
+        if prompt.segments not in SUPPORTED_SEGMENTS:
+            raise ValueError(
+                f"generate: prompt {prompt.id} has segments {prompt.segments}, expected one of {SUPPORTED_SEGMENTS}"
+            )
+        if "image" in prompt.segments and not policy.num_image_tokens:
+            raise ValueError(
+                f"generate: prompt {prompt.id} asks for an image, but {type(policy).__name__} draws none; "
+                "use a Janus or Emu3 checkpoint, or segments ('text',)"
+            )
+
+
+def check_prompts(policy: Policy, prompts: Sequence[Prompt], tokens: Sequence[Tensor], sizes: Sizes) -> None:
+    """Raises ValueError for a prompt without tokens and for one whose trajectory leaves the model's positions."""
+    for prompt, ids, own in zip(prompts, tokens, sizes.own, strict=True):
+        if not ids.numel():
+            raise ValueError(f"generate: prompt {prompt.id} is empty: expected at least one token; give it a text")
+        longest = ids.numel() + own
+        if longest > policy.max_positions:
+            raise ValueError(
+                f"generate: prompt {prompt.id} has {ids.numel()} tokens and may grow by {own}, but the model has "
+                f"positions for {policy.max_positions}; shorten the prompt or lower max_completion_length"
+            )
+
+
+def check_fits(
+    shape: CacheShape,
+    prefix_columns: int,
+    own_columns: int,
+    num_generations: int,
+    max_bytes: int | None,
+    held_bytes: int = 0,
+) -> None:
+    """Raises RolloutTooLarge if the keys and values exceed `max_bytes` (None: what the device has free, and what is
+    held for them already)."""
+    free = FREE_SHARE * free_bytes(shape.device) + held_bytes if max_bytes is None else max_bytes
+    needed = shape.num_bytes(prefix_columns + own_columns)
+    if needed <= free:
+        return
+    per_token = shape.num_bytes(1)
+    raise RolloutTooLarge(
+        f"generate: keys and values need {_gib(needed)}, but {_gib(free)} may be used ({prefix_columns} prompt tokens, "
+        f"{own_columns} tokens of members and their guidance, {per_token / 1024:.0f} KiB each); lower "
+        f"prompts_per_step, num_generations ({num_generations}) or max_completion_length, or use more ranks"
+    )
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on the device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,389 @@
+"""Prompt x G -> Rollout: many groups sampled at once, each a causal sequence of text and image tokens.
+
+    prompt . text . image_start . image . follow-up turn . text        (any of the three may be absent)
+
+Each prompt, its image included, runs through the model once, and so does the classifier-free prompt; members hold only
+what they add (cache.py).  Text and image phases advance over all groups together, a sequence that ended frees its rows,
+and the next phase goes on from the same cache.  Log-probabilities, conditional and CFG-mixed, and the entropy come out
+of the sampler in the same pass.  Random numbers are keyed by (seed, step, prompt, member, attempt) and the token's
+place: what is drawn does not depend on the batch around it.
+
+Dims: P prompts, G members, B = P*G sequences, N image tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..policies.base import Policy
+from ..policies.cache import Extend, Prefill, Rows
+from ..records import Prompt, Rollout, Segment, SegmentKind
+from ..stopwatch import Stopwatch
+from .capacity import Sizes, check_fits, check_plans, check_prompts
+from .decode import Phase, Samples, State, Trunk, advance
+from .few_rows import FewRows
+from .preview import Canvas, Preview, draw, fill, preview_length
+from .stepping import Stepper
+
+IMAGE_OFFSET, FOLLOW_UP_OFFSET = 1 << 20, 1 << 21
+"""Random-number counters of image and follow-up tokens start here, so that they do not depend on the text's length."""
+DRAWN_AT_ONCE = 64
+"""Images that the VQ decoder gets at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How trajectories are drawn."""
+
+    num_generations: int = 8
+    temperature: float = 1.0
+    """0 is greedy."""
+    max_text_tokens: int = 16
+    """Of each text segment."""
+    cfg_weight: float = 1.0
+    """Classifier-free guidance of image tokens, u + w (c - u); 1 leaves the branch out."""
+    seed: int = 0
+    step: int = 0
+    """Salts the random numbers, so that each step draws afresh."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutStats:
+    """What one call of `generate` cost."""
+
+    kv_bytes: int = 0
+    """Keys and values held at once, at most."""
+    prefill_tokens: int = 0
+    """Prompt tokens that went through the trunk; a prompt counts once."""
+    text_tokens: int = 0
+    image_tokens: int = 0
+    """Drawn, those of rejected tries included."""
+    image_tokens_saved: int = 0
+    """What the previews saved: tokens that rejected tries and dropped members would have needed to their end."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By stage: see, prefill, text, image, draw, follow_up."""
+
+
+class RolloutEngine:
+    """Samples from a policy; keep one while the policy lives, so that a GPU's graphs and caches are reused.
+
+    Args:
+        policy: in eval mode while `generate` runs; its parameters must be whole (under ZeRO-3: gathered).
+        cuda_graphs: replay decoding steps as CUDA graphs; None: where the policy is on a GPU. They hold the addresses
+            of parameters, which must not move between calls (ZeRO-3 moves them).
+        trunk: used for decoding steps instead of the policy's, e.g. a compiled one.
+        max_bytes: the most that keys and values may take; None: what the device has free.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        cuda_graphs: bool | None = None,
+        trunk: Trunk | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        self.policy, self.max_bytes = policy, max_bytes
+        self.trunk: Trunk = trunk or policy.trunk
+        on_cpu = policy.cache_shape().device.type == "cpu"
+        few_rows = FewRows(policy) if on_cpu and trunk is None else None
+        self.stepper = Stepper(policy, self.trunk, cuda_graphs, few_rows)
+        self._decoding = nullcontext if few_rows is None else few_rows
+        self.stats = RolloutStats()
+
+    def release(self) -> None:
+        """Frees caches and graphs that a GPU keeps between calls, for a training step that needs the room."""
+        self.stepper.release()
+
+    @torch.inference_mode(False)  # what a call keeps, and the tokens that it gives, are trained on later
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None = None) -> list[Rollout]:
+        """Samples `num_generations` trajectories of each prompt; `stats` then tells what it cost.
+
+        Args:
+            prompts: any mix of segment plans.
+            sampling: temperature, lengths, guidance, seed.
+            preview: preview DGS; None draws every image to its end.
+
+        Returns:
+            len(prompts) * G rollouts, the members of a prompt adjacent, in the order of the prompts.
+
+        Raises:
+            ValueError: a prompt is empty, longer than the model's positions, or asks for what cannot be sampled.
+            RolloutTooLarge: the keys and values do not fit; the message says which numbers to lower.
+        """
+        self.stats = RolloutStats()
+        if not prompts:
+            return []
+        batch = _Batch(self, prompts, sampling, preview)
+        with self._decoding():
+            batch.sample_text()
+            batch.draw_images()
+            batch.sample_follow_ups()
+        self.stats.seconds = batch.time.seconds
+        return batch.rollouts()
+
+
+def generate(
+    policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None = None
+) -> list[Rollout]:
+    """One call of a `RolloutEngine` of its own; see there."""
+    return RolloutEngine(policy, cuda_graphs=False).generate(prompts, sampling, preview)
+
+
+def trajectory_key(sampling: Sampling, prompt: Prompt, member: int, attempt: int = 1) -> int:
+    """63-bit key of a trajectory's random numbers."""
+    text = f"{sampling.seed}/{sampling.step}/{prompt.id}/{member}/{attempt}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class _Batch:
+    """One call of `generate`: the prompts are run when it is made, then phase follows phase."""
+
+    def __init__(
+        self, engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None
+    ) -> None:
+        self.engine, self.policy, self.sampling, self.preview = engine, engine.policy, sampling, preview
+        check_plans(self.policy, prompts)
+        self.time = Stopwatch()
+        self.members = [(prompt, member) for prompt in prompts for member in range(sampling.num_generations)]
+        B = len(self.members)
+        self.segments: list[list[Segment]] = [[] for _ in range(B)]
+        self.texts, self.follow_up_texts = [""] * B, [""] * B
+        self.images: list[Tensor | None] = [None] * B
+        self.attempts, self.dropped = [1] * B, [False] * B
+        self.uids = [trajectory_key(sampling, *member) for member in self.members]
+        self.prompt_tokens = [self.policy.prompt_tokens(prompt) for prompt in prompts]
+        self.follow_ups = [self.policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
+        sizes = Sizes.of(self.policy, prompts, self.follow_ups, sampling.max_text_tokens)
+        check_prompts(self.policy, prompts, self.prompt_tokens, sizes)
+        self.guided = sampling.cfg_weight != 1.0 and any("image" in prompt.segments for prompt in prompts)
+        self._allocate(sizes)
+        self._prefill(prompts)
+
+    def _allocate(self, sizes: Sizes) -> None:
+        engine, G = self.engine, self.sampling.num_generations
+        shape, N = self.policy.cache_shape(), self.policy.num_image_tokens
+        prefixes = [tokens.numel() for tokens in self.prompt_tokens]
+        own = [length for length in sizes.own for _ in range(G)]
+        self.free_tokens: Tensor | None = None
+        if self.guided:
+            self.free_tokens = self.policy.unconditional_tokens()
+            prefixes.append(self.free_tokens.numel())
+            own += [N * drawn for drawn in sizes.images for _ in range(G)]
+        columns = sum(own) + sizes.preview_columns(G, self._preview_length(), self.guided) * self._retries
+        check_fits(shape, sum(prefixes), columns, G, engine.max_bytes, engine.stepper.held_bytes)
+        self.prompts = engine.stepper.store("prompts", shape, prefixes)
+        self.own = engine.stepper.store("own", shape, own)
+        engine.stats.kv_bytes = shape.num_bytes(sum(prefixes) + sum(own))
+
+    def _preview_length(self) -> int:
+        policy = self.policy
+        return preview_length(self.preview, policy.num_image_tokens, policy.forced_image_tokens())
+
+    @property
+    def _retries(self) -> bool:
+        return self.preview is not None and self.preview.max_attempts > 1
+
+    def _prefill(self, prompts: Sequence[Prompt]) -> None:
+        policy, device = self.policy, self.prompts.keys.device
+        with self.time("see"):
+            self.prompt_images = self._see(prompts)
+        with self.time("prefill"):
+            everything = [*self.prompt_tokens, *([] if self.free_tokens is None else [self.free_tokens])]
+            tokens = torch.cat(everything).to(device)
+            embeddings = policy.embed(tokens, "text")
+            seen = [image for image in self.prompt_images if image is not None]
+            if seen:
+                slots = policy.image_slots(tokens).nonzero().squeeze(1)
+                embeddings = embeddings.index_copy(0, slots, torch.cat(seen).to(embeddings.dtype))
+            layout = Prefill(self.prompts)
+            hidden = policy.trunk(embeddings[None], layout.position_ids[None], layout)[0]
+            lengths = torch.tensor([tokens.numel() for tokens in everything], device=device)
+            starts = lengths.cumsum(0) - lengths
+            B, G = len(self.members), self.sampling.num_generations
+            owner = torch.arange(len(prompts), device=device).repeat_interleave(G)
+            own_starts = torch.tensor(self.own.starts, device=device)
+
+            def rows(prefix: Tensor, own_start: Tensor) -> Rows:
+                nothing = torch.zeros_like(prefix)
+                spans = torch.stack([starts[prefix], lengths[prefix], own_start, nothing], 1)
+                return Rows(spans, lengths[prefix].clone(), hidden[starts[prefix] + lengths[prefix] - 1])
+
+            self.rows = rows(owner, own_starts[:B])
+            free = torch.full_like(owner, len(prompts))
+            self.guides = rows(free, own_starts[B : 2 * B]) if self.guided else None
+        self.engine.stats.prefill_tokens = tokens.numel()
+
+    def _see(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
+        """Each prompt's image embeddings; a photo that several prompts show is encoded once."""
+        paths = list(dict.fromkeys(prompt.image for prompt in prompts if prompt.image is not None))
+        if not paths:
+            return [None] * len(prompts)
+        seen = dict(zip(paths, self.policy.see(self.policy.load_images(paths)), strict=True))
+        return [None if prompt.image is None else seen[prompt.image] for prompt in prompts]
+
+    # Phases, each over every sequence that has it -------------------------------------------------------------------
+
+    def sample_text(self) -> None:
+        """The text that comes first."""
+        chosen = [i for i, (prompt, _) in enumerate(self.members) if prompt.segments[0] == "text"]
+        goes_on = any(len(self.members[i][0].segments) > 1 for i in chosen)
+        with self.time("text"):
+            segments = self._sample_text(chosen, first_offset=0, goes_on=goes_on)
+        for i, segment in zip(chosen, segments, strict=True):
+            self.segments[i].append(segment)
+            self.texts[i] = self.policy.decode_text(segment.tokens)
+
+    def draw_images(self) -> None:
+        """Image start and image tokens; a preview may restart or drop sequences on the way."""
+        chosen = [i for i, (prompt, _) in enumerate(self.members) if "image" in prompt.segments]
+        if not chosen:
+            return
+        policy, sampling, stats = self.policy, self.sampling, self.engine.stats
+        phase = Phase(kind="image", max_tokens=policy.num_image_tokens, temperature=sampling.temperature,
+                      cfg_weight=sampling.cfg_weight, first_offset=IMAGE_OFFSET)  # fmt: skip
+        index = torch.tensor(chosen, device=self.rows.position.device)
+        start = index.new_tensor([policy.image_start])
+        with self.time("image"):
+            rows = self.rows.take(index)
+            lead = policy.embed(start, "text").expand(len(chosen), -1)
+            advance(self.engine.trunk, self.prompts, self.own, rows, lead)
+            self.rows.put(index, rows)
+            drawing = draw(self._canvas(chosen, phase), self.preview)
+        stats.image_tokens, stats.image_tokens_saved = drawing.num_drawn, drawing.num_saved
+        segments = self._segments(drawing.samples, chosen, phase)
+        with self.time("draw"):
+            # What was dropped is shown as its preview was.
+            forced = policy.forced_image_tokens()
+            tokens = torch.cat([fill(segment.tokens[None], phase.max_tokens, forced) for segment in segments])
+            pictures = torch.cat([policy.draw(part.to(index.device)).cpu() for part in tokens.split(DRAWN_AT_ONCE)])
+        keys = drawing.keys.tolist()
+        for row, i in enumerate(chosen):
+            self.segments[i].append(replace(segments[row], lead=start.cpu()))
+            self.images[i], self.uids[i] = pictures[row], keys[row]
+            self.attempts[i], self.dropped[i] = drawing.attempts[row], drawing.dropped[row]
+
+    def _canvas(self, chosen: list[int], phase: Phase) -> Canvas:
+        most = 1 if self.preview is None else self.preview.max_attempts
+        return Canvas(
+            policy=self.policy,
+            stepper=self.engine.stepper,
+            phase=phase,
+            prompts=self.prompts,
+            own=self.own,
+            rows=self.rows,
+            guides=self.guides,
+            chosen=chosen,
+            asked=[self.members[i][0] for i in chosen],
+            texts=[self.texts[i] for i in chosen],
+            keys=[self.keys(chosen, attempt) for attempt in range(1, most + 1)],
+            goes_on=any(self.follow_ups[i // self.sampling.num_generations] is not None for i in chosen),
+        )
+
+    def sample_follow_ups(self) -> None:
+        """The follow-up turn, which shows the drawn image, and the text that answers it."""
+        G = self.sampling.num_generations
+        chosen = [i for i in range(len(self.members)) if self.follow_ups[i // G] is not None and not self.dropped[i]]
+        if not chosen:
+            return
+        with self.time("follow_up"):
+            turns = [turn for i in chosen if (turn := self.follow_ups[i // G]) is not None]
+            seen = None  # where the turn has no room for the image, the model goes on from the tokens that it drew
+            if any(bool(self.policy.image_slots(turn).any()) for turn in turns):
+                seen = self.policy.see(torch.stack([image for i in chosen if (image := self.images[i]) is not None]))
+            self._extend(chosen, turns, seen)
+            segments = self._sample_text(chosen, first_offset=FOLLOW_UP_OFFSET, goes_on=False)
+        for row, i in enumerate(chosen):
+            self.segments[i].append(
+                replace(segments[row], lead=turns[row], lead_image=None if seen is None else seen[row])
+            )
+            self.follow_up_texts[i] = self.policy.decode_text(segments[row].tokens)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _sample_text(self, chosen: list[int], *, first_offset: int, goes_on: bool) -> list[Segment]:
+        if not chosen:
+            return []
+        sampling, policy = self.sampling, self.policy
+        phase = Phase(kind="text", max_tokens=sampling.max_text_tokens, temperature=sampling.temperature,
+                      first_offset=first_offset, ends=tuple(sorted(policy.end_tokens)))  # fmt: skip
+        samples = self.engine.stepper.samples("text", len(self.members), phase.max_tokens)
+        index = torch.tensor(chosen, device=self.rows.position.device)
+        state = State.start(self.rows.take(index), index, self.keys(chosen))
+        self.engine.stepper.run(
+            phase, state, samples, self.prompts, self.own, self.rows, num_steps=phase.max_tokens, feed_last=goes_on
+        )
+        segments = self._segments(samples, chosen, phase)
+        self.engine.stats.text_tokens += sum(segment.tokens.numel() for segment in segments)
+        return segments
+
+    def _extend(self, chosen: list[int], turns: list[Tensor], seen: Tensor | None) -> None:
+        """Runs given turns [n] behind sequences `chosen`, `seen` [n, tokens, D] at their image placeholders if any."""
+        policy, device = self.policy, self.rows.position.device
+        lengths = [turn.numel() for turn in turns]
+        tokens = torch.nn.utils.rnn.pad_sequence(turns, batch_first=True).to(device)
+        new = torch.arange(tokens.shape[1], device=device)[None] < torch.tensor(lengths, device=device)[:, None]
+        embeddings = policy.embed(tokens, "text")
+        if seen is not None:
+            embeddings[policy.image_slots(tokens) & new] = seen.flatten(0, 1).to(embeddings.dtype)
+        rows = self.rows.take(torch.tensor(chosen, device=device))
+        positions = rows.position[:, None] + torch.arange(tokens.shape[1], device=device)
+        positions = torch.where(new, positions, 0)
+        hidden = policy.trunk(embeddings, positions, Extend(self.prompts, self.own, rows.spans, lengths))
+        added = torch.tensor(lengths, device=device)
+        rows.hidden = hidden[torch.arange(len(chosen), device=device), added - 1]
+        rows.position += added
+        rows.spans[:, 3] += added
+        self.rows.put(torch.tensor(chosen, device=device), rows)
+
+    def keys(self, chosen: Sequence[int], attempt: int = 1) -> Tensor:
+        """[n] int64: keys of the sequences' random numbers."""
+        keys = [trajectory_key(self.sampling, *self.members[i], attempt) for i in chosen]
+        return torch.tensor(keys, device=self.rows.position.device)
+
+    def _segments(self, samples: Samples, chosen: list[int], phase: Phase) -> list[Segment]:
+        index = torch.tensor(chosen, device=samples.token.device)
+        token, logp, mixed, entropy, length = (
+            column[index].cpu()
+            for column in (samples.token, samples.logp, samples.logp_mixed, samples.entropy, samples.length)
+        )
+        ended = torch.isin(token.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0], torch.tensor(phase.ends))
+        kind: SegmentKind = phase.kind
+        return [
+            Segment(
+                kind=kind,
+                tokens=token[row, :n],
+                logp=logp[row, :n],
+                logp_mixed=mixed[row, :n],
+                entropy=entropy[row, :n],
+                truncated=kind == "text" and not bool(ended[row]),
+            )
+            for row, n in enumerate(length.tolist())
+        ]
+
+    def rollouts(self) -> list[Rollout]:
+        """Everything sampled, in the order of the prompts."""
+        G = self.sampling.num_generations
+        return [
+            Rollout(
+                prompt=prompt,
+                member=member,
+                prompt_tokens=self.prompt_tokens[i // G],
+                prompt_image=self.prompt_images[i // G],
+                segments=tuple(self.segments[i]),
+                text=self.texts[i],
+                follow_up_text=self.follow_up_texts[i],
+                image=self.images[i],
+                attempts=self.attempts[i],
+                dropped=self.dropped[i],
+                uid=self.uids[i],
+            )
+            for i, (prompt, member) in enumerate(self.members)
+        ]

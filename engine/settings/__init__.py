@@ -1,0 +1,1 @@
+"""Settings: their fields and ranges, from YAML and flags."""

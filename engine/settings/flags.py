@@ -1,0 +1,143 @@
+"""Flags and a YAML file to a settings dataclass: `--config run.yaml` gives defaults, flags override them.
+
+Works for any dataclass that `settings.py` can read, so every recipe has the same command line.
+Whatever is wrong is said on stderr with exit code 2 before torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from ..errors import ConfigError
+from .schema import from_yaml, read_yaml, settings_of, to_yaml, unknown_name
+
+__all__ = ["ConfigError", "from_yaml", "parse", "to_yaml", "write_default_yaml"]
+
+Config = TypeVar("Config")
+
+_CONFIG_HELP = "YAML file with settings (such as a run's own config.yaml); flags override what it says."
+
+
+def parse(
+    config_type: type[Config],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    default_yaml: str | Path | None = None,
+) -> Config:
+    """The settings that `argv` asks for, checked; prints what is wrong and exits with code 2 otherwise.
+
+    Args:
+        config_type: flat dataclass, its `__post_init__` raising ConfigError for values that cannot work.
+        argv: flags without the program's name; None: `sys.argv[1:]`.
+        description: the first lines of `--help`; None: the dataclass's docstring.
+        default_yaml: settings file that is read when no `--config` is given; must exist.
+
+    Precedence: flag, then `--config` (or `default_yaml`), then the dataclass.  The values are checked once, together,
+    so a flag may complete a file.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        config_file, arguments = _take_config(arguments)
+        _refuse_unknown_flags(arguments, config_type)
+        source = config_file if config_file is not None else default_yaml
+        from_file = {} if source is None else read_yaml(config_type, Path(source))
+        values = _parse_flags(config_type, arguments, from_file, description or config_type.__doc__ or "")
+        return config_type(**values)
+    except ConfigError as error:
+        _refuse(error)
+
+
+def write_default_yaml(config_type: type, path: str | Path) -> None:
+    """Writes every setting's default with its explanation to `path`, as `recipes/*.yaml` are made."""
+    command = f'python -c "from {config_type.__module__} import {config_type.__name__} as C; '
+    Path(path).write_text(
+        f"# Every setting of {config_type.__name__} at its default. Copy what you change and pass it with --config.\n"
+        f"# Written from the dataclass by:\n"
+        f"#   {command}from syncr1.engine.settings.flags import write_default_yaml as w; w(C, '{Path(path).as_posix()}')\"\n\n"
+        + to_yaml(config_type()),
+        encoding="utf-8",
+    )
+
+
+def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """Splits `--config FILE` or `--config=FILE` off: its values must be known before the flags are read."""
+    rest: list[str] = []
+    found: list[str] = []
+    pending = iter(arguments)
+    for argument in pending:
+        if argument == "--config":
+            value = next(pending, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError("--config: expected a YAML file after it, got nothing")
+            found.append(value)
+        elif argument.startswith("--config="):
+            found.append(argument.removeprefix("--config="))
+        else:
+            rest.append(argument)
+    if len(found) > 1:
+        raise ConfigError(f"--config: given {len(found)} times ({', '.join(found)}); pass one file")
+    return (Path(found[0]).expanduser() if found else None), rest
+
+
+def _refuse_unknown_flags(arguments: list[str], config_type: type) -> None:
+    """Names every unknown flag with the nearest one, or with what TRL's name is called here."""
+    known = {setting.name for setting in settings_of(config_type)} | {"help"}
+    problems = []
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        name = argument[2:].split("=", 1)[0].replace("-", "_")
+        if name not in known and name.removeprefix("no_") not in known:
+            problems.append("--" + unknown_name(name, config_type).replace("did you mean ", "did you mean --"))
+    if problems:
+        raise ConfigError.of(problems)
+
+
+def _parse_flags(
+    config_type: type, arguments: list[str], from_file: dict[str, Any], description: str
+) -> dict[str, Any]:
+    """Field -> value, by tyro, which also writes the help.  Tyro groups by nested dataclass, so each section of the
+    flat dataclass becomes one; that also keeps `config_type` from being built before all values are known."""
+    import tyro  # here, so that reading YAML alone does not need it
+
+    sections: dict[str, list[tuple[str, Any, Any]]] = {}
+    for setting in settings_of(config_type):
+        default = from_file.get(setting.name, setting.default)
+        argument = tyro.conf.arg(help=setting.doc, help_behavior_hint="(default: nothing)" if default == () else None)
+        sections.setdefault(setting.section, []).append(
+            (setting.name, Annotated[setting.type, argument], dataclasses.field(default=default))
+        )
+    groups = [("settings_file", _make("Settings file", [("config", Annotated[
+        Path | None, tyro.conf.arg(help=_CONFIG_HELP)], dataclasses.field(default=None))]))]  # fmt: skip
+    groups += [(re.sub(r"\W+", "_", title), _make(title, fields)) for title, fields in sections.items()]
+    everything = _make(config_type.__name__, [(n, t, dataclasses.field(default_factory=t)) for n, t in groups])
+    parsed: Any = tyro.cli(
+        everything,
+        args=arguments,
+        prog=Path(sys.argv[0]).name,
+        description=description,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return {name: getattr(getattr(parsed, group), name) for group, kind in groups[1:]
+            for name in (field.name for field in dataclasses.fields(kind))}  # fmt: skip
+
+
+def _make(name: str, fields: list[tuple[str, Any, Any]]) -> type:
+    made = dataclasses.make_dataclass(re.sub(r"\W+", "_", name), fields)
+    made.__doc__ = ""  # dataclasses writes a signature there, which tyro would print
+    return made
+
+
+def _refuse(error: ConfigError) -> NoReturn:
+    program = Path(sys.argv[0]).name or "syncr1"
+    lines = str(error).splitlines()
+    heading = "this setting cannot work" if len(lines) == 1 else f"{len(lines)} settings cannot work"
+    print(f"{program}: {heading}", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
+    print(f"All settings, explained: {program} --help", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,312 @@
+"""A dataclass of settings to YAML and back, for any recipe: documented, typed, and refused early when wrong.
+
+A settings dataclass is flat, has a docstring under each field, and marks its parts with `# --- title ---` lines.
+Those docstrings are the one place where a setting is explained: the flags' help and the YAML's comments are made from
+them.  Nothing here imports torch, so a mistyped key is refused before anything slow is loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import re
+import textwrap
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ..errors import ConfigError, shown
+
+Config = TypeVar("Config")
+
+MAX_YAML_BYTES = 1 << 15
+"""Twice what all settings and their explanations take; anything larger is something else, and slow to read."""
+
+MAX_PROBLEMS = 20
+"""Told at once."""
+
+MAX_DEPTH = 4
+"""Of lists and mappings within each other; settings need two."""
+
+_SECTION = re.compile(r"^\s*# --- (?P<title>.+?) ---\s*$")
+
+
+class Setting(NamedTuple):
+    """One field of a settings dataclass, as people read it."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+    section: str
+
+
+@functools.cache
+def settings_of(config_type: type) -> tuple[Setting, ...]:
+    """The fields of `config_type`, with the docstring and the section that their source gives them, section by section.
+
+    A dataclass that builds on another one may add to its sections; where it gives a field a new default, it explains it
+    anew."""
+    docs: dict[str, tuple[str, str]] = {}
+    for part in reversed(config_type.__mro__):
+        if dataclasses.is_dataclass(part):
+            docs |= _field_docs(part)
+    hints = get_type_hints(config_type)
+    found = []
+    for field in dataclasses.fields(config_type):
+        doc, section = docs[field.name]
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        found.append(Setting(field.name, hints[field.name], default, doc, section))
+    order = list(dict.fromkeys(setting.section for setting in found))
+    return tuple(sorted(found, key=lambda setting: order.index(setting.section)))
+
+
+def _field_docs(part: type) -> dict[str, tuple[str, str]]:
+    """Name -> (docstring, section) of the fields that this very class writes down."""
+    source = textwrap.dedent(inspect.getsource(part))
+    starts = [(number, found["title"]) for number, line in enumerate(source.splitlines(), 1)
+              if (found := _SECTION.match(line))]  # fmt: skip
+    class_def = ast.parse(source).body[0]
+    assert isinstance(class_def, ast.ClassDef)
+    docs: dict[str, tuple[str, str]] = {}
+    for node, following in zip(class_def.body, [*class_def.body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        text = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = " ".join(str(following.value.value).split())
+        section = next((title for number, title in reversed(starts) if number < node.lineno), "settings")
+        docs[node.target.id] = text, section
+    return docs
+
+
+def choices(annotation: Any) -> tuple[Any, ...]:
+    """What a Literal (possibly inside a tuple or beside None) allows; empty for other types."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(choice for part in get_args(annotation) if part is not Ellipsis for choice in choices(part))
+
+
+def describe(annotation: Any) -> str:
+    """A type in words for messages: `an integer or null`, `one of dapo, grpo`."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(part) for part in args)
+    if origin is tuple:
+        return f"a list, each item {describe(args[0])}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    return "null" if annotation is type(None) else names.get(annotation, str(annotation))
+
+
+def coerce(value: Any, annotation: Any) -> Any:
+    """`value` as `annotation`, or ValueError.  Only changes that cannot lose anything are made: an integer where a
+    number is due, `1e-4` (text to YAML 1.1, for want of a dot), a list for a tuple, text for a path."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _coerce_union(value, args)
+    if origin is Literal:
+        # `1 == True` in Python, but zero_stage: true is a slip.
+        if any(value == option and type(value) is type(option) for option in args):
+            return value
+        raise ValueError
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(coerce(item, args[0]) for item in value)
+    if annotation is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer of 400 digits
+            raise ValueError from None
+        if math.isfinite(number):
+            return number
+    elif annotation is Path and isinstance(value, str | Path) and str(value).strip() and _is_text(str(value)):
+        return _path(value)
+    elif annotation in (int, str, bool) and type(value) is annotation and _fits(value):  # a bool is an int: exactly
+        return value
+    raise ValueError
+
+
+def _fits(value: int | str | bool) -> bool:
+    """Not a number or a text that later steps cannot take or write out."""
+    return _is_text(value) if isinstance(value, str) else abs(value) < 2**63
+
+
+def _is_text(value: str) -> bool:
+    """Not empty, and such as the operating system and a terminal take."""
+    return value != "" and "\0" not in value and value == value.encode("utf-8", "replace").decode()
+
+
+def _path(value: str | Path) -> Path:
+    """The path, `~` expanded; ValueError where no file could have that name."""
+    try:
+        path = Path(value).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long; no such user
+        raise ValueError from error
+    return path
+
+
+def _coerce_union(value: Any, args: tuple[Any, ...]) -> Any:
+    # `None` is text to YAML, and what the flags and Python call null.
+    if type(None) in args and (value is None or value == "None"):
+        return None
+    for part in args:
+        if part is not type(None):
+            try:
+                return coerce(value, part)
+            except ValueError:
+                continue
+    raise ValueError
+
+
+def normalise(config: Any) -> list[str]:
+    """Gives every field of a frozen `config` its declared type in place; returns what could not be done, in words.
+
+    Numbers must be finite: NaN passes every comparison that is meant to catch it."""
+    problems = []
+    for setting in settings_of(config.__class__):
+        value = getattr(config, setting.name)
+        try:
+            object.__setattr__(config, setting.name, coerce(value, setting.type))
+        except ValueError:
+            problems.append(_wrong_type(setting, value))
+    return problems
+
+
+def _wrong_type(setting: Setting, value: Any) -> str:
+    wanted = describe(setting.type)
+    if isinstance(value, int) and abs(value) >= 2**63:  # Python does not write integers of 4300 digits at all
+        return f"{setting.name}: expected {wanted}, got an integer of {value.bit_length()} bits; take a smaller one"
+    if str(value).lower().strip("+-.") in ("nan", "inf", "infinity"):
+        wanted = wanted.replace("a number", "a finite number")
+    nearest = difflib.get_close_matches(str(value)[:80], [str(choice) for choice in choices(setting.type)], n=1)
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"default: {_scalar(setting.default)}"
+    return f"{setting.name}: expected {wanted}, got {shown(value)} ({type(value).__name__}); {remedy}"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """`yaml.safe_load` that refuses a key that comes twice, where the plain one silently keeps the last, and what no
+    settings need and a few lines make huge: aliases, and lists in lists in lists."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1
+            raise ConfigError(f"line {line}: aliases (*name) are not read; write the value out")
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            line = self.peek_event().start_mark.line + 1
+            raise ConfigError(f"line {line}: lists within lists within lists are no setting; take brackets out")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise ConfigError(f"{key.value}: given twice (line {key.start_mark.line + 1}); remove one of them")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def unknown_name(name: str, config_type: type) -> str:
+    """What to say about a name that `config_type` lacks: its name here, or the nearest one."""
+    known = [setting.name for setting in settings_of(config_type)]
+    renamed: Mapping[str, str] = getattr(config_type, "RENAMED", {})
+    name = name if len(name) <= 80 else f"{name[:77]}..."
+    if name in renamed:
+        return f"{name}: unknown here; {renamed[name]}"
+    nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all settings"
+    return f"{name}: unknown setting; {hint}"
+
+
+def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
+    """Field -> value from a YAML file (a Path) or a YAML text (a str); only the fields that it names.
+
+    Raises ConfigError for unknown or duplicate keys, tags (`!!python/...`), wrong types, and NaN or infinity.
+    """
+    where, text = ("YAML", source) if isinstance(source, str) else (str(source), _read(source))
+    if len(text) > MAX_YAML_BYTES:
+        raise ConfigError(f"{where}: is over {MAX_YAML_BYTES} characters, so these are no settings")
+    try:
+        # _StrictLoader is a SafeLoader: it builds plain values only.
+        loaded = yaml.load(text, Loader=_StrictLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    # PyYAML reads `2001-99-99`, `!!bool x` and `!!int ''` with errors that are none of its own.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{where}: not plain YAML: {' '.join(str(error).split())}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{where}: expected `setting: value` lines, got {type(loaded).__name__}")
+    known = {setting.name: setting for setting in settings_of(config_type)}
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for number, (name, value) in enumerate(loaded.items(), 1):
+        if len(problems) == MAX_PROBLEMS:
+            problems.append(f"{len(loaded) - number + 1} more settings were not looked at")
+            break
+        if name not in known:
+            problems.append(unknown_name(str(name), config_type))
+            continue
+        try:
+            values[name] = coerce(value, known[name].type)
+        except ValueError:
+            problems.append(_wrong_type(known[name], value))
+    if problems:
+        raise ConfigError.of([f"{where}: {problem}" for problem in problems])
+    return values
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise ConfigError(f"--config: expected a YAML file, got {path}, which does not exist or is not a file")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise ConfigError(f"--config: {path} is over {MAX_YAML_BYTES} bytes, so it is no settings file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: cannot read {path} as UTF-8 text: {error}") from error
+
+
+def from_yaml(config_type: type[Config], source: str | Path) -> Config:
+    """`config_type` with the values of a YAML file (a Path) or text (a str), and defaults for the rest."""
+    return config_type(**read_yaml(config_type, source))
+
+
+def to_yaml(config: Any, *, comments: bool = True) -> str:
+    """Every setting as YAML, explained by the dataclass's own docstrings; `from_yaml` gives `config` back."""
+    lines: list[str] = []
+    section = ""
+    for setting in settings_of(config.__class__):
+        if comments and setting.section != section:
+            section = setting.section
+            lines += ["", f"# {section[0].upper()}{section[1:]} ".ljust(100, "-"), ""]
+        if comments:
+            options = choices(setting.type)
+            doc = setting.doc + (f" [{' | '.join(map(str, options))}]" if options else "")
+            lines += [f"# {line}" for line in textwrap.wrap(doc, 98, break_on_hyphens=False)]
+        lines.append(f"{setting.name}: {_scalar(getattr(config, setting.name))}")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _scalar(value: Any) -> str:
+    """`value` in YAML on one line."""
+    if isinstance(value, tuple):
+        value = list(value)
+    plain = str(value) if isinstance(value, Path) else value
+    dumped = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**9)
+    return dumped.removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,216 @@
+"""Settings that every recipe has: model, sampling, objective, dynamic group scaling, learner, what is written.
+
+`SyncR1Config` (config.py) and `CorlConfig` (corl/config.py) are this and what their method adds.  Names are TRL's where
+TRL has one.  Nothing heavy is imported, so that a mistyped flag is refused before torch is loaded.  The docstring under
+a field is its flag's help and its comment in `recipes/*.yaml`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from ..errors import ConfigError
+from .rules import RANGES, RULES, Range, Rule, range_problems
+from .schema import normalise
+
+Credit = Literal["shared", "per_segment", "image_only"]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+DGSRule = Literal["variance_mass", "max_variance", "top_k", "random", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """What a training run needs to know, whatever its method."""
+
+    # --- model, data and output ---
+    model: str | None = None
+    """Checkpoint in transformers' format (Janus, Emu3): a folder or a hub name. None: the tiny base, trained on first
+    use."""
+    output_dir: Path = Path("runs/sync_r1")
+    """The run's folder; a number is appended when it already holds a run."""
+    seed: int = 0
+    """Seeds sampling, prompt order and dropout; the same seed gives the same run."""
+
+    # --- length of the run ---
+    max_steps: int = 100
+    """Rollout-and-update steps."""
+    prompts_per_step: int = 16
+    """Groups per step, over all ranks (TRL: generation_batch_size / num_generations)."""
+    num_generations: int = 8
+    """G: trajectories per prompt. Their rewards are compared with each other, so at least 2."""
+    num_iterations: int = 1
+    """Optimizer updates per rollout (the GRPO paper's mu)."""
+
+    # --- sampling ---
+    temperature: float = 1.0
+    """Of text and image sampling; log-probabilities are taken at the same temperature."""
+    max_completion_length: int = 16
+    """Text tokens at most; image segments always have the model's full number of tokens."""
+    cfg_weight: float = 1.5
+    """Classifier-free guidance w of image tokens in rollouts: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
+    eval_cfg_weight: float = 1.5
+    """Guidance when images are drawn for evaluation and for showing."""
+
+    # --- the objective ---
+    learning_rate: float = 5e-4
+    """AdamW's peak. The default suits the tiny base; for Janus-Pro start near 1e-6."""
+    warmup_steps: int = 5
+    """Linear warm-up; afterwards the rate falls linearly to a tenth."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Clip of the global gradient norm; 0 switches it off."""
+    beta: float = 0.02
+    """Weight of the k3 KL to the starting model; 0 needs no reference model."""
+    loss_type: LossType = "dapo"
+    """Per-token loss and its reduction, as TRL defines them."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratio per token, or one per trajectory: the geometric mean over its tokens (GSPO)."""
+    epsilon: float = 0.2
+    """Clip range of the ratio: at least 1 - epsilon."""
+    epsilon_high: float | None = None
+    """Clip range upwards: at most 1 + epsilon_high. None: the same as epsilon. For cispo it is the bound itself."""
+    delta: float | None = None
+    """Bound of the ratio where the advantage is negative (two-sided clipping), above 1 + epsilon_high. None: none."""
+    scale_rewards: Literal["group", "batch", "none", "loo"] = "group"
+    """What an advantage is divided by: its group's or the batch's standard deviation, or nothing; loo: leave-one-out
+    baseline."""
+    credit: Credit = "shared"
+    """Which reward a token answers for: both segments share one advantage (the paper), each its own segment's
+    rewards, or only image tokens learn (Sync-R1's released code)."""
+    text_loss_weight: float = 1.0
+    """Weight of text tokens in the loss."""
+    image_loss_weight: float = 1.0
+    """Weight of image tokens in the loss."""
+
+    # --- rewards ---
+    judge_url: str | None = None
+    """Address of an OpenAI-compatible server that judges drawings, e.g. http://127.0.0.1:8000/v1; https, or this
+    machine. Sync-R1's judge is then this one; CoRL names it `judge` in reward_funcs."""
+    judge_model: str | None = None
+    """Name of the model there."""
+    judge_key_env: str | None = None
+    """Environment variable that holds the server's key, where it needs one; the key itself is written nowhere."""
+    reward_timeout: float = 120.0
+    """Seconds that a step's reward functions may take; a late one counts as failed, never as 0."""
+
+    # --- dynamic group scaling ---
+    dgs: DGSRule = "variance_mass"
+    """Which trajectories are trained on once their rewards are known; random, the control, keeps as many as
+    variance_mass does; none prunes nothing."""
+    dgs_mass: float = 0.9
+    """variance_mass: share of the group's sum of squared advantages that is kept."""
+    dgs_keep: int | None = None
+    """max_variance and top_k: trajectories kept per group."""
+    preview_fraction: float = 0.25
+    """Preview DGS: score a trajectory after this fraction of its image tokens; 0 switches the preview off."""
+    preview_threshold: float | None = None
+    """Score above which a preview is accepted at the start; adapts afterwards. None: from the first step's previews, so
+    that the target acceptance is met."""
+    preview_acceptance: float = 0.75
+    """Acceptance rate that the threshold adapts to (the released code: 0.25)."""
+    preview_max_attempts: int = 2
+    """Tries per trajectory; the best one is kept when none passes."""
+    preview_min_keep: int | None = None
+    """Give up members whose tries all failed, except this many of a group, the best ones. None: nobody is given up."""
+
+    # --- the learner ---
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO: what the ranks share out. 1: optimizer state, 2: also gradients, 3: also parameters."""
+    bf16: bool = False
+    """Compute in bfloat16 with float32 master weights."""
+    max_tokens_per_microbatch: int = 16384
+    """Packed tokens of one forward and backward. Lower it when memory runs out; the result stays the same."""
+    share_prefix: bool = True
+    """Compute a prompt once for its whole group in training; off, every trajectory brings a copy: the same result."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per layer and compute the others again in backward: less memory, a third more time."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank in the decoder (peft) instead of its weights; 0 trains the weights. The KL
+    term then needs no second copy of the model, and what is saved is the merged model with the adapter beside it."""
+    lora_alpha: float = 32.0
+    """Scale of the adapters: alpha / rank."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Linear layers that get an adapter, by the end of their names, e.g. q_proj v_proj. None named: all of them."""
+    use_liger_kernel: bool = True
+    """Liger's RMSNorm, SwiGLU and RoPE in the language model, on a GPU."""
+    cuda_graphs: bool = True
+    """Replay decoding steps as CUDA graphs, on a GPU and below ZeRO-3."""
+    compile_decode: bool = False
+    """Run decoding steps through torch.compile."""
+    nodes: int | None = None
+    """Machines: with Slurm, torchrun or a hostfile; with none of them the exact commands are said, and nothing starts.
+    None: as many as torchrun started or as the hostfile names, else this one."""
+    ranks_per_node: int | None = None
+    """Processes per machine. None: one per GPU (a hostfile's slots) where nodes is given, else one."""
+    hostfile: Path | None = None
+    """Machines in DeepSpeed's form, `name slots=n` per line. None: /job/hostfile where nodes needs one."""
+    launcher: str = "ssh"
+    """What reaches a hostfile's machines: ssh, or a command with {host} in it that runs its last words there."""
+    max_restarts: int = 3
+    """How often all ranks start again, from the last checkpoint, when a rank or a machine is lost; not for one
+    process."""
+    stage_timeout: float = 1800.0
+    """Seconds that a stage of a step (rollout, reward, update, ...) may take before the run ends with the stacks of the
+    rank that holds it up."""
+    shutdown_timeout: int = 120
+    """Seconds that ranks have, once SIGTERM or SIGUSR1 asks a launcher to end, to finish their step and to save."""
+    max_skipped_updates: int = 10
+    """Updates in a row whose gradients are NaN or infinite, and which all ranks skip, before the run ends."""
+
+    # --- what is written and shown ---
+    eval_samples: int = 192
+    """Held-out items per task in the before/after table; 0 skips the evaluation."""
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Trackers beside metrics.jsonl and report.html, which are always written."""
+    logging_steps: int = 1
+    """Every this many steps a line is printed (where there is no terminal) and sent to the trackers."""
+    replay_check_steps: int = 10
+    """Every this many steps the sampler's log-probabilities are compared with the trainer's; 0: never."""
+    sample_steps: int = 20
+    """Every this many steps an image grid with prompts and texts goes to `samples/`; 0: never."""
+    checkpointing_steps: int = 20
+    """Every this many steps everything that the training depends on goes to `checkpoints/`, so that it can be resumed;
+    0: only at the end."""
+    save_total_limit: int | None = 2
+    """Checkpoints to resume from that are kept, the newest ones. None: all."""
+    resume_from_checkpoint: str | None = None
+    """Go on from a checkpoint, in its own run's folder: `latest` (of output_dir; a new run where there is none yet), a
+    run's folder, or one checkpoint."""
+    dry_run: bool = False
+    """Print the resolved settings, nodes and ranks, memory per rank and one checked data batch, then end; no GPU is
+    needed."""
+
+    RANGES: ClassVar[dict[str, tuple[Range, str]]] = RANGES
+    """Field -> what it must be, and the remedy."""
+    RULES: ClassVar[tuple[Rule, ...]] = RULES
+    """What is checked beside the ranges."""
+    RENAMED: ClassVar[dict[str, str]] = {
+        "model_name_or_path": "set model",
+        "dataset_name": "set data, a folder",
+        "per_device_train_batch_size": "set prompts_per_step (groups) and max_tokens_per_microbatch (memory)",
+        "gradient_accumulation_steps": "accumulation follows from max_tokens_per_microbatch",
+        "generation_batch_size": "set prompts_per_step, which counts groups",
+        "num_train_epochs": "set max_steps",
+        "epsilon_low": "set epsilon",
+        "reward_weights": "set identity_weight, judge_weight and text_weight",
+        "vllm_mode": "rollouts are the engine's own",
+        "use_vllm": "rollouts are the engine's own",
+    }
+    """Names that people bring from TRL, and what to set instead."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(config: TrainConfig) -> None:
+    """Raises one ConfigError that lists every setting that cannot work."""
+    problems = normalise(config)
+    if not problems:  # the rules compare numbers, so types come first
+        problems = range_problems(config, config.RANGES)
+        for rule in config.RULES:
+            problems += rule(config)
+    if problems:
+        raise ConfigError.of(problems)
