@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train corl test test-triton test-multinode fuzz check bench gpu clean
+.PHONY: setup train corl test test-triton test-faults test-multinode fuzz check bench gpu clean
 
 setup: $(STAMP)
 
@@ -60,13 +60,17 @@ test-triton: $(TRITONS:%=build/triton/%)
 	$(BIN)/python -m syncr1.kernels.triton_ops.aot --merge $(TRITONS:%=build/triton/%.json) > build/triton/page.md; \
 		code=$$?; test ! -s build/triton/page.md || cp build/triton/page.md bench/results/triton.md; exit $$code
 
+# What takes faults by the dozen: ranks killed, stopped and failed, runs cut off anywhere, nodes lost.
+test-faults: setup
+	$(BIN)/python -m pytest tests/campaigns -n $(JOBS) --dist worksteal $(ARGS)
+
 # Four machines made of network namespaces, one of which is killed; needs root and iproute2.
 test-multinode: setup
-	SYNCR1_FOUR_NODES=1 $(BIN)/python -m pytest tests/test_multinode.py -q $(ARGS)
+	SYNCR1_FOUR_NODES=1 $(BIN)/python -m pytest tests/campaigns/test_multinode.py -q $(ARGS)
 
 # 1,000,000 inputs, new ones every time: about ten minutes of one core.
 fuzz: setup
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_files.py -q -rP -n $(JOBS)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/repo/test_fuzz.py tests/repo/test_fuzz_files.py -q -rP -n $(JOBS)
 
 check: setup
 	$(BIN)/ruff check .
@@ -84,6 +88,7 @@ gpu:
 
 # All providers of an op side by side, then one table with the goals; bench/results/<device>.json holds it.
 bench: setup
+	$(BIN)/python -m pytest tests/bench -q
 	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 	$(BIN)/python bench/table.py
 	$(BIN)/python bench/rollout.py

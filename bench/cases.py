@@ -1,7 +1,7 @@
 """The cases: what is compared with what, on which inputs.
 
 Every provider of a case returns the tensors that it computed, by name; those of one `values` compute the same ones,
-which tests/test_bench.py checks. A floor is what any implementation must do: the bare products of the vendor's library
+which test_bench.py checks. A floor is what any implementation must do: the bare products of the vendor's library
 with preallocated outputs, or the bytes that must move at the speed of a copy.
 """
 

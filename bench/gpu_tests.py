@@ -19,6 +19,12 @@ CHECKS = ("triton_rows", "triton_loss", "triton_sample", "triton_decode_attentio
 """Files with `check_…` functions."""
 
 
+def file_of(name: str) -> Path:
+    """`test_<name>.py` in whichever room it is."""
+    (path,) = TESTS.glob(f"*/test_{name}.py")
+    return path
+
+
 class Recorder:
     """A plugin that hands every result on."""
 
@@ -48,7 +54,7 @@ def _reason(report: Any) -> str:
 
 
 def run(report: Report, pretend: bool, name: str) -> None:
-    """`tests/test_<name>.py`: what is marked gpu, or its checks; in pretence one quick check in the interpreter."""
+    """`test_<name>.py`: what is marked gpu, or its checks; in pretence one quick check in the interpreter."""
     options = ["-q", "-x"] if pretend else ["-q"]
     options += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if name in CHECKS:
@@ -60,7 +66,7 @@ def run(report: Report, pretend: bool, name: str) -> None:
     # Every check compiles kernels for seconds, on one core.
     workers = (os.cpu_count() or 1) // 4 if name in CHECKS and not pretend and importlib.util.find_spec("xdist") else 1
     options += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-p", "no:xdist"]
-    code = pytest.main([str(TESTS / f"test_{name}.py"), *options], plugins=[Recorder(report)])
+    code = pytest.main([str(file_of(name)), *options], plugins=[Recorder(report)])
     lines = report.found.get("lines", [])
     if code == pytest.ExitCode.NO_TESTS_COLLECTED and not lines:
         raise Skipped("nothing there to run")

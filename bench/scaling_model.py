@@ -96,7 +96,7 @@ class Machine:
     gpu_hours: float = 54 * 24 * 16384 / 419
     """Between unexpected interruptions: 419 in 54 days on 16,384 H100 (Llama 3, arXiv 2407.21783, section 3.3.4)."""
     notice: float = 64.0
-    """Seconds until a rank that vanished is given up, at most: engine/processes/watchdog.py; a killed process shows at once."""
+    """Seconds until a rank that vanished is given up, at most (watchdog.py); a killed process shows at once."""
     start: float = 60.0
     """Seconds to start processes, imports and communicators; 30 to 60 on two cores here, assumed for all sizes."""
 

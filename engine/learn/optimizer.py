@@ -1,4 +1,4 @@
-"""Settings of the optimizer, what DeepSpeed is told of them, and the optimizer where DeepSpeed leaves clipping to us."""
+"""The optimizer's settings, what DeepSpeed is told of them, and AdamW where DeepSpeed leaves clipping to us."""
 
 from __future__ import annotations
 

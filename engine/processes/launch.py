@@ -85,8 +85,8 @@ class Request:
 
     def torchrun(self, nodes: int, ranks: int, restarts: int, *more: str) -> list[str]:
         """A node's torchrun; `more` says where nodes meet."""
-        return [sys.executable, "-m", "syncr1.engine.processes.torchrun", f"--nnodes={nodes}", f"--nproc-per-node={ranks}",
-                f"--max-restarts={restarts}", *more, *self.program()]  # fmt: skip
+        flags = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *more]
+        return [sys.executable, "-m", "syncr1.engine.processes.torchrun", *flags, *self.program()]
 
 
 def launch(config: Config, recipe: str | Path, argv: Sequence[str] | None = None) -> Config:

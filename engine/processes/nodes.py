@@ -3,9 +3,9 @@
     launcher ──ssh──► agent on host 1 ──► torchrun ──► ranks
              └─ssh──► agent on host 2 ──► torchrun ──► ranks
 
-An agent (`python -m syncr1.engine.processes.nodes`) reads what it has to do from the first line of its standard input, so that
-neither flags nor environment show in a command line, and ends with everything that it started when its standard input
-ends: nothing is left behind on a machine whose launcher is gone.  Only the standard library is needed.
+An agent (`python -m syncr1.engine.processes.nodes`) reads what it has to do from the first line of its standard input,
+so that neither flags nor environment show in a command line, and ends with everything that it started when its standard
+input ends: nothing is left behind on a machine whose launcher is gone.  Only the standard library is needed.
 """
 
 from __future__ import annotations

@@ -55,11 +55,11 @@ def parse(
 def write_default_yaml(config_type: type, path: str | Path) -> None:
     """Writes every setting's default with its explanation to `path`, as `recipes/*.yaml` are made."""
     command = f'python -c "from {config_type.__module__} import {config_type.__name__} as C; '
+    command += f"from {__name__} import write_default_yaml as w; w(C, '{Path(path).as_posix()}')\""
     Path(path).write_text(
         f"# Every setting of {config_type.__name__} at its default. Copy what you change and pass it with --config.\n"
         f"# Written from the dataclass by:\n"
-        f"#   {command}from syncr1.engine.settings.flags import write_default_yaml as w; w(C, '{Path(path).as_posix()}')\"\n\n"
-        + to_yaml(config_type()),
+        f"#   {command}\n\n" + to_yaml(config_type()),
         encoding="utf-8",
     )
 

@@ -1,0 +1,84 @@
+"""evaluator.py: what an evaluation of CoRL's tasks reports, and how its summary is made."""
+
+from __future__ import annotations
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
+import pytest
+import torch
+from helpers import sharp_policy
+from torch import Tensor
+
+from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.corl.evaluator import CorlEvaluator, CorlScores
+from syncr1.engine.records import Prompt
+from syncr1.engine.rewards.builtin.format import format_reward
+from syncr1.engine.rewards.ensemble import RewardSet
+
+
+def redness(*, images: list[Tensor | None], **_: object) -> list[float | None]:
+    return [None if image is None else float(image[0].mean()) for image in images]
+
+
+def broken(**_: object) -> list[float | None]:
+    raise OSError("the service is away")
+
+
+REWARDS = RewardSet(
+    functions={"red": redness, "away": broken, "format": format_reward},
+    weights=(1.0, 1.0, 1.0),
+    kinds=("image", "image", "text"),
+)
+
+
+def questions(count: int) -> list[Prompt]:
+    return [
+        Prompt(
+            id=f"q{i}", task="mcq", text="which one?", segments=("text",), answer="B", options=("a", "b"), qa_type="MC"
+        )
+        for i in range(count)
+    ]
+
+
+def drawings(count: int) -> list[Prompt]:
+    return [Prompt(id=f"d{i}", task="t2i", text="a red creature", segments=("image",)) for i in range(count)]
+
+
+def test_each_task_gets_its_scores_and_a_failed_reward_is_left_out() -> None:
+    config = CorlConfig(max_completion_length=6, eval_samples=3, eval_cfg_weight=1.0)
+    evaluator = CorlEvaluator(config, {"mcq": questions(5), "t2i": drawings(3)}, REWARDS)
+    assert set(evaluator.image_rewards) == {"red", "away"}
+    found = evaluator(sharp_policy())
+    assert set(found.scores) == {"mcq", "t2i"}
+    # An untrained policy writes no tags: it is neither right nor in the form.
+    answers = {f"{name}/{how}": 0.0 for name in ("score", "format") for how in ("greedy", "sampled")}
+    assert found.scores["mcq"] == {"num_items": 3.0, **answers}
+    assert set(found.scores["t2i"]) == {"num_items", "reward/red"}
+    assert 0.0 < found.scores["t2i"]["reward/red"] < 1.0
+    assert found.summary == {
+        **{f"{name}/{how}": 0.0 for name in ("understanding", "format") for how in ("greedy", "sampled")},
+        "image/red": found.scores["t2i"]["reward/red"],
+    }
+    again = evaluator(sharp_policy())
+    assert again.scores == found.scores
+    drawn = zip(again.examples["t2i"], found.examples["t2i"], strict=True)
+    assert all(torch.equal(a.image, b.image) for a, b in drawn if a.image is not None and b.image is not None)
+
+
+def test_without_rewards_and_readers_drawings_are_only_counted() -> None:
+    evaluator = CorlEvaluator(CorlConfig(eval_cfg_weight=1.0), {"t2i": drawings(2)})
+    assert evaluator(sharp_policy()).scores == {"t2i": {"num_items": 2.0}}
+
+
+def test_the_summary_averages_over_tasks() -> None:
+    scores = {
+        "mcq": {"score/greedy": 1.0, "format/greedy": 0.5, "num_items": 8.0},
+        "oe": {"score/greedy": 0.0, "format/greedy": 1.0},
+        "t2i": {"attributes/checker": 0.25, "reward/tim": 0.5},
+    }
+    assert CorlScores(scores=scores, examples={}).summary == {
+        "understanding/greedy": 0.5,
+        "format/greedy": 0.75,
+        "image/checker": 0.25,
+        "image/tim": pytest.approx(0.5),
+    }

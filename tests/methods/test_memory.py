@@ -1,0 +1,116 @@
+"""memory.py: the estimate beside what real runs hold, counted tensor by tensor on a CPU."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import all_kinds_of_prompts, own_process_group, random_rewards
+
+from syncr1.engine.forward.packing import pack
+from syncr1.engine.methods.dry_run import policy_without_weights
+from syncr1.engine.methods.memory import Memory, PeakBytes, memory_of
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.methods.training import add_adapters, objective_of, settings_of
+from syncr1.engine.rollout.sampler import Sampling
+from syncr1.engine.world.attributes import CONCEPTS
+from syncr1.engine.world.base_model import corpus
+from syncr1.engine.world.tiny_janus import build_policy
+
+MIB = 1 << 20
+
+
+def config_of(**more: Any) -> SyncR1Config:
+    return SyncR1Config(**{"prompts_per_step": 6, "max_completion_length": 8, "preview_fraction": 0.0} | more)
+
+
+def measured(config: SyncR1Config, folder: Path) -> int:
+    """Most bytes that tensors hold, from the building of the model to the end of the second step."""
+    from syncr1.engine.learn.learner import Learner, init_distributed
+
+    gc.collect()
+    with own_process_group(), PeakBytes() as memory:
+        init_distributed()
+        policy: Any = build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=0, freeze_vision=True)
+        policy.to(torch.bfloat16 if config.bf16 else torch.float32)
+        frozen = add_adapters(config, policy)
+        learner = Learner(policy, objective_of(config, policy.num_image_tokens, 8.0), settings_of(config), frozen)
+        gc.collect()
+        memory.peak = memory.live
+        sampler, prompts = learner.rollout_engine(), all_kinds_of_prompts(folder)[:6]
+        sampling = Sampling(num_generations=config.num_generations, cfg_weight=config.cfg_weight, max_text_tokens=8)
+        for _ in range(2):
+            with learner.sampling():
+                rollouts = sampler.generate(prompts, sampling)
+            keep = torch.ones(len(rollouts), dtype=torch.bool)
+            batches = pack(
+                policy,
+                rollouts,
+                random_rewards(len(rollouts)),
+                keep,
+                num_generations=config.num_generations,
+                max_tokens=config.max_tokens_per_microbatch,
+            )
+            learner.update(learner.score(batches))
+        return memory.peak
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"num_generations": 16}, id="whole"),
+        pytest.param({"num_generations": 16, "gradient_checkpointing": True}, id="checkpointing"),
+        pytest.param({"num_generations": 16, "lora_rank": 8}, id="lora"),
+        pytest.param({"num_generations": 16, "max_tokens_per_microbatch": 500}, id="micro-batches"),
+        pytest.param({"num_generations": 8, "bf16": True}, id="bf16"),
+        pytest.param({"num_generations": 8, "zero_stage": 2}, id="zero 2"),
+    ],
+)
+def test_estimate_is_within_10_percent(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(**settings)
+    estimate = memory_of(config, policy_without_weights(None), all_kinds_of_prompts(tmp_path)[:6], 1)
+    found, expected = measured(config, tmp_path), estimate.peak(cache_stays=False)
+    print(f"measured {found / MIB:.1f} MiB, estimated {expected / MIB:.1f} MiB: {expected / found - 1:+.1%}")
+    assert expected == pytest.approx(found, rel=0.1), estimate.lines()
+
+
+def test_peak_bytes_counts_what_is_alive() -> None:
+    with PeakBytes() as memory:
+        first = torch.empty(MIB, dtype=torch.uint8)
+        view = first[: MIB // 2]
+        del first
+        assert memory.live == MIB  # a view keeps the whole
+        second = torch.empty(2 * MIB, dtype=torch.uint8, device="meta")
+        del view, second
+        assert memory.live == 0
+        kept = [torch.empty(MIB, dtype=torch.uint8) for _ in range(2)]
+    assert memory.peak == 3 * MIB and memory.live == 2 * MIB and len(kept) == 2
+
+
+def test_zero_shares_what_it_says(tmp_path: Path) -> None:
+    """Over 4 ranks: optimizer state from stage 1 on, gradients from stage 2 on, weights under stage 3."""
+    prompts = all_kinds_of_prompts(tmp_path)[:6]
+
+    def of(stage: int, ranks: int) -> Memory:
+        return memory_of(config_of(zero_stage=stage), policy_without_weights(None), prompts, ranks)
+
+    alone, shared = ({stage: of(stage, ranks) for stage in range(4)} for ranks in (1, 4))
+    moments = {
+        stage: shared[stage].lasting["AdamW's moments"] / alone[stage].lasting["AdamW's moments"] for stage in alone
+    }
+    assert moments == pytest.approx({0: 1, 1: 0.25, 2: 0.25, 3: 0.25}, abs=1e-4)
+    assert shared[2].update["gradients"] == pytest.approx(alone[2].update["gradients"] / 4, rel=1e-4)
+    assert shared[0].lasting == alone[0].lasting and shared[0].peak() == alone[0].peak()
+    part = "weights, this rank's share"
+    assert shared[3].lasting[part] == pytest.approx(shared[3].lasting["weights"] / 4, rel=1e-4)
+    assert alone[2].lasting[part] == 0
+
+
+def test_lines_add_up(tmp_path: Path) -> None:
+    memory = memory_of(config_of(), policy_without_weights(None), all_kinds_of_prompts(tmp_path)[:6], 1)
+    assert memory.peak() >= memory.peak(cache_stays=False) > sum(memory.lasting.values())
+    assert memory.lines()[-1].endswith("in all, at the worst moment")
+    assert not any(" 0.00 " in line for line in memory.lines())

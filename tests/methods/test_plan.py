@@ -1,0 +1,130 @@
+"""dry_run.py and `--dry_run`: what a run would be, and what would stop it, without a GPU and without weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from children import ChildrenSeconds
+from helpers import all_kinds_of_prompts, cache_folder, environment, make_prompt, short_base
+from PIL import Image
+from recipe_cases import leaks, recipe_here, started
+
+from syncr1.engine.errors import ConfigError, PictureError
+from syncr1.engine.methods.dry_run import check_batch, policy_without_weights, show
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.policies.auto import load_policy
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return short_base(tmp_path_factory)
+
+
+def test_shapes_are_those_of_the_checkpoint_and_no_weight_is_read(base: Path, tmp_path: Path) -> None:
+    loaded = load_policy(base)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":
+            (bare / path.name).write_bytes(path.read_bytes())
+    policy = policy_without_weights(str(bare))
+    assert {p.device.type for p in policy.parameters()} == {"meta"}
+    expected = {name: (p.shape, p.requires_grad) for name, p in loaded.named_parameters()}
+    assert {name: (p.shape, p.requires_grad) for name, p in policy.named_parameters()} == expected
+    prompt = make_prompt("what is it?")
+    assert torch.equal(policy.prompt_tokens(prompt), loaded.prompt_tokens(prompt))
+    (bare / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="emu3 or janus"):
+        policy_without_weights(str(bare))
+
+
+def test_a_batch_is_checked(tmp_path: Path) -> None:
+    policy, config = policy_without_weights(None), SyncR1Config()
+    check_batch(config, policy, all_kinds_of_prompts(tmp_path))
+    broken = tmp_path / "broken.png"
+    Image.new("RGB", (8, 8)).save(broken)
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(PictureError, match="broken"):
+        check_batch(config, policy, [make_prompt("who?", ("text",), broken)])
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        check_batch(config, policy, [make_prompt("why " * 600)])
+
+
+def said(config: SyncR1Config, folder: Path) -> str:
+    lines: list[str] = []
+    show(config, lambda ranks: all_kinds_of_prompts(folder)[: 8 // ranks], lines.append)
+    return "\n".join(lines)
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test that trained in this process has left, or the machine's own."""
+    for name in {*os.environ} - {*environment()} | {"SLURM_JOB_ID", "SYNCR1_HOSTFILE"}:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_plan_tells_ranks_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sync_r1.py", "--nodes", "2"])
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    out = said(SyncR1Config(nodes=2, hostfile=tmp_path / "hosts", zero_stage=2), tmp_path)
+    assert "plan: 2 nodes, 4 ranks, ZeRO stage 2" in out and "a, b" in out
+    assert "in all, at the worst moment" in out and "first step's 2 prompts of a rank" in out
+
+
+def test_nodes_that_cannot_be_had_are_part_of_the_plan(tmp_path: Path) -> None:
+    out = said(SyncR1Config(nodes=4, ranks_per_node=2), tmp_path)
+    assert "plan: 4 nodes, 8 ranks" in out and "exit code 2" in out and "sbatch --nodes=4" in out
+
+
+def test_what_would_stop_the_run_stops_the_plan() -> None:
+    def refuse(ranks: int) -> Any:
+        raise ValueError(f"not for {ranks} ranks")
+
+    with pytest.raises(ConfigError, match="not for 1 ranks"):
+        show(SyncR1Config(), refuse, lambda _: None)
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_recipe_needs_less_than_a_minute(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """A process that loads everything; nothing is written, and no secret is said."""
+    flags = ["--nodes", 4, "--zero_stage", 2, "--judge_key_env", "JUDGE_KEY", "--output_dir", tmp_path / "run"]
+    with ChildrenSeconds() as seconds:
+        out = started(cache_folder(tmp_path_factory), "sync_r1.py", "--dry_run", *flags)
+    assert seconds.used < 60
+    for words in ("zero_stage: 2", "plan: 4 nodes, 4 ranks", "sbatch --nodes=4", "in all", "lengths checked"):
+        assert words in out
+    assert leaks(out.encode()) == [] and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def cache_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the runs of this session keep the rendered world."""
+    folder = cache_folder(tmp_path_factory)
+    monkeypatch.setenv("SYNCR1_CACHE", str(folder))
+    return folder
+
+
+def test_dry_run_shows_settings_and_prompts(
+    base: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dry_run", "--model", base, "--output_dir", tmp_path / "run", "--max_steps", 7]
+    out, _ = recipe_here(capsys, "sync_r1.py", *flags)
+    settings, prompts = out[out.index("model:") : out.index("plan:")], out.rpartition("data: ")[2]
+    assert yaml.safe_load(settings)["max_steps"] == 7
+    assert len(re.findall(r"->", prompts)) == 16 and not (tmp_path / "run").exists()
+
+
+def test_a_plan_that_cannot_be_ends_with_a_message(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--dry_run", "--nodes", "5", "--prompts_per_step", "16"]
+    _, err = recipe_here(capsys, "sync_r1.py", *flags, expected=2)
+    assert "multiple of the 5 ranks" in err and "Traceback" not in err

@@ -1,0 +1,93 @@
+"""interrupts.py: the first Ctrl-C is a request, the second one is heard at once, and both end with the block."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from syncr1.engine.errors import EXIT_PREEMPTED, Preempted
+from syncr1.engine.processes.interrupts import PREEMPTING, Interrupts, preemptible
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal() -> Iterator[None]:
+    """A shell's background jobs ignore Ctrl-C from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_first_is_a_request_and_the_second_is_not() -> None:
+    said: list[str] = []
+    with Interrupts(said.append) as interrupts:
+        assert not interrupts.stop
+        interrupt()
+        assert interrupts.stop and len(said) == 1
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+
+
+def test_one_that_strikes_in_a_destructor_is_not_lost() -> None:
+    class Struck:
+        def __del__(self) -> None:
+            interrupt()
+
+    with Interrupts() as interrupts:
+        struck = Struck()
+        del struck
+        gc.collect()
+        assert interrupts.stop
+
+
+def test_handlers_are_put_back_and_other_threads_leave_them() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
+
+    def elsewhere() -> None:
+        with Interrupts() as interrupts:
+            assert not interrupts.stop and signal.getsignal(signal.SIGINT) == before
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("number", PREEMPTING)
+def test_schedulers_ask_once_and_are_never_early(number: signal.Signals) -> None:
+    said: list[str] = []
+    called: list[int] = []
+    with Interrupts(said.append, lambda: called.append(1)) as interrupts:
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+        assert interrupts.preempt and not interrupts.stop
+        assert called == [1] and len(said) == 1 and number.name in said[0]
+
+
+@pytest.mark.parametrize("number", PREEMPTING)
+def test_outside_of_training_they_end_at_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Preempted, match=f"{number.name}: nothing to save") as ended, preemptible("nothing to save"):
+        os.kill(os.getpid(), number)
+        signal.pause()
+    assert ended.value.code == EXIT_PREEMPTED and not ended.value.together
+    assert signal.getsignal(number) == before
+
+
+def test_inside_training_they_wait() -> None:
+    """The loop's flags stand before the run's."""
+    with preemptible("outside"), Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.preempt

@@ -1,0 +1,158 @@
+"""A small training that can be stopped and resumed anywhere; as a script, one rank of two that does so.
+
+`torchrun --nproc_per_node 2 tests/support/resume_cases.py OUT` is the worker of `test_resume.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
+import torch
+import torch.distributed as dist
+from helpers import everything_partitioned, sharp_policy
+from torch import Tensor
+
+from syncr1.engine.checkpoints import sharded as checkpoint
+from syncr1.engine.checkpoints.optimizer_state import optimizer_tensors
+from syncr1.engine.checkpoints.sharded import folders, verified
+from syncr1.engine.data.prompt_stream import PromptStream
+from syncr1.engine.data.prompts import load_anchors, load_training_prompts
+from syncr1.engine.errors import CheckpointError
+from syncr1.engine.learn.learner import Learner, init_distributed
+from syncr1.engine.learn.trainer import Trainer
+from syncr1.engine.methods.resume import Checkpoints
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set
+from syncr1.engine.methods.training import objective_of, settings_of
+from syncr1.engine.policies.base import Policy
+from syncr1.engine.policies.lora import add_lora
+from syncr1.engine.records import Rollout, StepMetrics
+from syncr1.engine.rewards.ensemble import RewardSet
+
+TIMES = {"step_time", "tokens_per_second"}
+
+
+def config_of(**changes: Any) -> SyncR1Config:
+    """Few prompts, so that a few steps are more than an epoch; a preview, so that its threshold moves."""
+    small: dict[str, Any] = {
+        "max_steps": 4, "prompts_per_step": 4, "num_generations": 4, "warmup_steps": 1, "learning_rate": 1e-3,
+        "max_completion_length": 6, "anchor_fraction": 0.25, "beta": 0.02, "preview_fraction": 0.25,
+    }  # fmt: skip
+    return SyncR1Config(**(small | changes))
+
+
+class Training:
+    """A trainer with everything real around it, and what it did."""
+
+    def __init__(self, config: SyncR1Config, world: Path, root: Path, rewards: RewardSet, *,
+                 policy: Policy | None = None, num_prompts: int = 9) -> None:  # fmt: skip
+        self.rewards = rewards
+        policy = sharp_policy() if policy is None else policy
+        if config.lora_rank:
+            add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed)
+        self.learner = Learner(
+            policy, objective_of(config, policy.num_image_tokens, config.anchor_beta), settings_of(config)
+        )
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        prompts, anchors = load_training_prompts(world)[:: 97 // num_prompts][:num_prompts], load_anchors(world)[:3]
+        stream = PromptStream(prompts, anchors, config.seed, config.prompts_per_step, config.anchor_fraction, rank,
+                              world_size)  # fmt: skip
+        self.steps: list[tuple[StepMetrics, Sequence[Rollout], Tensor]] = []
+        self.trainer = Trainer(config, self.learner, stream, rewards, build_preview(config, rewards),
+                               lambda *step: self.steps.append(step))  # fmt: skip
+        self.checkpoints = Checkpoints(config, root, self.learner, stream)
+
+    def to(self, step: int, *, saving: bool = False) -> Training:
+        """Trains to `step`, saving after each if asked for."""
+        while self.trainer.step < step:
+            self.trainer.train_step()
+            if saving:
+                self.checkpoints.save(self.trainer)
+        self.checkpoints.wait()
+        return self
+
+    def resume(self, step: int) -> Training:
+        self.checkpoints.restore(self.trainer, verified(self.checkpoints.root / f"step_{step:06d}"))
+        return self
+
+    def record(self) -> dict[int, Any]:
+        """Step -> everything that was measured, every token that was sampled, every reward, to the last bit."""
+        told = {}
+        for metrics, rollouts, totals in self.steps:
+            values = {name: value for name, value in metrics.values.items() if name not in TIMES}
+            sampled = [(r.uid, r.text, [(s.tokens.tolist(), s.logp.tolist()) for s in r.segments]) for r in rollouts]
+            told[metrics.step] = repr((values, sampled, totals.tolist()))
+        return told
+
+    def state(self) -> dict[str, Tensor]:
+        """Trained weights and the optimizer's state."""
+        with self.learner.sampling() as policy:
+            tensors = {name: p.detach().clone() for name, p in policy.named_parameters()}
+        return tensors | {f"optimizer {n}": t.clone() for n, t in optimizer_tensors(self.learner.optimizer).items()}
+
+
+def assert_same(resumed: Training, whole: Training) -> None:
+    """The resumed training did what the whole one did after the cut, bit by bit."""
+    got, expected = resumed.record(), whole.record()
+    assert got and all(expected[step] == told for step, told in got.items()), sorted(got)
+    a, b = resumed.state(), whole.state()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class FullDisk:
+    """`os` on a disk that is full."""
+
+    def __getattr__(self, name: str) -> Any:
+        def write(*_: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+        return write if name == "write" else getattr(os, name)
+
+
+def fails_together(training: Training) -> None:
+    """One rank's disk is full: both get the same error, and what was there stays."""
+    before = [path.name for path in folders(training.checkpoints.root)]
+    training.to(training.trainer.step + 1)
+    real = checkpoint.os
+    try:
+        if dist.get_rank() == 1:
+            checkpoint.os = FullDisk()  # type: ignore[assignment]
+        training.checkpoints.save(training.trainer)
+        training.checkpoints.wait()
+    except CheckpointError as error:
+        assert "rank 1" in str(error) and "rank 0" not in str(error) and "No space left" in str(error)
+    else:
+        raise AssertionError("a full disk was not noticed")
+    finally:
+        checkpoint.os = real
+    dist.barrier()
+    assert [path.name for path in folders(training.checkpoints.root)] == before
+    assert not list(training.checkpoints.root.glob(".draft-*"))
+
+
+def main(folder: Path) -> None:
+    """Under ZeRO 0, 2 and 3: four steps at a stretch, and the last two again from a checkpoint."""
+    torch.set_num_threads(1)
+    init_distributed()
+    world = folder / "world"
+    rewards = build_reward_set(config_of(), sharp_policy(), load_training_prompts(world))
+    for stage in (0, 2, 3):
+        config, root = config_of(zero_stage=stage, num_iterations=2 if stage == 2 else 1), folder / f"zero_{stage}"
+        whole = Training(config, world, root, rewards).to(2, saving=True).to(4)
+        resumed = Training(config, world, root, rewards).resume(2).to(4)
+        assert_same(resumed, whole)
+        fails_together(resumed)
+    if dist.get_rank() == 0:
+        (folder / "done.json").write_text(json.dumps({"ranks": dist.get_world_size()}))
+
+
+if __name__ == "__main__":
+    with everything_partitioned():
+        main(Path(sys.argv[1]))
