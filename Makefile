@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train corl test test-triton test-faults test-multinode fuzz check bench gpu clean
+.PHONY: setup train corl test test-triton test-faults test-multinode fuzz check pyright package bench gpu clean
 
 setup: $(STAMP)
 
@@ -77,6 +77,16 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy syncr1/kernels syncr1/engine $(wildcard recipes/*.py)
 	$(BIN)/python -m pytest tests -m "not slow" -q -n $(JOBS) --dist worksteal
+
+# Every import as editors resolve it, through the links syncr1/{kernels,engine}.
+pyright: setup
+	@test -x build/pyright/bin/pyright || ($(PYTHON) -m venv build/pyright && \
+		build/pyright/bin/pip install --quiet --disable-pip-version-check "pyright[nodejs]")
+	build/pyright/bin/pyright
+
+# The wheel, built, installed into an empty folder and used from there.
+package: setup
+	$(BIN)/python -m pytest tests/campaigns/test_wheel.py -q $(ARGS)
 
 # On a machine with a GPU, with or without a network: checks, benchmarks, tests and profiles in nine minutes, one page
 # under $(OUT). Nothing is installed: .venv serves where there is one, else the machine's python3, or PYTHON=...
