@@ -1,9 +1,9 @@
 """Pages of the docs site that are made when it is built, so that they cannot be out of date.
 
-    ops.md     kernels/README.md          notes.md   NOTES.md
-    flags.md   every setting of every recipe, from its dataclass
-    api.md     docs/api.md with every public op in place of its mark
-    files.md   every file of engine/ and kernels/ with the first line of its docstring
+ops.md     kernels/README.md          notes.md   NOTES.md
+flags.md   every setting of every recipe, from its dataclass
+api.md     docs/api.md with every public op in place of its mark
+files.md   every file of engine/ and kernels/ with the first line of its docstring
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+from typing import TYPE_CHECKING, Any
 
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.settings.schema import to_yaml
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = "<!-- every public op -->"
@@ -42,6 +43,8 @@ Every Python file of the two packages and what it is for; a room of `engine/` us
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that have no file of their own."""
+    from mkdocs.structure.files import File
+
     for name, content in {
         "ops.md": (ROOT / "kernels" / "README.md").read_text(),
         "notes.md": (ROOT / "NOTES.md").read_text(),
