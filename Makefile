@@ -81,7 +81,7 @@ check: setup
 # The docs site, without a network, into build/site; pages link to each other, or it fails. For the search in it:
 # python -m http.server -d build/site
 docs: setup
-	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # On a machine with a GPU, with or without a network: checks, benchmarks, tests and profiles in nine minutes, one page
 # under $(OUT). Nothing is installed: .venv serves where there is one, else the machine's python3, or PYTHON=...

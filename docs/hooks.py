@@ -46,8 +46,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
     for name, content in {
-        "ops.md": (ROOT / "kernels" / "README.md").read_text(),
-        "notes.md": (ROOT / "NOTES.md").read_text(),
+        "ops.md": included("kernels/README.md"),
+        "notes.md": included("NOTES.md"),
+        "contributing.md": included("CONTRIBUTING.md"),
         "flags.md": FLAGS_INTRO + "".join(flags()),
         "files.md": FILES_INTRO + "".join(listing()),
     }.items():
@@ -58,6 +59,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """The public ops in place of their mark."""
     return markdown.replace(OPS, "\n\n".join(f"::: syncr1.kernels.api.{name}" for name in public_ops()))
+
+
+def included(name: str) -> str:
+    """A page of the repository; its links to other files, which the site does not have, become their words."""
+    return re.sub(r"\[([^\]\n]+)\]\((?!https?:|#)[^)\n]*\)", r"\1", (ROOT / name).read_text())
 
 
 def public_ops() -> list[str]:
