@@ -1,6 +1,6 @@
 """Pages of the docs site that are made when it is built, so that they cannot be out of date.
 
-ops.md     kernels/README.md          notes.md   NOTES.md
+ops.md, notes.md, contributing.md   kernels/README.md, NOTES.md, CONTRIBUTING.md
 flags.md   every setting of every recipe, from its dataclass
 api.md     docs/api.md with every public op in place of its mark
 files.md   every file of engine/ and kernels/ with the first line of its docstring

@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import ROOT
 
 from syncr1.engine.settings.flags import parse
 from syncr1.engine.settings.schema import to_yaml
 
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "kernels/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 NAMED = re.compile(
     r"(?<![\w/.*])((?:recipes|bench|engine|kernels|docs|tests|examples)/[\w./-]*\w\.(?:py|md|yaml|json|sbatch))"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from syncr1.engine import rewards
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.judge.llm_judge import FIELDS
@@ -17,7 +21,8 @@ from syncr1.engine.rewards.yours.adapters import ADAPTERS
 from syncr1.engine.rewards.yours.custom import load_reward, reward_name
 from syncr1.engine.settings.flags import parse
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "rewards.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -61,3 +66,10 @@ def test_tables_name_what_there_is() -> None:
     assert named <= set(columns_of([drawing(0, 0.5)]))
     assert [cell.strip("`") for cell in adapters] == list(ADAPTERS)
     assert all(f"`{{{field}}}`" in PAGE for field in FIELDS)
+
+
+def test_the_short_names_load_nothing_before_they_are_used() -> None:
+    assert all(callable(getattr(rewards, name)) or name == "ADAPTERS" for name in rewards.__all__)
+    assert rewards.ADAPTERS is ADAPTERS
+    code = "import sys, syncr1.engine.rewards; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."})
