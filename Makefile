@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train corl test test-triton test-faults test-multinode fuzz check pyright package bench gpu clean
+.PHONY: setup train corl test test-triton test-faults test-multinode fuzz check pyright package docs bench gpu clean
 
 setup: $(STAMP)
 
@@ -87,6 +87,11 @@ pyright: setup
 # The wheel, built, installed into an empty folder and used from there.
 package: setup
 	$(BIN)/python -m pytest tests/campaigns/test_wheel.py -q $(ARGS)
+
+# The docs site, without a network, into build/site; pages link to each other, or it fails. For the search in it:
+# python -m http.server -d build/site
+docs: setup
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # On a machine with a GPU, with or without a network: checks, benchmarks, tests and profiles in nine minutes, one page
 # under $(OUT). Nothing is installed: .venv serves where there is one, else the machine's python3, or PYTHON=...

@@ -1,0 +1,119 @@
+"""Pages of the docs site that are made when it is built, so that they cannot be out of date.
+
+ops.md, notes.md, contributing.md   kernels/README.md, NOTES.md, CONTRIBUTING.md
+flags.md   every setting of every recipe, from its dataclass
+api.md     docs/api.md with every public op in place of its mark
+files.md   every file of engine/ and kernels/ with the first line of its docstring
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.methods.evaluation_config import EvaluateConfig
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.settings.schema import to_yaml
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = "<!-- every public op -->"
+FLAGS_INTRO = """# Flags
+
+Every setting, as the recipes' dataclasses explain it; the value shown is the default. On the command line it is
+`--name value`, in a file for `--config` it is `name: value`. A flag goes before the file, the file before the default.
+Whatever is wrong is said at once, in less than a second, with what was expected, what came and what to do.
+"""
+FILES_INTRO = """# Files
+
+Every Python file of the two packages and what it is for; a room of `engine/` uses only those that stand before it in
+`ROOMS` of `tests/repo/test_repo.py`.
+"""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages that have no file of their own."""
+    from mkdocs.structure.files import File
+
+    for name, content in {
+        "ops.md": included("kernels/README.md"),
+        "notes.md": included("NOTES.md"),
+        "contributing.md": included("CONTRIBUTING.md"),
+        "flags.md": FLAGS_INTRO + "".join(flags()),
+        "files.md": FILES_INTRO + "".join(listing()),
+    }.items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The public ops in place of their mark."""
+    return markdown.replace(OPS, "\n\n".join(f"::: syncr1.kernels.api.{name}" for name in public_ops()))
+
+
+def included(name: str) -> str:
+    """A page of the repository; its links to other files, which the site does not have, become their words."""
+    return re.sub(r"\[([^\]\n]+)\]\((?!https?:|#)[^)\n]*\)", r"\1", (ROOT / name).read_text())
+
+
+def public_ops() -> list[str]:
+    """`__all__` of the ops' front door, read and not imported: torch takes seconds."""
+    for node in ast.parse((ROOT / "kernels" / "api.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    raise ValueError("kernels/api.py: expected __all__, found none")
+
+
+def recipes() -> Iterator[tuple[str, Any]]:
+    """(recipe, its settings); what merge.py cannot do without is given as an example."""
+    yield "sync_r1.py", SyncR1Config()
+    yield "corl.py", CorlConfig()
+    yield "evaluate.py", EvaluateConfig()
+    spec = importlib.util.spec_from_file_location("merge_recipe", ROOT / "recipes" / "merge.py")
+    assert spec is not None and spec.loader is not None
+    merge = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(merge)
+    yield "merge.py", merge.MergeConfig(base="your/base", models=("your/mcq", "your/oe"), output="merged")
+
+
+def flags() -> Iterator[str]:
+    """Markdown of every recipe's settings, read from the YAML that explains them."""
+    for recipe, settings in recipes():
+        yield f"\n## recipes/{recipe}\n"
+        said: list[str] = []
+        for line in to_yaml(settings).splitlines():
+            if title := re.fullmatch(r"# (.+?) -+", line):
+                anchor = re.sub(r"\W+", "-", f"{recipe[:-3]} {title[1].lower()}")
+                yield f"\n### {title[1]} {{ #{anchor} }}\n\n"
+            elif line.startswith("# "):
+                said.append(line[2:])
+            elif line:
+                name, _, value = line.partition(": ")
+                yield f"- **`--{name}`** (`{value}`): {escaped(' '.join(said))}\n"
+                said = []
+
+
+def listing() -> Iterator[str]:
+    """Markdown of every module with the first line of its docstring, folder by folder."""
+    for package in ("engine", "kernels"):
+        for folder in sorted({path.parent for path in (ROOT / package).rglob("*.py")}):
+            yield f"\n## {folder.relative_to(ROOT)}/\n\n"
+            for path in sorted(folder.glob("*.py"), key=lambda path: (path.name != "__init__.py", path.name)):
+                said = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+                yield f"{escaped(said)}\n\n" if path.name == "__init__.py" else f"- `{path.name}`: {escaped(said)}\n"
+
+
+def escaped(text: str) -> str:
+    """Plain words as Markdown: what stands in backticks is code, all else means itself."""
+    parts = text.split("`")
+    return "`".join(re.sub(r"([\\*_<>\[\]])", r"\\\1", p) if i % 2 == 0 else p for i, p in enumerate(parts))

@@ -1,0 +1,228 @@
+"""README, docs/ and the reference of the ops say what is true: code runs, commands parse, names and numbers exist.
+
+What is special to the pages on data and rewards is in test_docs_data.py and test_docs_rewards.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from syncr1.engine.settings.flags import parse
+from syncr1.engine.settings.schema import to_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "kernels/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+NAMED = re.compile(
+    r"(?<![\w/.*])((?:recipes|bench|engine|kernels|docs|tests|examples)/[\w./-]*\w\.(?:py|md|yaml|json|sbatch))"
+)
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(page), re.MULTILINE | re.DOTALL)
+
+
+def with_blocks(language: str) -> list[str]:
+    return [page for page in PAGES if blocks(page, language)]
+
+
+@cache
+def hooks() -> ModuleType:
+    """docs/hooks.py, which knows every recipe's settings."""
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def settings() -> dict[str, Any]:
+    """Recipe -> one of its settings objects."""
+    return dict(hooks().recipes())
+
+
+# Python ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [page for page in with_blocks("python") if "syncr1.kernels.trl" not in text_of(page)])
+def test_python_runs(page: str) -> None:
+    scope: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), scope)  # blocks build on those before them
+
+
+@pytest.mark.slow
+def test_python_that_patches_trl_runs_as_it_is_printed() -> None:
+    """In an interpreter of its own: nothing that the page does not import is there."""
+    pytest.importorskip("trl")
+    (page,) = (page for page in with_blocks("python") if "syncr1.kernels.trl" in text_of(page))
+    command = [sys.executable, "-c", "\n".join(blocks(page, "python"))]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "clip_low/text" in done.stdout
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+def commands(page: str) -> list[list[str]]:
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that has what the pages' commands name."""
+    for folder in (
+        "unifybench",
+        "W0",
+        "MCQ",
+        "OE",
+        "runs/sync_r1/checkpoints/last",
+        "runs/corl/unified/checkpoints/last",
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "runs" / "evaluate").mkdir()
+    for name in ("prompts.jsonl", "evaluation_metadata.jsonl", "runs/evaluate/manifest.json"):
+        (tmp_path / name).write_text("{}")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", with_blocks("bash"))
+def test_commands_are_taken(page: str, workplace: Path) -> None:
+    """Recipes by their own settings, values included; other scripts and make's targets are there."""
+    makefile = text_of("Makefile")
+    for words in commands(page):
+        script = next((word for word in words if word.endswith(".py")), None)
+        if script is None:
+            assert words[0] == "make" and re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+            continue
+        flags = words[words.index(script) + 1 :]
+        assert words[0] in (".venv/bin/python", "python", "torchrun") and (ROOT / script).is_file(), words
+        recipe = script.removeprefix("recipes/")
+        if recipe in settings() and "--help" not in flags:
+            embedded = recipe == "corl.py" and not {"--model", "--data", "--config"} & set(flags)
+            default = ROOT / "recipes" / "corl_tiny.yaml" if embedded else None
+            parse(type(settings()[recipe]), flags, default_yaml=default)
+        else:
+            assert all(flag.partition("=")[0] in (ROOT / script).read_text() for flag in flags if flag != "--help"
+                       and flag.startswith("--")), words  # fmt: skip
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_flags_that_a_page_names_exist(page: str) -> None:
+    text = text_of(page)
+    assert [name for name in NAMED.findall(text) if not (ROOT / name).exists()] == []
+    known = {f"--{name}" for config in settings().values() for name in yaml.safe_load(to_yaml(config, comments=False))}
+    scripts = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
+    named = {flag for code in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"(?<!\S)--[a-z]\w+", code)}
+    others = {"--no", "--max_restarts", "--tool"}
+    assert [flag for flag in sorted(named - known - others) if f'"{flag}"' not in scripts] == []
+
+
+def test_the_readme_s_tree_has_every_room() -> None:
+    tree = text_of("README.md").split("## The tree")[1].split("## Limits")[0]
+    rooms = [path.name for path in (ROOT / "engine").iterdir() if (path / "__init__.py").is_file()]
+    assert len(rooms) > 10 and [room for room in rooms if f" {room}/" not in tree] == []
+
+
+def test_every_public_op_is_in_the_reference() -> None:
+    from syncr1.kernels import api
+
+    ops = [name for name in hooks().public_ops() if callable(getattr(api, name)) and name[0].islower()]
+    assert ops and [name for name in ops if not re.search(rf"`[^`\n]*\b{name}\b", text_of("kernels/README.md"))] == []
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+ROWS = {
+    "questions about a photo of a creature": "vqa",
+    "questions about a creature, no photo": "qa",
+    "what an indirect request means (share of its words)": "rea",
+    "what a long indirect request means (share of its words)": "dense_rea",
+    "**recognition**: is this creature in the photo? (.5 is chance)": "rec",
+    "*not trained on:* questions about photos of nobody in particular": "general_vqa",
+    "a creature at its place": "pure_gen",
+    "the same, asked at length": "dense_gen",
+    "what an indirect request means": "rea_gen",
+    "what a long indirect request means": "dense_rea_gen",
+    "*not trained on:* captions without a creature": "general_image",
+}
+
+
+def test_the_readme_s_table_is_what_was_measured() -> None:
+    """Every held-out task of a run is in it; means and standard deviations over the seeds of ablations.json."""
+    runs = json.loads((ROOT / "bench" / "results" / "ablations.json").read_text())["default"]
+    table = re.search(r"<!-- results -->(.*)<!-- /results -->", text_of("README.md"), re.DOTALL)
+    assert table is not None
+    rows = {cells[0]: cells[1:] for line in table[1].splitlines() if len(cells := re.findall(r"[^|]+", line)) == 4}
+    rows = {
+        name.strip(): [cell.strip() for cell in cells] for name, cells in rows.items() if cells[0].strip().isdigit()
+    }
+    assert {name.split("/")[1] for name in runs[0] if "/num_items" in name and "before" in name} == set(ROWS.values())
+    assert rows.keys() == ROWS.keys()
+    for name, task in ROWS.items():
+        is_drawn = f"before/{task}/attributes/checker" in runs[0]
+        measures = ("all_right/checker", "attributes/checker") if is_drawn else ("score/sampled", "score/greedy")
+        assert rows[name] == [f"{runs[0][f'before/{task}/num_items']:.0f}", *(cell(runs, task, m) for m in measures)]
+
+
+def cell(runs: list[dict[str, float]], task: str, measure: str) -> str:
+    before, after = ([run[f"{when}/{task}/{measure}"] for run in runs] for when in ("before", "after"))
+    spread = statistics.stdev(b - a for a, b in zip(before, after, strict=True))
+    numbers = statistics.mean(before), statistics.mean(after), spread
+    return "{} → {} ± {}".format(*(f"{number:.3f}".removeprefix("0") for number in numbers))
+
+
+def test_the_readme_is_of_one_sitting() -> None:
+    assert len(text_of("README.md").splitlines()) <= 180
+
+
+# The site -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_site_is_built_and_needs_nobody(tmp_path: Path) -> None:
+    """Strictly, so every link and anchor resolves (not with --quiet, which lets warnings pass); its pages load nothing
+    from another machine."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": ".", "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.name: path.read_text() for path in tmp_path.glob("*.html")}
+    assert {Path(page).with_suffix(".html").name for page in PAGES if page.startswith("docs/")} <= pages.keys()
+    loads = r"""<(?:script|img|link|iframe)[^>]+(?:src|href)=["']?(https?:)?//"""
+    assert [name for name, page in pages.items() if re.search(loads, page)] == []
+    assert [op for op in hooks().public_ops() if f'id="syncr1.kernels.api.{op}"' not in pages["api.html"]] == []
+    for config in settings().values():
+        names = yaml.safe_load(to_yaml(config, comments=False))
+        assert [name for name in names if f"<code>--{name}</code>" not in pages["flags.html"]] == []
