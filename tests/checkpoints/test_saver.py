@@ -85,8 +85,9 @@ def test_the_process_ends_in_order(tmp_path: Path, seconds: float, end: str, cod
     script = textwrap.dedent(END).format(seconds=seconds, root=str(tmp_path), end=end)
     if "_exit" in end:
         script = script.replace(end, f"time.sleep(0.5)\n{end}")
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), timeout=60, capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment(), timeout=60, capture_output=True, text=True
+    )
     assert done.returncode == code, done.stderr[-2000:]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
     if "step_000001" in left:
