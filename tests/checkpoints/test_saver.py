@@ -55,7 +55,7 @@ END = """
     import os, sys, time
     from pathlib import Path
     import torch
-    from syncr1.engine import checkpoint, saver
+    from syncr1.engine.checkpoints import saver, sharded
     saver.GRACE_SECONDS = 2.0
     class SlowDisk:
         def __getattr__(self, name):
@@ -63,10 +63,10 @@ END = """
         def write(self, file, data):
             time.sleep({seconds})
             return os.write(file, data)
-    checkpoint.os = SlowDisk()
+    sharded.os = SlowDisk()
     saving = saver.Saver()
     root = Path({root!r})
-    saving.start(lambda: checkpoint.save(root, 1, {{"a": torch.ones(3)}}, {{}}))
+    saving.start(lambda: sharded.save(root, 1, {{"a": torch.ones(3)}}, {{}}))
     {end}
 """
 
