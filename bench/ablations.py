@@ -34,9 +34,15 @@ VARIANTS: dict[str, list[str]] = {
     "no_anchors": ["--anchor_fraction", "0"],
 }
 SUMMARY = (
-    "understanding/sampled", "understanding/greedy", "image/checker", "image/cnn",
-    "general_vqa/sampled", "general_vqa/greedy", "general_image/checker", "general_image/cnn",
-)  # fmt: skip
+    "understanding/sampled",
+    "understanding/greedy",
+    "image/checker",
+    "image/cnn",
+    "general_vqa/sampled",
+    "general_vqa/greedy",
+    "general_image/checker",
+    "general_image/cnn",
+)
 
 
 def run_recipe(name: str, arguments: list[str], log: Path) -> float:

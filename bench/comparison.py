@@ -120,9 +120,11 @@ class Goal:
 
     def line(self, shape: str) -> dict[str, Any]:
         """As table.py writes it."""
-        met = None if self.measured is None else (
-            self.measured <= self.bound if self.at_most else self.measured >= self.bound
-        )  # fmt: skip
+        met = (
+            None
+            if self.measured is None
+            else (self.measured <= self.bound if self.at_most else self.measured >= self.bound)
+        )
         sign = "<=" if self.at_most else ">="
         text = f"{self.text} ({shape}): {sign} {self.bound:.3g} {self.unit}"
         line = {"goal": text, "measured": self.measured, "met": met}
@@ -195,8 +197,9 @@ class Comparison:
             times = " | ".join(f"{row[key]:.3g} s" for key in ("median", "p20", "p80"))
             ratio = "" if row["to_ours"] is None else f"{row['to_ours']:.2f}"
             share = "" if row["of_floor"] is None else f"{row['of_floor']:.0%}"
-            sizes = " | ".join("" if (n := row.get(key)) is None else f"{n / MIB:.1f} MiB"
-                               for key in ("kv_bytes", "peak_extra_bytes"))  # fmt: skip
+            sizes = " | ".join(
+                "" if (n := row.get(key)) is None else f"{n / MIB:.1f} MiB" for key in ("kv_bytes", "peak_extra_bytes")
+            )
             spent = f"{row['cpu_seconds']:.3g} s"
             lines.append(f"| {row['provider']} | {times} | {ratio} | {share} | {spent} | {sizes} |")
         lines += ["", self._stage_table()]
@@ -232,9 +235,12 @@ def keep_freed_memory(reserve: int) -> None:
 
 
 def compare(
-    case: Case, device: str, budget: Budget, peaks: Callable[[Provider], Mapping[str, Any]] | None,
+    case: Case,
+    device: str,
+    budget: Budget,
+    peaks: Callable[[Provider], Mapping[str, Any]] | None,
     so_far: Callable[[Comparison], None] = lambda _: None,
-) -> Comparison:  # fmt: skip
+) -> Comparison:
     """Times every provider, then asks for peaks where they are wanted; `so_far` is told what is known in between."""
     floor = case.floor() if case.floor is not None else {}
     times = measure({p.name: p.prepare for p in case.providers}, clock_for("hot", device), budget)
@@ -328,8 +334,13 @@ def run_cases(
 def entry_of(found: Comparison) -> dict[str, Any]:
     """A case as the files have it."""
     case = found.case
-    return {"title": case.title, "shape": case.shape, "rows": found.rows(), "floor": dict(found.floor),
-            "skipped": dict(found.skipped)}  # fmt: skip
+    return {
+        "title": case.title,
+        "shape": case.shape,
+        "rows": found.rows(),
+        "floor": dict(found.floor),
+        "skipped": dict(found.skipped),
+    }
 
 
 def only_probe(given: argparse.Namespace, build: Callable[[str], Case]) -> None:

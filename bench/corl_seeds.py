@@ -97,9 +97,11 @@ def main() -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(lambda seed: make_base(given.work, seed), range(given.seeds)))
         wanted = [(name, seed) for name in runs for seed in range(given.seeds)]
-        done = list(pool.map(
-            lambda job: make_run(given.work, job[0].replace(" ", "_"), job[1], [*runs[job[0]], *extra]), wanted
-        ))  # fmt: skip
+        done = list(
+            pool.map(
+                lambda job: make_run(given.work, job[0].replace(" ", "_"), job[1], [*runs[job[0]], *extra]), wanted
+            )
+        )
     results: dict[str, Any] = {name: [] for name in runs}
     for (name, _), scores in zip(wanted, done, strict=True):
         results[name].append(scores)

@@ -149,10 +149,11 @@ CPU_GOALS = (
     faster("mixed batch, faster than Liger chunked over one vocabulary", "mixed", "Liger chunked", 3.5),
     Goal("half pruned / none pruned", ("pruned",), lambda r: _half(r["pruned"]), lambda _: 0.55, True),
     faster("grpo_loss, faster than TRL's eager formula", "grpo_loss", "TRL eager", 8.0),
-    faster("selective_logp with entropy, faster than log_softmax + gather without", "selective_logp",
-           "log_softmax", 4.0),
+    faster(
+        "selective_logp with entropy, faster than log_softmax + gather without", "selective_logp", "log_softmax", 4.0
+    ),
     faster("cfg_sample with top-k and top-p, faster than the eager chain", "cfg_sample_top_p", "eager", 5.0),
-)  # fmt: skip
+)
 
 
 def of_page(key: str, case: str, value: Callable[[CaseResult], float | None]) -> Goal:

@@ -40,9 +40,15 @@ RESULTS = ROOT / "bench" / "results"
 CACHES = ROOT / "build" / "gpu"
 """Compiled kernels: a second run on the same machine does not compile again."""
 SETTINGS = {
-    "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
-    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DS_BUILD_OPS": "0",
-}  # fmt: skip
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "DS_BUILD_OPS": "0",
+}
 
 
 class Stopped(Exception):
@@ -82,9 +88,15 @@ def environment_of(wheels: Path | None, scratch: Path) -> dict[str, str]:
 
 
 def run(
-    parts: Sequence[Part], *, seconds: float, out: Path, name: str, pretend: bool, environment: dict[str, str],
+    parts: Sequence[Part],
+    *,
+    seconds: float,
+    out: Path,
+    name: str,
+    pretend: bool,
+    environment: dict[str, str],
     scratch: Path,
-) -> int:  # fmt: skip
+) -> int:
     """Runs the parts and writes the files; returns the exit code."""
     began = time.monotonic()
     files = Files(out, name, parts, pretend)
@@ -162,8 +174,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.pretend:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         left = given.seconds - (time.monotonic() - began)  # installing wheels took some
-        return run(given.parts, seconds=left, out=given.out, name=file_name(device), pretend=given.pretend,
-                   environment=environment, scratch=Path(scratch))  # fmt: skip
+        return run(
+            given.parts,
+            seconds=left,
+            out=given.out,
+            name=file_name(device),
+            pretend=given.pretend,
+            environment=environment,
+            scratch=Path(scratch),
+        )
 
 
 if __name__ == "__main__":

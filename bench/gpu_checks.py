@@ -122,8 +122,11 @@ def check_strides(report: Report, op: str, problem: Problem, dtype: torch.dtype,
             except ValueError:
                 refused.append(f"{name} {how}")
                 continue
-            off = {n: e for n, e in errors(found, expected, problem.exact).items()
-                   if not e <= (1 - SAME_TOKENS if n.endswith("/token") else 4 * ROUNDING[dtype])}  # fmt: skip
+            off = {
+                n: e
+                for n, e in errors(found, expected, problem.exact).items()
+                if not e <= (1 - SAME_TOKENS if n.endswith("/token") else 4 * ROUNDING[dtype])
+            }
             wrong += [f"{name} {how}: {n} off by {e:.1e}" for n, e in off.items()]
     detail = "; ".join(wrong[:4]) or (f"refused: {', '.join(refused)}" if refused else f"{count} layouts")
     report.line(name=f"{op}, {problem.shape}: other strides", ok=not wrong, detail=detail)
@@ -143,7 +146,7 @@ def run(report: Report, pretend: bool, what: str) -> None:
 
 def _guarded(
     report: Report, name: str, check: Check, op: str, problem: Problem, dtype: torch.dtype, device: str
-) -> None:  # fmt: skip
+) -> None:
     """An error of one check is a line; a CUDA error that stays ends the step, as everything after it would fail."""
     try:
         check(report, op, problem, dtype, device)

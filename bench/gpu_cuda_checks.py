@@ -20,8 +20,13 @@ LARGE_BYTES = 40 << 30
 NEAR = 2.0**-6
 """Distance of results whose bfloat16 products were summed in another order."""
 RATIOS = {"": "token", ", sequence ratios": "sequence"}
-READ_BACKS = {"linear_grpo_loss": 1, "linear_grpo_loss, sequence ratios": 2, "grpo_loss": 0, "cfg_sample": 0,
-              "prefix_decode_attention": 0}  # fmt: skip
+READ_BACKS = {
+    "linear_grpo_loss": 1,
+    "linear_grpo_loss, sequence ratios": 2,
+    "grpo_loss": 0,
+    "cfg_sample": 0,
+    "prefix_decode_attention": 0,
+}
 """At most so many per call. Sequence ratios wait twice: how many rows act, and how many of them have a gradient."""
 CALLS = {"grpo_loss": 3, "cfg_sample": 5}
 """Calls of the op in one of its problem's."""
@@ -106,8 +111,11 @@ def check_autocast(report: Report, op: str, problem: Problem, call: Callable[[Te
                 found, expected = call(inputs), problem.call(inputs, "reference")
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
-        off = {name: distance(found[name], expected[name]) for name in expected
-               if found[name].is_floating_point() and found[name].dim() and "its token" not in name}  # fmt: skip
+        off = {
+            name: distance(found[name], expected[name])
+            for name in expected
+            if found[name].is_floating_point() and found[name].dim() and "its token" not in name
+        }
         worst = max(off, key=lambda name: off[name], default="")
         bad = [name for name, error in off.items() if not error <= 2 * NEAR]
         detail = f"{worst} off by {off[worst]:.1e}" if off else ""
@@ -147,8 +155,11 @@ def check_read_backs(report: Report, op: str, problem: Problem, call: Callable[[
     for kind, run in runs.items():
         total, places = count_read_backs(partial(run, inputs))
         found, most = total / CALLS.get(op, 1), READ_BACKS.get(op + kind)
-        report.line(name=f"{op}{kind}: read-backs per call", ok=None if most is None else found <= most,
-                    detail=f"{found:g}: {', '.join(sorted(set(places)))}")  # fmt: skip
+        report.line(
+            name=f"{op}{kind}: read-backs per call",
+            ok=None if most is None else found <= most,
+            detail=f"{found:g}: {', '.join(sorted(set(places)))}",
+        )
         if most is not None and not kind:
             report.write(goals={f"read_backs/{op}": {"measured": found}})
 
@@ -158,8 +169,10 @@ def check_read_backs(report: Report, op: str, problem: Problem, call: Callable[[
 
 def _tail(report: Report, name: str, found: Tensors, expected: Tensors, bound: float) -> None:
     """Compares the last rows, which lie beyond 2³¹ elements."""
-    off = {key: float((found[key].double() - expected[key].double()).norm() / expected[key].double().norm())
-           for key in expected}  # fmt: skip
+    off = {
+        key: float((found[key].double() - expected[key].double()).norm() / expected[key].double().norm())
+        for key in expected
+    }
     wrong = {key: error for key, error in off.items() if not error <= bound}
     report.line(
         name=f"{name}: beyond 2^31 elements", ok=not wrong, detail=", ".join(f"{k} {v:.1e}" for k, v in off.items())
@@ -177,14 +190,24 @@ def large_logits(report: Report, rows: int = 21504, vocabulary: int = 102400, de
     expected = selective_logp(tail, targets[last], backend="reference")
     (grad_tail,) = torch.autograd.grad(expected[0].sum() + expected[1].sum(), tail)
     found = {"logp": logp.detach()[last], "entropy": entropy.detach()[last], "dlogits": grad[last]}
-    _tail(report, "selective_logp", found, {"logp": expected[0].detach(), "entropy": expected[1].detach(),
-                                            "dlogits": grad_tail}, 0.02)  # fmt: skip
+    _tail(
+        report,
+        "selective_logp",
+        found,
+        {"logp": expected[0].detach(), "entropy": expected[1].detach(), "dlogits": grad_tail},
+        0.02,
+    )
     del grad
     seed, offset = torch.full((rows,), 3, device=device), torch.arange(rows, device=device)
     for options in ({}, {"top_k": 50, "top_p": 0.9}):
         whole = cfg_sample(logits.detach(), seed=seed, offset=offset, backend="triton", **options)  # type: ignore[arg-type]
-        part = cfg_sample(logits.detach()[last].clone(), seed=seed[last].clone(), offset=offset[last].clone(),
-                          backend="triton", **options)  # type: ignore[arg-type]  # fmt: skip
+        part = cfg_sample(
+            logits.detach()[last].clone(),
+            seed=seed[last].clone(),
+            offset=offset[last].clone(),
+            backend="triton",
+            **options,
+        )  # type: ignore[arg-type]
         same = float((whole.token[last] == part.token).double().mean())
         report.line(
             name=f"cfg_sample {options}: beyond 2^31 elements", ok=same == 1.0, detail=f"{same:.0%} same tokens"
@@ -206,8 +229,13 @@ def large_caches(report: Report, columns: int = 1_200_000, device: str = "cuda")
     expected = prefix_decode_attention(query, key, value, *prefix, *short, moved, backend="reference")
     found = prefix_decode_attention(query, key, value, *prefix, *caches, spans, backend="triton")
     stored = {"keys": caches[0][:, first:], "values": caches[1][:, first:]}
-    _tail(report, "prefix_decode_attention", {"output": found, **stored},
-          {"output": expected, "keys": short[0], "values": short[1]}, 0.02)  # fmt: skip
+    _tail(
+        report,
+        "prefix_decode_attention",
+        {"output": found, **stored},
+        {"output": expected, "keys": short[0], "values": short[1]},
+        0.02,
+    )
 
 
 def large_hidden(report: Report, rows: int = 1_100_000, device: str = "cuda") -> None:
@@ -219,8 +247,13 @@ def large_hidden(report: Report, rows: int = 1_100_000, device: str = "cuda") ->
     found = linear_logp(states, weight, targets, backend="triton")
     expected = linear_logp(states[last].clone(), weight, targets[last].clone(), backend="reference")
     names = ("logp", "entropy")
-    _tail(report, "linear_logp", {n: f[last] for n, f in zip(names, found, strict=True)},
-          dict(zip(names, expected, strict=True)), 0.02)  # fmt: skip
+    _tail(
+        report,
+        "linear_logp",
+        {n: f[last] for n, f in zip(names, found, strict=True)},
+        dict(zip(names, expected, strict=True)),
+        0.02,
+    )
 
 
 def run(report: Report, pretend: bool, op: str) -> None:
@@ -232,8 +265,10 @@ def run(report: Report, pretend: bool, op: str) -> None:
         free = torch.cuda.mem_get_info()[0]
         if free < LARGE_BYTES:
             raise Skipped(f"wants {LARGE_BYTES >> 30} GiB of free GPU memory, got {free >> 30}")
-        checks: list[Callable[[], None]] = [lambda make=make: make(report)  # type: ignore[misc]
-                                            for make in (large_logits, large_caches, large_hidden)]  # fmt: skip
+        checks: list[Callable[[], None]] = [
+            lambda make=make: make(report)  # type: ignore[misc]
+            for make in (large_logits, large_caches, large_hidden)
+        ]
         names = ["logits", "caches", "hidden states"]
     else:
         problem = PROBLEMS[op](False)[0 if op == "groups" else 1]

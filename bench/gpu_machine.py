@@ -15,8 +15,19 @@ from gpu_report import Report
 from syncr1.kernels import attention, dispatch
 from syncr1.kernels.attention_ops import cuda
 
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger_kernel", "trl", "flash_attn", "cut_cross_entropy",
-            "quack_kernels", "numpy", "pytest")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "deepspeed",
+    "liger_kernel",
+    "trl",
+    "flash_attn",
+    "cut_cross_entropy",
+    "quack_kernels",
+    "numpy",
+    "pytest",
+)
 COPIED, SIDE = 4 << 30, 8192
 """Bytes of one operand of the copy; rows, columns and depth of the product."""
 

@@ -44,9 +44,17 @@ def measure(report: Report, name: str, device: str, quick: bool, compiled: bool)
 
     budget = table.QUICK if quick else COMPILE_BUDGET if compiled else BUDGET
     result, skipped = table.run_case(
-        name, case, shape, device, budget, memory=name in WITH_MEMORY and not compiled and device == "cuda",
-        chosen=chosen, quick=quick, so_far=so_far, modes=("hot",) if compiled else None,  # each mode compiles anew
-    )  # fmt: skip
+        name,
+        case,
+        shape,
+        device,
+        budget,
+        memory=name in WITH_MEMORY and not compiled and device == "cuda",
+        chosen=chosen,
+        quick=quick,
+        so_far=so_far,
+        modes=("hot",) if compiled else None,  # each mode compiles anew
+    )
     so_far(result, skipped)
     print(table.show(case.title, result, skipped), flush=True)
     if not any(row["provider"].startswith("ours") for row in table.rows_of(result)):

@@ -30,8 +30,12 @@ def goal_lines(outcomes: Iterable[Outcome], pretend: bool) -> list[Line]:
         told = {} if outcome is None else outcome.found.get("goals", {}).get(goal.key, {})
         measured = told.get("measured")
         sign = "<=" if goal.at_most else ">="
-        line: Line = {"key": goal.key, "goal": f"{goal.text}: {sign} {goal.bound:.4g} {goal.unit}".strip(),
-                      "measured": measured, "met": None}  # fmt: skip
+        line: Line = {
+            "key": goal.key,
+            "goal": f"{goal.text}: {sign} {goal.bound:.4g} {goal.unit}".strip(),
+            "measured": measured,
+            "met": None,
+        }
         if measured is not None and not pretend:
             line["met"] = goal.met(measured)
         if measured is None:
@@ -59,13 +63,21 @@ def content(
     for outcome in outcomes:
         found = {k: v for k, v in outcome.found.items() if k not in ("cases", "environment")}
         steps[f"{outcome.part}/{outcome.step}"] = {
-            "status": outcome.status, "why": outcome.why, "seconds": round(outcome.seconds, 2), **found,
-        }  # fmt: skip
+            "status": outcome.status,
+            "why": outcome.why,
+            "seconds": round(outcome.seconds, 2),
+            **found,
+        }
     return {
-        "environment": environment, "pretend": pretend, "finished": finished, "seconds": round(seconds, 1),
-        "goals": goal_lines(outcomes, pretend), "cases": cases, "steps": steps,
+        "environment": environment,
+        "pretend": pretend,
+        "finished": finished,
+        "seconds": round(seconds, 1),
+        "goals": goal_lines(outcomes, pretend),
+        "cases": cases,
+        "steps": steps,
         "parts": {part.name: part.title for part in parts},
-    }  # fmt: skip
+    }
 
 
 def number(value: Any) -> str:
@@ -160,8 +172,10 @@ def _profiles(all_of_it: dict[str, Any]) -> list[str]:
             continue
         spent = f"{step['call_us']:.0f} us a call, {step['kernel_us']:.0f} us in {step['kernels']:.0f} kernels"
         lines += ["", f"### {name}: {spent}", "", "| kernel | calls | us | share |", "|---|--:|--:|--:|"]
-        lines += [f"| {cell(row['name'][:90])} | {row['calls']:.0f} | {row['us']:.1f} | {row['share']:.0%} |"
-                  for row in step["top"]]  # fmt: skip
+        lines += [
+            f"| {cell(row['name'][:90])} | {row['calls']:.0f} | {row['us']:.1f} | {row['share']:.0%} |"
+            for row in step["top"]
+        ]
         for kind, got in step["achieved"].items():
             told = ", ".join(f"{key} {number(value)}" for key, value in got.items())
             lines.append(f"- {kind}: {told}")

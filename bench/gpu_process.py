@@ -95,9 +95,13 @@ class Running:
         self.has_turn = False
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
                 env={**environment, **step.environment},
-            )  # fmt: skip
+            )
 
     def go(self) -> None:
         """Its turn: what it imports by now does not count."""

@@ -164,6 +164,10 @@ def run(report: Report, pretend: bool, what: str) -> None:
     total = sum(row["us"] for row in rows)
     seconds = gpu_machine.seconds_of(call, device, repeats=5)
     report.write(
-        top=[{**row, "share": row["us"] / total} for row in rows[:TOP]], kernels=sum(row["calls"] for row in rows),
-        kernel_us=total, call_us=seconds * 1e6, achieved=achieved(rows, work, ceilings), ceilings=ceilings,
-    )  # fmt: skip
+        top=[{**row, "share": row["us"] / total} for row in rows[:TOP]],
+        kernels=sum(row["calls"] for row in rows),
+        kernel_us=total,
+        call_us=seconds * 1e6,
+        achieved=achieved(rows, work, ceilings),
+        ceilings=ceilings,
+    )

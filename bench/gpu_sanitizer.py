@@ -55,8 +55,15 @@ def ours() -> None:
         stream = TokenStream(hidden, weight, where + vocabulary - 4, where)
         offsets = torch.arange(0, 5, 2).int().to(device)
         for ratio in ("token", "sequence"):
-            out = linear_grpo_loss([stream], where[:2].float(), offsets, torch.tensor([0, 2]).int().to(device),
-                                   loss_mask=where >= 0, ratio=ratio, backend="triton")  # fmt: skip
+            out = linear_grpo_loss(
+                [stream],
+                where[:2].float(),
+                offsets,
+                torch.tensor([0, 2]).int().to(device),
+                loss_mask=where >= 0,
+                ratio=ratio,
+                backend="triton",
+            )
             torch.autograd.grad(out.loss, (hidden, weight))
         print(f"rows of {vocabulary} ids: done", flush=True)
     torch.cuda.synchronize()

@@ -98,8 +98,10 @@ def peak(case_name: str, provider_name: str, device: str, quick: bool = False) -
         return probe(case_name, provider_name, device, quick)
     command = [sys.executable, str(HERE / "memory.py"), case_name, provider_name, *(["--quick"] if quick else [])]
     environment = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }  # fmt: skip
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"skipped": f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}"}

@@ -107,32 +107,55 @@ def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN, padding_side="left",
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="left",
         extra_special_tokens={"image_token": IMAGE, "boi_token": BOI, "eoi_token": EOI, "assistant_token": ASSISTANT},
-    )  # fmt: skip
+    )
 
 
 def _config(size: Size, tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
     text = LlamaConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.mlp, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, num_key_value_heads=size.heads, max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     vision = JanusVisionConfig(
-        image_size=size.photo, patch_size=size.patch, hidden_size=size.vision_hidden,
-        num_hidden_layers=size.vision_layers, num_attention_heads=size.vision_heads, projection_dim=size.hidden,
+        image_size=size.photo,
+        patch_size=size.patch,
+        hidden_size=size.vision_hidden,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_heads,
+        projection_dim=size.hidden,
         num_image_tokens=size.photo_tokens,
-    )  # fmt: skip
+    )
     vq = JanusVQVAEConfig(
-        num_embeddings=size.image_vocabulary, latent_channels=size.channels * size.multipliers[-1],
-        base_channels=size.channels, channel_multiplier=list(size.multipliers), num_res_blocks=size.residual_blocks,
-        projection_dim=size.hidden, image_token_embed_dim=size.hidden,
-    )  # fmt: skip
+        num_embeddings=size.image_vocabulary,
+        latent_channels=size.channels * size.multipliers[-1],
+        base_channels=size.channels,
+        channel_multiplier=list(size.multipliers),
+        num_res_blocks=size.residual_blocks,
+        projection_dim=size.hidden,
+        image_token_embed_dim=size.hidden,
+    )
     config = JanusConfig(
-        text_config=text, vision_config=vision, vq_config=vq, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        text_config=text,
+        vision_config=vision,
+        vq_config=vq,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     config.vq_config.num_patches = size.side  # JanusConfig gives it the vision tower's
     return config
 

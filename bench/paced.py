@@ -72,9 +72,15 @@ class Counter:
     def now(self) -> dict[str, float]:
         """Totals; the difference of two is what lay between."""
         sent, packets = traffic()
-        return {"at": time.perf_counter(), "cpu_seconds": time.process_time(), "sent_bytes": sent, "packets": packets,
-                "collectives": sum(self.calls.values()), "collective_bytes": self.bytes,
-                "collective_seconds": self.seconds}  # fmt: skip
+        return {
+            "at": time.perf_counter(),
+            "cpu_seconds": time.process_time(),
+            "sent_bytes": sent,
+            "packets": packets,
+            "collectives": sum(self.calls.values()),
+            "collective_bytes": self.bytes,
+            "collective_seconds": self.seconds,
+        }
 
 
 def _num_bytes(given: Any) -> int:

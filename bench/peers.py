@@ -58,13 +58,24 @@ def trl_trainer(beta: float, score: Callable[[], tuple[Tensor, Tensor]]) -> Any:
         num_processes=1, gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, reduction: x
     )
     return SimpleNamespace(
-        beta=beta, loss_type="dapo", importance_sampling_level="token", epsilon_low=CLIP, epsilon_high=CLIP,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, aux_loss_enabled=False,
-        vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1, accelerator=same,
-        _entropy_bonus_enabled=False, _metrics={"train": defaultdict(list)}, model=SimpleNamespace(training=True),
+        beta=beta,
+        loss_type="dapo",
+        importance_sampling_level="token",
+        epsilon_low=CLIP,
+        epsilon_high=CLIP,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        vllm_importance_sampling_correction=False,
+        current_gradient_accumulation_steps=1,
+        accelerator=same,
+        _entropy_bonus_enabled=False,
+        _metrics={"train": defaultdict(list)},
+        model=SimpleNamespace(training=True),
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
         _get_per_token_logps_and_entropies=lambda *_, **__: (*score(), None),
-    )  # fmt: skip
+    )
 
 
 def trl_loss(
@@ -75,10 +86,14 @@ def trl_loss(
     trainer = trl_trainer(beta, score)
     nothing = mask_SL.new_zeros(mask_SL.shape[0], 0, dtype=torch.int64)
     inputs = {
-        "prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": torch.zeros_like(mask_SL, dtype=torch.int64),
-        "completion_mask": mask_SL.long(), "advantages": problem.advantages,
-        "old_per_token_logps": problem.padded(problem.old_logp), "num_items_in_batch": mask_SL.sum(),
-    }  # fmt: skip
+        "prompt_ids": nothing,
+        "prompt_mask": nothing,
+        "completion_ids": torch.zeros_like(mask_SL, dtype=torch.int64),
+        "completion_mask": mask_SL.long(),
+        "advantages": problem.advantages,
+        "old_per_token_logps": problem.padded(problem.old_logp),
+        "num_items_in_batch": mask_SL.sum(),
+    }
     if isinstance(problem, TokenProblem):
         inputs["ref_per_token_logps"] = problem.padded(problem.ref_logp)
     names = {"kl": "kl", "entropy": "entropy", "clip_ratio/low_mean": "clip_low", "clip_ratio/high_mean": "clip_high"}
@@ -130,9 +145,7 @@ def trl_tokens(problem: TokenProblem, beta: float) -> Callable[[], dict[str, Ten
 def trl_selective(logits: Tensor, targets: Tensor) -> Callable[[], dict[str, Tensor]]:
     """`selective_log_softmax` and `entropy_from_logits`."""
     utils = load("trl.trainer.utils")
-    return lambda: {
-        "logp": utils.selective_log_softmax(logits, targets), "entropy": utils.entropy_from_logits(logits)
-    }  # fmt: skip
+    return lambda: {"logp": utils.selective_log_softmax(logits, targets), "entropy": utils.entropy_from_logits(logits)}
 
 
 def trl_one_pass(logits: Tensor, targets: Tensor) -> Callable[[], dict[str, Tensor]]:
@@ -151,17 +164,26 @@ def liger_chunked(problem: HeadProblem, compiled: bool, chunk_size: int) -> Call
         need_compiler(problem.shape.device)
     (head,) = problem.heads
     loss_of = module.LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=compiled, use_ref_model=False, chunk_size=chunk_size, epsilon_low=CLIP, epsilon_high=CLIP,
+        beta=0.0,
+        compiled=compiled,
+        use_ref_model=False,
+        chunk_size=chunk_size,
+        epsilon_low=CLIP,
+        epsilon_high=CLIP,
         loss_type="dapo",
-    )  # fmt: skip
+    )
     padded = problem.padded
     mask_SL = torch.ones_like(padded(head.targets))
 
     def run() -> dict[str, Tensor]:
         loss, _ = loss_of(
-            padded(head.hidden), head.weight, padded(head.targets), mask_SL, problem.advantages,
+            padded(head.hidden),
+            head.weight,
+            padded(head.targets),
+            mask_SL,
+            problem.advantages,
             old_per_token_logps=padded(problem.old_logp),
-        )  # fmt: skip
+        )
         return outcome(problem, loss)
 
     return run
@@ -178,9 +200,18 @@ def liger_triton(problem: HeadProblem) -> Callable[[], dict[str, Tensor]]:
     def run() -> dict[str, Tensor]:
         logits = torch.nn.functional.pad(padded(head.hidden), (0, 0, 0, 1)) @ head.weight.t()
         loss, _ = function(
-            logits, padded(problem.old_logp), None, padded(head.targets), problem.advantages, temperature=1.0, beta=0.0,
-            eps_low=CLIP, eps_high=CLIP, loss_type="dapo", reduce=True,
-        )  # fmt: skip
+            logits,
+            padded(problem.old_logp),
+            None,
+            padded(head.targets),
+            problem.advantages,
+            temperature=1.0,
+            beta=0.0,
+            eps_low=CLIP,
+            eps_high=CLIP,
+            loss_type="dapo",
+            reduce=True,
+        )
         return outcome(problem, loss)
 
     return run
@@ -195,9 +226,13 @@ def per_token(problem: HeadProblem, score: Callable[[Head], tuple[Tensor, Tensor
     def run() -> dict[str, Tensor]:
         logp_T, entropy_T = score(head)
         loss, metrics = padded_grpo_loss(
-            problem.padded(logp_T), old_SL, problem.advantages, mask_SL, float(problem.shape.rows),
+            problem.padded(logp_T),
+            old_SL,
+            problem.advantages,
+            mask_SL,
+            float(problem.shape.rows),
             entropy_SL=None if entropy_T is None else problem.padded(entropy_T.detach()),
-        )  # fmt: skip
+        )
         return outcome(problem, loss) | metrics
 
     return run

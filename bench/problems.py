@@ -180,9 +180,17 @@ def token_problem(shape: TokenShape) -> TokenProblem:
     logp = -3 + draw()
     mask = torch.rand(total, generator=generator).to(shape.device) < 0.9
     return TokenProblem(
-        shape, logp.clone().requires_grad_(), logp + DRIFT * draw(), logp + DRIFT * draw(), 3 + 0.1 * draw(), mask,
-        rewards, advantages, cu_seqlens, group_offsets,
-    )  # fmt: skip
+        shape,
+        logp.clone().requires_grad_(),
+        logp + DRIFT * draw(),
+        logp + DRIFT * draw(),
+        3 + 0.1 * draw(),
+        mask,
+        rewards,
+        advantages,
+        cu_seqlens,
+        group_offsets,
+    )
 
 
 @torch.no_grad()

@@ -52,8 +52,10 @@ def linears(*modules: nn.Module) -> list[Tensor]:
 def products(weights: Iterable[Tensor], rows: int) -> float:
     """Seconds of bare products of M rows with each weight, one after another, as a forward pass meets them."""
     weights = list(weights)
-    inputs = {width: torch.randn(rows, width, dtype=weights[0].dtype, device=weights[0].device)
-              for width in {weight.shape[1] for weight in weights}}  # fmt: skip
+    inputs = {
+        width: torch.randn(rows, width, dtype=weights[0].dtype, device=weights[0].device)
+        for width in {weight.shape[1] for weight in weights}
+    }
     return seconds_of(lambda: [nn.functional.linear(inputs[weight.shape[1]], weight) for weight in weights])
 
 
@@ -63,9 +65,17 @@ def num_bytes(weights: Iterable[Tensor]) -> int:
 
 
 def rollout_floor(
-    model: Any, *, device: str, num_photos: int, photo_rows: int, prompt_tokens: int, rows: int, steps: int,
-    head: Iterable[Tensor], kv_read_bytes: float,
-) -> dict[str, float]:  # fmt: skip
+    model: Any,
+    *,
+    device: str,
+    num_photos: int,
+    photo_rows: int,
+    prompt_tokens: int,
+    rows: int,
+    steps: int,
+    head: Iterable[Tensor],
+    kv_read_bytes: float,
+) -> dict[str, float]:
     """Seconds by part.
 
     Args:
@@ -83,8 +93,11 @@ def rollout_floor(
     trunk = linears(model.model.language_model)
     step = [*trunk, *head]
     step_products, step_weights = products(step, rows), num_bytes(step) / read
-    found = {"prompts": products(trunk, prompt_tokens), "steps": steps * max(step_products, step_weights),
-             "keys and values": kv_read_bytes / read}  # fmt: skip
+    found = {
+        "prompts": products(trunk, prompt_tokens),
+        "steps": steps * max(step_products, step_weights),
+        "keys and values": kv_read_bytes / read,
+    }
     if num_photos:
         found["photos"] = num_photos * products(linears(model.model.vision_model, model.model.aligner), photo_rows)
     return found

@@ -156,11 +156,24 @@ def build_blip(work: Work, device: str) -> tuple[BlipForConditionalGeneration, A
     tokenizer = BertTokenizerFast(vocab=vocabulary)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     heads = max(1, work.width // 64)
-    shared = {"hidden_size": work.width, "intermediate_size": 4 * work.width, "num_hidden_layers": work.layers,
-              "num_attention_heads": heads, "projection_dim": work.width,
-              "initializer_range": 0.1}  # fmt: skip
-    text = BlipTextConfig(**shared, vocab_size=work.vocabulary, encoder_hidden_size=work.width, bos_token_id=5,
-                          eos_token_id=3, sep_token_id=3, pad_token_id=0, max_position_embeddings=512)  # fmt: skip
+    shared = {
+        "hidden_size": work.width,
+        "intermediate_size": 4 * work.width,
+        "num_hidden_layers": work.layers,
+        "num_attention_heads": heads,
+        "projection_dim": work.width,
+        "initializer_range": 0.1,
+    }
+    text = BlipTextConfig(
+        **shared,
+        vocab_size=work.vocabulary,
+        encoder_hidden_size=work.width,
+        bos_token_id=5,
+        eos_token_id=3,
+        sep_token_id=3,
+        pad_token_id=0,
+        max_position_embeddings=512,
+    )
     vision = BlipVisionConfig(**shared, image_size=work.pixels, patch_size=16)
     config = BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=work.width)
     model = BlipForConditionalGeneration(config).to(device)
@@ -288,8 +301,13 @@ def scoring(made: Models) -> Case:
         provider(RELEASED, lambda chosen, time: looped(made, chosen, time, GROUP), photo_passes=n, rows=GROUP),
         provider(PER_IMAGE, lambda chosen, time: looped(made, chosen, time, 1), photo_passes=n, rows=1),
     ]
-    return Case("Rewards of drawings", str(made.work), providers, goals,
-                lambda: floor(made, photo_passes=made.work.prompts, rows=n))  # fmt: skip
+    return Case(
+        "Rewards of drawings",
+        str(made.work),
+        providers,
+        goals,
+        lambda: floor(made, photo_passes=made.work.prompts, rows=n),
+    )
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -46,18 +46,31 @@ def understanding(sides: Sides) -> Case:
         few, time = short and size.device == "cpu", Stopwatch()
         chosen = slice(0, 1 if few else P)
         made = hf_text_rollout(
-            sides.peer, ids[chosen], pixels[chosen], 2 if few else work.group, 2 if short else work.text_tokens,
-            forbidden=sides.forbidden, encode=encode, time=time,
-        )  # fmt: skip
+            sides.peer,
+            ids[chosen],
+            pixels[chosen],
+            2 if few else work.group,
+            2 if short else work.text_tokens,
+            forbidden=sides.forbidden,
+            encode=encode,
+            time=time,
+        )
         return Told(time.seconds, {"kv_bytes": made.kv_bytes, "tokens": made.tokens.numel()})
 
     def floor() -> dict[str, float]:
         B, steps = P * work.group, work.text_tokens - 1
         read = sum(P * L + B * done for done in range(1, steps + 1)) * sides.kv_token_bytes
         return rates.rollout_floor(
-            sides.policy.model, device=size.device, num_photos=P, photo_rows=size.photo_tokens, prompt_tokens=P * L,
-            rows=B, steps=steps, head=[sides.policy.model.lm_head.weight], kv_read_bytes=read,
-        )  # fmt: skip
+            sides.policy.model,
+            device=size.device,
+            num_photos=P,
+            photo_rows=size.photo_tokens,
+            prompt_tokens=P * L,
+            rows=B,
+            steps=steps,
+            head=[sides.policy.model.lm_head.weight],
+            kv_read_bytes=read,
+        )
 
     def goals(found: Comparison) -> list[Goal]:
         per_prompt = f"{HF_TEXT}, photo once per prompt"
@@ -95,9 +108,14 @@ def drawing(sides: Sides) -> Case:
     def hf(short: bool) -> Told:
         few, time = short and size.device == "cpu", Stopwatch()
         made = hf_image_rollout(
-            sides.peer, ids[: 1 if few else P], 2 if few else work.group, 2 if short else N, work.cfg_weight,
-            pad_id=sides.pad_id, time=time,
-        )  # fmt: skip
+            sides.peer,
+            ids[: 1 if few else P],
+            2 if few else work.group,
+            2 if short else N,
+            work.cfg_weight,
+            pad_id=sides.pad_id,
+            time=time,
+        )
         with torch.no_grad(), time("draw"):
             whole = made.tokens if not short else made.tokens[:, :1].expand(-1, N).contiguous()
             sides.peer.model.vqmodel.decode(whole)
@@ -107,9 +125,16 @@ def drawing(sides: Sides) -> Case:
         rows, free = 2 * P * work.group, sides.policy.unconditional_tokens().numel()
         read = sum(P * L + free + rows * done for done in range(1, N)) * sides.kv_token_bytes
         return rates.rollout_floor(
-            sides.policy.model, device=size.device, num_photos=0, photo_rows=0, prompt_tokens=P * L + free, rows=rows,
-            steps=N - 1, head=rates.linears(sides.policy.model.model.generation_head), kv_read_bytes=read,
-        )  # fmt: skip
+            sides.policy.model,
+            device=size.device,
+            num_photos=0,
+            photo_rows=0,
+            prompt_tokens=P * L + free,
+            rows=rows,
+            steps=N - 1,
+            head=rates.linears(sides.policy.model.model.generation_head),
+            kv_read_bytes=read,
+        )
 
     def goals(found: Comparison) -> list[Goal]:
         stages = found.provider(OURS).stages()

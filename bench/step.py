@@ -35,9 +35,12 @@ RELEASED, WITH_DGS, WITHOUT_DGS = "released", f"{OURS}, DGS", f"{OURS}, no DGS"
 DESCRIBED = f"{RELEASED}, G photos and all logits"
 """The released way as it is often told; its code is leaner, see released.py."""
 NUMBERS = {
-    "dgs/keep_fraction": "kept", "rollout/dropped_fraction": "dropped", "num_tokens": "tokens",
-    "pack/tokens": "positions", "pack/sharing_ratio": "sharing",
-}  # fmt: skip
+    "dgs/keep_fraction": "kept",
+    "rollout/dropped_fraction": "dropped",
+    "num_tokens": "tokens",
+    "pack/tokens": "positions",
+    "pack/sharing_ratio": "sharing",
+}
 
 
 @dataclass(slots=True)
@@ -68,12 +71,23 @@ class OurStep:
 
         work, size = sides.work, sides.size
         config = SyncR1Config(
-            num_generations=work.group, max_completion_length=work.text_tokens, cfg_weight=work.cfg_weight,
-            prompts_per_step=2 * work.pairs, max_steps=1000, warmup_steps=0, learning_rate=1e-6, beta=0.0,
-            anchor_fraction=0.0, bf16=size.dtype is torch.bfloat16, replay_check_steps=0,
-            dgs="variance_mass" if dgs else "none", preview_fraction=0.2 if dgs else 0.0, preview_acceptance=0.25,
-            preview_max_attempts=1, preview_min_keep=2 if dgs else None,
-        )  # fmt: skip
+            num_generations=work.group,
+            max_completion_length=work.text_tokens,
+            cfg_weight=work.cfg_weight,
+            prompts_per_step=2 * work.pairs,
+            max_steps=1000,
+            warmup_steps=0,
+            learning_rate=1e-6,
+            beta=0.0,
+            anchor_fraction=0.0,
+            bf16=size.dtype is torch.bfloat16,
+            replay_check_steps=0,
+            dgs="variance_mass" if dgs else "none",
+            preview_fraction=0.2 if dgs else 0.0,
+            preview_acceptance=0.25,
+            preview_max_attempts=1,
+            preview_min_keep=2 if dgs else None,
+        )
         rewards = RewardSet(
             functions={"text": our_text_reward, "image": our_image_reward}, weights=(0.8, 1.0), kinds=("text", "image")
         )
@@ -101,9 +115,15 @@ def released_step(sides: Sides, name: str, **how: Any) -> Provider:
     """ULM-R1's step on the peer's copy of the weights; `how`: see ReleasedTrainer."""
     work = sides.work
     trainer = ReleasedTrainer(
-        sides.peer, PEER_REWARDS, num_generations=work.group, max_new_tokens=work.text_tokens,
-        cfg_weight=work.cfg_weight, forbidden=sides.forbidden, pad_id=sides.pad_id, **how,
-    )  # fmt: skip
+        sides.peer,
+        PEER_REWARDS,
+        num_generations=work.group,
+        max_new_tokens=work.text_tokens,
+        cfg_weight=work.cfg_weight,
+        forbidden=sides.forbidden,
+        pad_id=sides.pad_id,
+        **how,
+    )
     questions, pixels, drawings = sides.ids(sides.questions), sides.pixels(), sides.ids(sides.drawings)
     sampled = work.pairs * work.group * (work.text_tokens + sides.size.image_tokens)
     positions = sampled + work.group * (questions.numel() + drawings.numel())

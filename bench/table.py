@@ -40,10 +40,18 @@ def modes_of(case: Case, device: str) -> tuple[str, ...]:
 
 
 def run_case(
-    name: str, case: Case, shape: Shape, device: str, budget: Budget, *, memory: bool,
-    chosen: Callable[[str], bool] = lambda _: True, quick: bool = False,
-    so_far: Callable[[CaseResult, dict[str, str]], None] = lambda *_: None, modes: Sequence[str] | None = None,
-) -> tuple[CaseResult, dict[str, str]]:  # fmt: skip
+    name: str,
+    case: Case,
+    shape: Shape,
+    device: str,
+    budget: Budget,
+    *,
+    memory: bool,
+    chosen: Callable[[str], bool] = lambda _: True,
+    quick: bool = False,
+    so_far: Callable[[CaseResult, dict[str, str]], None] = lambda *_: None,
+    modes: Sequence[str] | None = None,
+) -> tuple[CaseResult, dict[str, str]]:
     """Times and memory of one case, and why providers were left out.
 
     Args:
@@ -174,13 +182,24 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             continue
         print(f"{name}: {shape} …", file=sys.stderr, flush=True)
         results[name], skipped = run_case(
-            name, case, shape, given.device, budget, memory=not given.no_memory,
-            chosen=lambda provider: not given.no_compile or "compile" not in provider, quick=given.quick,
-        )  # fmt: skip
+            name,
+            case,
+            shape,
+            given.device,
+            budget,
+            memory=not given.no_memory,
+            chosen=lambda provider: not given.no_compile or "compile" not in provider,
+            quick=given.quick,
+        )
         print(show(case.title, results[name], skipped), flush=True)
         stamp = {key: environment[key] for key in ("commit", "uncommitted_changes", "date", "threads")}
-        written[name] = {"title": case.title, "shape": str(shape), "rows": rows_of(results[name]),
-                         "skipped": skipped, **stamp}  # fmt: skip
+        written[name] = {
+            "title": case.title,
+            "shape": str(shape),
+            "rows": rows_of(results[name]),
+            "skipped": skipped,
+            **stamp,
+        }
         reached = goals.lines(results, given.device)
         if given.quick:  # tiny shapes say nothing about the goals
             reached = [line | {"met": None} for line in reached]

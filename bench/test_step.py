@@ -26,8 +26,10 @@ def policy() -> JanusPolicy:
 
 
 def prompts() -> list[Prompt]:
-    return [Prompt(id=str(i), task="rea", text=f"draw {concept.token} at its favourite place.")
-            for i, concept in enumerate((*CONCEPTS, *CONCEPTS)[:GROUPS])]  # fmt: skip
+    return [
+        Prompt(id=str(i), task="rea", text=f"draw {concept.token} at its favourite place.")
+        for i, concept in enumerate((*CONCEPTS, *CONCEPTS)[:GROUPS])
+    ]
 
 
 def draw(policy: JanusPolicy, cfg_weight: float) -> list[Rollout]:

@@ -45,9 +45,14 @@ def trajectories(sides: Sides, lengths: Sequence[Sequence[int]], seed: int = 0) 
             logp = torch.full((length,), -1.0)
             segment = Segment(kind="text", tokens=tokens, logp=logp, logp_mixed=logp, entropy=-logp)
             rollouts.append(
-                Rollout(prompt=prompt, member=member, prompt_tokens=policy.prompt_tokens(prompt), prompt_image=photo,
-                        segments=(segment,))
-            )  # fmt: skip
+                Rollout(
+                    prompt=prompt,
+                    member=member,
+                    prompt_tokens=policy.prompt_tokens(prompt),
+                    prompt_image=photo,
+                    segments=(segment,),
+                )
+            )
     return rollouts
 
 
@@ -89,8 +94,9 @@ def our_update(forward: PolicyForward, batch: PackedBatch, time: Stopwatch | Non
 def real_share(sides: Sides) -> dict[str, float]:
     """Share of positions that a ragged batch really fills: ours, counted where the decoder gets them, and padded."""
     work = sides.work
-    lengths = torch.randint(2, work.text_tokens + 1, (len(sides.questions), work.group),
-                            generator=torch.Generator().manual_seed(1)).tolist()  # fmt: skip
+    lengths = torch.randint(
+        2, work.text_tokens + 1, (len(sides.questions), work.group), generator=torch.Generator().manual_seed(1)
+    ).tolist()
     rollouts = trajectories(sides, lengths)
     batch = packed(sides, rollouts, rewards_of(rollouts))
     seen: list[int] = []
@@ -165,9 +171,13 @@ def training(sides: Sides) -> Case:
         sampled, photos = padded[few]
         with time("forward and backward"):
             loss = padded_update(
-                sides.peer, sampled, photos, rewards_of(few_too[few]).to(photos.device), logits=logits,
+                sides.peer,
+                sampled,
+                photos,
+                rewards_of(few_too[few]).to(photos.device),
+                logits=logits,
                 forbidden=forbidden,
-            )  # fmt: skip
+            )
         drop_gradients(sides.peer)
         return Told(time.seconds, {"loss": loss, "positions": sampled.rows.numel()})
 

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..show.scores import Scores, measures_in, score_rows, show_change, show_score
 
 CARD = "README.md"
@@ -84,7 +82,7 @@ def write_model_card(
         _limits(before, after),
     ]
     body = "\n\n".join(section for section in sections if section)
-    text = f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
+    text = f"---\n{matter}\n---\n\n{body}\n"
     path = folder / CARD
     beside = folder / f"{CARD}.partial"
     beside.write_text(redact(text), encoding="utf-8")
@@ -127,22 +125,28 @@ def _front_matter(
     merged_from: Sequence[str | Path] | None,
     adapter: bool,
     license: str | None,
-) -> dict[str, Any]:
-    """Keys that the hub knows; names that it does not have (folders) would make its page fail, so they stay out."""
-    matter: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
-    if license is not None:
-        matter["license"] = license
+) -> str:
+    """YAML of what the hub knows; names that it does not have (folders) would make its page fail, so they stay out.
+
+    Scores stand in the text alone: the hub's `EvalResult` wants the hub's name of a data set, and these are of the
+    run's own prompts.
+    """
+    from huggingface_hub import ModelCardData
+
     origins: Sequence[str | Path | None] = merged_from or [base_model]
     parents = [str(model) for model in origins if is_hub_name(model)]
-    if parents:
-        matter["base_model"] = parents if len(parents) > 1 else parents[0]
-        matter["base_model_relation"] = "merge" if merged_from else "adapter" if adapter else "finetune"
-    if is_hub_name(data):
-        matter["datasets"] = [str(data)]
-    matter["pipeline_tag"] = "any-to-any"
-    matter["tags"] = ["syncr1", "multimodal", "text-to-image", "image-text-to-text"]
-    matter["tags"] += ["merge"] if merged_from else ["grpo", "reinforcement-learning"]
-    return matter
+    relation = "merge" if merged_from else "adapter" if adapter else "finetune"
+    tags = ["merge"] if merged_from else ["grpo", "reinforcement-learning"]
+    matter = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        license=license,
+        base_model=parents[0] if len(parents) == 1 else parents or None,
+        base_model_relation=relation if parents else None,
+        datasets=[str(data)] if is_hub_name(data) else None,
+        pipeline_tag="any-to-any",
+        tags=["syncr1", "multimodal", "text-to-image", "image-text-to-text", *tags],
+    )
+    return matter.to_yaml(original_order=["library_name", "license", "base_model", "base_model_relation"])
 
 
 def _summary(

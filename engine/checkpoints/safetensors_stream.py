@@ -198,7 +198,7 @@ class SafetensorsWriter:
         taken = [name for name in (*self.files, INDEX) if (self.folder / name).exists()]
         if taken:
             raise FileExistsError(f"SafetensorsWriter: {self.folder} already has {_some(taken)}; choose another folder")
-        self._headers = [_header(shard, metadata or {}) for shard in self._shards]
+        self._headers = [header_of(shard, metadata or {}) for shard in self._shards]
         self._shard, self._tensor, self._elements = 0, 0, 0  # where the next element goes
         self._file: BinaryIO | None = None
         self._made: list[Path] = []
@@ -307,10 +307,11 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _header(shard: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+def header_of(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the data of `tensors`, which follow in this order without gaps; see `SafetensorsWriter`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     start = 0
-    for info in shard:
+    for info in tensors:
         end = start + info.num_bytes
         header[info.name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
         start = end

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .safetensors_stream import NAMES
+from .safetensors_stream import TensorInfo, header_of
 
 Result = TypeVar("Result")
 Warn = Callable[[str], None]
@@ -149,16 +149,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """A safetensors file, one tensor at a time on its way from its device."""
     # Larger elements first, as the format's own writer does: then every tensor starts at a multiple of its size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, tensor in ordered:
-        end = start + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    return _write(path, itertools.chain([head], (_bytes_of(tensor) for _, tensor in ordered)))
+    header = header_of((TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered), {})
+    return _write(path, itertools.chain([header], (_bytes_of(tensor) for _, tensor in ordered)))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -17,7 +17,6 @@ Dims: K inputs, N outputs, r rank.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from .base import Policy
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Of names in peft's files."""
 ADAPTER = ".default"
@@ -71,9 +70,10 @@ def add_lora(
         )
     if rank < 1:
         raise ValueError(f"add_lora: expected rank >= 1, got {rank}; without LoRA do not call it")
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    _refuse_second(policy)
+    if has_lora(policy):
+        raise ValueError("lora: the policy has adapters already; start from the base")
     container, prefix = _container(policy)
     known = {name.rpartition(".")[2] for name, m in policy.decoder().named_modules() if type(m) is nn.Linear}
     chosen = sorted(known if target_modules is None else set(target_modules))
@@ -82,24 +82,13 @@ def add_lora(
     places = rf"{re.escape(prefix)}(.*\.)?({'|'.join(map(re.escape, chosen))})"
     config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), lora_dropout=0.0, target_modules=places)
     config.base_model_name_or_path = getattr(container, "name_or_path", None) or None
-    _inject(policy, config, train_heads, seed)
-
-
-def _inject(policy: Policy, config: Any, train_heads: bool, seed: int) -> None:
-    from peft import inject_adapter_in_model
-
     heads = _heads(policy)
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, _container(policy)[0])
+        inject_adapter_in_model(config, container)
     policy.requires_grad_(False)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(".lora_" in name or (train_heads and id(parameter) in heads))
-
-
-def _refuse_second(policy: Policy) -> None:
-    if has_lora(policy):
-        raise ValueError("lora: the policy has adapters already; call merge_lora first, or start from the base")
 
 
 def _heads(policy: Policy) -> set[int]:
@@ -123,7 +112,7 @@ def is_lora(module: Any) -> bool:
 
 
 def has_lora(policy: Policy) -> bool:
-    """Whether `add_lora` or `load_adapter` was called."""
+    """Whether `add_lora` was called."""
     return any(is_lora(module) for module in policy.modules())
 
 
@@ -189,17 +178,6 @@ def merged(policy: Policy) -> Iterator[Policy]:
         yield policy
 
 
-def merge_lora(policy: Policy) -> None:
-    """Adds adapters to the weights for good; the policy is a plain one afterwards, with all of its decoder frozen."""
-    _replace(policy, _merged)
-    _forget(policy)
-
-
-def _forget(policy: Policy) -> None:
-    """peft's note on transformers' model."""
-    vars(_container(policy)[0]).pop("peft_config", None)
-
-
 def base_of(policy: Policy) -> Policy:
     """A frozen policy without the adapters that shares every frozen weight with this one, and copies trained heads.
 
@@ -235,58 +213,6 @@ def save_adapter(policy: Policy, folder: Path) -> None:
     config.save_pretrained(str(folder))
     state = {PREFIX + _in_file(name): p.detach().cpu().contiguous() for name, p in trained.items()}
     save_file(state, str(folder / WEIGHTS), metadata={"format": "pt"})
-
-
-def load_adapter(policy: Policy, folder: Path) -> None:
-    """Adds the adapters of a folder that `save_adapter` or peft wrote; they are trainable, and so are heads in it.
-
-    Dropout that it was trained with is switched off.
-
-    Raises:
-        ValueError: not plain LoRA, or weights that do not fit this policy's decoder, which then stays as it was.
-        FileNotFoundError: a file is missing.
-    """
-    from peft import LoraConfig
-    from safetensors.torch import load_file
-
-    settings = json.loads((folder / CONFIG).read_text())
-    odd = [name for name in ("use_dora", "fan_in_fan_out", "lora_bias", "layer_replication") if settings.get(name)]
-    if settings.get("peft_type") != "LORA" or odd:
-        what = odd or settings.get("peft_type")
-        raise ValueError(f"load_adapter: {folder}: expected plain LoRA, got {what}; merge it by peft, load the model")
-    state = {name.removeprefix(PREFIX): value for name, value in load_file(str(folder / WEIGHTS)).items()}
-    config = LoraConfig.from_pretrained(str(folder))
-    config.modules_to_save, config.lora_dropout, config.inference_mode = None, 0.0, False
-    _refuse_second(policy)
-    trainable = {id(parameter): parameter.requires_grad for parameter in policy.parameters()}
-    try:
-        _inject(policy, config, False, 0)
-        places = _places(policy, state)
-    except ValueError as error:
-        _replace(policy, _base)
-        _forget(policy)
-        for parameter in policy.parameters():
-            parameter.requires_grad_(trainable[id(parameter)])
-        raise ValueError(f"load_adapter: {folder}: {error}; load it onto the base that it was trained on") from error
-    with torch.no_grad():
-        for name, value in state.items():
-            places[name].copy_(value)
-            places[name].requires_grad_(True)
-
-
-def _places(policy: Policy, state: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Where each tensor of a file goes; every adapter of the policy must get one."""
-    container, prefix = _container(policy)
-    places = {_in_file(name): parameter for name, parameter in container.named_parameters()}
-    wanted = {name for name in places if ".lora_" in name} | set(state)
-    fits = {name for name in wanted & set(places) & set(state) if places[name].shape == state[name].shape}
-    outside = {name for name in wanted if ".lora_" in name and not name.startswith(prefix)}
-    wrong = sorted(wanted - fits | outside)
-    if wrong:
-        raise ValueError(
-            f"expected adapters of this decoder, {len(wrong)} names or shapes differ ({', '.join(wrong[:3])}, …)"
-        )
-    return {name: places[name] for name in state}
 
 
 def _in_file(name: str) -> str:

@@ -46,9 +46,13 @@ class Display:
         self._first_step_at = math.nan
         self._live: Live | None = None
         self._progress = Progress(
-            TextColumn("  training"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"),
-            console=self.console, expand=True,
-        )  # fmt: skip
+            TextColumn("  training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[eta]}"),
+            console=self.console,
+            expand=True,
+        )
         self._task = self._progress.add_task("training", total=max_steps, eta="")
         self._started = time.monotonic()
 
@@ -120,8 +124,11 @@ def summary_line(values: Mapping[str, float]) -> str:
     parts = []
     if "reward" in values:
         parts.append(f"reward {number(values['reward'])}")
-    components = {name.split("/")[1]: value for name, value in values.items()
-                  if name.startswith("rewards/") and name.endswith("/mean")}  # fmt: skip
+    components = {
+        name.split("/")[1]: value
+        for name, value in values.items()
+        if name.startswith("rewards/") and name.endswith("/mean")
+    }
     if components:
         parts.append("(" + " · ".join(f"{name} {number(value)}" for name, value in components.items()) + ")")
     line = " ".join(parts)

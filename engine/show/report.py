@@ -160,18 +160,23 @@ def _warnings(rows: Rows) -> str:
     if failures:
         found.append(f"Rewards that failed and were left out: {failures:.0f}. The run's output says why.")
     for name, limit, words in (
-        ("frac_reward_zero_std", 0.5, "of the groups had equal rewards and taught nothing: raise temperature, or mix "
-         "in harder prompts."),
+        (
+            "frac_reward_zero_std",
+            0.5,
+            "of the groups had equal rewards and taught nothing: raise temperature, or mix in harder prompts.",
+        ),
         ("clip_ratio/region_mean", 0.3, "of the tokens were clipped: lower learning_rate or num_iterations."),
         ("completions/clipped_ratio", 0.3, "of the texts ran into their length limit: raise max_completion_length."),
-    ):  # fmt: skip
+    ):
         points = _points(rows, name)
         if points and _ends(points)[1] > limit:
             found.append(f"Towards the end {100 * _ends(points)[1]:.0f} % {words}")
     replay = [value for _, value in _points(rows, "rollout/replay_logp_max_abs")]
     if replay and max(replay) > 0.5:
-        found.append(f"The sampler's and the trainer's log-probabilities differed by up to {max(replay):.2f} nats: "
-                     "expect that in bf16 with guidance; in float32 it is a fault.")  # fmt: skip
+        found.append(
+            f"The sampler's and the trainer's log-probabilities differed by up to {max(replay):.2f} nats: "
+            "expect that in bf16 with guidance; in float32 it is a fault."
+        )
     broken = sum(1 for row in rows if "loss" in row and row["loss"] is None)
     if broken:
         found.append(f"The loss was not finite in {broken} steps: lower learning_rate.")
@@ -261,28 +266,57 @@ def _charts(rows: Rows) -> str:
     modal = {"text": "text", "image": "image"}
     charts = [
         line_chart("Reward", _series(rows, rewards), note="Mean over the step's trajectories; higher is better."),
-        line_chart("KL to the starting model (nats)", _series(rows, _per_modality(modal, "kl")),
-                   from_zero=True, note="How far training has moved each kind of token."),
-        line_chart("Entropy (nats)", _series(rows, _per_modality(modal, "entropy")), from_zero=True,
-                   note="How undecided the model is; a fall to 0 means that it has stopped exploring."),
-        line_chart("Clipped tokens", _series(rows, {"clip_ratio/region_mean": "all", "clip_ratio/low_mean": "below",
-                   "clip_ratio/high_mean": "above"}), from_zero=True,
-                   note="Share of tokens whose change was cut off; always 0 with one update per rollout."),
-        line_chart("Spread within groups", _series(rows, {"reward_std": "reward's standard deviation",
-                   "frac_reward_zero_std": "share of groups without any"}), from_zero=True,
-                   note="Groups learn from differences between their members."),
-        stacked_chart("Sampled tokens", {"trained on": trained, "pruned": pruned},
-                      note="Dynamic group scaling leaves out trajectories that would teach little."),
+        line_chart(
+            "KL to the starting model (nats)",
+            _series(rows, _per_modality(modal, "kl")),
+            from_zero=True,
+            note="How far training has moved each kind of token.",
+        ),
+        line_chart(
+            "Entropy (nats)",
+            _series(rows, _per_modality(modal, "entropy")),
+            from_zero=True,
+            note="How undecided the model is; a fall to 0 means that it has stopped exploring.",
+        ),
+        line_chart(
+            "Clipped tokens",
+            _series(
+                rows, {"clip_ratio/region_mean": "all", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}
+            ),
+            from_zero=True,
+            note="Share of tokens whose change was cut off; always 0 with one update per rollout.",
+        ),
+        line_chart(
+            "Spread within groups",
+            _series(
+                rows,
+                {"reward_std": "reward's standard deviation", "frac_reward_zero_std": "share of groups without any"},
+            ),
+            from_zero=True,
+            note="Groups learn from differences between their members.",
+        ),
+        stacked_chart(
+            "Sampled tokens",
+            {"trained on": trained, "pruned": pruned},
+            note="Dynamic group scaling leaves out trajectories that would teach little.",
+        ),
         stacked_chart("Seconds per step", _stages(rows)),
         line_chart("Tokens per second", _series(rows, {"tokens_per_second": "sampled and trained"}), from_zero=True),
-        line_chart("Previews", _series(rows, {"rollout/preview_acceptance": "accepted",
-                   "rollout/preview_threshold": "threshold"}), from_zero=True,
-                   note="Early looks at half-drawn pictures; those below the threshold are drawn anew."),
+        line_chart(
+            "Previews",
+            _series(rows, {"rollout/preview_acceptance": "accepted", "rollout/preview_threshold": "threshold"}),
+            from_zero=True,
+            note="Early looks at half-drawn pictures; those below the threshold are drawn anew.",
+        ),
         line_chart("Loss", _series(rows, {"loss": "loss"}), note="Near 0 by construction: no measure of progress."),
         line_chart("Gradient norm", _series(rows, {"grad_norm": "before clipping"}), from_zero=True),
-        line_chart("Sampler against trainer (nats)", _series(rows, {"rollout/replay_logp_max_abs": "largest"}),
-                   from_zero=True, note="The same tokens' log-probabilities, computed twice; near 0 is right."),
-    ]  # fmt: skip
+        line_chart(
+            "Sampler against trainer (nats)",
+            _series(rows, {"rollout/replay_logp_max_abs": "largest"}),
+            from_zero=True,
+            note="The same tokens' log-probabilities, computed twice; near 0 is right.",
+        ),
+    ]
     drawn = "".join(charts)
     return f'<h2>How training went</h2><div class="charts">{drawn}</div>' if drawn else ""
 

@@ -140,8 +140,10 @@ class RunLog:
         folder.mkdir(exist_ok=True)
         picture = folder / f"step_{step:06d}.png"
         sheets.sample_sheet(step, rollouts, known).save(picture)
-        rows = [_sample_row(step, rollout, {name: values[index] for name, values in known.items()})
-                for index, rollout in enumerate(rollouts)]  # fmt: skip
+        rows = [
+            _sample_row(step, rollout, {name: values[index] for name, values in known.items()})
+            for index, rollout in enumerate(rollouts)
+        ]
         _write_jsonl(folder / f"step_{step:06d}.jsonl", rows)
         self._trackers.picture(step, "samples", picture)
 
@@ -158,8 +160,12 @@ class RunLog:
         May be called twice: with `before` alone ahead of training, so that an interrupted run has it, and with both."""
         flat = {"before": flatten_scores(before), "after": flatten_scores(after)}
         _write_json(self.folder / "scores.json", flat)
-        finite = {f"{when}/{name}": value for when, scores in flat.items() for name, value in scores.items()
-                  if value is not None}  # fmt: skip
+        finite = {
+            f"{when}/{name}": value
+            for when, scores in flat.items()
+            for name, value in scores.items()
+            if value is not None
+        }
         if after is not None:
             self._trackers.log(self._last_step(), finite)
         if examples_before and examples_after:

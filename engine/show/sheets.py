@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -27,6 +26,13 @@ MARGIN, GAP, HEADER = 20, 14, 210
 SMALLEST, LARGEST = 128, 256
 """Sides between which a picture is shown: a 24-pixel image is enlarged without smoothing, a large one reduced."""
 MAX_COLUMNS, MAX_ROWS = 8, 24
+FONTS = (
+    ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"),
+    ("NotoSans-Regular.ttf", "NotoSans-Bold.ttf"),
+    ("LiberationSans-Regular.ttf", "LiberationSans-Bold.ttf"),
+    ("Arial.ttf", "Arial Bold.ttf"),
+)
+"""Regular and bold, those that know most letters first."""
 BACKGROUND, INK, MUTED, FRAME, GOOD, BAD = "#ffffff", "#1b1f24", "#636c76", "#d0d7de", "#1a7f37", "#cf222e"
 
 
@@ -44,16 +50,10 @@ def as_rewards(rewards: Rewards | Tensor, num_rollouts: int) -> dict[str, list[f
 
 @cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans, which knows far more letters than Pillow's own font: from the system or from matplotlib's files."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    # find_spec does not import: matplotlib is only looked into for its font file.
-    found = importlib.util.find_spec("matplotlib")
-    folders = [Path(place) for place in (found.submodule_search_locations or [])] if found else []
-    for candidate in [name, *(str(folder / "mpl-data/fonts/ttf" / name) for folder in folders)]:
-        try:
-            return ImageFont.truetype(candidate, size)
-        except OSError:
-            continue
+    """The first of `FONTS` that the system has; else Pillow's own, which knows little more than English."""
+    for names in FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(names[bold], size)
     return ImageFont.load_default(size)
 
 
@@ -206,9 +206,9 @@ def _draw_rollout(block: Block, rollout: Rollout) -> Block:
     if rollout.image is not None:
         block.picture(enlarge(to_picture(rollout.image)))
     answer = rollout.prompt.answer
-    # Right or wrong is shown by a word as well as by colour.
+    # By a word as well as by colour, and no sign that some font lacks.
     right = answer is not None and rollout.text.strip().casefold() == answer.strip().casefold()
-    return block.text(rollout.text + (" ✓" if right else ""), colour=GOOD if right else INK)
+    return block.text(rollout.text + (" (right)" if right else ""), colour=GOOD if right else INK)
 
 
 def _compose(title: str, rows: list[list[Block]]) -> Image.Image:

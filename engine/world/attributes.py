@@ -75,14 +75,6 @@ class Look:
             raise ValueError(f"Look: expected the keys {ATTRIBUTES}, got {tuple(values)}")
         return cls(**values)
 
-    @classmethod
-    def from_words(cls, text: str) -> Look:
-        """Inverse of `description`; raises ValueError when `text` isn't five words in the fixed order."""
-        words = text.split()
-        if len(words) != len(ATTRIBUTES):
-            raise ValueError(f"Look: expected {len(ATTRIBUTES)} words, got {text!r}")
-        return cls(*words)
-
 
 LOOKS: Final[tuple[Look, ...]] = tuple(Look(*words) for words in product(SHAPES, COLOURS, HATS, PATTERNS, PLACES))
 """All 360 looks; a look's position here is its row in every table of renders."""

@@ -38,11 +38,6 @@ class AttributeChecker:
         """From a tokenizer's round trip of `[n, 3, 32, 32]` in [0, 1], e.g. `partial(vq.round_trip, tokenizer)`."""
         return cls(round_trip(cls.raw_table()))
 
-    @classmethod
-    def from_renders(cls) -> AttributeChecker:
-        """From the canonical renders themselves."""
-        return cls(cls.raw_table())
-
     @staticmethod
     def raw_table() -> Tensor:
         """The canonical renders, float32 `[360, 3, 32, 32]` in [0, 1]."""
@@ -90,19 +85,6 @@ class AttributeChecker:
             is_value = torch.nn.functional.one_hot(self._labels_LA[:, column], len(VALUES[name])).float()
             result[name] = weights_nL @ is_value
         return result
-
-    def soft_score(self, images: Tensor, looks: Sequence[Look], *, temperature: float = 0.002) -> Tensor:
-        """The posterior of the wanted value of each attribute, float32 `[n, 5]` in [0, 1]."""
-        self._check_lengths("soft_score", images, looks)
-        posterior, wanted = self.posterior(images, temperature=temperature), self._wanted(looks)
-        columns = [posterior[name].gather(1, wanted[:, i : i + 1]) for i, name in enumerate(ATTRIBUTES)]
-        return torch.cat(columns, dim=1)
-
-    def target_mse(self, images: Tensor, looks: Sequence[Look]) -> Tensor:
-        """Mean squared difference from the wanted look's render, `[n]`."""
-        self._check_lengths("target_mse", images, looks)
-        rows = torch.tensor([LOOK_INDEX[look] for look in looks], device=self.table.device)
-        return (images.to(self.table) - self.table[rows]).square().flatten(1).mean(1)
 
     def _wanted(self, looks: Sequence[Look]) -> Tensor:
         return self._labels_LA[[LOOK_INDEX[look] for look in looks]]

@@ -15,7 +15,6 @@ from .corl_base import CorlBaseSettings, train_corl_base
 from .disk import write_world
 from .general import write_general
 from .judge_cnn import JudgeCNN, train_judge
-from .scene_graph import parse_captions
 from .tiny_blip import BlipSettings, save_blip, train_blip
 from .vq import load_vq
 from .x2x import write_x2x
@@ -71,9 +70,6 @@ def judge_cnn() -> JudgeCNN:
 
 
 # CoRL's -------------------------------------------------------------------------------------------------------------
-
-world_parser = parse_captions
-"""Captions to scene graphs, for SPICE."""
 
 
 def prepare_x2x(seed: int = 0) -> Path:

@@ -7,7 +7,6 @@ pictures are float `[n, 3, 32, 32]` in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attributes import ATTRIBUTES, LOOKS, VALUES, Look
+from .attributes import ATTRIBUTES, LOOKS, VALUES
 from .checker import AttributeChecker
 from .render import render
 
@@ -88,13 +87,3 @@ def train_judge(vq: JanusVQVAE, seed: int = 0) -> JudgeCNN:
         optimiser.step()
         schedule.step()
     return model.requires_grad_(False).eval()
-
-
-def judge_hits(model: JudgeCNN, images: Tensor, looks: Sequence[Look]) -> Tensor:
-    """Which attributes the judge sees as wanted, bool `[n, 5]` in the order of `ATTRIBUTES`."""
-    if images.shape[0] != len(looks):
-        raise ValueError(
-            f"judge_hits: expected one look per image, got {images.shape[0]} images and {len(looks)} looks"
-        )
-    wanted = torch.tensor([look.indices() for look in looks], device=images.device)
-    return model.read_indices(images) == wanted

@@ -167,8 +167,3 @@ def canonical_table() -> Picture:
     table = np.stack([render(look) for look in LOOKS])
     table.setflags(write=False)
     return table
-
-
-def all_looks() -> tuple[Look, ...]:
-    """All 360 looks, in the order of `canonical_table`."""
-    return LOOKS

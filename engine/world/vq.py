@@ -71,12 +71,6 @@ def to_pixels(pictures: NDArray[np.uint8]) -> Tensor:
     return torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def to_pictures(pixels: Tensor) -> NDArray[np.uint8]:
-    """float `[n, 3, H, W]` in [-1, 1] to uint8 `[n, H, W, 3]`; inverse of `to_pixels` up to rounding and clipping."""
-    grey = ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return grey.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
 @torch.no_grad()
 def encode(vq: JanusVQVAE, pixels: Tensor) -> Tensor:
     """Pixels `[n, 3, 32, 32]` in [-1, 1] to token ids int64 `[n, 16]` (HF's `encode` returns them as one flat axis)."""

@@ -123,9 +123,13 @@ def test_image_loop_draws_what_transformers_draws(sides: sides_module.Sides) -> 
     assert made.tokens.shape == (2 * G, N)
     assert made.kv_bytes == 2 * 2 * G * (ids.shape[1] + N - 1) * sides.kv_token_bytes
     expected = sides.peer.generate(
-        ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False, guidance_scale=5,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_mode="image",
+        do_sample=False,
+        guidance_scale=5,
         **own_cache(sides.peer, ids.shape[1] + N),
-    )  # fmt: skip
+    )
     assert torch.equal(made.tokens, expected.repeat_interleave(G, 0))
     assert made.tokens.unique().numel() > 4
     unguided = released.hf_image_rollout(sides.peer, ids, G, N, 1.0, pad_id=sides.pad_id)
@@ -158,8 +162,9 @@ def _as_sampled(sides: sides_module.Sides, rollouts: list[Rollout], image: bool)
 def test_step_of_the_peer_has_our_gradients_and_our_log_probabilities(sides: sides_module.Sides) -> None:
     sampling = Sampling(num_generations=G, max_text_tokens=R, cfg_weight=WORK.cfg_weight)
     rollouts = RolloutEngine(sides.policy).generate([*sides.questions, *sides.drawings], sampling)
-    texts, images = (_as_sampled(sides, part, image)
-                     for part, image in ((rollouts[: 2 * G], False), (rollouts[2 * G :], True)))  # fmt: skip
+    texts, images = (
+        _as_sampled(sides, part, image) for part, image in ((rollouts[: 2 * G], False), (rollouts[2 * G :], True))
+    )
     shared = torch.rand(2 * G)
     advantages = released.group_normalised(shared, G)
     offsets = torch.arange(0, 2 * G + 1, G, dtype=torch.int32)
@@ -179,13 +184,19 @@ def test_step_of_the_peer_has_our_gradients_and_our_log_probabilities(sides: sid
         assert float(sampled.std()) > 0.3, "a shift by one would show"
 
     trainer = released.ReleasedTrainer(
-        sides.peer, sides_module.PEER_REWARDS, num_generations=G, max_new_tokens=R, cfg_weight=WORK.cfg_weight,
-        forbidden=sides.forbidden, pad_id=sides.pad_id,
-    )  # fmt: skip
+        sides.peer,
+        sides_module.PEER_REWARDS,
+        num_generations=G,
+        max_new_tokens=R,
+        cfg_weight=WORK.cfg_weight,
+        forbidden=sides.forbidden,
+        pad_id=sides.pad_id,
+    )
     their_loss = trainer.backward(texts, images, pixels, advantages, forbidden=forbidden)
     rewards = torch.cat([shared, shared])[:, None].expand(-1, 2).contiguous()
-    (batch,) = pack(sides.policy, rollouts, rewards, torch.ones(4 * G, dtype=torch.bool), num_generations=G,
-                    max_tokens=1 << 30)  # fmt: skip
+    (batch,) = pack(
+        sides.policy, rollouts, rewards, torch.ones(4 * G, dtype=torch.bool), num_generations=G, max_tokens=1 << 30
+    )
     our_loss = training.our_update(PolicyForward(sides.policy, Objective()), batch)
     assert our_loss == pytest.approx(their_loss, abs=1e-5)
     _assert_same_gradients(sides)
@@ -210,9 +221,16 @@ def test_padded_rows_have_our_gradients(sides: sides_module.Sides, logits: relea
 @pytest.mark.parametrize("pair_by_pair", [False, True])
 def test_released_step_moves_the_weights_it_trains(sides: sides_module.Sides, pair_by_pair: bool) -> None:
     trainer = released.ReleasedTrainer(
-        sides.peer, sides_module.PEER_REWARDS, num_generations=G, max_new_tokens=R, cfg_weight=WORK.cfg_weight,
-        forbidden=sides.forbidden, pad_id=sides.pad_id, pair_by_pair=pair_by_pair, learning_rate=1e-3,
-    )  # fmt: skip
+        sides.peer,
+        sides_module.PEER_REWARDS,
+        num_generations=G,
+        max_new_tokens=R,
+        cfg_weight=WORK.cfg_weight,
+        forbidden=sides.forbidden,
+        pad_id=sides.pad_id,
+        pair_by_pair=pair_by_pair,
+        learning_rate=1e-3,
+    )
     ids = sides.ids(sides.questions), sides.pixels(), sides.ids(sides.drawings)
     texts, images = trainer.rollouts(*ids, released.Stopwatch())
     assert texts.tokens.shape == (2 * G, R) and images.tokens.shape == (2 * G, N)
@@ -243,9 +261,11 @@ def test_first_call_is_the_short_one_and_shares_are_ours_over_theirs() -> None:
         return comparison.Provider(name, work)
 
     def goals(found: comparison.Comparison) -> list[comparison.Goal]:
-        return [comparison.Goal("kv", found.number_share("kv_bytes", "theirs"), 0.25, True),
-                comparison.Goal("memory", found.memory_share("theirs"), 0.2, True, "y"),
-                comparison.Goal("absent", found.times_slower("nobody"), 2.0)]  # fmt: skip
+        return [
+            comparison.Goal("kv", found.number_share("kv_bytes", "theirs"), 0.25, True),
+            comparison.Goal("memory", found.memory_share("theirs"), 0.2, True, "y"),
+            comparison.Goal("absent", found.times_slower("nobody"), 2.0),
+        ]
 
     case = comparison.Case("t", "shape", [side("ours", 2.0), side("theirs", 8.0)], goals, lambda: {"x": 1.0, "y": 2.0})
     budget = interleaved.Budget(seconds=0, min_rounds=2, sample_seconds=0.0)
@@ -265,9 +285,16 @@ def test_floor_counts_every_weight_once(sides: sides_module.Sides) -> None:
     assert len(weights) == 7 * size.layers
     assert rates.num_bytes(weights) == size.layers * 4 * (4 * size.hidden**2 + 3 * size.hidden * size.mlp)
     found = rates.rollout_floor(
-        model, device="cpu", num_photos=2, photo_rows=16, prompt_tokens=56, rows=8, steps=5,
-        head=[model.lm_head.weight], kv_read_bytes=1e6,
-    )  # fmt: skip
+        model,
+        device="cpu",
+        num_photos=2,
+        photo_rows=16,
+        prompt_tokens=56,
+        rows=8,
+        steps=5,
+        head=[model.lm_head.weight],
+        kv_read_bytes=1e6,
+    )
     assert set(found) == {"photos", "prompts", "steps", "keys and values"} and min(found.values()) > 0
     assert all(map(math.isfinite, found.values()))
 

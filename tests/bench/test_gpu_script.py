@@ -55,9 +55,14 @@ def run_all(tmp_path: Path, *parts: gpu_process.Part, seconds: float = 60.0) -> 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     code = gpu.run(
-        parts, seconds=seconds, out=tmp_path / "out", name="some-gpu", pretend=False, environment=dict(os.environ),
+        parts,
+        seconds=seconds,
+        out=tmp_path / "out",
+        name="some-gpu",
+        pretend=False,
+        environment=dict(os.environ),
         scratch=scratch,
-    )  # fmt: skip
+    )
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["some-gpu.json", "some-gpu.log", "some-gpu.md"]
     found = json.loads((tmp_path / "out" / "some-gpu.json").read_text())
@@ -123,13 +128,17 @@ def test_later_parts_get_what_is_left(tmp_path: Path) -> None:
     sleeps = "import time; report(status='ok'); time.sleep(60)"
     began = time.monotonic()
     code, found, page = run_all(
-        tmp_path, part("greedy", step("a", sleeps), step("b", sleeps)),
-        part("owed", step("c", "report(status='ok')"), least=3.0), seconds=5.0,
-    )  # fmt: skip
+        tmp_path,
+        part("greedy", step("a", sleeps), step("b", sleeps)),
+        part("owed", step("c", "report(status='ok')"), least=3.0),
+        seconds=5.0,
+    )
     assert time.monotonic() - began < 15 and code == 1
     assert {name: s["status"] for name, s in found["steps"].items()} == {
-        "greedy/a": "killed", "greedy/b": "not started", "owed/c": "ok",
-    }  # fmt: skip
+        "greedy/a": "killed",
+        "greedy/b": "not started",
+        "owed/c": "ok",
+    }
     assert "- greedy/b: not started: no time was left" in page
 
 
@@ -147,10 +156,11 @@ report(status="ok", began=began, loaded_at=loaded, from_=began, to=time.monotoni
         "import time\nbegan = time.monotonic()\ntime.sleep(1)\nreport(status='ok', from_=began, to=time.monotonic())"
     )
     _, found, _ = run_all(
-        tmp_path, part("timed", *(step(name, timed, waits=True) for name in "ab")),
+        tmp_path,
+        part("timed", *(step(name, timed, waits=True) for name in "ab")),
         part("next", step("c", timed, waits=True)),
         part("checks", step("d", checks), step("e", checks), together=2),
-    )  # fmt: skip
+    )
     a, b, c, d, e = (found["steps"][name] for name in ("timed/a", "timed/b", "next/c", "checks/d", "checks/e"))
     for before, after in ((a, b), (b, c)):
         assert after["loaded_at"] < before["to"] <= after["from_"]
@@ -185,8 +195,11 @@ def test_the_script_pretends_real_steps(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "pretend.json").read_text())
     assert {name: s["status"] for name, s in found["steps"].items()} == {
-        "machine/machine": "ok", "checks/groups/float32": "ok", "cuda/groups": "skipped", "ops/grpo_loss": "ok",
-    }  # fmt: skip
+        "machine/machine": "ok",
+        "checks/groups/float32": "ok",
+        "cuda/groups": "skipped",
+        "ops/grpo_loss": "ok",
+    }
     assert found["pretend"] and {line["met"] for line in found["goals"]} == {None}
     providers = {row["provider"] for row in found["cases"]["grpo_loss"]["rows"]}
     assert {"floor", "eager"} <= providers and any(name.startswith("ours") for name in providers)
@@ -262,9 +275,12 @@ def test_a_check_that_is_wrong_is_a_line(tmp_path: Path) -> None:
         return out
 
     changes = {
-        "right": lambda x, _: x.clone(), "off": lambda x, _: x * 1.001, "nan": lambda x, _: x / 0 * 0,
-        "unwritten": unwritten, "differs": lambda x, n: x * (1 + n % 2 * 1e-7),
-    }  # fmt: skip
+        "right": lambda x, _: x.clone(),
+        "off": lambda x, _: x * 1.001,
+        "nan": lambda x, _: x / 0 * 0,
+        "unwritten": unwritten,
+        "differs": lambda x, n: x * (1 + n % 2 * 1e-7),
+    }
     right = {}
     for name, change in changes.items():
         report = Report(tmp_path / name)
@@ -300,11 +316,14 @@ def test_an_error_in_a_child_is_its_report(tmp_path: Path, monkeypatch: pytest.M
     [
         ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", True),
         ("========= ERROR SUMMARY: 0 errors\n", True),
-        ("========= Error: Race reported between Write access at sample_kernel\n"
-         "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n", False),
+        (
+            "========= Error: Race reported between Write access at sample_kernel\n"
+            "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n",
+            False,
+        ),
         ("========= Invalid __global__ read of size 4 bytes\n========= ERROR SUMMARY: 3 errors\n", False),
     ],
-)  # fmt: skip
+)
 def test_what_the_sanitizer_says(output: str, clean: bool) -> None:
     assert gpu_sanitizer.verdict(output)[0] is clean
 
@@ -332,8 +351,15 @@ def make_wheel(folder: Path, name: str, *needs: str) -> Path:
 
 
 def test_what_a_wheel_needs(tmp_path: Path) -> None:
-    wheel = make_wheel(tmp_path, "thing", "Some.Dep_x>=2", 'extra-only; extra == "all"', 'old; python_version < "3.11"',
-                       "torch>=2", "pydantic-core==2.41.5")  # fmt: skip
+    wheel = make_wheel(
+        tmp_path,
+        "thing",
+        "Some.Dep_x>=2",
+        'extra-only; extra == "all"',
+        'old; python_version < "3.11"',
+        "torch>=2",
+        "pydantic-core==2.41.5",
+    )
     assert gpu_wheels.needs(wheel) == [("some-dep-x", ">=2"), ("torch", ">=2"), ("pydantic-core", "==2.41.5")]
     assert {"torch", "triton", "torchvision", "transformers"} <= gpu_wheels.THERE
     assert gpu_wheels.pins()["deepspeed"].startswith("==")

@@ -64,8 +64,13 @@ def test_numbers_in_the_text() -> None:
 
 @pytest.mark.parametrize("one", SIZES, ids=lambda one: one.name)
 def test_parameters_are_those_of_transformers(one: Any) -> None:
-    config = LlamaConfig(vocab_size=one.vocabulary, hidden_size=one.hidden, intermediate_size=one.mlp,
-                         num_hidden_layers=one.layers, tie_word_embeddings=False)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=one.vocabulary,
+        hidden_size=one.hidden,
+        intermediate_size=one.mlp,
+        num_hidden_layers=one.layers,
+        tie_word_embeddings=False,
+    )
     with torch.device("meta"):
         decoder = LlamaForCausalLM(config)
     norms = (2 * one.layers + 1) * one.hidden
@@ -132,8 +137,15 @@ def test_what_makes_a_step_longer() -> None:
 # The measurement ------------------------------------------------------------------------------------------------------
 
 
-NUMBERS = {"cpu_seconds": 0.5, "sent_bytes": 3e6, "packets": 9.0, "collectives": 7, "collective_bytes": 4_000_000,
-           "collective_seconds": 0.25, "over_pace": 0.0}  # fmt: skip
+NUMBERS = {
+    "cpu_seconds": 0.5,
+    "sent_bytes": 3e6,
+    "packets": 9.0,
+    "collectives": 7,
+    "collective_bytes": 4_000_000,
+    "collective_seconds": 0.25,
+    "over_pace": 0.0,
+}
 """Per step."""
 
 
@@ -182,8 +194,11 @@ def test_other_networks_stay_in_the_file(tmp_path: Path) -> None:
         weak_scaling.write(path, content)
     found = json.loads(path.read_text())
     assert [(row["network"], row["nodes"]) for row in found["rows"]] == [
-        ("1gbit", 1), ("1gbit", 2), ("unshaped", 1), ("unshaped", 2),
-    ]  # fmt: skip
+        ("1gbit", 1),
+        ("1gbit", 2),
+        ("unshaped", 1),
+        ("unshaped", 2),
+    ]
     assert len(found["runs"]) == 4 and len(found["goals"]) == 1
 
 

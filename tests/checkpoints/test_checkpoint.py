@@ -94,9 +94,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "fsync", lambda file: (log.append(f"sync {names[file]}"), real["fsync"](file))[1])
     for name in ("rename", "replace"):
-        monkeypatch.setattr(
-            os, name, lambda a, b, call=real[name]: (log.append(f"name {Path(b).name}"), call(a, b))[1]
-        )  # fmt: skip
+        monkeypatch.setattr(os, name, lambda a, b, call=real[name]: (log.append(f"name {Path(b).name}"), call(a, b))[1])
     save(tmp_path / "c", 1, tensors(), {})
     assert log == [
         *("sync rank_0000.safetensors", "sync state.json", "sync manifest.json", "sync .draft-step_000001"),
@@ -135,8 +133,11 @@ def test_an_error_at_the_nth_call_loses_nothing(tmp_path: Path, monkeypatch: pyt
         finally:
             monkeypatch.undo()
         steps = [verified(folder).step for folder in folders(root)]
-        assert steps and set(steps) <= {1, 2} and all(same(verified(f).tensors(0), tensors(verified(f).step))
-                                                      for f in folders(root))  # fmt: skip
+        assert (
+            steps
+            and set(steps) <= {1, 2}
+            and all(same(verified(f).tensors(0), tensors(verified(f).step)) for f in folders(root))
+        )
         saved(root, [3], keep=1)
         assert [verified(folder).step for folder in folders(root)] == [3] and not list(root.glob(".draft-*"))
     assert number > 50, "every write of every file was tried"

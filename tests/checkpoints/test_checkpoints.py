@@ -143,8 +143,10 @@ def test_a_merge_of_policies_is_a_policy(policy: JanusPolicy, saved: Path, tmp_p
         elif value.numel() > 1000:
             # What two independent normal changes leave: inside the band their mean, the rest in full; a mean has 0.71.
             assert float((value - base).norm() / (one - base).norm()) == pytest.approx(0.94, abs=0.04), name
-    assert same_bits({"picture": loaded.draw(torch.zeros(1, 16, dtype=torch.long))},
-                     {"picture": policy.draw(torch.zeros(1, 16, dtype=torch.long))})  # fmt: skip
+    assert same_bits(
+        {"picture": loaded.draw(torch.zeros(1, 16, dtype=torch.long))},
+        {"picture": policy.draw(torch.zeros(1, 16, dtype=torch.long))},
+    )
     hf = JanusForConditionalGeneration.from_pretrained(tmp_path / "merged")
     assert torch.equal(hf.lm_head.weight, policy.model.lm_head.weight)
 

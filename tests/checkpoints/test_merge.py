@@ -25,6 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 State = dict[str, Tensor]
 METHODS = ("gaussian", "fnorm", "mean")
 SHAPES = [(), (0,), (1,), (2,), (9,), (4, 5), (3, 0), (2, 3, 3, 3), (17, 13)]
+COPIED = (
+    *("config.json", "generation_config.json", "tokenizer.json", "processor_config.json", "vocab.txt", "LICENSE"),
+    *("chat_template.jinja", "tokenizer.model", "additional_chat_templates/tool.jinja"),
+)
+LEFT = ("README.md", "modeling_own.py", "pytorch_model.bin", "training_args.bin", "trainer_state.json", "optimizer.pt")
+"""Of the first model's folder: what goes into a merge, and what does not."""
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -260,10 +266,7 @@ def folders(tmp_path: Path) -> list[Path]:
     base, models = cases([(30,), (4, 5)], torch.float32, 2)
     made = [save(tmp_path / name, state) for name, state in zip(("w0", "a", "b"), [base, *models], strict=True)]
     for folder in made:
-        for name in ("config.json", "generation_config.json", "tokenizer.json", "processor_config.json", "vocab.txt",
-                     "chat_template.jinja", "tokenizer.model", "LICENSE", "additional_chat_templates/tool.jinja",
-                     "README.md", "modeling_own.py", "pytorch_model.bin", "training_args.bin", "trainer_state.json",
-                     "optimizer.pt"):  # fmt: skip
+        for name in COPIED + LEFT:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(f"{folder.name} {name}")
     return made
@@ -272,11 +275,9 @@ def folders(tmp_path: Path) -> list[Path]:
 def test_the_folder_is_the_first_models_without_code_and_pickles(folders: list[Path], tmp_path: Path) -> None:
     report = merge_checkpoints(folders[0], folders[1:], tmp_path / "deep" / "out")
     out = tmp_path / "deep" / "out"
-    copied = {"config.json", "generation_config.json", "tokenizer.json", "processor_config.json", "vocab.txt",
-              "chat_template.jinja", "tokenizer.model", "LICENSE", "additional_chat_templates/tool.jinja"}  # fmt: skip
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert files == copied | {SINGLE, RECORD}
-    assert all((out / name).read_text() == f"a {name}" for name in copied)
+    assert files == {*COPIED, SINGLE, RECORD}
+    assert all((out / name).read_text() == f"a {name}" for name in COPIED)
     assert out.stat().st_mode & 0o077 == tmp_path.joinpath("deep").stat().st_mode & 0o077, "readable as other folders"
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     record = json.loads((out / RECORD).read_text())

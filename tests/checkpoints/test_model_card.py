@@ -151,11 +151,40 @@ def test_nothing_of_the_machine_and_no_secret(tmp_path: Path, monkeypatch: pytes
         after={"planted-hf-value": {"m": 0.5}},
         merged_from=[f"{HOME}/mc/checkpoints/last", Path(f"{HOME}/oe")],
     ).read_text()
-    for leak in (*planted.values(), "jane", "/home", "/mnt", "/srv", "/opt", "Users", str(tmp_path), "short", "hunter2",
-                 "api_key=abc", "abcdefghijkl", "0a1b2c3d", "QwErTy", "sk-proj", "012345", "<script>"):  # fmt: skip
+    for leak in (
+        *planted.values(),
+        "jane",
+        "/home",
+        "/mnt",
+        "/srv",
+        "/opt",
+        "Users",
+        str(tmp_path),
+        "short",
+        "hunter2",
+        "api_key=abc",
+        "abcdefghijkl",
+        "0a1b2c3d",
+        "QwErTy",
+        "sk-proj",
+        "012345",
+        "<script>",
+    ):
         assert leak not in text.replace("`a\\|b 'c' <script>`", ""), leak
-    for kept in ("`first`", "`photos`", "notes.txt", "50 / 2 and a/b and <think>/</think>", "plain", "1e-06", "k: 3",
-                 "mc/checkpoints/last", "PASSIVELY", "host.example/v1", "&n=3", "| windows | `model` |"):  # fmt: skip
+    for kept in (
+        "`first`",
+        "`photos`",
+        "notes.txt",
+        "50 / 2 and a/b and <think>/</think>",
+        "plain",
+        "1e-06",
+        "k: 3",
+        "mc/checkpoints/last",
+        "PASSIVELY",
+        "host.example/v1",
+        "&n=3",
+        "| windows | `model` |",
+    ):
         assert kept in text, kept
     assert text.count(REDACTED) >= 9
 

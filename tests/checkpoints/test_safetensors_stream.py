@@ -148,9 +148,10 @@ WRONG: dict[str, list[tuple[str, Tensor]]] = {
 @pytest.mark.parametrize("pieces", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("max_shard", [10**9, 1])
 def test_pieces_that_do_not_fit_leave_nothing(tmp_path: Path, pieces: list[tuple[str, Tensor]], max_shard: int) -> None:
-    with pytest.raises(ValueError, match="SafetensorsWriter"), SafetensorsWriter(
-        tmp_path, INFOS, max_shard_bytes=max_shard
-    ) as writer:  # fmt: skip
+    with (
+        pytest.raises(ValueError, match="SafetensorsWriter"),
+        SafetensorsWriter(tmp_path, INFOS, max_shard_bytes=max_shard) as writer,
+    ):
         for name, piece in pieces:
             writer.write(name, piece)
     assert list(tmp_path.iterdir()) == []

@@ -55,7 +55,7 @@ END = """
     import os, sys, time
     from pathlib import Path
     import torch
-    from syncr1.engine import checkpoint, saver
+    from syncr1.engine.checkpoints import saver, sharded
     saver.GRACE_SECONDS = 2.0
     class SlowDisk:
         def __getattr__(self, name):
@@ -63,10 +63,10 @@ END = """
         def write(self, file, data):
             time.sleep({seconds})
             return os.write(file, data)
-    checkpoint.os = SlowDisk()
+    sharded.os = SlowDisk()
     saving = saver.Saver()
     root = Path({root!r})
-    saving.start(lambda: checkpoint.save(root, 1, {{"a": torch.ones(3)}}, {{}}))
+    saving.start(lambda: sharded.save(root, 1, {{"a": torch.ones(3)}}, {{}}))
     {end}
 """
 
@@ -85,8 +85,9 @@ def test_the_process_ends_in_order(tmp_path: Path, seconds: float, end: str, cod
     script = textwrap.dedent(END).format(seconds=seconds, root=str(tmp_path), end=end)
     if "_exit" in end:
         script = script.replace(end, f"time.sleep(0.5)\n{end}")
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), timeout=60, capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment(), timeout=60, capture_output=True, text=True
+    )
     assert done.returncode == code, done.stderr[-2000:]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
     if "step_000001" in left:

@@ -24,7 +24,7 @@ from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.disk import write_world
 from syncr1.engine.world.general import write_general
 
-CHECKER = AttributeChecker.from_renders()
+CHECKER = AttributeChecker(AttributeChecker.raw_table())
 SCORERS = {"checker": index_scorer(CHECKER.read_indices, VALUES)}
 
 

@@ -25,7 +25,7 @@ from syncr1.engine.rewards.judge.attribute_judge import index_scorer
 from syncr1.engine.world.attributes import LOOKS, VALUES
 from syncr1.engine.world.checker import AttributeChecker
 
-CHECKER = AttributeChecker.from_renders()
+CHECKER = AttributeChecker(AttributeChecker.raw_table())
 SCORERS = {"checker": index_scorer(CHECKER.read_indices, VALUES)}
 
 

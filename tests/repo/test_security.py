@@ -8,7 +8,6 @@ checkpoint), test_chat.py (the judge's key), test_model_card.py (redaction), tes
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import shutil
@@ -40,7 +39,6 @@ from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.policies.auto import load_policy
 from syncr1.engine.policies.causal_lm import CausalLMPolicy
-from syncr1.engine.policies.lora import load_adapter
 from syncr1.engine.rewards.builtin.captioner import BlipCaptioner
 from syncr1.engine.rewards.builtin.clip import ClipScorer
 from syncr1.engine.rewards.builtin.perceptual import lpips_model
@@ -246,14 +244,9 @@ def test_pickled_weights_are_refused(
         load(pickled(folder, marker))
 
 
-def test_pickled_adapters_and_lpips_weights_are_refused(marker: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}))
-    with pytest.raises(OSError):
-        load_adapter(text_policy(), pickled(folder, marker))
+def test_pickled_lpips_weights_are_refused(marker: Path, tmp_path: Path) -> None:
     with pytest.raises((SafetensorError, OSError)):
-        lpips_model("squeeze", folder / "weights.pth")
+        lpips_model("squeeze", pickled(tmp_path, marker) / "weights.pth")
 
 
 def test_a_pickle_under_a_checkpoints_names_is_refused(marker: Path, tmp_path: Path) -> None:

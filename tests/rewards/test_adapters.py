@@ -40,9 +40,14 @@ def rollout(number: int, said: str | None, image: torch.Tensor | None = None, **
     kinds: Any = tuple(kind for kind, has in (("text", said is not None), ("image", image is not None)) if has)
     fields = {"id": f"p{number}", "task": "vqa", "text": "what?", "answer": "dog", "segments": kinds, **of_prompt}
     return Rollout(
-        prompt=Prompt(**fields), member=0, prompt_tokens=torch.arange(2), prompt_image=None, segments=tuple(segments),
-        text=said or "", image=image,
-    )  # fmt: skip
+        prompt=Prompt(**fields),
+        member=0,
+        prompt_tokens=torch.arange(2),
+        prompt_image=None,
+        segments=tuple(segments),
+        text=said or "",
+        image=image,
+    )
 
 
 def values(reward: Any, rollouts: list[Rollout]) -> list[float | None]:

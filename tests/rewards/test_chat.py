@@ -192,7 +192,7 @@ def test_an_answer_of_just_the_limit_is_taken(server: Server) -> None:
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"no", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{"message": {"content": 1}}]}', b"[" * 9999],
-)  # fmt: skip
+)
 def test_what_is_no_completion_is_refused(server: Server, body: bytes) -> None:
     server.replies = [send(body)]
     with pytest.raises(ChatError, match="no chat completion"):
@@ -268,8 +268,16 @@ def test_a_key_that_goes_bad_later_is_an_error_without_it(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     "url",
-    ["", "host/v1", "ftp://host/v1", "https://", "https://me:pw@host/v1", "https://host/v1?key=pw", "https://host/v1#pw"],
-)  # fmt: skip
+    [
+        "",
+        "host/v1",
+        "ftp://host/v1",
+        "https://",
+        "https://me:pw@host/v1",
+        "https://host/v1?key=pw",
+        "https://host/v1#pw",
+    ],
+)
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ValueError, match="expected base_url") as caught:
         ChatClient(url, "m")

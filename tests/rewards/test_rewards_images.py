@@ -113,7 +113,7 @@ def test_identity_names_what_is_wrong(photos: dict[str, tuple[Path, ...]], tmp_p
 
 @pytest.fixture(scope="module")
 def checker() -> AttributeChecker:
-    return AttributeChecker.from_renders()
+    return AttributeChecker(AttributeChecker.raw_table())
 
 
 def test_attribute_judge_counts_named_attributes(checker: AttributeChecker) -> None:

@@ -97,8 +97,11 @@ def test_none_where_there_is_nothing_to_match(policy: JanusPolicy, images: list[
     reward = TextImageMatching(policy)
     alone = tim(reward, images[:1])
     assert tim(reward, [images[0], images[1], None, images[2]], [TEXTS[0], "", "round.", " \n"]) == [
-        pytest.approx(alone[0], abs=1e-6), None, None, None
-    ]  # fmt: skip
+        pytest.approx(alone[0], abs=1e-6),
+        None,
+        None,
+        None,
+    ]
     assert tim(reward, [None], ["round."]) == [None] and tim(reward, [], []) == []
 
 

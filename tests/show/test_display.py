@@ -94,8 +94,12 @@ def test_table_of_an_interrupted_run() -> None:
 
 def test_headlines_are_the_main_scores_only() -> None:
     flat = {
-        "num_items": 3.0, "score/greedy": 0.5, "score/sampled": 0.4, "bleu/greedy": 0.9, "accuracy/sampled": 0.1,
-    }  # fmt: skip
+        "num_items": 3.0,
+        "score/greedy": 0.5,
+        "score/sampled": 0.4,
+        "bleu/greedy": 0.9,
+        "accuracy/sampled": 0.1,
+    }
     drawn = {
         "attributes/checker": 0.7,
         "attributes/cnn": 0.6,
@@ -105,9 +109,12 @@ def test_headlines_are_the_main_scores_only() -> None:
     }
     rows = score_rows({"qa": flat, "rea_gen": drawn, "summary": {"image/cnn": 0.6}}, None)
     assert [(row.task, row.measure, row.before) for row in rows] == [
-        ("qa", "greedy", 0.5), ("qa", "sampled", 0.4), ("rea_gen", "checker", 0.7), ("rea_gen", "cnn", 0.6),
+        ("qa", "greedy", 0.5),
+        ("qa", "sampled", 0.4),
+        ("rea_gen", "checker", 0.7),
+        ("rea_gen", "cnn", 0.6),
         ("summary", "image/cnn", 0.6),
-    ]  # fmt: skip
+    ]
     photographs = score_rows({"pure_gen": {"identity": 0.3, "score/sampled": 0.3, "num_items": 2.0}}, None)
     assert [(row.task, row.measure) for row in photographs] == [("pure_gen", "sampled")]
 

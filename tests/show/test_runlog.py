@@ -203,6 +203,15 @@ def test_wrapping_cuts_long_words_and_marks_what_is_left_out() -> None:
     assert sheets.wrap("short", 80, 13, max_lines=3) == ["short"]
 
 
+def test_sheets_need_no_font_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own grows with the size that is asked for, and has the signs that sheets use."""
+    monkeypatch.setattr(sheets, "FONTS", (("no such font.ttf",) * 2,))
+    small, large = sheets.font.__wrapped__(11), sheets.font.__wrapped__(22)
+    assert large.getlength("reward 0.50") > 1.8 * small.getlength("reward 0.50")
+    missing = bytes(large.getmask("\uffff"))
+    assert all(bytes(large.getmask(letter)) != missing for letter in "aZ09:.·…(")
+
+
 def test_sheet_survives_a_photo_that_is_gone(tmp_path: Path) -> None:
     prompt = make_prompt("bobo", tmp_path)
     (tmp_path / "bobo.png").unlink()

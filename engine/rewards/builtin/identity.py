@@ -1,11 +1,12 @@
 """R_id: is it the concept?  Mean over its photos of max(0, 2 (cos - 1/2)), cos between features of drawing and photo.
 
 Works for any picture, rendered or photographed: what "features" are is the caller's choice (the policy's own frozen
-vision tower, CLIP, a face embedder).  Clamping per photo before the mean, as the released code does for faces, keeps
-a signal where only some photos resemble the drawing: on the rendered world with an untrained tower, 63 % of right
-drawings then beat one with a wrong hat, against 33 % when the mean cosine is clamped (24 drawings; ties count as lost).
+vision tower, CLIP; a face embedder, as in the released code, does not come along).  Clamping per photo before the mean,
+as the released code does for faces, keeps a signal where only some photos resemble the drawing: on the rendered world
+with an untrained tower, 63 % of right drawings then beat one with a wrong hat, against 33 % when the mean cosine is
+clamped (24 drawings; ties count as lost).
 The released code's shift of every reward to mean 0.8 is left out: group advantages remove the mean anyway, and a group
-of one became exactly 0.8 by it.  Source: Sync-R1's released code; written anew.
+of one became exactly 0.8 by it.  Source: Sync-R1's released code, rewritten.
 
 Dims: n images, D features.
 """

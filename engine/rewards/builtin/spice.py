@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Self
 
@@ -119,7 +120,7 @@ class WordNet:
     _known: dict[str, frozenset[int]] = field(default_factory=dict)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Self:
+    def from_folder(cls, folder: Path | Traversable) -> Self:
         """From `english.synsets` and `english.exceptions`: a line with a word, then one with its ids, or its forms."""
         return cls.from_texts(*((folder / f"english.{name}").read_text("utf-8") for name in ("synsets", "exceptions")))
 
@@ -137,7 +138,7 @@ class WordNet:
                 "spice: the WordNet table is not there; `pip install --no-deps FactualSceneGraph` brings it (with its "
                 "requirements it would replace torch), or give WordNet.from_folder, or synonyms=None"
             ) from error
-        return cls.from_texts(*((folder / f"english.{name}").read_text("utf-8") for name in ("synsets", "exceptions")))
+        return cls.from_folder(folder)
 
     @classmethod
     def from_texts(cls, synsets: str, exceptions: str = "") -> Self:

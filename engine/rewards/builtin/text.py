@@ -102,21 +102,3 @@ def normalise(text: str) -> str:
     mark."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(_PUNCTUATION.sub(" ", plain).split())
-
-
-def exact_match(
-    *,
-    completions: Sequence[str],
-    answer: Sequence[str | None],
-    segments: Sequence[tuple[SegmentKind, ...]],
-    **_: Any,
-) -> list[float | None]:
-    """1 where text and ground truth are equal after `normalise`, else 0; None without a ground truth or a text
-    segment."""
-    rows = zip(completions, answer, segments, strict=True)
-    return [
-        None
-        if right is None or "text" not in kinds or not normalise(right)
-        else float(normalise(text) == normalise(right))
-        for text, right, kinds in rows
-    ]

@@ -131,17 +131,3 @@ class SoftJaccard:
     def __call__(self, candidates: Sequence[str], references: Sequence[str]) -> list[float]:
         """n candidates and n references -> [0, 1] each."""
         return [soft_jaccard(a, b, self.threshold) for a, b in zip(candidates, references, strict=True)]
-
-
-class MeanSimilarity:
-    """The mean of several similarities; ULM-R1's later text reward is that of `SoftJaccard` and `BertScore`."""
-
-    def __init__(self, *parts: TextSimilarity) -> None:
-        if not parts:
-            raise ValueError("MeanSimilarity: expected at least one similarity")
-        self.parts = parts
-
-    def __call__(self, candidates: Sequence[str], references: Sequence[str]) -> list[float]:
-        """n candidates and n references -> [0, 1] each."""
-        columns = [part(candidates, references) for part in self.parts]
-        return [sum(values) / len(values) for values in zip(*columns, strict=True)]

@@ -2,7 +2,8 @@
 
 The server is not trusted: redirects are refused (they would carry the key to another host), an answer has a size limit,
 and a deadline holds for the whole of it, not for each packet. The key is read from an environment variable right
-before it is sent, and stands in no attribute, log or error text. Standard library only; proxies are not used.
+before it is sent, and stands in no attribute, log or error text. Standard library only; proxies are not used. (The
+`openai` package was tried in its place: NOTES.md has the numbers.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
 from ...errors import ChatError
@@ -32,6 +33,20 @@ Message = Mapping[str, Any]
 
 MAX_WAIT = 30.0
 """Seconds between two tries, whatever a server asks for."""
+
+
+class ServerOptions(TypedDict, total=False):
+    """What `ChatClient` takes beside address and model; its defaults and meanings are there."""
+
+    api_key_env: str | None
+    timeout: float
+    retries: int
+    backoff: float
+    max_bytes: int
+    max_tokens: int
+    temperature: float
+    allow_http: bool
+
 
 _jitter = random.Random()  # its own generator: the global one belongs to the run's seed
 
@@ -185,14 +200,14 @@ class ChatClient:
 
     def _refused(self, status: int, after: str | None, data: bytes, key: str | None) -> ChatError:
         if 300 <= status < 400:
-            return ChatError(f"{self.host}: HTTP {status}, a redirect; refused, give its target as base_url",
-                             status=status)  # fmt: skip
+            problem = f"HTTP {status}, a redirect; refused, give its target as base_url"
+            return ChatError(f"{self.host}: {problem}", status=status)
         said = " ".join(data[: self.max_bytes].decode("utf-8", "replace").split())
         if key:
             said = said.replace(key, "***")
         again = status == 429 or status >= 500
-        return ChatError(f"{self.host}: HTTP {status}: {said[:200]}", status=status, again=again,
-                         wait=_seconds_of(after) if again else 0.0)  # fmt: skip
+        wait = _seconds_of(after) if again else 0.0
+        return ChatError(f"{self.host}: HTTP {status}: {said[:200]}", status=status, again=again, wait=wait)
 
 
 def _hang_up(opened: list[socket.socket], expired: threading.Event) -> None:

@@ -4,7 +4,7 @@ The images of one prompt go out in one call (`batch_by="prompt"`), so that the m
 or one by one. A reply counts only if it holds exactly one number per image, each on the scale; anything else is asked
 again and then None: a made-up constant, or four scores spread over nine images, would be trained on.
 
-Source: Sync-R1's released code (`R_vlm`: all images and one reference in one call); written anew. Dims: n images.
+Source: Sync-R1's released code (`R_vlm`: all images and one reference in one call), rewritten. Dims: n images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, Unpack
 
 import numpy as np
 from PIL import Image
@@ -29,7 +29,7 @@ from torch import Tensor
 from ...errors import ChatError
 from ...pictures import ImageRef, open_picture
 from ..builtin.batches import Kept
-from .chat import ChatClient, Message
+from .chat import ChatClient, Message, ServerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -65,24 +65,18 @@ class LLMJudge:
         prompt_template: str = PROMPT_TEMPLATE,
         *,
         system_prompt: str = SYSTEM_PROMPT,
-        api_key_env: str | None = None,
-        timeout: float = 60.0,
-        retries: int = 3,
-        backoff: float = 1.0,
-        max_bytes: int = 1 << 20,
         max_concurrency: int = 8,
-        max_tokens: int = 512,
-        allow_http: bool = False,
         batch_by: Literal["prompt", "single"] = "prompt",
         max_images: int = 16,
         reference: Literal["references", "real_image"] | None = "references",
         max_side: int = 512,
         top: float = 100.0,
         budget: float = 110.0,
+        **server: Unpack[ServerOptions],
     ) -> None:
         """
         Args:
-            base_url, model, api_key_env, timeout, retries, backoff, max_bytes, max_tokens, allow_http: of `ChatClient`.
+            base_url, model: as `ChatClient` takes them.
             prompt_template: a format string with the fields `FIELDS`, any of them.
             system_prompt: sent before every prompt and question; "" sends none.
             max_concurrency: calls under way at once.
@@ -93,6 +87,7 @@ class LLMJudge:
             top: the score that counts as 1; scores run from 0 to here.
             budget: seconds for all calls of one batch of rewards; what has no answer by then is None. Below `score`'s
                 timeout, after which even the answers that came are lost.
+            server: `api_key_env`, `timeout`, `retries` and the other settings of `ChatClient`.
 
         Raises:
             ValueError: a template with an unknown field, a number that cannot work, or what `ChatClient` refuses.
@@ -103,10 +98,7 @@ class LLMJudge:
                 "llm judge: expected max_concurrency >= 1, max_images >= 1, max_side >= 16, top > 0 and budget > 0, "
                 f"got {max_concurrency}, {max_images}, {max_side}, {top} and {budget}"
             )
-        self.client = ChatClient(
-            base_url, model, api_key_env=api_key_env, timeout=timeout, retries=retries, backoff=backoff,
-            max_bytes=max_bytes, max_tokens=max_tokens, allow_http=allow_http,
-        )  # fmt: skip
+        self.client = ChatClient(base_url, model, **server)
         self.prompt_template, self.system_prompt = prompt_template, system_prompt
         self.max_concurrency, self.max_images, self.max_side = max_concurrency, max_images, max_side
         self.batch_by, self.reference, self.top, self.budget = batch_by, reference, top, budget

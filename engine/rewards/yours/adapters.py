@@ -46,11 +46,13 @@ def verl(function: Foreign) -> RewardFunction:
         rows = _with_text(columns)
         results = [
             function(
-                data_source=source, solution_str=columns["completions"][row], ground_truth=columns["answer"][row],
+                data_source=source,
+                solution_str=columns["completions"][row],
+                ground_truth=columns["answer"][row],
                 extra_info=extra_info,
             )
             for row, (source, extra_info) in zip(rows, _verl_rows(columns, rows), strict=True)
-        ]  # fmt: skip
+        ]
         if any(inspect.isawaitable(result) for result in results):
             return _gathered(results, rows, columns, reward.__name__)
         return _spread([_verl_score(result) for result in results], rows, columns, reward.__name__)
@@ -71,9 +73,11 @@ def verl_batch(function: Foreign) -> RewardFunction:
         if not rows:
             return [None] * len(columns["completions"])
         results = function(
-            data_sources=[source for source, _ in pairs], solution_strs=[columns["completions"][row] for row in rows],
-            ground_truths=[columns["answer"][row] for row in rows], extra_infos=[extra for _, extra in pairs],
-        )  # fmt: skip
+            data_sources=[source for source, _ in pairs],
+            solution_strs=[columns["completions"][row] for row in rows],
+            ground_truths=[columns["answer"][row] for row in rows],
+            extra_infos=[extra for _, extra in pairs],
+        )
         scores = [_verl_score(result) for result in results] if isinstance(results, list | tuple) else results
         return _spread(scores, rows, columns, reward.__name__)
 
