@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .plan import VarlenCall
+from .varlen import VarlenCall
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..api import grpo_loss, selective_logp
-from ..calls import registered
 from ..dispatch import choose, module_of, same_device
+from ..register import registered
 from ..terms import Head
 from .padded import TOKEN_LEVEL_ONLY, Settings, loss_metrics, make_batch, padded_loss, token_terms
 

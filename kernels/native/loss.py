@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..options import RULES, SCALES, LossOptions, PerModality, for_modality
-from ..records import MODALITIES
+from ..streams import MODALITIES
 from ..terms import METRICS, ROW_LOSSES, LossTerms, TokenLoss, row_loss
 from .library import DOUBLE, INT, POINTER, function, pointer
 

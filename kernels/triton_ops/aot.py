@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from .aot_cases import Case, cases
-from .launch import interpreting
+from .launching import interpreting
 
 TARGETS = (80, 90, 100)
 H200_BYTES_PER_SECOND = 4.3e12

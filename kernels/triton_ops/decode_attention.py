@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from ..terms import DecodeStep
+from .launching import on_device
 from .row_math import LOG2E
 
 FLOOR = tl.constexpr(-1e30)
@@ -166,22 +167,13 @@ def decode_form(group: int, width: int) -> tuple[DecodeForm, int]:
     return DecodeForm(group, width, heads, padded, max(TILE // (share * padded), 4)), WARPS // share
 
 
-def prefix_decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    own_keys: Tensor,
-    own_values: Tensor,
-    spans: Tensor,
-    scale: float,
-) -> Tensor:
+def prefix_decode_attention(step: DecodeStep) -> Tensor:
     """See `terms.Backend`."""
+    query, spans = step.query, step.spans
     num_rows, num_heads, width = query.shape
-    num_kv_heads = own_keys.shape[0]
+    num_kv_heads = step.own_keys.shape[0]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    tensors = (query, key, value, prefix_keys, prefix_values, own_keys, own_values)
+    tensors = step[:7]  # those before the spans
     form, num_warps = decode_form(num_heads // num_kv_heads, width)
     strides = Strides(*(stride for tensor in tensors for stride in tensor.stride()[:2]))
     with on_device(query):
@@ -191,7 +183,7 @@ def prefix_decode_attention(
             out,
             num_rows,
             num_kv_heads,
-            scale * LOG2E.value,
+            step.scale * LOG2E.value,
             strides,
             FORM=form,
             num_warps=num_warps,

@@ -21,7 +21,7 @@ from ..options import SCALES
 from ..reference.advantage import SPREAD
 from ..reference.select import MASS_SLACK
 from ..reference.select import dgs_select as select_on_host
-from .launch import as_bytes, halves, on_device
+from .launching import as_bytes, halves, on_device
 
 MEMBERS = tl.constexpr(32)
 DECIDED = tl.constexpr(8)

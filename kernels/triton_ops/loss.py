@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..options import SCALES, LossOptions, PerModality, for_modality
-from ..records import MODALITIES
+from ..streams import MODALITIES
 from ..terms import METRICS, ROW_LOSSES, LossTerms, TokenLoss, row_loss
 from .groups import RULES
-from .launch import as_bytes, halves, interpreting, on_device
+from .launching import as_bytes, halves, interpreting, on_device
 from .loss_kernels import finish_kernel, loss_kernel
 from .loss_terms import Form, Numbers, Outputs, Sequences, Tokens
 
