@@ -35,15 +35,9 @@ SCHEMA_TYPES: dict[Any, str] = {
 """What torch calls a field's type; `Annotated[Tensor, "Tensor(a!)"]` says it itself."""
 
 
-@cache
-def _fields(record: Any) -> tuple[tuple[str, Any], ...]:
-    """(name, type) of each field."""
-    return tuple(get_type_hints(record, include_extras=True).items())
-
-
 def _arguments(record: Any) -> Iterator[tuple[str, str]]:
     """(name, type in torch's words) of each argument of the op."""
-    for name, kind in _fields(record):
+    for name, kind in get_type_hints(record, include_extras=True).items():
         if hasattr(kind, "_fields"):
             yield from _arguments(kind)
         else:
@@ -58,16 +52,20 @@ def flatten(record: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(flat)
 
 
-def gather(record: type[Any], flat: Sequence[Any]) -> Any:
+@cache
+def gatherer(record: Any) -> Callable[[Sequence[Any]], Any]:
     """The inverse of `flatten`."""
-    return _take(record, iter(flat))
+    parts: list[tuple[slice | int, Callable[[Any], Any]]] = []
+    end = 0
+    for kind in get_type_hints(record).values():
+        start, end = end, end + (len(list(_arguments(kind))) if hasattr(kind, "_fields") else 1)
+        parts.append((slice(start, end), gatherer(kind)) if hasattr(kind, "_fields") else (start, lambda value: value))
+    if end == len(parts):
+        return record._make  # type: ignore[no-any-return]  # no record inside
+    return lambda flat: record._make([make(flat[at]) for at, make in parts])
 
 
-def _take(record: Any, flat: Iterator[Any]) -> Any:
-    return record._make([_take(kind, flat) if hasattr(kind, "_fields") else next(flat) for _, kind in _fields(record)])
-
-
-def implements(name: str, record: type[Any], returns: str, *, reads_back: bool = False) -> Callable[[F], F]:
+def implements(name: str, record: Any, returns: str, *, reads_back: bool = False) -> Callable[[F], F]:
     """Defines the op and makes the function of its record the implementation on every device; it sees no autograd.
 
     `returns`: in torch's words. `reads_back`: the host waits for a value on the way, so that `torch.compile` keeps the
@@ -77,47 +75,43 @@ def implements(name: str, record: type[Any], returns: str, *, reads_back: bool =
     def decorate(function: F) -> F:
         schema = ", ".join(f"{kind} {argument}" for argument, kind in _arguments(record))
         LIBRARY.define(f"{name}({schema}) -> {returns}", tags=(torch.Tag.cudagraph_unsafe,) if reads_back else ())
-        LIBRARY.impl(name, lambda *flat: function(gather(record, flat)), "CompositeExplicitAutograd")
+        gather = gatherer(record)
+        LIBRARY.impl(name, lambda *flat: function(gather(flat)), "CompositeExplicitAutograd")
         return function
 
     return decorate
 
 
-def fakes(name: str, record: type[Any]) -> Callable[[F], F]:
+def fakes(name: str, record: Any) -> Callable[[F], F]:
     """The function of the op's record gives shapes and dtypes of the outputs, for tracing."""
 
     def decorate(function: F) -> F:
-        torch.library.register_fake(f"syncr1::{name}", lambda *flat: function(gather(record, flat)), lib=LIBRARY)
+        gather = gatherer(record)
+        torch.library.register_fake(f"syncr1::{name}", lambda *flat: function(gather(flat)), lib=LIBRARY)
         return function
 
     return decorate
 
 
-def differentiates(
-    name: str, record: type[Any], save: Callable[..., None], backward: Callable[..., dict[str, Any]]
-) -> None:
+def differentiates(name: str, record: Any, save: Callable[..., None], backward: Callable[..., dict[str, Any]]) -> None:
     """Autograd of an op.
 
     `save(ctx, inputs, output)` keeps what `backward(ctx, *grads)` needs. That returns gradients by argument, a list for
     a list of tensors; arguments that it leaves out have none.
     """
-    names = [argument for argument, _ in _arguments(record)]
+    gather, arguments = gatherer(record), list(_arguments(record))
+    lists = [index for index, (_, kind) in enumerate(arguments) if kind == "Tensor[]"]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.none = [_no_gradient(value) for value in inputs]
-        save(ctx, gather(record, inputs), output)
+        # torch wants a None for each tensor of a list that has no gradient.
+        ctx.none = {arguments[index][0]: [None] * len(inputs[index]) for index in lists}
+        save(ctx, gather(inputs), output)
 
     def differentiate(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        by_name = backward(ctx, *grads)
-        return tuple(by_name.get(argument, none) for argument, none in zip(names, ctx.none, strict=True))
+        by_name = ctx.none | backward(ctx, *grads)
+        return tuple([by_name.get(argument) for argument, _ in arguments])
 
     torch.library.register_autograd(f"syncr1::{name}", differentiate, setup_context=setup, lib=LIBRARY)
-
-
-def _no_gradient(value: Any) -> list[None] | None:
-    """torch wants a None for each tensor of a list."""
-    lists = isinstance(value, list) and all(isinstance(part, Tensor) for part in value)
-    return [None] * len(value) if lists else None
 
 
 def differentiates_no_further(name: str) -> None:

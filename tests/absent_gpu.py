@@ -128,7 +128,7 @@ def absent_gpu(patch: pytest.MonkeyPatch) -> Iterator[AbsentGPU]:
 
     from syncr1.kernels import triton_ops
     from syncr1.kernels.ops import decode_attention, groups, linear_loss, logp, loss, sample
-    from syncr1.kernels.register import gather
+    from syncr1.kernels.register import gatherer
     from syncr1.kernels.terms import DecodeStep, SampleInputs
 
     gpu = AbsentGPU(FakeTensorMode())
@@ -153,7 +153,7 @@ def absent_gpu(patch: pytest.MonkeyPatch) -> Iterator[AbsentGPU]:
         return [gpu.answer] * self.numel()
 
     def flat(function: Callable[[Any], Any], record: type[Any]) -> Callable[..., Any]:
-        return lambda *arguments: function(gather(record, arguments))
+        return lambda *arguments: function(gatherer(record)(arguments))
 
     implementations = SimpleNamespace(
         group_advantages=flat(groups.score, groups.AdvantageInputs),

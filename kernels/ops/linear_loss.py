@@ -30,7 +30,7 @@ from .late_gradients import StreamLists
 from .linear_sweeps import OP, LinearLoss
 from .logp import cast_operands, refuse_second_derivative
 from .loss import empty_results, loss_dtype
-from .loss_inputs import check_loss_inputs, lists_options, loss_inputs, named_metrics
+from .loss_inputs import check_loss_inputs, encode_options, lists_options, loss_inputs, named_metrics
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 
@@ -103,11 +103,12 @@ def linear_grpo_loss(
         "weights": weights,
     }
     same_device(OP, streams=streams, **given, num_items=options.get("num_items"))
+    settings, num_items = encode_options(OP, options)
     check_stream_records(OP, streams)
     for stream in streams:
         TEMPERATURE.check(OP, "stream.temperature", stream.temperature)
     streams = [_autocast(stream) for stream in streams]
-    inputs = loss_inputs(OP, given, options, choose(OP, backend, *(s.hidden for s in streams)))
+    inputs = loss_inputs(OP, given, settings, num_items, choose(OP, backend, *(s.hidden for s in streams)))
     num_tokens = _num_tokens(inputs)
     if inputs.backend == "reference" and not streams[0].hidden.is_meta:
         layout = _check(inputs.layout(num_tokens), streams, inputs)

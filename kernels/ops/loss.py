@@ -22,10 +22,10 @@ from ..outputs import GRPOOutput
 from ..plan import Rewards, Scores, by_modality, entropy_thresholds, policy_mask, score_rewards
 from ..reference import loss as reference
 from ..reference.advantage import combine_rewards
-from ..register import LIBRARY, fakes, flatten, gather, implements, registered
+from ..register import LIBRARY, fakes, flatten, gatherer, implements, registered
 from ..terms import METRICS, LossInputs, LossTerms, TokenLoss
 from .logp import refuse_second_derivative
-from .loss_inputs import check_loss_inputs, lists_options, loss_inputs, named_metrics
+from .loss_inputs import check_loss_inputs, encode_options, lists_options, loss_inputs, named_metrics
 
 OP = "grpo_loss"
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -106,10 +106,11 @@ def grpo_loss(
         "weights": weights,
     }
     same_device(OP, logp=logp, **given, num_items=options.get("num_items"))
+    settings, num_items = encode_options(OP, options)
     check_float(OP, "logp", logp)
     if logp.dim() != 1:
         refuse(OP, "logp", "[T]", list(logp.shape), "pack the sequences onto one axis: logp[mask]")
-    inputs = loss_inputs(OP, given, options, choose(OP, backend, logp, old_logp, ref_logp))
+    inputs = loss_inputs(OP, given, settings, num_items, choose(OP, backend, logp, old_logp, ref_logp))
     if inputs.backend == "reference" and not logp.is_meta:
         check_loss_inputs(OP, inputs, inputs.layout(logp.shape[0]), logp)
         return reference.grpo_loss(logp, inputs)
@@ -252,7 +253,7 @@ def _below_autograd(given: TokenLossInputs) -> Outputs:
     return outputs
 
 
-LIBRARY.impl(OP, lambda *flat: _differentiable(gather(TokenLossInputs, flat), _below_autograd), "Autograd")
+LIBRARY.impl(OP, lambda *flat: _differentiable(gatherer(TokenLossInputs)(flat), _below_autograd), "Autograd")
 
 
 def _run(given: TokenLossInputs) -> Outputs:

@@ -64,15 +64,19 @@ def lists_options(op: Callable[..., Any]) -> Callable[..., Any]:
     return op
 
 
-def loss_inputs(op: str, given: Mapping[str, Any], options: dict[str, Any], backend: str) -> LossInputs:
-    """From the tensors that a caller gave, by name, and the keywords that are settings."""
+def encode_options(op: str, options: dict[str, Any]) -> tuple[str, Tensor | None]:
+    """Checked settings as one string, and `num_items` where it came as a tensor."""
     plain, num_items = _split_num_items(options)
-    settings = _encode(op, plain)
+    return _encode(op, plain), num_items
+
+
+def loss_inputs(op: str, given: Mapping[str, Any], settings: str, num_items: Tensor | None, backend: str) -> LossInputs:
+    """From the tensors that a caller gave, by name."""
     rewards, advantages = (
         [] if given[name] is None else per_modality(op, name, given[name]) for name in ("rewards", "advantages")
     )
-    own = {"rewards": rewards, "advantages": advantages, "num_items": num_items}
-    return LossInputs(**{**given, **own, "settings": settings, "backend": backend})
+    credit = {"rewards": rewards, "advantages": advantages}
+    return LossInputs(**{**given, **credit}, num_items=num_items, settings=settings, backend=backend)
 
 
 def _split_num_items(options: dict[str, Any]) -> tuple[tuple[Setting, ...], Tensor | None]:
