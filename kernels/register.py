@@ -61,7 +61,7 @@ def gatherer(record: Any) -> Callable[[Sequence[Any]], Any]:
         start, end = end, end + (len(list(_arguments(kind))) if hasattr(kind, "_fields") else 1)
         parts.append((slice(start, end), gatherer(kind)) if hasattr(kind, "_fields") else (start, lambda value: value))
     if end == len(parts):
-        return record._make  # type: ignore[no-any-return]  # no record inside
+        return record._make  # no record inside
     return lambda flat: record._make([make(flat[at]) for at, make in parts])
 
 

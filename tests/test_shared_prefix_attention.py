@@ -15,8 +15,8 @@ from shared_prefix_cases import CASES, EQUAL, GROUPS, RAGGED, Group, make_layout
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from syncr1.kernels.api import BackendError
-from syncr1.kernels.attention import SharedPrefixLayout, choose_attention, shared_prefix_attention
+from syncr1.kernels.api import BackendError, SharedPrefixLayout, shared_prefix_attention
+from syncr1.kernels.attention import choose_attention
 from syncr1.kernels.attention_ops.varlen import offsets_of, shared_plan
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
