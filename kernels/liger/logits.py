@@ -208,9 +208,16 @@ def triton_grpo_loss(
         settings.check_sapo_temperatures()
     mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
     batch = make_batch(
-        settings, mask, completion_ids, advantages, old_logp, ref_logp, vllm_is_ratio, num_items_in_batch,
+        settings,
+        mask,
+        completion_ids,
+        advantages,
+        old_logp,
+        ref_logp,
+        vllm_is_ratio,
+        num_items_in_batch,
         luspo_by_sequence=False,
-    )  # fmt: skip
+    )
     logp_BT = _SelectiveLogp.apply(logits, batch.targets, temperature, inplace)
     if not reduce:
         policy, kl, clipped = token_terms(logp_BT, batch)

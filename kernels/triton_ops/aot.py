@@ -180,10 +180,20 @@ def line(record: Record, versions: Iterable[str] = ()) -> str:
     floor = record.floor
     time = f"{floor * 1e6:.1f} µs" if floor > LAUNCH_SECONDS else "launch"
     cells = [
-        *versions, record.kernel.removesuffix("_kernel"), record.case, f"sm_{record.target}", record.grid, record.warps,
-        record.registers, record.spilled, record.shared, f"{record.wide_loads} + {record.narrow_loads}", record.passes,
-        time, "hot" if record.hot else "",
-    ]  # fmt: skip
+        *versions,
+        record.kernel.removesuffix("_kernel"),
+        record.case,
+        f"sm_{record.target}",
+        record.grid,
+        record.warps,
+        record.registers,
+        record.spilled,
+        record.shared,
+        f"{record.wide_loads} + {record.narrow_loads}",
+        record.passes,
+        time,
+        "hot" if record.hot else "",
+    ]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 

@@ -135,16 +135,31 @@ def loss_cases() -> Iterator[Case]:
         ("dapo, pruned", loss_terms({"dgs": "variance_mass"}, **plain), each, True),
         ("dapo, advantages given", loss_terms({}, given=True, **plain), each, True),
         ("dapo, num_items, KL", loss_terms({"num_items": 9.0, "beta": 0.1}, is_ratio=None), each + more, True),
-        ("grpo, sequence ratio, KL", loss_terms({"loss_type": "grpo", "ratio": "sequence", "beta": 0.1}, is_ratio=None),
-         each + more, True),
-        ("sapo, bias-corrected KL", loss_terms({"loss_type": "sapo", "bias_corrected_kl": True, "beta": 0.1},
-                                               is_ratio=None), each + more, False),
-        ("cispo, two rewards, items per modality",
-         loss_terms({"loss_type": "cispo", "dgs": "top_k", "num_items": {"text": 5.0, "image": 9.0}}, ref_logp=None),
-         each + more, False),
-        ("vespo, is_ratio per sequence", loss_terms({"loss_type": "vespo"}, per_sequence=True, ref_logp=None), each,
-         False),
-    ):  # fmt: skip
+        (
+            "grpo, sequence ratio, KL",
+            loss_terms({"loss_type": "grpo", "ratio": "sequence", "beta": 0.1}, is_ratio=None),
+            each + more,
+            True,
+        ),
+        (
+            "sapo, bias-corrected KL",
+            loss_terms({"loss_type": "sapo", "bias_corrected_kl": True, "beta": 0.1}, is_ratio=None),
+            each + more,
+            False,
+        ),
+        (
+            "cispo, two rewards, items per modality",
+            loss_terms({"loss_type": "cispo", "dgs": "top_k", "num_items": {"text": 5.0, "image": 9.0}}, ref_logp=None),
+            each + more,
+            False,
+        ),
+        (
+            "vespo, is_ratio per sequence",
+            loss_terms({"loss_type": "vespo"}, per_sequence=True, ref_logp=None),
+            each,
+            False,
+        ),
+    ):
         yield Case(f"{name} T={NUM_TOKENS}", partial(token_loss, terms), num_bytes, "1 read, 1 write", hot, wide=False)
 
 

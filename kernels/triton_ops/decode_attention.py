@@ -135,19 +135,24 @@ def decode_kernel(
         inside = (m_M < FORM.M)[:, None] & inside_E[None, :]
         top = tl.full([FORM.HEADS, FORM.COLUMNS], FLOOR, tl.float32)
         outputs = tl.full([FORM.HEADS, FORM.COLUMNS, FORM.WIDTH], 0, tl.float32)
-    scaled_query = tl.load(query_at, mask=inside, other=0.0).to(tl.float32) * scale
+    scaled = tl.load(query_at, mask=inside, other=0.0).to(tl.float32) * scale
     top, sums, outputs = attend(
-        scaled_query, top, tl.zeros_like(top), outputs,
+        scaled,
+        top,
+        tl.zeros_like(top),
+        outputs,
         prefix_keys + head * strides.prefix_key_head + prefix_start * strides.prefix_key_column,
         prefix_values + head * strides.prefix_value_head + prefix_start * strides.prefix_value_column,
-        strides.prefix_key_column, strides.prefix_value_column, prefix_length, FORM,
-    )  # fmt: skip
-    top, sums, outputs = attend(
-        scaled_query, top, sums, outputs, keys, values, strides.own_key_column, strides.own_value_column, own_length,
+        strides.prefix_key_column,
+        strides.prefix_value_column,
+        prefix_length,
         FORM,
-    )  # fmt: skip
+    )
+    top, sums, outputs = attend(
+        scaled, top, sums, outputs, keys, values, strides.own_key_column, strides.own_value_column, own_length, FORM
+    )
 
-    new_score = tl.sum(scaled_query * new_key_E.to(tl.float32), axis=-1)
+    new_score = tl.sum(scaled * new_key_E.to(tl.float32), axis=-1)
     highest = tl.maximum(tl.max(top, axis=-1), new_score)
     factor, new_weight = tl.exp2(top - tl.expand_dims(highest, -1)), tl.exp2(new_score - highest)
     total = tl.sum(sums * factor, axis=-1) + new_weight
