@@ -1,4 +1,4 @@
-"""Attention over groups whose responses share one prefix: each prefix is computed and stored once.
+"""Groups whose responses share one prefix: the layout of their tokens, and who computes attention over it.
 
 The token axis is [all prefixes | all responses].  A response's tokens see their whole prefix and their own response up
 to their own place; a prefix's tokens see the prefix up to their own place; nothing sees anything else.
@@ -17,17 +17,14 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from .attention_ops import cuda, reference
-from .attention_ops.op import OP
-from .attention_ops.plan import Plan, plan_of
-from .checks import check_float, check_offsets, refuse
+from .attention_ops import cuda
+from .attention_ops.varlen import Plan, plan_of
+from .checks import check_offsets, refuse
 from .dispatch import ENVIRONMENT_VARIABLE, MODULES, BackendError, refuse_transforms
 from .layout import segment_ids
-from .ops.register import constant_when_traced, registered
-from .ranges import ATTENTION_SCALE
+from .register import constant_when_traced
 
-__all__ = ["SharedPrefixLayout", "attention_provider", "shared_prefix_attention"]
-
+OP = "shared_prefix_attention"
 BACKENDS = ("reference", "flash")
 
 
@@ -128,71 +125,6 @@ class SharedPrefixLayout:
         filled = cu_seqlens.diff() > 0
         rows[cu_seqlens[:-1][filled]] = last[group[filled]]
         return rows.to(self.device)
-
-
-def shared_prefix_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: SharedPrefixLayout,
-    *,
-    scale: float | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Softmax attention in which the responses of a group share its prefix's keys and values.
-
-    Equivalent PyTorch, for one group and as many key-value heads as query heads:
-        segment = torch.repeat_interleave(torch.arange(1 + S), lengths_of_prefix_and_responses)
-        seen = ((segment[:, None] == segment) | (segment == 0)).tril()
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(0, 1)
-
-    Args:
-        q: [T, H, E] float; with gradient, of any strides.
-        k: [T, K, E], dtype of `q`; with gradient. Query head h reads key-value head h // (H / K).
-        v: [T, K, E], dtype of `q`; with gradient.
-        layout: of the token axis [all prefixes | all responses].
-        scale: finite, > 0; multiplies the scores; None = 1/√E.
-        backend: "flash" is dense flash attention on the CPU, and on CUDA flash_attn's variable-length kernels, or
-            PyTorch's where that is not installed or does not load (float16 and bfloat16; `attention_provider` says
-            which); "reference" is plain PyTorch. None takes flash where it serves the tensors, unless
-            SYNCR1_BACKEND=reference.
-
-    Returns:
-        [T, H, E], dtype of `q`.
-
-    Raises:
-        ValueError: a shape, dtype or value is out of place.
-        BackendError: the backend that was asked for cannot serve the call.
-        NotImplementedError: a gradient is differentiated again (only "reference" can).
-
-    Source: two variable-length calls merged by log-sum-exp as in Hydragen (arXiv 2402.05099), with their backward.
-    """
-    # The kernels mask before they scale: 0 · -inf is NaN, and a negative scale would show what is hidden.
-    ATTENTION_SCALE.check(OP, "scale", scale)
-    _check(q, k, v, layout)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if choose_attention(backend, q) == "reference":
-        return reference.attend(layout.plan, q, k, v, scale)
-    out: Tensor = registered.shared_prefix_attention(q, k, v, *layout.host_offsets, scale)[0]
-    return out
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout) -> None:
-    check_float(OP, "q", q)
-    if q.dim() != 3 or q.shape[0] != layout.num_tokens:
-        remedy = "the token axis is [all prefixes | all responses] of this layout"
-        refuse(OP, "q", f"[{layout.num_tokens}, H, E]", list(q.shape), remedy)
-    if k.shape != v.shape:
-        refuse(OP, "v", list(k.shape), list(v.shape), "keys and values have one shape")
-    if k.dim() != 3 or (k.shape[0], k.shape[2]) != (q.shape[0], q.shape[2]):
-        refuse(OP, "k", f"[{q.shape[0]}, K, {q.shape[2]}]", list(k.shape), "one key per token, of the queries' size")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[2] == 0:
-        got = f"H {q.shape[1]}, K {k.shape[1]}, E {q.shape[2]}"
-        refuse(OP, "the number of query heads", "a multiple of the number of key-value heads", got, "check the heads")
-    for name, x in (("k", k), ("v", v)):
-        if (x.dtype, x.device) != (q.dtype, q.device):
-            refuse(OP, name, f"{q.dtype} on {q.device}", f"{x.dtype} on {x.device}", "convert it with .to(q)")
 
 
 def attention_provider(

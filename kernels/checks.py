@@ -14,16 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from .records import MODALITIES, TokenStream
-
-if TYPE_CHECKING:
-    from .layout import PackedLayout
-    from .options import LossOptions
+from .layout import PackedLayout
+from .streams import MODALITIES, TokenStream
 
 INTEGER_DTYPES = (torch.int32, torch.int64)
 CHECKS_VARIABLE = "SYNCR1_CHECKS"
@@ -94,6 +91,23 @@ def check_offsets(op: str, name: str, offsets: Tensor, end: int | None = None) -
     if values != sorted(values):
         fall = next(i for i, (before, after) in enumerate(pairwise(values)) if after < before)
         refuse(op, name, "non-decreasing", f"a fall after entry {fall}", "pass cumulative counts, not lengths")
+
+
+def check_layout(op: str, layout: PackedLayout) -> None:
+    """Offsets, mask and modality of the packed layout fit together."""
+    check_offsets(op, "cu_seqlens", layout.cu_seqlens, layout.total)
+    check_offsets(op, "group_offsets", layout.group_offsets, layout.num_sequences)
+    mask, modality, num_tokens = layout.loss_mask, layout.modality, layout.num_tokens
+    if mask is not None:
+        check_vector(op, "loss_mask", mask, num_tokens, "it covers every packed token")
+        if mask.dtype != torch.bool:
+            refuse(op, "loss_mask", torch.bool, mask.dtype, "convert it with .bool()")
+    if modality is not None:
+        check_vector(op, "modality", modality, num_tokens, "it covers every packed token")
+        if modality.is_floating_point():
+            refuse(op, "modality", torch.uint8, modality.dtype, "pass 0 for text and 1 for image as uint8")
+        if checks_values(modality) and bool((modality >= len(MODALITIES)).any()):
+            refuse(op, "modality", "0 (text) or 1 (image)", "other values", "pass a uint8 tensor of 0 and 1")
 
 
 def has_infinity(values: Tensor) -> bool:
@@ -232,46 +246,6 @@ def check_log_probabilities(
             )
 
 
-def check_loss_inputs(
-    op: str,
-    layout: PackedLayout,
-    options: LossOptions,
-    named: Mapping[str, Tensor | None],
-    *,
-    finite: bool = True,
-) -> None:
-    """The layout and what lies on its token axis fit together, and what the options need is there.
-
-    `named`: logp, old_logp, ref_logp, entropy, is_ratio; num_items where it is a tensor. `finite=False` leaves out the
-    search for values that are not.
-    """
-    ref_logp, entropy, is_ratio = (named.get(name) for name in ("ref_logp", "entropy", "is_ratio"))
-    layout.validate(op)
-    num_tokens, num_sequences = layout.num_tokens, layout.num_sequences
-    per_token = {name: values for name, values in named.items() if name not in ("is_ratio", "num_items")}
-    check_log_probabilities(op, layout.loss_mask, num_tokens, finite=finite, **per_token)
-    num_items = named.get("num_items")
-    if num_items is not None and checks_values(num_items):
-        wrong = [value for value in num_items.tolist() if not 0 <= value < math.inf]
-        if wrong:
-            refuse(op, "num_items", "finite and ≥ 0", wrong[0], "it is a divisor, and below 1 counts as 1")
-    beta = options.beta
-    if ref_logp is None and any(b != 0 for b in (beta.values() if isinstance(beta, Mapping) else (beta,))):
-        refuse(op, "ref_logp", "given where beta is not 0", None, "pass the reference policy's log-probabilities")
-    if "logp" in named and options.top_entropy_quantile < 1 and entropy is None:
-        refuse(op, "entropy", "given where top_entropy_quantile < 1", None, "pass it, or use linear_grpo_loss")
-    if is_ratio is not None and is_ratio.shape not in ((num_tokens,), (num_sequences,), (num_sequences, 1)):
-        expected = f"[{num_tokens}], [{num_sequences}] or [{num_sequences}, 1]"
-        refuse(op, "is_ratio", expected, list(is_ratio.shape), "one ratio per token or per sequence")
-    if is_ratio is not None and is_ratio.shape != (num_tokens,) and checks_values(is_ratio):
-        # One of a sequence without loss may be anything.
-        check_log_probabilities(
-            op, layout.loss_mask, num_tokens, is_ratio=is_ratio.reshape(-1)[layout.sequence_of_token]
-        )
-    elif is_ratio is not None and finite:
-        check_log_probabilities(op, layout.loss_mask, num_tokens, is_ratio=is_ratio)
-
-
 def check_modality_keys(op: str, name: str, values: Mapping[str, object]) -> None:
     """A per-modality setting names exactly text and image."""
     if set(values) != set(MODALITIES):
@@ -287,24 +261,3 @@ def check_drawn(op: str, logp_B: Tensor) -> None:
                 f"{op}: logits must be finite or -inf with one finite value, got a row without a distribution at row "
                 f"{int(wrong[0])}; find what made it (an overflow, a bad checkpoint, everything masked)"
             )
-
-
-def check_sampling(
-    cond: Tensor, uncond: Tensor | None, cfg_weight: float, seed: int | Tensor, offset: int | Tensor
-) -> None:
-    """The tensors of cfg_sample fit together."""
-    op = "cfg_sample"
-    check_float(op, "cond", cond)
-    if cond.dim() != 2:
-        refuse(op, "cond", "[B, V]", list(cond.shape), "pass the logits of the last position")
-    if uncond is not None and uncond.shape != cond.shape:
-        refuse(op, "uncond", list(cond.shape), list(uncond.shape), "expand it to one row per conditional row")
-    if uncond is None and cfg_weight != 1.0:
-        refuse(op, "cfg_weight", "1 without uncond", cfg_weight, "pass the unconditional logits")
-    for name, value in (("seed", seed), ("offset", offset)):
-        if not isinstance(value, Tensor):
-            continue
-        if value.dtype not in INTEGER_DTYPES:
-            refuse(op, name, "int64", value.dtype, "convert it with .long()")
-        if value.dim() > 0:
-            check_vector(op, name, value, cond.shape[0], "one per row")

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.register import constant_when_traced
-from .records import TokenStream
+from .register import constant_when_traced
+from .streams import TokenStream
 
 ENVIRONMENT_VARIABLE = "SYNCR1_BACKEND"
 MODULES = {

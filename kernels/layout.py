@@ -14,9 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_offsets, check_vector, checks_values, refuse
-from .records import MODALITIES
-
 
 def segment_ids(offsets: Tensor, total: int) -> Tensor:
     """Which segment each of `total` positions belongs to: [total] int64."""
@@ -58,19 +55,3 @@ class PackedLayout:
         if self.modality is not None:
             return self.modality.bool()
         return torch.zeros(self.num_tokens, dtype=torch.bool, device=self.cu_seqlens.device)
-
-    def validate(self, op: str) -> None:
-        """Raises ValueError naming `op`, what was expected, what came and the remedy."""
-        check_offsets(op, "cu_seqlens", self.cu_seqlens, self.total)
-        check_offsets(op, "group_offsets", self.group_offsets, self.num_sequences)
-        num_tokens = self.num_tokens
-        if self.loss_mask is not None:
-            check_vector(op, "loss_mask", self.loss_mask, num_tokens, "it covers every packed token")
-            if self.loss_mask.dtype != torch.bool:
-                refuse(op, "loss_mask", torch.bool, self.loss_mask.dtype, "convert it with .bool()")
-        if self.modality is not None:
-            check_vector(op, "modality", self.modality, num_tokens, "it covers every packed token")
-            if self.modality.is_floating_point():
-                refuse(op, "modality", torch.uint8, self.modality.dtype, "pass 0 for text and 1 for image as uint8")
-            if checks_values(self.modality) and bool((self.modality >= len(MODALITIES)).any()):
-                refuse(op, "modality", "0 (text) or 1 (image)", "other values", "pass a uint8 tensor of 0 and 1")

@@ -132,11 +132,6 @@ def _give_back(buffer: Tensor) -> None:
         _kept[buffer.dtype] = buffer
 
 
-def release_workspace() -> None:
-    """Frees the kept workspaces."""
-    _kept.clear()
-
-
 class HeadGradients:
     """dL/d(hidden, weight, bias) of one head, collected chunk by chunk in a fixed order."""
 

@@ -15,19 +15,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checks import (
-    check_float,
-    check_modality_keys,
-    check_rewards,
-    check_vector,
-    checks_values,
-    refuse,
-)
+from .checks import check_modality_keys, checks_values, refuse
 from .layout import PackedLayout
 from .options import LossOptions, for_modality
-from .records import MODALITIES, TokenStream
 from .reference.advantage import combine_advantages, combine_rewards, groups_with_variance
 from .reference.segments import reduce_segments, sum_segments
+from .streams import MODALITIES, TokenStream
+from .terms import LossInputs
 
 Rewards = Tensor | Mapping[str, Tensor]
 
@@ -106,40 +100,15 @@ def advantage_energy(advantages_MS: Tensor) -> Tensor:
     return advantages_MS.float().double().square().sum(dim=0)
 
 
-def check_credit(
-    op: str, rewards: Sequence[Tensor], advantages: Sequence[Tensor], layout: PackedLayout, weights: Tensor | None
-) -> None:
-    """Either rewards or advantages, one per sequence."""
-    if bool(rewards) == bool(advantages):
-        got = "both" if rewards else "neither"
-        refuse(op, "rewards, advantages", "one of the two", got, "pass rewards=None with advantages")
-    for part in rewards:
-        check_rewards(op, part, layout.group_offsets, weights)
-        if part.shape[0] != layout.num_sequences:
-            refuse(op, "rewards", f"[{layout.num_sequences}, …]", list(part.shape), "one reward per sequence")
-    for part in advantages:
-        check_float(op, "advantages", part)
-        check_vector(op, "advantages", part, layout.num_sequences, "one advantage per sequence")
-        if checks_values(part) and not bool(torch.isfinite(part).all()):
-            refuse(op, "advantages", "finite", "NaN or infinity", "give 0 to a sequence without a reward")
-
-
-def score_rewards(
-    backend: GroupStatistics,
-    rewards: Sequence[Tensor],
-    advantages: Sequence[Tensor],
-    group_offsets: Tensor,
-    settings: LossOptions,
-    weights: Tensor | None,
-) -> Scores:
+def score_rewards(backend: GroupStatistics, inputs: LossInputs) -> Scores:
     """Advantages from all members of each group (or those given), then the keep decision from those advantages."""
-    offsets = group_offsets.long().contiguous()
-    if advantages:
-        advantages_MS = torch.stack([part.detach() for part in advantages])
+    settings, weights, offsets = inputs.options, inputs.weights, inputs.group_offsets.long().contiguous()
+    if inputs.advantages:
+        advantages_MS = torch.stack([part.detach() for part in inputs.advantages])
         ranked_S = advantages_MS.double().sum(dim=0)
         varies_P = reduce_segments(advantages_MS.double().abs().amax(dim=0), offsets, "max") > 0
     else:
-        parts = [part.detach() for part in rewards]
+        parts = [part.detach() for part in inputs.rewards]
         how = (weights, settings.scale, settings.eps, settings.aggregate)
         advantages_MS = torch.stack([advantages_of(backend, part, offsets, *how) for part in parts])
         ranked_S = total_reward(parts, weights)

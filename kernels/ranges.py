@@ -80,8 +80,9 @@ _SHAPE = "leave it at its default, or see kernels/README.md"
 LOSS: dict[str, Range] = {
     "clip_low": Range("a finite number ≥ 0", _at_least_0, _CLIP),
     "clip_high": Range("a finite number ≥ 0", _at_least_0, _CLIP),
-    "delta": Range("a finite number > 0, or None", _above_0, "None is no bound; more than 1 + clip_high is usual",
-                   optional=True),
+    "delta": Range(
+        "a finite number > 0, or None", _above_0, "None is no bound; more than 1 + clip_high is usual", optional=True
+    ),
     "beta": Range("a finite number ≥ 0", _at_least_0, "below 0 it would drive the policy away from the reference"),
     "weight": Range("a finite number ≥ 0", _at_least_0, "below 0 it would turn the loss round; 0 switches it off"),
     "eps": EPS,
@@ -99,7 +100,7 @@ LOSS: dict[str, Range] = {
     "vespo_lambda_pos": Range("a finite number ≥ 0", _at_least_0, _SHAPE),
     "vespo_k_neg": Range("a finite number ≥ 0", _at_least_0, _SHAPE),
     "vespo_lambda_neg": Range("a finite number ≥ 0", _at_least_0, _SHAPE),
-}  # fmt: skip
+}
 """Numbers of `LossOptions`."""
 BY_MODALITY = ("clip_low", "clip_high", "delta", "beta", "weight", "num_items")
 """Those that may be a dict of one number for text and one for images."""

@@ -1,7 +1,8 @@
-"""What the registered ops hand to an accelerated backend: validated, contiguous, detached, on one device.
+"""The contract between ops and backends: the records that an op hands over, and the functions that it calls.
 
-A backend (`syncr1.kernels.native`, `syncr1.kernels.triton_ops`) is a module with the functions of `Backend`. It never
-validates and never sees autograd: `syncr1.kernels.ops_*` do both, once for all backends.
+An accelerated backend (`syncr1.kernels.native`, `syncr1.kernels.triton_ops`) is a module with the functions of
+`Backend`. It never validates and never sees autograd: `syncr1.kernels.ops` does both, once for all backends. What it is
+given is detached and on one device.
 
 Dims: `T` packed tokens, `S` sequences, `P` groups, `M` 1 or 2 modalities with rewards of their own,
 `C` rows of a chunk, `V` vocabulary, `B` decode rows; `R` rows, `H` heads, `E` width of an attention step.
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from .options import LossOptions, for_modality
-from .records import CFGSample, Modality
+from .layout import PackedLayout
+from .options import LossOptions, decode, for_modality
+from .outputs import CFGSample
+from .streams import Modality
 
 RowLoss = Literal["clip", "cispo", "sapo"]
 ROW_LOSSES: tuple[RowLoss, ...] = ("clip", "cispo", "sapo")
@@ -39,9 +42,100 @@ def padded(vocabulary: int) -> int:
     return -(-vocabulary // 16) * 16
 
 
+class LossInputs(NamedTuple):
+    """What both losses are given beside log-probabilities or streams, as the caller gave it but for settings in one
+    string: arguments of the registered ops."""
+
+    old_logp: Tensor | None
+    """[T]."""
+    rewards: Sequence[Tensor]
+    """[S] or [S, K]: one, or those of text and image; none where `advantages` are given."""
+    advantages: Sequence[Tensor]
+    """[S] each, likewise."""
+    cu_seqlens: Tensor
+    """[S+1]."""
+    group_offsets: Tensor
+    """[P+1]."""
+    loss_mask: Tensor | None
+    """[T] bool."""
+    modality: Tensor | None
+    """[T]."""
+    ref_logp: Tensor | None
+    """[T]."""
+    is_ratio: Tensor | None
+    """[T], [S] or [S, 1]."""
+    entropy: Tensor | None
+    """[T]; of `grpo_loss` alone."""
+    weights: Tensor | None
+    """[K]."""
+    num_items: Tensor | None
+    """[1] or [2]; replaces the setting where that was given as a tensor."""
+    settings: str
+    """`LossOptions`, encoded."""
+    backend: str
+    """Its name."""
+
+    @property
+    def options(self) -> LossOptions:
+        return decode(self.settings)
+
+    def layout(self, num_tokens: int) -> PackedLayout:
+        return PackedLayout(self.cu_seqlens, self.group_offsets, self.modality, self.loss_mask, num_tokens)
+
+
+class SampleInputs(NamedTuple):
+    """What `cfg_sample` is given, checked: arguments of the registered op and of a backend's `sample`."""
+
+    cond: Tensor
+    """[B, V] float, any strides."""
+    uncond: Tensor | None
+    """[B, V] float, any strides; None = no guidance."""
+    cfg_weight: float
+    temperature: float
+    """0 is greedy."""
+    top_k: int
+    """0 = all."""
+    top_p: float
+    seed: Tensor
+    """[B] int64."""
+    offset: Tensor
+    """[B] int64."""
+    forbidden: Tensor | None
+    """[F] int64 vocabulary ids."""
+    backend: str
+    """Its name."""
+
+
+class DecodeStep(NamedTuple):
+    """What `prefix_decode_attention` is given, checked: arguments of the registered op and of a backend.
+
+    One dtype; the caches have unit stride along E, and before a backend query, key and value have it too."""
+
+    query: Tensor
+    """[R, Hq, E]."""
+    key: Tensor
+    """[R, Hkv, E], of the new token."""
+    value: Tensor
+    """[R, Hkv, E], likewise."""
+    prefix_keys: Tensor
+    """[Hkv, Np, E], all prefixes one after another."""
+    prefix_values: Tensor
+    """[Hkv, Np, E], likewise."""
+    own_keys: Annotated[Tensor, "Tensor(a!)"]
+    """[Hkv, Nc, E]; takes `key` in each row's new column."""
+    own_values: Annotated[Tensor, "Tensor(b!)"]
+    """[Hkv, Nc, E]; takes `value` there."""
+    spans: Tensor
+    """[R, 4] int64: prefix start, prefix length, own start, own length before this token."""
+    scale: float
+    """Of the scores."""
+    backend: str
+    """Its name."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LossTerms:
-    """Everything of a GRPO loss from log-probabilities."""
+    """Everything of a GRPO loss from log-probabilities: validated, contiguous, detached."""
 
     settings: LossOptions
     cu_seqlens: Tensor
@@ -140,12 +234,14 @@ class RowTerms:
 
     def at(self, positions: Tensor) -> RowTerms:
         """Those at the given positions, in that order."""
-        parts = (self.advantage, self.weight, self.old_logp, self.ref_logp, self.is_ratio)
-        return RowTerms(*(None if part is None else part[positions].float() for part in parts))  # type: ignore[arg-type]
+        return RowTerms(*(None if part is None else part[positions].float() for part in self._parts))  # type: ignore[arg-type]
 
     def __getitem__(self, rows: slice) -> RowTerms:
-        parts = (self.advantage, self.weight, self.old_logp, self.ref_logp, self.is_ratio)
-        return RowTerms(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
+        return RowTerms(*(None if part is None else part[rows] for part in self._parts))  # type: ignore[arg-type]
+
+    @property
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.advantage, self.weight, self.old_logp, self.ref_logp, self.is_ratio
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -218,34 +314,10 @@ class Backend(Protocol):
         may be `products` itself; `lse` and `entropy` are those of score_rows."""
         ...
 
-    def sample(
-        self,
-        cond: Tensor,
-        uncond: Tensor | None,
-        *,
-        cfg_weight: float,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: Tensor,
-        offset: Tensor,
-        forbidden: Tensor | None,
-    ) -> CFGSample:
-        """One token per row; seed and offset are [B] int64."""
+    def sample(self, inputs: SampleInputs) -> CFGSample:
+        """One token per row."""
         ...
 
-    def prefix_decode_attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prefix_keys: Tensor,
-        prefix_values: Tensor,
-        own_keys: Tensor,
-        own_values: Tensor,
-        spans: Tensor,
-        scale: float,
-    ) -> Tensor:
-        """[R, Hq, E] of query [R, Hq, E], key and value [R, Hkv, E], caches [Hkv, columns, E], one dtype, all with
-        unit stride along E, and contiguous spans [R, 4] int64; writes key and value into the own caches. R > 0."""
+    def prefix_decode_attention(self, step: DecodeStep) -> Tensor:
+        """[R, Hq, E]; writes key and value into the own caches. The spans are contiguous, and R > 0."""
         ...

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from .plan import Bucket, Run, VarlenCall
+from .varlen import Bucket, Run, VarlenCall
 
 Three = tuple[Tensor, Tensor, Tensor]
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

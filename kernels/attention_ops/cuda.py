@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .plan import VarlenCall
+from .varlen import VarlenCall
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
@@ -66,10 +66,22 @@ class FlashAttn:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> tuple[Tensor, Tensor]:
         out, lse, *_ = self._forward(
-            q, k, v, where.cu_queries, where.cu_keys, where.max_queries, where.max_keys, 0.0, where.scale,
-            causal=where.causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+            q,
+            k,
+            v,
+            where.cu_queries,
+            where.cu_keys,
+            where.max_queries,
+            where.max_keys,
+            0.0,
+            where.scale,
+            causal=where.causal,
+            window_size_left=-1,
+            window_size_right=-1,
+            softcap=0.0,
+            alibi_slopes=None,
             return_softmax=False,
-        )  # fmt: skip
+        )
         return out, lse
 
     def backward(
@@ -77,9 +89,29 @@ class FlashAttn:
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         self._backward(
-            grad, q, k, v, out, lse, dq, dk, dv, where.cu_queries, where.cu_keys, where.max_queries, where.max_keys,
-            0.0, where.scale, where.causal, -1, -1, 0.0, None, True, None,
-        )  # fmt: skip
+            grad,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dq,
+            dk,
+            dv,
+            where.cu_queries,
+            where.cu_keys,
+            where.max_queries,
+            where.max_keys,
+            0.0,
+            where.scale,
+            where.causal,
+            -1,
+            -1,
+            0.0,
+            None,
+            True,
+            None,
+        )
         return dq, dk, dv
 
 
@@ -88,9 +120,18 @@ class TorchFlash:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, where.cu_queries, where.cu_keys, where.max_queries, where.max_keys, 0.0, where.causal, False,
+            q,
+            k,
+            v,
+            where.cu_queries,
+            where.cu_keys,
+            where.max_queries,
+            where.max_keys,
+            0.0,
+            where.causal,
+            False,
             scale=where.scale,
-        )  # fmt: skip
+        )
         return out, lse
 
     def backward(
@@ -100,9 +141,22 @@ class TorchFlash:
         unused = torch.empty(0, device=q.device)
         with _deterministic():
             dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                grad, q, k, v, out, lse, where.cu_queries, where.cu_keys, where.max_queries, where.max_keys, 0.0,
-                where.causal, rng_state, unused, scale=where.scale,
-            )  # fmt: skip
+                grad,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                where.cu_queries,
+                where.cu_keys,
+                where.max_queries,
+                where.max_keys,
+                0.0,
+                where.causal,
+                rng_state,
+                unused,
+                scale=where.scale,
+            )
         return dq, dk, dv
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import segment_ids
-from .plan import Plan, offsets_of
+from .varlen import Plan, offsets_of
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen_NN: Tensor, scale: float) -> Tensor:

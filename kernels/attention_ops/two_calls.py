@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .plan import Plan, VarlenCall
+from .varlen import Plan, VarlenCall
 
 
 class Provider(Protocol):

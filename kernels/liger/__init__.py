@@ -27,7 +27,7 @@ Where it is not followed:
 - A mask is taken as zero or not zero. float64 inputs are computed and returned in float64.
 """
 
-from .linear import LigerFusedLinearGRPOLoss
+from .hidden import LigerFusedLinearGRPOLoss
 from .logits import fused_selective_log_softmax, triton_grpo_loss
 
 __all__ = ["LigerFusedLinearGRPOLoss", "triton_grpo_loss", "fused_selective_log_softmax"]

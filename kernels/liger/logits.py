@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..api import grpo_loss, selective_logp
-from ..calls import registered
 from ..dispatch import choose, module_of, same_device
+from ..register import registered
 from ..terms import Head
 from .padded import TOKEN_LEVEL_ONLY, Settings, loss_metrics, make_batch, padded_loss, token_terms
 
@@ -208,9 +208,16 @@ def triton_grpo_loss(
         settings.check_sapo_temperatures()
     mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
     batch = make_batch(
-        settings, mask, completion_ids, advantages, old_logp, ref_logp, vllm_is_ratio, num_items_in_batch,
+        settings,
+        mask,
+        completion_ids,
+        advantages,
+        old_logp,
+        ref_logp,
+        vllm_is_ratio,
+        num_items_in_batch,
         luspo_by_sequence=False,
-    )  # fmt: skip
+    )
     logp_BT = _SelectiveLogp.apply(logits, batch.targets, temperature, inplace)
     if not reduce:
         policy, kl, clipped = token_terms(logp_BT, batch)

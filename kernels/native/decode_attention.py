@@ -8,9 +8,11 @@ from ctypes import byref, c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from ..terms import DecodeStep
 from .library import POINTER, function, pointer
 
 TENSORS = ("query", "key", "value", "prefix_key", "prefix_value", "own_key", "own_value")
+"""Those that have strides of their own; the first fields of `DecodeStep`."""
 
 
 class Decoding(ctypes.Structure):
@@ -25,26 +27,24 @@ class Decoding(ctypes.Structure):
     )
 
 
-def prefix_decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    own_keys: Tensor,
-    own_values: Tensor,
-    spans: Tensor,
-    scale: float,
-) -> Tensor:
+def prefix_decode_attention(step: DecodeStep) -> Tensor:
     """[R, Hq, E]; neighbouring rows with one prefix read it once. See `terms.Backend`."""
     call = function("syncr1_prefix_decode_attention", POINTER)
-    num_rows, num_heads, width = query.shape
-    output = torch.empty(num_rows, num_heads, width, dtype=query.dtype)
-    tensors = (query, key, value, prefix_keys, prefix_values, own_keys, own_values)
+    num_rows, num_heads, width = step.query.shape
+    output = torch.empty(num_rows, num_heads, width, dtype=step.query.dtype)
+    tensors = step[:7]  # TENSORS
     decoding = Decoding(
-        *map(pointer, tensors), pointer(spans), pointer(output), query.dtype == torch.bfloat16, num_rows, num_heads,
-        own_keys.shape[0], width, torch.get_num_threads(),
-        *(stride for tensor in tensors for stride in tensor.stride()[:2]), scale,
-    )  # fmt: skip
+        *map(pointer, tensors),
+        pointer(step.spans),
+        pointer(output),
+        step.query.dtype == torch.bfloat16,
+        num_rows,
+        num_heads,
+        step.own_keys.shape[0],
+        width,
+        torch.get_num_threads(),
+        *(stride for tensor in tensors for stride in tensor.stride()[:2]),
+        step.scale,
+    )
     call(byref(decoding))
     return output

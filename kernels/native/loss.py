@@ -16,15 +16,13 @@ from typing import Any
 import torch
 
 from ..options import RULES, SCALES, LossOptions, PerModality, for_modality
-from ..records import MODALITIES
+from ..streams import MODALITIES
 from ..terms import METRICS, ROW_LOSSES, LossTerms, TokenLoss, row_loss
 from .library import DOUBLE, INT, POINTER, function, pointer
 
 KINDS = (*ROW_LOSSES, "vespo")
 """The order is the code in C++."""
-REDUCTIONS = {
-    "grpo": 0, "sapo": 0, "bnpo": 1, "dapo": 2, "cispo": 2, "vespo": 2, "dr_grpo": 3, "luspo": 3
-}  # fmt: skip
+REDUCTIONS = {"grpo": 0, "sapo": 0, "bnpo": 1, "dapo": 2, "cispo": 2, "vespo": 2, "dr_grpo": 3, "luspo": 3}
 """0 mean over each sequence, 1 over tokens, 2 sum / num_items, 3 sum / (num_sequences · max_length)."""
 PAIR = DOUBLE * 2
 

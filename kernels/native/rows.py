@@ -45,10 +45,17 @@ def _rows(products: Tensor, targets: Tensor, head: Head, bias_V: Tensor | None) 
     """`bias_V` is head.bias in float32: whoever makes it keeps it alive over the call."""
     forbidden = head.forbidden
     return Rows(
-        pointer(products), pointer(targets), pointer(bias_V), pointer(forbidden),
-        products.dtype == torch.bfloat16, products.stride(0), *products.shape,
-        0 if forbidden is None else forbidden.numel(), torch.get_num_threads(), head.temperature,
-    )  # fmt: skip
+        pointer(products),
+        pointer(targets),
+        pointer(bias_V),
+        pointer(forbidden),
+        products.dtype == torch.bfloat16,
+        products.stride(0),
+        *products.shape,
+        0 if forbidden is None else forbidden.numel(),
+        torch.get_num_threads(),
+        head.temperature,
+    )
 
 
 def _float_bias(head: Head) -> Tensor | None:
@@ -74,14 +81,22 @@ def loss_rows(
     logp_C, entropy_C = (torch.empty(products.shape[0]) for _ in range(2))
     parts = (terms.advantage, terms.weight, terms.old_logp, terms.ref_logp, terms.is_ratio)
     numbers = Settings(
-        ROW_LOSSES.index(settings.loss), settings.clip_low, settings.clip_high,
-        math.inf if settings.delta is None else settings.delta, settings.beta, settings.bias_corrected_kl,
-        settings.sapo_temperature_pos, settings.sapo_temperature_neg,
-    )  # fmt: skip
+        ROW_LOSSES.index(settings.loss),
+        settings.clip_low,
+        settings.clip_high,
+        math.inf if settings.delta is None else settings.delta,
+        settings.beta,
+        settings.bias_corrected_kl,
+        settings.sapo_temperature_pos,
+        settings.sapo_temperature_neg,
+    )
     call(
-        byref(_rows(products, targets, head, bias_V)), byref(RowTermPointers(*map(pointer, parts))), byref(numbers),
-        pointer(logp_C), pointer(entropy_C),
-    )  # fmt: skip
+        byref(_rows(products, targets, head, bias_V)),
+        byref(RowTermPointers(*map(pointer, parts))),
+        byref(numbers),
+        pointer(logp_C),
+        pointer(entropy_C),
+    )
     return logp_C, entropy_C
 
 
@@ -96,11 +111,15 @@ def gradient_rows(
     out: Tensor,
 ) -> None:
     """Writes Σ_n grad_logp_n d logp_n + grad_entropy_n d H_n into `out`; exactly 0 in rows where both are 0."""
-    call = function(
-        "syncr1_gradient_rows", POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT, INT
-    )  # fmt: skip
+    call = function("syncr1_gradient_rows", POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT, INT)
     bias_V = _float_bias(head)
     call(
-        byref(_rows(products, targets, head, bias_V)), pointer(lse), pointer(entropy), pointer(grad_logp),
-        pointer(grad_entropy), pointer(out), out.dtype == torch.bfloat16, out.stride(0),
-    )  # fmt: skip
+        byref(_rows(products, targets, head, bias_V)),
+        pointer(lse),
+        pointer(entropy),
+        pointer(grad_logp),
+        pointer(grad_entropy),
+        pointer(out),
+        out.dtype == torch.bfloat16,
+        out.stride(0),
+    )

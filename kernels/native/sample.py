@@ -8,8 +8,9 @@ from ctypes import byref, c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from ..records import CFGSample
+from ..outputs import CFGSample
 from ..reference.sample import wanted_share
+from ..terms import SampleInputs
 from .library import POINTER, function, pointer
 
 
@@ -24,31 +25,32 @@ class Sampling(ctypes.Structure):
     )
 
 
-def sample(
-    cond: Tensor,
-    uncond: Tensor | None,
-    *,
-    cfg_weight: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: Tensor,
-    offset: Tensor,
-    forbidden: Tensor | None,
-) -> CFGSample:
-    """One token per row; seed and offset are [B] int64. A row with NaN gives token 0 and NaN log-probabilities."""
+def sample(inputs: SampleInputs) -> CFGSample:
+    """One token per row. A row with NaN gives token 0 and NaN log-probabilities."""
     call = function("syncr1_sample", POINTER, POINTER, POINTER, POINTER, POINTER)
-    cond = _unit_stride(cond)
-    guided = None if uncond is None or cfg_weight == 1.0 else _unit_stride(uncond)
-    seed, offset = seed.contiguous(), offset.contiguous()
+    cond, uncond, forbidden = _unit_stride(inputs.cond), inputs.uncond, inputs.forbidden
+    guided = None if uncond is None or inputs.cfg_weight == 1.0 else _unit_stride(uncond)
+    seed, offset = inputs.seed.contiguous(), inputs.offset.contiguous()
     num_rows, vocabulary = cond.shape
     sampling = Sampling(
-        pointer(cond), pointer(guided), pointer(forbidden), pointer(seed), pointer(offset),
-        cond.dtype == torch.bfloat16, guided is not None and guided.dtype == torch.bfloat16,
-        cond.stride(0), 0 if guided is None else guided.stride(0),
-        num_rows, vocabulary, 0 if forbidden is None else forbidden.numel(), top_k, torch.get_num_threads(),
-        cfg_weight, temperature, wanted_share(top_p),
-    )  # fmt: skip
+        pointer(cond),
+        pointer(guided),
+        pointer(forbidden),
+        pointer(seed),
+        pointer(offset),
+        cond.dtype == torch.bfloat16,
+        guided is not None and guided.dtype == torch.bfloat16,
+        cond.stride(0),
+        0 if guided is None else guided.stride(0),
+        num_rows,
+        vocabulary,
+        0 if forbidden is None else forbidden.numel(),
+        inputs.top_k,
+        torch.get_num_threads(),
+        inputs.cfg_weight,
+        inputs.temperature,
+        wanted_share(inputs.top_p),
+    )
     token_B = torch.empty(num_rows, dtype=torch.int64)
     logp_B, logp_mixed_B, entropy_B = (torch.empty(num_rows) for _ in range(3))
     call(byref(sampling), pointer(token_B), pointer(logp_B), pointer(logp_mixed_B), pointer(entropy_B))

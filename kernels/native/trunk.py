@@ -24,9 +24,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     num_rows, width = x.shape
     output = torch.empty(num_rows, width, dtype=x.dtype)
     function("syncr1_rms_norm", *NORM)(
-        x.data_ptr(), weight.data_ptr(), output.data_ptr(),
-        x.dtype == torch.bfloat16, num_rows, width, x.stride(0), torch.get_num_threads(), eps,
-    )  # fmt: skip
+        x.data_ptr(),
+        weight.data_ptr(),
+        output.data_ptr(),
+        x.dtype == torch.bfloat16,
+        num_rows,
+        width,
+        x.stride(0),
+        torch.get_num_threads(),
+        eps,
+    )
     return output
 
 
@@ -36,9 +43,16 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     num_rows, width = gate.shape
     output = torch.empty(num_rows, width, dtype=gate.dtype)
     function("syncr1_silu_mul", *PRODUCT)(
-        gate.data_ptr(), up.data_ptr(), output.data_ptr(),
-        gate.dtype == torch.bfloat16, num_rows, width, gate.stride(0), up.stride(0), torch.get_num_threads(),
-    )  # fmt: skip
+        gate.data_ptr(),
+        up.data_ptr(),
+        output.data_ptr(),
+        gate.dtype == torch.bfloat16,
+        num_rows,
+        width,
+        gate.stride(0),
+        up.stride(0),
+        torch.get_num_threads(),
+    )
     return output
 
 
@@ -54,8 +68,23 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     q_output = torch.empty(num_rows, num_heads, width, dtype=q.dtype)
     k_output = torch.empty(num_rows, num_kv_heads, width, dtype=q.dtype)
     function("syncr1_rope", *ROTATION)(
-        q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), q_output.data_ptr(), k_output.data_ptr(),
-        q.dtype == torch.bfloat16, num_rows, num_heads, num_kv_heads, width,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), sin.stride(0), torch.get_num_threads(),
-    )  # fmt: skip
+        q.data_ptr(),
+        k.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        q_output.data_ptr(),
+        k_output.data_ptr(),
+        q.dtype == torch.bfloat16,
+        num_rows,
+        num_heads,
+        num_kv_heads,
+        width,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        cos.stride(0),
+        sin.stride(0),
+        torch.get_num_threads(),
+    )
     return q_output, k_output

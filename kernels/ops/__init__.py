@@ -1,5 +1,5 @@
-"""The ops as torch knows them: `torch.ops.syncr1.*`, with fake kernels for tracing and gradients for autograd.
+"""The ops, a file each: public function, checks, and `torch.ops.syncr1.*` with fake kernel for tracing and gradient.
 
-Everything that depends on values (checks, pruning, the choice of rows) happens inside an op, so that `torch.compile`
-sees one opaque call. `syncr1.kernels.api` holds the public functions on top.
+Everything that depends on values (checks, pruning, the choice of rows) happens inside a registered op, so that
+`torch.compile` sees one opaque call.
 """

@@ -9,54 +9,85 @@ Dims: `T` packed tokens, `N` rows of a stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch import module_of
 from ..linear import HeadRows, Workspace, chosen_rows, gradient_pass
+from ..register import differentiates_no_further, fakes, flatten, implements, registered
+from ..streams import MODALITIES, TokenStream
 from ..terms import Head
-from .register import differentiates_no_further, fakes, implements, registered
 
 OP = "linear_grpo_loss_backward"
 
 
-def formed_late(hidden: Sequence[Tensor]) -> bool:
+class StreamLists(NamedTuple):
+    """The streams as torch's ops take them: one entry per stream in each list, an empty tensor where there is none,
+    because autograd takes lists of tensors, not of tensors and None."""
+
+    hidden: Sequence[Tensor]
+    weight: Sequence[Tensor]
+    bias: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    rows: Sequence[Tensor]
+    forbidden: Sequence[Tensor]
+    temperature: Sequence[float]
+    stream_modality: Sequence[int]
+
+    @classmethod
+    def of(cls, streams: Sequence[TokenStream]) -> StreamLists:
+        nothing, nowhere = streams[0].hidden.new_empty(0), streams[0].targets.new_empty(0, dtype=torch.int64)
+        return cls(
+            [s.hidden for s in streams],
+            [s.weight for s in streams],
+            [nothing if s.bias is None else s.bias for s in streams],
+            [s.targets for s in streams],
+            [s.rows for s in streams],
+            [nowhere if s.forbidden is None else s.forbidden for s in streams],
+            [float(s.temperature) for s in streams],
+            [MODALITIES.index(s.modality) for s in streams],
+        )
+
+    def records(self) -> list[TokenStream]:
+        """The inverse of `of`."""
+        return [
+            TokenStream(h, w, t, r, b if b.numel() else None, float(tau), MODALITIES[m], f if f.numel() else None)
+            for h, w, b, t, r, f, tau, m in zip(*self, strict=True)
+        ]
+
+
+class LateGradientInputs(NamedTuple):
+    """Arguments of the registered op."""
+
+    streams: StreamLists
+    grad_logp: Tensor
+    """[T]."""
+    lse: Tensor
+    """[T]."""
+    entropy: Tensor
+    """[T]."""
+    needs: Sequence[bool]
+    """Whether hidden, weight and bias of each stream in turn need a gradient."""
+    backend: str
+
+
+def formed_late(streams: StreamLists) -> bool:
     """The gradients of these heads wait for the scale of the loss."""
-    return any(h.dtype == torch.float16 for h in hidden)
+    return any(hidden.dtype == torch.float16 for hidden in streams.hidden)
 
 
-@implements(
-    OP,
-    (
-        "(Tensor[] hidden, Tensor[] weight, Tensor[] bias, Tensor[] targets, Tensor[] rows, Tensor[] forbidden,"
-        " float[] temperature, Tensor grad_logp, Tensor lse, Tensor entropy, bool[] needs, str backend) -> Tensor[]"
-    ),
-    reads_back=True,  # how many rows have a gradient
-)
-def linear_grpo_loss_backward(
-    hidden: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    forbidden: Sequence[Tensor],
-    temperature: Sequence[float],
-    grad_logp: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
-    """Gradients of hidden, weight and bias of each stream in turn, from [T] values; empty where `needs` says no."""
-    kernels, flat = module_of(backend), list[Tensor]()
-    positions = [at.long() for at in rows]
-    grads = [grad_logp[at] for at in positions]
+@implements(OP, LateGradientInputs, "Tensor[]", reads_back=True)  # how many rows have a gradient
+def form_gradients(given: LateGradientInputs) -> list[Tensor]:
+    """Gradients of hidden, weight and bias of each stream in turn, empty where `needs` says no."""
+    kernels, flat, streams = module_of(given.backend), list[Tensor](), given.streams.records()
+    positions = [stream.rows.long() for stream in streams]
+    grads = [given.grad_logp[at] for at in positions]
     heads = [
-        HeadRows(h, w, t.long().contiguous(), Head(b if b.numel() else None, float(tau), f if f.numel() else None))
-        for h, w, b, t, f, tau in zip(hidden, weight, bias, targets, forbidden, temperature, strict=True)
+        HeadRows(s.hidden, s.weight, s.targets.long().contiguous(), Head(s.bias, s.temperature, s.forbidden))
+        for s in streams
     ]
     chosen = chosen_rows([grad_N != 0 for grad_N in grads])
     live = [head if own is None else head.subset(own) for head, own in zip(heads, chosen, strict=True)]
@@ -64,45 +95,38 @@ def linear_grpo_loss_backward(
         for index, (head, grad_N, at, own) in enumerate(zip(live, grads, positions, chosen, strict=True)):
             if own is not None:
                 at, grad_N = at[own], grad_N[own]
-            wanted = needs[3 * index : 3 * index + 3]
-            flat += gradient_pass(kernels, head, workspace, lse[at], entropy[at], grad_N, None, wanted)
+            wanted = given.needs[3 * index : 3 * index + 3]
+            lse_N, entropy_N = given.lse[at], given.entropy[at]
+            flat += gradient_pass(kernels, head, workspace, lse_N, entropy_N, grad_N, None, wanted)
     return flat
 
 
-@fakes(OP)
-def _(
-    hidden: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    forbidden: Sequence[Tensor],
-    temperature: Sequence[float],
-    grad_logp: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
-    parts = [part for triple in zip(hidden, weight, bias, strict=True) for part in triple]
+@fakes(OP, LateGradientInputs)
+def _(given: LateGradientInputs) -> list[Tensor]:
+    return empty_gradients(given.streams, given.needs)
+
+
+def empty_gradients(streams: StreamLists, needs: Sequence[bool]) -> list[Tensor]:
+    """Shapes of the gradients of hidden, weight and bias of each stream in turn."""
+    parts = [part for triple in zip(*streams[:3], strict=True) for part in triple]
     return [part.new_empty(part.shape if need else 0) for part, need in zip(parts, needs, strict=True)]
 
 
 differentiates_no_further(OP)
 
 
-def save(ctx: Any, inputs: tuple[Any, ...], grad_logp: Tensor, lse: Tensor, entropy: Tensor) -> None:
-    """Keeps what `gradients` needs of the inputs of `linear_grpo_loss`."""
-    lists = inputs[:6]
-    ctx.save_for_backward(grad_logp, lse, entropy, *(tensor for tensors in lists for tensor in tensors))
-    ctx.temperature, ctx.backend = inputs[6], inputs[22]
+def save(ctx: Any, streams: StreamLists, backend: str, grad_logp: Tensor, lse: Tensor, entropy: Tensor) -> None:
+    """Keeps what `gradients` needs."""
+    tensors, ctx.others, ctx.backend = streams[:6], streams[6:], backend
+    ctx.save_for_backward(grad_logp, lse, entropy, *(tensor for each in tensors for tensor in each))
 
 
-def gradients(ctx: Any, grad_loss: Tensor) -> Iterator[Tensor]:
+def gradients(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor]:
     """Of hidden, weight and bias of each stream in turn."""
-    (grad_logp, lse, entropy), rest = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-    lists = [list(rest[index : index + ctx.num_streams]) for index in range(0, len(rest), ctx.num_streams)]
+    grad_logp, lse, entropy, *rest = ctx.saved_tensors
+    count = len(rest) // 6
+    streams = StreamLists(*(rest[start : start + count] for start in range(0, len(rest), count)), *ctx.others)
     scaled = grad_logp * grad_loss.to(grad_logp.dtype)
-    yield from registered.linear_grpo_loss_backward(
-        *lists, ctx.temperature, scaled, lse, entropy, ctx.needs, ctx.backend
-    )
+    given = LateGradientInputs(streams, scaled, lse, entropy, ctx.needs, ctx.backend)
+    formed: Sequence[Tensor] = registered.linear_grpo_loss_backward(*flatten(given))
+    return formed

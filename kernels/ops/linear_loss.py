@@ -1,346 +1,218 @@
-"""Registered op `syncr1::linear_grpo_loss`: the row plan, the products of each head, the loss, the gradients.
+"""`linear_grpo_loss`: the row plan, the products of each head, the loss, the gradients; backward only scales.
 
-Losses that a row knows alone take one sweep of three products per chunk; those that need the whole sequence or batch
-first (sequence ratios, vespo, entropy quantiles) take two sweeps and a fourth product, and so do float16 heads, whose
-second sweep is in backward (`late_gradients`). Loss and metrics come from the same kernel as `syncr1::grpo_loss`.
-Backends `native` and `triton`; `reference` is ordinary autograd.
+Backends `native` and `triton`; `reference` is ordinary autograd, called directly but for meta tensors, which have no
+values to select rows by.
 
 Dims: `T` packed tokens, `S` sequences, `N` rows of a stream, `V` vocabulary, `D` hidden, `M` modalities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_allowed, check_log_probabilities, check_loss_inputs, check_streams
-from ..dispatch import module_of
+from ..checks import check_stream_records, check_streams, refuse
+from ..dispatch import choose, same_device
 from ..layout import PackedLayout
-from ..linear import HeadRows, Workspace, chosen_rows, gradient_pass, loss_pass, score_rows
-from ..options import LossOptions, decode
-from ..plan import (
-    Scores,
-    acting_tokens,
-    check_credit,
-    divisors,
-    entropy_thresholds,
-    modality_masks,
-    policy_mask,
-    score_rewards,
-    stream_layout,
-    token_advantages,
-    token_weights,
-)
-from ..records import MODALITIES, TokenStream
-from ..terms import METRICS, Head, RowSettings, RowTerms, TokenLoss, row_loss
+from ..outputs import GRPOOutput
+from ..plan import Rewards, by_modality, stream_layout
+from ..ranges import TEMPERATURE
+from ..reference import loss as reference
+from ..register import differentiates, fakes, flatten, implements, registered
+from ..streams import TokenStream
+from ..terms import LossInputs
 from . import late_gradients
-from .logp import refuse_second_derivative
-from .loss import is_per_sequence, loss_dtype, plain, token_loss
-from .register import differentiates, fakes, implements
+from .late_gradients import StreamLists
+from .linear_sweeps import OP, LinearLoss
+from .logp import cast_operands, refuse_second_derivative
+from .loss import empty_results, loss_dtype
+from .loss_inputs import check_loss_inputs, encode_options, lists_options, loss_inputs, named_metrics
 
-OP = "linear_grpo_loss"
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
-Grads = list[tuple[Tensor, Tensor, Tensor]]
-Scored = tuple[Tensor, Tensor, TokenLoss, Grads]
 
 
-def acting_rows(streams: Sequence[TokenStream], acting_T: Tensor) -> tuple[list[HeadRows], list[Tensor]]:
-    """The rows of each stream that take part in the products, and their packed positions."""
-    heads, positions = [], []
-    rows = [stream.rows.long() for stream in streams]
-    for stream, at, chosen in zip(streams, rows, chosen_rows([acting_T[at] for at in rows]), strict=True):
-        head = Head(stream.bias, stream.temperature, stream.forbidden)
-        whole = HeadRows(stream.hidden, stream.weight, stream.targets.long().contiguous(), head)
-        heads.append(whole if chosen is None else whole.subset(chosen))
-        positions.append(at if chosen is None else at[chosen])
-    return heads, positions
+class LinearLossInputs(NamedTuple):
+    """Arguments of the registered op."""
+
+    streams: StreamLists
+    loss: LossInputs
+    num_tokens: Annotated[int, "SymInt"]
+    """T."""
+    needs: Sequence[bool]
+    """Whether hidden, weight and bias of each stream in turn need a gradient."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Ratios:
-    """What the ratios of a batch are taken against; each as the caller gave it."""
+@lists_options
+def linear_grpo_loss(
+    streams: Sequence[TokenStream],
+    rewards: Rewards | None,
+    cu_seqlens: Tensor,
+    group_offsets: Tensor,
+    *,
+    advantages: Rewards | None = None,
+    old_logp: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    modality: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    is_ratio: Tensor | None = None,
+    weights: Tensor | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> GRPOOutput:
+    """`grpo_loss` straight from hidden states, one head per modality; `[tokens, vocabulary]` never exists whole.
 
-    old_logp: Tensor | None
-    ref_logp: Tensor | None
-    is_ratio: Tensor | None
+    Equivalent PyTorch:
+        logp = torch.zeros(T)
+        for s in streams:
+            logp[s.rows] = linear_logp(s.hidden, s.weight, s.targets, bias=s.bias, temperature=s.temperature)[0]
+        output = grpo_loss(logp, old_logp, rewards, cu_seqlens, group_offsets, …)
 
+    Args:
+        streams: rows of each vocabulary; tokens that no stream covers carry no loss. Masked and pruned rows, and where
+            there is no KL rows of advantage 0 (see `score_all`), are left out of the matrix products.
+        modality: optional; must agree with the streams, which carry it.
+        rewards, cu_seqlens, group_offsets, advantages, old_logp, loss_mask, ref_logp, is_ratio, weights, backend,
+            **options: as in `grpo_loss`. Under `torch.compile` pass at least one of old_logp, loss_mask, modality and
+            ref_logp: it tells T.
 
-class LinearLoss:
-    """One call after checks: which rows of each head act, and the two ways through them."""
+    Returns:
+        GRPOOutput; `logp` and `entropy` are 0 at tokens that were left out, and metrics are means over the others.
+        Token ratios take three matrix products per row; `ratio="sequence"`, vespo and top_entropy_quantile need the
+        rest of the sequence or batch first, float16 heads the scale of the loss, and take a fourth.
 
-    def __init__(
-        self,
-        module: Any,
-        options: LossOptions,
-        streams: Sequence[TokenStream],
-        layout: PackedLayout,
-        scores: Scores,
-        ratios: Ratios,
-        num_items: Tensor | None,
-        needs: Sequence[bool],
-    ) -> None:
-        self.module, self.options, self.streams, self.layout = module, options, streams, layout
-        self.scores, self.ratios, self.num_items = scores, ratios, num_items
-        self.counted_T, self.image_T = policy_mask(layout, scores), layout.image_tokens
-        self.sequence_T = layout.sequence_of_token
-        self.acting_T = acting_tokens(options, scores, self.counted_T, self.sequence_T, self.image_T)
-        check_allowed(OP, streams, self.acting_T)
-        self.heads, self.positions = acting_rows(streams, self.acting_T)
-        self.needs = [needs[3 * index : 3 * index + 3] for index in range(len(streams))]
+    Raises:
+        ValueError: a shape, dtype or value is out of place, or a loss token's target is forbidden.
 
-    @property
-    def rows_know_alone(self) -> bool:
-        """The gradient of a row follows from its own log-probability."""
-        o = self.options
-        return o.ratio == "token" and row_loss(o.loss_type) is not None and o.top_entropy_quantile == 1
-
-    def one_sweep(self) -> Scored:
-        """Three products per chunk."""
-        weights = (self.options, self.layout, self.counted_T, self.image_T, self.sequence_T, self.num_items)
-        ratios, sampler_T = self.ratios, plain(self.ratios.is_ratio)
-        if sampler_T is not None and is_per_sequence(ratios.is_ratio, self.layout.num_tokens):
-            sampler_T = sampler_T[self.sequence_T]
-        terms = RowTerms(
-            token_advantages(self.scores, self.sequence_T, self.image_T),
-            token_weights(*weights),
-            plain(ratios.old_logp),
-            plain(ratios.ref_logp),
-            sampler_T,
-        )
-        settings = [RowSettings.of(self.options, stream.modality) for stream in self.streams]
-        each = list(zip(self.heads, self.positions, settings, self.needs, strict=True))
-        with Workspace(self.heads) as workspace:
-            passes = [
-                loss_pass(self.module, rows, workspace, terms.at(at), own, needs) for rows, at, own, needs in each
-            ]
-        logp_T = self._collect([logp_N for logp_N, _, _ in passes])
-        entropy_T = self._collect([entropy_N for _, entropy_N, _ in passes])
-        return logp_T, entropy_T, self._loss(logp_T, entropy_T), [grads for _, _, grads in passes]
-
-    def two_sweeps(self) -> Scored:
-        """Four products per chunk: all log-probabilities first, then the gradients that need them all."""
-        with Workspace(self.heads) as workspace:
-            scored = [score_rows(self.module, rows, workspace) for rows in self.heads]
-            logp_T, entropy_T = (self._collect([values[i] for values in scored]) for i in range(2))
-            result = self._loss(logp_T, entropy_T)
-            if not any(need for needs in self.needs for need in needs):
-                return logp_T, entropy_T, result, []
-            each = zip(self.heads, self._live_rows(result.grad_logp), scored, self.needs, strict=True)
-            grads = [
-                self._second_sweep(rows, grad_N, live, lse_N, entropy_N, needs, workspace)
-                for rows, (grad_N, live), (_, entropy_N, lse_N), needs in each
-            ]
-        return logp_T, entropy_T, result, grads
-
-    def late(self) -> Scored:
-        """One product per chunk: what `late_gradients` forms the gradients from, d loss / d logp and log-sum-exp."""
-        with Workspace(self.heads) as workspace:
-            scored = [score_rows(self.module, rows, workspace) for rows in self.heads]
-        logp_T, entropy_T = (self._collect([values[i] for values in scored]) for i in range(2))
-        lse_T = self._collect([lse_N for _, _, lse_N in scored], torch.float64)
-        result = self._loss(logp_T, entropy_T)
-        return logp_T, entropy_T, result, [(result.grad_logp, lse_T, lse_T.new_empty(0))]
-
-    def _live_rows(self, grad_T: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        """(gradient of every row, where it is not 0) of each head: no product for clipped tokens."""
-        grads = [grad_T[at] for at in self.positions]
-        return list(zip(grads, chosen_rows([grad_N != 0 for grad_N in grads]), strict=True))
-
-    def _second_sweep(
-        self,
-        rows: HeadRows,
-        grad_N: Tensor,
-        live: Tensor | None,
-        lse_N: Tensor,
-        entropy_N: Tensor,
-        needs: Sequence[bool],
-        workspace: Workspace,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if live is not None:
-            rows, grad_N, lse_N, entropy_N = rows.subset(live), grad_N[live], lse_N[live], entropy_N[live]
-        return gradient_pass(self.module, rows, workspace, lse_N, entropy_N, grad_N, None, needs)
-
-    def _collect(self, values: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Per-row values of all heads on the packed axis, 0 elsewhere: [T]."""
-        out_T = torch.zeros(self.layout.num_tokens, dtype=dtype, device=self.acting_T.device)
-        for at, value in zip(self.positions, values, strict=True):
-            out_T.index_copy_(0, at, value)
-        return out_T
-
-    def _loss(self, logp_T: Tensor, entropy_T: Tensor) -> TokenLoss:
-        """Loss, gradient and metrics from the log-probabilities of the acting tokens."""
-        options, num_tokens = self.options, self.layout.num_tokens
-        check_log_probabilities(OP, self.acting_T, num_tokens, logp=logp_T)
-        thresholds = None
-        if options.top_entropy_quantile < 1:
-            thresholds = entropy_thresholds(options, entropy_T, self.acting_T, self.image_T)
-        # Divisors count loss tokens that were left out of the products, too.
-        masks = modality_masks(options, self.counted_T, self.image_T)
-        divisor = divisors(options, masks, self.num_items)
-        if options.loss_type == "bnpo":
-            options = replace(options, loss_type="dapo")
-        return token_loss(
-            self.module, replace(self.layout, loss_mask=self.acting_T), options, logp_T,
-            old_logp=self.ratios.old_logp, ref_logp=self.ratios.ref_logp, is_ratio=self.ratios.is_ratio,
-            entropy=entropy_T, scores=self.scores, thresholds=thresholds, num_items=divisor,
-        )  # fmt: skip
+    Source: as `grpo_loss`.
+    """
+    given = {
+        "old_logp": old_logp,
+        "rewards": rewards,
+        "advantages": advantages,
+        "cu_seqlens": cu_seqlens,
+        "group_offsets": group_offsets,
+        "loss_mask": loss_mask,
+        "modality": modality,
+        "ref_logp": ref_logp,
+        "is_ratio": is_ratio,
+        "entropy": None,
+        "weights": weights,
+    }
+    same_device(OP, streams=streams, **given, num_items=options.get("num_items"))
+    settings, num_items = encode_options(OP, options)
+    check_stream_records(OP, streams)
+    for stream in streams:
+        TEMPERATURE.check(OP, "stream.temperature", stream.temperature)
+    streams = [_autocast(stream) for stream in streams]
+    inputs = loss_inputs(OP, given, settings, num_items, choose(OP, backend, *(s.hidden for s in streams)))
+    num_tokens = _num_tokens(inputs)
+    if inputs.backend == "reference" and not streams[0].hidden.is_meta:
+        layout = _check(inputs.layout(num_tokens), streams, inputs)
+        return reference.linear_grpo_loss(streams, inputs, layout)
+    parts = [part for s in streams for part in (s.hidden, s.weight, s.bias)]
+    needs = [part is not None and part.requires_grad and torch.is_grad_enabled() for part in parts]
+    call = LinearLossInputs(StreamLists.of(streams), inputs, num_tokens, needs)
+    loss, logp, entropy, advantages_MS, keep, values, _ = registered.linear_grpo_loss(*flatten(call))
+    metrics = named_metrics(values.detach(), image=True, kl=ref_logp is not None, entropy=True)
+    return GRPOOutput(loss, by_modality(advantages_MS.detach()), keep, metrics, logp.detach(), entropy.detach())
 
 
-def _gather_streams(
-    hidden: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    forbidden: Sequence[Tensor],
-    temperature: Sequence[float],
-    modality: Sequence[int],
-) -> list[TokenStream]:
-    parts = zip(hidden, weight, targets, rows, bias, temperature, modality, forbidden, strict=True)
-    return [
-        TokenStream(h, w, t, r, _present(b), float(tau), MODALITIES[m], _present(f))
-        for h, w, t, r, b, tau, m, f in parts
-    ]
+def _num_tokens(inputs: LossInputs) -> int:
+    """T, where a tensor of that length tells it; else from cu_seqlens, which makes a GPU wait."""
+    for values in (inputs.old_logp, inputs.loss_mask, inputs.modality, inputs.ref_logp):
+        if values is not None:
+            return values.shape[0]
+    if inputs.cu_seqlens.is_meta:
+        refuse(OP, "old_logp, loss_mask, modality or ref_logp", "given with meta tensors", None, "they tell T")
+    return int(inputs.cu_seqlens[-1])
 
 
-def _present(values: Tensor) -> Tensor | None:
-    """None for an empty tensor: autograd takes lists of tensors, not of tensors and None."""
-    return values if values.numel() else None
+def _autocast(stream: TokenStream) -> TokenStream:
+    """Under autocast a head runs in the autocast dtype, as `nn.Linear` does."""
+    hidden, weight, bias = cast_operands(stream.hidden, stream.weight, stream.bias)
+    if hidden is stream.hidden and weight is stream.weight and bias is stream.bias:
+        return stream
+    return replace(stream, hidden=hidden, weight=weight, bias=bias)
+
+
+def _check(given: PackedLayout, streams: Sequence[TokenStream], inputs: LossInputs) -> PackedLayout:
+    """Checks all values; the layout with the mask and modality that the streams give."""
+    check_loss_inputs(OP, inputs, given)
+    check_streams(OP, streams, given.num_tokens)
+    return stream_layout(OP, streams, given)
 
 
 @implements(
-    "linear_grpo_loss",
-    (
-        "(Tensor[] hidden, Tensor[] weight, Tensor[] bias, Tensor[] targets, Tensor[] rows, Tensor[] forbidden,"
-        " float[] temperature, int[] stream_modality, Tensor? old_logp, Tensor[] rewards, Tensor[] advantages,"
-        " Tensor cu_seqlens, Tensor group_offsets, Tensor? loss_mask, Tensor? modality, Tensor? ref_logp,"
-        " Tensor? is_ratio, Tensor? weights, Tensor? num_items, SymInt num_tokens, bool[] needs, str settings,"
-        " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])"
-    ),
+    OP,
+    LinearLossInputs,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     reads_back=True,  # how many rows act; with an entropy quantile, how many tokens
 )
-def linear_grpo_loss(
-    hidden: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    forbidden: Sequence[Tensor],
-    temperature: Sequence[float],
-    stream_modality: Sequence[int],
-    old_logp: Tensor | None,
-    rewards: Sequence[Tensor],
-    advantages: Sequence[Tensor],
-    cu_seqlens: Tensor,
-    group_offsets: Tensor,
-    loss_mask: Tensor | None,
-    modality: Tensor | None,
-    ref_logp: Tensor | None,
-    is_ratio: Tensor | None,
-    weights: Tensor | None,
-    num_items: Tensor | None,
-    num_tokens: int,
-    needs: Sequence[bool],
-    settings: str,
-    backend: str,
-) -> Outputs:
+def form_linear_loss(given: LinearLossInputs) -> Outputs:
     """(loss, logp [T], entropy [T], advantages [M, S], keep [S], metrics [18], gradients).
 
-    Lists hold one entry per stream, an empty tensor where it has no bias or nothing forbidden. `needs` and gradients
-    hold hidden, weight and bias of each stream in turn; a gradient not needed is empty. Of float16 heads there are
+    Gradients are hidden, weight and bias of each stream in turn, empty where not needed. Of float16 heads there are
     d loss / d logp [T], log-sum-exp [T] and an empty tensor in their place.
     """
-    options, module = decode(settings), module_of(backend)
-    streams = _gather_streams(hidden, weight, bias, targets, rows, forbidden, temperature, stream_modality)
-    given = PackedLayout(cu_seqlens, group_offsets, modality, loss_mask, num_tokens)
-    check_loss_inputs(
-        OP, given, options, {"old_logp": old_logp, "ref_logp": ref_logp, "is_ratio": is_ratio, "num_items": num_items}
-    )
-    check_streams(OP, streams, num_tokens)
-    check_credit(OP, rewards, advantages, given, weights)
-    layout = stream_layout(OP, streams, given)
-    scores = score_rewards(module, rewards, advantages, group_offsets, options, weights)
-    ratios = Ratios(old_logp, ref_logp, is_ratio)
-    call = LinearLoss(module, options, streams, layout, scores, ratios, num_items, needs)
-    once = call.rows_know_alone and any(needs)
-    if late_gradients.formed_late(hidden):
+    lists, inputs, num_tokens, needs = given
+    streams = lists.records()
+    layout = _check(inputs.layout(num_tokens), streams, inputs)
+    call = LinearLoss(streams, inputs, layout, needs)
+    if late_gradients.formed_late(lists):
         logp_T, entropy_T, result, grads = call.late()
+    elif call.rows_know_alone and any(needs):
+        logp_T, entropy_T, result, grads = call.one_sweep()
     else:
-        logp_T, entropy_T, result, grads = call.one_sweep() if once else call.two_sweeps()
-    flat = [grad for parts in grads for grad in parts] or [hidden[0].new_empty(0) for _ in needs]
+        logp_T, entropy_T, result, grads = call.two_sweeps()
+    flat = [grad for parts in grads for grad in parts] or [lists.hidden[0].new_empty(0) for _ in needs]
     return result.loss, logp_T, entropy_T, result.advantages, result.keep, result.metrics, flat
 
 
-@fakes("linear_grpo_loss")
-def _(
-    hidden: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    forbidden: Sequence[Tensor],
-    temperature: Sequence[float],
-    stream_modality: Sequence[int],
-    old_logp: Tensor | None,
-    rewards: Sequence[Tensor],
-    advantages: Sequence[Tensor],
-    cu_seqlens: Tensor,
-    group_offsets: Tensor,
-    loss_mask: Tensor | None,
-    modality: Tensor | None,
-    ref_logp: Tensor | None,
-    is_ratio: Tensor | None,
-    weights: Tensor | None,
-    num_items: Tensor | None,
-    num_tokens: int,
-    needs: Sequence[bool],
-    settings: str,
-    backend: str,
-) -> Outputs:
-    like, num_sequences = hidden[0], cu_seqlens.shape[0] - 1
-    wide = loss_dtype(like, backend)
-    parts = [part for triple in zip(hidden, weight, bias, strict=True) for part in triple]
-    grads = [part.new_empty(part.shape) if need else like.new_empty(0) for part, need in zip(parts, needs, strict=True)]
-    if late_gradients.formed_late(hidden):
-        grads = [
-            like.new_empty(n, dtype=kind) for n, kind in ((num_tokens, torch.float32), (num_tokens, torch.float64))
-        ]
-        grads.append(like.new_empty(0, dtype=torch.float64))
+@fakes(OP, LinearLossInputs)
+def _(given: LinearLossInputs) -> Outputs:
+    lists, inputs, num_tokens, needs = given
+    like = lists.hidden[0]
+    wide = loss_dtype(like, inputs.backend)
+    if late_gradients.formed_late(lists):
+        kinds = ((num_tokens, torch.float32), (num_tokens, torch.float64), (0, torch.float64))
+        grads = [like.new_empty(n, dtype=kind) for n, kind in kinds]
+    else:
+        grads = late_gradients.empty_gradients(lists, needs)
     return (
         like.new_empty((), dtype=wide),
         like.new_empty(num_tokens, dtype=wide),
         like.new_empty(num_tokens, dtype=wide),
-        like.new_empty((len(rewards) or len(advantages), num_sequences), dtype=torch.float32),
-        like.new_empty(num_sequences, dtype=torch.bool),
-        like.new_empty(len(METRICS), dtype=torch.float32),
+        *empty_results(like, inputs),
         grads,
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    ctx.num_streams, ctx.needs, ctx.counts = len(inputs[0]), inputs[20], (len(inputs[9]), len(inputs[10]))
-    ctx.late = late_gradients.formed_late(inputs[0])
+def _save(ctx: Any, given: LinearLossInputs, output: Outputs) -> None:
+    ctx.needs, ctx.late = given.needs, late_gradients.formed_late(given.streams)
+    _, _, entropy, _, _, _, grads = output
     if ctx.late:
-        late_gradients.save(ctx, inputs, output[6][0], output[6][1], output[2])
+        grad_logp, lse, _ = grads
+        late_gradients.save(ctx, given.streams, given.loss.backend, grad_logp, lse, entropy)
     else:
-        ctx.save_for_backward(*output[6])
+        ctx.save_for_backward(*grads)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_loss: Tensor | None, *others: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *others: Any) -> dict[str, list[Tensor | None]]:
     refuse_second_derivative(OP)
-    nothing: list[None] = [None] * ctx.num_streams
-    grads: list[list[Tensor | None]] = [list(nothing) for _ in range(3)]
-    if grad_loss is not None:
-        formed = late_gradients.gradients(ctx, grad_loss) if ctx.late else ctx.saved_tensors
-        for index, (grad, need) in enumerate(zip(formed, ctx.needs, strict=True)):
-            grads[index % 3][index // 3] = None if not need else grad if ctx.late else _scale(grad, grad_loss)
-    lists = ([None] * ctx.counts[0], [None] * ctx.counts[1])
-    return (*grads, nothing, nothing, nothing, None, None, None, *lists, *(None,) * 12)
+    if grad_loss is None:
+        return {}
+    formed = late_gradients.gradients(ctx, grad_loss) if ctx.late else _scaled(ctx.saved_tensors, grad_loss, ctx.needs)
+    grads = [grad if need else None for grad, need in zip(formed, ctx.needs, strict=True)]
+    return {"hidden": grads[0::3], "weight": grads[1::3], "bias": grads[2::3]}
+
+
+def _scaled(grads: Sequence[Tensor], grad_loss: Tensor, needs: Sequence[bool]) -> Iterator[Tensor]:
+    return (_scale(grad, grad_loss) if need else grad for grad, need in zip(grads, needs, strict=True))
 
 
 def _scale(grad: Tensor, grad_loss: Tensor) -> Tensor:
@@ -356,4 +228,4 @@ def _scale(grad: Tensor, grad_loss: Tensor) -> Tensor:
     return grad.detach().mul_(grad_loss)
 
 
-differentiates("linear_grpo_loss", _save, _differentiate)
+differentiates(OP, LinearLossInputs, _save, _differentiate)

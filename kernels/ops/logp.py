@@ -1,25 +1,92 @@
-"""Registered ops `syncr1::selective_logp` and `syncr1::linear_logp`, with their backward passes as ops of their own.
+"""`selective_logp` and `linear_logp`, with their backward passes as registered ops of their own.
 
 The forward returns the log-sum-exp beside log-probability and entropy; the backward needs nothing else:
-d logp/dz = onehot − p and dH/dz = −p (log p + H). Backends `native` and `triton`; `reference` is ordinary autograd.
+d logp/dz = onehot − p and dH/dz = −p (log p + H). Backends `native` and `triton`; `reference` is ordinary autograd,
+called directly.
 
 Dims: `N` rows, `V` vocabulary, `D` hidden.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_forbidden, check_targets
-from ..dispatch import module_of, refuse_transforms
+from ..checks import check_forbidden, check_logits, check_rows, check_targets
+from ..dispatch import choose, module_of, refuse_transforms, same_device
 from ..linear import backward_rows, score_hidden
+from ..ranges import TEMPERATURE
+from ..reference import logp as reference
+from ..register import differentiates, differentiates_no_further, fakes, flatten, implements, registered
 from ..terms import Head
-from .register import differentiates, differentiates_no_further, fakes, implements, registered
 
 Three = tuple[Tensor, Tensor, Tensor]
+
+
+class LogitInputs(NamedTuple):
+    """What `selective_logp` is given: arguments of the registered op."""
+
+    logits: Tensor
+    """[N, V]."""
+    targets: Tensor
+    """[N]."""
+    temperature: float
+    forbidden: Tensor | None
+    """[F]."""
+    backend: str
+
+    @property
+    def head(self) -> Head:
+        return Head(temperature=self.temperature, forbidden=self.forbidden)
+
+
+class HiddenInputs(NamedTuple):
+    """What `linear_logp` is given: arguments of the registered op."""
+
+    hidden: Tensor
+    """[N, D]."""
+    weight: Tensor
+    """[V, D]."""
+    bias: Tensor | None
+    """[V]."""
+    targets: Tensor
+    """[N]."""
+    temperature: float
+    forbidden: Tensor | None
+    """[F]."""
+    backend: str
+
+    @property
+    def head(self) -> Head:
+        return Head(self.bias, self.temperature, self.forbidden)
+
+
+class RowGradients(NamedTuple):
+    """What a backward needs beside the inputs: results of the forward, and gradients of the first two, [N] each."""
+
+    lse: Tensor
+    entropy: Tensor
+    grad_logp: Tensor | None
+    grad_entropy: Tensor | None
+
+
+class LogitGradientInputs(NamedTuple):
+    """Arguments of the registered backward of `selective_logp`."""
+
+    inputs: LogitInputs
+    rows: RowGradients
+
+
+class HiddenGradientInputs(NamedTuple):
+    """Arguments of the registered backward of `linear_logp`."""
+
+    inputs: HiddenInputs
+    rows: RowGradients
+    needs: Sequence[bool]
+    """Whether hidden, weight and bias need a gradient."""
 
 
 def refuse_second_derivative(op: str) -> None:
@@ -31,221 +98,240 @@ def refuse_second_derivative(op: str) -> None:
         )
 
 
+def selective_logp(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    forbidden: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of tokens from logits.
+
+    Equivalent PyTorch:
+        logp_all = (logits.float() / temperature).log_softmax(-1)
+        logp = logp_all.gather(1, targets[:, None])[:, 0]
+        entropy = -(logp_all.exp() * logp_all).sum(-1)
+
+    Args:
+        logits: [N, V] float; with gradient.
+        targets: [N] int in [0, V).
+        temperature: finite, > 0.
+        forbidden: [F] int64 vocabulary ids whose logits are taken as -inf.
+        backend: see `syncr1.kernels.dispatch`.
+
+    Returns:
+        (logp [N], entropy [N]), nats, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: a shape, dtype or value is out of place.
+
+    Source: TRL's `selective_log_softmax`.
+    """
+    op = "selective_logp"
+    same_device(op, logits=logits, targets=targets, forbidden=forbidden)
+    check_logits(op, logits)
+    TEMPERATURE.check(op, "temperature", temperature)
+    inputs = LogitInputs(logits, targets, float(temperature), forbidden, choose(op, backend, logits))
+    if inputs.backend == "reference":
+        _check_ids(op, targets, logits.shape[0], logits.shape[1], forbidden)
+        return reference.selective_logp(logits, targets, temperature=inputs.temperature, forbidden=forbidden)
+    logp, entropy, _ = registered.selective_logp(*inputs)
+    return logp, entropy
+
+
+def _check_ids(op: str, targets: Tensor, num_rows: int, vocabulary: int, forbidden: Tensor | None) -> None:
+    check_targets(op, targets, num_rows, vocabulary)
+    check_forbidden(op, forbidden, vocabulary)
+
+
+@implements("selective_logp", LogitInputs, "(Tensor, Tensor, Tensor)")
+def score_logits(inputs: LogitInputs) -> Three:
+    """(logp [N] float32, entropy [N] float32, logsumexp [N] float64)."""
+    logits, targets = inputs.logits, inputs.targets
+    _check_ids("selective_logp", targets, logits.shape[0], logits.shape[1], inputs.forbidden)
+    kernels = module_of(inputs.backend)
+    scored: Three = kernels.score_rows(_unit_stride(logits), targets.long().contiguous(), inputs.head)
+    return scored
+
+
+@fakes("selective_logp", LogitInputs)
+def _(inputs: LogitInputs) -> Three:
+    return _per_row(inputs.logits)
+
+
 def _per_row(like: Tensor) -> Three:
     logp, entropy = (like.new_empty(like.shape[:1], dtype=torch.float32) for _ in range(2))
     return logp, entropy, like.new_empty(like.shape[:1], dtype=torch.float64)
 
 
-@implements(
-    "selective_logp",
-    ("(Tensor logits, Tensor targets, float temperature, Tensor? forbidden, str backend) -> (Tensor, Tensor, Tensor)"),
-)
-def selective_logp(
-    logits: Tensor, targets: Tensor, temperature: float, forbidden: Tensor | None, backend: str
-) -> Three:
-    """(logp [N] float32, entropy [N] float32, logsumexp [N] float64)."""
-    check_targets("selective_logp", targets, logits.shape[0], logits.shape[1])
-    check_forbidden("selective_logp", forbidden, logits.shape[1])
-    head = Head(temperature=temperature, forbidden=forbidden)
-    scored: Three = module_of(backend).score_rows(_unit_stride(logits), targets.long().contiguous(), head)
-    return scored
-
-
-@fakes("selective_logp")
-def _(logits: Tensor, targets: Tensor, temperature: float, forbidden: Tensor | None, backend: str) -> Three:
-    return _per_row(logits)
-
-
-@implements(
-    "selective_logp_backward",
-    (
-        "(Tensor logits, Tensor targets, Tensor lse, Tensor entropy, Tensor? grad_logp, Tensor? grad_entropy,"
-        " float temperature, Tensor? forbidden, str backend) -> Tensor"
-    ),
-)
-def selective_logp_backward(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    forbidden: Tensor | None,
-    backend: str,
-) -> Tensor:
+@implements("selective_logp_backward", LogitGradientInputs, "Tensor")
+def logits_gradient(given: LogitGradientInputs) -> Tensor:
     """[N, V], dtype of the logits."""
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    module_of(backend).gradient_rows(
-        _unit_stride(logits),
-        targets.long().contiguous(),
-        Head(temperature=temperature, forbidden=forbidden),
-        lse,
-        entropy,
-        _float(grad_logp),
-        _float(grad_entropy),
+    inputs, rows = given
+    out = torch.empty(inputs.logits.shape, dtype=inputs.logits.dtype, device=inputs.logits.device)
+    module_of(inputs.backend).gradient_rows(
+        _unit_stride(inputs.logits),
+        inputs.targets.long().contiguous(),
+        inputs.head,
+        rows.lse,
+        rows.entropy,
+        _float(rows.grad_logp),
+        _float(rows.grad_entropy),
         out,
     )
     return out
 
 
-@fakes("selective_logp_backward")
-def _(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    forbidden: Tensor | None,
-    backend: str,
-) -> Tensor:
+@fakes("selective_logp_backward", LogitGradientInputs)
+def _(given: LogitGradientInputs) -> Tensor:
+    logits = given.inputs.logits
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _save_selective(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    logits, targets, ctx.temperature, forbidden, ctx.backend = inputs
+def _save_selective(ctx: Any, inputs: LogitInputs, output: Three) -> None:
     _, entropy, lse = output
-    ctx.save_for_backward(logits, targets, lse, entropy, forbidden)
+    ctx.save_for_backward(inputs.logits, inputs.targets, inputs.forbidden, lse, entropy)
+    ctx.temperature, ctx.backend = inputs.temperature, inputs.backend
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_selective(
     ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Tensor]:
     refuse_second_derivative("selective_logp")
     if grad_logp is None and grad_entropy is None:
-        return (None,) * 5
-    logits, targets, lse, entropy, forbidden = ctx.saved_tensors
-    grad = registered.selective_logp_backward(
-        logits, targets, lse, entropy, grad_logp, grad_entropy, ctx.temperature, forbidden, ctx.backend
-    )
-    return grad, None, None, None, None
+        return {}
+    logits, targets, forbidden, lse, entropy = ctx.saved_tensors
+    inputs = LogitInputs(logits, targets, ctx.temperature, forbidden, ctx.backend)
+    given = LogitGradientInputs(inputs, RowGradients(lse, entropy, grad_logp, grad_entropy))
+    return {"logits": registered.selective_logp_backward(*flatten(given))}
 
 
-differentiates("selective_logp", _save_selective, _differentiate_selective)
+differentiates("selective_logp", LogitInputs, _save_selective, _differentiate_selective)
 differentiates_no_further("selective_logp_backward")
 
 
-@implements(
-    "linear_logp",
-    (
-        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, Tensor? forbidden,"
-        " str backend)"
-        " -> (Tensor, Tensor, Tensor)"
-    ),
-)
 def linear_logp(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     targets: Tensor,
-    temperature: float,
-    forbidden: Tensor | None,
-    backend: str,
-) -> Three:
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    forbidden: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of tokens from hidden states, without storing the logits.
+
+    Equivalent PyTorch:
+        logp_all = (F.linear(hidden, weight, bias).float() / temperature).log_softmax(-1)
+        logp = logp_all.gather(1, targets[:, None])[:, 0]
+        entropy = -(logp_all.exp() * logp_all).sum(-1)
+
+    Args:
+        hidden: [N, D] float; with gradient.
+        weight: [V, D], dtype of `hidden`; with gradient.
+        targets: [N] int in [0, V).
+        bias: [V] or None; with gradient.
+        temperature: finite, > 0.
+        forbidden: [F] int64 vocabulary ids whose logits are -inf; a forbidden target has log-probability -inf.
+        backend: see `syncr1.kernels.dispatch`.
+
+    Returns:
+        (logp [N], entropy [N]), nats, float32 (float64 for float64 input), both with gradient.
+
+    Raises:
+        ValueError: a shape, dtype or value is out of place.
+
+    Source: chunked as in Cut Your Losses (arXiv 2411.09009) and Liger's fused losses.
+    """
+    op = "linear_logp"
+    same_device(op, hidden=hidden, weight=weight, targets=targets, bias=bias, forbidden=forbidden)
+    hidden, weight, bias = cast_operands(hidden, weight, bias)
+    check_rows(op, hidden, weight, targets, bias)
+    TEMPERATURE.check(op, "temperature", temperature)
+    chosen = choose(op, backend, hidden, weight)
+    inputs = HiddenInputs(hidden, weight, bias, targets, float(temperature), forbidden, chosen)
+    if chosen == "reference":
+        _check_ids(op, targets, hidden.shape[0], weight.shape[0], forbidden)
+        return reference.linear_logp(
+            hidden, weight, targets, bias=bias, temperature=inputs.temperature, forbidden=forbidden
+        )
+    logp, entropy, _ = registered.linear_logp(*inputs)
+    return logp, entropy
+
+
+def cast_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of a head in the autocast dtype, as `nn.Linear` has them, where autocast is on."""
+    device = hidden.device.type
+    # Meta tensors are shapes alone: their device has no autocast.
+    if device == "meta" or not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+@implements("linear_logp", HiddenInputs, "(Tensor, Tensor, Tensor)")
+def score_head(inputs: HiddenInputs) -> Three:
     """(logp [N] float32, entropy [N] float32, logsumexp [N] float64)."""
-    check_targets("linear_logp", targets, hidden.shape[0], weight.shape[0])
-    check_forbidden("linear_logp", forbidden, weight.shape[0])
-    head = Head(bias, temperature, forbidden)
-    return score_hidden(module_of(backend), hidden, weight, targets.long().contiguous(), head)
+    hidden, weight, targets = inputs.hidden, inputs.weight, inputs.targets
+    _check_ids("linear_logp", targets, hidden.shape[0], weight.shape[0], inputs.forbidden)
+    return score_hidden(module_of(inputs.backend), hidden, weight, targets.long().contiguous(), inputs.head)
 
 
-@fakes("linear_logp")
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    forbidden: Tensor | None,
-    backend: str,
-) -> Three:
-    return _per_row(hidden)
+@fakes("linear_logp", HiddenInputs)
+def _(inputs: HiddenInputs) -> Three:
+    return _per_row(inputs.hidden)
 
 
-@implements(
-    "linear_logp_backward",
-    (
-        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, Tensor entropy, Tensor? grad_logp,"
-        " Tensor? grad_entropy, float temperature, Tensor? forbidden, bool[] needs, str backend)"
-        " -> (Tensor, Tensor, Tensor)"
-    ),
-)
-def linear_logp_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    forbidden: Tensor | None,
-    needs: list[bool],
-    backend: str,
-) -> Three:
+@implements("linear_logp_backward", HiddenGradientInputs, "(Tensor, Tensor, Tensor)")
+def head_gradient(given: HiddenGradientInputs) -> Three:
     """Gradients of hidden, weight and bias; empty where `needs` says no."""
+    inputs, rows, needs = given
     return backward_rows(
-        module_of(backend),
-        hidden,
-        weight,
-        targets.long().contiguous(),
-        Head(bias, temperature, forbidden),
-        lse,
-        entropy,
-        _float(grad_logp),
-        _float(grad_entropy),
+        module_of(inputs.backend),
+        inputs.hidden,
+        inputs.weight,
+        inputs.targets.long().contiguous(),
+        inputs.head,
+        rows.lse,
+        rows.entropy,
+        _float(rows.grad_logp),
+        _float(rows.grad_entropy),
         needs,
     )
 
 
-@fakes("linear_logp_backward")
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    forbidden: Tensor | None,
-    needs: list[bool],
-    backend: str,
-) -> Three:
-    wanted = [part if need else None for part, need in zip((hidden, weight, bias), needs, strict=True)]
-    like = [hidden.new_empty(0) if part is None else part.new_empty(part.shape) for part in wanted]
+@fakes("linear_logp_backward", HiddenGradientInputs)
+def _(given: HiddenGradientInputs) -> Three:
+    wanted = [part if need else None for part, need in zip(given.inputs[:3], given.needs, strict=True)]
+    like = [given.inputs.hidden.new_empty(0) if part is None else part.new_empty(part.shape) for part in wanted]
     return like[0], like[1], like[2]
 
 
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    hidden, weight, bias, targets, ctx.temperature, forbidden, ctx.backend = inputs
+def _save_linear(ctx: Any, inputs: HiddenInputs, output: Three) -> None:
     _, entropy, lse = output
-    ctx.save_for_backward(hidden, weight, bias, targets, forbidden, lse, entropy)
+    ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.forbidden, lse, entropy)
+    ctx.temperature, ctx.backend = inputs.temperature, inputs.backend
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_linear(
     ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Tensor | None]:
     refuse_second_derivative("linear_logp")
     if grad_logp is None and grad_entropy is None:
-        return (None,) * 7
+        return {}
     hidden, weight, bias, targets, forbidden, lse, entropy = ctx.saved_tensors
+    inputs = HiddenInputs(hidden, weight, bias, targets, ctx.temperature, forbidden, ctx.backend)
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
-    grads = registered.linear_logp_backward(
-        hidden, weight, bias, targets, lse, entropy, grad_logp, grad_entropy, ctx.temperature, forbidden, needs,
-        ctx.backend,
-    )  # fmt: skip
-    hidden_grad, weight_grad, bias_grad = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return hidden_grad, weight_grad, bias_grad, None, None, None, None
+    given = HiddenGradientInputs(inputs, RowGradients(lse, entropy, grad_logp, grad_entropy), needs)
+    grads = zip(("hidden", "weight", "bias"), registered.linear_logp_backward(*flatten(given)), needs, strict=True)
+    return {name: grad for name, grad, need in grads if need}
 
 
-differentiates("linear_logp", _save_linear, _differentiate_linear)
+differentiates("linear_logp", HiddenInputs, _save_linear, _differentiate_linear)
 differentiates_no_further("linear_logp_backward")
 
 

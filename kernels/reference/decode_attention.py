@@ -10,21 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..terms import DecodeStep
 from .logp import accumulator
 
 
-def prefix_decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    own_keys: Tensor,
-    own_values: Tensor,
-    spans: Tensor,
-    scale: float,
-) -> Tensor:
-    """See `syncr1.kernels.decode_attention`; [R, Hq, E], any float dtype, any strides."""
+def prefix_decode_attention(step: DecodeStep) -> Tensor:
+    """See `syncr1.kernels.api.prefix_decode_attention`; [R, Hq, E], any float dtype, any strides."""
+    query, key, value, prefix_keys, prefix_values, own_keys, own_values, spans, scale, _ = step
     new_column_R = spans[:, 2] + spans[:, 3]
     own_keys.index_copy_(1, new_column_R, key.transpose(0, 1))
     own_values.index_copy_(1, new_column_R, value.transpose(0, 1))

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..checks import check_allowed, check_log_probabilities
 from ..layout import PackedLayout
-from ..options import LossOptions
+from ..outputs import GRPOOutput
 from ..plan import Scores, acting_tokens, by_modality, policy_mask, score_rewards, token_advantages
-from ..records import GRPOOutput, TokenStream
+from ..streams import TokenStream
+from ..terms import LossInputs
 from .advantage import standardize
 from .logp import accumulator, linear_logp
 from .reduction import PackedTerms, entropy_quantile_mask, loss_metrics, per_token, reduce_loss
@@ -44,60 +45,25 @@ class _Groups:
     dgs_select = staticmethod(dgs_select)
 
 
-def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    rewards: Sequence[Tensor],
-    advantages: Sequence[Tensor],
-    layout: PackedLayout,
-    settings: LossOptions,
-    *,
-    ref_logp: Tensor | None = None,
-    is_ratio: Tensor | None = None,
-    entropy: Tensor | None = None,
-    weights: Tensor | None = None,
-    num_items: Tensor | None = None,
-) -> GRPOOutput:
-    """See `syncr1.kernels.api.grpo_loss`; `rewards` or `advantages` hold one tensor, or those of text and image."""
-    scores = _scores(rewards, advantages, layout, settings, weights)
+def grpo_loss(logp: Tensor, inputs: LossInputs) -> GRPOOutput:
+    """See `syncr1.kernels.api.grpo_loss`."""
+    layout, scores = inputs.layout(logp.shape[0]), score_rewards(_Groups(), inputs)
     mask_T = policy_mask(layout, scores)
-    terms = PackedTerms(layout, mask_T, mask_T, logp.dtype, settings, num_items)
-    return packed_loss(logp, old_logp, ref_logp, is_ratio, entropy, terms, scores)
+    terms = PackedTerms(layout, mask_T, mask_T, logp.dtype, inputs.options, inputs.num_items)
+    return packed_loss(logp, inputs, inputs.entropy, terms, scores)
 
 
-def linear_grpo_loss(
-    streams: Sequence[TokenStream],
-    old_logp: Tensor | None,
-    rewards: Sequence[Tensor],
-    advantages: Sequence[Tensor],
-    layout: PackedLayout,
-    settings: LossOptions,
-    *,
-    ref_logp: Tensor | None = None,
-    is_ratio: Tensor | None = None,
-    weights: Tensor | None = None,
-    num_items: Tensor | None = None,
-) -> GRPOOutput:
+def linear_grpo_loss(streams: Sequence[TokenStream], inputs: LossInputs, layout: PackedLayout) -> GRPOOutput:
     """See `syncr1.kernels.api.linear_grpo_loss`; the layout's mask and modality are those of the streams."""
-    scores = _scores(rewards, advantages, layout, settings, weights)
+    scores = score_rewards(_Groups(), inputs)
     counted_T = policy_mask(layout, scores)
     image_T, sequence_T = layout.image_tokens, layout.sequence_of_token
-    mask_T = acting_tokens(settings, scores, counted_T, sequence_T, image_T)
+    mask_T = acting_tokens(inputs.options, scores, counted_T, sequence_T, image_T)
     check_allowed(OP, streams, mask_T)
     logp_T, entropy_T = _score_streams(streams, mask_T)
     check_log_probabilities(OP, mask_T, layout.num_tokens, logp=logp_T)
-    terms = PackedTerms(layout, mask_T, counted_T, logp_T.dtype, settings, num_items)
-    return packed_loss(logp_T, old_logp, ref_logp, is_ratio, entropy_T, terms, scores)
-
-
-def _scores(
-    rewards: Sequence[Tensor],
-    advantages: Sequence[Tensor],
-    layout: PackedLayout,
-    settings: LossOptions,
-    weights: Tensor | None,
-) -> Scores:
-    return score_rewards(_Groups(), rewards, advantages, layout.group_offsets, settings, weights)
+    terms = PackedTerms(layout, mask_T, counted_T, logp_T.dtype, inputs.options, inputs.num_items)
+    return packed_loss(logp_T, inputs, entropy_T, terms, scores)
 
 
 def _score_streams(streams: Sequence[TokenStream], mask_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,16 +90,10 @@ def _score_streams(streams: Sequence[TokenStream], mask_T: Tensor) -> tuple[Tens
 
 
 def packed_loss(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    is_ratio: Tensor | None,
-    entropy: Tensor | None,
-    terms: PackedTerms,
-    scores: Scores,
+    logp: Tensor, inputs: LossInputs, entropy: Tensor | None, terms: PackedTerms, scores: Scores
 ) -> GRPOOutput:
     """The loss of per-token log-probabilities: masks first, then ratios, token losses, reduction, metrics."""
-    settings = terms.settings
+    settings, old_logp, ref_logp, is_ratio = terms.settings, inputs.old_logp, inputs.ref_logp, inputs.is_ratio
     logp_T = terms.masked(logp)
     log_ratio_T = (logp_T - terms.masked(logp if old_logp is None else old_logp).detach()).clamp(
         -MAX_LOG_RATIO, MAX_LOG_RATIO

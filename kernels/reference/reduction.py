@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layout import PackedLayout
 from ..options import LossOptions, PerModality, for_modality
 from ..plan import Scores, entropy_thresholds
-from ..records import MODALITIES
+from ..streams import MODALITIES
 from .logp import accumulator
 from .segments import sum_segments
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..records import CFGSample
+from ..outputs import CFGSample
+from ..terms import SampleInputs
 from .logp import LOGP_FLOOR, accumulator
 from .philox import uniform
 
@@ -23,19 +24,9 @@ TOP_P_SLACK = 1e-6
 the sums of a backend come to; below this no backend promises which of two sets is taken."""
 
 
-def sample(
-    cond: Tensor,
-    uncond: Tensor | None,
-    *,
-    cfg_weight: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: Tensor,
-    offset: Tensor,
-    forbidden: Tensor | None,
-) -> CFGSample:
-    """See `syncr1.kernels.api.cfg_sample`; seed and offset are [B] int64."""
+def sample(inputs: SampleInputs) -> CFGSample:
+    """See `syncr1.kernels.api.cfg_sample`."""
+    cond, uncond, cfg_weight, temperature, top_k, top_p, seed, offset, forbidden, _ = inputs
     # Greedy is the limit temperature → 0; its log-probabilities are reported at temperature 1.
     divisor = temperature or 1.0
     logp_BV = _log_probabilities(cond, divisor, forbidden)

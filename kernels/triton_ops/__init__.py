@@ -33,7 +33,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 if INSTALLED:
     from .decode_attention import prefix_decode_attention
     from .groups import dgs_select, group_advantages
-    from .launch import interpreting
+    from .launching import interpreting
     from .loss import token_loss
     from .rows import gradient_rows, loss_rows, score_rows
     from .sample import sample

@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from .aot_cases import Case, cases
-from .launch import interpreting
+from .launching import interpreting
 
 TARGETS = (80, 90, 100)
 H200_BYTES_PER_SECOND = 4.3e12
@@ -180,10 +180,20 @@ def line(record: Record, versions: Iterable[str] = ()) -> str:
     floor = record.floor
     time = f"{floor * 1e6:.1f} µs" if floor > LAUNCH_SECONDS else "launch"
     cells = [
-        *versions, record.kernel.removesuffix("_kernel"), record.case, f"sm_{record.target}", record.grid, record.warps,
-        record.registers, record.spilled, record.shared, f"{record.wide_loads} + {record.narrow_loads}", record.passes,
-        time, "hot" if record.hot else "",
-    ]  # fmt: skip
+        *versions,
+        record.kernel.removesuffix("_kernel"),
+        record.case,
+        f"sm_{record.target}",
+        record.grid,
+        record.warps,
+        record.registers,
+        record.spilled,
+        record.shared,
+        f"{record.wide_loads} + {record.narrow_loads}",
+        record.passes,
+        time,
+        "hot" if record.hot else "",
+    ]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..options import LossOptions
-from ..terms import Head, LossTerms, RowSettings, RowTerms, padded
+from ..terms import DecodeStep, Head, LossTerms, RowSettings, RowTerms, SampleInputs, padded
 from . import groups
 from .decode_attention import prefix_decode_attention
 from .loss import token_loss
@@ -135,16 +135,31 @@ def loss_cases() -> Iterator[Case]:
         ("dapo, pruned", loss_terms({"dgs": "variance_mass"}, **plain), each, True),
         ("dapo, advantages given", loss_terms({}, given=True, **plain), each, True),
         ("dapo, num_items, KL", loss_terms({"num_items": 9.0, "beta": 0.1}, is_ratio=None), each + more, True),
-        ("grpo, sequence ratio, KL", loss_terms({"loss_type": "grpo", "ratio": "sequence", "beta": 0.1}, is_ratio=None),
-         each + more, True),
-        ("sapo, bias-corrected KL", loss_terms({"loss_type": "sapo", "bias_corrected_kl": True, "beta": 0.1},
-                                               is_ratio=None), each + more, False),
-        ("cispo, two rewards, items per modality",
-         loss_terms({"loss_type": "cispo", "dgs": "top_k", "num_items": {"text": 5.0, "image": 9.0}}, ref_logp=None),
-         each + more, False),
-        ("vespo, is_ratio per sequence", loss_terms({"loss_type": "vespo"}, per_sequence=True, ref_logp=None), each,
-         False),
-    ):  # fmt: skip
+        (
+            "grpo, sequence ratio, KL",
+            loss_terms({"loss_type": "grpo", "ratio": "sequence", "beta": 0.1}, is_ratio=None),
+            each + more,
+            True,
+        ),
+        (
+            "sapo, bias-corrected KL",
+            loss_terms({"loss_type": "sapo", "bias_corrected_kl": True, "beta": 0.1}, is_ratio=None),
+            each + more,
+            False,
+        ),
+        (
+            "cispo, two rewards, items per modality",
+            loss_terms({"loss_type": "cispo", "dgs": "top_k", "num_items": {"text": 5.0, "image": 9.0}}, ref_logp=None),
+            each + more,
+            False,
+        ),
+        (
+            "vespo, is_ratio per sequence",
+            loss_terms({"loss_type": "vespo"}, per_sequence=True, ref_logp=None),
+            each,
+            False,
+        ),
+    ):
         yield Case(f"{name} T={NUM_TOKENS}", partial(token_loss, terms), num_bytes, "1 read, 1 write", hot, wide=False)
 
 
@@ -174,14 +189,12 @@ def sample_cases() -> Iterator[Case]:
                 ("top-k top-p", 1000, 0.9, 1.0),
                 ("greedy", 0, 1.0, 0.0),
             ):
-                call = partial(
-                    sample, cond, uncond, cfg_weight=5.0 if guided else 1.0, temperature=temperature, top_k=top_k,
-                    top_p=top_p, seed=seeds, offset=seeds, forbidden=None,
-                )  # fmt: skip
+                weight = 5.0 if guided else 1.0
+                drawn = SampleInputs(cond, uncond, weight, temperature, top_k, top_p, seeds, seeds, None, "triton")
                 swept = 3 if how == "plain" else 2 if how == "greedy" else 33
                 yield Case(
                     f"V={vocabulary} {kind}{' guided' if guided else ''} {how} B={DECODE_ROWS}",
-                    call,
+                    partial(sample, drawn),
                     (1 + guided) * DECODE_ROWS * vocabulary * dtype.itemsize,
                     "1 read" if resident else f"{swept} reads at most (the later from L2)",
                     hot=kind == "bf16",
@@ -198,9 +211,10 @@ def decode_cases() -> Iterator[Case]:
             new = empty(DECODE_ROWS, kv_heads, width, dtype=dtype)
             prefix, mine = (empty(kv_heads, columns, width, dtype=dtype) for columns in (prefixes, own))
             spans = empty(DECODE_ROWS, 4, dtype=torch.int64)
+            step = DecodeStep(query, new, new, prefix, prefix, mine, mine, spans, width**-0.5, "triton")
             yield Case(
                 f"{heads} heads on {kv_heads}, E={width} {kind} B={DECODE_ROWS}",
-                partial(prefix_decode_attention, query, new, new, prefix, prefix, mine, mine, spans, width**-0.5),
+                partial(prefix_decode_attention, step),
                 2 * kv_heads * width * dtype.itemsize * (prefixes + DECODE_ROWS * 128),
                 "1 read of own columns, 1 of the prefix a row",
                 hot=kind == "bf16",

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from ..terms import DecodeStep
+from .launching import on_device
 from .row_math import LOG2E
 
 FLOOR = tl.constexpr(-1e30)
@@ -134,19 +135,24 @@ def decode_kernel(
         inside = (m_M < FORM.M)[:, None] & inside_E[None, :]
         top = tl.full([FORM.HEADS, FORM.COLUMNS], FLOOR, tl.float32)
         outputs = tl.full([FORM.HEADS, FORM.COLUMNS, FORM.WIDTH], 0, tl.float32)
-    scaled_query = tl.load(query_at, mask=inside, other=0.0).to(tl.float32) * scale
+    scaled = tl.load(query_at, mask=inside, other=0.0).to(tl.float32) * scale
     top, sums, outputs = attend(
-        scaled_query, top, tl.zeros_like(top), outputs,
+        scaled,
+        top,
+        tl.zeros_like(top),
+        outputs,
         prefix_keys + head * strides.prefix_key_head + prefix_start * strides.prefix_key_column,
         prefix_values + head * strides.prefix_value_head + prefix_start * strides.prefix_value_column,
-        strides.prefix_key_column, strides.prefix_value_column, prefix_length, FORM,
-    )  # fmt: skip
-    top, sums, outputs = attend(
-        scaled_query, top, sums, outputs, keys, values, strides.own_key_column, strides.own_value_column, own_length,
+        strides.prefix_key_column,
+        strides.prefix_value_column,
+        prefix_length,
         FORM,
-    )  # fmt: skip
+    )
+    top, sums, outputs = attend(
+        scaled, top, sums, outputs, keys, values, strides.own_key_column, strides.own_value_column, own_length, FORM
+    )
 
-    new_score = tl.sum(scaled_query * new_key_E.to(tl.float32), axis=-1)
+    new_score = tl.sum(scaled * new_key_E.to(tl.float32), axis=-1)
     highest = tl.maximum(tl.max(top, axis=-1), new_score)
     factor, new_weight = tl.exp2(top - tl.expand_dims(highest, -1)), tl.exp2(new_score - highest)
     total = tl.sum(sums * factor, axis=-1) + new_weight
@@ -166,22 +172,13 @@ def decode_form(group: int, width: int) -> tuple[DecodeForm, int]:
     return DecodeForm(group, width, heads, padded, max(TILE // (share * padded), 4)), WARPS // share
 
 
-def prefix_decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    own_keys: Tensor,
-    own_values: Tensor,
-    spans: Tensor,
-    scale: float,
-) -> Tensor:
+def prefix_decode_attention(step: DecodeStep) -> Tensor:
     """See `terms.Backend`."""
+    query, spans = step.query, step.spans
     num_rows, num_heads, width = query.shape
-    num_kv_heads = own_keys.shape[0]
+    num_kv_heads = step.own_keys.shape[0]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    tensors = (query, key, value, prefix_keys, prefix_values, own_keys, own_values)
+    tensors = step[:7]  # those before the spans
     form, num_warps = decode_form(num_heads // num_kv_heads, width)
     strides = Strides(*(stride for tensor in tensors for stride in tensor.stride()[:2]))
     with on_device(query):
@@ -191,7 +188,7 @@ def prefix_decode_attention(
             out,
             num_rows,
             num_kv_heads,
-            scale * LOG2E.value,
+            step.scale * LOG2E.value,
             strides,
             FORM=form,
             num_warps=num_warps,

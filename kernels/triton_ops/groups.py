@@ -21,7 +21,7 @@ from ..options import SCALES
 from ..reference.advantage import SPREAD
 from ..reference.select import MASS_SLACK
 from ..reference.select import dgs_select as select_on_host
-from .launch import as_bytes, halves, on_device
+from .launching import as_bytes, halves, on_device
 
 MEMBERS = tl.constexpr(32)
 DECIDED = tl.constexpr(8)
@@ -106,9 +106,20 @@ def member_scores(reward_ptr, energy_ptr, row_stride, index_I, inside_I, text, i
 
 @triton.jit
 def keep_members(
-    reward_ptr, energy_ptr, row_stride, index_I, start, end, text, image, mass, keep_count, min_keep,
-    M: tl.constexpr, RULE: tl.constexpr,
-):  # fmt: skip
+    reward_ptr,
+    energy_ptr,
+    row_stride,
+    index_I,
+    start,
+    end,
+    text,
+    image,
+    mass,
+    keep_count,
+    min_keep,
+    M: tl.constexpr,
+    RULE: tl.constexpr,
+):
     """The rule's decision on members `index_I` of the group start..end: bool."""
     inside_I = index_I < end
     if RULE == RULE_NONE:
@@ -165,7 +176,7 @@ def advantage_kernel(reward_ptr, offsets_ptr, deviation_ptr, out_ptr, eps_high, 
 @triton.jit(do_not_specialize=["keep_count", "min_keep"])
 def keep_kernel(
     energy_ptr, reward_ptr, offsets_ptr, out_ptr, mass_high, mass_low, keep_count, min_keep, RULE: tl.constexpr
-):  # fmt: skip
+):
     """One program per group."""
     start = tl.load(offsets_ptr + tl.program_id(0))
     end = tl.load(offsets_ptr + tl.program_id(0) + 1)
@@ -174,7 +185,7 @@ def keep_kernel(
         index_I = first + tl.arange(0, DECIDED)
         keep_I = keep_members(
             reward_ptr, energy_ptr, 0, index_I, start, end, None, None, mass, keep_count, min_keep, 1, RULE
-        )  # fmt: skip
+        )
         tl.store(out_ptr + index_I, keep_I.to(tl.uint8), mask=index_I < end)
 
 

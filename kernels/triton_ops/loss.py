@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..options import SCALES, LossOptions, PerModality, for_modality
-from ..records import MODALITIES
+from ..streams import MODALITIES
 from ..terms import METRICS, ROW_LOSSES, LossTerms, TokenLoss, row_loss
 from .groups import RULES
-from .launch import as_bytes, halves, interpreting, on_device
+from .launching import as_bytes, halves, interpreting, on_device
 from .loss_kernels import finish_kernel, loss_kernel
 from .loss_terms import Form, Numbers, Outputs, Sequences, Tokens
 
@@ -88,6 +88,20 @@ def _form(terms: LossTerms, num_rows: int, tile: int) -> Form:
     )
 
 
+def _tokens(terms: LossTerms, num_items: Tensor | None) -> Tokens:
+    return Tokens(
+        terms.logp,
+        terms.old_logp,
+        terms.ref_logp,
+        terms.entropy,
+        as_bytes(terms.loss_mask),
+        terms.modality,
+        terms.is_ratio,
+        terms.entropy_thresholds,
+        num_items,
+    )
+
+
 def token_loss(terms: LossTerms, tile: int | None = None) -> TokenLoss:
     """Loss, d loss / d logp, advantages, keep flags and metrics; `tile` tokens per program."""
     splits_gradient = terms.settings.splits_modalities and terms.settings.ratio == "sequence"
@@ -126,21 +140,35 @@ def _run(terms: LossTerms, counts: Tensor | None, tile: int | None) -> tuple[Tok
     loss, metrics, counted_tokens = empty(), empty(len(METRICS)), empty(2)
     grad_logp = empty(num_tokens)
     outputs = Outputs(grad_logp, empty(num_tiles, 16), empty(num_tiles, 4), varies, loss, metrics, counted_tokens)
-    tokens = Tokens(
-        terms.logp, terms.old_logp, terms.ref_logp, terms.entropy, as_bytes(terms.loss_mask), terms.modality,
-        terms.is_ratio, terms.entropy_thresholds, num_items,
-    )  # fmt: skip
     sequences = Sequences(terms.cu_seqlens, terms.group_offsets, terms.rewards, advantages, as_bytes(keep))
     form = _form(terms, scores.shape[0], tile)
     keep_count = -1 if settings.dgs_keep is None else settings.dgs_keep
     with on_device(terms.logp):
         loss_kernel[(num_tiles + (0 if given else num_groups),)](
-            tokens, sequences, _numbers(settings, factors or (1.0, 1.0)), outputs,
-            num_tokens, num_sequences, num_groups, keep_count, settings.dgs_min_keep, form,
+            _tokens(terms, num_items),
+            sequences,
+            _numbers(settings, factors or (1.0, 1.0)),
+            outputs,
+            num_tokens,
+            num_sequences,
+            num_groups,
+            keep_count,
+            settings.dgs_min_keep,
+            form,
             maxnreg=MAX_REGISTERS,
-        )  # fmt: skip
+        )
         finish_kernel[(num_tiles if counted else 1,)](
-            outputs, as_bytes(keep), terms.modality, num_tiles, num_tokens, num_sequences, num_groups,
-            counted, form.SPLIT, given, tile, maxnreg=MAX_REGISTERS,
-        )  # fmt: skip
+            outputs,
+            as_bytes(keep),
+            terms.modality,
+            num_tiles,
+            num_tokens,
+            num_sequences,
+            num_groups,
+            counted,
+            form.SPLIT,
+            given,
+            tile,
+            maxnreg=MAX_REGISTERS,
+        )
     return TokenLoss(loss, grad_logp, advantages, keep, metrics), counted_tokens

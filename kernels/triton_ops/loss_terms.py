@@ -246,9 +246,19 @@ def bounded_log(ratio):
 
 @triton.jit
 def sum_ratio_gradient(
-    tokens, numbers, start, end, text, image_advantage, is_ratio, mean_log_ratio, log_weight, num_text, num_image,
+    tokens,
+    numbers,
+    start,
+    end,
+    text,
+    image_advantage,
+    is_ratio,
+    mean_log_ratio,
+    log_weight,
+    num_text,
+    num_image,
     FORM: tl.constexpr,
-):  # fmt: skip
+):
     """Weighted sum over one sequence of d token loss / d ratio."""
     TILE: tl.constexpr = FORM.TILE
     lane = tl.arange(0, TILE)

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..terms import ROW_LOSSES, Head, RowSettings, RowTerms
-from .launch import on_device
+from .launching import on_device
 from .row_kernels import (
     Numbers,
     RowForm,

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..records import CFGSample
+from ..outputs import CFGSample
 from ..reference.sample import wanted_share
-from ..terms import padded
-from .launch import on_device
+from ..terms import SampleInputs, padded
+from .launching import on_device
 from .philox import row_uniform
 from .row_math import LN2, LOG2E, entropy_of, whole_row
 from .sample_math import (
@@ -131,19 +131,9 @@ def aligned_rows(logits: Tensor) -> Tensor:
     return logits.new_empty(num_rows, padded(vocabulary))[:, :vocabulary].copy_(logits)
 
 
-def sample(
-    cond: Tensor,
-    uncond: Tensor | None,
-    *,
-    cfg_weight: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: Tensor,
-    offset: Tensor,
-    forbidden: Tensor | None,
-) -> CFGSample:
+def sample(inputs: SampleInputs) -> CFGSample:
     """See `terms.Backend`."""
+    cond, uncond, cfg_weight, temperature, top_k, top_p, seed, offset, forbidden, _ = inputs
     num_rows, vocabulary = cond.shape
     logp, logp_mixed, entropy = (torch.empty(num_rows, dtype=torch.float32, device=cond.device) for _ in range(3))
     out = CFGSample(torch.empty(num_rows, dtype=torch.int64, device=cond.device), logp, logp_mixed, entropy)

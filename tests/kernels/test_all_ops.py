@@ -9,10 +9,9 @@ import torch
 from op_calls import BACKENDS, DIFFERENTIABLE, OPS, Leaves, trained_outputs
 from torch import Tensor
 
-from syncr1.kernels import dispatch
+from syncr1.kernels import dispatch, linear
 from syncr1.kernels.api import SharedPrefixLayout, shared_prefix_attention
 from syncr1.kernels.attention_ops.cuda import serves_head_size
-from syncr1.kernels.linear import release_workspace
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -20,9 +19,9 @@ from syncr1.kernels.linear import release_workspace
 def test_scoring_in_inference_mode_leaves_training_as_it_was(name: str, backend: str) -> None:
     """The value in inference mode is that outside, and nothing it keeps breaks the step after it."""
     op, units = OPS[name], 8
-    release_workspace()
+    linear._kept.clear()
     expected = op.values(op.inputs(units), backend)
-    release_workspace()
+    linear._kept.clear()
     for inside in (op.inputs(units), None):  # tensors of outside, and tensors that are inference tensors themselves
         with torch.inference_mode():
             found = op.values(inside or op.inputs(units), backend)
@@ -32,7 +31,7 @@ def test_scoring_in_inference_mode_leaves_training_as_it_was(name: str, backend:
         assert mine.equal(theirs)
     if name in DIFFERENTIABLE:
         after = trained_outputs(name, op.inputs(units, grad=True), backend)
-        release_workspace()
+        linear._kept.clear()
         fresh = trained_outputs(name, op.inputs(units, grad=True), backend)
         for mine, theirs in zip([*after[0], *after[1]], [*fresh[0], *fresh[1]], strict=True):
             assert mine.equal(theirs)

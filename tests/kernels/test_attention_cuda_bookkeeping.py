@@ -19,7 +19,7 @@ from torch import Tensor
 
 from syncr1.kernels.attention_ops import cpu, cuda, reference, two_calls
 from syncr1.kernels.attention_ops.cuda import Flash, FlashAttn, TorchFlash, Where
-from syncr1.kernels.attention_ops.plan import SHORT, Plan, VarlenCall, offsets_of
+from syncr1.kernels.attention_ops.varlen import SHORT, Plan, VarlenCall, offsets_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 Triple = tuple[Tensor, Tensor, Tensor]

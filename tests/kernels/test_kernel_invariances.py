@@ -33,7 +33,7 @@ from kernel_rows import Draw, RowCase, draws, row_cases, run_rows
 from torch import Tensor
 
 from syncr1.kernels.api import TokenStream
-from syncr1.kernels.records import Modality
+from syncr1.kernels.streams import Modality
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)

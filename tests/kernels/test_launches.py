@@ -18,7 +18,7 @@ from torch import Tensor
 from syncr1.kernels import api
 from syncr1.kernels.ops import late_gradients as late
 from syncr1.kernels.ops import logp as ops
-from syncr1.kernels.records import TokenStream
+from syncr1.kernels.streams import TokenStream
 from syncr1.kernels.terms import Head
 
 pytest.importorskip("triton")
@@ -70,23 +70,29 @@ def linear_grpo_loss(make: Maker, dtype: torch.dtype = torch.bfloat16, **changes
 
 def late_gradients(make: Maker) -> None:
     streams = [stream(make, 5000, VOCABULARY, "text", torch.float16), stream(make, 5000, 1001, "image", torch.float16)]
-    lists = [[getattr(s, name).detach() for s in streams] for name in ("hidden", "weight", "bias", "targets", "rows")]
-    nowhere = [make(0, dtype=torch.int64) for _ in streams]
+    with torch.no_grad():
+        lists = late.StreamLists.of(streams)
     scored = (make(TOKENS), make(TOKENS, dtype=torch.float64), make(TOKENS))
-    late.linear_grpo_loss_backward(*lists, nowhere, [1.0, 1.0], *scored, [True] * 6, "triton")
+    late.form_gradients(late.LateGradientInputs(lists, *scored, [True] * 6, "triton"))
 
 
 def linear_logp(make: Maker) -> None:
     s = stream(make, 5000, 1001, "text")
     operands = (s.hidden.detach(), s.weight.detach(), s.bias.detach(), s.targets)  # type: ignore[union-attr]
-    logp, entropy, lse = ops.linear_logp(*operands, 1.0, None, "triton")
-    ops.linear_logp_backward(*operands, lse, entropy, logp, entropy, 1.0, None, [True] * 3, "triton")
+    inputs = ops.HiddenInputs(*operands, 1.0, None, "triton")
+    logp, entropy, lse = ops.score_head(inputs)
+    rows = ops.RowGradients(lse, entropy, logp, entropy)
+    ops.head_gradient(ops.HiddenGradientInputs(inputs, rows, [True] * 3))
 
 
 def selective_logp(make: Maker) -> None:
-    operands = (make(300, 1001, dtype=torch.bfloat16), make(300, dtype=torch.int64))
-    logp, entropy, lse = ops.selective_logp(*operands, 1.0, None, "triton")
-    ops.selective_logp_backward(*operands, lse, entropy, logp, entropy, 1.0, None, "triton")
+    of_logits(make(300, 1001, dtype=torch.bfloat16), make(300, dtype=torch.int64))
+
+
+def of_logits(logits: Tensor, targets: Tensor) -> None:
+    inputs = ops.LogitInputs(logits, targets, 1.0, None, "triton")
+    logp, entropy, lse = ops.score_logits(inputs)
+    ops.logits_gradient(ops.LogitGradientInputs(inputs, ops.RowGradients(lse, entropy, logp, entropy)))
 
 
 def cfg_sample(make: Maker, vocabulary: int = 16384, **changes: Any) -> Any:
@@ -187,8 +193,7 @@ def test_rows_are_read_in_16_bytes_only_where_they_lie_so(gpu: AbsentGPU, rows: 
         return flat[shift:].view(count, stride)[:, :1001]
 
     logits, targets = placed(rows), gpu.tensor(rows, dtype=torch.int64)
-    logp, entropy, lse = ops.selective_logp(logits, targets, 1.0, None, "triton")
-    ops.selective_logp_backward(logits, targets, lse, entropy, logp, entropy, 1.0, None, "triton")
+    of_logits(logits, targets)
     api.cfg_sample(logits, placed(rows), cfg_weight=2.0, seed=1, offset=2)
     from syncr1.kernels.triton_ops import score_rows
 

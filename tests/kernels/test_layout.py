@@ -20,6 +20,7 @@ from syncr1.kernels.api import (
     linear_logp,
     selective_logp,
 )
+from syncr1.kernels.checks import check_layout
 from syncr1.kernels.layout import PackedLayout, segment_ids
 
 ROWS = torch.arange(3)
@@ -137,7 +138,7 @@ def test_absent_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layout_record() -> None:
     layout = PackedLayout(torch.tensor([0, 2, 2, 5]), torch.tensor([0, 1, 3]))
-    layout.validate("test")
+    check_layout("test", layout)
     assert (layout.num_sequences, layout.num_tokens) == (3, 5)
     assert layout.sequence_of_token.tolist() == [0, 0, 2, 2, 2]
     assert segment_ids(layout.group_offsets, 3).tolist() == [0, 1, 1]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from syncr1.kernels import dispatch, linear
 from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
-from syncr1.kernels.ops import linear_loss
+from syncr1.kernels.ops import linear_sweeps
 from syncr1.kernels.terms import padded
 
 pytestmark = [
@@ -24,9 +24,9 @@ ROWS, WIDTH, VOCABULARY = 37, 8, 101
 
 @pytest.fixture(autouse=True)
 def _no_workspace_is_kept() -> Iterator[None]:
-    linear.release_workspace()
+    linear._kept.clear()
     yield
-    linear.release_workspace()
+    linear._kept.clear()
 
 
 def operands(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,20 +47,19 @@ def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, **settin
 @pytest.mark.parametrize("most", [1, 2, 7, 36, 37])
 def test_chunks_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch, most: int, loss_type: str) -> None:
     expected = loss_and_gradients(*operands(), loss_type=loss_type)
-    linear.release_workspace()
+    linear._kept.clear()
     monkeypatch.setattr(linear, "CHUNK_ROWS", (1, most))
     for mine, whole in zip(loss_and_gradients(*operands(), loss_type=loss_type), expected, strict=True):
         torch.testing.assert_close(mine, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_the_workspace_is_kept_bounded_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_workspace_is_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     loss_and_gradients(*operands())
     (kept,) = linear._kept.values()
     assert kept.numel() == ROWS * padded(VOCABULARY)
     loss_and_gradients(*operands(1))
     assert linear._kept[torch.float32] is kept
-    linear.release_workspace()
-    assert not linear._kept
+    linear._kept.clear()
     monkeypatch.setitem(linear.WORKSPACE_BYTES, "cpu", 64)  # the fewest rows of a chunk need more than may be kept
     loss_and_gradients(*operands())
     assert not linear._kept
@@ -117,7 +116,7 @@ def test_clipped_sequences_take_no_part_in_the_second_sweep(monkeypatch: pytest.
         swept.append(rows.num_rows)
         return linear.gradient_pass(kernels, rows, *others)
 
-    monkeypatch.setattr(linear_loss, "gradient_pass", second)
+    monkeypatch.setattr(linear_sweeps, "gradient_pass", second)
     hidden, weight, targets = operands()
     with torch.no_grad():
         old_logp, _ = linear_logp(hidden, weight, targets)

@@ -19,6 +19,7 @@ from torch import Tensor
 from syncr1.kernels import native
 from syncr1.kernels.native.decode_attention import prefix_decode_attention
 from syncr1.kernels.native.library import ISA_VARIABLE
+from syncr1.kernels.terms import DecodeStep
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 DTYPES = [torch.float32, torch.bfloat16]
@@ -31,7 +32,8 @@ def _instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def attend(step: Step, scale: float | None = None) -> Tensor:
-    return prefix_decode_attention(*step.tensors(), step.query.shape[2] ** -0.5 if scale is None else scale)
+    factor = step.query.shape[2] ** -0.5 if scale is None else scale
+    return prefix_decode_attention(DecodeStep(*step.tensors(), factor, "native"))
 
 
 LENGTHS = st.sampled_from([0, 1, 3, 15, 16, 17, 63, 64, 65, 128, 150])
@@ -130,14 +132,16 @@ def test_threads_that_write_one_dummy_column(_instruction_set: str) -> None:
 import torch
 from decode_cases import make_step
 from syncr1.kernels.native.decode_attention import prefix_decode_attention
+from syncr1.kernels.terms import DecodeStep
 step = make_step([(8, 300)], [200] * 8, (8, 8), 64)
-alone = prefix_decode_attention(*step.to(torch.float32).tensors(), 0.125)
+alone = prefix_decode_attention(DecodeStep(*step.to(torch.float32).tensors(), 0.125, "native"))
 dead = torch.tensor([[0, 0, step.own_keys.shape[1] - 1, 0]]).expand(56, -1)
 padded = [torch.cat([t, t.repeat(7, 1, 1)]) for t in step.tensors()[:3]]
 torch.set_num_threads(4)
 for _ in range(20):
     copy = step.to(torch.float32).tensors()
-    output = prefix_decode_attention(*padded, *copy[3:7], torch.cat([step.spans, dead]), 0.125)
+    given = DecodeStep(*padded, *copy[3:7], torch.cat([step.spans, dead]), 0.125, "native")
+    output = prefix_decode_attention(given)
     assert output[:8].equal(alone)
 """
     environment = os.environ | {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from syncr1.kernels import native
-from syncr1.kernels.layout import PackedLayout
 from syncr1.kernels.native.groups import dgs_select, group_advantages
 from syncr1.kernels.native.loss import token_loss
-from syncr1.kernels.options import LOSS_TYPES, RULES, SCALES, LossOptions
+from syncr1.kernels.options import LOSS_TYPES, RULES, SCALES, LossOptions, encode
 from syncr1.kernels.plan import entropy_thresholds
-from syncr1.kernels.records import MODALITIES
 from syncr1.kernels.reference.advantage import standardize
 from syncr1.kernels.reference.loss import grpo_loss
 from syncr1.kernels.reference.select import dgs_select as reference_select
-from syncr1.kernels.terms import METRICS, LossTerms, TokenLoss
+from syncr1.kernels.streams import MODALITIES
+from syncr1.kernels.terms import METRICS, LossInputs, LossTerms, TokenLoss
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -96,7 +95,7 @@ def make_terms(
 
 
 def with_thresholds(terms: LossTerms, keep: Tensor) -> LossTerms:
-    """The quantile of the loss tokens, as `syncr1.kernels.ops_loss` hands it over."""
+    """The quantile of the loss tokens, as `syncr1.kernels.ops.loss` hands it over."""
     assert terms.loss_mask is not None and terms.modality is not None and terms.entropy is not None
     mask_T = terms.loss_mask & torch.repeat_interleave(keep, terms.cu_seqlens.diff())
     thresholds = entropy_thresholds(terms.settings, terms.entropy, mask_T, terms.modality.bool())
@@ -111,20 +110,24 @@ def reference(terms: LossTerms, dtype: torch.dtype = torch.float64) -> tuple[dic
 
     logp = terms.logp.to(dtype).requires_grad_()
     assert terms.rewards is not None
-    layout = PackedLayout(terms.cu_seqlens, terms.group_offsets, terms.modality, terms.loss_mask, terms.logp.shape[0])
     is_ratio = cast(terms.is_ratio)
-    out = grpo_loss(
-        logp,
-        cast(terms.old_logp),
-        list(terms.rewards),
-        [],
-        layout,
-        terms.settings,
+    inputs = LossInputs(
+        old_logp=cast(terms.old_logp),
+        rewards=list(terms.rewards),
+        advantages=[],
+        cu_seqlens=terms.cu_seqlens,
+        group_offsets=terms.group_offsets,
+        loss_mask=terms.loss_mask,
+        modality=terms.modality,
         ref_logp=cast(terms.ref_logp),
         is_ratio=is_ratio[:, None] if is_ratio is not None and terms.is_per_sequence else is_ratio,
         entropy=cast(terms.entropy),
+        weights=None,
         num_items=terms.num_items,
+        settings=encode("grpo_loss", asdict(terms.settings)),
+        backend="reference",
     )
+    out = grpo_loss(logp, inputs)
     (grad,) = torch.autograd.grad(out.loss, logp)
     advantages = out.advantages
     rows = torch.stack([advantages[m] for m in MODALITIES]) if isinstance(advantages, Mapping) else advantages[None]

@@ -13,11 +13,11 @@ from native_library import INSTRUCTION_SETS, Guarded, guarded_outputs, using
 from torch import Tensor
 
 from syncr1.kernels import native
-from syncr1.kernels.native.sample import sample
-from syncr1.kernels.records import CFGSample
+from syncr1.kernels.outputs import CFGSample
+from syncr1.kernels.reference import sample as reference
 from syncr1.kernels.reference.philox import uniform
-from syncr1.kernels.reference.sample import sample as reference_sample
 from syncr1.kernels.reference.sample import truncate
+from syncr1.kernels.terms import SampleInputs
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -30,6 +30,11 @@ NEAR = 1e-9
 def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
     with using(request.param):
         yield
+
+
+def sample(cond: Tensor, uncond: Tensor | None, backend: Any = native, **settings: Any) -> CFGSample:
+    drawn: CFGSample = backend.sample(SampleInputs(cond, uncond, **settings, backend=backend.__name__))
+    return drawn
 
 
 def keys(num_rows: int, offset: int = 0) -> dict[str, Tensor]:
@@ -50,7 +55,7 @@ def near_the_threshold(cond: Tensor, uncond: Tensor | None, settings: dict[str, 
 def assert_agrees(cond: Tensor, uncond: Tensor | None, **settings: Any) -> CFGSample:
     """The reference's token in float64 row by row, and log-probabilities as good as its own in float32."""
     drawn = sample(cond, uncond, **settings)
-    exact = reference_sample(cond.double(), None if uncond is None else uncond.double(), **settings)
+    exact = sample(cond.double(), None if uncond is None else uncond.double(), reference, **settings)
     same = drawn.token == exact.token
     if not bool(same.all()):
         assert bool(near_the_threshold(cond, uncond, settings)[~same].all())

@@ -91,8 +91,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         ops.linear_grpo_loss.default,
         ([o["hidden"]], [o["text"]], [empty], [p["targets"]], [rows], [nowhere], [1.0], [0], p["old_logp"],
-         [REWARDS], [], CU_SEQLENS, GROUPS, p["loss_mask"], None, p["ref_logp"], None, None, None, T,
-         [True, True, False], settings, BACKEND),
+         [REWARDS], [], CU_SEQLENS, GROUPS, p["loss_mask"], None, p["ref_logp"], None, None, None, None, settings,
+         BACKEND, T, [True, True, False]),
     )  # fmt: skip
 
 
@@ -102,26 +102,26 @@ def test_opcheck_of_backward_ops() -> None:
     logits, upstream = torch.randn(T, 9, requires_grad=True), torch.ones(T)
     _, entropy, lse = (x.detach() for x in ops.selective_logp(logits, p["targets"], 0.7, None, BACKEND))
     for grads in ((upstream, upstream), (None, upstream)):
-        given = (logits, p["targets"], lse, entropy, *grads, 0.7, None, BACKEND)
+        given = (logits, p["targets"], 0.7, None, BACKEND, lse, entropy, *grads)
         torch.library.opcheck(ops.selective_logp_backward.default, given)
         assert not ops.selective_logp_backward(*given).requires_grad
     head = (o["hidden"], o["image"], o["bias"], p["targets"])
     _, entropy, lse = (x.detach() for x in ops.linear_logp(*head, 0.7, None, BACKEND))
     for needs in ([True, True, True], [True, False, False]):
-        given = (*head, lse, entropy, upstream, None, 0.7, None, needs, BACKEND)
+        given = (*head, 0.7, None, BACKEND, lse, entropy, upstream, None, needs)
         torch.library.opcheck(ops.linear_logp_backward.default, given)
         assert not any(x.requires_grad for x in ops.linear_logp_backward(*given))
     empty, nowhere, rows = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.arange(T)
     streams = ([o["hidden"]] * 2, [o["image"]] * 2, [o["bias"], empty], [p["targets"]] * 2, [rows, T + rows])
     scored = [torch.cat([values, values]) for values in (upstream * (rows > 1), lse, entropy)]
-    given = (*streams, [nowhere] * 2, [0.7, 0.7], *scored, [True, True, True, False, True, False], BACKEND)
+    given = (*streams, [nowhere] * 2, [0.7, 0.7], [0, 0], *scored, [True, True, True, False, True, False], BACKEND)
     torch.library.opcheck(ops.linear_grpo_loss_backward.default, given)
     assert not any(x.requires_grad for x in ops.linear_grpo_loss_backward(*given))
     layout = SharedPrefixLayout(torch.tensor([0, 3, 5]), torch.tensor([0, 2, 4, 7, 10]), torch.tensor([0, 2, 4]))
     qkv = [torch.randn(15, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
     out, lse = (x.detach() for x in ops.shared_prefix_attention(*qkv, *layout.host_offsets, 0.3))
     torch.library.opcheck(ops.shared_prefix_attention.default, (*qkv, *layout.host_offsets, 0.3))
-    given = (torch.ones_like(out), *qkv, out, lse, *layout.host_offsets, 0.3)
+    given = (*qkv, *layout.host_offsets, 0.3, out, lse, torch.ones_like(out))
     torch.library.opcheck(ops.shared_prefix_attention_backward.default, given)
     assert not any(x.requires_grad for x in ops.shared_prefix_attention_backward(*given))
 

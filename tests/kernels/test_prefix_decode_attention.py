@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from syncr1.kernels import dispatch
-from syncr1.kernels.decode_attention import prefix_decode_attention
+from syncr1.kernels.api import prefix_decode_attention
 from syncr1.kernels.dispatch import BackendError
 from syncr1.kernels.reference import decode_attention as reference
 

@@ -15,9 +15,9 @@ from shared_prefix_cases import CASES, EQUAL, GROUPS, RAGGED, Group, make_layout
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from syncr1.kernels.api import BackendError
-from syncr1.kernels.attention import SharedPrefixLayout, choose_attention, shared_prefix_attention
-from syncr1.kernels.attention_ops.plan import offsets_of, shared_plan
+from syncr1.kernels.api import BackendError, SharedPrefixLayout, shared_prefix_attention
+from syncr1.kernels.attention import choose_attention
+from syncr1.kernels.attention_ops.varlen import offsets_of, shared_plan
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -206,7 +206,7 @@ def test_opcheck() -> None:
     q, k, v = (x.detach() for x in (q, k, v))
     out, lse = ops.shared_prefix_attention(q, k, v, *layout.host_offsets, 0.3)
     torch.library.opcheck(
-        ops.shared_prefix_attention_backward.default, (probe, q, k, v, out, lse, *layout.host_offsets, 0.3)
+        ops.shared_prefix_attention_backward.default, (q, k, v, *layout.host_offsets, 0.3, out, lse, probe)
     )
 
 

@@ -27,7 +27,7 @@ def test_on_the_gpu() -> None:
 
 def attend(step: Step, scale: float | None = None) -> Tensor:
     """On the device, through the public op; the step's own caches receive the new token."""
-    from syncr1.kernels.decode_attention import prefix_decode_attention
+    from syncr1.kernels.api import prefix_decode_attention
 
     there = step.map(lambda t: t.to(DEVICE))
     output = prefix_decode_attention(*there.tensors(), scale=scale, backend="triton").cpu()
@@ -88,6 +88,7 @@ def check_scores_that_rise_and_fall() -> None:
 def check_addresses_beyond_32_bits() -> None:
     """A column of a cache with more than 2³¹ elements, of which little is ever touched."""
     width, far = 16, (1 << 31) // 16 + 5
+    from syncr1.kernels.terms import DecodeStep
     from syncr1.kernels.triton_ops.decode_attention import prefix_decode_attention
 
     step = make_step([(1, 6)], [4], (1, 1), width)
@@ -99,7 +100,7 @@ def check_addresses_beyond_32_bits() -> None:
     spans = step.spans.clone()
     spans[0, 2] = far
     near = [t.to(DEVICE) for t in step.tensors()[:5]]
-    output = prefix_decode_attention(*near, huge, values, spans.to(DEVICE), 0.25).cpu()
+    output = prefix_decode_attention(DecodeStep(*near, huge, values, spans.to(DEVICE), 0.25, "triton")).cpu()
     assert_close(step, output)
     assert huge[0, far + 4].cpu().equal(step.key[0, 0])
 
@@ -107,7 +108,7 @@ def check_addresses_beyond_32_bits() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def check_inside_a_cuda_graph() -> None:
     """One graph serves every length: the spans are read when it runs, and nothing waits for the host."""
-    from syncr1.kernels.decode_attention import prefix_decode_attention
+    from syncr1.kernels.api import prefix_decode_attention
 
     step = make_step([(3, 40), (2, 0)], [5, 0, 36, 7, 1], (4, 2), 64)
     there = step.map(lambda t: t.to(DEVICE))

@@ -7,6 +7,7 @@ runs them there, compiled.
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -15,12 +16,12 @@ from torch import Tensor
 from triton_child import run_checks
 
 from syncr1.kernels.layout import PackedLayout
-from syncr1.kernels.options import LOSS_TYPES, LossOptions
+from syncr1.kernels.options import LOSS_TYPES, LossOptions, encode
 from syncr1.kernels.plan import Scores, advantage_energy, entropy_thresholds, policy_mask, score_rewards
-from syncr1.kernels.records import MODALITIES
 from syncr1.kernels.reference import backend as reference
 from syncr1.kernels.reference.loss import grpo_loss
-from syncr1.kernels.terms import METRICS, LossTerms, TokenLoss
+from syncr1.kernels.streams import MODALITIES
+from syncr1.kernels.terms import METRICS, LossInputs, LossTerms, TokenLoss
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -91,18 +92,22 @@ class Case:
         found = {name: self.tokens.get(name) for name in names}
         return {name: None if value is None else value.to(dtype) for name, value in found.items()}
 
+    def inputs(self, **tokens: Tensor | None) -> LossInputs:
+        """As the registered op has them, with these values per token."""
+        absent = dict.fromkeys(("old_logp", "ref_logp", "is_ratio", "entropy", "weights"))
+        layout = {name: getattr(self.layout, name) for name in ("cu_seqlens", "group_offsets", "loss_mask", "modality")}
+        settings = encode("grpo_loss", asdict(self.settings))
+        rewards = {"rewards": list(self.rewards.unbind()), "advantages": [], "num_items": self.divisors}
+        return LossInputs(**{**absent, **tokens}, **layout, **rewards, settings=settings, backend="reference")
+
     def scores(self) -> Scores:
-        parts = list(self.rewards.unbind())
-        return score_rewards(reference, parts, [], self.group_offsets, self.settings, None)
+        return score_rewards(reference, self.inputs())
 
     def expected(self, dtype: torch.dtype) -> TokenLoss:
         """The reference, its gradient by autograd."""
         values: dict[str, Any] = self.floats(dtype)
-        logp, old_logp = values.pop("logp").clone().requires_grad_(), values.pop("old_logp")
-        out = grpo_loss(
-            logp, old_logp, list(self.rewards.unbind()), [], self.layout, self.settings, num_items=self.divisors,
-            **values,
-        )  # fmt: skip
+        logp = values.pop("logp").clone().requires_grad_()
+        out = grpo_loss(logp, self.inputs(**values))
         out.loss.backward()
         advantages = [out.advantages[m] for m in MODALITIES] if len(self.rewards) == 2 else [out.advantages]
         metrics = torch.stack([out.metrics.get(name, torch.tensor(torch.nan)).double() for name in METRICS])

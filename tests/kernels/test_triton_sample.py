@@ -17,10 +17,11 @@ from tied_logits import SEED, exact_size, late_offset, levels, tied_cases, unifo
 from torch import Tensor
 from triton_child import run_checks
 
-from syncr1.kernels.records import CFGSample
+from syncr1.kernels.outputs import CFGSample
 from syncr1.kernels.reference.philox import uniform
 from syncr1.kernels.reference.sample import sample as reference_sample
 from syncr1.kernels.reference.sample import truncate
+from syncr1.kernels.terms import SampleInputs
 
 pytest.importorskip("triton")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -51,8 +52,9 @@ def draw(cond: Tensor, uncond: Tensor | None = None, first: int = 2**40, **chang
     options |= {"top_p": 1.0, "forbidden": None, "seed": torch.full((num_rows,), -5, device=cond.device)}
     options["offset"] = torch.arange(num_rows, device=cond.device) + first
     options |= changes
-    got = importlib.import_module(MODULE).sample(cond, uncond, **options)
-    return got, got if bool(cond.isnan().any()) else reference_sample(cond, uncond, **options)
+    inputs = SampleInputs(cond, uncond, **options, backend="triton")
+    got = importlib.import_module(MODULE).sample(inputs)
+    return got, got if bool(cond.isnan().any()) else reference_sample(inputs)
 
 
 def near_a_threshold(cond: Tensor, uncond: Tensor | None, offset: Tensor, **options: Any) -> Tensor:
@@ -141,18 +143,19 @@ def check_ties_go_to_the_lower_ids(form: str, options: dict[str, Any]) -> None:
 def check_top_p_of_ties_is_exact(form: str) -> None:
     """The smallest set that holds the share, as the C++ and the PyTorch sampler take it."""
     where = {"seed": torch.tensor([SEED], device=DEVICE), "offset": torch.tensor([late_offset()], device=DEVICE)}
-    plain = {"cfg_weight": 1.0, "temperature": 1.0, "forbidden": None, **where}
+    plain = {"uncond": None, "cfg_weight": 1.0, "temperature": 1.0, "forbidden": None, "backend": "triton", **where}
     sample = importlib.import_module(MODULE).sample
     for counts, weights, share, top_k in tied_cases(5, 12 if form == "resident" else 6, 600):
         if share < 1 and 1 - float(share) < 1e-5:
             continue
         cond = levels(counts, weights).to(DEVICE)
-        drawn = sample(cond, None, top_k=top_k, top_p=float(share), **plain)
+        drawn = sample(SampleInputs(cond, top_k=top_k, top_p=float(share), **plain))
         assert int(drawn.token) == exact_size(counts, weights, share, top_k) - 1, (counts, weights, share, top_k)
     for vocabulary in (8, 10, 41):
         for top_p, kept in list(uniform_shares(vocabulary))[:: 3 if form == "resident" else 9]:
             cond = torch.full((1, vocabulary), -1.3, device=DEVICE)
-            assert int(sample(cond, None, top_k=0, top_p=top_p, **plain).token) == kept - 1, (vocabulary, top_p)
+            drawn = sample(SampleInputs(cond, top_k=0, top_p=top_p, **plain))
+            assert int(drawn.token) == kept - 1, (vocabulary, top_p)
 
 
 def check_a_row_does_not_depend_on_its_batch(form: str) -> None:
@@ -178,17 +181,7 @@ def check_minus_infinity_in_both_is_minus_infinity(form: str) -> None:
     banned = torch.arange(50, device=DEVICE)
     want, _ = draw(cond, uncond, forbidden=banned)
     cond[:, :50] = uncond[:, :50] = -torch.inf
-    got = importlib.import_module(MODULE).sample(
-        cond,
-        uncond,
-        cfg_weight=3.0,
-        temperature=0.8,
-        top_k=0,
-        top_p=1.0,
-        seed=torch.full((2,), -5, device=DEVICE),
-        offset=torch.arange(2, device=DEVICE) + 2**40,
-        forbidden=None,
-    )
+    got, _ = draw(cond, uncond)
     assert all(torch.equal(getattr(got, name), getattr(want, name)) for name in ("token", "logp", "logp_mixed"))
 
 

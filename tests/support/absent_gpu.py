@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncr1.kernels import calls, dispatch
+from syncr1.kernels import dispatch
 
 DEVICE = torch.device("cuda", 1)
 """Not the current one: a launch has to choose it."""
@@ -127,7 +127,9 @@ def absent_gpu(patch: pytest.MonkeyPatch) -> Iterator[AbsentGPU]:
     import triton.runtime.jit as jit
 
     from syncr1.kernels import triton_ops
-    from syncr1.kernels.ops import decode_attention, linear_loss, logp, loss, sample, scores
+    from syncr1.kernels.ops import decode_attention, groups, linear_loss, logp, loss, sample
+    from syncr1.kernels.register import gatherer
+    from syncr1.kernels.terms import DecodeStep, SampleInputs
 
     gpu = AbsentGPU(FakeTensorMode())
     current: list[torch.device] = []
@@ -150,11 +152,21 @@ def absent_gpu(patch: pytest.MonkeyPatch) -> Iterator[AbsentGPU]:
         gpu.waits.append("tolist")
         return [gpu.answer] * self.numel()
 
-    modules = (linear_loss, logp, loss, sample, scores, decode_attention)
+    def flat(function: Callable[[Any], Any], record: type[Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(gatherer(record)(arguments))
+
     implementations = SimpleNamespace(
-        **{name: getattr(module, name) for module in modules for name in OPS if hasattr(module, name)}
+        group_advantages=flat(groups.score, groups.AdvantageInputs),
+        dgs_select=flat(groups.select, groups.SelectionInputs),
+        grpo_loss=flat(loss.form_loss, loss.TokenLossInputs),
+        linear_grpo_loss=flat(linear_loss.form_linear_loss, linear_loss.LinearLossInputs),
+        linear_logp=flat(logp.score_head, logp.HiddenInputs),
+        selective_logp=flat(logp.score_logits, logp.LogitInputs),
+        cfg_sample=flat(sample.draw, SampleInputs),
+        prefix_decode_attention=flat(decode_attention.decode, DecodeStep),
     )
-    for module in (calls, loss, decode_attention):  # a fake tensor would take the op's fake, which launches nothing
+    # A fake tensor would take the op's fake, which launches nothing.
+    for module in (groups, loss, linear_loss, logp, sample, decode_attention):
         patch.setattr(module, "registered", implementations)
     patch.setattr(jit.JITFunction, "run", launch)
     patch.setattr(torch.cuda, "device", Current)

@@ -20,7 +20,8 @@ from torch import Tensor
 from syncr1.kernels import dispatch
 from syncr1.kernels.api import TokenStream, grpo_loss, linear_grpo_loss, linear_logp
 from syncr1.kernels.options import LOSS_TYPES, RULES, SCALES
-from syncr1.kernels.records import MODALITIES, GRPOOutput, Modality
+from syncr1.kernels.outputs import GRPOOutput
+from syncr1.kernels.streams import MODALITIES, Modality
 
 NATIVE = pytest.mark.skipif(dispatch.available()["native"] != "ok", reason=dispatch.available()["native"])
 BACKENDS = ["reference", pytest.param("native", marks=NATIVE)]

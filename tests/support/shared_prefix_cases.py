@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from syncr1.kernels.attention import SharedPrefixLayout
-from syncr1.kernels.attention_ops.plan import SHORT, offsets_of
+from syncr1.kernels.attention_ops.varlen import SHORT, offsets_of
 
 Group = tuple[int, list[int]]
 """Length of a prefix, lengths of its responses."""

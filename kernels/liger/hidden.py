@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..api import linear_grpo_loss, linear_logp
-from ..records import TokenStream
+from ..streams import TokenStream
 from .padded import PaddedBatch, Settings, loss_metrics, make_batch, padded_loss
 
 

@@ -1,0 +1,39 @@
+"""Records that the public ops return. Dims: `T` packed tokens, `S` sequences, `B` decode rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GRPOOutput:
+    """What a GRPO loss returns; only `loss` carries a gradient."""
+
+    loss: Tensor
+    """Scalar."""
+    advantages: Tensor | dict[str, Tensor]
+    """[S] float, or one [S] per modality when the rewards came per modality."""
+    keep: Tensor
+    """[S] bool; False = pruned by `dgs`."""
+    metrics: dict[str, Tensor]
+    """Scalars, detached; keys end in `/text` or `/image` where they are per modality."""
+    logp: Tensor
+    """[T] float, nats, detached; 0 where no log-probability was computed."""
+    entropy: Tensor | None = None
+    """[T] float, nats, detached; None when neither given nor computed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CFGSample:
+    """One sampled token per row, with its log-probabilities."""
+
+    token: Tensor
+    """[B] int64."""
+    logp: Tensor
+    """[B] float, nats; under the conditional logits alone at this temperature."""
+    logp_mixed: Tensor
+    """[B] float, nats; under the CFG-mixed logits at this temperature, before top-k and top-p."""
+    entropy: Tensor
+    """[B] float, nats; of the conditional distribution at this temperature."""
