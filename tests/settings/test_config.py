@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from syncr1.engine.methods.sync_r1_config import ConfigError, SyncR1Config, from_yaml, to_yaml
-from syncr1.engine.settings.schema import settings_of
+from syncr1.engine.errors import ConfigError
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.settings.schema import from_yaml, settings_of, to_yaml
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "sync_r1.yaml"
 
