@@ -75,9 +75,14 @@ def main() -> None:
     print(f"syncr1: merging {len(config.models)} models ({config.method}) ...", flush=True)
     try:
         report = merge_checkpoints(
-            config.base, config.models, config.output, config.method, config.width, say,
+            config.base,
+            config.models,
+            config.output,
+            config.method,
+            config.width,
+            say,
             max_shard_bytes=int(config.max_shard_gb * 1e9),
-        )  # fmt: skip
+        )
     except (CheckpointError, OSError) as error:
         print(f"merge.py: {error}", file=sys.stderr)
         raise SystemExit(1) from None
