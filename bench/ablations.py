@@ -157,8 +157,9 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
     """
     import torch
 
-    from syncr1.engine.data.prompt_stream import PromptStream
+    from syncr1.engine.data.mixture import Mixture
     from syncr1.engine.data.prompts import load_training_prompts
+    from syncr1.engine.data.stream import PromptStream
     from syncr1.engine.forward.objective import Objective, PolicyForward
     from syncr1.engine.forward.packing import pack
     from syncr1.engine.learn.credit import credited_rewards
@@ -173,7 +174,7 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
     policy = JanusPolicy.from_pretrained(model).eval()
     prompts = load_training_prompts(prepare_data(config))
     rewards = build_reward_set(config, policy, prompts)
-    stream = PromptStream(prompts, (), 1, config.prompts_per_step, 0.0)
+    stream = PromptStream(Mixture(prompts, seed=1, prompts_per_step=config.prompts_per_step))
     forward = PolicyForward(policy, Objective(credit=config.credit))
     trained = [p for p in policy.parameters() if p.requires_grad]
     rules = ("none", "variance_mass", "random")

@@ -34,11 +34,11 @@ from step import Given
 
 from syncr1.engine.checkpoints.optimizer_state import optimizer_tensors
 from syncr1.engine.checkpoints.sharded import save
-from syncr1.engine.data.prompt_stream import PromptStream
 from syncr1.engine.data.prompts import load_anchors, load_training_prompts
 from syncr1.engine.learn.learner import Learner, local_device
 from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.methods.resume import Checkpoints
+from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set, prepare_data, prepare_policy
 from syncr1.engine.methods.training import add_adapters, objective_of, settings_of
@@ -71,7 +71,7 @@ class Training:
         frozen = add_adapters(config, policy.to(local_device()))
         root = prepare_data(config)
         prompts, anchors = load_training_prompts(root), load_anchors(root)
-        stream = PromptStream(prompts, anchors, config.seed, config.prompts_per_step, config.anchor_fraction)
+        stream = stream_of(config, prompts, anchors)
         rewards = build_reward_set(config, frozen, prompts)
         objective = objective_of(config, policy.num_image_tokens, config.anchor_beta)
         learner = Learner(policy, objective, settings_of(config), frozen)

@@ -149,7 +149,7 @@ def rates(num_bytes: int) -> dict[str, float]:
 
 def install(counter: Counter, pace: Pace, steps: list[dict[str, Any]]) -> None:
     """Notes the counter whenever a step begins, and once when the training has ended; paces what lies between."""
-    from syncr1.engine.data.prompt_stream import PromptStream
+    from syncr1.engine.data.stream import PromptStream
     from syncr1.engine.learn.learner import Learner
     from syncr1.engine.learn.trainer import Trainer
     from syncr1.engine.rollout.sampler import RolloutEngine

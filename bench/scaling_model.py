@@ -114,7 +114,7 @@ class Job:
     """Tokens of an answer; lengths are taken as geometric, cut at `text_cap`. Assumed."""
     text_cap: int = 128
     image_share: float = 0.63
-    """Of prompts that draw: engine/data/prompt_stream.py's shares with 18.75 % anchors."""
+    """Of prompts that draw: engine/data/mixture.py's shares with 18.75 % anchors."""
     text_share: float = 0.70
     """Of prompts that write."""
     retries: float = 0.25

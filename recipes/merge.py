@@ -13,16 +13,31 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from syncr1.engine.checkpoints.model_card import is_hub_name, write_model_card
-from syncr1.engine.errors import ConfigError
 from syncr1.engine.settings.flags import parse
-from syncr1.engine.settings.schema import normalise
+from syncr1.engine.settings.schema import Range, Rule, Settings
+
+
+def _problems(config: Any) -> list[str]:
+    problems = []
+    if config.base is None:
+        problems.append("base: expected the folder that all models were trained from, got none; there is no default")
+    if len(config.models) < 2:
+        problems.append(f"models: expected two or more folders, got {len(config.models)}; list them after --models")
+    for name, folder in [("base", config.base), *(("models", model) for model in config.models)]:
+        if folder is not None and not os.path.isdir(folder) and not is_hub_name(folder):
+            problems.append(f"{name}: expected a folder or a hub name, got {folder}, which is neither; check the path")
+    if config.output is None:
+        problems.append("output: expected a folder for the result, got none")
+    elif config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
+        problems.append(f"output: expected a new or empty folder, got {config.output}; choose another name")
+    return problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeConfig:
+class MergeConfig(Settings):
     """Settings of `recipes/merge.py`; base, models and output have to be given."""
 
     # --- checkpoints ---
@@ -36,36 +51,12 @@ class MergeConfig:
     # --- the merge ---
     method: Literal["gaussian", "fnorm", "mean"] = "gaussian"
     """gaussian: ordinary changes are averaged, large ones added. fnorm: weighted by 1/norm. mean: plain average."""
-    width: float = 2.0
+    width: Annotated[float, Range("leave it out for the default", gt=0)] = 2.0
     """gaussian: changes within so many standard deviations are ordinary."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: Annotated[float, Range("leave it out for the default", gt=0)] = 5.0
     """A weight file is at most so large, in 10^9 bytes."""
 
-    def __post_init__(self) -> None:
-        problems = normalise(self)
-        if not problems:
-            problems = _problems(self)
-        if problems:
-            raise ConfigError.of(problems)
-
-
-def _problems(config: MergeConfig) -> list[str]:
-    problems = []
-    if config.base is None:
-        problems.append("base: expected the folder that all models were trained from, got none; there is no default")
-    if len(config.models) < 2:
-        problems.append(f"models: expected two or more folders, got {len(config.models)}; list them after --models")
-    for name, folder in [("base", config.base), *(("models", model) for model in config.models)]:
-        if folder is not None and not os.path.isdir(folder) and not is_hub_name(folder):
-            problems.append(f"{name}: expected a folder or a hub name, got {folder}, which is neither; check the path")
-    if config.output is None:
-        problems.append("output: expected a folder for the result, got none")
-    elif config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
-        problems.append(f"output: expected a new or empty folder, got {config.output}; choose another name")
-    for name in ("width", "max_shard_gb"):
-        if getattr(config, name) <= 0:
-            problems.append(f"{name}: expected more than 0, got {getattr(config, name)}; leave it out for the default")
-    return problems
+    RULES: ClassVar[tuple[Rule, ...]] = (_problems,)
 
 
 def main() -> None:
@@ -84,9 +75,14 @@ def main() -> None:
     print(f"syncr1: merging {len(config.models)} models ({config.method}) ...", flush=True)
     try:
         report = merge_checkpoints(
-            config.base, config.models, config.output, config.method, config.width, say,
+            config.base,
+            config.models,
+            config.output,
+            config.method,
+            config.width,
+            say,
             max_shard_bytes=int(config.max_shard_gb * 1e9),
-        )  # fmt: skip
+        )
     except (CheckpointError, OSError) as error:
         print(f"merge.py: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -9,11 +9,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ..errors import ConfigError
-from ..settings.rules import AT_LEAST_0, AT_LEAST_1, POSITIVE, RANGES, RULES, Range, Rule
-from ..settings.train_config import DGSRule, TrainConfig
+from ..settings.rules import TRAINING, corl_problems
+from ..settings.schema import Range, Rule
+from ..settings.train_config import (
+    ClipRange,
+    DGSRule,
+    GroupSize,
+    Guidance,
+    KLWeight,
+    LearningRate,
+    MaxTokens,
+    PreviewFraction,
+    PromptsPerStep,
+    TrainConfig,
+    WarmupSteps,
+)
 
 __all__ = ["REFINED", "ConfigError", "CorlConfig", "Stage", "Training"]
 
@@ -24,41 +37,7 @@ REFINED: tuple[Training, ...] = ("t2i", "mcq", "oe")
 IMAGE_REWARDS = ("cycle", "tim", "clip_text", "clip_image", "judge")
 TEXT_REWARDS = ("accuracy", "format", "bleu")
 """The built-in rewards, by what they judge."""
-
-
-def _own_problems(c: CorlConfig) -> list[str]:
-    problems = []
-    if c.reward_weights and len(c.reward_weights) != len(c.reward_funcs):
-        problems.append(
-            f"reward_weights: expected {len(c.reward_funcs)}, one per reward_funcs, got {len(c.reward_weights)}; "
-            "leave them out for the paper's"
-        )
-    for weight in c.reward_weights:
-        if not weight >= 0:
-            problems.append(f"reward_weights: expected numbers of at least 0, got {weight:g}; leave that reward out")
-    if not c.reward_funcs:
-        problems.append("reward_funcs: expected at least one, got none; try cycle tim accuracy format")
-    for name in sorted({name for name in c.reward_funcs if c.reward_funcs.count(name) > 1}):
-        problems.append(f"reward_funcs: {name} is given twice; name it once")
-    if c.cycle_image == c.cycle_text == "none" and "cycle" in c.reward_funcs:
-        problems.append("cycle_image, cycle_text: both are none, so cycle compares nothing; leave it out or give one")
-    if "judge" in c.reward_funcs and c.judge_url is None:
-        problems.append("reward_funcs: judge needs a judge_url, got none; give one, or leave judge out")
-    if c.stage == "merge" and len(c.merge_models) < 2:
-        problems.append(f"merge_models: --stage merge needs at least 2 checkpoints, got {len(c.merge_models)}")
-    if c.stage == "merge" and c.merge_base is None:
-        problems.append("merge_base: --stage merge needs the model that both were trained from, got none")
-    if c.stage == "merge" and c.merge_method == "gaussian" and len(c.merge_models) > 2:
-        problems.append(
-            f"merge_models: gaussian merges 2 models, got {len(c.merge_models)}; take fnorm or mean for more"
-        )
-    if c.max_steps == 0 or c.refined_max_steps == 0:
-        problems.append("max_steps, refined_max_steps: expected at least 1, or -1 for num_train_epochs, got 0")
-    if c.tim_policy == "live" and c.zero_stage == 3 and "tim" in c.reward_funcs:
-        problems.append(
-            "tim_policy: under zero_stage 3 the trained weights are not whole while rewards run, got live; take frozen"
-        )
-    return problems
+Epochs = Annotated[float, Range("1 sees every sample once", gt=0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,29 +74,29 @@ class CorlConfig(TrainConfig):
     the same two, merged; or one model, a step of drawing after a step of answering."""
 
     # --- length of the run ---
-    max_steps: int = -1
+    max_steps: Annotated[int, Range("-1 takes num_train_epochs", ge=-1, words="at least 1, or -1")] = -1
     """Steps of the first stage; -1: as many as num_train_epochs takes."""
-    prompts_per_step: int = 16
+    prompts_per_step: PromptsPerStep = 16
     """Samples of a step in the first stage, over all ranks; each brings a group of drawings and a group of answers."""
-    num_train_epochs: float = 1.0
+    num_train_epochs: Epochs = 1.0
     """Passes over the data of the first stage."""
 
     # --- sampling ---
-    max_completion_length: int = 512
+    max_completion_length: MaxTokens = 512
     """Text tokens at most; image segments always have the model's full number of tokens."""
-    cfg_weight: float = 5.0
+    cfg_weight: Guidance = 5.0
     """Classifier-free guidance w of image tokens in rollouts: u + w (c - u); 1 is without."""
-    eval_cfg_weight: float = 5.0
+    eval_cfg_weight: Guidance = 5.0
     """Guidance when images are drawn for evaluation and for showing."""
 
     # --- the objective ---
-    learning_rate: float = 4e-6
+    learning_rate: LearningRate = 4e-6
     """AdamW's peak in the first stage."""
-    warmup_steps: int = 0
+    warmup_steps: WarmupSteps = 0
     """Linear warm-up; afterwards the rate falls linearly to a tenth."""
-    beta: float = 0.0
+    beta: KLWeight = 0.0
     """Weight of the k3 KL in the first stage, which has none."""
-    epsilon: float = 0.2
+    epsilon: ClipRange = 0.2
     """Clip range of the ratio. CoRL does not clip: with num_iterations 1 the ratio is 1, and nothing is clipped."""
 
     # --- rewards ---
@@ -126,7 +105,7 @@ class CorlConfig(TrainConfig):
     `file.py:function`, `verl@file.py:function` (docs/rewards.md)."""
     reward_weights: tuple[float, ...] = ()
     """One for each of reward_funcs. None given: 1, and understanding_weight for accuracy and format."""
-    understanding_weight: float = 0.8
+    understanding_weight: Annotated[float, Range("the paper's is 0.8", ge=0)] = 0.8
     """Lambda: R = R_cycle + R_TIM + lambda (R_acc + R_format) in the first stage. The second has no such weight."""
     cycle_image: Literal["lpips", "rmse", "none"] = "lpips"
     """Likeness of drawing and real picture: 1 - LPIPS (the paper), or 1 - RMSE in a sliding window."""
@@ -143,7 +122,7 @@ class CorlConfig(TrainConfig):
     lpips_weights: str = "torchvision"
     """The trunk's weights: torchvision downloads them, a safetensors file, or random (seeded; for tests and tiny
     runs)."""
-    lpips_size: int = 224
+    lpips_size: Annotated[int, Range("0 leaves pictures as they are", ge=0)] = 224
     """Side in pixels that pictures are brought to for LPIPS; 0: as they are."""
     spice_parser: str = "lizhuang144/flan-t5-base-VG-factual-sg"
     """FactualSceneGraph's parser: folder or hub name; `world` reads the captions of the rendered world."""
@@ -166,23 +145,23 @@ class CorlConfig(TrainConfig):
     # --- dynamic group scaling ---
     dgs: DGSRule = "none"
     """Which trajectories are trained on once their rewards are known. CoRL trains on all; none prunes nothing."""
-    preview_fraction: float = 0.0
+    preview_fraction: PreviewFraction = 0.0
     """Preview DGS: score a trajectory after this fraction of its image tokens; 0 switches the preview off."""
 
     # --- second stage ---
-    refined_max_steps: int = -1
+    refined_max_steps: Annotated[int, Range("-1 takes refined_num_train_epochs", ge=-1, words="at least 1, or -1")] = -1
     """Steps of each refined run; -1: as many as refined_num_train_epochs takes."""
-    refined_num_train_epochs: float = 1.0
+    refined_num_train_epochs: Epochs = 1.0
     """Passes over a refined run's data."""
-    refined_learning_rate: float = 1e-6
+    refined_learning_rate: Annotated[float, Range("the paper's is 1e-6", gt=0)] = 1e-6
     """AdamW's peak in the refined runs."""
-    refined_beta: float = 0.02
+    refined_beta: KLWeight = 0.02
     """Weight of the k3 KL to the model that a refined run starts from."""
-    refined_num_generations: int = 16
+    refined_num_generations: GroupSize = 16
     """G of the refined runs."""
-    refined_t2i_prompts_per_step: int = 16
+    refined_t2i_prompts_per_step: PromptsPerStep = 16
     """Prompts of a step of the drawing run."""
-    refined_text_prompts_per_step: int = 32
+    refined_text_prompts_per_step: PromptsPerStep = 32
     """Prompts of a step of the mcq and oe runs."""
 
     # --- merge ---
@@ -194,23 +173,7 @@ class CorlConfig(TrainConfig):
     merge_models: tuple[str, ...] = ()
     """--stage merge: folders of the models to merge."""
 
-    RANGES: ClassVar[dict[str, tuple[Range, str]]] = RANGES | {
-        "max_steps": (Range("at least 1, or -1", lambda value: value >= -1), "-1 takes num_train_epochs"),
-        "refined_max_steps": (
-            Range("at least 1, or -1", lambda value: value >= -1),
-            "-1 takes refined_num_train_epochs",
-        ),
-        "num_train_epochs": (POSITIVE, "1 sees every sample once"),
-        "refined_num_train_epochs": (POSITIVE, "1 sees every sample once"),
-        "understanding_weight": (AT_LEAST_0, "the paper's is 0.8"),
-        "lpips_size": (AT_LEAST_0, "0 leaves pictures as they are"),
-        "refined_learning_rate": (POSITIVE, "the paper's is 1e-6"),
-        "refined_beta": (AT_LEAST_0, "0 switches the KL term off"),
-        "refined_num_generations": RANGES["num_generations"],
-        "refined_t2i_prompts_per_step": (AT_LEAST_1, "a step needs a prompt"),
-        "refined_text_prompts_per_step": (AT_LEAST_1, "a step needs a prompt"),
-    }
-    RULES: ClassVar[tuple[Rule, ...]] = (*RULES, _own_problems)
+    RULES: ClassVar[tuple[Rule, ...]] = (*TRAINING, corl_problems)
 
     def for_stage(self, training: Training, num_samples: int, **changes: Any) -> CorlConfig:
         """The settings of one training: the second stage's in place of the first's, epochs turned into steps.

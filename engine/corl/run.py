@@ -158,7 +158,7 @@ class CorlRun:
         objective, credit = objective_of(config, policy.num_image_tokens), None
         rewards = self.parts.rewards(training, policy)
         if config.unify == "advantage" and training == "unified":
-            objective = replace(objective, scale="none")
+            objective = replace(objective, scale_rewards="none")
             credit = partial(shared_advantages, rewards=rewards, scale=config.scale_rewards,
                              text_weight=config.understanding_weight)  # fmt: skip
         learner = Learner(policy, objective, settings_of(config), reference)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.samples import KINDS, Kind, Sample, load_samples
-from ..data.stream import SampleStream
+from ..data.stream import PromptStream, Shuffled
 from ..errors import DataError
 from ..records import Prompt
 from .config import CorlConfig, Training
@@ -62,11 +62,11 @@ def held_out_prompts(config: CorlConfig, root: str | Path, instruction: str | No
 
 def stream_of(
     config: CorlConfig, training: Training, samples: Sequence[Sample], rank: int = 0, world_size: int = 1
-) -> SampleStream | AlternatingStream:
+) -> PromptStream | AlternatingStream:
     """The prompts of each step: whole samples, or drawings and questions in turn (`strategy="alternating"`)."""
 
-    def stream(some: Sequence[Sample], seed: int) -> SampleStream:
-        return SampleStream(some, seed=seed, samples_per_step=config.prompts_per_step, rank=rank, world_size=world_size)
+    def stream(some: Sequence[Sample], seed: int) -> PromptStream:
+        return PromptStream(Shuffled(some, seed=seed, prompts_per_step=config.prompts_per_step), rank, world_size)
 
     if training != "unified" or config.strategy != "alternating":
         return stream(samples, config.seed)
@@ -77,7 +77,7 @@ def stream_of(
 class AlternatingStream:
     """A step from each stream in turn: the pilot study's alternating RL."""
 
-    def __init__(self, streams: Sequence[SampleStream]) -> None:
+    def __init__(self, streams: Sequence[PromptStream]) -> None:
         self.streams, self.step = list(streams), 0
 
     def next_step(self) -> list[Prompt]:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from ..errors import DataError, PictureError, shown
 from ..pictures import StoredImage
-from .unifybench import inside
+from .unifybench_files import inside
 
 MAX_PATH = 4096
 """Characters; as many bytes are what Linux takes."""

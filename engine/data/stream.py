@@ -1,13 +1,15 @@
-"""The stream that a run draws its samples from: shuffled anew each epoch, split over ranks, resumable at any step.
+"""The stream that a run draws its prompts from: step by step, split over ranks, resumable.
 
-Dims: N samples, n samples of a step.
+Which prompts come next an *order* says: `Shuffled`, here, takes whole samples (CoRL); `Mixture` mixes tasks (Sync-R1).
+
+Dims: N samples.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,96 +17,148 @@ from ..records import Prompt
 from .samples import Sample
 
 
-class SampleStream:
-    """Samples step by step, endlessly; every epoch holds each sample once, in an order of its own.
+class Order(Protocol):
+    """What comes in which step, the same on every rank."""
+
+    prompts_per_step: int
+    """Samples of a step over all ranks; a prompt that belongs to no other is a sample of one."""
+    samples: Sequence[Sample]
+    """All that can come."""
+    fingerprint: str
+    """Of what the prompts say: a state fits no other ones."""
+    kinds_dealt_out: bool
+    """Ranks get as many drawings and as many answers as each other, where a step has them."""
+
+    def next_step(self) -> list[Sample]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class PromptStream:
+    """Prompts step by step, endlessly.
 
     Every rank holds the same stream and takes its part of each step, so a state saved on one world size resumes on
-    another. A step that an epoch's end leaves incomplete goes on into the next epoch, and never holds a sample twice.
+    another. A step never holds a sample twice: a prompt is a group, and the sampler's random numbers are keyed by its
+    id.
     """
 
-    def __init__(
-        self, samples: Sequence[Sample], *, seed: int, samples_per_step: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, order: Order, rank: int = 0, world_size: int = 1) -> None:
+        """
+        Args:
+            order: of this stream alone, which moves it on.
+            rank, world_size: this process's place.
+
+        Raises:
+            ValueError: a step cannot be split over the ranks, or ids of prompts are not unique.
+        """
+        size = order.prompts_per_step
+        if not 0 <= rank < world_size or size < 1 or size % world_size:
+            raise ValueError(
+                f"PromptStream: prompts_per_step must be a multiple of the {world_size} ranks, got {size} "
+                f"(rank {rank}); take {max(1, round(size / world_size)) * world_size}"
+            )
+        ids = [prompt.id for sample in order.samples for prompt in sample]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"PromptStream: {len(ids) - len(set(ids))} ids are not unique; load a source only once")
+        self.order, self.rank, self.world_size = order, rank, world_size
+
+    def next_step(self) -> list[Prompt]:
+        """This rank's prompts of the next step: those of prompts_per_step / world_size samples."""
+        step = self.order.next_step()
+        if self.order.kinds_dealt_out and self.world_size > 1:  # all wait for the rank with the most drawings
+            step.sort(key=_kind)
+        return [prompt for sample in step[self.rank :: self.world_size] for prompt in sample]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on; plain numbers and text, so it can go into JSON."""
+        return {**self.order.state_dict(), "fingerprint": self.order.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken; ValueError when the prompts, or what orders them, are not the same."""
+        if state["fingerprint"] != self.order.fingerprint:
+            raise ValueError(
+                "PromptStream: the saved state is of other prompts; resume with the data that the run began with"
+            )
+        self.order.load_state_dict(state)
+
+
+def _kind(sample: Sample) -> int:
+    """What draws lies together in this order, and so does what writes; either is then even over ranks, to one."""
+    kinds = {kind for prompt in sample for kind in prompt.segments}
+    return ("text" in kinds) + ("image" not in kinds)
+
+
+def permutation(key: str, count: int) -> list[int]:
+    """0 … count - 1, shuffled; the same for the same key, on every machine."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+    shuffled: list[int] = np.random.default_rng(seed).permutation(count).tolist()
+    return shuffled
+
+
+class Shuffled:
+    """Every epoch holds each sample once, in an order of its own.
+
+    A step that an epoch's end leaves incomplete goes on into the next epoch.
+    """
+
+    kinds_dealt_out = False
+
+    def __init__(self, samples: Sequence[Sample], *, seed: int, prompts_per_step: int) -> None:
         """
         Args:
             samples: what is trained on; each stays whole.
             seed: of the shuffling.
-            samples_per_step: samples of a step over all ranks: a multiple of `world_size`, at most `len(samples)`.
-            rank, world_size: this process's place.
+            prompts_per_step: samples of a step over all ranks, at most N.
 
         Raises:
-            ValueError: numbers that do not fit together, or ids of prompts that are not unique.
+            ValueError: there are fewer samples than a step takes.
         """
-        if not 0 <= rank < world_size or samples_per_step < 1 or samples_per_step % world_size:
+        if prompts_per_step > len(samples):
             raise ValueError(
-                f"SampleStream: samples_per_step must be a multiple of the {world_size} ranks, got {samples_per_step} "
-                f"(rank {rank}); take {max(1, round(samples_per_step / world_size)) * world_size}"
+                f"PromptStream: a step of {prompts_per_step} samples cannot come from {len(samples)}; "
+                f"lower prompts_per_step"
             )
-        if samples_per_step > len(samples):
-            raise ValueError(
-                f"SampleStream: a step of {samples_per_step} samples cannot come from {len(samples)}; "
-                f"lower samples_per_step"
-            )
-        ids = [prompt.id for sample in samples for prompt in sample]
-        if len(set(ids)) != len(ids):
-            raise ValueError(f"SampleStream: {len(ids) - len(set(ids))} ids are not unique; load a source only once")
-        self.samples, self.seed, self.samples_per_step = tuple(samples), seed, samples_per_step
-        self.rank, self.world_size = rank, world_size
-        self._fingerprint = _fingerprint(samples)
+        self.samples: Sequence[Sample] = tuple(samples)
+        self.seed, self.prompts_per_step = seed, prompts_per_step
+        self.fingerprint = _fingerprint(samples)
         self._epoch, self._drawn = 0, 0
         self._carried: list[int] = []
         self._order = self._shuffled()
 
-    @property
-    def epoch(self) -> float:
-        """How often all samples have been drawn, with the part of the epoch that runs."""
-        return self._epoch + self._drawn / len(self.samples)
-
-    def next_step(self) -> list[Prompt]:
-        """The prompts of this rank's samples of the next step: samples_per_step / world_size samples, in order."""
+    def next_step(self) -> list[Sample]:
         step: list[int] = []
-        while len(step) < self.samples_per_step:
+        while len(step) < self.prompts_per_step:
             if self._drawn == len(self.samples):
                 self._epoch, self._drawn, self._carried = self._epoch + 1, 0, list(step)
                 self._order = self._shuffled()
-            taken = self._order[self._drawn : self._drawn + self.samples_per_step - len(step)]
+            taken = self._order[self._drawn : self._drawn + self.prompts_per_step - len(step)]
             self._drawn += len(taken)
             step += taken
-        return [prompt for index in step[self.rank :: self.world_size] for prompt in self.samples[index]]
+        return [self.samples[index] for index in step]
 
     def _shuffled(self) -> list[int]:
         """This epoch's order. Samples that the step under way has already are moved behind the rest of that step."""
-        key = hashlib.blake2b(f"{self.seed}/{self._epoch}".encode(), digest_size=8).digest()
-        order = np.random.default_rng(int.from_bytes(key)).permutation(len(self.samples)).tolist()
-        carried = set(self._carried)
-        missing = self.samples_per_step - len(carried)
-        first = [index for index in order if index not in carried][:missing] if carried else []
-        ahead = set(first)
-        return first + [index for index in order if index not in ahead]
+        order = permutation(f"{self.seed}/{self._epoch}", len(self.samples))
+        missing = self.prompts_per_step - len(self._carried)
+        first = [index for index in order if index not in self._carried][:missing] if self._carried else []
+        return first + [index for index in order if index not in first]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on; plain numbers and text, so it can go into JSON."""
         return {
             "epoch": self._epoch,
             "drawn": self._drawn,
             "carried": list(self._carried),
-            "samples_per_step": self.samples_per_step,
+            "samples_per_step": self.prompts_per_step,
             "seed": self.seed,
-            "fingerprint": self._fingerprint,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken; ValueError when the data, the seed or the size of a step differs."""
-        if state["fingerprint"] != self._fingerprint:
-            raise ValueError(
-                "SampleStream: the saved state is of other data; resume with the data that the run began with"
-            )
-        for name in ("seed", "samples_per_step"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"SampleStream: the saved state has {name} {state[name]}, this run {getattr(self, name)}; "
-                    f"resume with {state[name]}"
-                )
+        size = state["samples_per_step"]  # what states have always called it
+        for name, then, now in (("seed", state["seed"], self.seed), ("prompts_per_step", size, self.prompts_per_step)):
+            if then != now:
+                raise ValueError(f"PromptStream: the saved state has {name} {then}, this run {now}; resume with {then}")
         self._epoch, self._drawn = int(state["epoch"]), int(state["drawn"])
         self._carried = [int(index) for index in state["carried"]]
         self._order = self._shuffled()

@@ -25,26 +25,28 @@ from ..records import IMAGE, MODALITY_NAMES, PackedBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """Settings of Sync-GRPO's loss; the names and meanings are those of `syncr1.kernels.api.linear_grpo_loss`.
+    """Settings of Sync-GRPO's loss, named and meant as the flags are (`TrainConfig`).
 
-    What the kernel would take from one call, the whole update gives here, so that micro-batches can be cut anywhere:
-    bnpo divides by the update's tokens, and `scale="batch"` expects rewards that the trainer has divided already.
+    `PolicyForward` is the one place where they get the names of `syncr1.kernels.api.linear_grpo_loss`.  What the kernel
+    would take from one call, the whole update gives here, so that micro-batches can be cut anywhere: bnpo divides by
+    the update's tokens, and `scale_rewards="batch"` expects rewards that the trainer has divided already.
     """
 
     loss_type: str = "dapo"
-    ratio: Literal["token", "sequence"] = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
     delta: float | None = None
     beta: float = 0.0
     anchor_beta: float = 0.0
     """KL weight on batches of anchors."""
-    scale: str = "group"
+    scale_rewards: str = "group"
     temperature: float = 1.0
     credit: Literal["shared", "per_segment", "image_only"] = "shared"
-    text_weight: float = 1.0
-    image_weight: float = 1.0
+    text_loss_weight: float = 1.0
+    image_loss_weight: float = 1.0
     max_length: int | None = None
+    """Tokens that a trajectory has at most, those of its image included: dr_grpo's divisor."""
 
     @property
     def needs_reference(self) -> bool:
@@ -84,7 +86,7 @@ class PolicyForward(nn.Module):
         o = self.objective
         shared = o.credit != "per_segment"
         rewards = batch.rewards[:, 0] if shared else {"text": batch.rewards[:, 0], "image": batch.rewards[:, 1]}
-        weights = {"text": 0.0 if o.credit == "image_only" else o.text_weight, "image": o.image_weight}
+        weights = {"text": 0.0 if o.credit == "image_only" else o.text_loss_weight, "image": o.image_loss_weight}
         out = linear_grpo_loss(
             streams,
             rewards,
@@ -95,12 +97,12 @@ class PolicyForward(nn.Module):
             old_logp=batch.old_logp,
             ref_logp=batch.ref_logp,
             loss_type="dapo" if o.loss_type == "bnpo" else o.loss_type,
-            ratio=o.ratio,
-            clip_low=o.clip_low,
-            clip_high=o.clip_high,
+            ratio=o.importance_sampling_level,
+            clip_low=o.epsilon,
+            clip_high=o.epsilon if o.epsilon_high is None else o.epsilon_high,
             delta=o.delta,
             beta=o.anchor_beta if batch.anchor else o.beta,
-            scale="none" if o.scale == "batch" else o.scale,
+            scale="none" if o.scale_rewards == "batch" else o.scale_rewards,
             num_items=num_items,
             max_length=o.max_length,
             weight=weights,

@@ -95,7 +95,7 @@ class Trainer:
         with stage("pack"):
             credit_S2 = self.credit(table.values, rollouts)
             keep_S = self._keep(rollouts, credit_S2)
-            if config.scale_rewards == "batch" and self.learner.objective.scale == "batch":
+            if config.scale_rewards == "batch" and self.learner.objective.scale_rewards == "batch":
                 credit_S2 = credit_S2 / self._batch_std(credit_S2)
             batches = pack(
                 policy,

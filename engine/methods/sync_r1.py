@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from ..checkpoints.model_card import write_model_card
-from ..data.prompt_stream import PromptStream
+from ..data.mixture import Mixture
 from ..data.prompts import by_task, load_anchors, load_benchmark, load_training_prompts
 from ..data.samples import load_prompts
+from ..data.stream import PromptStream
 from ..errors import DataError
 from ..learn.learner import Learner, local_device
 from ..policies.base import Policy
@@ -64,9 +66,7 @@ def train_and_score(config: SyncR1Config, watchdog: Watchdog) -> dict[str, dict[
     display.note(f"{len(prompts)} training prompts, {len(anchors)} anchors, from {root}")
     if config.eval_samples and not benchmark:
         display.note("no held-out part in the data: nothing is scored")
-    stream = PromptStream(
-        prompts, anchors, config.seed, config.prompts_per_step, config.anchor_fraction, rank, world_size
-    )
+    stream = stream_of(config, prompts, anchors, rank, world_size)
     frozen = add_adapters(config, policy).to(local_device())
     rewards = build_reward_set(config, frozen, prompts)
     evaluator = None
@@ -109,6 +109,20 @@ def load_data(root: Path, *, scored: bool) -> tuple[list[Prompt], list[Prompt], 
     return load_prompts(root, "train"), [], held_out
 
 
+def stream_of(
+    config: SyncR1Config, prompts: Sequence[Prompt], anchors: Sequence[Prompt], rank: int = 0, world_size: int = 1
+) -> PromptStream:
+    """The prompts of each step: every task's share, and anchors among them."""
+    order = Mixture(
+        prompts,
+        anchors,
+        seed=config.seed,
+        prompts_per_step=config.prompts_per_step,
+        anchor_fraction=config.anchor_fraction,
+    )
+    return PromptStream(order, rank, world_size)
+
+
 def starting_policy(config: SyncR1Config, display: Display) -> Policy:
     """The model that is trained, on its device."""
     policy = one_at_a_time(lambda: prepare_policy(config, report=display.note))
@@ -126,8 +140,6 @@ def dry_run(config: SyncR1Config) -> None:
         root = prepare_data(config)
         prompts, anchors, _ = load_data(root, scored=False)
         print(f"data: {root}: {len(prompts)} prompts, {len(anchors)} anchors")
-        fraction = config.anchor_fraction if anchors else 0.0
-        stream = PromptStream(prompts, anchors, config.seed, config.prompts_per_step, fraction, 0, world_size)
-        return stream.next_step()
+        return stream_of(config, prompts, anchors, 0, world_size).next_step()
 
     show(config, prompts_of)

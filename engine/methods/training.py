@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TypeVar
 
 import torch
@@ -195,20 +196,11 @@ def fuse_kernels(config: TrainConfig, policy: Policy, display: Display) -> None:
 
 def objective_of(config: TrainConfig, num_image_tokens: int, anchor_beta: float = 0.0) -> Objective:
     """The loss's settings; `anchor_beta` is the KL weight on prompts without a reward."""
+    named_alike = {f.name for f in fields(Objective)} - {"anchor_beta", "max_length"}
     return Objective(
-        loss_type=config.loss_type,
-        ratio=config.importance_sampling_level,
-        clip_low=config.epsilon,
-        clip_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
-        delta=config.delta,
-        beta=config.beta,
         anchor_beta=anchor_beta,
-        scale=config.scale_rewards,
-        temperature=config.temperature,
-        credit=config.credit,
-        text_weight=config.text_loss_weight,
-        image_weight=config.image_loss_weight,
         max_length=config.max_completion_length + num_image_tokens,
+        **{name: getattr(config, name) for name in named_alike},
     )
 
 

@@ -1,6 +1,6 @@
 """Flags and a YAML file to a settings dataclass: `--config run.yaml` gives defaults, flags override them.
 
-Works for any dataclass that `settings.py` can read, so every recipe has the same command line.
+Works for any dataclass that `schema.py` can read, so every recipe has the same command line.
 Whatever is wrong is said on stderr with exit code 2 before torch is imported.
 """
 
@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from ..errors import ConfigError
-from .schema import from_yaml, read_yaml, settings_of, to_yaml, unknown_name
-
-__all__ = ["ConfigError", "from_yaml", "parse", "to_yaml", "write_default_yaml"]
+from .schema import read_yaml, settings_of, to_yaml, unknown_name
 
 Config = TypeVar("Config")
 
@@ -105,17 +103,22 @@ def _parse_flags(
     flat dataclass becomes one; that also keeps `config_type` from being built before all values are known."""
     import tyro  # here, so that reading YAML alone does not need it
 
-    sections: dict[str, list[tuple[str, Any, Any]]] = {}
+    config_file = Annotated[Path | None, tyro.conf.arg(help=_CONFIG_HELP)]
+    sections: dict[str, list[tuple[str, Any, Any]]] = {
+        "settings_file": [("config", config_file, dataclasses.field(default=None))]
+    }
     for setting in settings_of(config_type):
         default = from_file.get(setting.name, setting.default)
         argument = tyro.conf.arg(help=setting.doc, help_behavior_hint="(default: nothing)" if default == () else None)
-        sections.setdefault(setting.section, []).append(
+        sections.setdefault(_group(setting.section), []).append(
             (setting.name, Annotated[setting.type, argument], dataclasses.field(default=default))
         )
-    groups = [("settings_file", _make("Settings file", [("config", Annotated[
-        Path | None, tyro.conf.arg(help=_CONFIG_HELP)], dataclasses.field(default=None))]))]  # fmt: skip
-    groups += [(re.sub(r"\W+", "_", title), _make(title, fields)) for title, fields in sections.items()]
-    everything = _make(config_type.__name__, [(n, t, dataclasses.field(default_factory=t)) for n, t in groups])
+    groups = {name: dataclasses.make_dataclass(name, fields) for name, fields in sections.items()}
+    everything = dataclasses.make_dataclass(
+        config_type.__name__, [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in groups.items()]
+    )
+    for made in (everything, *groups.values()):
+        made.__doc__ = ""  # dataclasses writes a signature there, which tyro would print
     parsed: Any = tyro.cli(
         everything,
         args=arguments,
@@ -124,14 +127,12 @@ def _parse_flags(
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    return {name: getattr(getattr(parsed, group), name) for group, kind in groups[1:]
-            for name in (field.name for field in dataclasses.fields(kind))}  # fmt: skip
+    return {s.name: getattr(getattr(parsed, _group(s.section)), s.name) for s in settings_of(config_type)}
 
 
-def _make(name: str, fields: list[tuple[str, Any, Any]]) -> type:
-    made = dataclasses.make_dataclass(re.sub(r"\W+", "_", name), fields)
-    made.__doc__ = ""  # dataclasses writes a signature there, which tyro would print
-    return made
+def _group(section: str) -> str:
+    """A section's title as a name in Python: what `--help` calls the group."""
+    return re.sub(r"\W+", "_", section)
 
 
 def _refuse(error: ConfigError) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What a setting must be, beside its type: ranges, and rules over several settings.  Used by `TrainConfig` and its kin.
+"""Rules over several settings, of every recipe; what a single one must be stands beside its field.
 
 A rule takes the settings and returns what is wrong with them in words: field, what was expected, what came, the remedy.
 """
@@ -8,81 +8,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
-Rule = Callable[[Any], list[str]]
-"""Settings to what is wrong with them, in words."""
-
-
-class Range(NamedTuple):
-    """What a number must be, in words and as a test."""
-
-    words: str
-    holds: Callable[[float], bool]
-
-
-POSITIVE = Range("more than 0", lambda value: value > 0)
-AT_LEAST_0 = Range("at least 0", lambda value: value >= 0)
-AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
-BELOW_1 = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
-SHARE = Range("more than 0 and at most 1", lambda value: 0 < value <= 1)
-
-RANGES: dict[str, tuple[Range, str]] = {
-    "seed": (Range("0 to 2^32 - 1", lambda value: 0 <= value < 2**32), "take any other number"),
-    "max_steps": (AT_LEAST_1, "--dry_run tries the settings without training"),
-    "prompts_per_step": (AT_LEAST_1, "a step needs a prompt"),
-    "num_generations": (Range("at least 2", lambda value: value >= 2), "a group of one has no advantage; try 8"),
-    "num_iterations": (AT_LEAST_1, "1 is on-policy"),
-    "temperature": (POSITIVE, "1 samples the model's own distribution; greedy groups would be all alike"),
-    "max_completion_length": (AT_LEAST_1, "raise it"),
-    "cfg_weight": (AT_LEAST_0, "1 is without guidance"),
-    "eval_cfg_weight": (AT_LEAST_0, "1 is without guidance"),
-    "learning_rate": (POSITIVE, "for Janus-Pro start near 1e-6"),
-    "warmup_steps": (AT_LEAST_0, "0 starts at the peak"),
-    "weight_decay": (AT_LEAST_0, "0 switches it off"),
-    "max_grad_norm": (AT_LEAST_0, "0 switches clipping off"),
-    "beta": (AT_LEAST_0, "0 switches the KL term off"),
-    "epsilon": (Range("more than 0 and below 1", lambda value: 0 < value < 1), "TRL's default is 0.2"),
-    "epsilon_high": (POSITIVE, "leave it out to use epsilon"),
-    "text_loss_weight": (AT_LEAST_0, "0 leaves text tokens out"),
-    "image_loss_weight": (AT_LEAST_0, "0 leaves image tokens out"),
-    "reward_timeout": (POSITIVE, "a reward needs time; 120 is the default"),
-    "dgs_mass": (SHARE, "1 keeps every trajectory that has an advantage"),
-    "dgs_keep": (AT_LEAST_1, "--dgs none keeps all"),
-    "preview_fraction": (BELOW_1, "0 switches the preview off"),
-    "preview_threshold": (Range("0 to 1", lambda value: 0 <= value <= 1), "rewards lie in this range"),
-    "preview_acceptance": (SHARE, "1 accepts every preview"),
-    "preview_max_attempts": (AT_LEAST_1, "1 never tries again"),
-    "preview_min_keep": (Range("at least 2", lambda value: value >= 2), "rewards are compared within a group"),
-    "lora_rank": (AT_LEAST_0, "0 trains the weights themselves"),
-    "lora_alpha": (POSITIVE, "twice the rank is usual"),
-    "max_tokens_per_microbatch": (AT_LEAST_1, "16384 fits the tiny base"),
-    "eval_samples": (AT_LEAST_0, "0 skips the evaluation"),
-    "logging_steps": (AT_LEAST_1, "1 logs every step"),
-    "replay_check_steps": (AT_LEAST_0, "0 never checks"),
-    "sample_steps": (AT_LEAST_0, "0 never writes samples"),
-    "checkpointing_steps": (AT_LEAST_0, "0 saves at the end alone"),
-    "save_total_limit": (AT_LEAST_1, "leave it out to keep all"),
-    "nodes": (AT_LEAST_1, "1 is this machine"),
-    "ranks_per_node": (AT_LEAST_1, "leave it out for one per GPU"),
-    "max_restarts": (AT_LEAST_0, "0 gives up at the first loss"),
-    "stage_timeout": (POSITIVE, "more than the longest rollout takes; 1800 is the default"),
-    "shutdown_timeout": (AT_LEAST_1, "more than a step and a checkpoint take; 120 is the default"),
-    "max_skipped_updates": (AT_LEAST_0, "0 ends the run at the first one"),
-}
-
-
-def range_problems(config: Any, ranges: Mapping[str, tuple[Range, str]]) -> list[str]:
-    """What lies outside its range; None is always allowed."""
-    values = ((name, getattr(config, name), wanted, remedy) for name, (wanted, remedy) in ranges.items())
-    return [
-        f"{name}: expected {wanted.words}, got {value}; {remedy}"
-        for name, value, wanted, remedy in values
-        if value is not None and not wanted.holds(value)
-    ]
+from .schema import Rule
 
 
 def objective_problems(c: Any) -> list[str]:
@@ -188,4 +118,82 @@ def run_problems(c: Any) -> list[str]:
     return problems
 
 
-RULES: tuple[Rule, ...] = (objective_problems, judge_problems, dgs_problems, path_problems, run_problems)
+TRAINING: tuple[Rule, ...] = (objective_problems, judge_problems, dgs_problems, path_problems, run_problems)
+"""What every training's settings must keep."""
+
+
+# One recipe's own -----------------------------------------------------------------------------------------------------
+
+
+def sync_r1_problems(c: Any) -> list[str]:
+    problems = []
+    if c.data is not None and not c.data.exists() and not ("/" in str(c.data) and may_be_hub_name(str(c.data))):
+        problems.append(
+            f"data: expected a folder in the UnifyBench++ layout, a table of prompts or a hub name, got {c.data}, "
+            "which is not there; leave it out for the rendered world"
+        )
+    if c.identity_weight == c.judge_weight == c.text_weight == 0:
+        problems.append("identity_weight, judge_weight, text_weight: all are 0; give one of them a positive weight")
+    if c.anchor_fraction > 0 and c.anchor_beta == 0:
+        problems.append(
+            f"anchor_fraction: anchors learn from the KL term alone, so {c.anchor_fraction:g} is pointless with "
+            "anchor_beta 0; set --anchor_fraction 0, or a positive anchor_beta"
+        )
+    return problems
+
+
+def corl_problems(c: Any) -> list[str]:
+    problems = []
+    if c.reward_weights and len(c.reward_weights) != len(c.reward_funcs):
+        problems.append(
+            f"reward_weights: expected {len(c.reward_funcs)}, one per reward_funcs, got {len(c.reward_weights)}; "
+            "leave them out for the paper's"
+        )
+    for weight in c.reward_weights:
+        if not weight >= 0:
+            problems.append(f"reward_weights: expected numbers of at least 0, got {weight:g}; leave that reward out")
+    if not c.reward_funcs:
+        problems.append("reward_funcs: expected at least one, got none; try cycle tim accuracy format")
+    for name in sorted({name for name in c.reward_funcs if c.reward_funcs.count(name) > 1}):
+        problems.append(f"reward_funcs: {name} is given twice; name it once")
+    if c.cycle_image == c.cycle_text == "none" and "cycle" in c.reward_funcs:
+        problems.append("cycle_image, cycle_text: both are none, so cycle compares nothing; leave it out or give one")
+    if "judge" in c.reward_funcs and c.judge_url is None:
+        problems.append("reward_funcs: judge needs a judge_url, got none; give one, or leave judge out")
+    if c.stage == "merge" and len(c.merge_models) < 2:
+        problems.append(f"merge_models: --stage merge needs at least 2 checkpoints, got {len(c.merge_models)}")
+    if c.stage == "merge" and c.merge_base is None:
+        problems.append("merge_base: --stage merge needs the model that both were trained from, got none")
+    if c.stage == "merge" and c.merge_method == "gaussian" and len(c.merge_models) > 2:
+        problems.append(
+            f"merge_models: gaussian merges 2 models, got {len(c.merge_models)}; take fnorm or mean for more"
+        )
+    if c.max_steps == 0 or c.refined_max_steps == 0:
+        problems.append("max_steps, refined_max_steps: expected at least 1, or -1 for num_train_epochs, got 0")
+    if c.tim_policy == "live" and c.zero_stage == 3 and "tim" in c.reward_funcs:
+        problems.append(
+            "tim_policy: under zero_stage 3 the trained weights are not whole while rewards run, got live; take frozen"
+        )
+    return problems
+
+
+def evaluation_problems(c: Any) -> list[str]:
+    problems = []
+    if (
+        c.data is not None
+        and c.data_form in ("unifybench", "geneval", "dpg")
+        and not os.path.exists(os.path.expanduser(c.data))
+    ):
+        problems.append(f"data: expected a folder or file in the form {c.data_form}, got {c.data}, which is not there")
+    if c.stage == "score" and not (c.output_dir / "manifest.json").is_file():
+        problems.append(
+            f"output_dir: {c.output_dir} holds nothing generated (no manifest.json); run --stage generate first"
+        )
+    if not (c.greedy_texts or c.sampled_texts):
+        problems.append("greedy_texts, sampled_texts: both are off, so nothing would be answered; leave one on")
+    if "dpg" in c.export and c.images_per_prompt > 4:
+        problems.append(f"images_per_prompt: DPG-Bench's grid holds 4 images, got {c.images_per_prompt}; lower it")
+    for kind in sorted(set(c.export)):
+        if c.export.count(kind) > 1:
+            problems.append(f"export: {kind} is given twice; name it once")
+    return problems

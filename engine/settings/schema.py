@@ -1,8 +1,9 @@
 """A dataclass of settings to YAML and back, for any recipe: documented, typed, and refused early when wrong.
 
-A settings dataclass is flat, has a docstring under each field, and marks its parts with `# --- title ---` lines.
-Those docstrings are the one place where a setting is explained: the flags' help and the YAML's comments are made from
-them.  Nothing here imports torch, so a mistyped key is refused before anything slow is loaded.
+A settings dataclass is flat, has a docstring under each field, and marks its parts with `# --- title ---` lines.  The
+docstrings are the one place where a setting is explained: the flags' help and the YAML's comments are made from them.
+What a number must be stands beside it: `Annotated[int, Range("a step needs a prompt", ge=1)]`.  Nothing here imports
+torch, so a mistyped key is refused before anything slow is loaded.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ import math
 import re
 import textwrap
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from ..errors import ConfigError, shown
 
 Config = TypeVar("Config")
+Rule = Callable[[Any], list[str]]
+"""Settings to what is wrong with them, in words: field, what was expected, what came, the remedy."""
 
 MAX_YAML_BYTES = 1 << 15
 """Twice what all settings and their explanations take; anything larger is something else, and slow to read."""
@@ -38,14 +42,58 @@ MAX_DEPTH = 4
 _SECTION = re.compile(r"^\s*# --- (?P<title>.+?) ---\s*$")
 
 
+@dataclass(frozen=True, slots=True)
+class Range:
+    """What a number must be, beside its type; None is always allowed.  The bounds are named as pydantic's."""
+
+    remedy: str
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+    words: str = ""
+    """What is said instead of the bounds."""
+
+    def holds(self, value: float) -> bool:
+        return (
+            (self.gt is None or value > self.gt)
+            and (self.ge is None or value >= self.ge)
+            and (self.lt is None or value < self.lt)
+            and (self.le is None or value <= self.le)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"more than": self.gt, "at least": self.ge, "below": self.lt, "at most": self.le}
+        return self.words or " and ".join(f"{said} {bound:g}" for said, bound in bounds.items() if bound is not None)
+
+
 class Setting(NamedTuple):
     """One field of a settings dataclass, as people read it."""
 
     name: str
     type: Any
+    range: Range | None
     default: Any
     doc: str
     section: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What every recipe's settings share: they are checked when they are made.
+
+    Raises:
+        ConfigError: lists every setting that cannot work.
+    """
+
+    RULES: ClassVar[tuple[Rule, ...]] = ()
+    """What is checked beside types and ranges, once those hold."""
+    RENAMED: ClassVar[dict[str, str]] = {}
+    """Names that people bring from elsewhere, and what to set instead."""
+
+    def __post_init__(self) -> None:
+        if problems := problems_of(self):
+            raise ConfigError.of(problems)
 
 
 @functools.cache
@@ -53,17 +101,20 @@ def settings_of(config_type: type) -> tuple[Setting, ...]:
     """The fields of `config_type`, with the docstring and the section that their source gives them, section by section.
 
     A dataclass that builds on another one may add to its sections; where it gives a field a new default, it explains it
-    anew."""
+    anew and says its range."""
     docs: dict[str, tuple[str, str]] = {}
     for part in reversed(config_type.__mro__):
         if dataclasses.is_dataclass(part):
             docs |= _field_docs(part)
-    hints = get_type_hints(config_type)
+    hints = get_type_hints(config_type, include_extras=True)
     found = []
     for field in dataclasses.fields(config_type):
         doc, section = docs[field.name]
+        hint, limits = hints[field.name], None
+        if get_origin(hint) is Annotated:
+            hint, limits = get_args(hint)
         default = field.default_factory() if callable(field.default_factory) else field.default
-        found.append(Setting(field.name, hints[field.name], default, doc, section))
+        found.append(Setting(field.name, hint, limits, default, doc, section))
     order = list(dict.fromkeys(setting.section for setting in found))
     return tuple(sorted(found, key=lambda setting: order.index(setting.section)))
 
@@ -71,8 +122,8 @@ def settings_of(config_type: type) -> tuple[Setting, ...]:
 def _field_docs(part: type) -> dict[str, tuple[str, str]]:
     """Name -> (docstring, section) of the fields that this very class writes down."""
     source = textwrap.dedent(inspect.getsource(part))
-    starts = [(number, found["title"]) for number, line in enumerate(source.splitlines(), 1)
-              if (found := _SECTION.match(line))]  # fmt: skip
+    lines = enumerate(source.splitlines(), 1)
+    starts = [(number, found["title"]) for number, line in lines if (found := _SECTION.match(line))]
     class_def = ast.parse(source).body[0]
     assert isinstance(class_def, ast.ClassDef)
     docs: dict[str, tuple[str, str]] = {}
@@ -112,7 +163,9 @@ def coerce(value: Any, annotation: Any) -> Any:
     number is due, `1e-4` (text to YAML 1.1, for want of a dot), a list for a tuple, text for a path."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        return _coerce_union(value, args)
+        if type(None) in args and (value is None or value == "None"):  # `None` is text to YAML
+            return None
+        return coerce(value, next(part for part in args if part is not type(None)))
     if origin is Literal:
         # `1 == True` in Python, but zero_stage: true is a slip.
         if any(value == option and type(value) is type(option) for option in args):
@@ -154,31 +207,23 @@ def _path(value: str | Path) -> Path:
     return path
 
 
-def _coerce_union(value: Any, args: tuple[Any, ...]) -> Any:
-    # `None` is text to YAML, and what the flags and Python call null.
-    if type(None) in args and (value is None or value == "None"):
-        return None
-    for part in args:
-        if part is not type(None):
-            try:
-                return coerce(value, part)
-            except ValueError:
-                continue
-    raise ValueError
-
-
-def normalise(config: Any) -> list[str]:
-    """Gives every field of a frozen `config` its declared type in place; returns what could not be done, in words.
+def problems_of(config: Any) -> list[str]:
+    """What cannot work, in words.  Gives every field of a frozen `config` its declared type in place.
 
     Numbers must be finite: NaN passes every comparison that is meant to catch it."""
-    problems = []
+    problems, rules = [], config.RULES
     for setting in settings_of(config.__class__):
         value = getattr(config, setting.name)
         try:
-            object.__setattr__(config, setting.name, coerce(value, setting.type))
+            value = coerce(value, setting.type)
         except ValueError:
             problems.append(_wrong_type(setting, value))
-    return problems
+            rules = ()  # they compare values of the right type
+            continue
+        object.__setattr__(config, setting.name, value)
+        if setting.range is not None and value is not None and not setting.range.holds(value):
+            problems.append(f"{setting.name}: expected {setting.range}, got {value}; {setting.range.remedy}")
+    return problems + [problem for rule in rules for problem in rule(config)]
 
 
 def _wrong_type(setting: Setting, value: Any) -> str:

@@ -1,27 +1,38 @@
 """Settings that every recipe has: model, sampling, objective, dynamic group scaling, learner, what is written.
 
-`SyncR1Config` (config.py) and `CorlConfig` (corl/config.py) are this and what their method adds.  Names are TRL's where
-TRL has one.  Nothing heavy is imported, so that a mistyped flag is refused before torch is loaded.  The docstring under
-a field is its flag's help and its comment in `recipes/*.yaml`.
+`SyncR1Config` (methods/sync_r1_config.py) and `CorlConfig` (corl/config.py) are this and what their method adds.  Names
+are TRL's where TRL has one.  Nothing heavy is imported, so that a mistyped flag is refused before torch is loaded.  The
+docstring under a field is its flag's help and its comment in `recipes/*.yaml`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from ..errors import ConfigError
-from .rules import RANGES, RULES, Range, Rule, range_problems
-from .schema import normalise
+from .rules import TRAINING
+from .schema import Range, Rule, Settings
 
 Credit = Literal["shared", "per_segment", "image_only"]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 DGSRule = Literal["variance_mass", "max_variance", "top_k", "random", "none"]
 
+# Fields of several recipes, or of several stages of one.
+Seed = Annotated[int, Range("take any other number", ge=0, lt=2**32, words="0 to 2^32 - 1")]
+PromptsPerStep = Annotated[int, Range("a step needs a prompt", ge=1)]
+GroupSize = Annotated[int, Range("a group of one has no advantage; try 8", ge=2)]
+MaxTokens = Annotated[int, Range("raise it", ge=1)]
+Guidance = Annotated[float, Range("1 is without guidance", ge=0)]
+LearningRate = Annotated[float, Range("for Janus-Pro start near 1e-6", gt=0)]
+WarmupSteps = Annotated[int, Range("0 starts at the peak", ge=0)]
+KLWeight = Annotated[float, Range("0 switches the KL term off", ge=0)]
+ClipRange = Annotated[float, Range("TRL's default is 0.2", gt=0, lt=1)]
+PreviewFraction = Annotated[float, Range("0 switches the preview off", ge=0, lt=1)]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """What a training run needs to know, whatever its method."""
 
     # --- model, data and output ---
@@ -30,47 +41,49 @@ class TrainConfig:
     use."""
     output_dir: Path = Path("runs/sync_r1")
     """The run's folder; a number is appended when it already holds a run."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds sampling, prompt order and dropout; the same seed gives the same run."""
 
     # --- length of the run ---
-    max_steps: int = 100
+    max_steps: Annotated[int, Range("--dry_run tries the settings without training", ge=1)] = 100
     """Rollout-and-update steps."""
-    prompts_per_step: int = 16
+    prompts_per_step: PromptsPerStep = 16
     """Groups per step, over all ranks (TRL: generation_batch_size / num_generations)."""
-    num_generations: int = 8
+    num_generations: GroupSize = 8
     """G: trajectories per prompt. Their rewards are compared with each other, so at least 2."""
-    num_iterations: int = 1
+    num_iterations: Annotated[int, Range("1 is on-policy", ge=1)] = 1
     """Optimizer updates per rollout (the GRPO paper's mu)."""
 
     # --- sampling ---
-    temperature: float = 1.0
+    temperature: Annotated[
+        float, Range("1 samples the model's own distribution; greedy groups would be all alike", gt=0)
+    ] = 1.0
     """Of text and image sampling; log-probabilities are taken at the same temperature."""
-    max_completion_length: int = 16
+    max_completion_length: MaxTokens = 16
     """Text tokens at most; image segments always have the model's full number of tokens."""
-    cfg_weight: float = 1.5
+    cfg_weight: Guidance = 1.5
     """Classifier-free guidance w of image tokens in rollouts: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
-    eval_cfg_weight: float = 1.5
+    eval_cfg_weight: Guidance = 1.5
     """Guidance when images are drawn for evaluation and for showing."""
 
     # --- the objective ---
-    learning_rate: float = 5e-4
+    learning_rate: LearningRate = 5e-4
     """AdamW's peak. The default suits the tiny base; for Janus-Pro start near 1e-6."""
-    warmup_steps: int = 5
+    warmup_steps: WarmupSteps = 5
     """Linear warm-up; afterwards the rate falls linearly to a tenth."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Range("0 switches it off", ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Range("0 switches clipping off", ge=0)] = 1.0
     """Clip of the global gradient norm; 0 switches it off."""
-    beta: float = 0.02
+    beta: KLWeight = 0.02
     """Weight of the k3 KL to the starting model; 0 needs no reference model."""
     loss_type: LossType = "dapo"
     """Per-token loss and its reduction, as TRL defines them."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Ratio per token, or one per trajectory: the geometric mean over its tokens (GSPO)."""
-    epsilon: float = 0.2
+    epsilon: ClipRange = 0.2
     """Clip range of the ratio: at least 1 - epsilon."""
-    epsilon_high: float | None = None
+    epsilon_high: Annotated[float | None, Range("leave it out to use epsilon", gt=0)] = None
     """Clip range upwards: at most 1 + epsilon_high. None: the same as epsilon. For cispo it is the bound itself."""
     delta: float | None = None
     """Bound of the ratio where the advantage is negative (two-sided clipping), above 1 + epsilon_high. None: none."""
@@ -80,9 +93,9 @@ class TrainConfig:
     credit: Credit = "shared"
     """Which reward a token answers for: both segments share one advantage (the paper), each its own segment's
     rewards, or only image tokens learn (Sync-R1's released code)."""
-    text_loss_weight: float = 1.0
+    text_loss_weight: Annotated[float, Range("0 leaves text tokens out", ge=0)] = 1.0
     """Weight of text tokens in the loss."""
-    image_loss_weight: float = 1.0
+    image_loss_weight: Annotated[float, Range("0 leaves image tokens out", ge=0)] = 1.0
     """Weight of image tokens in the loss."""
 
     # --- rewards ---
@@ -93,27 +106,27 @@ class TrainConfig:
     """Name of the model there."""
     judge_key_env: str | None = None
     """Environment variable that holds the server's key, where it needs one; the key itself is written nowhere."""
-    reward_timeout: float = 120.0
+    reward_timeout: Annotated[float, Range("a reward needs time; 120 is the default", gt=0)] = 120.0
     """Seconds that a step's reward functions may take; a late one counts as failed, never as 0."""
 
     # --- dynamic group scaling ---
     dgs: DGSRule = "variance_mass"
     """Which trajectories are trained on once their rewards are known; random, the control, keeps as many as
     variance_mass does; none prunes nothing."""
-    dgs_mass: float = 0.9
+    dgs_mass: Annotated[float, Range("1 keeps every trajectory that has an advantage", gt=0, le=1)] = 0.9
     """variance_mass: share of the group's sum of squared advantages that is kept."""
-    dgs_keep: int | None = None
+    dgs_keep: Annotated[int | None, Range("--dgs none keeps all", ge=1)] = None
     """max_variance and top_k: trajectories kept per group."""
-    preview_fraction: float = 0.25
+    preview_fraction: PreviewFraction = 0.25
     """Preview DGS: score a trajectory after this fraction of its image tokens; 0 switches the preview off."""
-    preview_threshold: float | None = None
+    preview_threshold: Annotated[float | None, Range("rewards lie in this range", ge=0, le=1, words="0 to 1")] = None
     """Score above which a preview is accepted at the start; adapts afterwards. None: from the first step's previews, so
     that the target acceptance is met."""
-    preview_acceptance: float = 0.75
+    preview_acceptance: Annotated[float, Range("1 accepts every preview", gt=0, le=1)] = 0.75
     """Acceptance rate that the threshold adapts to (the released code: 0.25)."""
-    preview_max_attempts: int = 2
+    preview_max_attempts: Annotated[int, Range("1 never tries again", ge=1)] = 2
     """Tries per trajectory; the best one is kept when none passes."""
-    preview_min_keep: int | None = None
+    preview_min_keep: Annotated[int | None, Range("rewards are compared within a group", ge=2)] = None
     """Give up members whose tries all failed, except this many of a group, the best ones. None: nobody is given up."""
 
     # --- the learner ---
@@ -121,16 +134,16 @@ class TrainConfig:
     """DeepSpeed ZeRO: what the ranks share out. 1: optimizer state, 2: also gradients, 3: also parameters."""
     bf16: bool = False
     """Compute in bfloat16 with float32 master weights."""
-    max_tokens_per_microbatch: int = 16384
+    max_tokens_per_microbatch: Annotated[int, Range("16384 fits the tiny base", ge=1)] = 16384
     """Packed tokens of one forward and backward. Lower it when memory runs out; the result stays the same."""
     share_prefix: bool = True
     """Compute a prompt once for its whole group in training; off, every trajectory brings a copy: the same result."""
     gradient_checkpointing: bool = False
     """Keep one activation per layer and compute the others again in backward: less memory, a third more time."""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, Range("0 trains the weights themselves", ge=0)] = 0
     """Train low-rank adapters of this rank in the decoder (peft) instead of its weights; 0 trains the weights. The KL
     term then needs no second copy of the model, and what is saved is the merged model with the adapter beside it."""
-    lora_alpha: float = 32.0
+    lora_alpha: Annotated[float, Range("twice the rank is usual", gt=0)] = 32.0
     """Scale of the adapters: alpha / rank."""
     lora_target_modules: tuple[str, ...] = ()
     """Linear layers that get an adapter, by the end of their names, e.g. q_proj v_proj. None named: all of them."""
@@ -140,41 +153,41 @@ class TrainConfig:
     """Replay decoding steps as CUDA graphs, on a GPU and below ZeRO-3."""
     compile_decode: bool = False
     """Run decoding steps through torch.compile."""
-    nodes: int | None = None
+    nodes: Annotated[int | None, Range("1 is this machine", ge=1)] = None
     """Machines: with Slurm, torchrun or a hostfile; with none of them the exact commands are said, and nothing starts.
     None: as many as torchrun started or as the hostfile names, else this one."""
-    ranks_per_node: int | None = None
+    ranks_per_node: Annotated[int | None, Range("leave it out for one per GPU", ge=1)] = None
     """Processes per machine. None: one per GPU (a hostfile's slots) where nodes is given, else one."""
     hostfile: Path | None = None
     """Machines in DeepSpeed's form, `name slots=n` per line. None: /job/hostfile where nodes needs one."""
     launcher: str = "ssh"
     """What reaches a hostfile's machines: ssh, or a command with {host} in it that runs its last words there."""
-    max_restarts: int = 3
+    max_restarts: Annotated[int, Range("0 gives up at the first loss", ge=0)] = 3
     """How often all ranks start again, from the last checkpoint, when a rank or a machine is lost; not for one
     process."""
-    stage_timeout: float = 1800.0
+    stage_timeout: Annotated[float, Range("more than the longest rollout takes; 1800 is the default", gt=0)] = 1800.0
     """Seconds that a stage of a step (rollout, reward, update, ...) may take before the run ends with the stacks of the
     rank that holds it up."""
-    shutdown_timeout: int = 120
+    shutdown_timeout: Annotated[int, Range("more than a step and a checkpoint take; 120 is the default", ge=1)] = 120
     """Seconds that ranks have, once SIGTERM or SIGUSR1 asks a launcher to end, to finish their step and to save."""
-    max_skipped_updates: int = 10
+    max_skipped_updates: Annotated[int, Range("0 ends the run at the first one", ge=0)] = 10
     """Updates in a row whose gradients are NaN or infinite, and which all ranks skip, before the run ends."""
 
     # --- what is written and shown ---
-    eval_samples: int = 192
+    eval_samples: Annotated[int, Range("0 skips the evaluation", ge=0)] = 192
     """Held-out items per task in the before/after table; 0 skips the evaluation."""
     report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Trackers beside metrics.jsonl and report.html, which are always written."""
-    logging_steps: int = 1
+    logging_steps: Annotated[int, Range("1 logs every step", ge=1)] = 1
     """Every this many steps a line is printed (where there is no terminal) and sent to the trackers."""
-    replay_check_steps: int = 10
+    replay_check_steps: Annotated[int, Range("0 never checks", ge=0)] = 10
     """Every this many steps the sampler's log-probabilities are compared with the trainer's; 0: never."""
-    sample_steps: int = 20
+    sample_steps: Annotated[int, Range("0 never writes samples", ge=0)] = 20
     """Every this many steps an image grid with prompts and texts goes to `samples/`; 0: never."""
-    checkpointing_steps: int = 20
+    checkpointing_steps: Annotated[int, Range("0 saves at the end alone", ge=0)] = 20
     """Every this many steps everything that the training depends on goes to `checkpoints/`, so that it can be resumed;
     0: only at the end."""
-    save_total_limit: int | None = 2
+    save_total_limit: Annotated[int | None, Range("leave it out to keep all", ge=1)] = 2
     """Checkpoints to resume from that are kept, the newest ones. None: all."""
     resume_from_checkpoint: str | None = None
     """Go on from a checkpoint, in its own run's folder: `latest` (of output_dir; a new run where there is none yet), a
@@ -183,10 +196,7 @@ class TrainConfig:
     """Print the resolved settings, nodes and ranks, memory per rank and one checked data batch, then end; no GPU is
     needed."""
 
-    RANGES: ClassVar[dict[str, tuple[Range, str]]] = RANGES
-    """Field -> what it must be, and the remedy."""
-    RULES: ClassVar[tuple[Rule, ...]] = RULES
-    """What is checked beside the ranges."""
+    RULES: ClassVar[tuple[Rule, ...]] = TRAINING
     RENAMED: ClassVar[dict[str, str]] = {
         "model_name_or_path": "set model",
         "dataset_name": "set data, a folder",
@@ -199,18 +209,3 @@ class TrainConfig:
         "vllm_mode": "rollouts are the engine's own",
         "use_vllm": "rollouts are the engine's own",
     }
-    """Names that people bring from TRL, and what to set instead."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-def check(config: TrainConfig) -> None:
-    """Raises one ConfigError that lists every setting that cannot work."""
-    problems = normalise(config)
-    if not problems:  # the rules compare numbers, so types come first
-        problems = range_problems(config, config.RANGES)
-        for rule in config.RULES:
-            problems += rule(config)
-    if problems:
-        raise ConfigError.of(problems)

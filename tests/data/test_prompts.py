@@ -1,4 +1,4 @@
-"""Reading a UnifyBench++ folder (made by hand from photographs, and the rendered world), and the prompt stream."""
+"""Reading a UnifyBench++ folder (made by hand from photographs, and the rendered world)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from syncr1.engine.data.prompt_stream import PromptStream
 from syncr1.engine.data.prompts import load_anchors, load_benchmark, load_training_prompts
 from syncr1.engine.errors import DataError
-from syncr1.engine.records import Prompt
 from syncr1.engine.world.disk import write_world
 from syncr1.engine.world.general import write_general
 
@@ -285,95 +283,3 @@ def test_general_material_has_two_splits_and_is_written_once(world: Path) -> Non
     before = file.stat().st_mtime_ns
     write_general(world, num_items=24)
     assert file.stat().st_mtime_ns == before
-
-
-# The stream -----------------------------------------------------------------------------------------------------------
-
-
-def make(task: str, num_items: int, **fields: Any) -> list[Prompt]:
-    return [Prompt(id=f"{task}/{i}", task=task, text=f"{task} {i}", answer="x", **fields) for i in range(num_items)]
-
-
-MIXED = [*make("rea", 10), *make("vqa", 40), *make("rec", 7)]
-ANCHORS = make("general_vqa", 9, rewarded=False)
-
-
-def ids(prompts: list[Prompt]) -> list[str]:
-    return [prompt.id for prompt in prompts]
-
-
-def test_a_step_has_its_share_of_anchors_and_no_prompt_twice() -> None:
-    stream = PromptStream(MIXED, ANCHORS, 0, 16, 0.125)
-    for _ in range(50):
-        step = stream.next_step()
-        assert len(step) == len(set(ids(step))) == 16
-        assert sum(not p.rewarded for p in step) == 2
-
-
-def test_modes_are_half_and_half_and_weights_override() -> None:
-    steps = [p.task for stream in [PromptStream(MIXED, (), 0, 8)] for _ in range(50) for p in stream.next_step()]
-    assert Counter(steps) == {"rea": 200, "vqa": 100, "rec": 100}
-    weighted = PromptStream(MIXED, (), 0, 8, task_weights={"vqa": 3, "rea": 1})
-    assert Counter(p.task for _ in range(50) for p in weighted.next_step()) == {"vqa": 300, "rea": 100}
-
-
-def test_every_prompt_once_per_epoch_and_shuffled_anew() -> None:
-    prompts = make("vqa", 12)
-    stream = PromptStream(prompts, (), 0, 4)
-    epochs = [[name for _ in range(3) for name in ids(stream.next_step())] for _ in range(3)]
-    assert all(sorted(epoch) == sorted(ids(prompts)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_the_seed_decides() -> None:
-    first, again, other = (PromptStream(MIXED, ANCHORS, seed, 8, 0.25) for seed in (0, 0, 1))
-    steps = [[ids(stream.next_step()) for _ in range(10)] for stream in (first, again, other)]
-    assert steps[0] == steps[1] != steps[2]
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_out_the_same_step(world_size: int) -> None:
-    whole = PromptStream(MIXED, ANCHORS, 3, 8, 0.25)
-    ranks = [PromptStream(MIXED, ANCHORS, 3, 8, 0.25, rank, world_size) for rank in range(world_size)]
-    for _ in range(12):
-        parts = [stream.next_step() for stream in ranks]
-        assert {len(part) for part in parts} == {8 // world_size}
-        assert sorted(name for part in parts for name in ids(part)) == sorted(ids(whole.next_step()))
-
-
-def test_resume_continues_where_it_was_even_on_other_ranks() -> None:
-    stream = PromptStream(MIXED, ANCHORS, 5, 8, 0.25)
-    for _ in range(23):
-        stream.next_step()
-    state = json.loads(json.dumps(stream.state_dict()))
-    expected = [ids(stream.next_step()) for _ in range(20)]
-    resumed = PromptStream(MIXED, ANCHORS, 5, 8, 0.25)
-    resumed.load_state_dict(state)
-    assert [ids(resumed.next_step()) for _ in range(20)] == expected
-    half = PromptStream(MIXED, ANCHORS, 5, 8, 0.25, rank=1, world_size=2)
-    half.load_state_dict(state)
-    assert [ids(half.next_step()) for _ in range(20)] == [step[1::2] for step in expected]
-
-
-def test_a_state_of_other_prompts_is_refused() -> None:
-    state = PromptStream(MIXED, (), 0, 4).state_dict()
-    with pytest.raises(ValueError, match="other prompts"):
-        PromptStream(MIXED[1:], (), 0, 4).load_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"prompts": []}, "cannot come from 0 prompts"),
-        ({"prompts_per_step": 99}, "lower prompts_per_step"),
-        ({"prompts_per_step": 7, "world_size": 2}, "multiple of the 2 ranks"),
-        ({"rank": 2, "world_size": 2}, "rank 2"),
-        ({"anchors": ANCHORS, "prompts_per_step": 30, "anchor_fraction": 0.5}, "anchors"),
-        ({"task_weights": {"qa": 1.0}}, "task_weights"),
-        ({"task_weights": {"rec": 1.0}}, "fewer than 8"),
-        ({"prompts": [*MIXED, MIXED[0]]}, "not unique"),
-    ],
-)
-def test_numbers_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PromptStream(**{"prompts": MIXED, "prompts_per_step": 8} | arguments)

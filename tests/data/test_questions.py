@@ -46,9 +46,19 @@ def test_options_that_were_added_are_found_again(texts: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "letter"),
-    [("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("B. two", "B"), ("TWO", "B"), ("B. one", None), ("D", None),
-     ("four", None), ("Both", None)],
-)  # fmt: skip
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("(B)", "B"),
+        ("B.", "B"),
+        ("B. two", "B"),
+        ("TWO", "B"),
+        ("B. one", None),
+        ("D", None),
+        ("four", None),
+        ("Both", None),
+    ],
+)
 def test_letter_of_an_answer(answer: str, letter: str | None) -> None:
     assert letter_of(answer, ("one", "two", "three")) == letter
 
@@ -61,9 +71,16 @@ def test_a_letter_is_a_letter_before_it_is_a_text() -> None:
 
 @pytest.mark.parametrize(
     ("value", "answer"),
-    [("<answer> B </answer>", "B"), ("<think><answer>A</answer></think><ANSWER>C</ANSWER>", "C"), (" two\n", "two"),
-     (3, "3"), (3.0, "3"), (0.25, "0.25"), (["x"], "x")],
-)  # fmt: skip
+    [
+        ("<answer> B </answer>", "B"),
+        ("<think><answer>A</answer></think><ANSWER>C</ANSWER>", "C"),
+        (" two\n", "two"),
+        (3, "3"),
+        (3.0, "3"),
+        (0.25, "0.25"),
+        (["x"], "x"),
+    ],
+)
 def test_answers(value: object, answer: str) -> None:
     assert answer_of(value, "solution") == answer
 
@@ -87,8 +104,10 @@ def test_messages_become_one_text() -> None:
 
 
 def test_the_instruction_says_what_an_answer_looks_like() -> None:
-    forms = {answer: instructed("Q?", kind, answer, "{form}") for kind, answer in
-             (("MC", "B"), ("OE", "a red hat"), ("OE", "a red hat on the table"))}  # fmt: skip
+    forms = {
+        answer: instructed("Q?", kind, answer, "{form}")
+        for kind, answer in (("MC", "B"), ("OE", "a red hat"), ("OE", "a red hat on the table"))
+    }
     assert len(set(forms.values())) == 3 and "letter" in forms["B"] and "three words" in forms["a red hat"]
     text = instructed("{form} {question}?", "MC", "B", THINK_THEN_ANSWER)
     assert text.startswith("{form} {question}?\n") and "<think>" in text and "<answer>" in text

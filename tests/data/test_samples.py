@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_sources import PHOTOS, X2X_ROWS, assert_same_prompts, encoded, write_forms, write_lines, write_photos
+from fuzz_cases import COLUMNS
 from helpers import sharp_policy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -291,13 +292,25 @@ PLAIN = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
     max_leaves=6,
 )
-COLUMNS = ("prompt", "qa_problem", "problem", "solution", "answer", "qa_type", "options", "choices", "image", "images",
-           "real_image", "reward_model", "segments", "follow_up", "references", "attributes", "task", "id")  # fmt: skip
 LIKELY = st.sampled_from(
-    ["What?\nA. one\nB. two", "A", "<answer>B</answer>", "MC", "coffee.jpg", ["coffee.jpg"], "../x", "/etc/passwd",
-     [{"role": "user", "content": "hi"}], [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
-     {"ground_truth": "A"}, "text+image", "\ud800", "a\0b", "x" * 5000]
-)  # fmt: skip
+    [
+        "What?\nA. one\nB. two",
+        "A",
+        "<answer>B</answer>",
+        "MC",
+        "coffee.jpg",
+        ["coffee.jpg"],
+        "../x",
+        "/etc/passwd",
+        [{"role": "user", "content": "hi"}],
+        [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        {"ground_truth": "A"},
+        "text+image",
+        "\ud800",
+        "a\0b",
+        "x" * 5000,
+    ]
+)
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

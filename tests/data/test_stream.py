@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from syncr1.engine.data.samples import Sample
-from syncr1.engine.data.stream import SampleStream
+from syncr1.engine.data.stream import PromptStream, Shuffled
 from syncr1.engine.records import Prompt
 
 
@@ -25,6 +25,12 @@ def samples(count: int) -> list[Sample]:
     return [sample(f"s{i}", ("t2i",) if i % 3 == 0 else ("t2i", "mm2t")) for i in range(count)]
 
 
+def shuffled(
+    items: list[Sample], *, seed: int, prompts_per_step: int, rank: int = 0, world_size: int = 1
+) -> PromptStream:
+    return PromptStream(Shuffled(items, seed=seed, prompts_per_step=prompts_per_step), rank, world_size)
+
+
 def names(prompts: Sequence[Prompt]) -> list[str]:
     """Of the samples, each once, in order."""
     return list(dict.fromkeys(str(prompt.sample) for prompt in prompts))
@@ -35,12 +41,11 @@ def names(prompts: Sequence[Prompt]) -> list[str]:
 def test_epochs_are_whole_and_steps_have_no_repeats(count: int, step: int, seed: int) -> None:
     if step > count:
         step, count = count, step
-    stream = SampleStream(samples(count), seed=seed, samples_per_step=step)
+    stream = shuffled(samples(count), seed=seed, prompts_per_step=step)
     drawn = []
-    for number in range(1, 4 * count + 1):
+    for _ in range(4 * count):
         taken = names(stream.next_step())
         assert len(taken) == step == len(set(taken))
-        assert stream.epoch == pytest.approx(number * step / count)
         drawn += taken
     epochs = [drawn[i : i + count] for i in range(0, len(drawn) - count + 1, count)]
     assert len(epochs) == 4 * step
@@ -48,14 +53,14 @@ def test_epochs_are_whole_and_steps_have_no_repeats(count: int, step: int, seed:
 
 
 def test_epochs_differ_and_the_seed_decides() -> None:
-    first, again, other = (SampleStream(samples(12), seed=seed, samples_per_step=4) for seed in (0, 0, 1))
+    first, again, other = (shuffled(samples(12), seed=seed, prompts_per_step=4) for seed in (0, 0, 1))
     steps = [[names(stream.next_step()) for _ in range(9)] for stream in (first, again, other)]
     assert steps[0] == steps[1] != steps[2]
     assert len({tuple(chain(*steps[0][i : i + 3])) for i in (0, 3, 6)}) == 3
 
 
 def test_samples_stay_whole() -> None:
-    stream = SampleStream(samples(7), seed=3, samples_per_step=3)
+    stream = shuffled(samples(7), seed=3, prompts_per_step=3)
     halves = {prompt.id for item in samples(7) for prompt in item}
     for _ in range(9):
         prompts = stream.next_step()
@@ -68,9 +73,9 @@ def test_samples_stay_whole() -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_ranks_share_out_the_same_step(world_size: int) -> None:
-    whole = SampleStream(samples(11), seed=5, samples_per_step=6)
+    whole = shuffled(samples(11), seed=5, prompts_per_step=6)
     ranks = [
-        SampleStream(samples(11), seed=5, samples_per_step=6, rank=rank, world_size=world_size)
+        shuffled(samples(11), seed=5, prompts_per_step=6, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     for _ in range(8):
@@ -84,17 +89,28 @@ def test_ranks_share_out_the_same_step(world_size: int) -> None:
 def test_resume_continues_anywhere_even_on_other_ranks(count: int, steps: int) -> None:
     """Steps of 4 over e.g. 5 samples: most of them go over an epoch's end."""
     size = min(4, count) // 2 * 2
-    stream = SampleStream(samples(count), seed=1, samples_per_step=size)
+    stream = shuffled(samples(count), seed=1, prompts_per_step=size)
     for _ in range(steps):
         stream.next_step()
     state = json.loads(json.dumps(stream.state_dict()))
     expected = [names(stream.next_step()) for _ in range(12)]
-    resumed = SampleStream(samples(count), seed=1, samples_per_step=size)
+    resumed = shuffled(samples(count), seed=1, prompts_per_step=size)
     resumed.load_state_dict(state)
     assert [names(resumed.next_step()) for _ in range(12)] == expected
-    half = SampleStream(samples(count), seed=1, samples_per_step=size, rank=1, world_size=2)
+    half = shuffled(samples(count), seed=1, prompts_per_step=size, rank=1, world_size=2)
     half.load_state_dict(state)
     assert [names(half.next_step()) for _ in range(12)] == [step[1::2] for step in expected]
+
+
+def test_a_state_that_an_earlier_version_wrote() -> None:
+    """Runs of before resume where they were, with the samples that they would have drawn."""
+    place = {"epoch": 2, "drawn": 2, "carried": [3, 2], "samples_per_step": 4, "seed": 1}
+    state = {**place, "fingerprint": "6a4fe9e4c9cd9d13"}
+    stream = shuffled(samples(5), seed=1, prompts_per_step=4)
+    stream.load_state_dict(state)
+    assert stream.state_dict() == state
+    steps = [" ".join(names(stream.next_step())) for _ in range(3)]
+    assert steps == ["s2 s3 s4 s0", "s1 s2 s4 s3", "s4 s2 s0 s1"]
 
 
 @pytest.mark.parametrize(
@@ -107,29 +123,29 @@ def test_resume_continues_anywhere_even_on_other_ranks(count: int, steps: int) -
     ],
 )
 def test_a_state_of_other_data_is_refused(other: list[Sample]) -> None:
-    state = SampleStream(samples(6), seed=0, samples_per_step=2).state_dict()
-    with pytest.raises(ValueError, match="other data"):
-        SampleStream(other, seed=0, samples_per_step=2).load_state_dict(state)
+    state = shuffled(samples(6), seed=0, prompts_per_step=2).state_dict()
+    with pytest.raises(ValueError, match="other prompts"):
+        shuffled(other, seed=0, prompts_per_step=2).load_state_dict(state)
 
 
 def test_a_state_of_other_numbers_is_refused() -> None:
-    state = SampleStream(samples(6), seed=0, samples_per_step=2).state_dict()
+    state = shuffled(samples(6), seed=0, prompts_per_step=2).state_dict()
     with pytest.raises(ValueError, match="resume with 2"):
-        SampleStream(samples(6), seed=0, samples_per_step=3).load_state_dict(state)
+        shuffled(samples(6), seed=0, prompts_per_step=3).load_state_dict(state)
     with pytest.raises(ValueError, match="seed 0, this run 1"):
-        SampleStream(samples(6), seed=1, samples_per_step=2).load_state_dict(state)
+        shuffled(samples(6), seed=1, prompts_per_step=2).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"samples_per_step": 9}, "lower samples_per_step"),
-        ({"samples_per_step": 0}, "multiple of the 1 ranks"),
-        ({"samples_per_step": 3, "world_size": 2}, "take 4"),
+        ({"prompts_per_step": 9}, "lower prompts_per_step"),
+        ({"prompts_per_step": 0}, "multiple of the 1 ranks"),
+        ({"prompts_per_step": 3, "world_size": 2}, "take 4"),
         ({"rank": 2, "world_size": 2}, "rank 2"),
-        ({"samples": [*samples(4), sample("s1")]}, "2 ids are not unique"),
+        ({"items": [*samples(4), sample("s1")]}, "2 ids are not unique"),
     ],
 )
 def test_numbers_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SampleStream(**{"samples": samples(8), "seed": 0, "samples_per_step": 4} | arguments)
+        shuffled(**{"items": samples(8), "seed": 0, "prompts_per_step": 4} | arguments)

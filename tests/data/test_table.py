@@ -137,8 +137,10 @@ def test_a_path_inside_data_is_confined_too(folder: Path) -> None:
     """Hugging Face's Image column may name a file instead of holding its bytes."""
     (folder.parent / "secret.png").write_bytes((folder / "rocket.png").read_bytes())
     cells = [{"bytes": None, "path": name} for name in ("coffee.jpg", "../secret.png", "/etc/passwd")]
-    pq.write_table(pa.table({"image": pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))}),
-                   folder / "train.parquet")  # fmt: skip
+    pq.write_table(
+        pa.table({"image": pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))}),
+        folder / "train.parquet",
+    )
     inside, *outside = [row["image"] for row in open_table(folder)]
     assert open_picture(inside).size == (96, 64)
     for ref, message in zip(outside, ("lies outside", "is absolute"), strict=True):
@@ -180,7 +182,10 @@ def test_sources_that_are_nothing(source: str) -> None:
 def test_names_on_the_hub() -> None:
     match = HUB_NAME.fullmatch("mm-vl/x2x_rft_22k@abc123:default")
     assert match is not None and match.groupdict() == {
-        "name": "mm-vl/x2x_rft_22k", "revision": "abc123", "config": "default"}  # fmt: skip
+        "name": "mm-vl/x2x_rft_22k",
+        "revision": "abc123",
+        "config": "default",
+    }
     assert not HUB_NAME.fullmatch("../up") and not HUB_NAME.fullmatch("/abs/path")
 
 

@@ -133,7 +133,7 @@ def test_gradient_equals_the_sum_over_sequences_by_hand(
     policy: JanusPolicy, reference: JanusPolicy, rollouts: list[Rollout], on_policy: bool, beta: float
 ) -> None:
     """Protects everything between a reward and a gradient: packing, positions, both heads, clipping, KL, reduction."""
-    objective = Objective(loss_type="dapo", beta=beta, clip_low=0.05, clip_high=0.05)
+    objective = Objective(loss_type="dapo", beta=beta, epsilon=0.05)
     batches = packed(policy, rollouts, GROUP, 250)
     other = policy if on_policy else reference
     batches = with_scores(batches, other)
@@ -153,12 +153,12 @@ def test_gradient_equals_the_sum_over_sequences_by_hand(
 LOSSES: list[dict[str, Any]] = [
     *({"loss_type": name} for name in ("grpo", "bnpo", "dapo", "sapo", "luspo", "vespo")),
     {"loss_type": "dr_grpo", "max_length": 24},
-    {"loss_type": "cispo", "clip_high": 5.0},
-    {"loss_type": "grpo", "ratio": "sequence"},
+    {"loss_type": "cispo", "epsilon_high": 5.0},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     {"loss_type": "dapo", "credit": "per_segment"},
     {"loss_type": "dapo", "credit": "image_only", "delta": 2.0},
-    {"loss_type": "dapo", "scale": "loo"},
-    {"loss_type": "dapo", "scale": "batch"},
+    {"loss_type": "dapo", "scale_rewards": "loo"},
+    {"loss_type": "dapo", "scale_rewards": "batch"},
 ]
 
 

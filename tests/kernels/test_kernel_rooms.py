@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = next(parent for parent in Path(__file__).resolve().parents if (parent / "kernels").is_dir()) / "kernels"
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 FILES = sorted(KERNELS.rglob("*.py"))
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("layout", "outputs", "register", "streams"),

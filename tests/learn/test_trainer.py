@@ -16,11 +16,11 @@ import torch
 from helpers import own_process_group, sharp_policy, short_base, weights_of, world_folder
 from torch import Tensor
 
-from syncr1.engine.data.prompt_stream import PromptStream
 from syncr1.engine.data.prompts import load_anchors, load_training_prompts
 from syncr1.engine.learn.credit import credited_rewards
 from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.trainer import Trainer, learning_rate
+from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set
 from syncr1.engine.methods.training import objective_of, settings_of
@@ -87,8 +87,7 @@ class Run:
         self.learner = WatchedLearner(
             policy, objective_of(config, policy.num_image_tokens, config.anchor_beta), settings_of(config)
         )
-        stream = PromptStream(load_training_prompts(world), load_anchors(world), config.seed, config.prompts_per_step,
-                              config.anchor_fraction)  # fmt: skip
+        stream = stream_of(config, load_training_prompts(world), load_anchors(world))
         self.steps: list[tuple[StepMetrics, Sequence[Rollout], Tensor]] = []
         self.trainer = Trainer(config, self.learner, stream if prompts is None else Always(prompts), rewards,
                                build_preview(config, rewards), lambda *step: self.steps.append(step))  # fmt: skip

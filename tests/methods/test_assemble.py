@@ -15,7 +15,8 @@ from PIL import Image
 from skimage import data
 from small_models import saved, small_clip
 
-from syncr1.engine.methods.sync_r1_config import ConfigError, SyncR1Config
+from syncr1.engine.errors import ConfigError
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.builtin.clip import ClipScorer

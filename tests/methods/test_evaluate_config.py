@@ -25,8 +25,11 @@ def test_defaults_work_and_survive_yaml() -> None:
 def test_every_setting_is_explained() -> None:
     assert [setting.name for setting in settings_of(EvaluateConfig) if len(setting.doc) < 10] == []
     assert {setting.section for setting in settings_of(EvaluateConfig)} == {
-        "what is evaluated", "sampling", "scoring", "export",
-    }  # fmt: skip
+        "what is evaluated",
+        "sampling",
+        "scoring",
+        "export",
+    }
 
 
 def test_flags(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from children import ChildrenSeconds
 
+from syncr1.engine.errors import ConfigError
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.settings.flags import ConfigError, parse, write_default_yaml
+from syncr1.engine.settings.flags import parse, write_default_yaml
 from syncr1.engine.settings.schema import from_yaml
 
 PROGRAM = """

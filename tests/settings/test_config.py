@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from syncr1.engine.methods.sync_r1_config import ConfigError, SyncR1Config, from_yaml, to_yaml
-from syncr1.engine.settings.schema import settings_of
+from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.errors import ConfigError
+from syncr1.engine.methods.evaluation_config import EvaluateConfig
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.settings.schema import from_yaml, settings_of, to_yaml
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "sync_r1.yaml"
 
@@ -39,8 +42,11 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"delta": 1.25, "epsilon_high": 0.28}, "delta", "1.28"),
     ({"delta": 2.0, "loss_type": "sapo"}, "delta", "no such bound"),
     ({"loss_type": "cispo"}, "epsilon_high", "bounds the ratio itself"),
-    ({"loss_type": "cispo", "epsilon_high": 5.0, "importance_sampling_level": "sequence"},
-     "importance_sampling_level", "not defined for loss_type cispo"),
+    (
+        {"loss_type": "cispo", "epsilon_high": 5.0, "importance_sampling_level": "sequence"},
+        "importance_sampling_level",
+        "not defined for loss_type cispo",
+    ),
     ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_level", "take token"),
     ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "importance_sampling_level", "take token"),
     ({"text_loss_weight": -1.0}, "text_loss_weight", "at least 0"),
@@ -80,7 +86,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"model": "a/b/c"}, "model", "not a folder"),
     ({"model": "~/nowhere"}, "model", "not a folder"),
     ({"data": "nowhere"}, "data", "UnifyBench++"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("settings", "field", "words"), IMPOSSIBLE, ids=lambda value: str(value)[:50])
@@ -100,6 +106,21 @@ def test_all_problems_come_at_once() -> None:
         "temperature",
         "nodes",
     ]
+
+
+def test_a_wrong_type_hides_no_range() -> None:
+    """Only rules over several settings wait until every type is right."""
+    with pytest.raises(ConfigError) as caught:
+        SyncR1Config(learning_rate="fast", nodes=0, dgs="top_k")  # type: ignore[arg-type]
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["learning_rate", "nodes"]
+
+
+def test_every_number_has_a_range() -> None:
+    """`delta` is compared with another setting, by a rule."""
+    for config in (SyncR1Config, CorlConfig, EvaluateConfig):
+        numbers = [s for s in settings_of(config) if s.type in (int, float, int | None, float | None)]
+        assert [s.name for s in numbers if s.range is None] in (["delta"], [])
+        assert all(s.range.remedy and str(s.range) for s in numbers if s.range is not None)
 
 
 def test_possible_settings_pass() -> None:

@@ -53,11 +53,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "bnpo": {},
     "dr_grpo": {},
     "dapo": {},
-    "cispo": {"clip_high": 5.0},
+    "cispo": {"epsilon_high": 5.0},
     "sapo": {},
     "luspo": {},
     "vespo": {},
-    "gspo": {"loss_type": "grpo", "ratio": "sequence"},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     "dapo_per_segment": {"loss_type": "dapo", "credit": "per_segment"},
 }
 """Every loss type, the sequence's ratio, and credit per segment; with a KL term, for anchors a stronger one."""
@@ -97,7 +97,7 @@ def all_cells() -> list[Cell]:
 def objective_of(name: str) -> Objective:
     settings = {"loss_type": name, "beta": 0.04, "anchor_beta": 0.4, "max_length": LENGTH_LIMIT}
     # As narrow as the ratios below are spread, so that a part of them is clipped.
-    settings |= {"clip_low": 0.06, "clip_high": 0.06}
+    settings |= {"epsilon": 0.06}
     return Objective(**(settings | OBJECTIVES[name]))
 
 

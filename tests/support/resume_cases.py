@@ -22,12 +22,12 @@ from torch import Tensor
 from syncr1.engine.checkpoints import sharded as checkpoint
 from syncr1.engine.checkpoints.optimizer_state import optimizer_tensors
 from syncr1.engine.checkpoints.sharded import folders, verified
-from syncr1.engine.data.prompt_stream import PromptStream
 from syncr1.engine.data.prompts import load_anchors, load_training_prompts
 from syncr1.engine.errors import CheckpointError
 from syncr1.engine.learn.learner import Learner, init_distributed
 from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.methods.resume import Checkpoints
+from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set
 from syncr1.engine.methods.training import objective_of, settings_of
@@ -62,8 +62,7 @@ class Training:
         )
         rank, world_size = dist.get_rank(), dist.get_world_size()
         prompts, anchors = load_training_prompts(world)[:: 97 // num_prompts][:num_prompts], load_anchors(world)[:3]
-        stream = PromptStream(prompts, anchors, config.seed, config.prompts_per_step, config.anchor_fraction, rank,
-                              world_size)  # fmt: skip
+        stream = stream_of(config, prompts, anchors, rank, world_size)
         self.steps: list[tuple[StepMetrics, Sequence[Rollout], Tensor]] = []
         self.trainer = Trainer(config, self.learner, stream, rewards, build_preview(config, rewards),
                                lambda *step: self.steps.append(step))  # fmt: skip
