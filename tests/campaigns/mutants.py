@@ -52,6 +52,11 @@ OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {
     ast.And: ast.Or,
     ast.Or: ast.And,
 }
+ALONE = """import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "").lower()]
+sys.path[:] = [entry for entry in sys.path if "__editable__" not in entry]
+"""
+"""Of an interpreter that runs the copy: an editable install of the tree itself is none of its business."""
 IDLE = 150
 """Seconds without a further test, after which a run is said to hang: no test takes so long."""
 
@@ -94,7 +99,7 @@ def changed(node: ast.AST) -> Iterator[ast.AST]:
         case ast.IfExp():
             new.body, new.orelse = new.orelse, new.body
             yield new
-        case ast.Call(args=[a, b, *rest]) if not any(isinstance(arg, ast.Starred) for arg in (a, b)):
+        case ast.Call(func=function, args=[a, b, *rest]) if ast.unparse(function) not in ("min", "max"):
             new.args = [b, a, *rest]
             yield new
         case ast.Return(value=ast.expr() as value) if not (isinstance(value, ast.Constant) and value.value is None):
@@ -182,7 +187,10 @@ class Tests:
         self.root, self.python, self.copy = root, python, folder / "tree"
         skipped = (".git", ".venv", "build", ".hypothesis", ".*_cache", "__pycache__", "*.egg-info")
         shutil.copytree(root, self.copy, symlinks=True, ignore=shutil.ignore_patterns(*skipped))
-        self.environment = os.environ | {"PYTHONPATH": ".", "PYTHONDONTWRITEBYTECODE": "1"}
+        (folder / "alone").mkdir()
+        (folder / "alone" / "sitecustomize.py").write_text(ALONE)
+        path = os.pathsep.join(map(str, (self.copy, folder / "alone")))
+        self.environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         where = self._call("-c", "import syncr1.kernels.api as api; print(api.__file__)").strip()
         if not Path(where).resolve().is_relative_to(self.copy.resolve()):
             raise SystemExit(
@@ -195,8 +203,12 @@ class Tests:
         self.measured = {Path(name).as_posix(): name for name in self.data.measured_files()}
 
     def _call(self, *arguments: str) -> str:
-        done = subprocess.run([self.python, *arguments], cwd=self.copy, env=self.environment, capture_output=True,
-                              text=True, check=True)  # fmt: skip
+        command = [self.python, *arguments]
+        done = subprocess.run(command, cwd=self.copy, env=self.environment, capture_output=True,
+                              text=True, check=False)  # fmt: skip
+        if done.returncode:
+            told = done.stdout[-3000:] + done.stderr[-3000:]
+            raise SystemExit(f"{' '.join(command)} failed before anything was broken:\n{told}")
         return done.stdout
 
     def reaching(self, mutant: Mutant, most: int) -> list[str]:

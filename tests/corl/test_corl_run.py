@@ -14,7 +14,8 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import ROOT, cache_folder, environment, short_base, torchrun
+import warm
+from helpers import ROOT, cache_folder, environment, short_base
 from PIL import Image
 from recipe_cases import recipe_here
 from safetensors.torch import load_file
@@ -260,7 +261,7 @@ def test_two_ranks_share_samples_and_write_one_run(photographs: Path, base: Path
         "--refined_t2i_prompts_per_step", "2", "--refined_text_prompts_per_step", "2", "--max_completion_length", "8",
         "--learning_rate", "1e-3", "--eval_samples", "0", "--no_think_instruction", "--zero_stage", "3",
     ]  # fmt: skip
-    torchrun(RECIPE, *map(str, flags), cache_dir=tmp_path / "cache")
+    warm.run(RECIPE, *map(str, flags), env=environment(tmp_path / "cache"), ranks=2)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["run"]
     for name in ("unified", "t2i", "mcq", "oe"):
         assert changed(base, tmp_path / "run" / name / "checkpoints" / "last"), name

@@ -19,7 +19,8 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, everything_partitioned, own_process_group, sharp_policy, torchrun
+import warm
+from helpers import ROOT, everything_partitioned, own_process_group, sharp_policy
 from helpers import world_folder as make_world
 from resume_cases import FullDisk, Training, assert_same, config_of
 
@@ -166,7 +167,7 @@ def test_two_ranks(world: Path, rewards: RewardSet, tmp_path: Path) -> None:
     """ZeRO 0, 2 and 3 on two ranks, resumed exactly; one rank's full disk ends both with the same error; and one rank
     cannot go on with what two have saved."""
     shutil.copytree(world, tmp_path / "world")
-    torchrun(str(ROOT / "tests" / "support" / "resume_cases.py"), str(tmp_path))
+    warm.run(str(ROOT / "tests" / "support" / "resume_cases.py"), str(tmp_path), ranks=2)
     assert json.loads((tmp_path / "done.json").read_text()) == {"ranks": 2}
     folder = folders(tmp_path / "zero_2")[0]
     config = config_of(zero_stage=2, num_iterations=2, resume_from_checkpoint=str(folder))

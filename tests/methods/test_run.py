@@ -15,6 +15,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
+import warm
 import yaml
 from children import ChildrenSeconds
 from helpers import ROOT, cache_folder, environment, short_base, torchrun
@@ -38,21 +39,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return short_base(tmp_path_factory)
 
 
-def start(cache_dir: Path, *flags: str) -> subprocess.Popen[str]:
-    # A shell's background jobs ignore Ctrl-C, and hand that on to what they start.
-    return subprocess.Popen([sys.executable, RECIPE, *flags], cwd=ROOT, env=environment(cache_dir), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+def start(cache_dir: Path, *flags: str) -> warm.Program:
+    return warm.Program(RECIPE, *flags, env=environment(cache_dir))
 
 
-def run(cache_dir: Path, *flags: str, expected: int = 0, timeout: float = 600) -> tuple[str, str]:
-    process = start(cache_dir, *flags)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == expected, out[-3000:] + err[-6000:]
-    return out, err
+def run(cache_dir: Path, *flags: str, expected: int = 0) -> tuple[str, str]:
+    return warm.run(RECIPE, *flags, env=environment(cache_dir), expected=expected)
+
+
+def run_cold(cache_dir: Path, *flags: str, expected: int = 0, timeout: float = 600) -> tuple[str, str]:
+    """As a user starts it: an interpreter of its own."""
+    done = subprocess.run([sys.executable, RECIPE, *flags], cwd=ROOT, env=environment(cache_dir), text=True,
+                          capture_output=True, timeout=timeout, check=False)  # fmt: skip
+    assert done.returncode == expected, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout, done.stderr
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ def photo_folder(root: Path) -> Path:
 def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
     """Exit code 2, the nearest flag named, and torch is not even imported."""
     with ChildrenSeconds() as seconds:
-        out, err = run(cache_dir, "--max_stpes", "3", expected=2, timeout=60)
+        out, err = run_cold(cache_dir, "--max_stpes", "3", expected=2, timeout=60)
     assert seconds.used < 3
     assert "did you mean --max_steps?" in err and "loading torch" not in out and "Traceback" not in err
 
@@ -112,7 +112,7 @@ def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
 )
 def test_a_setting_that_cannot_work_is_refused(cache_dir: Path, tmp_path: Path, flags: list[str], said: str) -> None:
     flags = [str(tmp_path / "absent") if flag == "ABSENT" else flag for flag in flags]
-    _, err = run(cache_dir, *flags, expected=2, timeout=60)
+    _, err = run(cache_dir, *flags, expected=2)
     assert said in err and "Traceback" not in err
 
 
@@ -122,8 +122,8 @@ def test_a_setting_that_cannot_work_is_refused(cache_dir: Path, tmp_path: Path, 
 @pytest.fixture(scope="module")
 def finished(cache_dir: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    out, _ = run(cache_dir, "--model", str(base), "--max_steps", "2", "--eval_samples", "8", "--sample_steps", "1",
-                 "--output_dir", str(folder), *SMALL)  # fmt: skip
+    out, _ = run_cold(cache_dir, "--model", str(base), "--max_steps", "2", "--eval_samples", "8", "--sample_steps", "1",
+                      "--output_dir", str(folder), *SMALL)  # fmt: skip
     return folder, out
 
 
@@ -245,7 +245,7 @@ def test_ctrl_c_ends_with_scores_and_a_report(cache_dir: Path, base: Path, tmp_p
         out, err = process.communicate(timeout=240)
     finally:
         process.kill()
-    assert process.returncode == 0, out[-3000:] + err[-3000:]
+    assert process.poll() == 0, out[-3000:] + err[-3000:]
     assert "stopped at step" in out and "Traceback" not in err
     assert 2 <= len(rows_of(folder)) < 500
     scores = json.loads((folder / "scores.json").read_text())

@@ -1,6 +1,6 @@
 """Real small policies, trajectories, photos and processes for the tests of the engine; as a script, one rank of two.
 
-`torchrun --nproc_per_node 2 tests/support/helpers.py OUT` is the worker of `test_learner.py`.
+`helpers.py OUT` on two ranks is the worker of `test_learner.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
+from warm import environment
 
 from syncr1.engine.forward.packing import pack
 from syncr1.engine.policies.janus import JanusPolicy
@@ -302,13 +303,6 @@ def everything_partitioned() -> Iterator[None]:
         yield
     finally:
         learner.deepspeed_config = original
-
-
-def environment(cache_dir: Path | None = None) -> dict[str, str]:
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
-    clean = {name: value for name, value in os.environ.items() if name not in launcher}
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "COLUMNS": "100"}
-    return clean | threads | ({} if cache_dir is None else {"SYNCR1_CACHE": str(cache_dir)})
 
 
 def torchrun(*arguments: str, cache_dir: Path | None = None, timeout: float = 600) -> str:

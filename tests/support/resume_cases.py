@@ -1,6 +1,6 @@
 """A small training that can be stopped and resumed anywhere; as a script, one rank of two that does so.
 
-`torchrun --nproc_per_node 2 tests/support/resume_cases.py OUT` is the worker of `test_resume.py`.
+`resume_cases.py OUT` on two ranks is the worker of `test_resume.py`.
 """
 
 from __future__ import annotations
