@@ -78,8 +78,9 @@ test-processors: setup
 	$(NARROW) SYNCR1_TEST_THREADS=2 $(BIN)/python -m pytest $(NUMERIC) -q -n $(JOBS) --dist worksteal $(ARGS)
 	SYNCR1_TEST_THREADS=2 $(BIN)/python -m pytest $(NUMERIC) -q -n $(JOBS) --dist worksteal $(ARGS)
 
-# The share of lines that the suite runs, and, for `mutants`, which test runs which line.
+# The share of lines that the suite runs when nothing is made already, and, for `mutants`, which test runs which line.
 coverage: setup
+	rm -rf build/made
 	COVERAGE_FILE=build/coverage $(BIN)/python -m pytest tests -q -n $(JOBS) --dist worksteal \
 		--cov=kernels --cov=engine --cov-context=test --cov-report= $(ARGS)
 	@for folder in kernels engine; do echo "$$folder: $$(COVERAGE_FILE=build/coverage $(BIN)/coverage report \

@@ -15,7 +15,8 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 import warm
-from helpers import ROOT, cache_folder, environment, short_base
+from helpers import ROOT, environment
+from made import cache_folder, short_base
 from PIL import Image
 from recipe_cases import recipe_here
 from safetensors.torch import load_file
@@ -125,8 +126,8 @@ def small_config(photographs: Path, base: Path, tmp_path: Path, **changes: Any) 
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return short_base(tmp_path_factory)
+def base() -> Path:
+    return short_base()
 
 
 @pytest.mark.parametrize(
@@ -233,11 +234,11 @@ def test_one_refined_stage_and_a_merge_stand_alone(photographs: Path, base: Path
 
 
 def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(
-    photographs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """In this process; test_security.py starts the recipe's in another."""
-    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder(tmp_path_factory)))
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
     out, _ = recipe_here(
         capsys, "corl.py", "--dry_run", "--data", photographs, "--output_dir", tmp_path / "run",
         "--prompts_per_step", 2, "--refined_t2i_prompts_per_step", 2, "--refined_text_prompts_per_step", 2,

@@ -13,7 +13,8 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import own_process_group, sharp_policy, short_base, weights_of, world_folder
+from helpers import own_process_group, sharp_policy, weights_of
+from made import short_base, world_folder
 from torch import Tensor
 
 from syncr1.engine.data.prompt_stream import PromptStream
@@ -42,8 +43,8 @@ def _process_group() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world_folder(tmp_path_factory)
+def world() -> Path:
+    return world_folder()
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +235,9 @@ def test_each_step_draws_afresh(world: Path, rewards: RewardSet) -> None:
 
 
 @pytest.mark.slow
-def test_training_raises_the_reward_and_not_training_does_not(
-    world: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_training_raises_the_reward_and_not_training_does_not(world: Path) -> None:
     """15 steps on 8 prompts from a short base: 0.30 to about 0.60; some at a learning rate of 0, still 0.30."""
-    checkpoint = short_base(tmp_path_factory)
+    checkpoint = short_base()
     everything = load_training_prompts(world)
     prompts = [p for p in everything if p.task == "rea" and p.concept == everything[0].concept][:8]
     gains = {}

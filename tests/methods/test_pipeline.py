@@ -16,8 +16,9 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 from benchmark_files import dpg
-from helpers import ROOT, cache_folder, environment, made_once
+from helpers import ROOT, environment
 from judge_server import server
+from made import cache_folder, made_once, session_folder
 from PIL import Image
 from recipe_cases import recipe_here
 from rich.console import Console
@@ -37,13 +38,17 @@ RECIPE = str(ROOT / "recipes" / "evaluate.py")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tiny Janus in transformers' format."""
     names = [concept.name for concept in CONCEPTS]
-    return made_once(tmp_path_factory, "untrained", lambda folder: build_policy(VOCABULARY, names, seed=0).save(folder))
+    return made_once(
+        session_folder(tmp_path_factory),
+        "untrained",
+        lambda folder: build_policy(VOCABULARY, names, seed=0).save(folder),
+    )
 
 
 @pytest.fixture
-def cache_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_dir(monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the runs of this session keep the rendered world and the judge."""
-    folder = cache_folder(tmp_path_factory)
+    folder = cache_folder()
     monkeypatch.setenv("SYNCR1_CACHE", str(folder))
     return folder
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 import warm
 from helpers import ROOT, everything_partitioned, own_process_group, sharp_policy
-from helpers import world_folder as make_world
+from made import world_folder as make_world
 from resume_cases import FullDisk, Training, assert_same, config_of
 
 from syncr1.engine.checkpoints import sharded as checkpoint
@@ -46,8 +46,8 @@ def _process_group() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory)
+def world() -> Path:
+    return make_world()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -18,10 +19,14 @@ import torch
 import warm
 import yaml
 from children import ChildrenSeconds
-from helpers import ROOT, cache_folder, environment, short_base, torchrun
+from helpers import ROOT, environment, own_process_group, torchrun
+from made import cache_folder, short_base
 from PIL import Image
+from recipe_cases import recipe_here
 from skimage import data
 
+from syncr1.engine.errors import EXIT_PREEMPTED
+from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.policies.janus import JanusPolicy
 
 RECIPE = str(ROOT / "recipes" / "sync_r1.py")
@@ -29,14 +34,14 @@ SMALL = ["--prompts_per_step", "4", "--num_generations", "4", "--warmup_steps", 
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_dir() -> Path:
     """Where the runs of this session keep the rendered world and the judge."""
-    return cache_folder(tmp_path_factory)
+    return cache_folder()
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return short_base(tmp_path_factory)
+def base() -> Path:
+    return short_base()
 
 
 def start(cache_dir: Path, *flags: str) -> warm.Program:
@@ -196,27 +201,35 @@ def test_the_checkpoint_is_a_model_that_has_learnt(finished: tuple[Path, str], b
 
 
 @pytest.mark.slow
-def test_a_second_run_neither_overwrites_nor_differs(finished: tuple[Path, str], cache_dir: Path, base: Path) -> None:
-    """The same command again: a folder with a number, and the same numbers to the last digit."""
+def test_who_is_asked_to_end_goes_on_as_if_never_asked(
+    finished: tuple[Path, str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command again, in a folder with a number: SIGTERM in the first step ends it with 75, and `latest` does
+    the rest; the numbers and the model are those of the first run, to the last bit."""
     folder, _ = finished
-    run(
-        cache_dir,
-        "--config",
-        str(folder / "config.yaml"),
-        "--eval_samples",
-        "0",
-        "--max_steps",
-        "1",
-        "--sample_steps",
-        "0",
-    )
     again = folder.with_name("run-2")
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_dir))
+    flags = ("--config", folder / "config.yaml", "--eval_samples", 0, "--sample_steps", 0)
+    trained = Trainer.train_step
+
+    def asked(self: Trainer) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return trained(self)
+
+    with own_process_group(), monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", asked)
+        _, err = recipe_here(capsys, "sync_r1.py", *flags, expected=EXIT_PREEMPTED)
+    assert "stopped after 1 steps; go on with --resume_from_checkpoint latest" in err
+    assert len(rows_of(again)) == 1 and not (again / "report.html").exists()
+    with own_process_group():
+        out, _ = recipe_here(capsys, "sync_r1.py", *flags, "--resume_from_checkpoint", "latest")
+    assert "going on after 1 steps" in out
     timing = re.compile("seconds|time|per_second")
-    first, second = ({k: v for k, v in rows_of(f)[0].items() if not timing.search(k)} for f in (folder, again))
-    # One step instead of two: the schedule is another one, the first step's draws and gradients are not.
-    assert {k: v for k, v in first.items() if k != "learning_rate"} == {
-        k: v for k, v in second.items() if k != "learning_rate"
-    }
+    first, second = ([{k: v for k, v in row.items() if not timing.search(k)} for row in rows_of(f)]
+                     for f in (folder, again))  # fmt: skip
+    assert first == second and len(first) == 2
+    models = [(f / "checkpoints" / "last" / "model.safetensors").read_bytes() for f in (folder, again)]
+    assert models[0] == models[1]
     assert not (again / "samples").exists() and (again / "report.html").is_file()
 
 
