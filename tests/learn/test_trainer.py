@@ -236,12 +236,12 @@ def test_each_step_draws_afresh(world: Path, rewards: RewardSet) -> None:
 
 @pytest.mark.slow
 def test_training_raises_the_reward_and_not_training_does_not(world: Path) -> None:
-    """15 steps on 8 prompts from a short base: 0.30 to about 0.60; some at a learning rate of 0, still 0.30."""
+    """8 steps on 8 prompts from a short base: 0.32 to about 0.60; one at a learning rate of 0, still 0.32."""
     checkpoint = short_base()
     everything = load_training_prompts(world)
     prompts = [p for p in everything if p.task == "rea" and p.concept == everything[0].concept][:8]
     gains = {}
-    for rate, steps in ((1e-3, 15), (1e-12, 3)):
+    for rate, steps in ((2e-3, 8), (1e-12, 1)):
         policy = JanusPolicy.from_pretrained(checkpoint)
         config = config_of(max_steps=steps, prompts_per_step=8, num_generations=8, learning_rate=rate, warmup_steps=2,
                            anchor_fraction=0.0, beta=0.0, preview_fraction=0.0, max_completion_length=16)  # fmt: skip
@@ -256,7 +256,7 @@ def test_training_raises_the_reward_and_not_training_does_not(world: Path) -> No
         before = mean_reward()
         run.train()
         gains[rate] = mean_reward() - before
-    assert gains[1e-3] > 0.15 and abs(gains[1e-12]) < 1e-6
+    assert gains[2e-3] > 0.15 and abs(gains[1e-12]) < 1e-6
 
 
 @pytest.mark.parametrize(

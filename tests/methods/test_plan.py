@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from children import ChildrenSeconds
 from helpers import all_kinds_of_prompts, environment, make_prompt
 from made import cache_folder, short_base
 from PIL import Image
@@ -95,11 +94,10 @@ def test_what_would_stop_the_run_stops_the_plan() -> None:
 
 @pytest.mark.slow
 def test_dry_run_of_the_recipe_needs_less_than_a_minute(tmp_path: Path) -> None:
-    """A process that loads everything; nothing is written, and no secret is said."""
+    """Of which importing torch and the rest takes no ten seconds; nothing is written, and no secret is said."""
     flags = ["--nodes", 4, "--zero_stage", 2, "--judge_key_env", "JUDGE_KEY", "--output_dir", tmp_path / "run"]
-    with ChildrenSeconds() as seconds:
-        out = started(cache_folder(), "sync_r1.py", "--dry_run", *flags)
-    assert seconds.used < 60
+    out, seconds = started(cache_folder(), "sync_r1.py", "--dry_run", *flags)
+    assert seconds < 50
     for words in ("zero_stage: 2", "plan: 4 nodes, 4 ranks", "sbatch --nodes=4", "in all", "lengths checked"):
         assert words in out
     assert leaks(out.encode()) == [] and not (tmp_path / "run").exists()

@@ -65,11 +65,11 @@ def whole(world: Path, rewards: RewardSet, tmp_path_factory: pytest.TempPathFact
     return Training(config, world, tmp_path_factory.mktemp("whole") / "checkpoints", rewards).to(5, saving=True)
 
 
-@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+@pytest.mark.parametrize("cut", [1, 3])
 def test_every_cut_of_a_run(cut: int, whole: Training, world: Path, tmp_path: Path) -> None:
-    """Within an epoch and across one: losses, rewards, thresholds, tokens, weights and moments after the last step."""
+    """Within an epoch and at its end: losses, rewards, thresholds, tokens, weights and moments after the last step."""
     root = tmp_path / "checkpoints"
-    shutil.copytree(whole.checkpoints.root, root)
+    shutil.copytree(whole.checkpoints.root, root, copy_function=os.link)
     resumed = Training(whole.trainer.config, world, root, whole.rewards).resume(cut)
     assert resumed.trainer.step == cut and list(resumed.to(5).record()) == list(range(cut, 5))
     assert_same(resumed, whole)
@@ -184,8 +184,8 @@ def silent(text: str) -> None:
 
 @pytest.fixture
 def run_folder(whole: Training, tmp_path: Path) -> Path:
-    """The whole run's checkpoints in a run's folder of their own."""
-    shutil.copytree(whole.checkpoints.root, tmp_path / "run" / "checkpoints")
+    """The whole run's checkpoints in a run's folder of their own: links to its files, which are never written again."""
+    shutil.copytree(whole.checkpoints.root, tmp_path / "run" / "checkpoints", copy_function=os.link)
     return tmp_path / "run"
 
 
@@ -213,7 +213,9 @@ def test_latest_is_of_the_last_numbered_run(whole: Training, run_folder: Path) -
 
 def test_a_damaged_checkpoint_is_passed_over_but_not_when_named(whole: Training, run_folder: Path) -> None:
     shard = run_folder / "checkpoints" / "step_000005" / "rank_0000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    damaged = shard.read_bytes()[:-1] + b"\x7f"
+    shard.unlink()
+    shard.write_bytes(damaged)
     said: list[str] = []
     point = resume_point(asked(whole, run_folder), said.append)
     assert point is not None and point.step == 4 and "SHA-256" in said[0]

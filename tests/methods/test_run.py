@@ -202,7 +202,7 @@ def test_the_checkpoint_is_a_model_that_has_learnt(finished: tuple[Path, str], b
 
 @pytest.mark.slow
 def test_who_is_asked_to_end_goes_on_as_if_never_asked(
-    finished: tuple[Path, str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The same command again, in a folder with a number: SIGTERM in the first step ends it with 75, and `latest` does
     the rest; the numbers and the model are those of the first run, to the last bit."""
@@ -218,11 +218,11 @@ def test_who_is_asked_to_end_goes_on_as_if_never_asked(
 
     with own_process_group(), monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", asked)
-        _, err = recipe_here(capsys, "sync_r1.py", *flags, expected=EXIT_PREEMPTED)
+        _, err = recipe_here(capfd, "sync_r1.py", *flags, expected=EXIT_PREEMPTED)
     assert "stopped after 1 steps; go on with --resume_from_checkpoint latest" in err
     assert len(rows_of(again)) == 1 and not (again / "report.html").exists()
     with own_process_group():
-        out, _ = recipe_here(capsys, "sync_r1.py", *flags, "--resume_from_checkpoint", "latest")
+        out, _ = recipe_here(capfd, "sync_r1.py", *flags, "--resume_from_checkpoint", "latest")
     assert "going on after 1 steps" in out
     timing = re.compile("seconds|time|per_second")
     first, second = ([{k: v for k, v in row.items() if not timing.search(k)} for row in rows_of(f)]

@@ -319,7 +319,7 @@ def test_no_secret_is_written_or_said(tmp_path: Path) -> None:
              "--num_generations", 2, "--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "none",
              "--judge_key_env", "JUDGE_KEY", "--reward_timeout", 6, "--sample_steps", 1]  # fmt: skip
     cache_dir = cache_folder()
-    said = started(cache_dir, "sync_r1.py", *small)
+    said, _ = started(cache_dir, "sync_r1.py", *small)
     assert leaks(said.encode()) == []
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = {path.name for path in files}
@@ -334,7 +334,7 @@ def test_no_secret_is_written_or_said(tmp_path: Path) -> None:
 def test_no_secret_in_a_dry_run_of_corl(tmp_path: Path) -> None:
     """Sync-R1's is that of test_plan.py."""
     flags = ["--dry_run", "--output_dir", tmp_path / "run", "--judge_key_env", "JUDGE_KEY"]
-    said = started(cache_folder(), "corl.py", *flags)
+    said, _ = started(cache_folder(), "corl.py", *flags)
     assert "output_dir" in said and leaks(said.encode()) == []
 
 
