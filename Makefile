@@ -13,7 +13,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train corl test test-triton test-faults test-multinode fuzz check pyright package docs bench gpu clean
+.PHONY: setup train corl test test-triton test-faults test-multinode test-processors coverage mutants fuzz check pyright \
+	package docs bench gpu clean
 
 setup: $(STAMP)
 
@@ -67,6 +68,30 @@ test-faults: setup
 # Four machines made of network namespaces, one of which is killed; needs root and iproute2.
 test-multinode: setup
 	SYNCR1_FOUR_NODES=1 $(BIN)/python -m pytest tests/campaigns/test_multinode.py -q $(ARGS)
+
+# What computes, as on another processor: PyTorch's and our own narrowest instructions, and two threads. `make test` is
+# the fourth case, this processor's widest on one thread.
+NUMERIC := $(addprefix tests/,kernels learn rollout policies forward)
+NARROW := ATEN_CPU_CAPABILITY=default SYNCR1_ISA=generic
+test-processors: setup
+	$(NARROW) $(BIN)/python -m pytest $(NUMERIC) -q -n $(JOBS) --dist worksteal $(ARGS)
+	$(NARROW) SYNCR1_TEST_THREADS=2 $(BIN)/python -m pytest $(NUMERIC) -q -n $(JOBS) --dist worksteal $(ARGS)
+	SYNCR1_TEST_THREADS=2 $(BIN)/python -m pytest $(NUMERIC) -q -n $(JOBS) --dist worksteal $(ARGS)
+
+# The share of lines that the suite runs when nothing is made already, and, for `mutants`, which test runs which line.
+coverage: setup
+	rm -rf build/made
+	COVERAGE_FILE=build/coverage $(BIN)/python -m pytest tests -q -n $(JOBS) --dist worksteal \
+		--cov=kernels --cov=engine --cov-context=test --cov-report= $(ARGS)
+	@for folder in kernels engine; do echo "$$folder: $$(COVERAGE_FILE=build/coverage $(BIN)/coverage report \
+		--include="$$folder/*" --format=total) % of its lines"; done
+
+build/coverage:
+	$(MAKE) coverage
+
+# Breaks 30 lines at random, one at a time, in a copy: how many does the suite notice? Up to ten minutes a line.
+mutants: setup build/coverage
+	$(BIN)/python tests/campaigns/mutants.py --coverage_file build/coverage --json build/mutants.json $(ARGS)
 
 # 1,000,000 inputs, new ones every time: about ten minutes of one core.
 fuzz: setup

@@ -41,8 +41,9 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> None:
-    torch.set_num_threads(1)
+def _threads_and_seed() -> None:
+    """One thread, unless a run of the suite asks for more."""
+    torch.set_num_threads(int(os.environ.get("SYNCR1_TEST_THREADS", "1")))
     torch.manual_seed(0)
 
 

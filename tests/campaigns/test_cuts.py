@@ -13,21 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, cache_folder, environment, short_base
-from helpers import world_folder as make_world
+from helpers import ROOT, environment
+from made import cache_folder, short_base
+from made import world_folder as make_world
 from safetensors.torch import load_file
 
 from syncr1.engine.checkpoints.sharded import folders
 
 
 @pytest.mark.slow
-def test_twenty_cuts(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_twenty_cuts(tmp_path: Path) -> None:
     """SIGKILL in the middle of a step, at some of twenty places; SYNCR1_ALL_CUTS=1 tries them all.
 
     tests/support/cuts.py does the same under ZeRO and on several ranks."""
     number = "20" if os.environ.get("SYNCR1_ALL_CUTS") else "2"
     script = ROOT / "tests" / "support" / "cuts.py"
-    world = str(make_world(tmp_path_factory))
+    world = str(make_world())
     command = [sys.executable, str(script), str(tmp_path / "cuts"), "--cuts", number, "--world", world]
     told = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=3000)
     assert f"{number} of {number} cuts the same" in told.stdout, told.stdout[-3000:] + told.stderr[-3000:]
@@ -37,17 +38,17 @@ def test_twenty_cuts(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -
 @pytest.mark.skipif(
     "SYNCR1_ALL_CUTS" not in os.environ, reason="SYNCR1_ALL_CUTS=1 runs it; test_faults.py has the like"
 )
-def test_the_recipe_killed_and_resumed(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_the_recipe_killed_and_resumed(tmp_path: Path) -> None:
     """SIGKILL, then the same command with `--resume_from_checkpoint latest`: one folder, the same metrics and model as
     without the kill; and the same command once more finds nothing left to do."""
-    recipe = [sys.executable, str(ROOT / "recipes" / "sync_r1.py"), "--model", str(short_base(tmp_path_factory)),
+    recipe = [sys.executable, str(ROOT / "recipes" / "sync_r1.py"), "--model", str(short_base()),
               "--max_steps", "5", "--eval_samples", "0", "--prompts_per_step", "4", "--num_generations", "4", "--seed",
               "3", "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest", "--output_dir"]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     def start(folder: Path) -> subprocess.Popen[str]:
         return subprocess.Popen([*recipe, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                env=environment(cache_folder(tmp_path_factory)), text=True)  # fmt: skip
+                                env=environment(cache_folder()), text=True)  # fmt: skip
 
     def finish(folder: Path) -> str:
         process = start(folder)

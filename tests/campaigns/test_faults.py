@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from faults import BENIGN, KINDS, STAGE_TIMEOUT
-from helpers import ROOT, environment, short_base, world_folder
+from helpers import ROOT, environment
+from made import short_base, world_folder
 from safetensors.torch import load_file
 
 from syncr1.engine.methods.training import SAVE
@@ -24,9 +25,9 @@ Case = tuple[str, list[str], list[tuple[str, int, int, str]]]
 """Folder, flags, and faults: kind, rank, step, stage."""
 
 
-def end_as_documented(factory: pytest.TempPathFactory, folder: Path, cases: list[Case]) -> None:
+def end_as_documented(folder: Path, cases: list[Case]) -> None:
     """Runs the cases in a fresh process, which checks how they end."""
-    script, base, world = ROOT / "tests" / "support" / "faults.py", short_base(factory), world_folder(factory)
+    script, base, world = ROOT / "tests" / "support" / "faults.py", short_base(), world_folder()
     command = [sys.executable, str(script), str(folder), "--base", str(base), "--world", str(world)]
     command += ["--cases", json.dumps(cases)]
     done = subprocess.run(
@@ -38,7 +39,7 @@ def end_as_documented(factory: pytest.TempPathFactory, folder: Path, cases: list
     assert all(seconds < STAGE_TIMEOUT + 60 for _, _, seconds in told), told
 
 
-def test_every_fault_ends_as_documented(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_every_fault_ends_as_documented(tmp_path: Path) -> None:
     """The last case: NaN on one rank, all skip that update; a reward fails or hangs on one, it is counted."""
     survived = [("nan", 1, 1, "rollout"), ("reward raises", 1, 2, "reward"), ("reward hangs", 0, 3, "reward")]
     assert {kind for kind, *_ in survived} == set(BENIGN) < set(KINDS)
@@ -48,12 +49,10 @@ def test_every_fault_ends_as_documented(tmp_path_factory: pytest.TempPathFactory
         ("stalls", ["--zero_stage", "3"], [("stalls", 1, 1, "rollout")]),
         ("survived", ["--zero_stage", "3"], survived),
     ]
-    end_as_documented(tmp_path_factory, tmp_path, cases)
+    end_as_documented(tmp_path, cases)
 
 
-def test_who_was_asked_to_end_goes_on_as_if_never_asked(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
+def test_who_was_asked_to_end_goes_on_as_if_never_asked(tmp_path: Path) -> None:
     """SIGUSR1 to one rank in the second step, a second start with `latest`: the weights of an undisturbed run."""
     (tmp_path / "whole" / "run").mkdir(parents=True)
     (tmp_path / "whole" / "run" / SAVE).touch()
@@ -64,7 +63,7 @@ def test_who_was_asked_to_end_goes_on_as_if_never_asked(
         ("asked", [*zero, "--resume_from_checkpoint", "latest"], []),
         ("asked", [*zero, "--resume_from_checkpoint", "latest"], []),  # nothing is left to do
     ]
-    end_as_documented(tmp_path_factory, tmp_path, cases)
+    end_as_documented(tmp_path, cases)
     weights = [(tmp_path / name / "run" / "checkpoints" / "last" / "model.safetensors").read_bytes()
                for name in ("whole", "asked")]  # fmt: skip
     assert weights[0] == weights[1]
@@ -75,7 +74,7 @@ def test_who_was_asked_to_end_goes_on_as_if_never_asked(
             for name in ("whole", "asked")]  # fmt: skip
     assert rows[0] == rows[1] and len(rows[0]) == 4
     # What the file asked for, before the first step: the model as it was, and no more than once.
-    start = load_file(short_base(tmp_path_factory) / "model.safetensors")
+    start = load_file(short_base() / "model.safetensors")
     saved = load_file(tmp_path / "whole" / "run" / "checkpoints" / "model_000000" / "model.safetensors")
     assert saved.keys() == start.keys() and all(torch.equal(saved[name], start[name]) for name in saved)
     assert not (tmp_path / "whole" / "run" / SAVE).exists()

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, cache_folder, environment, short_base
+from helpers import ROOT, environment
+from made import cache_folder, short_base
 from namespaces import INTERFACE, Cluster, cluster, missing
 
 REASON = missing()
@@ -24,13 +25,13 @@ FOUR = pytest.mark.skipif("SYNCR1_FOUR_NODES" not in os.environ, reason="four no
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return short_base(tmp_path_factory)
+def base() -> Path:
+    return short_base()
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cache_folder(tmp_path_factory)
+def cache_dir() -> Path:
+    return cache_folder()
 
 
 def start(nodes: Cluster, base: Path, cache_dir: Path, folder: Path, *flags: str) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import short_base
+from made import short_base
 from test_corl_run import photographs, small_config, tensors  # noqa: F401  # a fixture
 
 from syncr1.engine.corl.config import CorlConfig
@@ -27,8 +27,8 @@ TRAINED = ("unified", "t2i", "mcq", "oe")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return short_base(tmp_path_factory)
+def base() -> Path:
+    return short_base()
 
 
 class PowerCut(Exception):

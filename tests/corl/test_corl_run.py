@@ -14,7 +14,9 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import ROOT, cache_folder, environment, short_base, torchrun
+import warm
+from helpers import ROOT, environment
+from made import cache_folder, short_base
 from PIL import Image
 from recipe_cases import recipe_here
 from safetensors.torch import load_file
@@ -124,8 +126,8 @@ def small_config(photographs: Path, base: Path, tmp_path: Path, **changes: Any) 
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return short_base(tmp_path_factory)
+def base() -> Path:
+    return short_base()
 
 
 @pytest.mark.parametrize(
@@ -232,11 +234,11 @@ def test_one_refined_stage_and_a_merge_stand_alone(photographs: Path, base: Path
 
 
 def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(
-    photographs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """In this process; test_security.py starts the recipe's in another."""
-    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder(tmp_path_factory)))
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
     out, _ = recipe_here(
         capsys, "corl.py", "--dry_run", "--data", photographs, "--output_dir", tmp_path / "run",
         "--prompts_per_step", 2, "--refined_t2i_prompts_per_step", 2, "--refined_text_prompts_per_step", 2,
@@ -260,7 +262,7 @@ def test_two_ranks_share_samples_and_write_one_run(photographs: Path, base: Path
         "--refined_t2i_prompts_per_step", "2", "--refined_text_prompts_per_step", "2", "--max_completion_length", "8",
         "--learning_rate", "1e-3", "--eval_samples", "0", "--no_think_instruction", "--zero_stage", "3",
     ]  # fmt: skip
-    torchrun(RECIPE, *map(str, flags), cache_dir=tmp_path / "cache")
+    warm.run(RECIPE, *map(str, flags), env=environment(tmp_path / "cache"), ranks=2)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["run"]
     for name in ("unified", "t2i", "mcq", "oe"):
         assert changed(base, tmp_path / "run" / name / "checkpoints" / "last"), name

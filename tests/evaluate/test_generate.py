@@ -26,8 +26,8 @@ NUM_TRAJECTORIES = 10
 
 
 @pytest.fixture(scope="module")
-def items(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Prompt]]:
-    return few_items(tmp_path_factory)
+def items() -> dict[str, list[Prompt]]:
+    return few_items()
 
 
 @pytest.fixture(scope="module")

@@ -152,9 +152,9 @@ def test_an_interrupted_stage_1_is_not_scored(tmp_path: Path) -> None:
         score_folder(tmp_path / "nowhere")
 
 
-def test_stage_2_scores_as_the_trainer_does(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_stage_2_scores_as_the_trainer_does(tmp_path: Path) -> None:
     """The trainer's metrics over rollouts in memory and stage 2 over the folder are one code and one number."""
-    items = few_items(tmp_path_factory)
+    items = few_items()
     folder = generated(items, tmp_path / "out")
     stored = read_complete(folder)
     greedy, sampled = rollouts_of(stored, folder, with_images=True)

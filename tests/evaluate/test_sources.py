@@ -9,7 +9,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 from benchmark_files import GENEVAL, dpg, geneval
-from helpers import world_folder
+from made import world_folder
 from PIL import Image
 
 from syncr1.engine.errors import DataError
@@ -85,7 +85,7 @@ def test_a_table_of_questions_and_captions(tmp_path: Path) -> None:
         load_items(tmp_path / "none.jsonl")
 
 
-def test_unifybench(tmp_path_factory: pytest.TempPathFactory) -> None:
-    root = world_folder(tmp_path_factory)
+def test_unifybench() -> None:
+    root = world_folder()
     assert form_of(root) == "unifybench"
     assert {"rec", "vqa", "rea", "pure_gen", "dense_gen"} <= set(load_items(root))

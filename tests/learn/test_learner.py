@@ -12,6 +12,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
+import warm
 from helpers import (
     ROOT,
     everything_partitioned,
@@ -20,7 +21,6 @@ from helpers import (
     packed,
     sampled,
     sharp_policy,
-    torchrun,
     weights_of,
 )
 from torch import Tensor
@@ -252,7 +252,7 @@ def test_settings_of_deepspeed() -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, list[float]]]]:
     out = tmp_path_factory.mktemp("two_ranks")
-    torchrun(str(ROOT / "tests" / "support" / "helpers.py"), str(out))
+    warm.run(str(ROOT / "tests" / "support" / "helpers.py"), str(out), ranks=2)
     return out, json.loads((out / "results.json").read_text())
 
 

@@ -13,7 +13,8 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import own_process_group, sharp_policy, short_base, weights_of, world_folder
+from helpers import own_process_group, sharp_policy, weights_of
+from made import short_base, world_folder
 from torch import Tensor
 
 from syncr1.engine.data.prompts import load_anchors, load_training_prompts
@@ -42,8 +43,8 @@ def _process_group() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return world_folder(tmp_path_factory)
+def world() -> Path:
+    return world_folder()
 
 
 @pytest.fixture(scope="module")
@@ -233,15 +234,13 @@ def test_each_step_draws_afresh(world: Path, rewards: RewardSet) -> None:
 
 
 @pytest.mark.slow
-def test_training_raises_the_reward_and_not_training_does_not(
-    world: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """15 steps on 8 prompts from a short base: 0.30 to about 0.60; some at a learning rate of 0, still 0.30."""
-    checkpoint = short_base(tmp_path_factory)
+def test_training_raises_the_reward_and_not_training_does_not(world: Path) -> None:
+    """8 steps on 8 prompts from a short base: 0.32 to about 0.60; one at a learning rate of 0, still 0.32."""
+    checkpoint = short_base()
     everything = load_training_prompts(world)
     prompts = [p for p in everything if p.task == "rea" and p.concept == everything[0].concept][:8]
     gains = {}
-    for rate, steps in ((1e-3, 15), (1e-12, 3)):
+    for rate, steps in ((2e-3, 8), (1e-12, 1)):
         policy = JanusPolicy.from_pretrained(checkpoint)
         config = config_of(max_steps=steps, prompts_per_step=8, num_generations=8, learning_rate=rate, warmup_steps=2,
                            anchor_fraction=0.0, beta=0.0, preview_fraction=0.0, max_completion_length=16)  # fmt: skip
@@ -256,7 +255,7 @@ def test_training_raises_the_reward_and_not_training_does_not(
         before = mean_reward()
         run.train()
         gains[rate] = mean_reward() - before
-    assert gains[1e-3] > 0.15 and abs(gains[1e-12]) < 1e-6
+    assert gains[2e-3] > 0.15 and abs(gains[1e-12]) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -15,9 +13,11 @@ from typing import Any
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
+import warm
 from benchmark_files import dpg
-from helpers import ROOT, cache_folder, environment, made_once
+from helpers import ROOT, environment
 from judge_server import server
+from made import cache_folder, made_once, session_folder
 from PIL import Image
 from recipe_cases import recipe_here
 from rich.console import Console
@@ -37,21 +37,23 @@ RECIPE = str(ROOT / "recipes" / "evaluate.py")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tiny Janus in transformers' format."""
     names = [concept.name for concept in CONCEPTS]
-    return made_once(tmp_path_factory, "untrained", lambda folder: build_policy(VOCABULARY, names, seed=0).save(folder))
+    return made_once(
+        session_folder(tmp_path_factory),
+        "untrained",
+        lambda folder: build_policy(VOCABULARY, names, seed=0).save(folder),
+    )
 
 
 @pytest.fixture
-def cache_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_dir(monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the runs of this session keep the rendered world and the judge."""
-    folder = cache_folder(tmp_path_factory)
+    folder = cache_folder()
     monkeypatch.setenv("SYNCR1_CACHE", str(folder))
     return folder
 
 
-def start(cache_dir: Path, *flags: object) -> subprocess.Popen[str]:
-    command = [sys.executable, RECIPE, *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(cache_dir), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)  # fmt: skip
+def start(cache_dir: Path, *flags: object) -> warm.Program:
+    return warm.Program(RECIPE, *map(str, flags), env=environment(cache_dir))
 
 
 def photographs(root: Path) -> Path:
@@ -90,7 +92,7 @@ def test_a_killed_recipe_goes_on_to_the_same_images(
     while time.monotonic() < deadline and killed.poll() is None and not (items.is_file() and items.stat().st_size):
         time.sleep(0.01)
     killed.kill()
-    assert killed.wait(30) == -signal.SIGKILL, "it was done before it could be killed"
+    assert killed.poll() == -signal.SIGKILL, "it was done before it could be killed"
     assert 0 < len(items.read_bytes().splitlines()) < 48 and not (tmp_path / "out" / "scores.json").exists()
 
     out, err = recipe_here(capsys, "evaluate.py", *flags, "--output_dir", tmp_path / "out")
@@ -145,7 +147,7 @@ def test_what_is_wrong_is_said_without_a_traceback(
 ) -> None:
     done = start(cache_dir, "--stage", "score", "--output_dir", tmp_path / "nowhere")
     out, err = done.communicate(timeout=120)
-    assert done.returncode == 2 and "run --stage generate first" in err and "Traceback" not in err, out + err
+    assert done.poll() == 2 and "run --stage generate first" in err and "Traceback" not in err, out + err
     assert "loading torch" not in out
     (tmp_path / "concept").mkdir()
     flags = ["--model", model, "--output_dir", tmp_path / "out"]

@@ -19,8 +19,9 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, everything_partitioned, own_process_group, sharp_policy, torchrun
-from helpers import world_folder as make_world
+import warm
+from helpers import ROOT, everything_partitioned, own_process_group, sharp_policy
+from made import world_folder as make_world
 from resume_cases import FullDisk, Training, assert_same, config_of
 
 from syncr1.engine.checkpoints import sharded as checkpoint
@@ -45,8 +46,8 @@ def _process_group() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory)
+def world() -> Path:
+    return make_world()
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +65,11 @@ def whole(world: Path, rewards: RewardSet, tmp_path_factory: pytest.TempPathFact
     return Training(config, world, tmp_path_factory.mktemp("whole") / "checkpoints", rewards).to(5, saving=True)
 
 
-@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+@pytest.mark.parametrize("cut", [1, 3])
 def test_every_cut_of_a_run(cut: int, whole: Training, world: Path, tmp_path: Path) -> None:
-    """Within an epoch and across one: losses, rewards, thresholds, tokens, weights and moments after the last step."""
+    """Within an epoch and at its end: losses, rewards, thresholds, tokens, weights and moments after the last step."""
     root = tmp_path / "checkpoints"
-    shutil.copytree(whole.checkpoints.root, root)
+    shutil.copytree(whole.checkpoints.root, root, copy_function=os.link)
     resumed = Training(whole.trainer.config, world, root, whole.rewards).resume(cut)
     assert resumed.trainer.step == cut and list(resumed.to(5).record()) == list(range(cut, 5))
     assert_same(resumed, whole)
@@ -166,7 +167,7 @@ def test_two_ranks(world: Path, rewards: RewardSet, tmp_path: Path) -> None:
     """ZeRO 0, 2 and 3 on two ranks, resumed exactly; one rank's full disk ends both with the same error; and one rank
     cannot go on with what two have saved."""
     shutil.copytree(world, tmp_path / "world")
-    torchrun(str(ROOT / "tests" / "support" / "resume_cases.py"), str(tmp_path))
+    warm.run(str(ROOT / "tests" / "support" / "resume_cases.py"), str(tmp_path), ranks=2)
     assert json.loads((tmp_path / "done.json").read_text()) == {"ranks": 2}
     folder = folders(tmp_path / "zero_2")[0]
     config = config_of(zero_stage=2, num_iterations=2, resume_from_checkpoint=str(folder))
@@ -183,8 +184,8 @@ def silent(text: str) -> None:
 
 @pytest.fixture
 def run_folder(whole: Training, tmp_path: Path) -> Path:
-    """The whole run's checkpoints in a run's folder of their own."""
-    shutil.copytree(whole.checkpoints.root, tmp_path / "run" / "checkpoints")
+    """The whole run's checkpoints in a run's folder of their own: links to its files, which are never written again."""
+    shutil.copytree(whole.checkpoints.root, tmp_path / "run" / "checkpoints", copy_function=os.link)
     return tmp_path / "run"
 
 
@@ -212,7 +213,9 @@ def test_latest_is_of_the_last_numbered_run(whole: Training, run_folder: Path) -
 
 def test_a_damaged_checkpoint_is_passed_over_but_not_when_named(whole: Training, run_folder: Path) -> None:
     shard = run_folder / "checkpoints" / "step_000005" / "rank_0000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    damaged = shard.read_bytes()[:-1] + b"\x7f"
+    shard.unlink()
+    shard.write_bytes(damaged)
     said: list[str] = []
     point = resume_point(asked(whole, run_folder), said.append)
     assert point is not None and point.step == 4 and "SHA-256" in said[0]

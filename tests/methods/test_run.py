@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,12 +16,17 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
+import warm
 import yaml
 from children import ChildrenSeconds
-from helpers import ROOT, cache_folder, environment, short_base, torchrun
+from helpers import ROOT, environment, own_process_group, torchrun
+from made import cache_folder, short_base
 from PIL import Image
+from recipe_cases import recipe_here
 from skimage import data
 
+from syncr1.engine.errors import EXIT_PREEMPTED
+from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.policies.janus import JanusPolicy
 
 RECIPE = str(ROOT / "recipes" / "sync_r1.py")
@@ -28,31 +34,30 @@ SMALL = ["--prompts_per_step", "4", "--num_generations", "4", "--warmup_steps", 
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_dir() -> Path:
     """Where the runs of this session keep the rendered world and the judge."""
-    return cache_folder(tmp_path_factory)
+    return cache_folder()
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return short_base(tmp_path_factory)
+def base() -> Path:
+    return short_base()
 
 
-def start(cache_dir: Path, *flags: str) -> subprocess.Popen[str]:
-    # A shell's background jobs ignore Ctrl-C, and hand that on to what they start.
-    return subprocess.Popen([sys.executable, RECIPE, *flags], cwd=ROOT, env=environment(cache_dir), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+def start(cache_dir: Path, *flags: str) -> warm.Program:
+    return warm.Program(RECIPE, *flags, env=environment(cache_dir))
 
 
-def run(cache_dir: Path, *flags: str, expected: int = 0, timeout: float = 600) -> tuple[str, str]:
-    process = start(cache_dir, *flags)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == expected, out[-3000:] + err[-6000:]
-    return out, err
+def run(cache_dir: Path, *flags: str, expected: int = 0) -> tuple[str, str]:
+    return warm.run(RECIPE, *flags, env=environment(cache_dir), expected=expected)
+
+
+def run_cold(cache_dir: Path, *flags: str, expected: int = 0, timeout: float = 600) -> tuple[str, str]:
+    """As a user starts it: an interpreter of its own."""
+    done = subprocess.run([sys.executable, RECIPE, *flags], cwd=ROOT, env=environment(cache_dir), text=True,
+                          capture_output=True, timeout=timeout, check=False)  # fmt: skip
+    assert done.returncode == expected, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout, done.stderr
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -96,7 +101,7 @@ def photo_folder(root: Path) -> Path:
 def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
     """Exit code 2, the nearest flag named, and torch is not even imported."""
     with ChildrenSeconds() as seconds:
-        out, err = run(cache_dir, "--max_stpes", "3", expected=2, timeout=60)
+        out, err = run_cold(cache_dir, "--max_stpes", "3", expected=2, timeout=60)
     assert seconds.used < 3
     assert "did you mean --max_steps?" in err and "loading torch" not in out and "Traceback" not in err
 
@@ -112,7 +117,7 @@ def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
 )
 def test_a_setting_that_cannot_work_is_refused(cache_dir: Path, tmp_path: Path, flags: list[str], said: str) -> None:
     flags = [str(tmp_path / "absent") if flag == "ABSENT" else flag for flag in flags]
-    _, err = run(cache_dir, *flags, expected=2, timeout=60)
+    _, err = run(cache_dir, *flags, expected=2)
     assert said in err and "Traceback" not in err
 
 
@@ -122,8 +127,8 @@ def test_a_setting_that_cannot_work_is_refused(cache_dir: Path, tmp_path: Path, 
 @pytest.fixture(scope="module")
 def finished(cache_dir: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    out, _ = run(cache_dir, "--model", str(base), "--max_steps", "2", "--eval_samples", "8", "--sample_steps", "1",
-                 "--output_dir", str(folder), *SMALL)  # fmt: skip
+    out, _ = run_cold(cache_dir, "--model", str(base), "--max_steps", "2", "--eval_samples", "8", "--sample_steps", "1",
+                      "--output_dir", str(folder), *SMALL)  # fmt: skip
     return folder, out
 
 
@@ -196,27 +201,35 @@ def test_the_checkpoint_is_a_model_that_has_learnt(finished: tuple[Path, str], b
 
 
 @pytest.mark.slow
-def test_a_second_run_neither_overwrites_nor_differs(finished: tuple[Path, str], cache_dir: Path, base: Path) -> None:
-    """The same command again: a folder with a number, and the same numbers to the last digit."""
+def test_who_is_asked_to_end_goes_on_as_if_never_asked(
+    finished: tuple[Path, str], cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same command again, in a folder with a number: SIGTERM in the first step ends it with 75, and `latest` does
+    the rest; the numbers and the model are those of the first run, to the last bit."""
     folder, _ = finished
-    run(
-        cache_dir,
-        "--config",
-        str(folder / "config.yaml"),
-        "--eval_samples",
-        "0",
-        "--max_steps",
-        "1",
-        "--sample_steps",
-        "0",
-    )
     again = folder.with_name("run-2")
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_dir))
+    flags = ("--config", folder / "config.yaml", "--eval_samples", 0, "--sample_steps", 0)
+    trained = Trainer.train_step
+
+    def asked(self: Trainer) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return trained(self)
+
+    with own_process_group(), monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", asked)
+        _, err = recipe_here(capfd, "sync_r1.py", *flags, expected=EXIT_PREEMPTED)
+    assert "stopped after 1 steps; go on with --resume_from_checkpoint latest" in err
+    assert len(rows_of(again)) == 1 and not (again / "report.html").exists()
+    with own_process_group():
+        out, _ = recipe_here(capfd, "sync_r1.py", *flags, "--resume_from_checkpoint", "latest")
+    assert "going on after 1 steps" in out
     timing = re.compile("seconds|time|per_second")
-    first, second = ({k: v for k, v in rows_of(f)[0].items() if not timing.search(k)} for f in (folder, again))
-    # One step instead of two: the schedule is another one, the first step's draws and gradients are not.
-    assert {k: v for k, v in first.items() if k != "learning_rate"} == {
-        k: v for k, v in second.items() if k != "learning_rate"
-    }
+    first, second = ([{k: v for k, v in row.items() if not timing.search(k)} for row in rows_of(f)]
+                     for f in (folder, again))  # fmt: skip
+    assert first == second and len(first) == 2
+    models = [(f / "checkpoints" / "last" / "model.safetensors").read_bytes() for f in (folder, again)]
+    assert models[0] == models[1]
     assert not (again / "samples").exists() and (again / "report.html").is_file()
 
 
@@ -245,7 +258,7 @@ def test_ctrl_c_ends_with_scores_and_a_report(cache_dir: Path, base: Path, tmp_p
         out, err = process.communicate(timeout=240)
     finally:
         process.kill()
-    assert process.returncode == 0, out[-3000:] + err[-3000:]
+    assert process.poll() == 0, out[-3000:] + err[-3000:]
     assert "stopped at step" in out and "Traceback" not in err
     assert 2 <= len(rows_of(folder)) < 500
     scores = json.loads((folder / "scores.json").read_text())

@@ -1,12 +1,18 @@
-"""watchdog.py on one rank; what it does over ranks is in test_faults.py."""
+"""watchdog.py on one rank, and a rank that dies beside another; all other faults over ranks are in test_faults.py."""
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
+import warm
+from made import short_base, world_folder
 
-from syncr1.engine.errors import EXIT_STALLED
+from syncr1.engine.errors import EXIT_FAILED, EXIT_STALLED
 from syncr1.engine.processes import watchdog
 from syncr1.engine.processes.watchdog import Beat, Watchdog
 
@@ -73,3 +79,14 @@ def test_an_error_passes_through() -> None:
 def test_beats_are_read_as_told() -> None:
     beat = Beat(7, 3, "step 1, rollout")
     assert Beat.read(beat.text().encode()) == beat
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_by_the_other(tmp_path: Path) -> None:
+    """In a real run; what was saved before is whole."""
+    cases = [("killed", ["--zero_stage", "2"], [("killed", 1, 1, "update")])]
+    script = str(warm.ROOT / "tests" / "support" / "faults.py")
+    folders = ("--base", str(short_base()), "--world", str(world_folder()))
+    out, _ = warm.run(script, str(tmp_path), *folders, "--cases", json.dumps(cases))
+    ((name, codes, _),) = [json.loads(line) for line in out.splitlines() if line.startswith("[")]
+    assert name == "killed" and codes == [EXIT_FAILED, -9]

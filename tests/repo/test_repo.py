@@ -69,10 +69,9 @@ def test_imports_are_relative_within_a_package_and_absolute_across() -> None:
     assert wrong == []
 
 
-def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+@cache
+def calls(tree: ast.Module) -> list[tuple[str, ast.Call]]:
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
 def keywords(call: ast.Call) -> dict[str, str]:

@@ -22,7 +22,8 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import ROOT, cache_folder, environment, short_base
+from helpers import ROOT, environment
+from made import cache_folder, short_base
 from recipe_cases import SECRETS, leaks, started
 from safetensors import SafetensorError
 from small_emu3 import sharp_emu3
@@ -304,14 +305,14 @@ def test_addresses_that_hold_a_secret_are_refused(config: type[Any], url: str) -
 
 
 @pytest.mark.slow
-def test_no_secret_is_written_or_said(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_no_secret_is_written_or_said(tmp_path: Path) -> None:
     """A run of one step with a judge that cannot be reached: log, settings, samples, report, card and checkpoints."""
-    base, out = short_base(tmp_path_factory), tmp_path / "run"
+    base, out = short_base(), tmp_path / "run"
     small = ["--model", base, "--output_dir", out, "--max_steps", 1, "--eval_samples", 0, "--prompts_per_step", 2,
              "--num_generations", 2, "--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "none",
              "--judge_key_env", "JUDGE_KEY", "--reward_timeout", 6, "--sample_steps", 1]  # fmt: skip
-    cache_dir = cache_folder(tmp_path_factory)
-    said = started(cache_dir, "sync_r1.py", *small)
+    cache_dir = cache_folder()
+    said, _ = started(cache_dir, "sync_r1.py", *small)
     assert leaks(said.encode()) == []
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = {path.name for path in files}
@@ -323,10 +324,10 @@ def test_no_secret_is_written_or_said(tmp_path: Path, tmp_path_factory: pytest.T
 
 
 @pytest.mark.slow
-def test_no_secret_in_a_dry_run_of_corl(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_no_secret_in_a_dry_run_of_corl(tmp_path: Path) -> None:
     """Sync-R1's is that of test_plan.py."""
     flags = ["--dry_run", "--output_dir", tmp_path / "run", "--judge_key_env", "JUDGE_KEY"]
-    said = started(cache_folder(tmp_path_factory), "corl.py", *flags)
+    said, _ = started(cache_folder(), "corl.py", *flags)
     assert "output_dir" in said and leaks(said.encode()) == []
 
 

@@ -21,9 +21,10 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import torch
 from helpers import everything_partitioned, sharp_policy
-from kills import be_rank, free_port, preload
+from kills import be_rank, preload
 from resume_cases import Training, config_of
 from safetensors.torch import load_file, save_file
+from warm import free_port
 
 from syncr1.engine.checkpoints import sharded as checkpoint
 from syncr1.engine.checkpoints.sharded import newest

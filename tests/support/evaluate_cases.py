@@ -8,9 +8,8 @@ from pathlib import Path
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
-import pytest
 import torch
-from helpers import world_folder
+from made import world_folder
 from torch import Tensor
 
 from syncr1.engine.data.prompts import load_benchmark
@@ -32,9 +31,9 @@ def policy(seed: int = 0) -> JanusPolicy:
     return build_policy(VOCABULARY, [concept.name for concept in CONCEPTS], seed=seed).eval()
 
 
-def few_items(factory: pytest.TempPathFactory) -> dict[str, list[Prompt]]:
+def few_items() -> dict[str, list[Prompt]]:
     """Six prompts, ten trajectories with SETTINGS: answers, chains and drawings."""
-    chosen = select(load_benchmark(world_folder(factory)), ("rec", "rea", "pure_gen"), 2)
+    chosen = select(load_benchmark(world_folder()), ("rec", "rea", "pure_gen"), 2)
     return {
         **chosen,
         "rec": chosen["rec"][:1],

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
 import sys
 import traceback
 from bisect import bisect_left
@@ -25,7 +24,8 @@ from unittest.mock import patch
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import torch
-from helpers import CHAIN, LONG_CHAIN, environment, make_prompt, world_photo
+import warm
+from helpers import CHAIN, LONG_CHAIN, make_prompt, world_photo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -307,9 +307,7 @@ def fork(num_ranks: int, folder: Path, cells: Sequence[Cell]) -> None:
 def measured(cells: Sequence[Cell], folder: Path, timeout: float) -> dict[str, dict[str, Any]]:
     """The worker's results by the cells' names."""
     (folder / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
-    command = [sys.executable, __file__, str(folder), str(folder / "cells.json")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    warm.run(__file__, str(folder), str(folder / "cells.json"), timeout=timeout)
     results: dict[str, dict[str, Any]] = {}
     for path in folder.glob("results-*.json"):
         results |= json.loads(path.read_text())

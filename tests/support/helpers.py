@@ -1,19 +1,17 @@
 """Real small policies, trajectories, photos and processes for the tests of the engine; as a script, one rank of two.
 
-`torchrun --nproc_per_node 2 tests/support/helpers.py OUT` is the worker of `test_learner.py`.
+`helpers.py OUT` on two ranks is the worker of `test_learner.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import fcntl
 import gc
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,11 +20,11 @@ from typing import Any
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
+from warm import environment
 
 from syncr1.engine.forward.packing import pack
 from syncr1.engine.policies.janus import JanusPolicy
@@ -34,7 +32,7 @@ from syncr1.engine.records import PackedBatch, Prompt, Rollout, Segment, Segment
 from syncr1.engine.rollout.preview_gate import PreviewGate
 from syncr1.engine.rollout.sampler import Sampling, generate
 from syncr1.engine.world.attributes import CONCEPTS, LOOKS
-from syncr1.engine.world.base_model import BaseSettings, corpus, train_base
+from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.render import render
 from syncr1.engine.world.tiny_janus import build_policy
 
@@ -214,58 +212,6 @@ class Gate(PreviewGate):
         return torch.full_like(scores, float("nan")) if self._nan else scores
 
 
-# Shared by a session --------------------------------------------------------------------------------------------------
-
-
-def session_folder(factory: pytest.TempPathFactory) -> Path:
-    """One for all processes of a session: those of xdist keep theirs below it."""
-    folder = factory.getbasetemp()
-    return folder.parent if folder.name.startswith("popen-gw") else folder
-
-
-def cache_folder(factory: pytest.TempPathFactory) -> Path:
-    """`SYNCR1_CACHE` of a session's runs: where they keep the rendered world and the judge."""
-    return session_folder(factory) / "cache"
-
-
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder of the session, made in full by whichever test of whichever process asks first."""
-    folder = session_folder(factory) / name
-    with folder.with_name(f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            draft = folder.with_name(f"{name}.draft")
-            shutil.rmtree(draft, ignore_errors=True)  # of a test that failed in the midst of it
-            make(draft)
-            draft.rename(folder)
-    return folder
-
-
-def world_folder(factory: pytest.TempPathFactory) -> Path:
-    """The rendered world, as a run without `--data` makes it."""
-    from syncr1.engine.world.disk import write_world
-    from syncr1.engine.world.general import write_general
-
-    return made_once(factory, "world", lambda folder: write_general(write_world(folder)))
-
-
-def short_base(factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that has learnt a little: seconds instead of the whole base."""
-
-    def make(folder: Path) -> None:
-        losses: list[float] = []
-        train_base(BaseSettings(steps=60, photo_pool=400), lambda _, loss: losses.append(loss)).save(folder)
-        (folder.parent / "short_base.json").write_text(json.dumps(losses))
-
-    return made_once(factory, "short_base", make)
-
-
-def losses_of_short_base(factory: pytest.TempPathFactory) -> list[float]:
-    """Of steps 0, 25, 50 and 59."""
-    losses: list[float] = json.loads(short_base(factory).with_suffix(".json").read_text())
-    return losses
-
-
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
@@ -302,13 +248,6 @@ def everything_partitioned() -> Iterator[None]:
         yield
     finally:
         learner.deepspeed_config = original
-
-
-def environment(cache_dir: Path | None = None) -> dict[str, str]:
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
-    clean = {name: value for name, value in os.environ.items() if name not in launcher}
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "COLUMNS": "100"}
-    return clean | threads | ({} if cache_dir is None else {"SYNCR1_CACHE": str(cache_dir)})
 
 
 def torchrun(*arguments: str, cache_dir: Path | None = None, timeout: float = 600) -> str:

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import struct
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
+from warm import free_port
 
 from syncr1.engine.checkpoints.saver import Saver
 from syncr1.engine.checkpoints.sharded import LATEST, Checkpoint, folders, newest, save, verified
@@ -113,12 +113,6 @@ def _killed_once(
         told = TOLD.unpack(data)
     os.close(reader)
     return told
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def be_rank(rank: int, ranks: int, port: int) -> None:

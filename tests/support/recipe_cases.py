@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import runpy
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import transformers
+import warm
 from helpers import ROOT, environment
 
 SECRETS = {
@@ -29,13 +29,13 @@ SECRETS = {
 }
 
 
-def started(cache_dir: Path, recipe: str, *flags: object) -> str:
-    """What a recipe says, with secrets in its environment."""
-    command = [sys.executable, str(ROOT / "recipes" / recipe), *map(str, flags)]
+def started(cache_dir: Path, recipe: str, *flags: object) -> tuple[str, float]:
+    """What a recipe says, with secrets in its environment, and the seconds of a core that it takes beside imports."""
     planted = {**environment(cache_dir), **SECRETS, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    done = subprocess.run(command, cwd=ROOT, env=planted, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
+    program = warm.Program(str(ROOT / "recipes" / recipe), *map(str, flags), env=planted)
+    said = "".join(program.communicate(timeout=600))
+    assert program.poll() == 0, said[-6000:]
+    return said, program.seconds()
 
 
 def leaks(text: bytes) -> list[str]:

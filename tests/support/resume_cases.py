@@ -1,6 +1,6 @@
 """A small training that can be stopped and resumed anywhere; as a script, one rank of two that does so.
 
-`torchrun --nproc_per_node 2 tests/support/resume_cases.py OUT` is the worker of `test_resume.py`.
+`resume_cases.py OUT` on two ranks is the worker of `test_resume.py`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class FullDisk:
 def fails_together(training: Training) -> None:
     """One rank's disk is full: both get the same error, and what was there stays."""
     before = [path.name for path in folders(training.checkpoints.root)]
-    training.to(training.trainer.step + 1)
+    training.trainer.step += 1
     real = checkpoint.os
     try:
         if dist.get_rank() == 1:
@@ -137,15 +137,15 @@ def fails_together(training: Training) -> None:
 
 
 def main(folder: Path) -> None:
-    """Under ZeRO 0, 2 and 3: four steps at a stretch, and the last two again from a checkpoint."""
+    """Under ZeRO 0, 2 and 3: three steps at a stretch, and the last two again from a checkpoint."""
     torch.set_num_threads(1)
     init_distributed()
     world = folder / "world"
     rewards = build_reward_set(config_of(), sharp_policy(), load_training_prompts(world))
     for stage in (0, 2, 3):
         config, root = config_of(zero_stage=stage, num_iterations=2 if stage == 2 else 1), folder / f"zero_{stage}"
-        whole = Training(config, world, root, rewards).to(2, saving=True).to(4)
-        resumed = Training(config, world, root, rewards).resume(2).to(4)
+        whole = Training(config, world, root, rewards).to(1, saving=True).to(3)
+        resumed = Training(config, world, root, rewards).resume(1).to(3)
         assert_same(resumed, whole)
         fails_together(resumed)
     if dist.get_rank() == 0:

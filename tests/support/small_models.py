@@ -15,7 +15,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import made_once
+from made import made_once, session_folder
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -54,7 +54,7 @@ BLIP_SIZE, CLIP_SIZE, CLIP_POSITIONS = 48, 32, 77
 
 def saved(build: Callable[[Path], Path], factory: pytest.TempPathFactory) -> Path:
     """The folder of `build`, made once in a session by whichever test asks first."""
-    return made_once(factory, build.__name__, build)
+    return made_once(session_folder(factory), build.__name__, build)
 
 
 def seeded(make: Callable[[], PreTrainedModel], *, spread: float = 0.1, seed: int = 0) -> PreTrainedModel:

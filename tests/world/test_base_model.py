@@ -10,7 +10,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import numpy as np
 import pytest
 import torch
-from helpers import losses_of_short_base
+from made import losses_of_short_base
 
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import Rollout
@@ -43,9 +43,9 @@ def test_same_settings_give_the_same_weights() -> None:
     assert not any("vqmodel" in name for name in moved)
 
 
-def test_the_loss_falls(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_loss_falls() -> None:
     """A short training already halves the loss, so that the whole one is not luck."""
-    losses = losses_of_short_base(tmp_path_factory)
+    losses = losses_of_short_base()
     assert len(losses) == 4 and losses[2] < 0.6 * losses[0] and losses[3] < 0.6 * losses[0]
 
 

@@ -1,0 +1,189 @@
+"""Programs as forks of a process that has imported everything: they start in a tenth of a second, not in seven.
+
+For tests of what a program does.  How it starts (flags before torch, a launcher) is for a process of its own.  As a
+script this is the process that is forked: it reads a line of JSON for each program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+IMPORTED = (
+    *("syncr1.engine.methods.sync_r1", "syncr1.engine.corl.run", "syncr1.engine.methods.evaluation"),
+    *("syncr1.engine.methods.dry_run", "syncr1.engine.data.samples", "syncr1.engine.world.embedded"),
+    *("gradient_cases", "resume_cases", "deepspeed.runtime.zero.stage3"),
+)
+
+
+def environment(cache_dir: Path | None = None) -> dict[str, str]:
+    """This process's, without what a launcher tells a rank."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
+    clean = {name: value for name, value in os.environ.items() if name not in launcher}
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "COLUMNS": "100"}
+    return clean | threads | ({} if cache_dir is None else {"SYNCR1_CACHE": str(cache_dir)})
+
+
+class Program:
+    """A script that runs, as one process or as several ranks; like `subprocess.Popen`."""
+
+    def __init__(self, script: str, *flags: str, env: dict[str, str], ranks: int = 1, cwd: Path = ROOT) -> None:
+        self._folder, port = tempfile.TemporaryDirectory(), free_port()
+        self._paths = [Path(self._folder.name, str(rank)) for rank in range(ranks)]
+        for rank, path in enumerate(self._paths):
+            launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+            more = {name: str(value) for name, value in launcher.items()} if ranks > 1 else {}
+            asked = {"argv": [script, *flags], "env": env | more, "cwd": str(cwd), "path": str(path)}
+            _forks().write(json.dumps(asked) + "\n")
+        self.pids = [int(_awaited(path.with_suffix(".pid"))) for path in self._paths]
+
+    def poll(self) -> int | None:
+        """The exit code once all have ended: the first that is not 0, negative for a signal."""
+        codes = [_told(path.with_suffix(".code")) for path in self._paths]
+        failed = [int(code) for code in codes if code and int(code)]
+        return None if "" in codes and not failed else next(iter(failed), 0)
+
+    def seconds(self) -> float:
+        """Of a core, that it used until it ended, its imports not counted."""
+        return sum(float(_told(path.with_suffix(".seconds"))) for path in self._paths)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pids[0], number)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Stdout and stderr, of all ranks one after the other; ends what does not end in time, or whose peer failed."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        late = self.poll() is None
+        self.kill()
+        out, err = ("".join(path.with_suffix(end).read_text() for path in self._paths) for end in (".out", ".err"))
+        if late:
+            raise TimeoutError(f"{self._paths}: not ended after {timeout} s\n{out[-3000:]}{err[-3000:]}")
+        return out, err
+
+    def kill(self) -> None:
+        for path, pid in zip(self._paths, self.pids, strict=True):
+            if not _told(path.with_suffix(".code")):
+                os.kill(pid, signal.SIGKILL)
+                _awaited(path.with_suffix(".code"))
+
+
+def run(script: str, *flags: str, env: dict[str, str] | None = None, ranks: int = 1, expected: int = 0,
+        timeout: float = 600) -> tuple[str, str]:  # fmt: skip
+    """Stdout and stderr of a script that ends as expected."""
+    program = Program(script, *flags, env=environment() if env is None else env, ranks=ranks)
+    out, err = program.communicate(timeout)
+    assert program.poll() == expected, f"exit code {program.poll()}\n{out[-3000:]}{err[-6000:]}"
+    print(f"{program.seconds():.1f} s of a core: {Path(script).name} {' '.join(flags)}")
+    return out, err
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@cache
+def _forks() -> Any:
+    """Where the one process that is forked reads what to run; it ends with this one."""
+    command = [sys.executable, __file__]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, bufsize=1, stdin=subprocess.PIPE)
+    atexit.register(process.kill)
+    return process.stdin
+
+
+def _told(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _awaited(path: Path, seconds: float = 120) -> str:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path}: the process that is forked does not answer"
+        time.sleep(0.01)
+    return path.read_text()
+
+
+# The process that is forked -------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    before = set(os.environ)
+    for name in IMPORTED:
+        importlib.import_module(name)
+    importlib.import_module("kills").preload()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a guard ended
+    set_by_imports = {name: value for name, value in os.environ.items() if name not in before}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        asked["env"] = set_by_imports | asked["env"]
+        if os.fork() == 0:
+            _guard(**asked)
+
+
+def _guard(argv: list[str], env: dict[str, str], cwd: str, path: str) -> None:
+    """Starts the program, and writes how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child == 0:
+        _become(argv, env, cwd, Path(path))
+    _write(Path(path).with_suffix(".pid"), child)
+    _, status, used = os.wait4(child, 0)
+    _write(Path(path).with_suffix(".seconds"), used.ru_utime + used.ru_stime)
+    _write(Path(path).with_suffix(".code"), os.waitstatus_to_exitcode(status))
+    os._exit(0)
+
+
+def _write(path: Path, value: float) -> None:
+    draft = path.with_suffix(".draft")
+    draft.write_text(str(value))
+    draft.rename(path)
+
+
+def _become(argv: list[str], env: dict[str, str], cwd: str, path: Path) -> None:
+    """What a new interpreter would do with the script, up to its end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, end in enumerate((".out", ".err"), start=1):
+        os.dup2(os.open(path.with_suffix(end), os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv, code = argv, 0
+    sys.path[0] = str(Path(argv[0]).parent)
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
