@@ -8,7 +8,7 @@ Only what a training can use is loaded: answers need no captioner.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from ..errors import ConfigError
 from ..methods.sync_r1_parts import remote_judge
 from ..policies.base import Policy
-from ..records import SegmentKind
+from ..records import MODALITY_NAMES, SegmentKind
 from ..rewards.builtin.accuracy import AccuracyReward
 from ..rewards.builtin.captioner import BlipCaptioner, Captioner, PolicyCaptioner
 from ..rewards.builtin.clip import ClipImageReward, ClipScorer, ClipTextReward
@@ -63,14 +63,14 @@ class RewardParts:
         self.config, self.frozen, self.device, self.report = config, frozen, device, report
         self._made: dict[str, RewardFunction] = {}
 
-    def of(self, training: Training, policy: Policy) -> RewardSet:
-        """The rewards that apply to a training of `policy`, with their weights.
+    def of(self, training: Training, policy: Policy, asked: Collection[SegmentKind] = MODALITY_NAMES) -> RewardSet:
+        """The rewards that apply to a training of `policy` whose prompts ask for `asked`, with their weights.
 
         Raises:
             ConfigError: none of them applies, two have one name, or one judges neither text nor images.
         """
         config = self.config
-        wanted = SEGMENTS[training]
+        wanted = tuple(kind for kind in SEGMENTS[training] if kind in asked)
         columns: list[tuple[str, RewardFunction, float, str]] = []
         for spec in config.reward_funcs:
             weight = config.weight_of(spec, training)

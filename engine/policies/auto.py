@@ -28,8 +28,10 @@ def policy_class(name: str | Path) -> type[Policy]:
     Raises:
         ConfigError: there is no configuration, or no policy is known for its `model_type`.
     """
-    # The file alone: transformers refuses types that it does not know with an error of its own.
-    settings, _ = PreTrainedConfig.get_config_dict(str(name))
+    try:  # the file alone: transformers refuses types that it does not know with an error of its own
+        settings, _ = PreTrainedConfig.get_config_dict(str(name))
+    except OSError as error:
+        raise _not_there(name, error) from error
     kind = settings.get("model_type")
     if kind in KNOWN:
         return KNOWN[kind]
@@ -43,6 +45,11 @@ def policy_class(name: str | Path) -> type[Policy]:
     )
 
 
+def model_draws(name: str | Path | None) -> bool:
+    """Whether a checkpoint's policy has an image vocabulary; None: the tiny base, which has. No weights are read."""
+    return name is None or policy_class(name) is not CausalLMPolicy
+
+
 def load_policy(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Policy:
     """The model in a checkpoint folder or under a hub name; safetensors only, no remote code.
 
@@ -53,7 +60,13 @@ def load_policy(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Poli
     Raises:
         ConfigError: no policy is known for it, its own policy refuses it, or a file is missing.
     """
+    policy = policy_class(name)
     try:
-        return policy_class(name).from_pretrained(name, dtype=dtype)
-    except OSError as error:  # what transformers raises for absent files, and names that the hub has not
-        raise ConfigError(f"model: {name} could not be loaded: {error}") from error
+        return policy.from_pretrained(name, dtype=dtype)
+    except OSError as error:
+        raise _not_there(name, error) from error
+
+
+def _not_there(name: str | Path, error: OSError) -> ConfigError:
+    """transformers raises OSError for absent files, and for names that the hub does not have."""
+    return ConfigError(f"model: {name} could not be loaded: {error}")

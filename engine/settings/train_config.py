@@ -196,6 +196,7 @@ class TrainConfig:
         "num_train_epochs": "set max_steps",
         "epsilon_low": "set epsilon",
         "reward_weights": "set identity_weight, judge_weight and text_weight",
+        "reward_funcs": "recipes/corl.py takes reward functions, of your own too, and prompts that ask for text alone",
         "vllm_mode": "rollouts are the engine's own",
         "use_vllm": "rollouts are the engine's own",
     }
