@@ -109,24 +109,26 @@ class RewardParts:
         if name == "tim" and self.config.tim_policy == "live":
             return TextImageMatching(policy)
         if name not in self._made:
-            self._made[name] = self._make(name)
+            self._made[name] = self.makers()[name]()
         return self._made[name]
 
-    def _make(self, name: str) -> RewardFunction:
-        config = self.config
-        if name == "cycle":
-            return self._cycle()
-        if name == "tim":
-            return TextImageMatching(self.frozen)
-        if name == "accuracy":
-            return AccuracyReward(config.accuracy_variant)
-        if name == "judge":
-            judge = remote_judge(config)
-            assert judge is not None  # the settings were checked
-            return judge
-        if name in ("clip_text", "clip_image"):
-            return ClipTextReward(self._clip) if name == "clip_text" else ClipImageReward(self._clip)
-        return format_reward if name == "format" else text_reward
+    def makers(self) -> dict[str, Callable[[], RewardFunction]]:
+        """Name -> what makes it, for each of IMAGE_REWARDS and TEXT_REWARDS; called at first use."""
+        return {
+            "cycle": self._cycle,
+            "tim": lambda: TextImageMatching(self.frozen),
+            "clip_text": lambda: ClipTextReward(self._clip),
+            "clip_image": lambda: ClipImageReward(self._clip),
+            "judge": self._judge,
+            "accuracy": lambda: AccuracyReward(self.config.accuracy_variant),
+            "format": lambda: format_reward,
+            "bleu": lambda: text_reward,
+        }
+
+    def _judge(self) -> RewardFunction:
+        judge = remote_judge(self.config)
+        assert judge is not None  # the settings were checked
+        return judge
 
     @cached_property
     def _clip(self) -> ClipScorer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -17,7 +16,7 @@ from .causal_lm import CausalLMPolicy
 from .emu3 import Emu3Policy
 from .janus import JanusPolicy
 
-KNOWN: Mapping[str, type[Policy]] = {"emu3": Emu3Policy, "janus": JanusPolicy}
+KNOWN: dict[str, type[Policy]] = {"emu3": Emu3Policy, "janus": JanusPolicy}
 """`model_type` -> policy of the models that draw; a type that transformers knows as a text decoder has CausalLMPolicy,
 which itself says why it cannot take one."""
 
