@@ -2,6 +2,7 @@
 
 python recipes/corl.py                                      the embedded default: no model, no data, no GPU needed
 python recipes/corl.py --model JANUS --data DATA            a Janus checkpoint on x2x_rft_22k or your own data
+python recipes/corl.py --model QWEN --data DATA --reward_funcs accuracy my.py:function     a language model on questions
 python recipes/corl.py --stage mcq --model FOLDER ...       one refined run alone
 python recipes/corl.py --strategy separate                  the paper's pilot study: two models, one a skill
 python recipes/corl.py --help                               every setting

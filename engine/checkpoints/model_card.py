@@ -20,6 +20,8 @@ from ..show.scores import Scores, measures_in, score_rows, show_change, show_sco
 CARD = "README.md"
 REDACTED = "[redacted]"
 ANY_MODEL = "AutoModelForMultimodalLM"
+TEXT_ONLY = "ForCausalLM"
+"""How transformers' classes of text decoders end."""
 MAX_VALUE = 200
 """Characters of a setting's value that are shown."""
 
@@ -72,11 +74,13 @@ def write_model_card(
     """
     folder = Path(folder)
     title = checkpoint_label(folder)
-    matter = _front_matter(base_model, data, merged_from, adapter, license)
+    model_class = _model_class(Path(base_model or folder) if adapter else folder)
+    draws = not model_class.endswith(TEXT_ONLY)
+    matter = _front_matter(base_model, data, merged_from, adapter, license, draws)
     sections = [
         f"# {_plain(title)}",
-        _summary(base_model, method, data, merged_from, adapter),
-        _loading(folder, base_model, adapter),
+        _summary(base_model, method, data, merged_from, adapter, draws),
+        _loading(folder, model_class, base_model, adapter),
         _score_section(before, after),
         _settings_section(config),
         _limits(before, after),
@@ -125,6 +129,7 @@ def _front_matter(
     merged_from: Sequence[str | Path] | None,
     adapter: bool,
     license: str | None,
+    draws: bool,
 ) -> str:
     """YAML of what the hub knows; names that it does not have (folders) would make its page fail, so they stay out.
 
@@ -143,8 +148,8 @@ def _front_matter(
         base_model=parents[0] if len(parents) == 1 else parents or None,
         base_model_relation=relation if parents else None,
         datasets=[str(data)] if is_hub_name(data) else None,
-        pipeline_tag="any-to-any",
-        tags=["syncr1", "multimodal", "text-to-image", "image-text-to-text", *tags],
+        pipeline_tag="any-to-any" if draws else "text-generation",
+        tags=["syncr1", *(["multimodal", "text-to-image", "image-text-to-text"] if draws else []), *tags],
     )
     return matter.to_yaml(original_order=["library_name", "license", "base_model", "base_model_relation"])
 
@@ -155,6 +160,7 @@ def _summary(
     data: str | Path | None,
     merged_from: Sequence[str | Path] | None,
     adapter: bool,
+    draws: bool,
 ) -> str:
     """What it is, in one paragraph."""
     base = "weights drawn at random" if base_model is None else _code(model_name(base_model))
@@ -162,7 +168,8 @@ def _summary(
         models = ", ".join(_code(model_name(model)) for model in merged_from)
         words = f"A merge ({_plain(method)}) of {models}, relative to their common base {base}."
     else:
-        words = f"A unified multimodal model, it answers and draws; trained with {_plain(method)} from {base}."
+        kind = "A unified multimodal model, it answers and draws" if draws else "A language model"
+        words = f"{kind}; trained with {_plain(method)} from {base}."
     if adapter:
         words += " This folder holds an adapter: the base's weights are needed as well."
     if data is not None:
@@ -171,8 +178,7 @@ def _summary(
     return words
 
 
-def _loading(folder: Path, base_model: str | Path | None, adapter: bool) -> str:
-    model_class = _model_class(Path(base_model or folder) if adapter else folder)
+def _loading(folder: Path, model_class: str, base_model: str | Path | None, adapter: bool) -> str:
     own, base = json.dumps(folder.absolute().name), json.dumps(model_name(base_model or "base"))
     lines = [f"from transformers import AutoProcessor, {model_class}", ""]
     if adapter:

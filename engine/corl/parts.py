@@ -5,12 +5,13 @@ Without `--model` and `--data` they are the embedded ones, made on first use and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from ..data.questions import THINK_THEN_ANSWER
+from ..data.samples import Sample
 from ..errors import DataError
 from ..learn.learner import local_device
 from ..methods.sync_r1_parts import checker_of
@@ -52,9 +53,10 @@ class Parts:
         self._rewards = RewardParts(config, self.frozen, local_device(), report)
         self.evaluator = self._evaluator(report) if config.eval_samples else None
 
-    def rewards(self, training: Training, policy: Policy) -> RewardSet:
-        """The rewards of one training of `policy`."""
-        return self._rewards.of(training, policy)
+    def rewards(self, training: Training, policy: Policy, samples: Sequence[Sample]) -> RewardSet:
+        """The rewards of one training of `policy`, as far as they judge what its samples ask for."""
+        asked = {kind for sample in samples for prompt in sample for kind in prompt.segments}
+        return self._rewards.of(training, policy, asked)
 
     def _evaluator(self, report: Report) -> CorlEvaluator | None:
         try:
@@ -68,4 +70,5 @@ class Parts:
                 "checker": index_scorer(checker_of(self.frozen).read_indices, VALUES),
                 "cnn": index_scorer(judge_cnn().read_indices, VALUES),
             }
-        return CorlEvaluator(self.config, benchmark, self._rewards.of("t2i", self.frozen), scorers)
+        rewards = self._rewards.of("t2i", self.frozen) if "t2i" in benchmark else None
+        return CorlEvaluator(self.config, benchmark, rewards, scorers)

@@ -8,7 +8,7 @@ Only what a training can use is loaded: answers need no captioner.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from ..errors import ConfigError
 from ..methods.sync_r1_parts import remote_judge
 from ..policies.base import Policy
-from ..records import SegmentKind
+from ..records import MODALITY_NAMES, SegmentKind
 from ..rewards.builtin.accuracy import AccuracyReward
 from ..rewards.builtin.captioner import BlipCaptioner, Captioner, PolicyCaptioner
 from ..rewards.builtin.clip import ClipImageReward, ClipScorer, ClipTextReward
@@ -63,14 +63,14 @@ class RewardParts:
         self.config, self.frozen, self.device, self.report = config, frozen, device, report
         self._made: dict[str, RewardFunction] = {}
 
-    def of(self, training: Training, policy: Policy) -> RewardSet:
-        """The rewards that apply to a training of `policy`, with their weights.
+    def of(self, training: Training, policy: Policy, asked: Collection[SegmentKind] = MODALITY_NAMES) -> RewardSet:
+        """The rewards that apply to a training of `policy` whose prompts ask for `asked`, with their weights.
 
         Raises:
             ConfigError: none of them applies, two have one name, or one judges neither text nor images.
         """
         config = self.config
-        wanted = SEGMENTS[training]
+        wanted = tuple(kind for kind in SEGMENTS[training] if kind in asked)
         columns: list[tuple[str, RewardFunction, float, str]] = []
         for spec in config.reward_funcs:
             weight = config.weight_of(spec, training)
@@ -109,24 +109,26 @@ class RewardParts:
         if name == "tim" and self.config.tim_policy == "live":
             return TextImageMatching(policy)
         if name not in self._made:
-            self._made[name] = self._make(name)
+            self._made[name] = self.makers()[name]()
         return self._made[name]
 
-    def _make(self, name: str) -> RewardFunction:
-        config = self.config
-        if name == "cycle":
-            return self._cycle()
-        if name == "tim":
-            return TextImageMatching(self.frozen)
-        if name == "accuracy":
-            return AccuracyReward(config.accuracy_variant)
-        if name == "judge":
-            judge = remote_judge(config)
-            assert judge is not None  # the settings were checked
-            return judge
-        if name in ("clip_text", "clip_image"):
-            return ClipTextReward(self._clip) if name == "clip_text" else ClipImageReward(self._clip)
-        return format_reward if name == "format" else text_reward
+    def makers(self) -> dict[str, Callable[[], RewardFunction]]:
+        """Name -> what makes it, for each of IMAGE_REWARDS and TEXT_REWARDS; called at first use."""
+        return {
+            "cycle": self._cycle,
+            "tim": lambda: TextImageMatching(self.frozen),
+            "clip_text": lambda: ClipTextReward(self._clip),
+            "clip_image": lambda: ClipImageReward(self._clip),
+            "judge": self._judge,
+            "accuracy": lambda: AccuracyReward(self.config.accuracy_variant),
+            "format": lambda: format_reward,
+            "bleu": lambda: text_reward,
+        }
+
+    def _judge(self) -> RewardFunction:
+        judge = remote_judge(self.config)
+        assert judge is not None  # the settings were checked
+        return judge
 
     @cached_property
     def _clip(self) -> ClipScorer:

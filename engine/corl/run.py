@@ -44,13 +44,14 @@ from ..policies.auto import load_policy
 from ..policies.base import Policy
 from ..processes.watchdog import Watchdog
 from ..records import Prompt
+from ..rollout.capacity import check_plans
 from ..show.display import Display
 from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .config import REFINED, CorlConfig, Training
 from .models_table import models_table
 from .parts import Parts
 from .progress import Continued, interrupted_run, is_finished, mark_finished
-from .training_data import stream_of, training_samples
+from .training_data import refined_trainings, stream_of, training_samples
 
 TABLE_WIDTH = 110
 """Characters; a log file's lines may be longer than a terminal's 80."""
@@ -112,7 +113,9 @@ class CorlRun:
             models |= self._first_stage(models["base"])
             for skill, name in (("drawing", "generation"), ("answering", "understanding")):
                 start[skill] = next(models[n] for n in ("merged_first", "unified", name, "base") if n in models)
-        refined = REFINED if config.stage in ("all", "refined") else tuple(t for t in REFINED if t == config.stage)
+        refined, note = refined_trainings(config, self.parts.data, self.parts.instruction)
+        if note:
+            self.display.note(note)
         for training in refined:
             if self.stopped:
                 return models
@@ -156,7 +159,8 @@ class CorlRun:
         policy = self._load(start.folder)
         reference = add_adapters(config, policy) if config.lora_rank or config.beta else None
         objective, credit = objective_of(config, policy.num_image_tokens), None
-        rewards = self.parts.rewards(training, policy)
+        check_plans(policy, [prompt for sample in samples for prompt in sample])
+        rewards = self.parts.rewards(training, policy, samples)
         if config.unify == "advantage" and training == "unified":
             objective = replace(objective, scale_rewards="none")
             credit = partial(shared_advantages, rewards=rewards, scale=config.scale_rewards,
@@ -246,7 +250,7 @@ def dry_run(config: CorlConfig) -> None:
         return
     root, instruction = data_of(config)
     first: tuple[Training, ...] = ("unified",) if config.stage in ("all", "unified") else ()
-    refined = REFINED if config.stage in ("all", "refined") else tuple(t for t in REFINED if t == config.stage)
+    refined, _ = refined_trainings(config, root, instruction)
     for training in (*first, *refined):
         samples = training_samples(config, training, root, instruction)
         settings = config.for_stage(training, len(samples))

@@ -14,8 +14,9 @@ from typing import Any
 from ..data.samples import KINDS, Kind, Sample, load_samples
 from ..data.stream import PromptStream, Shuffled
 from ..errors import DataError
+from ..policies.auto import model_draws
 from ..records import Prompt
-from .config import CorlConfig, Training
+from .config import REFINED, CorlConfig, Training
 
 WANTED: Mapping[Training, tuple[Kind, ...]] = {
     "unified": KINDS,
@@ -43,18 +44,40 @@ def training_samples(
         DataError: nothing of this kind is there.
     """
     source = getattr(config, f"data_{training}", None) or root
-    samples = load_samples(source, config.data_split, kinds=WANTED[training], instruction=instruction)
+    samples = load_samples(source, config.data_split, kinds=WANTED[training], instruction=instruction,
+                           model_draws=model_draws(config.model))  # fmt: skip
     if training != "unified" or config.unify == "none" or config.strategy == "alternating":
         samples = [tuple(replace(prompt, sample=None) for prompt in sample) for sample in samples]
     return samples
 
 
+def refined_trainings(
+    config: CorlConfig, root: str | Path, instruction: str | None = None
+) -> tuple[tuple[Training, ...], str]:
+    """The second stage's trainings that `stage` asks for and the data has prompts for, and why others are left out.
+
+    Stage `all` on data of one skill has none: its first stage has trained just that.
+    """
+    if config.stage not in ("all", "refined"):
+        return tuple(training for training in REFINED if training == config.stage), ""
+    samples = load_samples(root, config.data_split, instruction=instruction, model_draws=model_draws(config.model))
+    kinds = {prompt.task for sample in samples for prompt in sample}
+    there = tuple(training for training in REFINED if getattr(config, f"data_{training}") or training in kinds)
+    if config.stage == "all" and ("t2i" not in there or there == ("t2i",)):
+        what = "to draw" if "t2i" not in there else "to answer"
+        return (), f"nothing {what} in {root}: the first stage is all there is; --stage refined trains each kind apart"
+    absent = [training for training in REFINED if training not in there]
+    return there, f"nothing of {', '.join(absent)} in {root}: left out" if absent else ""
+
+
 def held_out_prompts(config: CorlConfig, root: str | Path, instruction: str | None = None) -> dict[str, list[Prompt]]:
-    """Task (t2i, mcq, oe) -> prompts of the evaluation split; raises DataError where there is none."""
+    """Task (t2i, mcq, oe) -> prompts of the evaluation split that the model can do; DataError where there is none."""
     if config.eval_data is None and os.path.isfile(root):
         raise DataError(f"{root}: a file has no held-out part; give one by --eval_data")
+    draws, source = model_draws(config.model), config.eval_data or root
+    kinds: tuple[Kind, ...] = KINDS if draws else ("mcq", "oe")
     tasks: dict[str, list[Prompt]] = {}
-    for sample in load_samples(config.eval_data or root, config.eval_split, instruction=instruction):
+    for sample in load_samples(source, config.eval_split, kinds=kinds, instruction=instruction, model_draws=draws):
         for prompt in sample:
             tasks.setdefault(prompt.task, []).append(replace(prompt, sample=None))
     return {task: tasks[task] for task in KINDS if task in tasks}

@@ -7,7 +7,7 @@ question. Which half a row has decides which come out. Understood, by columns:
     questions      problem or question, solution or answer or ground_truth, image or images
     TRL            prompt (text or messages), image or images; a question when there is a solution, else to draw
     verl           prompt (messages), images, reward_model.ground_truth, data_source, extra_info
-    prompts        prompt alone, as in T2I-R1's JSONL: to draw
+    prompts        prompt alone, as in T2I-R1's JSONL: to draw; for a model that draws nothing, to answer, as in TRL
 
 A drawing also takes `attributes`, `concept` and `references`. Everything else lands in `Prompt.extra`, from where
 reward functions get it by name, as they do the raw solution.
@@ -79,6 +79,7 @@ def load_samples(
     kinds: Sequence[Kind] = KINDS,
     instruction: str | None = THINK_THEN_ANSWER,
     image_folder: Path | None = None,
+    model_draws: bool = True,
 ) -> list[Sample]:
     """All samples of a source, in its order.
 
@@ -89,6 +90,7 @@ def load_samples(
         instruction: what a question is put into, with `{question}` and `{form}` in it; questions that speak of
             `<think>` have their own and stay as they are. None: none.
         image_folder: as for `open_table`.
+        model_draws: False: a prompt that shows and asks for no picture is to be answered, without a ground truth.
 
     Raises:
         DataError: the source cannot be read, a row cannot be used, or nothing of these kinds is there; names the
@@ -102,7 +104,8 @@ def load_samples(
     if os.path.isdir(Path(source) / "concept"):
         samples: Iterable[Sample] = _of_concepts(Path(source), split, instruction)
     else:
-        samples = samples_of(open_table(source, split, image_folder=image_folder), split, instruction)
+        table = open_table(source, split, image_folder=image_folder)
+        samples = samples_of(table, split, instruction, model_draws)
     wanted = [tuple(prompt for prompt in sample if prompt.task in kinds) for sample in samples]
     found = [sample for sample in wanted if sample]
     if not found:
@@ -110,7 +113,9 @@ def load_samples(
     return found
 
 
-def samples_of(table: Table, split: str = "train", instruction: str | None = THINK_THEN_ANSWER) -> list[Sample]:
+def samples_of(
+    table: Table, split: str = "train", instruction: str | None = THINK_THEN_ANSWER, model_draws: bool = True
+) -> list[Sample]:
     """The samples of a table, one per row; arguments and errors as for `load_samples`."""
     layout, rows = Layout.of(table), list(table)
     names = names_of(table, rows, split)
@@ -122,7 +127,9 @@ def samples_of(table: Table, split: str = "train", instruction: str | None = THI
         extra = extra_of(row)
         prompts = []
         with at(table, index):
-            if draws:
+            if draws and not model_draws and not asks and drawn[index] is None:
+                prompts.append(_writing(row, layout, names[index], extra))
+            elif draws:
                 prompts.append(_drawing(row, layout, names[index], drawn[index], extra))
             if asks:
                 prompts.append(_asking(row, layout, names[index], shown[index], extra, instruction))
@@ -175,6 +182,13 @@ def _drawing(row: Row, layout: Layout, name: str, picture: ImageRef | None, extr
     )
 
 
+def _writing(row: Row, layout: Layout, name: str, extra: Row) -> Prompt:
+    """A prompt without a ground truth: rewards of the user's own say what a good text is."""
+    assert layout.drawing is not None
+    text = _problem(row[layout.drawing], layout.drawing, None)
+    return Prompt(id=f"{name}/mm2t", task="oe", text=text, segments=TEXT_ONLY, sample=name, extra=extra)
+
+
 def _asking(
     row: Row,
     layout: Layout,
@@ -224,11 +238,14 @@ def _problem(value: Any, column: str, picture: ImageRef | None) -> str:
 # Chains ---------------------------------------------------------------------------------------------------------------
 
 
-def load_prompts(source: str | Path, split: str = "train", *, image_folder: Path | None = None) -> list[Prompt]:
+def load_prompts(
+    source: str | Path, split: str = "train", *, image_folder: Path | None = None, model_draws: bool = True
+) -> list[Prompt]:
     """Prompts of which one trajectory may hold text and image, as Sync-R1's; columns are named as `Prompt`'s fields.
 
     Only `prompt` must be there. `segments` is a list or `text+image`; without it a row with a picture is answered and
-    one without is drawn. An answer may be in any of the columns that samples take it from; `references` are pictures.
+    one without is drawn, by a model that draws (`model_draws`). An answer may be in any of the columns that samples
+    take it from; `references` are pictures.
 
     Raises:
         DataError: as for `load_samples`.
@@ -239,10 +256,11 @@ def load_prompts(source: str | Path, split: str = "train", *, image_folder: Path
     rows = list(table)
     names = names_of(table, rows, split)
     shown = pictures_of(table, rows, ("image", "images"), [_shows(row) for row in rows])
+    answers = first_of(ANSWER_COLUMNS, table.columns)
     prompts = []
     for index, row in enumerate(rows):
         with at(table, index):
-            prompts.append(_chain(row, names[index], shown[index], first_of(ANSWER_COLUMNS, table.columns)))
+            prompts.append(_chain(row, names[index], shown[index], answers, model_draws))
     return prompts
 
 
@@ -251,8 +269,9 @@ def _shows(row: Row) -> bool:
     return bool(row.get("image") or row.get("images"))
 
 
-def _chain(row: Row, name: str, picture: ImageRef | None, answer_column: str | None) -> Prompt:
-    segments = _segments(row.get("segments"), picture)
+def _chain(row: Row, name: str, picture: ImageRef | None, answer_column: str | None, model_draws: bool) -> Prompt:
+    draws = model_draws and picture is None
+    segments = _segments(row.get("segments"), IMAGE_ONLY if draws else TEXT_ONLY)
     told: dict[str, str | None] = {
         column: None if row.get(column) is None else text_of(row[column], column)
         for column in ("task", "follow_up", "follow_up_answer", "concept", "target")
@@ -279,9 +298,9 @@ def _chain(row: Row, name: str, picture: ImageRef | None, answer_column: str | N
     )
 
 
-def _segments(value: Any, picture: ImageRef | None) -> tuple[SegmentKind, ...]:
+def _segments(value: Any, otherwise: tuple[SegmentKind, ...]) -> tuple[SegmentKind, ...]:
     if value is None:
-        return IMAGE_ONLY if picture is None else TEXT_ONLY
+        return otherwise
     words = tuple(value.split("+") if isinstance(value, str) else value if isinstance(value, list | tuple) else ())
     if words not in SEGMENTS:
         raise DataError(

@@ -7,43 +7,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
-
-import torch
-from transformers import (
-    AutoProcessor,
-    Emu3ForConditionalGeneration,
-    Emu3Processor,
-    JanusForConditionalGeneration,
-    PreTrainedConfig,
-)
+from collections.abc import Callable, Sequence
 
 from ..errors import ConfigError
 from ..pictures import open_picture
+from ..policies.auto import policy_class
 from ..policies.base import Policy
-from ..policies.emu3 import Emu3Policy
-from ..policies.janus import JanusPolicy
 from ..processes.launch import Request, Start, count_gpus, decide
 from ..records import Prompt
 from ..rollout.capacity import Sizes, check_plans, check_prompts
 from ..settings.schema import to_yaml
 from ..settings.train_config import TrainConfig
 from .memory import memory_of
-
-_BUILDERS: Mapping[str, tuple[Any, Callable[[Any, str], Policy]]] = {
-    "janus": (
-        JanusForConditionalGeneration,
-        lambda model, name: JanusPolicy(model, AutoProcessor.from_pretrained(name, trust_remote_code=False)),
-    ),
-    "emu3": (
-        Emu3ForConditionalGeneration,
-        lambda model, name: Emu3Policy(model, Emu3Processor.from_pretrained(name)),
-    ),
-}
-"""`model_type` -> transformers' class, and the policy around a model of it."""
 
 
 def policy_without_weights(name: str | None) -> Policy:
@@ -53,7 +28,7 @@ def policy_without_weights(name: str | None) -> Policy:
         name: folder or hub name; None: the tiny Janus.
 
     Raises:
-        ValueError: no policy is known for the checkpoint's `model_type`.
+        ConfigError: no policy is known for the checkpoint's `model_type`, or it refuses the model.
     """
     if name is None:
         from ..world.attributes import CONCEPTS
@@ -62,14 +37,7 @@ def policy_without_weights(name: str | None) -> Policy:
 
         tiny = build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=0, freeze_vision=True)
         return tiny.to("meta")
-    settings, _ = PreTrainedConfig.get_config_dict(name)
-    kind = settings.get("model_type")
-    if kind not in _BUILDERS:
-        raise ValueError(f"plan: expected a checkpoint of {' or '.join(sorted(_BUILDERS))}, got {kind!r} in {name}")
-    model_class, wrap = _BUILDERS[kind]
-    with torch.device("meta"):
-        model = model_class(model_class.config_class.from_pretrained(name))
-    return wrap(model, name).to("meta")
+    return policy_class(name).without_weights(name)
 
 
 def start_of(config: TrainConfig) -> tuple[Start, list[str]]:

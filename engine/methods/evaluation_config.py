@@ -17,7 +17,7 @@ class EvaluateConfig(Settings):
 
     # --- what is evaluated ---
     model: str | None = None
-    """Checkpoint in transformers' format (Janus, Emu3): a folder or a hub name. None: the tiny base."""
+    """Checkpoint in transformers' format (Janus, Emu3, a text decoder): a folder or a hub name. None: the tiny base."""
     data: str | None = None
     """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a table (JSONL,
     parquet, saved data set, hub name). None: the rendered world."""

@@ -16,9 +16,11 @@ from ..data.samples import load_prompts
 from ..data.stream import PromptStream
 from ..errors import DataError
 from ..learn.learner import Learner, local_device
+from ..policies.auto import model_draws
 from ..policies.base import Policy
 from ..processes.watchdog import Watchdog
 from ..records import Prompt
+from ..rollout.capacity import check_plans
 from ..show.display import Display
 from ..show.runlog import open_run_log
 from .resume import resume_point
@@ -60,7 +62,8 @@ def train_and_score(config: SyncR1Config, watchdog: Watchdog) -> dict[str, dict[
     display.stage("data and starting model")
     policy = starting_policy(config, display)
     root = one_at_a_time(lambda: prepare_data(config))
-    prompts, anchors, benchmark = load_data(root, scored=config.eval_samples > 0)
+    prompts, anchors, benchmark = load_data(root, config.model, scored=config.eval_samples > 0)
+    check_plans(policy, prompts)
     if not anchors and config.anchor_fraction > 0:
         display.note("no general/train in the data: training without anchors")
     display.note(f"{len(prompts)} training prompts, {len(anchors)} anchors, from {root}")
@@ -97,16 +100,19 @@ def train_and_score(config: SyncR1Config, watchdog: Watchdog) -> dict[str, dict[
     return {name: dict(e.summary) for name, e in (("before", before), ("after", after)) if e is not None}
 
 
-def load_data(root: Path, *, scored: bool) -> tuple[list[Prompt], list[Prompt], dict[str, list[Prompt]]]:
+def load_data(
+    root: Path, model: str | None, *, scored: bool
+) -> tuple[list[Prompt], list[Prompt], dict[str, list[Prompt]]]:
     """Training prompts, anchors, and (where they are wanted) held-out prompts by task, of a UnifyBench++ folder or of
-    a table of prompts."""
+    a table of prompts, which a model that draws nothing is to answer."""
     if (root / "concept").is_dir():
         return load_training_prompts(root), load_anchors(root), load_benchmark(root) if scored else {}
     held_out: dict[str, list[Prompt]] = {}
+    draws = model_draws(model)
     if scored and not root.is_file():  # a file has one split
         with suppress(DataError):  # a table may be all for training
-            held_out = by_task(load_prompts(root, "test"))
-    return load_prompts(root, "train"), [], held_out
+            held_out = by_task(load_prompts(root, "test", model_draws=draws))
+    return load_prompts(root, "train", model_draws=draws), [], held_out
 
 
 def stream_of(
@@ -138,7 +144,7 @@ def dry_run(config: SyncR1Config) -> None:
 
     def prompts_of(world_size: int) -> list[Prompt]:
         root = prepare_data(config)
-        prompts, anchors, _ = load_data(root, scored=False)
+        prompts, anchors, _ = load_data(root, config.model, scored=False)
         print(f"data: {root}: {len(prompts)} prompts, {len(anchors)} anchors")
         return stream_of(config, prompts, anchors, 0, world_size).next_step()
 

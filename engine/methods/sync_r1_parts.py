@@ -52,8 +52,11 @@ def build_reward_set(config: SyncR1Config, frozen: Policy, prompts: Sequence[Pro
     Args:
         config: weights.
         frozen: the policy as training begins (`Policy.frozen_copy`); it judges and does not change.
-        prompts: what will be trained on; decides whether attributes can be read.
+        prompts: what will be trained on; decides whether attributes can be read. Where nothing is drawn, text is judged
+            alone.
     """
+    if not any("image" in prompt.segments for prompt in prompts):
+        return build_rewards(text_weight=config.text_weight)
     named = all(prompt.attributes for prompt in prompts if "image" in prompt.segments)
     features, size = frozen.vision_features, frozen.image_size
     if config.clip is not None:

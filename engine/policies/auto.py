@@ -2,42 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..errors import ConfigError
 from .base import Policy
+from .causal_lm import CausalLMPolicy
 from .emu3 import Emu3Policy
 from .janus import JanusPolicy
 
-KNOWN: Mapping[str, Callable[..., Policy]] = {
-    "emu3": Emu3Policy.from_pretrained,
-    "janus": JanusPolicy.from_pretrained,
-}
-"""`model_type` -> loader."""
+KNOWN: dict[str, type[Policy]] = {"emu3": Emu3Policy, "janus": JanusPolicy}
+"""`model_type` -> policy of the models that draw; a type that transformers knows as a text decoder has CausalLMPolicy,
+which itself says why it cannot take one."""
+
+
+def policy_class(name: str | Path) -> type[Policy]:
+    """The policy of a checkpoint folder or hub name; its configuration alone is read.
+
+    Raises:
+        ConfigError: there is no configuration, or no policy is known for its `model_type`.
+    """
+    try:  # the file alone: transformers refuses types that it does not know with an error of its own
+        settings, _ = PreTrainedConfig.get_config_dict(str(name))
+    except OSError as error:
+        raise _not_there(name, error) from error
+    kind = settings.get("model_type")
+    if kind in KNOWN:
+        return KNOWN[kind]
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return CausalLMPolicy
+    got = f"model_type {kind!r}" if settings else "no config.json"
+    raise ConfigError(
+        f"model: expected a checkpoint of {' or '.join(sorted(KNOWN))}, or a text decoder of transformers (llama, "
+        f"qwen2, qwen3, gemma, …), got {got} in {name}; another unified model needs a policy (CONTRIBUTING.md, Add a "
+        "model)"
+    )
+
+
+def model_draws(name: str | Path | None) -> bool:
+    """Whether a checkpoint's policy has an image vocabulary; None: the tiny base, which has. No weights are read."""
+    return name is None or policy_class(name) is not CausalLMPolicy
 
 
 def load_policy(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Policy:
-    """The unified model in a checkpoint folder or under a hub name; safetensors only, no remote code.
+    """The model in a checkpoint folder or under a hub name; safetensors only, no remote code.
 
     Args:
         name: in transformers' format.
         dtype: of the weights.
 
     Raises:
-        ValueError: there is no configuration, or no policy is known for its `model_type`.
+        ConfigError: no policy is known for it, its own policy refuses it, or a file is missing.
     """
-    # The file alone: transformers refuses types that it does not know with an error of its own.
-    settings, _ = PreTrainedConfig.get_config_dict(str(name))
-    kind = settings.get("model_type")
-    if kind not in KNOWN:
-        got = repr(kind) if settings else "no config.json"
-        raise ValueError(
-            f"load_policy: expected a checkpoint with model_type {' or '.join(sorted(KNOWN))}, got {got} in {name}; "
-            "a text-only decoder loads with CausalLMPolicy.from_pretrained, another unified model needs a policy"
-        )
-    return KNOWN[kind](name, dtype=dtype)
+    policy = policy_class(name)
+    try:
+        return policy.from_pretrained(name, dtype=dtype)
+    except OSError as error:
+        raise _not_there(name, error) from error
+
+
+def _not_there(name: str | Path, error: OSError) -> ConfigError:
+    """transformers raises OSError for absent files, and for names that the hub does not have."""
+    return ConfigError(f"model: {name} could not be loaded: {error}")

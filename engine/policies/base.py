@@ -2,7 +2,9 @@
 
 A policy is one causal decoder with two vocabularies: text tokens through the text head, image tokens through the image
 head.  Everything else (sampling, packing, losses) is written against this protocol and knows no model by name.
-A policy without an image vocabulary has `num_image_tokens` 0 and raises ValueError where images are asked of it.
+
+A new model says four things, `decoder`, `prompt_tokens`, `embed` and `head`, and where it draws the image methods as
+well; until then those raise ConfigError, and `num_image_tokens` is 0. `CONTRIBUTING.md` goes through it in order.
 
 Dims: T tokens, D hidden size, N image tokens, B rows, V vocabulary.
 """
@@ -12,16 +14,23 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, NoReturn, Self
 
+import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
+
+import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig
 
-from ..pictures import ImageRef
+from ..errors import ConfigError
+from ..pictures import ImageRef, load_pictures
 from ..records import Prompt, SegmentKind
 from .attention_interface import AttentionLayout
 from .cache import CacheShape
+from .lora import merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,89 +48,76 @@ class Head:
 
 
 class Policy(nn.Module, ABC):
-    """A unified model as the engine sees it; an `nn.Module`, so that DeepSpeed can wrap it."""
+    """A unified model as the engine sees it; an `nn.Module`, so that DeepSpeed can wrap it.
 
-    num_image_tokens: int
-    """Tokens of one drawn image, `forced_image_tokens` among them."""
-    image_size: int
+    Args:
+        model: of transformers, loaded.
+        processor: its processor, or its tokenizer where it has no other.
+    """
+
+    model_class: ClassVar[Any]
+    """transformers' class of the checkpoint."""
+    processor_class: ClassVar[Any]
+    """transformers' class of what stands beside it: processor or tokenizer."""
+
+    num_image_tokens: int = 0
+    """Tokens of one drawn image, `forced_image_tokens` among them; 0: it draws none."""
+    image_size: int = 0
     """Pixels of a drawn image's side."""
+    image_start: int = -1
+    """Text id that hands over to image tokens; the first image token is predicted from it."""
     end_tokens: frozenset[int]
     """Text ids that end a text segment."""
-    image_start: int
-    """Text id that hands over to image tokens; the first image token is predicted from it."""
     max_positions: int
     """Longest sequence that the position ids reach."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__()
+        self.model, self.processor = model, processor
+        self.tokenizer: Any = getattr(processor, "tokenizer", processor)
+
+    # What only the model knows ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def decoder(self) -> nn.Module:
+        """transformers' decoder inside; `trunk` runs it."""
 
     @abstractmethod
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
         """[L] int64: the prompt through the model's chat template, image placeholders expanded."""
 
     @abstractmethod
-    def image_slots(self, tokens: Tensor) -> Tensor:
-        """[...] bool: where a row of `see` replaces the token's embedding."""
-
-    @abstractmethod
-    def unconditional_tokens(self) -> Tensor:
-        """[L] int64: the prompt of the classifier-free branch, `image_start` included."""
-
-    @abstractmethod
-    def follow_up_tokens(self, prompt: Prompt) -> Tensor:
-        """[L] int64: the turn that asks `prompt.follow_up` about the image just drawn, image placeholders expanded."""
-
-    @abstractmethod
-    def text_tokens(self, text: str) -> Tensor:
-        """[L] int64: a text as the policy would have sampled it, its end token included."""
-
-    @abstractmethod
-    def decode_text(self, tokens: Tensor) -> str:
-        """[L] int64 -> the text, special tokens removed."""
-
-    @abstractmethod
-    def see(self, images: Tensor) -> Tensor:
-        """[n, 3, H, W] in [0, 1] -> [n, tokens, D] embeddings of the understanding path."""
-
-    @abstractmethod
-    def vision_features(self, images: Tensor) -> Tensor:
-        """[n, 3, H, W] in [0, 1] -> [n, C] float32 for judging likeness."""
-
-    @abstractmethod
-    def image_tokens(self, images: Tensor) -> Tensor:
-        """[n, 3, H, W] in [0, 1] -> [n, N] int64: the image vocabulary's codes of given images; `draw` inverts it."""
-
-    def forced_image_tokens(self) -> Tensor | None:
-        """[N] int64 on the CPU: tokens that stand in every image and are not sampled (ends of rows), -1 elsewhere.
-
-        Ids that `embed` takes and `head` need not score. None: every token of an image is sampled.
-        """
-        return None
-
-    @abstractmethod
     def embed(self, tokens: Tensor, kind: SegmentKind) -> Tensor:
         """[...] int64 -> [..., D]."""
-
-    @abstractmethod
-    def trunk(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
-        """[B, T, D], [B, T] -> [B, T, D] final hidden states."""
 
     @abstractmethod
     def head(self, hidden: Tensor, kind: SegmentKind) -> Head:
         """[N, D] -> the head of a vocabulary, ready for a fused op."""
 
-    @abstractmethod
+    # The network ------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache_shape().device
+
+    def trunk(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
+        """[B, T, D], [B, T] -> [B, T, D] final hidden states."""
+        decoder = self.decoder()
+        return decoder(
+            inputs_embeds=embeddings, position_ids=position_ids, layout=layout, use_cache=False
+        ).last_hidden_state
+
     def cache_shape(self) -> CacheShape:
         """What the decoder keeps of one token."""
-
-    @abstractmethod
-    def draw(self, tokens: Tensor) -> Tensor:
-        """[n, N] int64 image ids -> [n, 3, H, W] float32 in [0, 1]."""
-
-    @abstractmethod
-    def load_images(self, paths: Sequence[ImageRef]) -> Tensor:
-        """Pictures -> [n, 3, H, W] float32 in [0, 1], at the model's input size."""
-
-    @abstractmethod
-    def decoder(self) -> nn.Module:
-        """transformers' decoder inside; `trunk` runs it."""
+        config: Any = self.decoder().config
+        weight = self.model.get_output_embeddings().weight
+        return CacheShape(
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
 
     def checkpoint_activations(self) -> None:
         """From now on training keeps one activation per layer and computes the others again in backward."""
@@ -130,9 +126,102 @@ class Policy(nn.Module, ABC):
         name = "activation_checkpointing_enable" if hasattr(decoder, "activation_checkpointing_enable") else None
         getattr(decoder, name or "gradient_checkpointing_enable")({"use_reentrant": False})
 
-    @abstractmethod
+    # Text -------------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> Tensor:
+        """[L] int64: a text's ids, nothing added."""
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
+
+    def text_tokens(self, text: str) -> Tensor:
+        """[L] int64: a text as the policy would have sampled it, its end token included."""
+        ids = self.encode(text)
+        return torch.cat([ids, ids.new_tensor([self.tokenizer.eos_token_id])])
+
+    def decode_text(self, tokens: Tensor) -> str:
+        """[L] int64 -> the text, special tokens removed."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    # Images, of a model that draws or sees ---------------------------------------------------------------------------
+
+    def image_slots(self, tokens: Tensor) -> Tensor:
+        """[...] bool: where a row of `see` replaces the token's embedding."""
+        return torch.zeros_like(tokens, dtype=torch.bool)
+
+    def unconditional_tokens(self) -> Tensor:
+        """[L] int64: the prompt of the classifier-free branch, `image_start` included."""
+        self.no_images("guide the drawing of images")
+
+    def follow_up_tokens(self, prompt: Prompt) -> Tensor:
+        """[L] int64: the turn that asks `prompt.follow_up` about the image just drawn, image placeholders expanded."""
+        self.no_images(f"ask about a drawn image (prompt {prompt.id})")
+
+    def see(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] -> [n, tokens, D] embeddings of the understanding path."""
+        self.no_images("see images")
+
+    def vision_features(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] -> [n, C] float32 for judging likeness."""
+        self.no_images("judge the likeness of images")
+
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] -> [n, N] int64: the image vocabulary's codes of given images; `draw` inverts it."""
+        self.no_images("turn images into tokens")
+
+    def forced_image_tokens(self) -> Tensor | None:
+        """[N] int64 on the CPU: tokens that stand in every image and are not sampled (ends of rows), -1 elsewhere.
+
+        Ids that `embed` takes and `head` need not score. None: every token of an image is sampled.
+        """
+        return None
+
+    def draw(self, tokens: Tensor) -> Tensor:
+        """[n, N] int64 image ids -> [n, 3, H, W] float32 in [0, 1]."""
+        self.no_images("draw")
+
+    def load_images(self, paths: Sequence[ImageRef]) -> Tensor:
+        """Pictures -> [n, 3, H, W] float32 in [0, 1], at the model's input size."""
+        if not self.image_size:
+            self.no_images("load images")
+        return load_pictures(paths, self.image_size).to(self.device)
+
+    def no_images(self, what: str) -> NoReturn:
+        """Raises ConfigError: this model cannot do `what`."""
+        raise ConfigError(
+            f"{type(self).__name__} cannot {what}: {type(self.model).__name__} has no image vocabulary; "
+            "use a Janus or Emu3 checkpoint"
+        )
+
+    # Files and copies -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype = torch.float32, **settings: Any) -> Self:
+        """Loads a checkpoint folder or hub name in transformers' format; safetensors only, no remote code.
+
+        `settings` are the class's own keywords.
+        """
+        model = cls.model_class.from_pretrained(str(name), dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        return cls(model, cls._processor(name), **settings)
+
+    @classmethod
+    def without_weights(cls, name: str | Path) -> Self:
+        """The policy of a checkpoint on the device `meta`: shapes, tokenizer and sizes, and no numbers."""
+        config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+        make = getattr(cls.model_class, "from_config", cls.model_class)
+        with torch.device("meta"):
+            model = make(config)
+        with suppress(OSError):  # as `from_pretrained` does; not every checkpoint has one
+            model.generation_config = GenerationConfig.from_pretrained(str(name))
+        return cls(model, cls._processor(name)).to("meta")
+
+    @classmethod
+    def _processor(cls, name: str | Path) -> Any:
+        return cls.processor_class.from_pretrained(str(name), trust_remote_code=False)
+
     def save(self, folder: Path) -> None:
         """Writes weights (safetensors), config and processor in transformers' format."""
+        with merged(self):
+            self.model.save_pretrained(folder, safe_serialization=True)
+        self.processor.save_pretrained(folder)
 
     def frozen_copy(self) -> Self:
         """The policy as it is now, for references and judges; it does not follow the training."""

@@ -9,9 +9,7 @@ Dims: T tokens, L prompt tokens, D hidden size, V vocabulary, B rows, N rows of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
@@ -19,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..pictures import ImageRef
+from ..errors import ConfigError, DataError
 from ..records import Prompt, SegmentKind
-from .attention_interface import ATTENTION_NAME, AttentionLayout
+from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
 from .cache import CacheShape
-from .lora import merged
 from .probe import check_decoder, max_positions, measure
 from .tokens import control_tokens, escape_control_tokens
 
@@ -39,18 +36,14 @@ class CausalLMPolicy(Policy):
         tokenizer: its tokenizer; a chat template is used where it has one.
 
     Raises:
-        ValueError: the model does something that packed layouts or a linear head cannot express.
+        ConfigError: the model does something that packed layouts or a linear head cannot express.
     """
 
-    num_image_tokens = 0
-    image_size = 0
-    image_start = -1
+    model_class, processor_class = AutoModelForCausalLM, AutoTokenizer
     _forbidden: Tensor
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
+        super().__init__(model, tokenizer)
         headless = () if model.get_output_embeddings() is not None else ("it has no linear head",)
         check_decoder("CausalLMPolicy", model, *headless)
         for module in model.modules():
@@ -69,36 +62,24 @@ class CausalLMPolicy(Policy):
         ids = torch.tensor(sorted(forbidden), dtype=torch.long, device=self.device)
         self.register_buffer("_forbidden", ids, persistent=False)
 
-    @classmethod
-    def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype = torch.float32) -> CausalLMPolicy:
-        """Loads a checkpoint folder or hub name in transformers' format; safetensors only, no remote code."""
-        model = AutoModelForCausalLM.from_pretrained(
-            str(name), dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-        return cls(model, AutoTokenizer.from_pretrained(str(name), trust_remote_code=False))
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.get_output_embeddings().weight.device
-
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
         """[L] int64: a user's turn through the chat template, and the opening of the answer.
 
         Raises:
-            ValueError: the prompt shows or asks for an image.
+            DataError: the prompt shows or asks for an image.
         """
         if prompt.image is not None or "image" in prompt.segments:
             wants = "shows an image" if prompt.image is not None else f"asks for segments {prompt.segments}"
-            raise ValueError(
+            raise DataError(
                 f"prompt {prompt.id}: {wants}, but CausalLMPolicy reads and writes text only; "
                 "use a Janus or Emu3 checkpoint, or text prompts with segments=('text',)"
             )
-        ids = self._encode(self._turn(escape_control_tokens(prompt.text, self.tokenizer)))
+        ids = self.encode(self._turn(escape_control_tokens(prompt.text, self.tokenizer)))
         bos = self.tokenizer.bos_token_id
         if bos is not None and (ids.numel() == 0 or int(ids[0]) != bos):
             ids = torch.cat([ids.new_tensor([bos]), ids])
         if not ids.numel():
-            raise ValueError(f"prompt {prompt.id}: is empty, and the tokenizer has no BOS; expected at least one token")
+            raise DataError(f"prompt {prompt.id}: is empty, and the tokenizer has no BOS; expected at least one token")
         return ids
 
     def _turn(self, words: str) -> str:
@@ -106,9 +87,6 @@ class CausalLMPolicy(Policy):
             return words
         turns = [{"role": "user", "content": words}]
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-    def _encode(self, text: str) -> Tensor:
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
 
     def _end_of_turn(self) -> int:
         """The end token that the chat template puts behind an answer, else the tokenizer's own."""
@@ -119,21 +97,18 @@ class CausalLMPolicy(Policy):
                 str(self.tokenizer.apply_chat_template(turns, tokenize=False)) for turns in ([user], [user, answer])
             )
             if told.startswith(asked):
-                ends = [i for i in self._encode(told[len(asked) :]).tolist() if i in self.end_tokens]
+                ends = [i for i in self.encode(told[len(asked) :]).tolist() if i in self.end_tokens]
                 own = ends[0] if ends else own
         return int(own) if own in self.end_tokens else min(self.end_tokens)
 
     def text_tokens(self, text: str) -> Tensor:
-        ids = self._encode(text)
+        ids = self.encode(text)
         return torch.cat([ids, ids.new_tensor([self._turn_end])])
-
-    def decode_text(self, tokens: Tensor) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def embed(self, tokens: Tensor, kind: SegmentKind) -> Tensor:
         """[...] int64 -> [..., D]: what the model makes of `input_ids` (Gemma's embedding module scales them)."""
         if kind == "image":
-            self._no_images("embed image tokens")
+            self.no_images("embed image tokens")
         return self._embed(tokens)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -142,15 +117,10 @@ class CausalLMPolicy(Policy):
     def decoder(self) -> nn.Module:
         return self.model.get_decoder()
 
-    def trunk(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
-        return (
-            self.decoder()(inputs_embeds=embeddings, position_ids=position_ids, layout=layout, use_cache=False)
-        ).last_hidden_state
-
     def head(self, hidden: Tensor, kind: SegmentKind) -> Head:
         """[N, D] -> the text head; a factor on the logits (Granite, Cohere) goes into the hidden states."""
         if kind == "image":
-            self._no_images("score image tokens")
+            self.no_images("score image tokens")
         linear, scale = self.model.get_output_embeddings(), self._facts.logit_scale
         if scale == 1.0:
             return Head(hidden, linear.weight, linear.bias, self._forbidden)
@@ -167,42 +137,6 @@ class CausalLMPolicy(Policy):
             device=weight.device,
         )
 
-    def save(self, folder: Path) -> None:
-        with merged(self):
-            self.model.save_pretrained(folder, safe_serialization=True)
-        self.tokenizer.save_pretrained(folder)
-
-    def _no_images(self, what: str) -> NoReturn:
-        raise ValueError(
-            f"CausalLMPolicy cannot {what}: {type(self.model).__name__} has no image vocabulary; "
-            "use a Janus or Emu3 checkpoint"
-        )
-
-    def image_slots(self, tokens: Tensor) -> Tensor:
-        """[...] bool, all False: no text token stands for an image."""
-        return torch.zeros_like(tokens, dtype=torch.bool)
-
-    def unconditional_tokens(self) -> Tensor:
-        self._no_images("guide the drawing of images")
-
-    def follow_up_tokens(self, prompt: Prompt) -> Tensor:
-        self._no_images(f"ask about a drawn image (prompt {prompt.id})")
-
-    def see(self, images: Tensor) -> Tensor:
-        self._no_images("see images")
-
-    def vision_features(self, images: Tensor) -> Tensor:
-        self._no_images("judge the likeness of images")
-
-    def image_tokens(self, images: Tensor) -> Tensor:
-        self._no_images("turn images into tokens")
-
-    def draw(self, tokens: Tensor) -> Tensor:
-        self._no_images("draw")
-
-    def load_images(self, paths: Sequence[ImageRef]) -> Tensor:
-        self._no_images("load images")
-
 
 def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """All ids that end an answer: a chat model's generation config lists several."""
@@ -210,7 +144,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     listed = [listed] if isinstance(listed, int) else list(listed or [])
     ends = frozenset(int(i) for i in (*listed, tokenizer.eos_token_id) if i is not None)
     if not ends:
-        raise ValueError(
+        raise ConfigError(
             "CausalLMPolicy: neither the generation config nor the tokenizer names an end token; set eos_token_id"
         )
     return ends

@@ -16,9 +16,7 @@ Dims: K codes, H = W side of an image in codes, N image tokens, D hidden, V rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
@@ -26,12 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Emu3ForConditionalGeneration, Emu3Processor
 
-from ..pictures import ImageRef, load_pictures
 from ..records import Prompt, SegmentKind
-from .attention_interface import ATTENTION_NAME, AttentionLayout
+from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
-from .cache import CacheShape
-from .lora import merged
 from .probe import check_decoder
 from .tokens import control_tokens, escape_control_tokens
 
@@ -57,15 +52,14 @@ class Emu3Policy(Policy):
         ValueError: a size that is no multiple of the VQ model's factor, or a vocabulary without all codes.
     """
 
+    model_class, processor_class = Emu3ForConditionalGeneration, Emu3Processor
     _image_ids: Tensor
     _forbidden_text: Tensor
 
     def __init__(
         self, model: Emu3ForConditionalGeneration, processor: Emu3Processor, *, image_size: int | None = None
     ) -> None:
-        super().__init__()
-        self.model, self.processor = model, processor
-        self.tokenizer: Any = processor.tokenizer
+        super().__init__(model, processor)
         decoder = model.model.text_model
         check_decoder("Emu3Policy", decoder)
         decoder.set_attn_implementation(ATTENTION_NAME)
@@ -78,20 +72,9 @@ class Emu3Policy(Policy):
         tokenizer = self.tokenizer
         self.image_start, self.image_slot = int(tokenizer.boi_token_id), int(tokenizer.image_token_id)
         self.end_tokens = frozenset({int(tokenizer.eos_token_id)})
-        self._lay_out_images()
         control = control_tokens(tokenizer)
         self._control = tuple(control)
-        # Codes and ends of rows; the digits of the size are words like others.
-        never = {*self._image_ids[: self.num_codes + 1].tolist(), *control.values()}
-        self._forbid_in_text(never - self.end_tokens)
-
-    @classmethod
-    def from_pretrained(
-        cls, name: str | Path, *, dtype: torch.dtype = torch.float32, image_size: int | None = None
-    ) -> Self:
-        """Loads a checkpoint folder or hub name in transformers' format; safetensors only, no remote code."""
-        model = Emu3ForConditionalGeneration.from_pretrained(str(name), dtype=dtype, use_safetensors=True)
-        return cls(model, Emu3Processor.from_pretrained(str(name)), image_size=image_size)
+        self._forbid_in_text({*self._lay_out_images(), *control.values()} - self.end_tokens)
 
     def _sizes(self, image_size: int | None) -> tuple[int, int]:
         """(pixels, codes) of an image's side; the size is noted in the configuration, so that `save` keeps it."""
@@ -107,8 +90,12 @@ class Emu3Policy(Policy):
         self.model.config.image_area = image_size**2
         return image_size, image_size // factor
 
-    def _lay_out_images(self) -> None:
-        """The image vocabulary's text ids, and which of an image's places are not sampled."""
+    def _lay_out_images(self) -> list[int]:
+        """The image vocabulary's text ids, and which of an image's places are not sampled.
+
+        Returns:
+            Text ids of codes and of the end of a row; the digits of the size are words like others.
+        """
         mapping = self.model.model.vocabulary_mapping
         size = self.model.config.vq_config.codebook_size
         missing = [code for code in range(size) if code not in mapping.img2bpe]
@@ -118,9 +105,9 @@ class Emu3Policy(Policy):
                 f"got {size - len(missing)} of them and end of row {mapping.eol_token_id}; use a converted checkpoint "
                 "(…-hf), whose configuration names its vocabulary"
             )
-        codes = [int(mapping.img2bpe[code]) for code in range(size)]
-        head = self._encode(f"{self.side}*{self.side}{self.tokenizer.image_wrapper_token}").tolist()
-        ids = torch.tensor([*codes, int(mapping.eol_token_id), *head], device=self.device)
+        codes, end_of_row = [int(mapping.img2bpe[code]) for code in range(size)], int(mapping.eol_token_id)
+        head = self.encode(f"{self.side}*{self.side}{self.tokenizer.image_wrapper_token}").tolist()
+        ids = torch.tensor([*codes, end_of_row, *head], device=self.device)
         self.register_buffer("_image_ids", ids, persistent=False)
         self._first_code = codes[0] if codes == list(range(codes[0], codes[0] + size)) else None
         self.num_codes = size
@@ -128,6 +115,7 @@ class Emu3Policy(Policy):
         # On the CPU whatever moves: packing wants it there, and sampling copies it once per phase.
         self._forced = torch.tensor([*range(size + 1, size + 1 + len(head)), *row * self.side])
         self.num_image_tokens = self._forced.numel()
+        return [*codes, end_of_row]
 
     def _forbid_in_text(self, forbidden: set[int]) -> None:
         """Ids that a text never has; those at the vocabulary's end (the codes, as published) leave the head."""
@@ -143,14 +131,7 @@ class Emu3Policy(Policy):
         self.model.model.vqmodel.eval()
         return self
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.lm_head.weight.device
-
     # Text ------------------------------------------------------------------------------------------------------------
-
-    def _encode(self, text: str) -> Tensor:
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
 
     def _escape(self, words: str) -> str:
         # The published tokenizer has 33 000 control tokens, and listing them takes a tenth of a second.
@@ -161,7 +142,7 @@ class Emu3Policy(Policy):
         """[L] int64: what is drawn from words alone is asked for bare, as Emu3 learnt it; all else is a user's turn."""
         bare = prompt.image is None and prompt.segments[0] == "image"
         words = self._escape(prompt.text)
-        ids = self._encode(words) if bare else self._turn(words, shows_image=prompt.image is not None)
+        ids = self.encode(words) if bare else self._turn(words, shows_image=prompt.image is not None)
         bos = int(self.tokenizer.bos_token_id)
         return ids if ids.numel() and int(ids[0]) == bos else torch.cat([ids.new_tensor([bos]), ids])
 
@@ -178,7 +159,7 @@ class Emu3Policy(Policy):
             f"{tokenizer.boi_token}{size}{tokenizer.image_wrapper_token}{tokenizer.image_token}"
             f"{tokenizer.eof_token}{tokenizer.eoi_token}"
         )
-        ids = self._encode(text.replace(tokenizer.image_token, framed, 1) if shows_image else text)
+        ids = self.encode(text.replace(tokenizer.image_token, framed, 1) if shows_image else text)
         return ids.repeat_interleave(torch.where(ids == self.image_slot, self.side * (self.side + 1), 1))
 
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
@@ -197,13 +178,6 @@ class Emu3Policy(Policy):
     def unconditional_tokens(self) -> Tensor:
         """[L] int64: no words; Emu3 was trained so on a share of its captions."""
         return torch.tensor([int(self.tokenizer.bos_token_id), self.image_start])
-
-    def text_tokens(self, text: str) -> Tensor:
-        ids = self._encode(text)
-        return torch.cat([ids, ids.new_tensor([self.tokenizer.eos_token_id])])
-
-    def decode_text(self, tokens: Tensor) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     # Images ----------------------------------------------------------------------------------------------------------
 
@@ -266,9 +240,6 @@ class Emu3Policy(Policy):
         pixels = torch.cat([decode(part).float() for part in codes.split(self._images_at_once())])
         return (pixels * std + mean).clamp(0, 1)
 
-    def load_images(self, paths: Sequence[ImageRef]) -> Tensor:
-        return load_pictures(paths, self.image_size).to(self.device)
-
     # The network -----------------------------------------------------------------------------------------------------
 
     def embed(self, tokens: Tensor, kind: SegmentKind) -> Tensor:
@@ -278,11 +249,6 @@ class Emu3Policy(Policy):
     def decoder(self) -> nn.Module:
         return self.model.model.text_model
 
-    def trunk(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
-        return (
-            self.decoder()(inputs_embeds=embeddings, position_ids=position_ids, layout=layout, use_cache=False)
-        ).last_hidden_state
-
     def head(self, hidden: Tensor, kind: SegmentKind) -> Head:
         """One matrix, two vocabularies: the codes' rows, and the rows before them."""
         weight = self.model.lm_head.weight
@@ -291,18 +257,3 @@ class Emu3Policy(Policy):
         if self._first_code is None:
             return Head(hidden, weight[self._image_ids[: self.num_codes]], None, None)
         return Head(hidden, weight[self._first_code : self._first_code + self.num_codes], None, None)
-
-    def cache_shape(self) -> CacheShape:
-        config, weight = self.model.config.text_config, self.model.lm_head.weight
-        return CacheShape(
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_key_value_heads or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-
-    def save(self, folder: Path) -> None:
-        with merged(self):
-            self.model.save_pretrained(folder, safe_serialization=True)
-        self.processor.save_pretrained(folder)

@@ -8,21 +8,15 @@ Source: Janus-Pro (arXiv 2501.17811); module names of `transformers.models.janus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
-from ..pictures import ImageRef, load_pictures
 from ..records import Prompt, SegmentKind
-from .attention_interface import ATTENTION_NAME, AttentionLayout
+from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
-from .cache import CacheShape
-from .lora import merged
 from .probe import check_decoder
 from .tokens import escape_control_tokens
 
@@ -43,15 +37,13 @@ class JanusPolicy(Policy):
         ValueError: the language model does something that packed layouts cannot express (a sliding window, …).
     """
 
+    model_class, processor_class = JanusForConditionalGeneration, AutoProcessor
     _forbidden_text: Tensor
 
     def __init__(
         self, model: JanusForConditionalGeneration, processor: AutoProcessor, *, freeze_vision: bool = True
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.processor = processor
-        self.tokenizer = processor.tokenizer
+        super().__init__(model, processor)
         decoder = model.model.language_model
         check_decoder("JanusPolicy", decoder)
         decoder.set_attn_implementation(ATTENTION_NAME)
@@ -71,20 +63,6 @@ class JanusPolicy(Policy):
         control = {self.image_slot, self.image_start, int(tokenizer.convert_tokens_to_ids(tokenizer.eoi_token))}
         control |= set(tokenizer.all_special_ids)
         self.register_buffer("_forbidden_text", torch.tensor(sorted(control - self.end_tokens)), persistent=False)
-
-    @classmethod
-    def from_pretrained(
-        cls, name: str | Path, *, dtype: torch.dtype = torch.float32, freeze_vision: bool = True
-    ) -> JanusPolicy:
-        """Loads a checkpoint folder or hub name in transformers' format; safetensors only, no remote code."""
-        model = JanusForConditionalGeneration.from_pretrained(str(name), dtype=dtype, use_safetensors=True)
-        return cls(
-            model, AutoProcessor.from_pretrained(str(name), trust_remote_code=False), freeze_vision=freeze_vision
-        )
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.lm_head.weight.device
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
         ids = self._turn(prompt.text, shows_image=prompt.image is not None)
@@ -111,7 +89,7 @@ class JanusPolicy(Policy):
             tokenizer = self.tokenizer
             slots = tokenizer.image_token * self.num_image_slots
             text = text.replace(tokenizer.image_token, f"{tokenizer.boi_token}{slots}{tokenizer.eoi_token}", 1)
-        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        return self.encode(text)
 
     def image_slots(self, tokens: Tensor) -> Tensor:
         return tokens == self.image_slot
@@ -119,14 +97,6 @@ class JanusPolicy(Policy):
     def unconditional_tokens(self) -> Tensor:
         tokenizer = self.tokenizer
         return torch.tensor([tokenizer.bos_token_id, *[tokenizer.pad_token_id] * UNCONDITIONAL_PADS, self.image_start])
-
-    def text_tokens(self, text: str) -> Tensor:
-        """[L] int64: a text as the policy would have sampled it, its end token included."""
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0].long()
-        return torch.cat([ids, ids.new_tensor([self.tokenizer.eos_token_id])])
-
-    def decode_text(self, tokens: Tensor) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def see(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(x)[:, None, None] for x in self._normalisation())
@@ -154,29 +124,12 @@ class JanusPolicy(Policy):
     def decoder(self) -> nn.Module:
         return self.model.model.language_model
 
-    def trunk(self, embeddings: Tensor, position_ids: Tensor, layout: AttentionLayout) -> Tensor:
-        return (
-            self.decoder()(inputs_embeds=embeddings, position_ids=position_ids, layout=layout, use_cache=False)
-        ).last_hidden_state
-
     def head(self, hidden: Tensor, kind: SegmentKind) -> Head:
         if kind == "text":
             return Head(hidden, self.model.lm_head.weight, self.model.lm_head.bias, self._forbidden_text)
         image_head = self.model.model.generation_head
         hidden = image_head.activation_fn(image_head.proj_out(hidden))
         return Head(hidden, image_head.vision_head.weight, image_head.vision_head.bias, None)
-
-    def cache_shape(self) -> CacheShape:
-        config = self.model.config.text_config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        weight = self.model.lm_head.weight
-        return CacheShape(
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_key_value_heads,
-            head_dim=head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
 
     @torch.no_grad()
     def draw(self, tokens: Tensor) -> Tensor:
@@ -189,11 +142,3 @@ class JanusPolicy(Policy):
         codebook = self.model.model.vqmodel.quantize.embedding.weight
         pixels = (images * 2 - 1).to(device=codebook.device, dtype=codebook.dtype)
         return self.model.model.vqmodel.encode(pixels).image_tokens.view(images.shape[0], -1)
-
-    def load_images(self, paths: Sequence[ImageRef]) -> Tensor:
-        return load_pictures(paths, self.image_size).to(self.device)
-
-    def save(self, folder: Path) -> None:
-        with merged(self):
-            self.model.save_pretrained(folder, safe_serialization=True)
-        self.processor.save_pretrained(folder)

@@ -21,14 +21,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import syncr1.engine.compat  # noqa: F401  (before transformers and peft: see there)
 
 import torch
 from torch import Tensor, nn
 
-from .base import Policy
+if TYPE_CHECKING:
+    from .base import Policy
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from syncr1.kernels.api import SharedPrefixLayout
 
+from ..errors import ConfigError
 from .attention_interface import ATTENTION_NAME, AttentionLayout, PackedLayout
 
 PROBE_NAME = ATTENTION_NAME + "_probe"
@@ -56,7 +57,7 @@ class _Witness:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self.shapes.append((layer, key.shape[1], key.shape[3]))
         if key.shape[3] != value.shape[3]:
-            raise ValueError(
+            raise ConfigError(
                 f"CausalLMPolicy: layer {layer} has keys of size {key.shape[3]} and values of size {value.shape[3]} "
                 "(latent attention); expected equal sizes, because one cache holds both; use another model"
             )
@@ -71,8 +72,12 @@ def _noting_attention(
         raise TypeError(f"{type(module).__name__} does not hand its keyword arguments to the attention function")
     if mask is not None:
         witness.ignored.add("an attention mask")
-    asked = {"softcap": "soft-capped attention scores", "s_aux": "attention sinks", "sinks": "attention sinks",
-             "position_bias": "a position bias"}  # fmt: skip
+    asked = {
+        "softcap": "soft-capped attention scores",
+        "s_aux": "attention sinks",
+        "sinks": "attention sinks",
+        "position_bias": "a position bias",
+    }
     witness.ignored |= {what for name, what in asked.items() if kwargs.get(name) is not None}
     return witness.attend(module.layer_idx, query, key, value, scaling), None
 
@@ -113,11 +118,11 @@ def check_decoder(policy: str, decoder: PreTrainedModel, *reasons: str) -> None:
     """One rule for all policies, whatever decoder a checkpoint's configuration puts into them.
 
     Raises:
-        ValueError: it does something that packed layouts or a linear head cannot express; `reasons` are further ones.
+        ConfigError: it does something that packed layouts or a linear head cannot express; `reasons` are further ones.
     """
     found = [*refusals(decoder, policy), *reasons]
     if found:
-        raise ValueError(
+        raise ConfigError(
             f"{policy}: {type(decoder).__name__} cannot be trained on packed sequences: {'; '.join(found)}. "
             "Expected full causal attention and a plain linear head (Llama, Qwen2, Qwen3, Gemma, Granite, …)"
         )
@@ -128,7 +133,7 @@ def max_positions(model: PreTrainedModel, policy: str = "CausalLMPolicy") -> int
     config = model.config.get_text_config(decoder=True)
     reach = getattr(config, "max_position_embeddings", None)
     if reach is None:
-        raise ValueError(
+        raise ConfigError(
             f"{policy}: {type(model).__name__} names no max_position_embeddings; expected a model with a bounded "
             "context, set config.max_position_embeddings to the longest sequence it may see"
         )
@@ -138,12 +143,14 @@ def max_positions(model: PreTrainedModel, policy: str = "CausalLMPolicy") -> int
 def measure(model: PreTrainedModel, forward: Callable[[Tensor, Tensor, AttentionLayout], Tensor]) -> DecoderFacts:
     """Runs two short sequences through transformers and packed through `forward`, and compares the logits.
 
+    On the device `meta`, where there are no numbers, the shapes alone are found out.
+
     Args:
         model: loaded, on its device.
         forward: token ids [1, T], position ids [1, T], a layout -> final hidden states [1, T, D].
 
     Raises:
-        ValueError: the two disagree, or the layers cannot share one cache shape.
+        ConfigError: the two disagree, or the layers cannot share one cache shape.
     """
     name = type(model).__name__
     head = model.get_output_embeddings()
@@ -151,7 +158,7 @@ def measure(model: PreTrainedModel, forward: Callable[[Tensor, Tensor, Attention
     ids = [torch.arange(1, n + 1, device=weight.device) * (weight.shape[0] - 1) // (n + 1) for n in _LENGTHS]
     with _as_it_was(model), torch.no_grad():
         model.eval().set_attn_implementation("eager")
-        plain = [model(input_ids=row[None], use_cache=False).logits[0].float() for row in ids]
+        plain = [] if weight.is_meta else [model(input_ids=r[None], use_cache=False).logits[0].float() for r in ids]
         # Training mode for ours: what is random there would make a ratio of probabilities random.
         model.train().set_attn_implementation(PROBE_NAME)
         ends = torch.tensor([0, *_LENGTHS]).cumsum(0).int()
@@ -161,14 +168,14 @@ def measure(model: PreTrainedModel, forward: Callable[[Tensor, Tensor, Attention
         try:
             hidden = forward(torch.cat(ids)[None], shared.position_ids()[None], witness)[0]
         except TypeError as error:
-            raise ValueError(
+            raise ConfigError(
                 f"CausalLMPolicy: {name} cannot carry a layout to its attention layers ({error}); use a decoder that "
                 "passes keyword arguments to transformers' attention interface"
             ) from error
         bare = F.linear(hidden, weight, head.bias).float()
     if witness.ignored:
-        raise ValueError(f"CausalLMPolicy: {name} asks for {', '.join(sorted(witness.ignored))}, which layouts ignore")
-    scale = _agreeing_scale(model, plain, bare, weight.dtype)
+        raise ConfigError(f"CausalLMPolicy: {name} asks for {', '.join(sorted(witness.ignored))}, which layouts ignore")
+    scale = _agreeing_scale(model, plain, bare, weight.dtype) if plain else 1.0
     return DecoderFacts(*_cache_shape(name, witness.shapes), scale)
 
 
@@ -186,7 +193,7 @@ def _agreeing_scale(model: PreTrainedModel, plain: Sequence[Tensor], bare: Tenso
     best = min(errors, key=lambda scale: errors[scale])
     allowed = _TOLERANCE.get(dtype, 1e-3)
     if not errors[best] <= allowed:
-        raise ValueError(
+        raise ConfigError(
             f"CausalLMPolicy: packed, {type(model).__name__} gives other logits than transformers' own forward "
             f"(relative error {errors[best]:.2g}, expected at most {allowed}): it does more than attention over a "
             "sequence and one linear head; use another model, or write a policy for it"
@@ -198,7 +205,7 @@ def _cache_shape(name: str, shapes: Sequence[tuple[int, int, int]]) -> tuple[int
     """(layers, K, E) when every layer attends once and keeps keys and values of one size."""
     layers, kinds = [shape[0] for shape in shapes], {shape[1:] for shape in shapes}
     if layers != list(range(len(layers))) or len(kinds) != 1:
-        raise ValueError(
+        raise ConfigError(
             f"CausalLMPolicy: {name} attends in layers {layers} with (key-value heads, head size) {sorted(kinds)}; "
             "expected each layer once, all alike, because one cache holds them all"
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import RolloutTooLarge
+from ..errors import DataError, RolloutTooLarge
 from ..policies.base import Policy
 from ..policies.cache import CacheShape
 from ..records import Prompt, SegmentKind
@@ -66,27 +66,27 @@ class Sizes:
 
 
 def check_plans(policy: Policy, prompts: Sequence[Prompt]) -> None:
-    """Raises ValueError for a segment plan that cannot be sampled."""
+    """Raises DataError for a segment plan that cannot be sampled."""
     for prompt in prompts:
         if prompt.segments not in SUPPORTED_SEGMENTS:
-            raise ValueError(
+            raise DataError(
                 f"generate: prompt {prompt.id} has segments {prompt.segments}, expected one of {SUPPORTED_SEGMENTS}"
             )
         if "image" in prompt.segments and not policy.num_image_tokens:
-            raise ValueError(
+            raise DataError(
                 f"generate: prompt {prompt.id} asks for an image, but {type(policy).__name__} draws none; "
-                "use a Janus or Emu3 checkpoint, or segments ('text',)"
+                "use a Janus or Emu3 checkpoint, or ask for text: segments ('text',), or a question with its answer"
             )
 
 
 def check_prompts(policy: Policy, prompts: Sequence[Prompt], tokens: Sequence[Tensor], sizes: Sizes) -> None:
-    """Raises ValueError for a prompt without tokens and for one whose trajectory leaves the model's positions."""
+    """Raises DataError for a prompt without tokens and for one whose trajectory leaves the model's positions."""
     for prompt, ids, own in zip(prompts, tokens, sizes.own, strict=True):
         if not ids.numel():
-            raise ValueError(f"generate: prompt {prompt.id} is empty: expected at least one token; give it a text")
+            raise DataError(f"generate: prompt {prompt.id} is empty: expected at least one token; give it a text")
         longest = ids.numel() + own
         if longest > policy.max_positions:
-            raise ValueError(
+            raise DataError(
                 f"generate: prompt {prompt.id} has {ids.numel()} tokens and may grow by {own}, but the model has "
                 f"positions for {policy.max_positions}; shorten the prompt or lower max_completion_length"
             )

@@ -37,8 +37,8 @@ class TrainConfig(Settings):
 
     # --- model, data and output ---
     model: str | None = None
-    """Checkpoint in transformers' format (Janus, Emu3): a folder or a hub name. None: the tiny base, trained on first
-    use."""
+    """Checkpoint in transformers' format (Janus, Emu3, or a text decoder such as Qwen3 for prompts that ask for text
+    alone): a folder or a hub name. None: the tiny base, trained on first use."""
     output_dir: Path = Path("runs/sync_r1")
     """The run's folder; a number is appended when it already holds a run."""
     seed: Seed = 0
@@ -206,6 +206,7 @@ class TrainConfig(Settings):
         "num_train_epochs": "set max_steps",
         "epsilon_low": "set epsilon",
         "reward_weights": "set identity_weight, judge_weight and text_weight",
+        "reward_funcs": "recipes/corl.py takes reward functions, of your own too, and prompts that ask for text alone",
         "vllm_mode": "rollouts are the engine's own",
         "use_vllm": "rollouts are the engine's own",
     }

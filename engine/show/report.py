@@ -263,7 +263,8 @@ def _charts(rows: Rows) -> str:
     saved = dict(_points(rows, "dgs/tokens_saved_fraction"))
     trained = [(x, count * (1 - saved.get(x, 0.0))) for x, count in tokens.items()]
     pruned = [(x, count * saved[x]) for x, count in tokens.items() if x in saved]
-    modal = {"text": "text", "image": "image"}
+    tokens_of = {name: _points(rows, f"tokens/{name}") for name in ("text", "image")}
+    modal = {name: name for name, points in tokens_of.items() if not points or any(count for _, count in points)}
     charts = [
         line_chart("Reward", _series(rows, rewards), note="Mean over the step's trajectories; higher is better."),
         line_chart(

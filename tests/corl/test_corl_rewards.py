@@ -14,7 +14,7 @@ from helpers import ROOT, sharp_policy
 from PIL import Image
 from small_models import saved, small_bert, small_blip, small_clip, small_t5
 
-from syncr1.engine.corl.config import CorlConfig, Training
+from syncr1.engine.corl.config import IMAGE_REWARDS, TEXT_REWARDS, CorlConfig, Training
 from syncr1.engine.corl.reward_parts import RewardParts
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.records import Prompt, Rollout
@@ -44,6 +44,10 @@ def test_each_training_has_the_papers_rewards(
 ) -> None:
     rewards = parts_of().of(training, sharp_policy())
     assert rewards.names == names and rewards.weights == weights
+
+
+def test_every_name_in_the_settings_has_its_maker() -> None:
+    assert tuple(sorted(parts_of().makers())) == tuple(sorted(IMAGE_REWARDS + TEXT_REWARDS))
 
 
 def test_given_weights_hold_in_every_training() -> None:

@@ -41,8 +41,8 @@ def test_shapes_are_those_of_the_checkpoint_and_no_weight_is_read(base: Path, tm
     assert {name: (p.shape, p.requires_grad) for name, p in policy.named_parameters()} == expected
     prompt = make_prompt("what is it?")
     assert torch.equal(policy.prompt_tokens(prompt), loaded.prompt_tokens(prompt))
-    (bare / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="emu3 or janus"):
+    (bare / "config.json").write_text(json.dumps({"model_type": "showo"}))
+    with pytest.raises(ConfigError, match="emu3 or janus"):
         policy_without_weights(str(bare))
 
 
