@@ -101,7 +101,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy syncr1/kernels syncr1/engine $(wildcard recipes/*.py)
-	$(BIN)/python -m pytest tests -m "not slow" -q -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest tests -m "not slow" -q -n $(JOBS) --dist worksteal --durations=10 --durations-min=2
 
 # On a machine with a GPU, with or without a network: checks, benchmarks, tests and profiles in nine minutes, one page
 # under $(OUT). Nothing is installed: .venv serves where there is one, else the machine's python3, or PYTHON=...

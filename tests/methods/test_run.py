@@ -106,6 +106,7 @@ def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
     assert "did you mean --max_steps?" in err and "loading torch" not in out and "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
