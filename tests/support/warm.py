@@ -47,8 +47,14 @@ class Program:
         self._folder, port = tempfile.TemporaryDirectory(), free_port()
         self._paths = [Path(self._folder.name, str(rank)) for rank in range(ranks)]
         for rank, path in enumerate(self._paths):
-            launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+            launcher = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             more = {name: str(value) for name, value in launcher.items()} if ranks > 1 else {}
             asked = {"argv": [script, *flags], "env": env | more, "cwd": str(cwd), "path": str(path)}
             _forks().write(json.dumps(asked) + "\n")
@@ -88,8 +94,9 @@ class Program:
                 _awaited(path.with_suffix(".code"))
 
 
-def run(script: str, *flags: str, env: dict[str, str] | None = None, ranks: int = 1, expected: int = 0,
-        timeout: float = 600) -> tuple[str, str]:  # fmt: skip
+def run(
+    script: str, *flags: str, env: dict[str, str] | None = None, ranks: int = 1, expected: int = 0, timeout: float = 600
+) -> tuple[str, str]:
     """Stdout and stderr of a script that ends as expected."""
     program = Program(script, *flags, env=environment() if env is None else env, ranks=ranks)
     out, err = program.communicate(timeout)
