@@ -42,32 +42,17 @@ TIMES = {"step_time", "tokens_per_second"}
 def config_of(**changes: Any) -> SyncR1Config:
     """Few prompts, so that a few steps are more than an epoch; a preview, so that its threshold moves."""
     small: dict[str, Any] = {
-        "max_steps": 4,
-        "prompts_per_step": 4,
-        "num_generations": 4,
-        "warmup_steps": 1,
-        "learning_rate": 1e-3,
-        "max_completion_length": 6,
-        "anchor_fraction": 0.25,
-        "beta": 0.02,
-        "preview_fraction": 0.25,
-    }
+        "max_steps": 4, "prompts_per_step": 4, "num_generations": 4, "warmup_steps": 1, "learning_rate": 1e-3,
+        "max_completion_length": 6, "anchor_fraction": 0.25, "beta": 0.02, "preview_fraction": 0.25,
+    }  # fmt: skip
     return SyncR1Config(**(small | changes))
 
 
 class Training:
     """A trainer with everything real around it, and what it did."""
 
-    def __init__(
-        self,
-        config: SyncR1Config,
-        world: Path,
-        root: Path,
-        rewards: RewardSet,
-        *,
-        policy: Policy | None = None,
-        num_prompts: int = 9,
-    ) -> None:
+    def __init__(self, config: SyncR1Config, world: Path, root: Path, rewards: RewardSet, *,
+                 policy: Policy | None = None, num_prompts: int = 9) -> None:  # fmt: skip
         self.rewards = rewards
         policy = sharp_policy() if policy is None else policy
         if config.lora_rank:
@@ -77,13 +62,11 @@ class Training:
         )
         rank, world_size = dist.get_rank(), dist.get_world_size()
         prompts, anchors = load_training_prompts(world)[:: 97 // num_prompts][:num_prompts], load_anchors(world)[:3]
-        stream = PromptStream(
-            prompts, anchors, config.seed, config.prompts_per_step, config.anchor_fraction, rank, world_size
-        )
+        stream = PromptStream(prompts, anchors, config.seed, config.prompts_per_step, config.anchor_fraction, rank,
+                              world_size)  # fmt: skip
         self.steps: list[tuple[StepMetrics, Sequence[Rollout], Tensor]] = []
-        self.trainer = Trainer(
-            config, self.learner, stream, rewards, build_preview(config, rewards), lambda *step: self.steps.append(step)
-        )
+        self.trainer = Trainer(config, self.learner, stream, rewards, build_preview(config, rewards),
+                               lambda *step: self.steps.append(step))  # fmt: skip
         self.checkpoints = Checkpoints(config, root, self.learner, stream)
 
     def to(self, step: int, *, saving: bool = False) -> Training:
