@@ -101,7 +101,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy syncr1/kernels syncr1/engine $(wildcard recipes/*.py)
-	$(BIN)/python -m pytest tests -m "not slow" -q -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest tests -m "not slow" -q -n $(JOBS) --dist worksteal --durations=10 --durations-min=2
 
 # Every import as editors resolve it, through the links syncr1/{kernels,engine}.
 pyright: setup

@@ -204,8 +204,7 @@ class Tests:
 
     def _call(self, *arguments: str) -> str:
         command = [self.python, *arguments]
-        done = subprocess.run(command, cwd=self.copy, env=self.environment, capture_output=True,
-                              text=True, check=False)  # fmt: skip
+        done = subprocess.run(command, cwd=self.copy, env=self.environment, capture_output=True, text=True, check=False)
         if done.returncode:
             told = done.stdout[-3000:] + done.stderr[-3000:]
             raise SystemExit(f"{' '.join(command)} failed before anything was broken:\n{told}")
@@ -238,8 +237,14 @@ class Tests:
         command = [self.python, "-m", "pytest", "-x", "-v", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
         log, start, size, moved = self.copy.with_name("log"), time.monotonic(), 0, time.monotonic()
         with log.open("w") as file:
-            process = subprocess.Popen([*command, *tests], cwd=self.copy, env=self.environment, stdout=file,
-                                       stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                [*command, *tests],
+                cwd=self.copy,
+                env=self.environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         told = ""
         try:
             while process.poll() is None and not told:
@@ -288,8 +293,11 @@ def main() -> None:
             verdict, by = tests.verdict(mutant, tests.reaching(mutant, asked.tests), asked.limit)
             seconds = round(time.monotonic() - start, 1)
             results.append(asdict(mutant) | {"verdict": verdict, "by": by, "seconds": seconds})
-            print(f"{number}/{len(wanted)} {verdict} in {seconds} s: {mutant.file}:{mutant.line}\n"
-                  f"    - {mutant.text}\n    + {mutant.broken}\n    {by}", flush=True)  # fmt: skip
+            print(
+                f"{number}/{len(wanted)} {verdict} in {seconds} s: {mutant.file}:{mutant.line}\n"
+                f"    - {mutant.text}\n    + {mutant.broken}\n    {by}",
+                flush=True,
+            )
             if asked.json:
                 asked.json.write_text(json.dumps(results, indent=1))
     counts = Counter(str(one["verdict"]) for one in results)

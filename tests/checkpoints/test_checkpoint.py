@@ -105,6 +105,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
 # Kills ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment(tmp_path: Path) -> None:
     """Saves in a loop, killed at random: what has a checkpoint's name is whole, and what was saved is there.
 

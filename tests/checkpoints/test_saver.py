@@ -71,6 +71,7 @@ END = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds", "end", "code", "left"),
     [

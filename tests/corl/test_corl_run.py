@@ -130,6 +130,7 @@ def base() -> Path:
     return short_base()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "stage", "folders"),
     [
@@ -158,6 +159,7 @@ def test_strategies_of_the_pilot_study(
         assert judged["generation"] == [drawing] * 2 and judged["understanding"] == [answering] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unify", ["reward", "advantage", "none"])
 def test_what_halves_share(unify: str, photographs: Path, base: Path, tmp_path: Path) -> None:
     config = small_config(photographs, base, tmp_path, unify=unify, stage="unified", sample_steps=1, num_generations=3)
@@ -173,6 +175,7 @@ def test_what_halves_share(unify: str, photographs: Path, base: Path, tmp_path: 
     assert (by_half["t2i"] == by_half["mm2t"]) == (unify != "none")
 
 
+@pytest.mark.slow
 def test_bf16_goes_through_every_stage(photographs: Path, base: Path, tmp_path: Path) -> None:
     run(small_config(photographs, base, tmp_path, bf16=True, zero_stage=2, eval_samples=2))
     merged = tensors(tmp_path / "run" / "merged")
@@ -181,6 +184,7 @@ def test_bf16_goes_through_every_stage(photographs: Path, base: Path, tmp_path: 
     assert row["reward_failures"] == 0 and row["rollout/replay_logp_max_abs"] <= 0.5
 
 
+@pytest.mark.slow
 def test_ctrl_c_makes_the_current_training_the_last(
     photographs: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +204,7 @@ def test_ctrl_c_makes_the_current_training_the_last(
     assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "t2i").exists()
 
 
+@pytest.mark.slow
 def test_adapters_in_place_of_weights(photographs: Path, base: Path, tmp_path: Path) -> None:
     run(small_config(photographs, base, tmp_path, stage="oe", lora_rank=2, gradient_checkpointing=True,
                      refined_num_generations=6, max_completion_length=8, refined_max_steps=2))  # fmt: skip
@@ -221,6 +226,7 @@ def test_emu3_goes_through_the_same_recipe(photographs: Path, tmp_path: Path) ->
     assert type(merged).__name__ == "Emu3Policy" and changed(emu3, tmp_path / "run" / "merged")
 
 
+@pytest.mark.slow
 def test_one_refined_stage_and_a_merge_stand_alone(photographs: Path, base: Path, tmp_path: Path) -> None:
     run(small_config(photographs, base, tmp_path, stage="mcq"))
     run(small_config(photographs, base, tmp_path, stage="oe"))

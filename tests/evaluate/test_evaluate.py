@@ -198,6 +198,7 @@ def test_generate_must_answer_what_it_was_asked(held_out: dict[str, list[Prompt]
         evaluate(lambda prompts, temperature: Speaker()(prompts[::-1], temperature), held_out, num_items=4)
 
 
+@pytest.mark.slow
 def test_a_real_policy_is_scored(held_out: dict[str, list[Prompt]]) -> None:
     """An untrained tiny Janus, sampled by the engine: every task gets its scores, and nearly all of them are poor."""
     from syncr1.engine.rollout.sampler import Sampling, generate

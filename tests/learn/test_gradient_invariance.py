@@ -46,17 +46,20 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return measured(few_cells(), tmp_path_factory.mktemp("few"), timeout=240)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_ranks_change_nothing(few: dict[str, dict[str, Any]]) -> None:
     assert set(LOSS_TYPES) <= set(OBJECTIVES), "every loss type has its cells"
     assert_invariant(few_cells(), few)
 
 
+@pytest.mark.slow
 def test_counts_of_one_rank_alone_are_seen(few: dict[str, dict[str, Any]]) -> None:
     """The same measure tells a learner whose ranks divide by their own tokens and sequences."""
     faulty = {cell.objective: few[cell.name]["difference"] for cell in few_cells() if cell.local}
     assert set(faulty) == set(OBJECTIVES) and min(faulty.values()) > 100 * BOUND
 
 
+@pytest.mark.slow
 def test_objectives_differ(few: dict[str, dict[str, Any]]) -> None:
     """The cells of different objectives measure different gradients."""
     norms = [round(few[f"mixed-{name}-1x1-pruned"]["norm"], 4) for name in OBJECTIVES]

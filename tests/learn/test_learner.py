@@ -31,7 +31,7 @@ from syncr1.engine.learn.optimizer import LearnerSettings, deepspeed_config
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Rollout
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 GROUP = 3
 ONE_RANK, TWO_RANKS = 5e-5, 1e-4
 """Tolerances of weights after two AdamW steps, which move each by up to 2e-3."""
@@ -256,7 +256,6 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return out, json.loads((out / "results.json").read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["stage0", "stage1", "stage2", "stage3", "failing3"])
 def test_two_ranks_learn_what_one_does(
     case: str, two_ranks: tuple[Path, Any], by_hand: tuple[dict[str, Any], dict[str, Tensor]]
@@ -268,7 +267,6 @@ def test_two_ranks_learn_what_one_does(
     assert_close(torch.load(folder / f"{case}.pt", weights_only=True), by_hand[1], TWO_RANKS)
 
 
-@pytest.mark.slow
 def test_two_ranks_share_sequence_means(two_ranks: tuple[Path, Any], batches: list[PackedBatch]) -> None:
     """Loss types that average over sequences: the idle batches that keep ranks in step are no sequences."""
     folder, results = two_ranks
@@ -278,7 +276,6 @@ def test_two_ranks_share_sequence_means(two_ranks: tuple[Path, Any], batches: li
         assert_close(torch.load(folder / f"{case}.pt", weights_only=True), weights_of(learner), TWO_RANKS)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_written_under_zero_3_on_two_ranks_loads(two_ranks: tuple[Path, Any]) -> None:
     folder, _ = two_ranks
     loaded = JanusPolicy.from_pretrained(folder / "checkpoint")

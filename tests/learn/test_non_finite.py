@@ -20,7 +20,7 @@ from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.records import PackedBatch
 from syncr1.kernels.api import NonFiniteError, TokenStream, linear_grpo_loss, non_finite_passes
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -32,7 +32,7 @@ from syncr1.engine.rewards.reward import score
 from syncr1.engine.rollout.sampler import Sampling, generate
 from syncr1.kernels.api import dgs_select, group_advantages
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 TIMES = {"step_time", "tokens_per_second"}
 
 
@@ -233,7 +233,6 @@ def test_each_step_draws_afresh(world: Path, rewards: RewardSet) -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.slow
 def test_training_raises_the_reward_and_not_training_does_not(world: Path) -> None:
     """8 steps on 8 prompts from a short base: 0.32 to about 0.60; one at a learning rate of 0, still 0.32."""
     checkpoint = short_base()

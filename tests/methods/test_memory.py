@@ -58,6 +58,7 @@ def measured(config: SyncR1Config, folder: Path) -> int:
         return memory.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -90,6 +91,7 @@ def test_peak_bytes_counts_what_is_alive() -> None:
     assert memory.peak == 3 * MIB and memory.live == 2 * MIB and len(kept) == 2
 
 
+@pytest.mark.slow
 def test_zero_shares_what_it_says(tmp_path: Path) -> None:
     """Over 4 ranks: optimizer state from stage 1 on, gradients from stage 2 on, weights under stage 3."""
     prompts = all_kinds_of_prompts(tmp_path)[:6]

@@ -79,6 +79,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 def test_a_killed_recipe_goes_on_to_the_same_images(
     model: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +143,7 @@ def test_dpg_from_prompts_to_grids(model: Path, cache_dir: Path, tmp_path: Path)
     assert "--resolution 32 --pic-num 4" in console.export_text()
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_without_a_traceback(
     model: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,6 +111,7 @@ def cache_dir(monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_dry_run_shows_settings_and_prompts(
     base: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +122,7 @@ def test_dry_run_shows_settings_and_prompts(
     assert len(re.findall(r"->", prompts)) == 16 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_that_cannot_be_ends_with_a_message(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--dry_run", "--nodes", "5", "--prompts_per_step", "16"]
     _, err = recipe_here(capsys, "sync_r1.py", *flags, expected=2)

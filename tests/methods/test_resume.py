@@ -33,7 +33,7 @@ from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.engine.show.runlog import RunLog
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -162,7 +162,6 @@ def test_a_failed_save_is_told_and_the_next_works(
     assert [verified(folder).step for folder in folders(tmp_path)] == [2, 1]
 
 
-@pytest.mark.slow
 def test_two_ranks(world: Path, rewards: RewardSet, tmp_path: Path) -> None:
     """ZeRO 0, 2 and 3 on two ranks, resumed exactly; one rank's full disk ends both with the same error; and one rank
     cannot go on with what two have saved."""

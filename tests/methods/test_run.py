@@ -106,6 +106,7 @@ def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
     assert "did you mean --max_steps?" in err and "loading torch" not in out and "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -208,6 +209,7 @@ def test_who_is_asked_to_end_goes_on_as_if_never_asked(
     the rest; the numbers and the model are those of the first run, to the last bit."""
     folder, _ = finished
     again = folder.with_name("run-2")
+    torch.set_num_threads(1)  # as the first run had
     monkeypatch.setenv("SYNCR1_CACHE", str(cache_dir))
     flags = ("--config", folder / "config.yaml", "--eval_samples", 0, "--sample_steps", 0)
     trained = Trainer.train_step

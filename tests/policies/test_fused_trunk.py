@@ -272,6 +272,7 @@ def assert_same_steps(made: Policy, compiled: CompiledTrunk, num_steps: int = 3,
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "janus", "liger"])
 def test_one_graph_serves_every_step_and_number_of_rows(kind: str, fresh_dynamo: None) -> None:
     """fullgraph: nothing breaks it; a shrinking batch compiles nothing again, except for a single row."""
@@ -291,6 +292,7 @@ def test_one_graph_serves_every_step_and_number_of_rows(kind: str, fresh_dynamo:
         assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_sizes_of_caches_beyond_the_allowed_run_plainly(fresh_dynamo: None, caplog: pytest.LogCaptureFixture) -> None:
     """Dynamo's own limit, which would raise, does not count; a warning names the sizes, and the numbers stay right."""
     made = policy("llama", num_hidden_layers=1)

@@ -311,7 +311,8 @@ def by_hand(batch: PackedBatch) -> dict[str, Tensor]:
     return weights(policy)
 
 
-@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_deepspeed_trains_adapters_alone(stage: int, batch: PackedBatch, _process_group: None) -> None:
     """With activation checkpointing: the weights are those of plain torch, the base's bits stay."""
     policy, start = adapted(), weights(adapted())
@@ -334,7 +335,8 @@ def test_deepspeed_trains_adapters_alone(stage: int, batch: PackedBatch, _proces
         torch.testing.assert_close(value, want[name], rtol=0, atol=5e-5, msg=name)
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
 def test_the_reference_costs_no_second_copy(stage: int, batch: PackedBatch, _process_group: None) -> None:
     """KL to the base: 0 while adapters do nothing, then it grows, as with a frozen copy."""
     kls = []

@@ -54,6 +54,7 @@ def test_files_and_functions_stay_small() -> None:
     assert too_long == []
 
 
+@pytest.mark.slow
 def test_kernels_need_torch_alone() -> None:
     code = """
 import sys
@@ -125,6 +126,7 @@ print(setup.build_native(Path({str(tmp_path / "build")!r}), Path({str(tmp_path)!
     assert "configuring failed" in run(code, CXX=str(tmp_path / "absent"))
 
 
+@pytest.mark.slow
 def test_a_missing_library_leaves_the_reference(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path

@@ -310,7 +310,7 @@ def test_no_secret_is_written_or_said(tmp_path: Path) -> None:
     base, out = short_base(), tmp_path / "run"
     small = ["--model", base, "--output_dir", out, "--max_steps", 1, "--eval_samples", 0, "--prompts_per_step", 2,
              "--num_generations", 2, "--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "none",
-             "--judge_key_env", "JUDGE_KEY", "--reward_timeout", 6, "--sample_steps", 1]  # fmt: skip
+             "--judge_key_env", "JUDGE_KEY", "--reward_timeout", 2, "--sample_steps", 1]  # fmt: skip
     cache_dir = cache_folder()
     said, _ = started(cache_dir, "sync_r1.py", *small)
     assert leaks(said.encode()) == []

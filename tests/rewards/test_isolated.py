@@ -51,6 +51,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
 '''
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("rewards") / "odd_rewards.py"
@@ -123,7 +126,6 @@ def test_pictures_paths_and_columns_of_the_data_arrive(source: Path) -> None:
     reward.close()
 
 
-@pytest.mark.slow
 def test_adapters_and_errors_of_loading(source: Path) -> None:
     reward = load_reward(f"isolated@verl@{source}:compute_score")
     assert reward(prompts=["p"] * 2, completions=["a", "b"], answer=["a", "a"], images=[None] * 2) == [1.0, 0.0]
@@ -139,7 +141,6 @@ def hang(path: Path, folder: Path) -> None:
     reward(completions=["backtrack"], images=[None])
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker that hangs outlives its run")
 def test_a_worker_that_hangs_dies_with_the_run(source: Path, tmp_path: Path) -> None:
     run = multiprocessing.get_context("fork").Process(target=hang, args=(source, tmp_path))

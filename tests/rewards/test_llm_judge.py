@@ -232,6 +232,7 @@ def test_read_scores(reply: str, count: int, expected: list[float] | None) -> No
     assert read_scores(reply, count, 100.0) == expected
 
 
+@pytest.mark.slow
 @given(st.text(alphabet='[]{},.-0123456789e"/ nultr') | st.text(), st.integers(1, 3))
 def test_read_scores_takes_any_reply(reply: str, count: int) -> None:
     scores = read_scores(reply, count, 100.0)

@@ -241,6 +241,7 @@ def _process_group() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_an_update_learns_text_and_images_and_leaves_the_eye_alone(
     policy: Emu3Policy, prompts: list[Prompt], _process_group: None

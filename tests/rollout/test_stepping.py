@@ -85,6 +85,7 @@ def test_the_watch_would_see_a_read() -> None:
     assert {"_local_scalar_dense", "nonzero"} <= set(watch.found)
 
 
+@pytest.mark.slow
 def test_a_smaller_batch_reuses_a_larger_ones_buffers(
     policy: JanusPolicy, prompts: list[Prompt], static: Callable[[], RolloutEngine]
 ) -> None:

@@ -165,6 +165,7 @@ with open_run_log(folder / "r", SyncR1Config()) as log:
 """
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_the_folder(tmp_path: Path) -> None:
     RunLog(tmp_path / "r", SyncR1Config())  # so that rank 0 has to take the next name, which rank 1 cannot guess
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

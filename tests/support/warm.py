@@ -7,6 +7,7 @@ script this is the process that is forked: it reads a line of JSON for each prog
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -46,8 +47,14 @@ class Program:
         self._folder, port = tempfile.TemporaryDirectory(), free_port()
         self._paths = [Path(self._folder.name, str(rank)) for rank in range(ranks)]
         for rank, path in enumerate(self._paths):
-            launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+            launcher = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             more = {name: str(value) for name, value in launcher.items()} if ranks > 1 else {}
             asked = {"argv": [script, *flags], "env": env | more, "cwd": str(cwd), "path": str(path)}
             _forks().write(json.dumps(asked) + "\n")
@@ -82,12 +89,14 @@ class Program:
     def kill(self) -> None:
         for path, pid in zip(self._paths, self.pids, strict=True):
             if not _told(path.with_suffix(".code")):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, signal.SIGKILL)
                 _awaited(path.with_suffix(".code"))
 
 
-def run(script: str, *flags: str, env: dict[str, str] | None = None, ranks: int = 1, expected: int = 0,
-        timeout: float = 600) -> tuple[str, str]:  # fmt: skip
+def run(
+    script: str, *flags: str, env: dict[str, str] | None = None, ranks: int = 1, expected: int = 0, timeout: float = 600
+) -> tuple[str, str]:
     """Stdout and stderr of a script that ends as expected."""
     program = Program(script, *flags, env=environment() if env is None else env, ranks=ranks)
     out, err = program.communicate(timeout)
@@ -105,9 +114,12 @@ def free_port() -> int:
 @cache
 def _forks() -> Any:
     """Where the one process that is forked reads what to run; it ends with this one."""
-    command = [sys.executable, __file__]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, bufsize=1, stdin=subprocess.PIPE)
-    atexit.register(process.kill)
+    offline = environment() | {"HF_HUB_OFFLINE": "1"}  # read when its library is imported
+    process = subprocess.Popen(
+        [sys.executable, __file__], cwd=ROOT, env=offline, text=True, bufsize=1, stdin=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    atexit.register(process.stdin.close)
     return process.stdin
 
 
@@ -127,6 +139,7 @@ def _awaited(path: Path, seconds: float = 120) -> str:
 
 
 def main() -> None:
+    os.setpgrp()
     sys.path.insert(0, str(Path(__file__).parent))
     before = set(os.environ)
     for name in IMPORTED:
@@ -139,6 +152,7 @@ def main() -> None:
         asked["env"] = set_by_imports | asked["env"]
         if os.fork() == 0:
             _guard(**asked)
+    os.killpg(0, signal.SIGKILL)  # who asked has ended: so do the programs that still run
 
 
 def _guard(argv: list[str], env: dict[str, str], cwd: str, path: str) -> None:

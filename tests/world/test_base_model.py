@@ -27,6 +27,7 @@ def weights(policy: JanusPolicy) -> dict[str, torch.Tensor]:
     return dict(policy.state_dict())
 
 
+@pytest.mark.slow
 def test_same_settings_give_the_same_weights() -> None:
     """Bitwise, whatever the global generator did before; another seed gives others; training moved them."""
     torch.manual_seed(5)
@@ -43,6 +44,7 @@ def test_same_settings_give_the_same_weights() -> None:
     assert not any("vqmodel" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_the_loss_falls() -> None:
     """A short training already halves the loss, so that the whole one is not luck."""
     losses = losses_of_short_base()

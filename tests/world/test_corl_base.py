@@ -52,6 +52,7 @@ def tutor(policy: JanusPolicy) -> Callable[..., NoisyTutor]:
     return make
 
 
+@pytest.mark.slow
 def test_same_settings_give_the_same_weights() -> None:
     """Bitwise, whatever the global generator did before; another seed gives others; the tokenizer is not trained."""
     torch.manual_seed(5)

@@ -35,6 +35,7 @@ def test_every_caption_comes_back_from_its_tokens() -> None:
     assert len({caption(look) for look in LOOKS}) == len(LOOKS)
 
 
+@pytest.mark.slow
 def test_training_moves_the_loss_down_and_is_repeatable(
     trained: tuple[BlipForConditionalGeneration, BlipProcessor, list[float]],
 ) -> None:

@@ -82,6 +82,7 @@ def test_weights_load_into_a_janus_models_own_tokenizer() -> None:
     assert torch.equal(world_vq.encode(fresh, pixels), world_vq.encode(world_vq.load_vq(), pixels))
 
 
+@pytest.mark.slow
 def test_judge_reads_round_trips_and_repeats(vq: JanusVQVAE, decoded: torch.Tensor) -> None:
     state = torch.random.get_rng_state()
     judge = train_judge(vq, seed=0)
