@@ -21,7 +21,7 @@ from syncr1.engine.rewards.builtin.captioner import BlipCaptioner
 from syncr1.engine.rewards.builtin.cycle import CycleReward
 from syncr1.engine.rewards.builtin.perceptual import LpipsSimilarity, RmseSimilarity
 from syncr1.engine.rewards.builtin.text_similarity import BertScore, SoftJaccard
-from syncr1.engine.rewards.reward import score
+from syncr1.engine.rewards.scoring import score
 
 TEXTS = ["a cat on the table", "a woman in a red hat", "a cat on the table", "two dogs", "a table"]
 

@@ -23,8 +23,10 @@ import torch.distributed as dist
 
 from syncr1.engine.errors import RewardError
 from syncr1.engine.records import Prompt, Rollout, Segment
+from syncr1.engine.rewards.calling import still_running
 from syncr1.engine.rewards.ensemble import build_rewards, combine
-from syncr1.engine.rewards.reward import columns_of, mode_of, score, still_running
+from syncr1.engine.rewards.reward import columns_of, mode_of
+from syncr1.engine.rewards.scoring import score
 
 
 def make_rollout(text: str = "red", prompt: str = "p0", member: int = 0, **fields_of_prompt: Any) -> Rollout:
@@ -244,7 +246,7 @@ def one_rank(rank: int, folder: Path) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("syncr1.engine.rewards.reward").addHandler(handler)
+    logging.getLogger("syncr1.engine.rewards.scoring").addHandler(handler)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
     )

@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 from ...errors import RewardError, RewardSpecError
-from ..reward import Outcome, RewardFunction, call, checked
+from ..calling import Outcome, call
+from ..reward import RewardFunction, checked
 from .custom import load_reward
 from .wire import receive, send, unpacked
 
