@@ -12,7 +12,7 @@ Dims: B sequences, R rows (B, or 2 B with guidance), L most tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,16 @@ class State:
     def guided(self) -> bool:
         return len(self.rows) > len(self)
 
+    @property
+    def conditional(self) -> Rows:
+        """[B] of the rows, in the same memory."""
+        return self.rows.part(slice(0, len(self)))
+
+    @property
+    def unconditional(self) -> Rows:
+        """[B] of the rows with guidance, else none; in the same memory."""
+        return self.rows.part(slice(len(self), None))
+
     def take(self, index: Tensor) -> State:
         """A copy holding the sequences `index` [n]."""
         rows = torch.cat([index, index + len(self)]) if self.guided else index
@@ -111,17 +121,13 @@ class State:
         """Becomes `other`, of the same size, in place."""
         for name in ("slot", "key", "alive", "step"):
             getattr(self, name).copy_(getattr(other, name))
-        for name in ("spans", "position", "hidden"):
-            getattr(self.rows, name).copy_(getattr(other.rows, name))
+        self.rows.copy_(other.rows)
 
     def save(self, rows: Rows, guides: Rows | None) -> None:
         """Writes where the sequences stand into the batch's tables [B of the batch, …]."""
-        size = len(self)
-        halves = [Rows(*(getattr(self.rows, f.name)[part] for f in fields(Rows)))
-                  for part in (slice(0, size), slice(size, None))]  # fmt: skip
-        rows.put(self.slot, halves[0])
+        rows.put(self.slot, self.conditional)
         if guides is not None and self.guided:
-            guides.put(self.slot, halves[1])
+            guides.put(self.slot, self.unconditional)
 
 
 class TokenStep:
@@ -226,10 +232,6 @@ def advance(
         spans = torch.where(alive[:, None], spans, own.nowhere)
     hidden_RD = trunk(embeddings_RD[:, None], rows.position[:, None], Decode(prompts, own, spans))[:, 0]
     if alive is None:
-        rows.hidden.copy_(hidden_RD)
-        rows.position += 1
-        rows.spans[:, 3] += 1
-        return
-    rows.hidden.copy_(torch.where(alive[:, None], hidden_RD, rows.hidden))
-    rows.position += alive
-    rows.spans[:, 3] += alive
+        rows.advance(hidden_RD, 1)
+    else:
+        rows.advance(torch.where(alive[:, None], hidden_RD, rows.hidden), alive)

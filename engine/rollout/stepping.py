@@ -138,9 +138,17 @@ class Stepper:
         step.state.save(rows, guides)
 
     def _run_static(
-        self, phase: Phase, state: State, samples: Samples, prompts: Store, own: Store, rows: Rows,
-        guides: Rows | None, num_steps: int, feed_last: bool,
-    ) -> None:  # fmt: skip
+        self,
+        phase: Phase,
+        state: State,
+        samples: Samples,
+        prompts: Store,
+        own: Store,
+        rows: Rows,
+        guides: Rows | None,
+        num_steps: int,
+        feed_last: bool,
+    ) -> None:
         nobody = samples.length.numel() - 1
         step = self._graph(phase, _padded(state, bucket_of(len(state)), nobody), samples, prompts, own)
         count = LateCount(state.slot.device)
@@ -175,16 +183,12 @@ class Stepper:
 def save(state: State, rows: Rows, guides: Rows | None, nobody: int) -> None:
     """`State.save` of a padded state, without asking which sequences are padding: those have slot `nobody`, and go
     to one more row that the tables are given for the moment."""
-    size = len(state)
     slot = torch.where(state.slot == nobody, len(rows), state.slot)
-    for table, part in ((rows, slice(0, size)), (guides if state.guided else None, slice(size, None))):
-        if table is None:
-            continue
-        for name in ("spans", "position", "hidden"):
-            target = getattr(table, name)
-            widened = torch.cat([target, target[-1:]])
-            widened.index_copy_(0, slot, getattr(state.rows, name)[part])
-            target.copy_(widened[:-1])
+    for table, part in ((rows, state.conditional), (guides if state.guided else None, state.unconditional)):
+        if table is not None:
+            widened = Rows.cat([table, table.part(slice(-1, None))])
+            widened.put(slot, part)
+            table.copy_(widened.part(slice(0, -1)))
 
 
 def _padded(state: State, size: int, nobody: int) -> State:
