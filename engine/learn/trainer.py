@@ -1,6 +1,6 @@
-"""Group-relative RL, the whole loop: prompts -> rollout -> reward -> advantage and pruning -> pack -> loss -> step.
+"""Group-relative RL, the whole loop: prompts -> rollout -> reward -> credit and pruning -> pack -> loss -> step.
 
-Dims: P prompts, G members, S = P * G trajectories, K rewards.
+Dims: P prompts, G members, S = P * G trajectories.
 """
 
 from __future__ import annotations

@@ -138,6 +138,23 @@ def test_rows_take_put_and_cat() -> None:
     assert len(Rows.cat([rows, taken])) == 6
 
 
+def test_rows_advance_in_place_and_their_columns_are_views() -> None:
+    """A graph holds the tables' addresses; named columns must be of the same memory."""
+    ints = torch.tensor([5, 6])
+    rows = Rows.behind(ints, ints + 1, ints + 2, torch.zeros(2, 3))
+    assert rows.spans.tolist() == [[5, 6, 7, 0], [6, 7, 8, 0]] and rows.position.tolist() == [6, 7]
+    places = [column.data_ptr() for column in rows.columns()]
+    rows.own_start.copy_(torch.tensor([30, 40]))
+    rows.advance(torch.ones(2, 3), torch.tensor([2, 0]))
+    rows.advance(torch.ones(2, 3), torch.tensor([True, False]))
+    rows.advance(torch.full((2, 3), 4.0), 1)
+    assert rows.spans.tolist() == [[5, 6, 30, 4], [6, 7, 40, 1]] and rows.own_spans() == [(30, 4), (40, 1)]
+    assert rows.position.tolist() == [10, 8] and bool((rows.hidden == 4).all())
+    rows.part(slice(1, 2)).copy_(rows.part(slice(0, 1)))
+    assert rows.own_start.tolist() == [30, 30]
+    assert [column.data_ptr() for column in rows.columns()] == places
+
+
 def test_a_store_is_divided_anew_in_the_same_memory() -> None:
     store = Store(shape_of(2, torch.float32), [5, 0, 3])
     assert store.starts == [0, 5, 5, 8] and store.capacity == 9 and store.spare == 8
