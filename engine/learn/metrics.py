@@ -17,20 +17,12 @@ from ..records import MODALITY_NAMES, PackedBatch, Rollout
 from ..rewards.scoring import RewardTable
 from ..rollout.sampler import RolloutStats
 
-SUMS = frozenset(
-    {
-        *("num_tokens", "tokens_per_second", "reward_failures", "pack/tokens", "rollout/prefill_tokens"),
-        *(f"tokens/{name}" for name in MODALITY_NAMES),
-    }
-)
-LARGEST = frozenset(
-    {
-        *("step_time", "rollout/replay_logp_max_abs", "rollout/kv_mib", "updates_skipped"),
-        *(f"ratio_max/{name}" for name in MODALITY_NAMES),
-    }
-)
-SMALLEST = frozenset(f"ratio_min/{name}" for name in MODALITY_NAMES)
-OF_TOKENS = frozenset({"kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"})
+SUMS = {"num_tokens", "tokens_per_second", "reward_failures", "pack/tokens", "rollout/prefill_tokens"}
+SUMS |= {f"tokens/{name}" for name in MODALITY_NAMES}
+LARGEST = {"step_time", "rollout/replay_logp_max_abs", "rollout/kv_mib", "updates_skipped"}
+LARGEST |= {f"ratio_max/{name}" for name in MODALITY_NAMES}
+SMALLEST = {f"ratio_min/{name}" for name in MODALITY_NAMES}
+OF_TOKENS = {"kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
 """Means over the tokens of both modalities."""
 
 

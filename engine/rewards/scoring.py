@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import RewardError
 from ..records import Rollout
-from .calling import Outcome, call_all
-from .reward import Columns, RewardFunction, RewardValues, checked, columns_of
+from .calling import call_all
+from .reward import Columns, RewardFunction, checked, columns_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,6 @@ class RewardTable:
     """[K] column names."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Calls that raised or ran late, by name; 0 for the others."""
-    incomplete: int = 0
-    """Trajectories left out because they lack a reward that another member of their group has."""
 
     def means(self) -> dict[str, float]:
         """`rewards/<name>/mean` over the trajectories that have it; a reward that nobody has is absent."""
@@ -57,7 +55,6 @@ def score(
     reward_functions: Mapping[str, RewardFunction],
     timeout: float = 120.0,
     *,
-    strict: bool = True,
     step: int | None = None,
 ) -> RewardTable:
     """Score trajectories by every function.
@@ -67,8 +64,6 @@ def score(
             are not shown to the functions.
         reward_functions: [K] name -> function; names become columns in this order.
         timeout: seconds that a function may take, counted from the common start.
-        strict: raise on a broken contract (a bug will not mend itself); False counts it as a failure, for functions
-            that reach out to services.
         step: of the training, for errors and the log.
 
     Returns:
@@ -76,11 +71,12 @@ def score(
         which others of its group have gets NaN in every column: summing what is left would read it as zero.
 
     Raises:
-        RewardError: `strict` and a function returned the wrong number of values, or NaN, infinity, text or a tensor.
+        RewardError: a function returned the wrong number of values, or NaN, infinity, text or a tensor: a bug, which
+            will not mend itself.
     """
     shown = [i for i, rollout in enumerate(rollouts) if rollout.prompt.rewarded and not rollout.dropped]
     columns = columns_of([rollouts[i] for i in shown])
-    table = score_columns(columns, reward_functions, timeout, strict=strict, step=step)
+    table = score_columns(columns, reward_functions, timeout, step=step)
     return table.placed(shown, len(rollouts))
 
 
@@ -89,7 +85,6 @@ def score_columns(
     reward_functions: Mapping[str, RewardFunction],
     timeout: float = 120.0,
     *,
-    strict: bool = True,
     step: int | None = None,
 ) -> RewardTable:
     """`score` of the trajectories [n] that `columns` describe, all of which are shown."""
@@ -98,37 +93,24 @@ def score_columns(
     failures = dict.fromkeys(reward_functions, 0)
     outcomes = call_all(reward_functions, columns, timeout) if ids else {}
     for column, (name, outcome) in enumerate(outcomes.items()):
-        scores, error = _verdict(name, outcome, len(ids))
-        if strict and isinstance(error, RewardError):
-            error.where = _where(step, ids, error.index)
-            raise error from None
-        if error is not None:
-            failures[name] += 1
-            logger.warning(
-                "reward %r failed (%s) and is None for all %d trajectories: %s: %s",
-                name,
-                _where(step),
-                len(ids),
-                type(error).__name__,
-                error,
-            )
+        error = outcome.error
+        try:
+            if isinstance(error, RewardError):
+                raise error
+            scores = [] if error is not None else checked(name, outcome.value, len(ids))
+        except RewardError as broken:
+            broken.where = _where(step, ids, broken.index)
+            raise broken from None
+        if error is None:
+            values[:, column] = torch.tensor([math.nan if s is None else float(s) for s in scores])
             continue
-        values[:, column] = torch.tensor([math.nan if s is None else float(s) for s in scores])
-    incomplete = _incomplete(ids, values)
-    values[incomplete] = math.nan
-    return RewardTable(
-        values=values, names=tuple(reward_functions), failures=failures, incomplete=int(incomplete.sum())
-    )
-
-
-def _verdict(name: str, outcome: Outcome, num_expected: int) -> tuple[RewardValues, BaseException | None]:
-    """A function's values, or why it has none."""
-    if outcome.error is not None:
-        return [], outcome.error
-    try:
-        return checked(name, outcome.value, num_expected), None
-    except RewardError as broken:
-        return [], broken
+        failures[name] += 1
+        said = f"{type(error).__name__}: {error}"
+        logger.warning(
+            "reward %r failed (%s) and is None for all %d trajectories: %s", name, _where(step), len(ids), said
+        )
+    values[_incomplete(ids, values)] = math.nan
+    return RewardTable(values=values, names=tuple(reward_functions), failures=failures)
 
 
 def _where(step: int | None, ids: Sequence[str] = (), index: int | None = None) -> str:
