@@ -11,7 +11,7 @@ Dims: B sequences, R rows (B, or 2 B with guidance), L most tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,16 @@ class Samples:
         self.length[where] = other.length[which]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tables:
+    """Where every sequence of a batch stands, and the caches that hold what it has seen."""
+
+    prompts: Store
+    own: Store
+    sides: Sequence[Rows]
+    """[B] each: the conditional rows, and with guidance their unconditional twins."""
+
+
 @dataclass(slots=True)
 class State:
     """Sequences under way."""
@@ -79,7 +89,7 @@ class State:
     rows: Rows
     """[R]: the conditional rows, then the unconditional ones."""
     slot: Tensor
-    """[B] int64: the sequence's place in `Samples` and in the batch; B of the batch for padding."""
+    """[B] int64: the sequence's place in `Samples` and in the tables; B of the tables for padding."""
     key: Tensor
     """[B] int64: keys the random numbers."""
     alive: Tensor
@@ -88,11 +98,10 @@ class State:
     """Scalar int64: tokens sampled so far."""
 
     @classmethod
-    def start(cls, rows: Rows, slot: Tensor, key: Tensor, guides: Rows | None = None) -> State:
-        """`rows` and `guides` [B] are copied."""
+    def start(cls, sides: Sequence[Rows], slot: Tensor, key: Tensor) -> State:
+        """`sides` [B] each, as in `Tables`, are copied."""
         everyone = torch.ones_like(slot, dtype=torch.bool)
-        both = Rows.cat([rows] if guides is None else [rows, guides])
-        return cls(both, slot, key, everyone, torch.zeros((), dtype=torch.long, device=slot.device))
+        return cls(Rows.cat(sides), slot, key, everyone, torch.zeros((), dtype=torch.long, device=slot.device))
 
     def __len__(self) -> int:
         return self.slot.shape[0]
@@ -101,15 +110,10 @@ class State:
     def guided(self) -> bool:
         return len(self.rows) > len(self)
 
-    @property
-    def conditional(self) -> Rows:
-        """[B] of the rows, in the same memory."""
-        return self.rows.part(slice(0, len(self)))
-
-    @property
-    def unconditional(self) -> Rows:
-        """[B] of the rows with guidance, else none; in the same memory."""
-        return self.rows.part(slice(len(self), None))
+    def sides(self) -> list[Rows]:
+        """[B] each, as in `Tables`, in the state's own memory."""
+        size = len(self)
+        return [self.rows.part(slice(first, first + size)) for first in range(0, len(self.rows), size)]
 
     def take(self, index: Tensor) -> State:
         """A copy holding the sequences `index` [n]."""
@@ -123,11 +127,10 @@ class State:
             getattr(self, name).copy_(getattr(other, name))
         self.rows.copy_(other.rows)
 
-    def save(self, rows: Rows, guides: Rows | None) -> None:
-        """Writes where the sequences stand into the batch's tables [B of the batch, …]."""
-        rows.put(self.slot, self.conditional)
-        if guides is not None and self.guided:
-            guides.put(self.slot, self.unconditional)
+    def save(self, tables: Tables) -> None:
+        """Writes where the sequences stand into the batch's tables; without guidance, on the conditional side alone."""
+        for table, side in zip(tables.sides, self.sides(), strict=False):
+            table.put(self.slot, side)
 
 
 class TokenStep:

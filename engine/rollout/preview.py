@@ -12,14 +12,14 @@ Dims: n sequences that draw, k tokens at the preview, N tokens of an image.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..policies.base import Policy
-from ..policies.cache import Rows, Store
-from .decode import Phase, Samples, State
+from ..policies.cache import Rows
+from .decode import Phase, Samples, State, Tables
 from .draft import Draft
 from .preview_gate import PreviewGate
 from .stepping import Stepper
@@ -32,12 +32,8 @@ class Canvas:
     policy: Policy
     stepper: Stepper
     phase: Phase
-    prompts: Store
-    own: Store
-    rows: Rows
-    """[B]: every sequence of the batch; those that draw have the image's start behind them."""
-    guides: Rows | None
-    """[B]: their unconditional twins."""
+    tables: Tables
+    """Every sequence of the batch; those that draw have the image's start behind them."""
     chosen: list[int]
     """[n] the sequences that draw."""
     drafts: list[Draft]
@@ -72,15 +68,15 @@ def preview_length(preview: PreviewGate | None, num_tokens: int, forced: Tensor 
 
 
 def draw(canvas: Canvas, preview: PreviewGate | None) -> Drawing:
-    """Draws every image; `rows` and `guides` of the canvas then stand behind them."""
+    """Draws every image; the canvas's tables then stand behind them."""
     c, n = canvas, len(canvas.chosen)
     num_tokens = c.phase.max_tokens
     length = preview_length(preview, num_tokens, c.policy.forced_image_tokens())
-    samples = c.stepper.samples("image", len(c.rows), num_tokens)
-    index = torch.tensor(c.chosen, device=c.rows.position.device)
+    samples = c.stepper.samples("image", len(c.tables.sides[0]), num_tokens)
     keys = c.keys[0]
-    fork = (c.rows.take(index), None if c.guides is None else c.guides.take(index))
-    _run(c, State.start(fork[0], index, keys, fork[1]), samples, 0, length or num_tokens)
+    index = torch.tensor(c.chosen, device=keys.device)
+    fork = [side.take(index) for side in c.tables.sides]
+    _run(c, State.start(fork, index, keys), samples, 0, length or num_tokens)
     if preview is None or not length:
         return Drawing(
             samples=samples, keys=keys, attempts=[1] * n, dropped=[False] * n, num_drawn=n * num_tokens, num_saved=0
@@ -103,8 +99,8 @@ def draw(canvas: Canvas, preview: PreviewGate | None) -> Drawing:
         num_tries += pending.numel()
     dropped = _dropped(preview, c.drafts, scores, judged)
     staying = index[(~dropped).nonzero().squeeze(1).to(index.device)]
-    guides = None if c.guides is None else c.guides.take(staying)
-    state = State.start(c.rows.take(staying), staying, keys[(~dropped).to(keys.device)], guides)
+    sides = [side.take(staying) for side in c.tables.sides]
+    state = State.start(sides, staying, keys[(~dropped).to(keys.device)])
     state.step.fill_(length)
     _run(c, state, samples, length, num_tokens)
     rest = num_tokens - length
@@ -121,17 +117,8 @@ def draw(canvas: Canvas, preview: PreviewGate | None) -> Drawing:
 
 def _run(c: Canvas, state: State, samples: Samples, first: int, last: int) -> None:
     if len(state):
-        c.stepper.run(
-            c.phase,
-            state,
-            samples,
-            c.prompts,
-            c.own,
-            c.rows,
-            c.guides,
-            num_steps=last - first,
-            feed_last=c.goes_on or last < c.phase.max_tokens,
-        )
+        feed_last = c.goes_on or last < c.phase.max_tokens
+        c.stepper.run(c.phase, state, samples, c.tables, num_steps=last - first, feed_last=feed_last)
 
 
 def _score(c: Canvas, preview: PreviewGate, tokens: Tensor, rows: Sequence[int]) -> Tensor:
@@ -144,7 +131,7 @@ def _score(c: Canvas, preview: PreviewGate, tokens: Tensor, rows: Sequence[int])
 def _try_again(
     c: Canvas,
     preview: PreviewGate,
-    fork: tuple[Rows, Rows | None],
+    fork: Sequence[Rows],
     pending: Tensor,
     keys: Tensor,
     samples: Samples,
@@ -152,9 +139,9 @@ def _try_again(
     length: int,
 ) -> tuple[Tensor, Tensor]:
     """Draws `pending` once more from the fork; what is better replaces what was. (better [n'] bool, scores [n'])"""
-    device = keys.device
+    device, own = keys.device, c.tables.own
     index = pending.to(device)
-    sides = [rows.take(index) for rows in fork if rows is not None]
+    sides = [rows.take(index) for rows in fork]
     homes = [rows.own_spans() for rows in sides]
     sizes = [seen + length for home in homes for _, seen in home]
     scratch = c.stepper.store("tries", c.policy.cache_shape(), sizes)
@@ -162,25 +149,24 @@ def _try_again(
     for rows, home in zip(sides, homes, strict=True):
         places = [next(starts) for _ in home]
         for place, (start, seen) in zip(places, home, strict=True):
-            scratch.copy_span(place, c.own, start, seen)
+            scratch.copy_span(place, own, start, seen)
         rows.own_start.copy_(torch.tensor(places))
     tried = c.stepper.samples("tries", len(pending), length)
     slots = torch.arange(len(pending), device=device)
-    state = State.start(sides[0], slots, keys[index], *sides[1:])
-    c.stepper.run(c.phase, state, tried, c.prompts, scratch, sides[0], *sides[1:], num_steps=length, feed_last=True)
+    state, tables = State.start(sides, slots, keys[index]), replace(c.tables, own=scratch, sides=sides)
+    c.stepper.run(c.phase, state, tried, tables, num_steps=length, feed_last=True)
     tried_scores = _score(c, preview, tried.token[slots], pending.tolist())
     preview.observe(int(preview.accepts(tried_scores).sum()), int(pending.numel()))
     better = tried_scores.nan_to_num(nan=float("-inf")) > scores[pending]
     winners = better.nonzero().squeeze(1)
     where = torch.tensor([c.chosen[i] for i in pending[winners].tolist()], device=device, dtype=torch.long)
     samples.take(where, tried, winners.to(device), length)
-    tables = [table for table in (c.rows, c.guides) if table is not None]
-    for rows, home, table in zip(sides, homes, tables, strict=True):
+    for rows, home, table in zip(sides, homes, c.tables.sides, strict=True):
         table.hidden[where] = rows.hidden[winners.to(device)]
         places = rows.own_start.tolist()
         for row in winners.tolist():
             start, seen = home[row]
-            c.own.copy_span(start + seen, scratch, places[row] + seen, length)
+            own.copy_span(start + seen, scratch, places[row] + seen, length)
     return better, tried_scores
 
 

@@ -26,7 +26,7 @@ from ..policies.cache import Extend, Prefill, Rows
 from ..records import Prompt, Rollout, Segment, SegmentKind
 from ..stopwatch import Stopwatch
 from .capacity import Sizes, check_fits, check_plans, check_prompts
-from .decode import Phase, Samples, State, Trunk, advance
+from .decode import Phase, Samples, State, Tables, Trunk, advance
 from .draft import Draft
 from .few_rows import FewRows
 from .preview import Canvas, draw, fill, preview_length
@@ -166,7 +166,8 @@ class _Batch:
         with self.time("see"):
             images = self._see(prompts)
         with self.time("prefill"):
-            self.rows, self.guides = self._prefill(torch.cat([*tokens, *free_tokens]), images, guided)
+            sides = self._prefill(torch.cat([*tokens, *free_tokens]), images, guided)
+        self.tables, self.rows = Tables(prompts=self.prompts, own=self.own, sides=sides), sides[0]
         self.drafts = [
             Draft(
                 prompt=prompt,
@@ -196,7 +197,7 @@ class _Batch:
         self.stats.kv_bytes = shape.num_bytes(sum(prefixes) + sum(own))
         self.stats.prefill_tokens = sum(prefixes)
 
-    def _prefill(self, tokens: Tensor, images: Sequence[Tensor | None], guided: bool) -> tuple[Rows, Rows | None]:
+    def _prefill(self, tokens: Tensor, images: Sequence[Tensor | None], guided: bool) -> list[Rows]:
         """Runs each prompt once, the classifier-free one last; gives every member's row, and its twin's."""
         policy, device, P, G = self.policy, self.prompts.keys.device, len(images), self.sampling.num_generations
         tokens = tokens.to(device)
@@ -216,8 +217,8 @@ class _Batch:
 
         owner = torch.arange(P, device=device).repeat_interleave(G)
         free = torch.full_like(owner, P)
-        guides = rows(free, own_starts[P * G : 2 * P * G]) if guided else None
-        return rows(owner, own_starts[: P * G]), guides
+        twins = [rows(free, own_starts[P * G : 2 * P * G])] if guided else []
+        return [rows(owner, own_starts[: P * G]), *twins]
 
     def _see(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
         """Each prompt's image embeddings; a photo that several prompts show is encoded once."""
@@ -281,10 +282,7 @@ class _Batch:
             policy=self.policy,
             stepper=self.engine.stepper,
             phase=phase,
-            prompts=self.prompts,
-            own=self.own,
-            rows=self.rows,
-            guides=self.guides,
+            tables=self.tables,
             chosen=chosen,
             drafts=drafts,
             keys=[self._keys(chosen, attempt) for attempt in range(1, most + 1)],
@@ -328,10 +326,8 @@ class _Batch:
         )
         samples = self.engine.stepper.samples("text", len(self.drafts), phase.max_tokens)
         index = torch.tensor(chosen, device=self.rows.position.device)
-        state = State.start(self.rows.take(index), index, self._keys(chosen))
-        self.engine.stepper.run(
-            phase, state, samples, self.prompts, self.own, self.rows, num_steps=phase.max_tokens, feed_last=goes_on
-        )
+        state = State.start([self.rows.take(index)], index, self._keys(chosen))
+        self.engine.stepper.run(phase, state, samples, self.tables, num_steps=phase.max_tokens, feed_last=goes_on)
         segments = self._segments(samples, chosen, phase)
         self.stats.text_tokens += sum(segment.tokens.numel() for segment in segments)
         return segments
