@@ -16,13 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import torch
 
-from .reward import Columns, RewardFunction, RewardValues
+from .reward import Columns, RewardFunction, RewardValues, checked
 
 CANCELLED = 5.0
 """Seconds that a late function has to come back once its `cancel` was called."""
@@ -36,12 +36,13 @@ Not calling a function that still hangs is what keeps their number bounded: one 
 class Outcome:
     """Where a thread leaves what came out; one that is abandoned keeps its own and disturbs nobody."""
 
-    value: Any = None
+    values: RewardValues = field(default_factory=list)
     error: BaseException | None = None
+    """Why there are no values; a RewardError where the function broke its contract."""
 
 
 def call_all(functions: Mapping[str, RewardFunction], columns: Columns, timeout: float) -> dict[str, Outcome]:
-    """What came out, by name: a value, or why a function has none (it raised, ran late, hangs from an earlier call).
+    """What came out, by name: values, or why a function has none (it raised, ran late, hangs from an earlier call).
 
     Args:
         functions: by name.
@@ -60,7 +61,7 @@ def call_all(functions: Mapping[str, RewardFunction], columns: Columns, timeout:
         own = _copied(columns)
         outcome = outcomes[name] = Outcome()
         thread = threading.Thread(
-            target=call, args=(function, own, outcome, deadline), name=f"reward-{name}", daemon=True
+            target=call, args=(name, function, own, outcome, deadline), name=f"reward-{name}", daemon=True
         )
         try:
             thread.start()
@@ -100,12 +101,15 @@ def _stuck_at(thread: threading.Thread) -> str:
     return f", at {places[-1]}" + (f", within {places[0]}" if len(places) > 1 else "")
 
 
-def call(function: RewardFunction, columns: Columns, outcome: Outcome, deadline: float = math.inf) -> None:
-    """Leaves in `outcome` what a function returns or raises; an async one is awaited until `deadline` (monotonic)."""
+def call(name: str, function: RewardFunction, columns: Columns, outcome: Outcome, deadline: float = math.inf) -> None:
+    """Leaves in `outcome` what a function returns, checked, or raises; an async one is awaited until `deadline`
+    (monotonic)."""
     try:
         with torch.no_grad():  # grad mode is per thread
-            result = function(**columns)
-            outcome.value = asyncio.run(_awaited(result, deadline)) if inspect.isawaitable(result) else result
+            result: Any = function(**columns)
+            if inspect.isawaitable(result):
+                result = asyncio.run(_awaited(result, deadline))
+        outcome.values = checked(name, result, len(columns["images"]))
     except BaseException as error:  # SystemExit and CancelledError too: a thread would end by them without a word
         outcome.error = error
 

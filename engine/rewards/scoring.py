@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import RewardError
 from ..records import Rollout
 from .calling import call_all
-from .reward import Columns, RewardFunction, checked, columns_of
+from .reward import Columns, RewardFunction, columns_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,15 +94,11 @@ def score_columns(
     outcomes = call_all(reward_functions, columns, timeout) if ids else {}
     for column, (name, outcome) in enumerate(outcomes.items()):
         error = outcome.error
-        try:
-            if isinstance(error, RewardError):
-                raise error
-            scores = [] if error is not None else checked(name, outcome.value, len(ids))
-        except RewardError as broken:
-            broken.where = _where(step, ids, broken.index)
-            raise broken from None
+        if isinstance(error, RewardError):
+            error.where = _where(step, ids, error.index)
+            raise error from None
         if error is None:
-            values[:, column] = torch.tensor([math.nan if s is None else float(s) for s in scores])
+            values[:, column] = torch.tensor([math.nan if v is None else float(v) for v in outcome.values])
             continue
         failures[name] += 1
         said = f"{type(error).__name__}: {error}"
