@@ -166,7 +166,7 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
     from syncr1.engine.methods.sync_r1_config import SyncR1Config
     from syncr1.engine.methods.sync_r1_parts import build_reward_set, prepare_data
     from syncr1.engine.policies.janus import JanusPolicy
-    from syncr1.engine.rewards.reward import score
+    from syncr1.engine.rewards.scoring import score
     from syncr1.engine.rollout.sampler import Sampling, generate
     from syncr1.kernels.api import dgs_select
 
@@ -183,11 +183,10 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
     for k in range(batches):
         sampling = Sampling(num_generations=config.num_generations, cfg_weight=config.cfg_weight, seed=7, step=k)
         rollouts = generate(policy, stream.next_step(), sampling)
-        credit = credited_rewards(score(rollouts, rewards.functions).values, rewards, config.credit)
+        credit = credited_rewards(score(rollouts, rewards.functions).values, rollouts, rewards, config.credit).tokens_S2
         offsets = torch.arange(0, len(rollouts) + 1, config.num_generations, dtype=torch.int32)
-        shared = credit[:, 0] if config.credit != "per_segment" else {"text": credit[:, 0], "image": credit[:, 1]}
         for rule in rules:
-            keep = dgs_select(shared, offsets, rule=rule, mass=config.dgs_mass, seed=k)
+            keep = dgs_select(forward.objective.rewards_of(credit), offsets, rule=rule, mass=config.dgs_mass, seed=k)
             batch = pack(policy, rollouts, credit, keep, num_generations=config.num_generations, max_tokens=1 << 30)[0]
             # As in training: pruned tokens leave the normaliser too.
             counts = {

@@ -40,8 +40,9 @@ from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.methods.resume import Checkpoints
 from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set, prepare_data, prepare_policy
+from syncr1.engine.methods.sync_r1_parts import build_reward_set, prepare_data, prepare_policy
 from syncr1.engine.methods.training import add_adapters, objective_of, settings_of
+from syncr1.engine.rewards.preview_scorer import build_preview
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.tiny_janus import build_policy

@@ -131,7 +131,7 @@ def decoding(device: str, quick: bool, sides: Sides) -> tuple[Callable[[], Any],
 
     def run() -> None:
         state.step.zero_()
-        state.rows.spans[:, 3] = half
+        state.rows.own_length.fill_(half)
         step.replay()
 
     import rates

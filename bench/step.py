@@ -65,9 +65,9 @@ class OurStep:
         from syncr1.engine.learn.learner import Learner
         from syncr1.engine.learn.trainer import Trainer
         from syncr1.engine.methods.sync_r1_config import SyncR1Config
-        from syncr1.engine.methods.sync_r1_parts import build_preview
         from syncr1.engine.methods.training import objective_of, settings_of
         from syncr1.engine.rewards.ensemble import RewardSet
+        from syncr1.engine.rewards.preview_scorer import build_preview
 
         work, size = sides.work, sides.size
         config = SyncR1Config(

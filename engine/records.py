@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .pictures import ImageRef
 
 TEXT, IMAGE = 0, 1
-"""Values of `modality`: the vocabulary that a *target* token belongs to."""
+"""Values of `modality`, the vocabulary that a *target* token belongs to, and columns of `credit`."""
 
 SegmentKind = Literal["text", "image"]
 MODALITY_NAMES: tuple[SegmentKind, SegmentKind] = ("text", "image")
@@ -142,8 +142,9 @@ class PackedBatch:
     """[S+1] int32, over responses."""
     group_offsets: Tensor
     """[P+1] int32, over sequences."""
-    rewards: Tensor
-    """[S, K] float32; NaN = this reward did not apply or failed."""
+    credit: Tensor
+    """[S, 2] float32: what a trajectory's tokens answer for, by their modality (columns TEXT and IMAGE); NaN = nothing.
+    Alike but for `credit="per_segment"`."""
     image_rows: Tensor
     """[R] int64: positions on the whole axis [Tp + T] whose embedding comes from `image_embeddings`."""
     image_embeddings: Tensor
@@ -188,4 +189,4 @@ class StepMetrics:
     values: Mapping[str, float]
     """Scalars for metrics.jsonl and the trackers, e.g. `reward`, `rewards/text/mean`, `clip_ratio/region_mean`."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of each stage: rollout, reward, pack, old_logp, update."""
+    """Wall time of each stage: rollout, reward, pack, score, update."""

@@ -18,7 +18,8 @@ from ..policies.base import Policy
 from ..records import Prompt, Rollout
 from ..rewards.ensemble import RewardSet
 from ..rewards.judge.attribute_judge import AttributeScorer
-from ..rewards.reward import RewardFunction, score
+from ..rewards.reward import RewardFunction
+from ..rewards.scoring import score
 from ..rollout.sampler import Sampling, generate
 from .config import CorlConfig
 

@@ -20,7 +20,7 @@ from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
 
 from ..policies.attention_interface import PackedLayout
 from ..policies.base import Policy
-from ..records import IMAGE, MODALITY_NAMES, PackedBatch
+from ..records import IMAGE, MODALITY_NAMES, TEXT, PackedBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class Objective:
 
     `PolicyForward` is the one place where they get the names of `syncr1.kernels.api.linear_grpo_loss`.  What the kernel
     would take from one call, the whole update gives here, so that micro-batches can be cut anywhere: bnpo divides by
-    the update's tokens, and `scale_rewards="batch"` expects rewards that the trainer has divided already.
+    the update's tokens, and `scale_rewards="batch"` expects credit that the trainer has divided already.
     """
 
     loss_type: str = "dapo"
@@ -51,6 +51,12 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         return self.beta > 0 or self.anchor_beta > 0
+
+    def rewards_of(self, credit_S2: Tensor) -> Tensor | dict[str, Tensor]:
+        """Credit as the kernels take rewards: [S] for all tokens alike, or [S] for each modality."""
+        if self.credit == "per_segment":
+            return {"text": credit_S2[:, TEXT], "image": credit_S2[:, IMAGE]}
+        return credit_S2[:, TEXT]
 
 
 class PolicyForward(nn.Module):
@@ -84,12 +90,10 @@ class PolicyForward(nn.Module):
         if num_items is None:
             return self._log_probabilities(streams, batch.tokens.numel())
         o = self.objective
-        shared = o.credit != "per_segment"
-        rewards = batch.rewards[:, 0] if shared else {"text": batch.rewards[:, 0], "image": batch.rewards[:, 1]}
         weights = {"text": 0.0 if o.credit == "image_only" else o.text_loss_weight, "image": o.image_loss_weight}
         out = linear_grpo_loss(
             streams,
-            rewards,
+            o.rewards_of(batch.credit),
             batch.cu_seqlens,
             batch.group_offsets,
             loss_mask=batch.loss_mask,

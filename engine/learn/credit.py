@@ -1,4 +1,6 @@
-"""Rewards -> what each token answers for.
+"""Rewards -> credit: the one place where what each reward said becomes what each token answers for.
+
+A rule is called once a step; metrics, pruning and packing read what it gives.
 
 Dims: S trajectories, G members of a group, K rewards.
 """
@@ -6,7 +8,8 @@ Dims: S trajectories, G members of a group, K rewards.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,10 +17,72 @@ from torch import Tensor
 
 from syncr1.kernels.api import group_advantages
 
-from ..records import Rollout
+from ..records import MODALITY_NAMES, Rollout
 from ..rewards.ensemble import RewardSet, combine
 
 Scale = Literal["group", "batch", "none", "loo"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    """What a step's trajectories earned."""
+
+    total_S: Tensor
+    """[S] float32: the weighted sum of its rewards, with those that its sample shares; NaN = unrewarded."""
+    tokens_S2: Tensor
+    """[S, 2] float32: what its text and its image tokens answer for, as `PackedBatch.credit`."""
+
+
+CreditRule = Callable[[Tensor, Sequence[Rollout]], Credit]
+"""Values of the rewards [S, K] (NaN = no reward) and trajectories, members of a group adjacent -> their credit."""
+
+
+def credited_rewards(values_SK: Tensor, rollouts: Sequence[Rollout], rewards: RewardSet, credit: str) -> Credit:
+    """Tokens answer for rewards, of which the prompts of a sample share theirs.
+
+    `shared` and `image_only`: all for the weighted sum of all rewards. `per_segment`: each modality for the weighted
+    sum of the rewards that judge its segment.
+    """
+    shared_SK, weights = shared_within_samples(values_SK, rollouts), rewards.weight_tensor()
+    total_S = combine(shared_SK, weights)
+    if credit != "per_segment":
+        return Credit(total_S=total_S, tokens_S2=_alike(total_S))
+    columns = []
+    for kind in MODALITY_NAMES:
+        own = [k for k, name in enumerate(rewards.kinds) if name == kind]
+        columns.append(combine(shared_SK[:, own], weights[own]) if own else torch.full_like(total_S, math.nan))
+    return Credit(total_S=total_S, tokens_S2=torch.stack(columns, dim=1))
+
+
+def shared_advantages(
+    values_SK: Tensor, rollouts: Sequence[Rollout], rewards: RewardSet, scale: Scale, text_weight: float
+) -> Credit:
+    """Tokens answer for each half's own advantage, summed over the halves of a sample.
+
+        A = A_drawing + lambda A_answer        in place of the advantage of R_drawing + lambda R_answer
+
+    The released code's `unify_advantage`.  The loss must take it as it is: `scale="none"`.
+
+    Args:
+        values_SK, rollouts: as any rule takes them.
+        rewards: for the weights.
+        scale: of each half's advantages, as `group_advantages` takes it.
+        text_weight: lambda.
+    """
+    own_S = combine(values_SK, rewards.weight_tensor())
+    names = [rollout.prompt.id for rollout in rollouts]
+    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
+    offsets = torch.tensor([*starts, len(names)], dtype=torch.int32)
+    advantages_S = torch.where(own_S.isnan(), own_S, group_advantages(own_S, offsets, scale=scale))
+    answers_S = torch.tensor(["text" in rollout.prompt.segments for rollout in rollouts])
+    weighted_S = advantages_S * torch.where(answers_S, text_weight, 1.0)
+    halves_S2 = torch.stack(
+        [weighted_S.masked_fill(~answers_S, math.nan), weighted_S.masked_fill(answers_S, math.nan)], 1
+    )
+    return Credit(
+        total_S=combine(shared_within_samples(values_SK, rollouts), rewards.weight_tensor()),
+        tokens_S2=_alike(combine(shared_within_samples(halves_S2, rollouts), torch.ones(2))),
+    )
 
 
 def shared_within_samples(values_SK: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
@@ -47,52 +112,14 @@ def shared_within_samples(values_SK: Tensor, rollouts: Sequence[Rollout]) -> Ten
     return shared
 
 
-def shared_advantages(
-    values_SK: Tensor, rollouts: Sequence[Rollout], rewards: RewardSet, scale: Scale, text_weight: float
-) -> Tensor:
-    """Each half's own advantage, summed over the halves of a sample: [S, 2] float32, both columns alike; NaN = none.
-
-        A = A_drawing + lambda A_answer        in place of the advantage of R_drawing + lambda R_answer
-
-    The released code's `unify_advantage`.  The loss must take it as it is: `scale="none"`.
-
-    Args:
-        values_SK: every half's own rewards; NaN = none.
-        rollouts: S, members of a group adjacent.
-        rewards: for the weights.
-        scale: of each half's advantages, as `group_advantages` takes it.
-        text_weight: lambda.
-    """
-    total_S = combine(values_SK, rewards.weight_tensor())
-    names = [rollout.prompt.id for rollout in rollouts]
-    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
-    offsets = torch.tensor([*starts, len(names)], dtype=torch.int32)
-    own_S = group_advantages(total_S, offsets, scale=scale)
-    own_S = torch.where(total_S.isnan(), total_S, own_S)
-    weights = torch.tensor([text_weight if "text" in r.prompt.segments else 1.0 for r in rollouts])
-    halves = shared_within_samples(_columns(own_S * weights, rollouts), rollouts)
-    return combine(halves, torch.ones(2))[:, None].expand(-1, 2).contiguous()
+def over_deviation(tokens_S2: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+    """[S, 2] credit divided by the standard deviation of all of the step's, over ranks, which no micro-batch knows."""
+    valid, values = ~tokens_S2.isnan(), tokens_S2.nan_to_num(nan=0.0).double()
+    count, total, squares = sum_over_ranks(torch.stack([valid.double().sum(0), values.sum(0), values.square().sum(0)]))
+    variance = (squares - total.square() / count.clamp(min=1)).clamp(min=0) / (count - 1).clamp(min=1)
+    return tokens_S2 / (variance.sqrt() + 1e-4).float()
 
 
-def _columns(values_S: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
-    """[S, 2]: the answers' values in the first column, the drawings' in the second, NaN elsewhere."""
-    answers = torch.tensor(["text" in rollout.prompt.segments for rollout in rollouts])
-    nothing = torch.full_like(values_S, math.nan)
-    return torch.stack([torch.where(answers, values_S, nothing), torch.where(answers, nothing, values_S)], dim=1)
-
-
-def credited_rewards(values_SK: Tensor, rewards: RewardSet, credit: str) -> Tensor:
-    """What text tokens and image tokens of each trajectory answer for: [S, 2] float32; NaN = nothing.
-
-    `shared` and `image_only`: both columns are the weighted sum of all rewards. `per_segment`: each column sums the
-    rewards that judge its own segment.
-    """
-    weights = rewards.weight_tensor()
-    if credit != "per_segment":
-        return combine(values_SK, weights)[:, None].expand(-1, 2).contiguous()
-    columns = []
-    for kind in ("text", "image"):
-        own = [k for k, name in enumerate(rewards.kinds) if name == kind]
-        empty = torch.full((values_SK.shape[0],), math.nan)
-        columns.append(combine(values_SK[:, own], weights[own]) if own else empty)
-    return torch.stack(columns, dim=1)
+def _alike(values_S: Tensor) -> Tensor:
+    """[S, 2]: text and image tokens answer for the same."""
+    return values_S[:, None].expand(-1, 2).contiguous()

@@ -1,22 +1,28 @@
-"""A step's metrics over all ranks: what rank 0 writes down is the run's, not its own share's."""
+"""A step's metrics: what one rank has to tell, and over all ranks, because rank 0 writes down the run's.
+
+Dims: S trajectories, G members of a group.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-from ..records import MODALITY_NAMES
+import torch
+from torch import Tensor
 
-SUMS = frozenset({
-    *("num_tokens", "tokens_per_second", "reward_failures", "pack/tokens", "rollout/prefill_tokens"),
-    *(f"tokens/{name}" for name in MODALITY_NAMES),
-})  # fmt: skip
-LARGEST = frozenset({
-    *("step_time", "rollout/replay_logp_max_abs", "rollout/kv_mib", "updates_skipped"),
-    *(f"ratio_max/{name}" for name in MODALITY_NAMES),
-})  # fmt: skip
-SMALLEST = frozenset(f"ratio_min/{name}" for name in MODALITY_NAMES)
-OF_TOKENS = frozenset({"kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"})
+from syncr1.kernels.reference.advantage import SPREAD
+
+from ..records import MODALITY_NAMES, PackedBatch, Rollout
+from ..rewards.scoring import RewardTable
+from ..rollout.sampler import RolloutStats
+
+SUMS = {"num_tokens", "tokens_per_second", "reward_failures", "pack/tokens", "rollout/prefill_tokens"}
+SUMS |= {f"tokens/{name}" for name in MODALITY_NAMES}
+LARGEST = {"step_time", "rollout/replay_logp_max_abs", "rollout/kv_mib", "updates_skipped"}
+LARGEST |= {f"ratio_max/{name}" for name in MODALITY_NAMES}
+SMALLEST = {f"ratio_min/{name}" for name in MODALITY_NAMES}
+OF_TOKENS = {"kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
 """Means over the tokens of both modalities."""
 
 
@@ -54,3 +60,68 @@ def _weight(name: str, values: Mapping[str, float]) -> float:
     if modality in MODALITY_NAMES:
         return values.get(f"tokens/{modality}", 0.0)
     return math.fsum(values.get(f"tokens/{m}", 0.0) for m in MODALITY_NAMES) if name in OF_TOKENS else 1.0
+
+
+def of_rewards(table: RewardTable, total_S: Tensor, num_generations: int) -> dict[str, float]:
+    """Means, spread within groups and failures."""
+    return {
+        "reward": _mean(total_S),
+        **_group_spread(total_S, num_generations),
+        **table.means(),
+        "reward_failures": float(sum(table.failures.values())),
+    }
+
+
+def of_rollouts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths of texts, tries and what the preview gave up."""
+    texts = [segment for rollout in rollouts for segment in rollout.segments if segment.kind == "text"]
+    columns = {
+        "completions/mean_length": [text.tokens.numel() for text in texts],
+        "completions/clipped_ratio": [text.truncated for text in texts],
+        "rollout/attempts_mean": [rollout.attempts for rollout in rollouts],
+        "rollout/dropped_fraction": [rollout.dropped for rollout in rollouts],
+    }
+    return {name: _mean(torch.tensor(values, dtype=torch.float32)) for name, values in columns.items()}
+
+
+def of_savings(batches: Sequence[PackedBatch], stats: RolloutStats, num_sampled: int) -> dict[str, float]:
+    """What pruning, previews and sharing left undone."""
+    trained = sum(int(batch.loss_mask.sum()) for batch in batches)
+    computed = sum(batch.num_tokens for batch in batches)
+    drawn = stats.image_tokens + stats.image_tokens_saved
+    return {
+        "dgs/tokens_saved_fraction": 1.0 - trained / max(1, num_sampled),
+        "dgs/decode_steps_saved_fraction": stats.image_tokens_saved / max(1, drawn),
+        "pack/tokens": float(computed),
+        "pack/sharing_ratio": sum(batch.num_unshared_tokens for batch in batches) / max(1, computed),
+        "rollout/prefill_tokens": float(stats.prefill_tokens),
+        "rollout/kv_mib": stats.kv_bytes / 2**20,
+    }
+
+
+def _group_spread(total_S: Tensor, num_generations: int) -> dict[str, float]:
+    """`reward_std`, the mean spread within groups, and the share of groups without any; anchors are left out."""
+    groups = total_S.view(-1, num_generations)
+    groups = groups[~groups.isnan().any(1)]
+    if groups.numel() == 0:
+        return {"reward_std": math.nan, "frac_reward_zero_std": math.nan}
+    equal = groups.amax(1) - groups.amin(1) <= SPREAD * groups.abs().amax(1)
+    return {"reward_std": float(groups.std(1).mean()), "frac_reward_zero_std": float(equal.float().mean())}
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.nanmean()) if values.numel() else math.nan
+
+
+def trl_names(learned: Mapping[str, float]) -> dict[str, float]:
+    """The loss's per-modality metrics, with TRL's totals over both: `kl`, `entropy`, `clip_ratio/…`."""
+    tokens = {name: learned.get(f"tokens/{name}", 0.0) for name in MODALITY_NAMES}
+    count = max(1.0, sum(tokens.values()))
+
+    def total(metric: str) -> float:
+        known = {name: learned.get(f"{metric}/{name}", 0.0) for name in tokens}
+        return sum(tokens[name] * value for name, value in known.items() if value == value) / count
+
+    low, high = total("clip_low"), total("clip_high")
+    totals = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+    return {**learned, "kl": total("kl"), "entropy": total("entropy"), **totals}

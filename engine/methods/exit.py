@@ -28,7 +28,7 @@ def run_to_exit(run: Callable[[Config], object], config: Config) -> None:
 
     Returns when all went well; else the process ends."""
     from ..errors import CheckpointError, ConfigError, DataError, PictureError, RewardSpecError
-    from ..rewards.reward import still_running
+    from ..rewards.calling import still_running
 
     code = 0
     try:

@@ -1,4 +1,4 @@
-"""Puts a run's parts together from its settings: data, policy, rewards, preview, evaluation.
+"""Puts a run's parts together from its settings: data, policy, rewards, evaluation.
 
 Without `--model` and `--data` the parts are the embedded ones: a tiny Janus on a rendered world, made on first use and
 kept in a cache folder.  With them, the same functions load a checkpoint and read a folder.
@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..evaluate.held_out import Evaluation, evaluate
 from ..policies.auto import load_policy
@@ -19,11 +18,9 @@ from ..records import Prompt, Rollout
 from ..rewards.builtin.caption import CaptionLikelihood
 from ..rewards.builtin.clip import ClipScorer
 from ..rewards.builtin.identity import IdentityReward
-from ..rewards.ensemble import RewardSet, build_rewards, combine
+from ..rewards.ensemble import RewardSet, build_rewards
 from ..rewards.judge.attribute_judge import AttributeScorer, index_scorer, posterior_scorer
 from ..rewards.judge.llm_judge import LLMJudge
-from ..rewards.reward import score
-from ..rollout.preview_gate import PreviewGate
 from ..rollout.sampler import Sampling, generate
 from ..settings.train_config import TrainConfig
 from ..world.attributes import VALUES
@@ -92,43 +89,6 @@ def remote_judge(config: TrainConfig) -> LLMJudge | None:
 def checker_of(policy: Policy) -> AttributeChecker:
     """The world's attribute reader, as this policy's image tokenizer draws the world."""
     return AttributeChecker.from_round_trip(lambda images: policy.draw(policy.image_tokens(images)))
-
-
-def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None:
-    """Preview DGS, judged by the run's own image rewards on the partly drawn image; a redraw changes no text reward.
-
-    A remote judge, slow and dear, is not asked.  None when it is switched off, and when no reward looks at images.
-    """
-    judged = zip(rewards.kinds, rewards.functions.values(), strict=True)
-    columns = [k for k, (kind, judge) in enumerate(judged) if kind == "image" and not isinstance(judge, LLMJudge)]
-    weights = rewards.weight_tensor()[columns]
-    if config.preview_fraction == 0 or not bool((weights > 0).any()):
-        return None
-    judges = {rewards.names[k]: rewards.functions[rewards.names[k]] for k in columns}
-
-    def scorer(prompts: Sequence[Prompt], texts: Sequence[str], images: Tensor) -> Tensor:
-        partial = [
-            Rollout(
-                prompt=prompt,
-                member=0,
-                prompt_tokens=torch.zeros(0),
-                prompt_image=None,
-                segments=(),
-                text=text,
-                image=image,
-            )
-            for prompt, text, image in zip(prompts, texts, images.cpu(), strict=True)
-        ]
-        return combine(score(partial, judges, timeout=config.reward_timeout).values, weights, renormalise=True)
-
-    return PreviewGate(
-        scorer,
-        fraction=config.preview_fraction,
-        threshold=config.preview_threshold,
-        acceptance=config.preview_acceptance,
-        max_attempts=config.preview_max_attempts,
-        min_keep=config.preview_min_keep,
-    )
 
 
 class Evaluator:

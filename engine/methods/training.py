@@ -22,9 +22,10 @@ from syncr1.kernels.api import attention_provider
 from ..errors import Preempted
 from ..evaluate.held_out import Evaluation
 from ..forward.objective import Objective
+from ..learn.credit import CreditRule
 from ..learn.learner import Learner, init_distributed
 from ..learn.optimizer import LearnerSettings
-from ..learn.trainer import CreditRule, Trainer
+from ..learn.trainer import Trainer
 from ..policies.base import Policy
 from ..policies.fused import use_liger_kernels
 from ..policies.lora import add_lora, base_of
@@ -32,11 +33,11 @@ from ..processes.interrupts import Interrupts, preemptible
 from ..processes.watchdog import Watchdog
 from ..records import Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
+from ..rewards.preview_scorer import build_preview
 from ..settings.train_config import TrainConfig
 from ..show.display import Display
 from ..show.runlog import NullRunLog, RunLog
 from .resume import Checkpoints, ResumablePrompts, ResumePoint
-from .sync_r1_parts import build_preview
 
 Made = TypeVar("Made")
 Scorer = Callable[[Policy], Evaluation]

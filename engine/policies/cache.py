@@ -10,7 +10,7 @@ Dims: P prompts, R rows, N new tokens, H query heads, K key-value heads, E head 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -41,27 +41,65 @@ class Rows:
     """Where rows stand. Everything lives on the device, one entry per row."""
 
     spans: Tensor
-    """[R, 4] int64: prompt start, prompt length, own start, own length."""
+    """[R, 4] int64: prompt start, prompt length, own start, own length, as `prefix_decode_attention` takes them."""
     position: Tensor
     """[R] int64: position id of the next token."""
     hidden: Tensor
     """[R, D]: the hidden state that predicts the next token."""
 
+    @classmethod
+    def behind(cls, prompt_start: Tensor, prompt_length: Tensor, own_start: Tensor, hidden: Tensor) -> Rows:
+        """Rows that hold nothing but their prompts, [R] each; `hidden` [R, D] is their prompts' last."""
+        spans = torch.stack([prompt_start, prompt_length, own_start, torch.zeros_like(own_start)], 1)
+        return cls(spans, prompt_length.clone(), hidden)
+
     def __len__(self) -> int:
         return self.position.shape[0]
 
+    @property
+    def own_start(self) -> Tensor:
+        """[R] int64, a view: first column of what the row adds to its prompt."""
+        return self.spans[:, 2]
+
+    @property
+    def own_length(self) -> Tensor:
+        """[R] int64, a view: columns that it has added."""
+        return self.spans[:, 3]
+
+    def own_spans(self) -> list[tuple[int, int]]:
+        """[R] (start, length) of their own columns, on the host."""
+        return list(zip(self.own_start.tolist(), self.own_length.tolist(), strict=True))
+
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.spans, self.position, self.hidden
+
+    def part(self, which: slice) -> Rows:
+        """Some of the rows, in the same memory."""
+        return Rows(*(column[which] for column in self.columns()))
+
     def take(self, index: Tensor) -> Rows:
         """A copy of rows `index` [n] int64."""
-        return Rows(self.spans[index], self.position[index], self.hidden[index])
+        return Rows(*(column[index] for column in self.columns()))
 
     def put(self, index: Tensor, other: Rows) -> None:
         """Rows `index` become `other`'s."""
-        for field in fields(self):
-            getattr(self, field.name).index_copy_(0, index, getattr(other, field.name))
+        for mine, theirs in zip(self.columns(), other.columns(), strict=True):
+            mine.index_copy_(0, index, theirs)
+
+    def copy_(self, other: Rows) -> None:
+        """They become `other`'s, of the same number, in place."""
+        for mine, theirs in zip(self.columns(), other.columns(), strict=True):
+            mine.copy_(theirs)
+
+    def advance(self, hidden: Tensor, num_tokens: Tensor | int) -> None:
+        """`num_tokens` ([R], or one number) more lie behind them, in place; `hidden` [R, D] predicts the next."""
+        self.hidden.copy_(hidden)
+        self.position.add_(num_tokens)
+        self.own_length.add_(num_tokens)
 
     @staticmethod
     def cat(parts: Sequence[Rows]) -> Rows:
-        return Rows(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Rows)))
+        return Rows(*(torch.cat(columns) for columns in zip(*(part.columns() for part in parts), strict=True)))
 
 
 class Store:
@@ -178,7 +216,11 @@ class Extend:
             before = prompt_length + seen
             visible = torch.ones(new, before + new, dtype=torch.bool, device=query.device).tril(before)
             attended[row, :, :new] = F.scaled_dot_product_attention(
-                query[row, None, :, :new], keys[None], values[None], attn_mask=visible, scale=scale,
+                query[row, None, :, :new],
+                keys[None],
+                values[None],
+                attn_mask=visible,
+                scale=scale,
                 enable_gqa=query.shape[1] != keys.shape[0],
-            )[0]  # fmt: skip
+            )[0]
         return attended.transpose(1, 2)

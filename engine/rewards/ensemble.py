@@ -1,7 +1,7 @@
 """Sync-R1's reward: R = .65 (.4 R_id + .6 R_vlm) + .35 R_txt, as columns and weights.
 
-The columns stay apart until the advantage, so that failures and credit are known per reward; `syncr1.kernels` sums
-them with these weights and leaves NaN out.  Where a component does not apply (a text-only or an image-only trajectory)
+The columns stay apart, so that failures and credit are known per reward, until learn/credit.py sums them with these
+weights (`combine`, which leaves NaN out).  Where a component does not apply (a text-only or an image-only trajectory)
 it is left out *without* renormalising: members of a group share their components, so only the group's scale differs,
 which `scale="group"` divides away.  Under `scale="none"` or `"batch"` a text-only group therefore counts for .35; pass
 `renormalise=True` to `combine` where totals of different kinds are compared, as reports do.
@@ -31,7 +31,7 @@ class RewardSet:
 
     functions: dict[str, RewardFunction]
     weights: tuple[float, ...]
-    """[K], as `group_advantages(weights=...)` takes them."""
+    """[K], of the weighted sum."""
     kinds: tuple[str, ...]
     """[K] `text` or `image`: the segment that a reward judges, for `credit="per_segment"`."""
 

@@ -55,9 +55,12 @@ class CompiledTrunk:
         if key not in self._compiled_for and len(self._compiled_for) >= self.max_shapes:
             if key not in self._refused:
                 self._refused.add(key)
-                _log.warning("compiled trunk: compiled for %d sizes of caches already, so (one row, prompt columns, "
-                             "own columns, …) = %s runs uncompiled; allocate caches in few sizes, or raise max_shapes",
-                             self.max_shapes, key)  # fmt: skip
+                _log.warning(
+                    "compiled trunk: compiled for %d sizes of caches already, so (one row, prompt columns, "
+                    "own columns, …) = %s runs uncompiled; allocate caches in few sizes, or raise max_shapes",
+                    self.max_shapes,
+                    key,
+                )
             return self.policy.trunk(embeddings, position_ids, layout)
         for tensor in (embeddings, position_ids, layout.spans):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -11,8 +11,8 @@ Dims: B sequences, R rows (B, or 2 B with guidance), L most tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,16 @@ class Samples:
         self.length[where] = other.length[which]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tables:
+    """Where every sequence of a batch stands, and the caches that hold what it has seen."""
+
+    prompts: Store
+    own: Store
+    sides: Sequence[Rows]
+    """[B] each: the conditional rows, and with guidance their unconditional twins."""
+
+
 @dataclass(slots=True)
 class State:
     """Sequences under way."""
@@ -79,7 +89,7 @@ class State:
     rows: Rows
     """[R]: the conditional rows, then the unconditional ones."""
     slot: Tensor
-    """[B] int64: the sequence's place in `Samples` and in the batch; B of the batch for padding."""
+    """[B] int64: the sequence's place in `Samples` and in the tables; B of the tables for padding."""
     key: Tensor
     """[B] int64: keys the random numbers."""
     alive: Tensor
@@ -88,11 +98,10 @@ class State:
     """Scalar int64: tokens sampled so far."""
 
     @classmethod
-    def start(cls, rows: Rows, slot: Tensor, key: Tensor, guides: Rows | None = None) -> State:
-        """`rows` and `guides` [B] are copied."""
+    def start(cls, sides: Sequence[Rows], slot: Tensor, key: Tensor) -> State:
+        """`sides` [B] each, as in `Tables`, are copied."""
         everyone = torch.ones_like(slot, dtype=torch.bool)
-        both = Rows.cat([rows] if guides is None else [rows, guides])
-        return cls(both, slot, key, everyone, torch.zeros((), dtype=torch.long, device=slot.device))
+        return cls(Rows.cat(sides), slot, key, everyone, torch.zeros((), dtype=torch.long, device=slot.device))
 
     def __len__(self) -> int:
         return self.slot.shape[0]
@@ -100,6 +109,11 @@ class State:
     @property
     def guided(self) -> bool:
         return len(self.rows) > len(self)
+
+    def sides(self) -> list[Rows]:
+        """[B] each, as in `Tables`, in the state's own memory."""
+        size = len(self)
+        return [self.rows.part(slice(first, first + size)) for first in range(0, len(self.rows), size)]
 
     def take(self, index: Tensor) -> State:
         """A copy holding the sequences `index` [n]."""
@@ -111,17 +125,12 @@ class State:
         """Becomes `other`, of the same size, in place."""
         for name in ("slot", "key", "alive", "step"):
             getattr(self, name).copy_(getattr(other, name))
-        for name in ("spans", "position", "hidden"):
-            getattr(self.rows, name).copy_(getattr(other.rows, name))
+        self.rows.copy_(other.rows)
 
-    def save(self, rows: Rows, guides: Rows | None) -> None:
-        """Writes where the sequences stand into the batch's tables [B of the batch, …]."""
-        size = len(self)
-        halves = [Rows(*(getattr(self.rows, f.name)[part] for f in fields(Rows)))
-                  for part in (slice(0, size), slice(size, None))]  # fmt: skip
-        rows.put(self.slot, halves[0])
-        if guides is not None and self.guided:
-            guides.put(self.slot, halves[1])
+    def save(self, tables: Tables) -> None:
+        """Writes where the sequences stand into the batch's tables; without guidance, on the conditional side alone."""
+        for table, side in zip(tables.sides, self.sides(), strict=False):
+            table.put(self.slot, side)
 
 
 class TokenStep:
@@ -226,10 +235,6 @@ def advance(
         spans = torch.where(alive[:, None], spans, own.nowhere)
     hidden_RD = trunk(embeddings_RD[:, None], rows.position[:, None], Decode(prompts, own, spans))[:, 0]
     if alive is None:
-        rows.hidden.copy_(hidden_RD)
-        rows.position += 1
-        rows.spans[:, 3] += 1
-        return
-    rows.hidden.copy_(torch.where(alive[:, None], hidden_RD, rows.hidden))
-    rows.position += alive
-    rows.spans[:, 3] += alive
+        rows.advance(hidden_RD, 1)
+    else:
+        rows.advance(torch.where(alive[:, None], hidden_RD, rows.hidden), alive)

@@ -6,8 +6,8 @@ The threshold follows a target acceptance rate:
 
     a = accepted / tried;   tau' = tau ** (1 + 0.12 (target - a));   tau moves by at most 0.005 towards tau'
 
-How the sampler acts on it is preview.py.  The other half of DGS, which prunes after the reward is known, is
-`dgs_select` in syncr1.kernels.
+How the sampler acts on it is preview.py; rewards/preview_scorer.py makes a gate of a run's rewards.  The other half of
+DGS, which prunes after the reward is known, is `dgs_select` in syncr1.kernels.
 
 Source: the released Sync-R1 (its loop has no cap, and it resumed from the filled preview, which froze the image).
 """
@@ -66,6 +66,7 @@ class PreviewGate:
         self._tried = 0
 
     def score(self, prompts: Sequence[Prompt], texts: Sequence[str], images: Tensor) -> Tensor:
+        """[n] float32 scores of partly drawn images [n, 3, H, W]; NaN = cannot be judged."""
         scores = self._scorer(prompts, texts, images)
         if scores.shape != (len(prompts),):
             raise ValueError(f"PreviewGate: the scorer must return [{len(prompts)}] scores, got {tuple(scores.shape)}")

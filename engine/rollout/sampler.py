@@ -14,7 +14,7 @@ Dims: P prompts, G members, B = P*G sequences, N image tokens, D hidden.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -26,9 +26,11 @@ from ..policies.cache import Extend, Prefill, Rows
 from ..records import Prompt, Rollout, Segment, SegmentKind
 from ..stopwatch import Stopwatch
 from .capacity import Sizes, check_fits, check_plans, check_prompts
-from .decode import Phase, Samples, State, Trunk, advance
+from .decode import Phase, Samples, State, Tables, Trunk, advance
+from .draft import Draft
 from .few_rows import FewRows
-from .preview import Canvas, Preview, draw, fill, preview_length
+from .preview import Canvas, draw, fill, preview_length
+from .preview_gate import PreviewGate
 from .stepping import Stepper
 
 IMAGE_OFFSET, FOLLOW_UP_OFFSET = 1 << 20, 1 << 21
@@ -103,7 +105,9 @@ class RolloutEngine:
 
     @torch.inference_mode(False)  # what a call keeps, and the tokens that it gives, are trained on later
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None = None) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, preview: PreviewGate | None = None
+    ) -> list[Rollout]:
         """Samples `num_generations` trajectories of each prompt; `stats` then tells what it cost.
 
         Args:
@@ -126,12 +130,12 @@ class RolloutEngine:
             batch.sample_text()
             batch.draw_images()
             batch.sample_follow_ups()
-        self.stats.seconds = batch.time.seconds
-        return batch.rollouts()
+        self.stats = replace(batch.stats, seconds=batch.time.seconds)
+        return [draft.finished() for draft in batch.drafts]
 
 
 def generate(
-    policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None = None
+    policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, preview: PreviewGate | None = None
 ) -> list[Rollout]:
     """One call of a `RolloutEngine` of its own; see there."""
     return RolloutEngine(policy, cuda_graphs=False).generate(prompts, sampling, preview)
@@ -147,79 +151,74 @@ class _Batch:
     """One call of `generate`: the prompts are run when it is made, then phase follows phase."""
 
     def __init__(
-        self, engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, preview: Preview | None
+        self, engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, preview: PreviewGate | None
     ) -> None:
         self.engine, self.policy, self.sampling, self.preview = engine, engine.policy, sampling, preview
+        self.stats, self.time = RolloutStats(), Stopwatch()
         check_plans(self.policy, prompts)
-        self.time = Stopwatch()
-        self.members = [(prompt, member) for prompt in prompts for member in range(sampling.num_generations)]
-        B = len(self.members)
-        self.segments: list[list[Segment]] = [[] for _ in range(B)]
-        self.texts, self.follow_up_texts = [""] * B, [""] * B
-        self.images: list[Tensor | None] = [None] * B
-        self.attempts, self.dropped = [1] * B, [False] * B
-        self.uids = [trajectory_key(sampling, *member) for member in self.members]
-        self.prompt_tokens = [self.policy.prompt_tokens(prompt) for prompt in prompts]
-        self.follow_ups = [self.policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
-        sizes = Sizes.of(self.policy, prompts, self.follow_ups, sampling.max_text_tokens)
-        check_prompts(self.policy, prompts, self.prompt_tokens, sizes)
-        self.guided = sampling.cfg_weight != 1.0 and any("image" in prompt.segments for prompt in prompts)
-        self._allocate(sizes)
-        self._prefill(prompts)
+        tokens = [self.policy.prompt_tokens(prompt) for prompt in prompts]
+        turns = [self.policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
+        sizes = Sizes.of(self.policy, prompts, turns, sampling.max_text_tokens)
+        check_prompts(self.policy, prompts, tokens, sizes)
+        guided = sampling.cfg_weight != 1.0 and any(sizes.images)
+        free_tokens = [self.policy.unconditional_tokens()] if guided else []
+        self._allocate([ids.numel() for ids in (*tokens, *free_tokens)], sizes, guided)
+        with self.time("see"):
+            images = self._see(prompts)
+        with self.time("prefill"):
+            sides = self._prefill(torch.cat([*tokens, *free_tokens]), images, guided)
+        self.tables, self.rows = Tables(prompts=self.prompts, own=self.own, sides=sides), sides[0]
+        self.drafts = [
+            Draft(
+                prompt=prompt,
+                member=member,
+                prompt_tokens=ids,
+                prompt_image=image,
+                follow_up=turn,
+                uid=trajectory_key(sampling, prompt, member),
+            )
+            for prompt, ids, image, turn in zip(prompts, tokens, images, turns, strict=True)
+            for member in range(sampling.num_generations)
+        ]
 
-    def _allocate(self, sizes: Sizes) -> None:
-        engine, G = self.engine, self.sampling.num_generations
-        shape, N = self.policy.cache_shape(), self.policy.num_image_tokens
-        prefixes = [tokens.numel() for tokens in self.prompt_tokens]
+    def _allocate(self, prefixes: list[int], sizes: Sizes, guided: bool) -> None:
+        """Makes the caches of the prompts, of `prefixes` tokens each, and of what members add to them."""
+        engine, policy, preview, G = self.engine, self.policy, self.preview, self.sampling.num_generations
+        shape, N = policy.cache_shape(), policy.num_image_tokens
         own = [length for length in sizes.own for _ in range(G)]
-        self.free_tokens: Tensor | None = None
-        if self.guided:
-            self.free_tokens = self.policy.unconditional_tokens()
-            prefixes.append(self.free_tokens.numel())
+        if guided:
             own += [N * drawn for drawn in sizes.images for _ in range(G)]
-        columns = sum(own) + sizes.preview_columns(G, self._preview_length(), self.guided) * self._retries
+        columns = sum(own)
+        if preview is not None and preview.max_attempts > 1:
+            columns += sizes.preview_columns(G, preview_length(preview, N, policy.forced_image_tokens()), guided)
         check_fits(shape, sum(prefixes), columns, G, engine.max_bytes, engine.stepper.held_bytes)
         self.prompts = engine.stepper.store("prompts", shape, prefixes)
         self.own = engine.stepper.store("own", shape, own)
-        engine.stats.kv_bytes = shape.num_bytes(sum(prefixes) + sum(own))
+        self.stats.kv_bytes = shape.num_bytes(sum(prefixes) + sum(own))
+        self.stats.prefill_tokens = sum(prefixes)
 
-    def _preview_length(self) -> int:
-        policy = self.policy
-        return preview_length(self.preview, policy.num_image_tokens, policy.forced_image_tokens())
+    def _prefill(self, tokens: Tensor, images: Sequence[Tensor | None], guided: bool) -> list[Rows]:
+        """Runs each prompt once, the classifier-free one last; gives every member's row, and its twin's."""
+        policy, device, P, G = self.policy, self.prompts.keys.device, len(images), self.sampling.num_generations
+        tokens = tokens.to(device)
+        embeddings = policy.embed(tokens, "text")
+        seen = [image for image in images if image is not None]
+        if seen:
+            slots = policy.image_slots(tokens).nonzero().squeeze(1)
+            embeddings = embeddings.index_copy(0, slots, torch.cat(seen).to(embeddings.dtype))
+        layout = Prefill(self.prompts)
+        hidden = policy.trunk(embeddings[None], layout.position_ids[None], layout)[0]
+        bounds = torch.tensor(self.prompts.starts, device=device)
+        own_starts = torch.tensor(self.own.starts, device=device)
 
-    @property
-    def _retries(self) -> bool:
-        return self.preview is not None and self.preview.max_attempts > 1
+        def rows(prefix: Tensor, own_start: Tensor) -> Rows:
+            start, end = bounds[prefix], bounds[prefix + 1]
+            return Rows.behind(start, end - start, own_start, hidden[end - 1])
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> None:
-        policy, device = self.policy, self.prompts.keys.device
-        with self.time("see"):
-            self.prompt_images = self._see(prompts)
-        with self.time("prefill"):
-            everything = [*self.prompt_tokens, *([] if self.free_tokens is None else [self.free_tokens])]
-            tokens = torch.cat(everything).to(device)
-            embeddings = policy.embed(tokens, "text")
-            seen = [image for image in self.prompt_images if image is not None]
-            if seen:
-                slots = policy.image_slots(tokens).nonzero().squeeze(1)
-                embeddings = embeddings.index_copy(0, slots, torch.cat(seen).to(embeddings.dtype))
-            layout = Prefill(self.prompts)
-            hidden = policy.trunk(embeddings[None], layout.position_ids[None], layout)[0]
-            lengths = torch.tensor([tokens.numel() for tokens in everything], device=device)
-            starts = lengths.cumsum(0) - lengths
-            B, G = len(self.members), self.sampling.num_generations
-            owner = torch.arange(len(prompts), device=device).repeat_interleave(G)
-            own_starts = torch.tensor(self.own.starts, device=device)
-
-            def rows(prefix: Tensor, own_start: Tensor) -> Rows:
-                nothing = torch.zeros_like(prefix)
-                spans = torch.stack([starts[prefix], lengths[prefix], own_start, nothing], 1)
-                return Rows(spans, lengths[prefix].clone(), hidden[starts[prefix] + lengths[prefix] - 1])
-
-            self.rows = rows(owner, own_starts[:B])
-            free = torch.full_like(owner, len(prompts))
-            self.guides = rows(free, own_starts[B : 2 * B]) if self.guided else None
-        self.engine.stats.prefill_tokens = tokens.numel()
+        owner = torch.arange(P, device=device).repeat_interleave(G)
+        free = torch.full_like(owner, P)
+        twins = [rows(free, own_starts[P * G : 2 * P * G])] if guided else []
+        return [rows(owner, own_starts[: P * G]), *twins]
 
     def _see(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
         """Each prompt's image embeddings; a photo that several prompts show is encoded once."""
@@ -233,22 +232,27 @@ class _Batch:
 
     def sample_text(self) -> None:
         """The text that comes first."""
-        chosen = [i for i, (prompt, _) in enumerate(self.members) if prompt.segments[0] == "text"]
-        goes_on = any(len(self.members[i][0].segments) > 1 for i in chosen)
+        chosen = self._chosen(lambda draft: draft.prompt.segments[0] == "text")
+        goes_on = any(len(self.drafts[i].prompt.segments) > 1 for i in chosen)
         with self.time("text"):
             segments = self._sample_text(chosen, first_offset=0, goes_on=goes_on)
         for i, segment in zip(chosen, segments, strict=True):
-            self.segments[i].append(segment)
-            self.texts[i] = self.policy.decode_text(segment.tokens)
+            self.drafts[i].segments.append(segment)
+            self.drafts[i].text = self.policy.decode_text(segment.tokens)
 
     def draw_images(self) -> None:
         """Image start and image tokens; a preview may restart or drop sequences on the way."""
-        chosen = [i for i, (prompt, _) in enumerate(self.members) if "image" in prompt.segments]
+        chosen = self._chosen(lambda draft: "image" in draft.prompt.segments)
         if not chosen:
             return
-        policy, sampling, stats = self.policy, self.sampling, self.engine.stats
-        phase = Phase(kind="image", max_tokens=policy.num_image_tokens, temperature=sampling.temperature,
-                      cfg_weight=sampling.cfg_weight, first_offset=IMAGE_OFFSET)  # fmt: skip
+        policy, sampling, stats = self.policy, self.sampling, self.stats
+        phase = Phase(
+            kind="image",
+            max_tokens=policy.num_image_tokens,
+            temperature=sampling.temperature,
+            cfg_weight=sampling.cfg_weight,
+            first_offset=IMAGE_OFFSET,
+        )
         index = torch.tensor(chosen, device=self.rows.position.device)
         start = index.new_tensor([policy.image_start])
         with self.time("image"):
@@ -266,62 +270,66 @@ class _Batch:
             pictures = torch.cat([policy.draw(part.to(index.device)).cpu() for part in tokens.split(DRAWN_AT_ONCE)])
         keys = drawing.keys.tolist()
         for row, i in enumerate(chosen):
-            self.segments[i].append(replace(segments[row], lead=start.cpu()))
-            self.images[i], self.uids[i] = pictures[row], keys[row]
-            self.attempts[i], self.dropped[i] = drawing.attempts[row], drawing.dropped[row]
+            draft = self.drafts[i]
+            draft.segments.append(replace(segments[row], lead=start.cpu()))
+            draft.image, draft.uid = pictures[row], keys[row]
+            draft.attempts, draft.dropped = drawing.attempts[row], drawing.dropped[row]
 
     def _canvas(self, chosen: list[int], phase: Phase) -> Canvas:
+        drafts = [self.drafts[i] for i in chosen]
         most = 1 if self.preview is None else self.preview.max_attempts
         return Canvas(
             policy=self.policy,
             stepper=self.engine.stepper,
             phase=phase,
-            prompts=self.prompts,
-            own=self.own,
-            rows=self.rows,
-            guides=self.guides,
+            tables=self.tables,
             chosen=chosen,
-            asked=[self.members[i][0] for i in chosen],
-            texts=[self.texts[i] for i in chosen],
-            keys=[self.keys(chosen, attempt) for attempt in range(1, most + 1)],
-            goes_on=any(self.follow_ups[i // self.sampling.num_generations] is not None for i in chosen),
+            drafts=drafts,
+            keys=[self._keys(chosen, attempt) for attempt in range(1, most + 1)],
+            goes_on=any(draft.follow_up is not None for draft in drafts),
         )
 
     def sample_follow_ups(self) -> None:
         """The follow-up turn, which shows the drawn image, and the text that answers it."""
-        G = self.sampling.num_generations
-        chosen = [i for i in range(len(self.members)) if self.follow_ups[i // G] is not None and not self.dropped[i]]
+        chosen = self._chosen(lambda draft: draft.follow_up is not None and not draft.dropped)
         if not chosen:
             return
         with self.time("follow_up"):
-            turns = [turn for i in chosen if (turn := self.follow_ups[i // G]) is not None]
+            turns = [turn for i in chosen if (turn := self.drafts[i].follow_up) is not None]
             seen = None  # where the turn has no room for the image, the model goes on from the tokens that it drew
             if any(bool(self.policy.image_slots(turn).any()) for turn in turns):
-                seen = self.policy.see(torch.stack([image for i in chosen if (image := self.images[i]) is not None]))
+                images = [image for i in chosen if (image := self.drafts[i].image) is not None]
+                seen = self.policy.see(torch.stack(images))
             self._extend(chosen, turns, seen)
             segments = self._sample_text(chosen, first_offset=FOLLOW_UP_OFFSET, goes_on=False)
         for row, i in enumerate(chosen):
-            self.segments[i].append(
-                replace(segments[row], lead=turns[row], lead_image=None if seen is None else seen[row])
-            )
-            self.follow_up_texts[i] = self.policy.decode_text(segments[row].tokens)
+            lead_image = None if seen is None else seen[row]
+            self.drafts[i].segments.append(replace(segments[row], lead=turns[row], lead_image=lead_image))
+            self.drafts[i].follow_up_text = self.policy.decode_text(segments[row].tokens)
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _chosen(self, which: Callable[[Draft], bool]) -> list[int]:
+        """The rows of the drafts that a phase is for."""
+        return [i for i, draft in enumerate(self.drafts) if which(draft)]
 
     def _sample_text(self, chosen: list[int], *, first_offset: int, goes_on: bool) -> list[Segment]:
         if not chosen:
             return []
         sampling, policy = self.sampling, self.policy
-        phase = Phase(kind="text", max_tokens=sampling.max_text_tokens, temperature=sampling.temperature,
-                      first_offset=first_offset, ends=tuple(sorted(policy.end_tokens)))  # fmt: skip
-        samples = self.engine.stepper.samples("text", len(self.members), phase.max_tokens)
-        index = torch.tensor(chosen, device=self.rows.position.device)
-        state = State.start(self.rows.take(index), index, self.keys(chosen))
-        self.engine.stepper.run(
-            phase, state, samples, self.prompts, self.own, self.rows, num_steps=phase.max_tokens, feed_last=goes_on
+        phase = Phase(
+            kind="text",
+            max_tokens=sampling.max_text_tokens,
+            temperature=sampling.temperature,
+            first_offset=first_offset,
+            ends=tuple(sorted(policy.end_tokens)),
         )
+        samples = self.engine.stepper.samples("text", len(self.drafts), phase.max_tokens)
+        index = torch.tensor(chosen, device=self.rows.position.device)
+        state = State.start([self.rows.take(index)], index, self._keys(chosen))
+        self.engine.stepper.run(phase, state, samples, self.tables, num_steps=phase.max_tokens, feed_last=goes_on)
         segments = self._segments(samples, chosen, phase)
-        self.engine.stats.text_tokens += sum(segment.tokens.numel() for segment in segments)
+        self.stats.text_tokens += sum(segment.tokens.numel() for segment in segments)
         return segments
 
     def _extend(self, chosen: list[int], turns: list[Tensor], seen: Tensor | None) -> None:
@@ -338,14 +346,13 @@ class _Batch:
         positions = torch.where(new, positions, 0)
         hidden = policy.trunk(embeddings, positions, Extend(self.prompts, self.own, rows.spans, lengths))
         added = torch.tensor(lengths, device=device)
-        rows.hidden = hidden[torch.arange(len(chosen), device=device), added - 1]
-        rows.position += added
-        rows.spans[:, 3] += added
+        rows.advance(hidden[torch.arange(len(chosen), device=device), added - 1], added)
         self.rows.put(torch.tensor(chosen, device=device), rows)
 
-    def keys(self, chosen: Sequence[int], attempt: int = 1) -> Tensor:
+    def _keys(self, chosen: Sequence[int], attempt: int = 1) -> Tensor:
         """[n] int64: keys of the sequences' random numbers."""
-        keys = [trajectory_key(self.sampling, *self.members[i], attempt) for i in chosen]
+        drafts = [self.drafts[i] for i in chosen]
+        keys = [trajectory_key(self.sampling, draft.prompt, draft.member, attempt) for draft in drafts]
         return torch.tensor(keys, device=self.rows.position.device)
 
     def _segments(self, samples: Samples, chosen: list[int], phase: Phase) -> list[Segment]:
@@ -366,24 +373,4 @@ class _Batch:
                 truncated=kind == "text" and not bool(ended[row]),
             )
             for row, n in enumerate(length.tolist())
-        ]
-
-    def rollouts(self) -> list[Rollout]:
-        """Everything sampled, in the order of the prompts."""
-        G = self.sampling.num_generations
-        return [
-            Rollout(
-                prompt=prompt,
-                member=member,
-                prompt_tokens=self.prompt_tokens[i // G],
-                prompt_image=self.prompt_images[i // G],
-                segments=tuple(self.segments[i]),
-                text=self.texts[i],
-                follow_up_text=self.follow_up_texts[i],
-                image=self.images[i],
-                attempts=self.attempts[i],
-                dropped=self.dropped[i],
-                uid=self.uids[i],
-            )
-            for i, (prompt, member) in enumerate(self.members)
         ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..policies.base import Policy
 from ..policies.cache import CacheShape, Rows, Store
-from .decode import Linear, Phase, Samples, State, TokenStep, Trunk
+from .decode import Linear, Phase, Samples, State, Tables, TokenStep, Trunk
 from .few_rows import FewRows
 
 POLL_STEPS = 8
@@ -98,51 +98,42 @@ class Stepper:
         self._graphs = {key: graph for key, graph in self._graphs.items() if id(replaced) not in key}
 
     def run(
-        self,
-        phase: Phase,
-        state: State,
-        samples: Samples,
-        prompts: Store,
-        own: Store,
-        rows: Rows,
-        guides: Rows | None = None,
-        *,
-        num_steps: int,
-        feed_last: bool,
+        self, phase: Phase, state: State, samples: Samples, tables: Tables, *, num_steps: int, feed_last: bool
     ) -> None:
-        """Samples up to `num_steps` tokens per sequence of `state`; where they stand goes to `rows` and `guides` [B].
+        """Samples up to `num_steps` tokens per sequence.
 
         Args:
             phase: what is sampled.
             state: where the sequences stand; used up.
             samples: written.
-            prompts, own: the caches.
-            rows, guides: tables over the batch, by `state.slot`.
+            tables: where they stand in the end is written there, by `state.slot`.
             num_steps: tokens at most.
             feed_last: run the last token through the trunk too, because something follows it.
         """
         if self.static:
-            self._run_static(phase, state, samples, prompts, own, rows, guides, num_steps, feed_last)
+            self._run_static(phase, state, samples, tables, num_steps, feed_last)
             return
-        step = TokenStep(self.policy, self.trunk, prompts, own, phase, state, samples, linear=self._linear)
+        step = self._eager(phase, state, samples, tables)
         for left in reversed(range(num_steps)):
             step(feed=feed_last or left > 0)
             if phase.ends:
                 alive = step.state.alive.nonzero().squeeze(1)
                 if alive.numel() < len(step.state):
-                    step.state.save(rows, guides)
+                    step.state.save(tables)
                     if not alive.numel():
                         return
-                    state = step.state.take(alive)
-                    step = TokenStep(self.policy, self.trunk, prompts, own, phase, state, samples, linear=self._linear)
-        step.state.save(rows, guides)
+                    step = self._eager(phase, step.state.take(alive), samples, tables)
+        step.state.save(tables)
+
+    def _eager(self, phase: Phase, state: State, samples: Samples, tables: Tables) -> TokenStep:
+        policy, trunk, linear = self.policy, self.trunk, self._linear
+        return TokenStep(policy, trunk, tables.prompts, tables.own, phase, state, samples, linear=linear)
 
     def _run_static(
-        self, phase: Phase, state: State, samples: Samples, prompts: Store, own: Store, rows: Rows,
-        guides: Rows | None, num_steps: int, feed_last: bool,
-    ) -> None:  # fmt: skip
+        self, phase: Phase, state: State, samples: Samples, tables: Tables, num_steps: int, feed_last: bool
+    ) -> None:
         nobody = samples.length.numel() - 1
-        step = self._graph(phase, _padded(state, bucket_of(len(state)), nobody), samples, prompts, own)
+        step = self._graph(phase, _padded(state, bucket_of(len(state)), nobody), samples, tables)
         count = LateCount(state.slot.device)
         for done in range(1, num_steps + 1):
             if done == num_steps and not feed_last:
@@ -154,15 +145,16 @@ class Stepper:
                 if left == 0:
                     break
                 if left is not None and bucket_of(left) < len(step.state):
-                    save(step.state, rows, guides, nobody)
+                    save(step.state, tables, nobody)
                     # Those under way first; the bucket holds them all, because their number only falls.
                     order = step.state.alive.int().argsort(descending=True, stable=True)
-                    step = self._graph(phase, step.state.take(order[: bucket_of(left)]), samples, prompts, own)
+                    step = self._graph(phase, step.state.take(order[: bucket_of(left)]), samples, tables)
                 count.ask(step.state.alive)
-        save(step.state, rows, guides, nobody)
+        save(step.state, tables, nobody)
 
-    def _graph(self, phase: Phase, state: State, samples: Samples, prompts: Store, own: Store) -> GraphedStep:
+    def _graph(self, phase: Phase, state: State, samples: Samples, tables: Tables) -> GraphedStep:
         """The graph of this phase and size, started from `state`."""
+        prompts, own = tables.prompts, tables.own
         key = (phase, len(state), state.guided, id(samples), id(prompts), id(own))
         if key not in self._graphs:
             step = TokenStep(self.policy, self.trunk, prompts, own, phase, state, samples, padded=True)
@@ -172,19 +164,14 @@ class Stepper:
         return self._graphs[key]
 
 
-def save(state: State, rows: Rows, guides: Rows | None, nobody: int) -> None:
+def save(state: State, tables: Tables, nobody: int) -> None:
     """`State.save` of a padded state, without asking which sequences are padding: those have slot `nobody`, and go
     to one more row that the tables are given for the moment."""
-    size = len(state)
-    slot = torch.where(state.slot == nobody, len(rows), state.slot)
-    for table, part in ((rows, slice(0, size)), (guides if state.guided else None, slice(size, None))):
-        if table is None:
-            continue
-        for name in ("spans", "position", "hidden"):
-            target = getattr(table, name)
-            widened = torch.cat([target, target[-1:]])
-            widened.index_copy_(0, slot, getattr(state.rows, name)[part])
-            target.copy_(widened[:-1])
+    slot = torch.where(state.slot == nobody, len(tables.sides[0]), state.slot)
+    for table, side in zip(tables.sides, state.sides(), strict=False):
+        widened = Rows.cat([table, table.part(slice(-1, None))])
+        widened.put(slot, side)
+        table.copy_(widened.part(slice(0, -1)))
 
 
 def _padded(state: State, size: int, nobody: int) -> State:

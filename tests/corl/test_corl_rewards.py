@@ -18,7 +18,7 @@ from syncr1.engine.corl.config import IMAGE_REWARDS, TEXT_REWARDS, CorlConfig, T
 from syncr1.engine.corl.reward_parts import RewardParts
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rewards.reward import score
+from syncr1.engine.rewards.scoring import score
 
 CPU = torch.device("cpu")
 OFFLINE: dict[str, Any] = {"lpips_weights": "random", "lpips_net": "squeeze", "lpips_size": 32, "cycle_text": "none"}

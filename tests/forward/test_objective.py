@@ -137,7 +137,7 @@ def test_gradient_equals_the_sum_over_sequences_by_hand(
     batches = packed(policy, rollouts, GROUP, 250)
     other = policy if on_policy else reference
     batches = with_scores(batches, other)
-    rewards = torch.cat([batch.rewards[:, 0] for batch in batches])
+    rewards = torch.cat([batch.credit[:, 0] for batch in batches])
     got = gradients(update_loss(policy, objective, batches), policy)
     plain = DifferentiableJanus(policy)
     expected_loss = dapo_by_hand(plain, DifferentiableJanus(other), rollouts, rewards, beta, 0.05)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from syncr1.engine.learn.credit import credited_rewards, shared_advantages, shared_within_samples
 from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rewards.ensemble import RewardSet
+from syncr1.engine.rewards.ensemble import RewardSet, combine
 from syncr1.kernels.api import group_advantages
 
 NAN = math.nan
@@ -46,15 +46,15 @@ def halves(num_samples: int, group: int, seed: int) -> torch.Tensor:
 @settings(max_examples=25, deadline=None)
 def test_both_halves_of_a_pair_answer_for_the_papers_sum(num_samples: int, group: int, seed: int) -> None:
     values = halves(num_samples, group, seed)
-    shared = shared_within_samples(values, rollouts_of(num_samples, group))
-    total = credited_rewards(shared, REWARDS, "shared")
+    credit = credited_rewards(values, rollouts_of(num_samples, group), REWARDS, "shared")
     by_half = values.view(num_samples, 2, group, 4)
     drawn, said = by_half[:, 0, :, :2], by_half[:, 1, :, 2:]
     expected = drawn.sum(-1) + 0.8 * said.sum(-1)  # R_cycle + R_TIM + lambda (R_acc + R_format)
     for half in range(2):
         for column in range(2):
-            got = total.view(num_samples, 2, group, 2)[:, half, :, column]
+            got = credit.tokens_S2.view(num_samples, 2, group, 2)[:, half, :, column]
             torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(credit.total_S.view(num_samples, 2, group)[:, half], expected)
 
 
 def test_prompts_without_a_sample_keep_their_own_rewards() -> None:
@@ -81,15 +81,17 @@ def test_a_reward_that_nobody_has_leaves_the_others() -> None:
 def test_one_advantage_is_the_sum_of_both_halves() -> None:
     group = 4
     values, rollouts = halves(2, group, 3), rollouts_of(2, group)
-    got = shared_advantages(values, rollouts, REWARDS, "group", 0.8)
-    totals = credited_rewards(values, REWARDS, "shared")[:, 0]
+    credit = shared_advantages(values, rollouts, REWARDS, "group", 0.8)
+    totals = combine(values, REWARDS.weight_tensor())
     own = group_advantages(totals, torch.arange(0, 17, group, dtype=torch.int32)).view(2, 2, group)
     expected = own[:, 0] + 0.8 * own[:, 1]
-    torch.testing.assert_close(got.view(2, 2, group, 2), expected[:, None, :, None].expand(2, 2, group, 2))
+    got = credit.tokens_S2.view(2, 2, group, 2)
+    torch.testing.assert_close(got, expected[:, None, :, None].expand(2, 2, group, 2))
+    assert torch.equal(credit.total_S, credited_rewards(values, rollouts, REWARDS, "shared").total_S), "as reported"
 
 
 def test_advantages_of_a_missing_half_are_left_out() -> None:
     values, rollouts = halves(1, 3, 1), rollouts_of(1, 3)
     values[5] = NAN
-    got = shared_advantages(values, rollouts, REWARDS, "group", 0.8)
+    got = shared_advantages(values, rollouts, REWARDS, "group", 0.8).tokens_S2
     assert got[[2, 5]].isnan().all() and got[[0, 1, 3, 4]].isfinite().all()

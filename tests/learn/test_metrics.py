@@ -1,14 +1,17 @@
-"""metrics.py: what the ranks measured, as one rank would have measured it."""
+"""metrics.py: what one rank measures, by hand, and what the ranks measured, as one would have measured it."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncr1.engine.learn.metrics import merged
+from syncr1.engine.learn.metrics import merged, of_rewards, of_rollouts, trl_names
+from syncr1.engine.records import Prompt, Rollout, Segment, SegmentKind
+from syncr1.engine.rewards.scoring import RewardTable
 
 NAN = math.nan
 
@@ -61,3 +64,70 @@ def test_one_rank_is_left_alone(values: dict[str, float]) -> None:
 def test_what_all_agree_on_stays_to_the_last_bit(value: float, ranks: int) -> None:
     """The loss's own reductions, the learning rate and thresholds are the same on all."""
     assert merged([{"grad_norm": value, "tokens/text": 3.0}] * ranks)["grad_norm"] == value
+
+
+# One rank's own ------------------------------------------------------------------------------------------------------
+
+
+def test_rewards_by_hand() -> None:
+    """Groups of two: one that differs, one that does not, an anchor; a reward that nobody has is absent."""
+    values = torch.tensor([[1.0, NAN], [3.0, NAN], [2.0, NAN], [2.0, NAN], [NAN, NAN], [NAN, NAN]])
+    table = RewardTable(values=values, names=("a", "b"), failures={"a": 0, "b": 2})
+    found = of_rewards(table, values[:, 0], 2)
+    assert found == pytest.approx(
+        {
+            "reward": 2.0,
+            "reward_std": 2**0.5 / 2,
+            "frac_reward_zero_std": 0.5,
+            "rewards/a/mean": 2.0,
+            "reward_failures": 2.0,
+        }
+    )
+    nothing = of_rewards(table, values[4:, 0], 2)
+    assert all(math.isnan(nothing[name]) for name in ("reward", "reward_std", "frac_reward_zero_std"))
+
+
+def test_rollouts_by_hand() -> None:
+    """Texts alone have a length; without any there is nothing to average."""
+
+    def segment(kind: SegmentKind, length: int, truncated: bool = False) -> Segment:
+        zeros = torch.zeros(length)
+        return Segment(kind=kind, tokens=zeros.long(), logp=zeros, logp_mixed=zeros, entropy=zeros, truncated=truncated)
+
+    def rollout(*segments: Segment, attempts: int = 1, dropped: bool = False) -> Rollout:
+        prompt = Prompt(id="p", task="t", text="x")
+        return Rollout(
+            prompt=prompt,
+            member=0,
+            prompt_tokens=torch.zeros(0),
+            prompt_image=None,
+            segments=segments,
+            attempts=attempts,
+            dropped=dropped,
+        )
+
+    found = of_rollouts(
+        [
+            rollout(segment("text", 3), segment("image", 16), segment("text", 2, truncated=True), attempts=3),
+            rollout(segment("text", 4), dropped=True),
+        ]
+    )
+    assert found == pytest.approx(
+        {
+            "completions/mean_length": 3.0,
+            "completions/clipped_ratio": 1 / 3,
+            "rollout/attempts_mean": 2.0,
+            "rollout/dropped_fraction": 0.5,
+        }
+    )
+    assert math.isnan(of_rollouts([rollout(segment("image", 4))])["completions/mean_length"])
+
+
+def test_totals_over_both_modalities_count_by_tokens() -> None:
+    text = {"tokens/text": 1.0, "kl/text": 4.0, "entropy/text": 2.0, "clip_low/text": 0.4, "clip_high/text": 0.0}
+    image = {"tokens/image": 3.0, "kl/image": 0.0, "entropy/image": NAN, "clip_low/image": 0.0, "clip_high/image": 0.2}
+    learned = text | image
+    found = trl_names(learned)
+    assert found["kl"] == 1.0 and found["entropy"] == 0.5 and set(learned) < set(found)
+    regions = {name: found[f"clip_ratio/{name}_mean"] for name in ("low", "high", "region")}
+    assert regions == pytest.approx({"low": 0.1, "high": 0.15, "region": 0.25})

@@ -13,7 +13,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import own_process_group, sharp_policy, weights_of
+from helpers import make_prompt, own_process_group, sharp_policy, weights_of
 from made import short_base, world_folder
 from torch import Tensor
 
@@ -23,12 +23,13 @@ from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.trainer import Trainer, learning_rate
 from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set
+from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.methods.training import objective_of, settings_of
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout, StepMetrics
 from syncr1.engine.rewards.ensemble import RewardSet, combine
-from syncr1.engine.rewards.reward import score
+from syncr1.engine.rewards.preview_scorer import build_preview
+from syncr1.engine.rewards.scoring import score
 from syncr1.engine.rollout.sampler import Sampling, generate
 from syncr1.kernels.api import dgs_select, group_advantages
 
@@ -138,30 +139,36 @@ def test_metrics_have_trls_names(world: Path, rewards: RewardSet) -> None:
 
 
 def test_credited_rewards_by_hand() -> None:
-    nan = math.nan
+    nan, total = math.nan, torch.tensor([1.0, 0.2, 0.25, math.nan])
     rewards = RewardSet(functions={"id": list, "judge": list, "text": list}, weights=(0.2, 0.3, 0.5),
                         kinds=("image", "image", "text"))  # type: ignore[dict-item]  # fmt: skip
+    trajectories = [
+        Rollout(prompt=make_prompt("x"), member=m, prompt_tokens=torch.zeros(0), prompt_image=None, segments=())
+        for m in range(4)
+    ]
     values = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, nan], [nan, nan, 0.5], [nan, nan, nan]])
     for credit in ("shared", "image_only"):
-        both = credited_rewards(values, rewards, credit)
-        torch.testing.assert_close(both, torch.tensor([1.0, 0.2, 0.25, nan])[:, None].expand(4, 2), equal_nan=True)
-    own = credited_rewards(values, rewards, "per_segment")
-    torch.testing.assert_close(own, torch.tensor([[0.5, 0.5], [nan, 0.2], [0.25, nan], [nan, nan]]), equal_nan=True)
+        both = credited_rewards(values, trajectories, rewards, credit)
+        torch.testing.assert_close(both.tokens_S2, total[:, None].expand(4, 2), equal_nan=True)
+        torch.testing.assert_close(both.total_S, total, equal_nan=True)
+    own = credited_rewards(values, trajectories, rewards, "per_segment")
+    torch.testing.assert_close(own.total_S, total, equal_nan=True)
+    torch.testing.assert_close(
+        own.tokens_S2, torch.tensor([[0.5, 0.5], [nan, 0.2], [0.25, nan], [nan, nan]]), equal_nan=True
+    )
     text_alone = replace(rewards, functions={"text": list}, weights=(0.5,), kinds=("text",))  # type: ignore[dict-item]
-    assert credited_rewards(values[:, 2:], text_alone, "per_segment")[:, 1].isnan().all()
+    assert credited_rewards(values[:, 2:], trajectories, text_alone, "per_segment").tokens_S2[:, 1].isnan().all()
 
 
 def test_anchors_are_trained_on_without_advantage(world: Path, rewards: RewardSet) -> None:
     """Every anchor is in a batch of anchors, unrewarded, so only the KL term acts on it; nothing else is like that."""
     run = Run(config_of(max_steps=1), world, rewards).train()
     (rewarded, anchors), _ = run.learner.given[0]
-    assert (
-        anchors.anchor and not rewarded.anchor and anchors.rewards.isnan().all() and not rewarded.rewards.isnan().any()
-    )
-    assert len(anchors.rewards) == 4 == sum(not r.prompt.rewarded for r in run.steps[0][1])
+    assert anchors.anchor and not rewarded.anchor and anchors.credit.isnan().all() and not rewarded.credit.isnan().any()
+    assert len(anchors.credit) == 4 == sum(not r.prompt.rewarded for r in run.steps[0][1])
     assert (anchors.cu_seqlens.diff() > 0).all() and anchors.ref_logp is not None
-    assert not group_advantages(anchors.rewards[:, 0], anchors.group_offsets).any()
-    assert group_advantages(rewarded.rewards[:, 0], rewarded.group_offsets).any()
+    assert not group_advantages(anchors.credit[:, 0], anchors.group_offsets).any()
+    assert group_advantages(rewarded.credit[:, 0], rewarded.group_offsets).any()
 
 
 def test_anchors_alone_hold_the_policy_still(world: Path, rewards: RewardSet) -> None:
@@ -183,7 +190,7 @@ def test_anchors_are_dropped_without_a_kl_term(world: Path, rewards: RewardSet) 
         config_of(max_steps=1, beta=0.0, anchor_beta=0.0, anchor_fraction=0.0, dgs="none"), world, rewards, prompts
     ).train()
     (batch,), _ = run.learner.given[0]
-    assert len(batch.rewards) == 4 and not batch.rewards.isnan().any() and batch.ref_logp is None
+    assert len(batch.credit) == 4 and not batch.credit.isnan().any() and batch.ref_logp is None
 
 
 @pytest.mark.parametrize("rule", ["variance_mass", "top_k"])
@@ -209,7 +216,7 @@ def test_batch_scale_knows_the_whole_step(world: Path, rewards: RewardSet) -> No
     run = Run(config, world, rewards).train()
     batches, _ = run.learner.given[0]
     assert len(batches) == 4
-    got = torch.cat([group_advantages(b.rewards[:, 0], b.group_offsets, scale="none") for b in batches])
+    got = torch.cat([group_advantages(b.credit[:, 0], b.group_offsets, scale="none") for b in batches])
     expected = group_advantages(run.steps[0][2], torch.arange(0, 17, 4), scale="batch")
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 

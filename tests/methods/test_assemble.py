@@ -17,10 +17,11 @@ from small_models import saved, small_clip
 
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set
+from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.builtin.clip import ClipScorer
-from syncr1.engine.rewards.reward import score
+from syncr1.engine.rewards.preview_scorer import build_preview
+from syncr1.engine.rewards.scoring import score
 
 
 def drawing(prompt: Prompt, member: int, red: float) -> Rollout:

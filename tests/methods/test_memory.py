@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import all_kinds_of_prompts, own_process_group, random_rewards
+from helpers import all_kinds_of_prompts, own_process_group, random_credit
 
 from syncr1.engine.forward.packing import pack
 from syncr1.engine.methods.dry_run import policy_without_weights
@@ -49,7 +49,7 @@ def measured(config: SyncR1Config, folder: Path) -> int:
             batches = pack(
                 policy,
                 rollouts,
-                random_rewards(len(rollouts)),
+                random_credit(len(rollouts)),
                 keep,
                 num_generations=config.num_generations,
                 max_tokens=config.max_tokens_per_microbatch,

@@ -77,7 +77,7 @@ def test_steps_equal_the_full_forward(kv_heads: int, dtype: torch.dtype, toleran
         alive = [not (row == 1 and step > 2) and not (row == 4 and step in (0, 3)) for row in range(len(OWNERS))]
         batch.feed(torch.randn(len(OWNERS), WIDTH, dtype=dtype), None if step == 1 else alive)
         torch.testing.assert_close(batch.rows.hidden, batch.expected(plain), rtol=0, atol=tolerance)
-    assert batch.rows.spans[:, 3].tolist() == [sum(len(h) for h in history[1:]) for history in batch.history]
+    assert batch.rows.own_length.tolist() == [sum(len(h) for h in history[1:]) for history in batch.history]
     assert batch.rows.position.tolist() == [sum(len(h) for h in history) for history in batch.history]
 
 
@@ -95,9 +95,8 @@ def test_a_follow_up_turn_equals_the_full_forward() -> None:
     hidden = batch.trunk(turns, positions, layout)
     for row, n in enumerate(lengths):
         batch.history[row].append(turns[row, :n])
-    batch.rows.hidden = torch.stack([hidden[row, n - 1] for row, n in enumerate(lengths)])
-    batch.rows.position += torch.tensor(lengths)
-    batch.rows.spans[:, 3] += torch.tensor(lengths)
+    last = torch.stack([hidden[row, n - 1] for row, n in enumerate(lengths)])
+    batch.rows.advance(last, torch.tensor(lengths))
     torch.testing.assert_close(batch.rows.hidden, batch.expected(plain), rtol=0, atol=1e-6)
     batch.feed(torch.randn(len(OWNERS), WIDTH, dtype=torch.float64))
     torch.testing.assert_close(batch.rows.hidden, batch.expected(plain), rtol=0, atol=1e-6)
@@ -114,7 +113,7 @@ def test_a_copied_span_goes_on_apart() -> None:
     scratch = Store(shape_of(2, torch.float64), [3, 3])
     for place, row in enumerate((2, 4)):
         scratch.copy_span(scratch.starts[place], batch.own, batch.own.starts[row], 1)
-    fork.spans[:, 2] = torch.tensor(scratch.starts[:2])
+    fork.own_start.copy_(torch.tensor(scratch.starts[:2]))
     other = torch.randn(2, WIDTH, dtype=torch.float64)
     advance(batch.trunk, batch.prompts, scratch, fork, other)
     for place, row in enumerate((2, 4)):
@@ -135,8 +134,25 @@ def test_rows_take_put_and_cat() -> None:
     assert rows.position.tolist() == [0, 1, 2, 3] and taken.position.tolist() == [13, 11]
     rows.put(torch.tensor([0, 2]), numbered([7, 8]))
     assert rows.position.tolist() == [7, 1, 8, 3] and rows.hidden[:, 0].tolist() == [7, 1, 8, 3]
-    assert rows.spans[:, 2].tolist() == [7, 1, 8, 3]
+    assert rows.own_start.tolist() == rows.own_length.tolist() == [7, 1, 8, 3]
     assert len(Rows.cat([rows, taken])) == 6
+
+
+def test_rows_advance_in_place_and_their_columns_are_views() -> None:
+    """A graph holds the tables' addresses; named columns must be of the same memory."""
+    ints = torch.tensor([5, 6])
+    rows = Rows.behind(ints, ints + 1, ints + 2, torch.zeros(2, 3))
+    assert rows.spans.tolist() == [[5, 6, 7, 0], [6, 7, 8, 0]] and rows.position.tolist() == [6, 7]
+    places = [column.data_ptr() for column in rows.columns()]
+    rows.own_start.copy_(torch.tensor([30, 40]))
+    rows.advance(torch.ones(2, 3), torch.tensor([2, 0]))
+    rows.advance(torch.ones(2, 3), torch.tensor([True, False]))
+    rows.advance(torch.full((2, 3), 4.0), 1)
+    assert rows.spans.tolist() == [[5, 6, 30, 4], [6, 7, 40, 1]] and rows.own_spans() == [(30, 4), (40, 1)]
+    assert rows.position.tolist() == [10, 8] and bool((rows.hidden == 4).all())
+    rows.part(slice(1, 2)).copy_(rows.part(slice(0, 1)))
+    assert rows.own_start.tolist() == [30, 30]
+    assert [column.data_ptr() for column in rows.columns()] == places
 
 
 def test_a_store_is_divided_anew_in_the_same_memory() -> None:

@@ -16,7 +16,8 @@ from syncr1.engine import rewards
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.judge.llm_judge import FIELDS
-from syncr1.engine.rewards.reward import columns_of, score
+from syncr1.engine.rewards.reward import columns_of
+from syncr1.engine.rewards.scoring import score
 from syncr1.engine.rewards.yours.adapters import ADAPTERS
 from syncr1.engine.rewards.yours.custom import load_reward, reward_name
 from syncr1.engine.settings.flags import parse

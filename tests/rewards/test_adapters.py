@@ -15,7 +15,7 @@ from PIL import Image
 
 from syncr1.engine.errors import RewardError
 from syncr1.engine.records import Prompt, Rollout, Segment
-from syncr1.engine.rewards.reward import score
+from syncr1.engine.rewards.scoring import score
 from syncr1.engine.rewards.yours.adapters import (
     ADAPTERS,
     flow_grpo,

@@ -17,7 +17,8 @@ import torch
 from test_rewards import group, lengths
 
 from syncr1.engine.errors import RewardError, RewardSpecError
-from syncr1.engine.rewards.reward import score, still_running
+from syncr1.engine.rewards.calling import still_running
+from syncr1.engine.rewards.scoring import score
 from syncr1.engine.rewards.yours.custom import load_reward, reward_name
 from syncr1.engine.rewards.yours.isolated import IsolatedReward
 

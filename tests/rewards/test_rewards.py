@@ -23,8 +23,10 @@ import torch.distributed as dist
 
 from syncr1.engine.errors import RewardError
 from syncr1.engine.records import Prompt, Rollout, Segment
+from syncr1.engine.rewards.calling import still_running
 from syncr1.engine.rewards.ensemble import build_rewards, combine
-from syncr1.engine.rewards.reward import columns_of, mode_of, score, still_running
+from syncr1.engine.rewards.reward import columns_of, mode_of
+from syncr1.engine.rewards.scoring import score
 
 
 def make_rollout(text: str = "red", prompt: str = "p0", member: int = 0, **fields_of_prompt: Any) -> Rollout:
@@ -105,10 +107,6 @@ def test_a_broken_contract_names_function_and_index(result: Any, index: int | No
     with pytest.raises(RewardError, match="mine") as caught:
         score(group(["a", "b"]), {"mine": lambda **_: result})
     assert (caught.value.function, caught.value.index) == ("mine", index)
-    lenient = score(group(["a", "b"]), {"mine": lambda **_: result, "length": lengths}, strict=False)
-    assert lenient.failures == {"mine": 1, "length": 0}
-    assert lenient.values[:, 0].isnan().all()
-    assert lenient.values[:, 1].tolist() == [1.0, 1.0]
 
 
 def test_an_exception_is_none_for_all_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -119,7 +117,7 @@ def test_an_exception_is_none_for_all_counted_and_logged(caplog: pytest.LogCaptu
         table = score(group(["a", "b"]), {"broken": broken, "length": lengths})
     assert table.values[:, 0].isnan().all()
     assert table.failures == {"broken": 1, "length": 0}
-    assert table.incomplete == 0
+    assert table.values[:, 1].tolist() == [1.0, 1.0]
     assert "'broken' failed (rank 0) and is None for all 2 trajectories: KeyError: 'no such column'" in caplog.text
 
 
@@ -214,7 +212,7 @@ def test_many_failures_cost_no_step_and_no_thread() -> None:
                 time.sleep(0.001)
             release.clear()
         table = score(rollouts, {"unreliable": unreliable, "length": lengths}, timeout=0.6)
-        assert table.values[:, 1].tolist() == [64.0] * 64 and table.incomplete == 0
+        assert table.values[:, 1].tolist() == [64.0] * 64
         failed += table.failures["unreliable"]
         most = max(most, threading.active_count())
     assert failed == 20 + 2 * 3
@@ -244,7 +242,7 @@ def one_rank(rank: int, folder: Path) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("syncr1.engine.rewards.reward").addHandler(handler)
+    logging.getLogger("syncr1.engine.rewards.scoring").addHandler(handler)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
     )
@@ -326,7 +324,6 @@ def test_a_member_without_its_groups_reward_is_left_out() -> None:
         return [None if text in "bde" else 1.0 for text in completions]
 
     table = score(rollouts, {"partly": partly, "length": lengths})
-    assert table.incomplete == 1
     assert table.values.isnan().tolist() == [[False, False], [True, True], [False, False], [True, False], [True, False]]
 
 

@@ -43,7 +43,7 @@ def test_preview_keeps_the_best_try_and_never_exceeds_the_cap(policy: JanusPolic
 
 def _draw_with_key(policy: JanusPolicy, prompt: Prompt, sampling: Sampling, attempt: int) -> list[int]:
     """The image tokens that a single try with this attempt's key draws."""
-    import syncr1.engine.rollout as module
+    from syncr1.engine.rollout import sampler as module
 
     original = module.trajectory_key
     module.trajectory_key = lambda s, p, m, a=1: original(s, p, m, attempt)

@@ -177,7 +177,7 @@ def sampled(
     return generate(policy, all_kinds_of_prompts(folder)[:6], sampling)
 
 
-def random_rewards(num: int, seed: int = 0) -> Tensor:
+def random_credit(num: int, seed: int = 0) -> Tensor:
     """[num, 2] float32, both columns alike, as shared credit has them."""
     return torch.rand(num, 1, generator=torch.Generator().manual_seed(seed)).expand(-1, 2).contiguous()
 
@@ -185,8 +185,8 @@ def random_rewards(num: int, seed: int = 0) -> Tensor:
 def packed(policy: JanusPolicy, rollouts: Sequence[Rollout], num_generations: int, max_tokens: int = 1 << 30, *,
            keep: Tensor | None = None, seed: int = 0, share_prefix: bool = True) -> list[PackedBatch]:  # fmt: skip
     keep = torch.ones(len(rollouts), dtype=torch.bool) if keep is None else keep
-    rewards = random_rewards(len(rollouts), seed)
-    return pack(policy, rollouts, rewards, keep, num_generations=num_generations, max_tokens=max_tokens,
+    credit = random_credit(len(rollouts), seed)
+    return pack(policy, rollouts, credit, keep, num_generations=num_generations, max_tokens=max_tokens,
                 share_prefix=share_prefix)  # fmt: skip
 
 

@@ -29,12 +29,13 @@ from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.methods.resume import Checkpoints
 from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.sync_r1_parts import build_preview, build_reward_set
+from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.methods.training import objective_of, settings_of
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.lora import add_lora
 from syncr1.engine.records import Rollout, StepMetrics
 from syncr1.engine.rewards.ensemble import RewardSet
+from syncr1.engine.rewards.preview_scorer import build_preview
 
 TIMES = {"step_time", "tokens_per_second"}
 

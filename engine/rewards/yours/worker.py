@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 from ...errors import RewardError, RewardSpecError
-from ..reward import Outcome, RewardFunction, call, checked
+from ..calling import Outcome, call
+from ..reward import RewardFunction
 from .custom import load_reward
 from .wire import receive, send, unpacked
 
@@ -38,14 +39,10 @@ def serve(spec: str) -> None:
 
 def _answer(name: str, function: RewardFunction, columns: dict[str, Any]) -> dict[str, Any]:
     outcome = Outcome()
-    call(function, columns, outcome)
+    call(name, function, columns, outcome)
     error = outcome.error
     if error is None:
-        try:
-            values = checked(name, outcome.value, len(columns["images"]))
-            return {"values": [None if value is None else float(value) for value in values]}
-        except RewardError as broken:
-            error = broken
+        return {"values": [None if value is None else float(value) for value in outcome.values]}
     if isinstance(error, RewardError):
         return {"is_contract": True, "index": error.index, "error": error.problem}
     return {"is_contract": False, "error": f"{type(error).__name__}: {error}"}
