@@ -222,7 +222,7 @@ def test_who_is_asked_to_end_goes_on_as_if_never_asked(
         patch.setattr(Trainer, "train_step", asked)
         _, err = recipe_here(capfd, "sync_r1.py", *flags, expected=EXIT_PREEMPTED)
     assert "stopped after 1 steps; go on with --resume_from_checkpoint latest" in err
-    assert len(rows_of(again)) == 1 and not (again / "report.html").exists()
+    assert len(rows_of(again)) == 1
     with own_process_group():
         out, _ = recipe_here(capfd, "sync_r1.py", *flags, "--resume_from_checkpoint", "latest")
     assert "going on after 1 steps" in out
