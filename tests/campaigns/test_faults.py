@@ -17,7 +17,7 @@ from faults import BENIGN, KINDS, STAGE_TIMEOUT
 from helpers import ROOT, environment, short_base, world_folder
 from safetensors.torch import load_file
 
-from syncr1.engine.methods.training import SAVE
+from syncr1.engine.methods.stopping import SAVE
 
 pytestmark = pytest.mark.slow
 Case = tuple[str, list[str], list[tuple[str, int, int, str]]]
