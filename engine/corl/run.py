@@ -129,8 +129,8 @@ class CorlRun:
             return self._scored(name, str(config.output_dir / "checkpoints" / "last"))
         torch.manual_seed(config.seed)  # a training does not depend on those before it that are finished already
         self.display.stage(f"training {name}: {config.max_steps} steps, {len(samples)} samples")
-        training = self._put_together(config, name, samples, start)
-        trained = run_training(config, training, self.session, interrupted_training(config, self.display.note))
+        resumed = interrupted_training(config, self.display.note)
+        trained = run_training(config, self._put_together(config, name, samples, start), self.session, resumed)
         self.stopped = not trained.finished
         if not self.stopped:
             mark_finished(trained.folder, config.max_steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -15,20 +14,6 @@ from .resume import Checkpoints
 
 SAVE = "SAVE"
 """A file of this name in a run's folder asks for a checkpoint and the model after the step under way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What any rank was asked for, or met."""
-
-    stop: bool
-    """Ctrl-C."""
-    preempt: bool
-    """SIGTERM or SIGUSR1."""
-    save: bool
-    """A file SAVE."""
-    failed: bool
-    """A checkpoint could not be written."""
 
 
 class StopRequests:
@@ -60,24 +45,24 @@ class StopRequests:
             Preempted: a checkpoint is saved, and the run is to end at once.
             CheckpointError: a checkpoint could not be written.
         """
-        asked = self.agreed()
-        if asked.failed:
+        stop, preempt, save, failed = self._agreed()
+        if failed:
             self.checkpoints.wait()  # raises, on all ranks at this same place
-        if asked.preempt or asked.save:
+        if preempt or save:
             self._save_checkpoint()
-        if asked.save:
+        if save:
             self._save_model()
-        if asked.preempt:
+        if preempt:
             steps = self.trainer.step
             raise Preempted(f"stopped after {steps} steps; go on with --resume_from_checkpoint latest")
-        return asked.stop
+        return stop
 
-    def agreed(self) -> Asked:
-        """What any rank was asked for; the same answer on all. Collective."""
+    def _agreed(self) -> tuple[bool, ...]:
+        """Whether any rank met Ctrl-C, SIGTERM or SIGUSR1, a file SAVE, or a checkpoint that it could not write."""
         learner = self.trainer.learner
-        save = learner.rank == 0 and self._wish.exists()
-        own = [self.interrupts.stop, self.interrupts.preempt, save, self.checkpoints.failed]
-        return Asked(*map(bool, learner.all_reduce(torch.tensor(own, dtype=torch.int32)).tolist()))
+        wished = learner.rank == 0 and self._wish.exists()
+        own = [self.interrupts.stop, self.interrupts.preempt, wished, self.checkpoints.failed]
+        return tuple(map(bool, learner.all_reduce(torch.tensor(own, dtype=torch.int32)).tolist()))
 
     def _save_checkpoint(self) -> None:
         self.log.sync()

@@ -84,15 +84,13 @@ class Trained:
     """What a training leaves."""
 
     folder: Path
-    """Of its log; the model is in `checkpoints/last` there."""
+    """Of its log."""
+    model: Path
+    """The checkpoint, in that folder."""
     finished: bool
     """False when Ctrl-C ended it early."""
     before: Evaluation | None
     after: Evaluation | None
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "checkpoints" / "last"
 
     @property
     def summaries(self) -> Summaries:
@@ -145,18 +143,18 @@ def run_training(
         write_scores(log, before)
         announce("training")
         finished = train(config, training, learner, log, session, resumed)
-        trained = log.folder / "checkpoints" / "last"
-        learner.save(trained)
+        model = log.folder / "checkpoints" / "last"
+        learner.save(model)
         announce("scores after training")
         after = evaluate(evaluator, learner)
         write_scores(log, before, after)
-        write_card(config, training, trained, before, after)
+        write_card(config, training, model, before, after)
         if training.alone and before is not None and after is not None:
             display.before_after(table_of(before), table_of(after))
     if training.alone:
-        display.note(f"model {trained}")
+        display.note(f"model {model}")
         display.note(f"report {log.folder / 'report.html'}")
-    return Trained(folder=log.folder, finished=finished, before=before, after=after)
+    return Trained(folder=log.folder, model=model, finished=finished, before=before, after=after)
 
 
 def train(

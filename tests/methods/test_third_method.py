@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,8 @@ import pytest
 import torch
 from helpers import ROOT, own_process_group, sharp_policy
 
+from syncr1.engine.errors import Preempted
+from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.policies.janus import JanusPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -73,3 +77,21 @@ def test_a_file_save_and_a_dry_run(config: plain_grpo.PlainConfig, capfd: pytest
     plain_grpo.run(replace(config, max_steps=1, eval_samples=0))
     assert JanusPolicy.from_pretrained(config.output_dir / "checkpoints" / "model_000000").num_image_tokens == 16
     assert not (config.output_dir / "SAVE").exists() and len(rows_of(config.output_dir)) == 1
+
+
+def test_sigterm_saves_and_ends_after_the_step(config: plain_grpo.PlainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step under way is finished and saved; the same command then goes on with the next one."""
+    step = Trainer.train_step
+
+    def asked_to_end(self: Trainer) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    config = replace(config, eval_samples=0, resume_from_checkpoint="latest")
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="stopped after 1 steps; go on with --resume"):
+        patch.setattr(Trainer, "train_step", asked_to_end)
+        plain_grpo.run(config)
+    assert len(rows_of(config.output_dir)) == 1 and not (config.output_dir / "checkpoints" / "last").exists()
+    plain_grpo.run(config)
+    assert [row["step"] for row in rows_of(config.output_dir)] == [0, 1]
+    assert (config.output_dir / "checkpoints" / "last").is_dir()
