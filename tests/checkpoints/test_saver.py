@@ -55,7 +55,7 @@ END = """
     import os, sys, time
     from pathlib import Path
     import torch
-    from syncr1.engine import checkpoint, saver
+    from syncr1.engine.checkpoints import saver, sharded as checkpoint
     saver.GRACE_SECONDS = 2.0
     class SlowDisk:
         def __getattr__(self, name):

@@ -97,7 +97,9 @@ def test_every_cycle_scores(settings: dict[str, Any], tmp_path: Path, tmp_path_f
 
 
 def test_own_rewards_say_what_they_judge() -> None:
-    parts = parts_of(reward_funcs=(f"{ROOT / 'tests' / 'brevity.py'}:brevity", "format"), reward_weights=(2.0, 1.0))
+    parts = parts_of(
+        reward_funcs=(f"{ROOT / 'tests' / 'support' / 'brevity.py'}:brevity", "format"), reward_weights=(2.0, 1.0)
+    )
     rewards = parts.of("mcq", sharp_policy())
     assert rewards.names == ("brevity", "format") and rewards.weights == (2.0, 1.0)
     with pytest.raises(ValueError, match=r"none of .* judges what training t2i produces"):
