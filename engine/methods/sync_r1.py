@@ -66,7 +66,7 @@ def load_data(root: Path, *, scored: bool) -> tuple[list[Prompt], list[Prompt], 
 
 
 def stream_of(
-    config: SyncR1Config, prompts: list[Prompt], anchors: list[Prompt], rank: int, world_size: int
+    config: SyncR1Config, prompts: list[Prompt], anchors: list[Prompt], rank: int = 0, world_size: int = 1
 ) -> PromptStream:
     """This rank's share of each step's prompts."""
     return PromptStream(
