@@ -35,13 +35,16 @@ from step import Given
 from syncr1.engine.checkpoints.optimizer_state import optimizer_tensors
 from syncr1.engine.checkpoints.sharded import save
 from syncr1.engine.data.prompts import load_anchors, load_training_prompts
-from syncr1.engine.learn.learner import Learner, local_device
+from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
+from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.methods.resume import Checkpoints
+from syncr1.engine.methods.starting import add_adapters
 from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.sync_r1_parts import build_reward_set, prepare_data, prepare_policy
-from syncr1.engine.methods.training import add_adapters, objective_of, settings_of
+from syncr1.engine.methods.sync_r1_parts import build_reward_set, prepare_data, prepare_model
+from syncr1.engine.policies.auto import load_policy
+from syncr1.engine.processes.group import local_device
 from syncr1.engine.rewards.preview_scorer import build_preview
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus
@@ -68,7 +71,9 @@ class Training:
         few: dict[str, Any] = {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 4} if quick else {}
         config = SyncR1Config(warmup_steps=0, learning_rate=1e-12, save_total_limit=1, **few)
         names = [concept.name for concept in CONCEPTS]
-        policy = build_policy(corpus(), names, seed=0, freeze_vision=True) if quick else prepare_policy(config)
+        policy = (
+            build_policy(corpus(), names, seed=0, freeze_vision=True) if quick else load_policy(prepare_model(config))
+        )
         frozen = add_adapters(config, policy.to(local_device()))
         root = prepare_data(config)
         prompts, anchors = load_training_prompts(root), load_anchors(root)
@@ -77,7 +82,8 @@ class Training:
         objective = objective_of(config, policy.num_image_tokens, config.anchor_beta)
         learner = Learner(policy, objective, settings_of(config), frozen)
         given: Any = Given(stream.next_step())
-        self.trainer = Trainer(config, learner, given, rewards, build_preview(config, rewards))
+        sampler, preview = sampler_of(config, policy), build_preview(config, rewards)
+        self.trainer = Trainer(config, learner, sampler, given, rewards, preview)
         self.checkpoints = Checkpoints(replace(config, zero_stage=0), folder, learner, stream)
         self.step()  # makes the optimizer's state
         self.bytes = sum(tensor.nbytes for tensor in optimizer_tensors(learner.optimizer).values())

@@ -190,8 +190,8 @@ def install(counter: Counter, pace: Pace, steps: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     config = launch(parse(SyncR1Config, description=__doc__), __file__)
-    from syncr1.engine.learn.learner import init_distributed
     from syncr1.engine.methods.sync_r1 import run
+    from syncr1.engine.processes.group import init_distributed
 
     def given(name: str) -> str:
         return os.environ[f"SYNCR1_PACE_{name}"]

@@ -62,10 +62,10 @@ class OurStep:
     """
 
     def __init__(self, sides: Sides, dgs: bool) -> None:
+        from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
         from syncr1.engine.learn.learner import Learner
         from syncr1.engine.learn.trainer import Trainer
         from syncr1.engine.methods.sync_r1_config import SyncR1Config
-        from syncr1.engine.methods.training import objective_of, settings_of
         from syncr1.engine.rewards.ensemble import RewardSet
         from syncr1.engine.rewards.preview_scorer import build_preview
 
@@ -97,7 +97,8 @@ class OurStep:
         )
         self.everything = [*sides.questions, *sides.drawings]
         self.prompts = Given(self.everything)
-        self.trainer = Trainer(config, learner, self.prompts, rewards, build_preview(config, rewards))
+        sampler, preview = sampler_of(config, policy), build_preview(config, rewards)
+        self.trainer = Trainer(config, learner, sampler, self.prompts, rewards, preview)
         self.device = size.device
 
     def __call__(self, short: bool) -> Told:

@@ -15,7 +15,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from .sharded import Group, place
+from ..processes.group import place
+from .sharded import Group
 
 GRACE_SECONDS = 60.0
 """How long a process that ends waits for a save; one that is given up leaves a draft, as a kill would."""

@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..processes.group import place
 from .safetensors_stream import TensorInfo, header_of
 
 Result = TypeVar("Result")
@@ -316,12 +317,6 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 # Ranks ----------------------------------------------------------------------------------------------------------------
-
-
-def place() -> tuple[int, int]:
-    """(rank, world size); (0, 1) outside of a process group."""
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 def agreed(action: Callable[[], Result], doing: str, group: Group = None) -> Result:

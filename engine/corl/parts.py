@@ -13,16 +13,15 @@ import torch
 from ..data.questions import THINK_THEN_ANSWER
 from ..data.samples import Sample
 from ..errors import DataError
-from ..learn.learner import local_device
-from ..methods.sync_r1_parts import checker_of
+from ..evaluate.held_out import Evaluator
+from ..methods.judges import checker_of, world_readers
 from ..policies.auto import load_policy
 from ..policies.base import Policy
+from ..processes.group import local_device
 from ..rewards.ensemble import RewardSet
-from ..rewards.judge.attribute_judge import index_scorer
-from ..world.attributes import VALUES
-from ..world.embedded import corl_base, judge_cnn, prepare_x2x
+from ..world.embedded import corl_base, prepare_x2x
 from .config import CorlConfig, Training
-from .evaluator import CorlEvaluator
+from .evaluator import evaluator_of
 from .reward_parts import RewardParts
 from .training_data import held_out_prompts
 
@@ -58,17 +57,13 @@ class Parts:
         asked = {kind for sample in samples for prompt in sample for kind in prompt.segments}
         return self._rewards.of(training, policy, asked)
 
-    def _evaluator(self, report: Report) -> CorlEvaluator | None:
+    def _evaluator(self, report: Report) -> Evaluator | None:
         try:
             benchmark = held_out_prompts(self.config, self.data, self.instruction)
         except DataError as error:
             report(f"no scores: {error}")
             return None
-        scorers = {}
-        if self.config.data is None:  # only the rendered world says what a picture must show in words that can be read
-            scorers = {
-                "checker": index_scorer(checker_of(self.frozen).read_indices, VALUES),
-                "cnn": index_scorer(judge_cnn().read_indices, VALUES),
-            }
+        # Only the rendered world says what a picture must show in words that can be read.
+        readers = world_readers(checker_of(self.frozen)) if self.config.data is None else None
         rewards = self._rewards.of("t2i", self.frozen) if "t2i" in benchmark else None
-        return CorlEvaluator(self.config, benchmark, rewards, scorers)
+        return evaluator_of(self.config, benchmark, rewards, readers)

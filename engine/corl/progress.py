@@ -7,28 +7,20 @@ saved.  A merge appears whole or not at all, so its folder is record enough.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from ..checkpoints.sharded import Warn, agreed, everywhere, place
+from ..checkpoints.sharded import Warn, agreed, everywhere
 from ..errors import CheckpointError, ConfigError
-from ..methods.resume import FREE, check_settings, numbered
+from ..methods.resume import FREE, ResumePoint, check_settings, numbered, resume_point
+from ..processes.group import place
 from .config import CorlConfig
 
 FINISHED = "finished.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Continued:
-    """A run's or a training's folder that is written on, `step` steps into it."""
-
-    run_folder: Path
-    step: int = 0
-
-
-def interrupted_run(config: CorlConfig, note: Warn) -> Continued | None:
+def interrupted_run(config: CorlConfig, note: Warn) -> ResumePoint | None:
     """The run that `resume_from_checkpoint` means: `latest` of `output_dir`, or a run's folder. Collective.
 
     Raises:
@@ -53,7 +45,14 @@ def interrupted_run(config: CorlConfig, note: Warn) -> Continued | None:
         raise ConfigError(f"resume_from_checkpoint: {error}") from error
     if folder is None:
         note(f"no interrupted run at {config.output_dir} yet: a new one")
-    return None if folder is None else Continued(folder)
+    return None if folder is None else ResumePoint(None, folder)
+
+
+def interrupted_training(config: CorlConfig, note: Warn) -> ResumePoint | None:
+    """Where the training of `config` goes on; one that was cut before its first checkpoint begins anew in the folder
+    that it has made. Collective."""
+    begun = bool(config.resume_from_checkpoint) and (config.output_dir / "config.yaml").is_file()
+    return resume_point(config, note) or (ResumePoint(None, config.output_dir) if begun else None)
 
 
 def is_run(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from ..errors import ConfigError
-from ..methods.sync_r1_parts import remote_judge
+from ..methods.judges import remote_judge
 from ..policies.base import Policy
 from ..records import MODALITY_NAMES, SegmentKind
 from ..rewards.builtin.accuracy import AccuracyReward

@@ -11,11 +11,9 @@ part alone.  Source: CoRL (arXiv 2505.17534), section 3; the strategies of the f
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -24,33 +22,18 @@ from ..checkpoints.model_card import write_model_card
 from ..data.samples import Sample
 from ..evaluate.held_out import Evaluation
 from ..learn.credit import shared_advantages
-from ..learn.learner import Learner, local_device
-from ..methods.resume import resume_point
-from ..methods.training import (
-    add_adapters,
-    evaluate,
-    fuse_kernels,
-    limit_threads,
-    objective_of,
-    one_at_a_time,
-    quieten,
-    settings_of,
-    supervised,
-    table_of,
-    train,
-    write_scores,
-)
-from ..policies.auto import load_policy
-from ..policies.base import Policy
-from ..processes.watchdog import Watchdog
+from ..learn.from_settings import objective_of
+from ..methods.starting import add_adapters, starting_policy
+from ..methods.training import Session, Summaries, Training, run_method, run_training, table_of, write_scores
+from ..processes.group import barrier, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import check_plans
-from ..show.display import Display
 from ..show.runlog import NullRunLog, RunLog, open_run_log
-from .config import REFINED, CorlConfig, Training
+from .config import REFINED, CorlConfig
+from .config import Training as TrainingName
 from .models_table import models_table
 from .parts import Parts
-from .progress import Continued, interrupted_run, is_finished, mark_finished
+from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
 from .training_data import refined_trainings, stream_of, training_samples
 
 TABLE_WIDTH = 110
@@ -66,23 +49,17 @@ class Model:
     scores: Evaluation | None
 
 
-def run(config: CorlConfig) -> dict[str, dict[str, float]]:
+def run(config: CorlConfig) -> Summaries:
     """Runs what `config.stage` asks for; returns each model's summary by name (empty without evaluation)."""
-    quieten()
-    if config.dry_run:  # needs no other rank
-        if os.environ.get("RANK", "0") == "0":
-            dry_run(config)
-        return {}
-    with supervised(config) as watchdog:
-        return every_model(config, watchdog)
+    return run_method(config, every_model, dry_run)
 
 
-def every_model(config: CorlConfig, watchdog: Watchdog) -> dict[str, dict[str, float]]:
+def every_model(config: CorlConfig, session: Session) -> Summaries:
     """The run itself, on a rank of the process group."""
-    display = Display(max_steps=1, logging_steps=config.logging_steps, quiet=torch.distributed.get_rank() != 0)
+    display = session.display
     interrupted = interrupted_run(config, display.note)
     with open_run_log(config.output_dir, config, interrupted) as log:
-        models = CorlRun(config, log, display, watchdog).models()
+        models = CorlRun(config, log, session).models()
         scored = {name: model.scores for name, model in models.items() if model.scores is not None}
         if scored:
             table = models_table({name: table_of(scores) for name, scores in scored.items()})
@@ -98,10 +75,10 @@ def every_model(config: CorlConfig, watchdog: Watchdog) -> dict[str, dict[str, f
 class CorlRun:
     """The trainings of a run, which share data, judges and the table of scores."""
 
-    def __init__(self, config: CorlConfig, log: RunLog | NullRunLog, display: Display, watchdog: Watchdog) -> None:
-        self.config, self.log, self.display, self.watchdog = config, log, display, watchdog
-        display.stage("data, starting model and rewards")
-        self.parts = one_at_a_time(lambda: Parts(config, display.note))
+    def __init__(self, config: CorlConfig, log: RunLog | NullRunLog, session: Session) -> None:
+        self.config, self.log, self.session, self.display = config, log, session, session.display
+        self.display.stage("data, starting model and rewards")
+        self.parts = one_at_a_time(lambda: Parts(config, self.display.note))
         self.stopped = False
 
     def models(self) -> dict[str, Model]:
@@ -139,68 +116,76 @@ class CorlRun:
             models["merged_first"] = self._merge("merged_first", self.config.merge_base or base.folder, folders)
         return models
 
-    def _train(self, training: Training, start: Model) -> Model:
+    def _train(self, name: TrainingName, start: Model) -> Model:
         """One training from a saved model to a saved model."""
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        samples = training_samples(self.config, training, self.parts.data, self.parts.instruction)
+        samples = training_samples(self.config, name, self.parts.data, self.parts.instruction)
         config = self.config.for_stage(
-            training,
+            name,
             len(samples),
             model=start.folder,
-            output_dir=self.log.folder / training,
+            output_dir=self.log.folder / name,
             resume_from_checkpoint=self.config.resume_from_checkpoint and "latest",
-            stage=training if training in REFINED else "unified",
+            stage=name if name in REFINED else "unified",
         )
         if config.resume_from_checkpoint and is_finished(config.output_dir):
-            self.display.note(f"training {training}: finished already")
-            return self._scored(training, str(config.output_dir / "checkpoints" / "last"))
+            self.display.note(f"training {name}: finished already")
+            return self._scored(name, str(config.output_dir / "checkpoints" / "last"))
         torch.manual_seed(config.seed)  # a training does not depend on those before it that are finished already
-        self.display.stage(f"training {training}: {config.max_steps} steps, {len(samples)} samples")
-        policy = self._load(start.folder)
+        self.display.stage(f"training {name}: {config.max_steps} steps, {len(samples)} samples")
+        resumed = interrupted_training(config, self.display.note)
+        trained = run_training(config, self._put_together(config, name, samples, start), self.session, resumed)
+        self.stopped = not trained.finished
+        if not self.stopped:
+            mark_finished(trained.folder, config.max_steps)
+        gc.collect()  # the learner, before the next one is made
+        return Model(str(trained.model), trained.after)
+
+    def _put_together(self, config: CorlConfig, name: TrainingName, samples: list[Sample], start: Model) -> Training:
+        policy = starting_policy(config, start.folder, self.display)
         reference = add_adapters(config, policy) if config.lora_rank or config.beta else None
         objective, credit = objective_of(config, policy.num_image_tokens), None
         check_plans(policy, [prompt for sample in samples for prompt in sample])
-        rewards = self.parts.rewards(training, policy, samples)
-        if config.unify == "advantage" and training == "unified":
+        rewards = self.parts.rewards(name, policy, samples)
+        if config.unify == "advantage" and name == "unified":
             objective = replace(objective, scale_rewards="none")
-            credit = partial(shared_advantages, rewards=rewards, scale=config.scale_rewards,
-                             text_weight=config.understanding_weight)  # fmt: skip
-        learner = Learner(policy, objective, settings_of(config), reference)
-        stream = stream_of(config, training, samples, rank, world_size)
-        resumed = resume_point(config, self.display.note)
-        # A training that was killed before its first checkpoint begins anew in the folder that it has made.
-        begun = bool(config.resume_from_checkpoint) and (config.output_dir / "config.yaml").is_file()
-        goes_on = resumed or (Continued(config.output_dir) if begun else None)
-        with open_run_log(config.output_dir, config, goes_on) as log:
-            log.cut(0 if resumed is None else resumed.step)
-            write_scores(log, start.scores)
-            self.stopped = not train(
-                config, learner, stream, rewards, log, self.display, self.watchdog, credit, resumed
+            credit = partial(
+                shared_advantages,
+                rewards=rewards,
+                scale=config.scale_rewards,
+                text_weight=config.understanding_weight,
             )
-            folder = log.folder / "checkpoints" / "last"
-            learner.save(folder)
-            scores = evaluate(self.parts.evaluator, learner)
-            write_scores(log, start.scores, scores)
-        self._card(folder, f"CoRL, {training}", config, start, scores)
-        if not self.stopped:
-            mark_finished(log.folder, config.max_steps)
-        del learner, policy, rewards
-        gc.collect()
-        return Model(str(folder), scores)
+        return Training(
+            method=f"CoRL, {name}",
+            data=config.data,
+            policy=policy,
+            reference=reference,
+            objective=objective,
+            prompts=stream_of(config, name, samples, *place()),
+            rewards=rewards,
+            credit=credit,
+            evaluator=self.parts.evaluator,
+            before=start.scores,
+            alone=False,
+        )
 
     def _merge(self, name: str, base: str, sources: list[str]) -> Model:
         """Two models into one; rank 0 writes, all wait and score."""
         config, folder = self.config, self.log.folder / name
         self.display.stage(f"merging {len(sources)} models ({config.merge_method})")
-        if torch.distributed.get_rank() == 0 and not (self.config.resume_from_checkpoint and folder.is_dir()):
+        if place()[0] == 0 and not (config.resume_from_checkpoint and folder.is_dir()):
             merge_checkpoints(base, sources, folder, config.merge_method)
-        if torch.distributed.get_world_size() > 1:
-            torch.distributed.barrier()
+        barrier()
         model = self._scored(name, str(folder))
-        if torch.distributed.get_rank() == 0:
-            after = None if model.scores is None else table_of(model.scores)
-            write_model_card(folder, base_model=base, method=f"{config.merge_method} merge", config=config,
-                             data=config.data, after=after, merged_from=sources)  # fmt: skip
+        if place()[0] == 0:
+            write_model_card(
+                folder,
+                base_model=base,
+                method=f"{config.merge_method} merge",
+                config=config,
+                data=config.data,
+                after=None if model.scores is None else table_of(model.scores),
+                merged_from=sources,
+            )
         return model
 
     def _scored(self, name: str, folder: str) -> Model:
@@ -208,22 +193,8 @@ class CorlRun:
         if self.parts.evaluator is None:
             return Model(folder, None)
         self.display.stage(f"scores of {name}")
-        policy = self._load(folder).eval()
+        policy = starting_policy(self.config, folder, self.display).eval()
         return Model(folder, self.parts.evaluator(policy))
-
-    def _load(self, folder: str) -> Policy:
-        dtype = torch.bfloat16 if self.config.bf16 else torch.float32
-        policy = one_at_a_time(lambda: load_policy(folder, dtype=dtype))
-        limit_threads(policy)
-        policy.to(local_device())
-        fuse_kernels(self.config, policy, self.display)
-        return policy
-
-    def _card(self, folder: Path, method: str, config: CorlConfig, start: Model, scores: Evaluation | None) -> None:
-        if torch.distributed.get_rank() == 0:
-            before, after = (None if s is None else table_of(s) for s in (start.scores, scores))
-            write_model_card(folder, base_model=start.folder, method=method, config=config, data=config.data,
-                             before=before, after=after)  # fmt: skip
 
 
 def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
@@ -233,7 +204,8 @@ def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
     names = ("merged", "mcq", "oe", "merged_first", "unified", "understanding", "base")
     answering = next(scored[n] for n in names if n in scored)
     kept = {task: (drawing if task == "t2i" else answering) for task in answering.scores}
-    return type(answering)(
+    return replace(
+        answering,
         scores={task: source.scores[task] for task, source in kept.items()},
         examples={task: source.examples[task] for task, source in kept.items()},
     )
@@ -249,7 +221,7 @@ def dry_run(config: CorlConfig) -> None:
         print(to_yaml(config, comments=False))
         return
     root, instruction = data_of(config)
-    first: tuple[Training, ...] = ("unified",) if config.stage in ("all", "unified") else ()
+    first: tuple[TrainingName, ...] = ("unified",) if config.stage in ("all", "unified") else ()
     refined, _ = refined_trainings(config, root, instruction)
     for training in (*first, *refined):
         samples = training_samples(config, training, root, instruction)
@@ -258,5 +230,5 @@ def dry_run(config: CorlConfig) -> None:
         show(settings, partial(_first_prompts, settings, training, samples))
 
 
-def _first_prompts(settings: CorlConfig, training: Training, samples: list[Sample], ranks: int) -> list[Prompt]:
+def _first_prompts(settings: CorlConfig, training: TrainingName, samples: list[Sample], ranks: int) -> list[Prompt]:
     return stream_of(settings, training, samples, 0, ranks).next_step()

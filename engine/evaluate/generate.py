@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..errors import EvaluationError
 from ..policies.base import Policy
-from ..records import Prompt, Rollout
+from ..processes.group import barrier, place
+from ..records import Prompt
 from ..rollout.sampler import RolloutEngine, Sampling
-from .held_out import choose
+from .drawing import choose, drawer, texts_alone
 from .manifest import Settings, claim, describe
 from .store import Item, Key, Store
 
@@ -105,7 +105,7 @@ def generate_items(
         EvaluationError: the folder was made with another model, other data or settings, or does not hold items.
         PictureError: an item's picture cannot be read.
     """
-    rank, world_size = ranks()
+    rank, world_size = place()
     batches = plan(items, settings)
     order = [key for batch in batches for key in batch.keys]
     manifest = describe(policy, model_name, items, source, settings)
@@ -137,44 +137,28 @@ def generate_items(
 
 def draw_batch(engine: RolloutEngine, batch: Batch, settings: Settings) -> Iterator[tuple[Item, Tensor | None]]:
     """Every trajectory of a batch, with its image [3, H, W] in [0, 1] where it draws one."""
-    asked = [prompt for prompt in batch.prompts if "text" in prompt.segments]
-    greedy: dict[str, str] = {}
-    if settings.greedy_texts and asked:
-        # The text alone: an image comes after it and cannot change it.
-        texts = [replace(prompt, segments=("text",)) for prompt in asked]
-        greedy = {rollout.prompt.id: rollout.text for rollout in _sample(engine, texts, settings, 0.0, 1)}
-    draws = any("image" in prompt.segments for prompt in batch.prompts)
-    if draws or settings.sampled_texts:
-        for rollout in _sample(engine, batch.prompts, settings, settings.temperature, batch.members):
-            said = rollout.text if "text" in rollout.prompt.segments else None
-            first = greedy.get(rollout.prompt.id) if rollout.member == 0 else None
-            yield Item(prompt=rollout.prompt, member=rollout.member, greedy=first, sampled=said,
-                       follow_up_text=rollout.follow_up_text), rollout.image  # fmt: skip
-        return
-    for prompt in batch.prompts:
-        yield Item(prompt=prompt, greedy=greedy.get(prompt.id)), None
-
-
-def _sample(
-    engine: RolloutEngine, prompts: Sequence[Prompt], settings: Settings, temperature: float, members: int
-) -> list[Rollout]:
     sampling = Sampling(
-        num_generations=members,
-        temperature=temperature,
+        num_generations=1,
         max_text_tokens=settings.max_text_tokens,
         cfg_weight=settings.cfg_weight,
         seed=settings.seed,
     )
-    return engine.generate(prompts, sampling)
-
-
-def ranks() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) outside of torch.distributed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def barrier() -> None:
-    if ranks()[1] > 1:
-        torch.distributed.barrier()
+    asked = [prompt for prompt in batch.prompts if "text" in prompt.segments]
+    greedy: dict[str, str] = {}
+    if settings.greedy_texts and asked:
+        greedy = {rollout.prompt.id: rollout.text for rollout in drawer(engine, sampling)(texts_alone(asked), 0.0)}
+    draws = any("image" in prompt.segments for prompt in batch.prompts)
+    if draws or settings.sampled_texts:
+        draw = drawer(engine, replace(sampling, num_generations=batch.members))
+        for rollout in draw(batch.prompts, settings.temperature):
+            item = Item(
+                prompt=rollout.prompt,
+                member=rollout.member,
+                greedy=greedy.get(rollout.prompt.id) if rollout.member == 0 else None,
+                sampled=rollout.text if "text" in rollout.prompt.segments else None,
+                follow_up_text=rollout.follow_up_text,
+            )
+            yield item, rollout.image
+        return
+    for prompt in batch.prompts:
+        yield Item(prompt=prompt, greedy=greedy.get(prompt.id)), None

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ from ..errors import NotFinite
 from ..forward.objective import Objective, PolicyForward
 from ..policies.base import Policy
 from ..policies.lora import adapter_disabled, base_of, has_lora, save_adapter
+from ..processes.group import local_device
 from ..records import MODALITY_NAMES, PackedBatch
-from ..rollout.sampler import RolloutEngine
 from ..stopwatch import Stopwatch
 from .optimizer import ClippedAdamW, LearnerSettings, clips_here, deepspeed_config
 
@@ -77,10 +76,15 @@ class Learner:
             optimizer.max_norm = settings.max_grad_norm or math.inf
         self._skipped_in_a_row = 0
         self._time = Stopwatch()
+        if self.device.type == "cpu":
+            # DeepSpeed would compile its shared-memory collective for half a minute; gloo does as well here.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=forward, model_parameters=trained, optimizer=optimizer,
+            model=forward,
+            model_parameters=trained,
+            optimizer=optimizer,
             config=deepspeed_config(settings, sum(parameter.numel() for parameter in trained)),
-        )  # fmt: skip
+        )
 
     @property
     def world_size(self) -> int:
@@ -98,18 +102,6 @@ class Learner:
     def seconds(self) -> dict[str, float]:
         """Of the last update, by stage: forward, backward, optimizer."""
         return self._time.seconds
-
-    def rollout_engine(self) -> RolloutEngine:
-        """A sampler of this policy, to be used inside `sampling()`. ZeRO-3 gathers parameters anew each time, so
-        graphs that hold their addresses are out of the question there."""
-        settings = self.settings
-        graphs = None if settings.cuda_graphs and settings.zero_stage < 3 else False
-        trunk = None
-        if settings.compile_decode and settings.zero_stage < 3:  # its hooks would break what is compiled
-            from ..rollout.compiled import CompiledTrunk
-
-            trunk = CompiledTrunk(self.policy)
-        return RolloutEngine(self.policy, cuda_graphs=graphs, trunk=trunk)
 
     @contextmanager
     def sampling(self) -> Iterator[Policy]:
@@ -287,42 +279,3 @@ def replay_error(batch: PackedBatch, logp: Tensor) -> float:
 def _mean(pairs: list[tuple[float, float]]) -> float:
     weight = sum(w for _, w in pairs)
     return sum(v * w for v, w in pairs) / weight if weight else pairs[-1][0]
-
-
-def _on_cuda() -> bool:
-    return os.environ["DS_ACCELERATOR"] == "cuda" and torch.cuda.is_available()
-
-
-def local_device() -> torch.device:
-    """This process's device, once it has joined the group."""
-    init_distributed()
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _on_cuda() else torch.device("cpu")
-
-
-def init_distributed(timeout: float = 1800.0) -> None:
-    """Joins the launcher's process group, or makes one of a single process.
-
-    Args:
-        timeout: seconds after which a collective that another rank has not joined is an error.
-    """
-    if dist.is_initialized():
-        return
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    if not _on_cuda():
-        # DeepSpeed would compile its shared-memory collective for half a minute at first use; gloo does as well here.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if _on_cuda() else "gloo", verbose=False, timeout=timedelta(seconds=timeout)
-    )
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

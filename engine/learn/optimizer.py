@@ -21,8 +21,6 @@ class LearnerSettings:
     num_iterations: int = 1
     max_skipped_updates: int = 10
     gradient_checkpointing: bool = False
-    cuda_graphs: bool = True
-    compile_decode: bool = False
 
 
 def bucket_size(num_trained: int) -> int:

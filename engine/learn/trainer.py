@@ -22,7 +22,7 @@ from ..records import PackedBatch, Prompt, Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
 from ..rewards.scoring import RewardTable, score
 from ..rollout.preview_gate import PreviewGate
-from ..rollout.sampler import Sampling
+from ..rollout.sampler import RolloutEngine, Sampling
 from ..settings.train_config import TrainConfig
 from ..stopwatch import Stopwatch, split
 from .credit import Credit, CreditRule, credited_rewards, over_deviation
@@ -49,6 +49,7 @@ class Trainer:
     Args:
         config: settings of the run.
         learner: owns the policy's weights.
+        rollouts: samples from that policy; used inside `learner.sampling()`.
         prompts: source of each step's prompts, this rank's share.
         rewards: reward functions, weights and kinds.
         preview: preview DGS; None draws every image to its end.
@@ -61,6 +62,7 @@ class Trainer:
         self,
         config: TrainConfig,
         learner: Learner,
+        rollouts: RolloutEngine,
         prompts: Prompts,
         rewards: RewardSet,
         preview: PreviewGate | None = None,
@@ -68,12 +70,12 @@ class Trainer:
         credit: CreditRule | None = None,
         on_stage: OnStage = lambda stage, step: None,
     ) -> None:
-        self.config, self.learner, self.prompts, self.rewards = config, learner, prompts, rewards
+        self.config, self.learner, self.rollouts = config, learner, rollouts
+        self.prompts, self.rewards = prompts, rewards
         self.preview, self.on_step = preview, on_step
         self.credit = credit or partial(credited_rewards, rewards=rewards, credit=config.credit)
         self.on_stage = on_stage
         self.step, self._time = 0, Stopwatch()
-        self.rollouts = learner.rollout_engine()
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Runs to `max_steps`, or until `stop`, asked between steps, says so; all ranks must get one answer."""

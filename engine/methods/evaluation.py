@@ -15,18 +15,16 @@ from rich.console import Console
 
 from ..errors import EvaluationError, RolloutTooLarge
 from ..evaluate.export import export
-from ..evaluate.generate import barrier, generate_items, ranks, select
+from ..evaluate.generate import generate_items, select
 from ..evaluate.graders import Graders
 from ..evaluate.manifest import Settings, read_manifest
 from ..evaluate.score import Result, read_complete, rich_table, score_folder
 from ..evaluate.sources import load_items
 from ..policies.base import Policy
+from ..processes.group import init_distributed, one_at_a_time, own_device, place
 from ..records import Prompt
-from ..rewards.judge.attribute_judge import AttributeScorer, index_scorer
+from ..rewards.judge.attribute_judge import AttributeScorer
 from .evaluation_config import EvaluateConfig
-
-SMALL_MODEL = 5_000_000
-"""Parameters below which a second thread costs more than it does."""
 
 
 def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Result | None:
@@ -38,8 +36,9 @@ def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Re
     Raises:
         EvaluationError, DataError, PictureError: as their files say.
     """
-    start_ranks()
-    rank, _ = ranks()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun's ranks
+        init_distributed()
+    rank = place()[0]
     console = console or Console(quiet=rank != 0, highlight=False)
     folder = config.output_dir
     if config.stage != "score":
@@ -48,11 +47,11 @@ def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Re
         return None
     for kind in config.export:
         items = read_complete(folder)
-        place = folder / "export" / kind
+        out = folder / "export" / kind
         how = export(
-            items, folder, kind, place, model=str(read_manifest(folder)["model"]["name"]), name=config.export_name
+            items, folder, kind, out, model=str(read_manifest(folder)["model"]["name"]), name=config.export_name
         )
-        console.print(f"  {kind}: {place}\n  to score it: {how}", markup=False)
+        console.print(f"  {kind}: {out}\n  to score it: {how}", markup=False)
     if config.stage == "generate":
         return None
     result = score_folder(folder, graders_of(config), world_scorers(folder))
@@ -63,12 +62,7 @@ def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Re
 
 def generate(config: EvaluateConfig, console: Console) -> None:
     """Stage 1."""
-    rank, _ = ranks()
-    if rank == 0:  # makes and keeps what the others then find made
-        items, policy, model, source = parts_of(config, console)
-    barrier()
-    if rank != 0:
-        items, policy, model, source = parts_of(config, console)
+    items, policy, model, source = one_at_a_time(lambda: parts_of(config, console))
     settings = Settings(
         seed=config.seed,
         temperature=config.temperature,
@@ -85,9 +79,14 @@ def generate(config: EvaluateConfig, console: Console) -> None:
     with console.status("generating") as status:
         try:
             generate_items(
-                policy, items, config.output_dir, settings, model_name=model, source=source,
+                policy,
+                items,
+                config.output_dir,
+                settings,
+                model_name=model,
+                source=source,
                 progress=lambda done, total: status.update(f"generated {done} of {total}"),
-            )  # fmt: skip
+            )
         except (RolloutTooLarge, ValueError) as error:
             if not str(error).startswith("generate: "):
                 raise
@@ -102,11 +101,10 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     """Data and model; the embedded ones where `config` names none."""
     from ..policies.auto import load_policy
     from ..world.base_model import BaseSettings
-    from ..world.embedded import tiny_base
-    from .sync_r1_config import SyncR1Config
-    from .sync_r1_parts import prepare_data
+    from ..world.embedded import tiny_base, world_folder
+    from .starting import limit_threads
 
-    source = str(prepare_data(SyncR1Config())) if config.data is None else config.data
+    source = str(world_folder()) if config.data is None else config.data
     found = load_items(source, config.data_form, config.split, think=config.think)
     items = select(found, config.tasks, config.num_items)
 
@@ -117,9 +115,8 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     with told("model"):
         policy = load_policy(model, dtype=torch.bfloat16 if config.bf16 else torch.float32)
     policy.eval().requires_grad_(False)
-    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in policy.parameters()) < SMALL_MODEL:
-        torch.set_num_threads(1)
-    return items, policy.to(_device()), model, source
+    limit_threads(policy)
+    return items, policy.to(own_device()), model, source
 
 
 def graders_of(config: EvaluateConfig) -> Graders:
@@ -129,7 +126,7 @@ def graders_of(config: EvaluateConfig) -> Graders:
         from ..rewards.builtin.clip import ClipScorer
 
         with told("clip"):
-            clip = ClipScorer.from_pretrained(config.clip, device=_device())
+            clip = ClipScorer.from_pretrained(config.clip, device=own_device())
     if config.judge_url is not None and config.judge_model is not None:
         from ..rewards.judge.llm_judge import LLMJudge
 
@@ -152,15 +149,11 @@ def world_scorers(folder: Path) -> dict[str, AttributeScorer]:
     if not named or any(value not in VALUES.get(name, ()) for look in named for name, value in look.items()):
         return {}
     from ..world.checker import AttributeChecker
-    from ..world.embedded import judge_cnn
     from ..world.vq import load_vq, round_trip
+    from .judges import world_readers
 
     vq = load_vq()
-    checker = AttributeChecker.from_round_trip(lambda images: round_trip(vq, images))
-    return {
-        "checker": index_scorer(checker.read_indices, VALUES),
-        "cnn": index_scorer(judge_cnn().read_indices, VALUES),
-    }
+    return world_readers(AttributeChecker.from_round_trip(lambda images: round_trip(vq, images)))
 
 
 @contextmanager
@@ -170,19 +163,3 @@ def told(setting: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{setting}: {error}") from error
-
-
-def start_ranks() -> None:
-    """Joins the process group that torchrun started; nothing in a process of its own."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(_device())
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-
-
-def _device() -> torch.device:
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )

@@ -33,7 +33,6 @@ from ..checkpoints.sharded import (
     everywhere,
     folders,
     newest,
-    place,
     save,
     set_aside,
     shard_name,
@@ -42,6 +41,7 @@ from ..checkpoints.sharded import (
 from ..errors import CheckpointError, ConfigError
 from ..learn.learner import Learner
 from ..learn.trainer import Prompts, Trainer
+from ..processes.group import place
 from ..settings.schema import to_yaml
 from ..settings.train_config import TrainConfig
 
@@ -70,14 +70,15 @@ class ResumablePrompts(Prompts, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """A whole checkpoint that fits the settings, and the run that it is of."""
+    """A whole checkpoint that fits the settings, and the run that it is of; without one the folder is written on from
+    the beginning."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
     run_folder: Path
 
     @property
     def step(self) -> int:
-        return self.checkpoint.step
+        return 0 if self.checkpoint is None else self.checkpoint.step
 
 
 # Which checkpoint -----------------------------------------------------------------------------------------------------
@@ -97,10 +98,11 @@ def resume_point(config: TrainConfig, note: Warn) -> ResumePoint | None:
         return None
     try:
         found = _latest(config.output_dir, note) if asked == "latest" else _named(Path(asked).expanduser(), note)
-        if found is None:
+        checkpoint = None if found is None else found.checkpoint
+        if checkpoint is None:
             note(f"no checkpoint below {config.output_dir} yet: a new run")
             return None
-        agreed(lambda: _check_fits(config, found.checkpoint, note), f"resuming from {found.checkpoint.folder}")
+        agreed(lambda: _check_fits(config, checkpoint, note), f"resuming from {checkpoint.folder}")
     except CheckpointError as error:
         raise ConfigError(f"resume_from_checkpoint: {error}") from error
     return found

@@ -1,66 +1,40 @@
-"""A whole Sync-R1 run: data, policy, scores before, training, scores after, report."""
+"""A whole Sync-R1 run: one training on a UnifyBench++ folder, the rendered world, or a table of prompts."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-from ..checkpoints.model_card import write_model_card
 from ..data.mixture import Mixture
 from ..data.prompts import by_task, load_anchors, load_benchmark, load_training_prompts
 from ..data.samples import load_prompts
 from ..data.stream import PromptStream
 from ..errors import DataError
-from ..learn.learner import Learner, local_device
+from ..learn.from_settings import objective_of
 from ..policies.auto import model_draws
-from ..policies.base import Policy
-from ..processes.watchdog import Watchdog
+from ..processes.group import local_device, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import check_plans
-from ..show.display import Display
-from ..show.runlog import open_run_log
 from .resume import resume_point
+from .starting import add_adapters, starting_policy
 from .sync_r1_config import SyncR1Config
-from .sync_r1_parts import Evaluator, build_reward_set, prepare_data, prepare_policy
-from .training import (
-    add_adapters,
-    evaluate,
-    fuse_kernels,
-    limit_threads,
-    objective_of,
-    one_at_a_time,
-    quieten,
-    settings_of,
-    supervised,
-    table_of,
-    train,
-    write_scores,
-)
+from .sync_r1_parts import build_reward_set, evaluator_of, prepare_data, prepare_model
+from .training import Session, Summaries, Training, run_method, run_training
 
 
-def run(config: SyncR1Config) -> dict[str, dict[str, float]]:
+def run(config: SyncR1Config) -> Summaries:
     """Runs to the end and returns the summaries `before` and `after` (empty without evaluation)."""
-    quieten()
-    if config.dry_run:  # joins no group, so that the plan is made in the environment that a run would find
-        if os.environ.get("RANK", "0") == "0":
-            dry_run(config)
-        return {}
-    with supervised(config) as watchdog:
-        return train_and_score(config, watchdog)
+    return run_method(config, train_and_score, dry_run, num_stages=4)
 
 
-def train_and_score(config: SyncR1Config, watchdog: Watchdog) -> dict[str, dict[str, float]]:
+def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     """The run itself, on a rank of the process group."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    display = Display(max_steps=config.max_steps, num_stages=4, logging_steps=config.logging_steps, quiet=rank != 0)
-
+    display = session.display
     resumed = resume_point(config, display.note)
     display.stage("data and starting model")
-    policy = starting_policy(config, display)
+    model = one_at_a_time(lambda: prepare_model(config, display.note))
+    policy = starting_policy(config, model, display)
     root = one_at_a_time(lambda: prepare_data(config))
     prompts, anchors, benchmark = load_data(root, config.model, scored=config.eval_samples > 0)
     check_plans(policy, prompts)
@@ -69,35 +43,19 @@ def train_and_score(config: SyncR1Config, watchdog: Watchdog) -> dict[str, dict[
     display.note(f"{len(prompts)} training prompts, {len(anchors)} anchors, from {root}")
     if config.eval_samples and not benchmark:
         display.note("no held-out part in the data: nothing is scored")
-    stream = stream_of(config, prompts, anchors, rank, world_size)
     frozen = add_adapters(config, policy).to(local_device())
-    rewards = build_reward_set(config, frozen, prompts)
-    evaluator = None
-    if config.eval_samples and benchmark:
-        evaluator = one_at_a_time(lambda: Evaluator(config, frozen, benchmark))
     anchor_beta = config.anchor_beta if config.anchor_fraction > 0 else 0.0
-    objective = objective_of(config, policy.num_image_tokens, anchor_beta)
-    learner = Learner(policy, objective, settings_of(config), frozen)
-
-    with open_run_log(config.output_dir, config, resumed) as log:
-        display.stage("scores before training")
-        before = evaluate(evaluator, learner)
-        write_scores(log, before)
-        display.stage("training")
-        train(config, learner, stream, rewards, log, display, watchdog, resumed=resumed)
-        display.stage("scores after training")
-        after = evaluate(evaluator, learner)
-        learner.save(log.folder / "checkpoints" / "last")
-        write_scores(log, before, after)
-        if rank == 0:
-            scores = [None if scored is None else table_of(scored) for scored in (before, after)]
-            write_model_card(log.folder / "checkpoints" / "last", base_model=config.model, method="Sync-R1",
-                             config=config, data=config.data, before=scores[0], after=scores[1])  # fmt: skip
-        if before is not None and after is not None:
-            display.before_after(table_of(before), table_of(after))
-    display.note(f"model {log.folder / 'checkpoints' / 'last'}")
-    display.note(f"report {log.folder / 'report.html'}")
-    return {name: dict(e.summary) for name, e in (("before", before), ("after", after)) if e is not None}
+    training = Training(
+        method="Sync-R1",
+        data=config.data,
+        policy=policy,
+        reference=frozen,
+        objective=objective_of(config, policy.num_image_tokens, anchor_beta),
+        prompts=stream_of(config, prompts, anchors, *place()),
+        rewards=build_reward_set(config, frozen, prompts),
+        evaluator=one_at_a_time(lambda: evaluator_of(config, frozen, benchmark)) if benchmark else None,
+    )
+    return run_training(config, training, session, resumed).summaries
 
 
 def load_data(
@@ -127,15 +85,6 @@ def stream_of(
         anchor_fraction=config.anchor_fraction,
     )
     return PromptStream(order, rank, world_size)
-
-
-def starting_policy(config: SyncR1Config, display: Display) -> Policy:
-    """The model that is trained, on its device."""
-    policy = one_at_a_time(lambda: prepare_policy(config, report=display.note))
-    limit_threads(policy)
-    policy.to(local_device())
-    fuse_kernels(config, policy, display)
-    return policy
 
 
 def dry_run(config: SyncR1Config) -> None:

@@ -1,4 +1,4 @@
-"""Puts a run's parts together from its settings: data, policy, rewards, evaluation.
+"""What Sync-R1 is put together from, by its settings: data, rewards, evaluation.
 
 Without `--model` and `--data` the parts are the embedded ones: a tiny Janus on a rendered world, made on first use and
 kept in a cache folder.  With them, the same functions load a checkpoint and read a folder.
@@ -7,29 +7,25 @@ kept in a cache folder.  With them, the same functions load a checkpoint and rea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from ..evaluate.held_out import Evaluation, evaluate
-from ..policies.auto import load_policy
+from ..evaluate.drawing import together
+from ..evaluate.held_out import Evaluator, score_rollouts
+from ..learn.from_settings import held_out_sampling
 from ..policies.base import Policy
-from ..records import Prompt, Rollout
+from ..records import Prompt
 from ..rewards.builtin.caption import CaptionLikelihood
 from ..rewards.builtin.clip import ClipScorer
 from ..rewards.builtin.identity import IdentityReward
 from ..rewards.ensemble import RewardSet, build_rewards
-from ..rewards.judge.attribute_judge import AttributeScorer, index_scorer, posterior_scorer
-from ..rewards.judge.llm_judge import LLMJudge
-from ..rollout.sampler import Sampling, generate
+from ..rewards.judge.attribute_judge import posterior_scorer
 from ..settings.train_config import TrainConfig
 from ..world.attributes import VALUES
 from ..world.base_model import BaseSettings
-from ..world.checker import AttributeChecker
-from ..world.embedded import judge_cnn, tiny_base, world_folder
+from ..world.embedded import tiny_base, world_folder
+from .judges import checker_of, remote_judge, world_readers
 from .sync_r1_config import SyncR1Config
-
-Report = Callable[[str], None]
 
 
 def prepare_data(config: SyncR1Config) -> Path:
@@ -37,10 +33,9 @@ def prepare_data(config: SyncR1Config) -> Path:
     return world_folder() if config.data is None else config.data
 
 
-def prepare_policy(config: TrainConfig, settings: BaseSettings | None = None, report: Report | None = None) -> Policy:
-    """The starting point: the user's checkpoint, or the tiny base, trained on first use."""
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    return load_policy(config.model or tiny_base(settings or BaseSettings(), report), dtype=dtype)
+def prepare_model(config: TrainConfig, report: Callable[[str], None] | None = None) -> str | Path:
+    """The checkpoint to start from: the user's, or the tiny base, trained on first use."""
+    return config.model or tiny_base(BaseSettings(), report)
 
 
 def build_reward_set(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt]) -> RewardSet:
@@ -73,25 +68,7 @@ def build_reward_set(config: SyncR1Config, frozen: Policy, prompts: Sequence[Pro
     )
 
 
-def remote_judge(config: TrainConfig) -> LLMJudge | None:
-    """The judge behind `judge_url`, which answers well before the step's rewards time out; None without one."""
-    if config.judge_url is None or config.judge_model is None:
-        return None
-    return LLMJudge(
-        config.judge_url,
-        config.judge_model,
-        api_key_env=config.judge_key_env,
-        timeout=config.reward_timeout / 2,
-        budget=0.9 * config.reward_timeout,
-    )
-
-
-def checker_of(policy: Policy) -> AttributeChecker:
-    """The world's attribute reader, as this policy's image tokenizer draws the world."""
-    return AttributeChecker.from_round_trip(lambda images: policy.draw(policy.image_tokens(images)))
-
-
-class Evaluator:
+def evaluator_of(config: TrainConfig, frozen: Policy, benchmark: Mapping[str, Sequence[Prompt]]) -> Evaluator:
     """Scores a policy on the held-out half of the data, before and after.
 
     Args:
@@ -99,31 +76,13 @@ class Evaluator:
         frozen: whose image tokenizer reads the rendered world and whose vision tower judges likeness.
         benchmark: task -> held-out prompts.
     """
-
-    def __init__(self, config: TrainConfig, frozen: Policy, benchmark: Mapping[str, Sequence[Prompt]]) -> None:
-        self.config, self.benchmark = config, benchmark
-        self._likeness = IdentityReward(frozen.vision_features, frozen.image_size)
-        self._scorers: dict[str, AttributeScorer] = {}
-        if any(prompt.attributes for prompts in self.benchmark.values() for prompt in prompts):
-            self._scorers = {
-                "checker": index_scorer(checker_of(frozen).read_indices, VALUES),
-                "cnn": index_scorer(judge_cnn().read_indices, VALUES),
-            }
-
-    def __call__(self, policy: Policy) -> Evaluation:
-        c = self.config
-
-        def draw(prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
-            sampling = Sampling(
-                num_generations=1,
-                temperature=temperature,
-                max_text_tokens=c.max_completion_length,
-                cfg_weight=c.eval_cfg_weight,
-                seed=c.seed,
-                step=-1,
-            )
-            return generate(policy, prompts, sampling)
-
-        return evaluate(
-            draw, self.benchmark, image_scorers=self._scorers, identity=self._likeness, num_items=c.eval_samples, seed=0
-        )
+    named = any(prompt.attributes for prompts in benchmark.values() for prompt in prompts)
+    return Evaluator(
+        batches=together(benchmark, config.eval_samples),
+        sampling=held_out_sampling(config),
+        score=partial(
+            score_rollouts,
+            image_scorers=world_readers(checker_of(frozen)) if named else None,
+            identity=IdentityReward(frozen.vision_features, frozen.image_size),
+        ),
+    )

@@ -1,86 +1,174 @@
-"""One stage of training, the same for every method: scores before, the loop, scores after, the model on disk.
+"""From a starting model to a trained, saved and scored one, the same for every method.
 
-Ctrl-C ends the loop after its step; what was learnt is then scored, saved and reported like any other result.
+    learner ► run log ► scores before ► the loop ► save ► scores after ► card
+
+A method says what is trained on what (`Training`).  Ctrl-C ends the loop after its step; what was learnt is then saved,
+scored and reported like any other result.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from syncr1.kernels.api import attention_provider
-
-from ..errors import Preempted
-from ..evaluate.held_out import Evaluation
+from ..checkpoints.model_card import write_model_card
+from ..evaluate.held_out import Evaluation, Evaluator
 from ..forward.objective import Objective
 from ..learn.credit import CreditRule
-from ..learn.learner import Learner, init_distributed
-from ..learn.optimizer import LearnerSettings
+from ..learn.from_settings import sampler_of, settings_of
+from ..learn.learner import Learner
 from ..learn.trainer import Trainer
 from ..policies.base import Policy
-from ..policies.fused import use_liger_kernels
-from ..policies.lora import add_lora, base_of
-from ..processes.interrupts import Interrupts, preemptible
+from ..processes.group import place
+from ..processes.interrupts import Interrupts
 from ..processes.watchdog import Watchdog
 from ..records import Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
 from ..rewards.preview_scorer import build_preview
 from ..settings.train_config import TrainConfig
 from ..show.display import Display
-from ..show.runlog import NullRunLog, RunLog
+from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .resume import Checkpoints, ResumablePrompts, ResumePoint
+from .starting import quieten, supervised
+from .stopping import StopRequests
 
-Made = TypeVar("Made")
-Scorer = Callable[[Policy], Evaluation]
-"""Scores a policy on held-out items."""
-
-SMALL_MODEL = 5_000_000
-"""Parameters below which a second thread costs more than it does (measured on the tiny Janus of 2 million)."""
-SAVE = "SAVE"
-"""A file of this name in a run's folder asks for a checkpoint and the model after the step under way."""
+Config = TypeVar("Config", bound=TrainConfig)
+Summaries = dict[str, dict[str, float]]
+"""Model -> the means of its scores; empty where nothing was scored."""
 EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "t2i")
 """Tasks whose pictures are shown before and after, where the data has them."""
 
 
-@contextmanager
-def supervised(config: TrainConfig) -> Iterator[Watchdog]:
-    """Joins the process group; inside nothing hangs unnoticed, and SIGTERM ends the run in order."""
-    init_distributed(config.stage_timeout + 60)  # the watchdog, which says more, comes first
-    torch.manual_seed(config.seed)
-    with (
-        Watchdog(config.stage_timeout) as watchdog,
-        preemptible("stopped outside of training; what was saved is whole"),
-    ):
-        yield watchdog
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What goes with a run from its start to its end: who tells the user, and who watches that nothing hangs."""
+
+    display: Display
+    watchdog: Watchdog
 
 
-def train(
-    config: TrainConfig,
-    learner: Learner,
-    prompts: ResumablePrompts,
-    rewards: RewardSet,
-    log: RunLog | NullRunLog,
-    display: Display,
-    watchdog: Watchdog,
-    credit: CreditRule | None = None,
-    resumed: ResumePoint | None = None,
-) -> bool:
-    """The loop, watched: metrics, samples, checkpoints and the terminal's bar, from the start or from where a
-    checkpoint left it. False when Ctrl-C ended it early.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What a method brings to one training."""
+
+    method: str
+    """Its name in the model's card."""
+    data: str | Path | None
+    """What it is trained on, for the card; None: the embedded data."""
+    policy: Policy
+    """What is trained, on its device, with its adapters."""
+    objective: Objective
+    prompts: ResumablePrompts
+    """This rank's share of each step's prompts."""
+    rewards: RewardSet
+    reference: Policy | None = None
+    """Frozen, for the KL term; see `Learner`."""
+    credit: CreditRule | None = None
+    """Rewards to what tokens answer for; None: as `config.credit` says."""
+    evaluator: Evaluator | None = None
+    """None: nothing is scored."""
+    before: Evaluation | None = None
+    """The starting model's scores, where they are known already."""
+    alone: bool = True
+    """The run's only training, which announces its stages and shows its table; else its method does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What a training leaves."""
+
+    folder: Path
+    """Of its log."""
+    model: Path
+    """The checkpoint, in that folder."""
+    finished: bool
+    """False when Ctrl-C ended it early."""
+    before: Evaluation | None
+    after: Evaluation | None
+
+    @property
+    def summaries(self) -> Summaries:
+        return {name: dict(e.summary) for name, e in (("before", self.before), ("after", self.after)) if e is not None}
+
+
+def run_method(
+    config: Config,
+    method: Callable[[Config, Session], Summaries],
+    dry_run: Callable[[Config], None],
+    num_stages: int = 0,
+) -> Summaries:
+    """A whole run of `method`, on a rank of the process group; `num_stages`: how many it will announce."""
+    quieten()
+    if config.dry_run:  # joins no group, so that the plan is made in the environment that a run would find
+        if os.environ.get("RANK", "0") == "0":
+            dry_run(config)
+        return {}
+    with supervised(config) as watchdog:
+        display = Display(
+            max_steps=config.max_steps,
+            num_stages=num_stages,
+            logging_steps=config.logging_steps,
+            quiet=place()[0] != 0,
+        )
+        return method(config, Session(display, watchdog))
+
+
+def run_training(
+    config: TrainConfig, training: Training, session: Session, resumed: ResumePoint | None = None
+) -> Trained:
+    """One training, its scores before and after, and everything that is written of it.
+
+    Args:
+        config: its settings.
+        training: what is trained on what.
+        session: of the run.
+        resumed: where it goes on; None: a new folder.
 
     Raises:
         Preempted: SIGTERM or SIGUSR1 came to any rank; a checkpoint is saved.
         NotFinite: update after update was skipped.
     """
+    display, evaluator, before = session.display, training.evaluator, training.before
+    announce: Callable[[str], None] = display.stage if training.alone else lambda title: None
+    learner = Learner(training.policy, training.objective, settings_of(config), training.reference)
+    with open_run_log(config.output_dir, config, resumed) as log:
+        announce("scores before training")
+        before = before or evaluate(evaluator, learner)
+        write_scores(log, before)
+        announce("training")
+        finished = train(config, training, learner, log, session, resumed)
+        model = log.folder / "checkpoints" / "last"
+        learner.save(model)
+        announce("scores after training")
+        after = evaluate(evaluator, learner)
+        write_scores(log, before, after)
+        write_card(config, training, model, before, after)
+        if training.alone and before is not None and after is not None:
+            display.before_after(table_of(before), table_of(after))
+    if training.alone:
+        display.note(f"model {model}")
+        display.note(f"report {log.folder / 'report.html'}")
+    return Trained(folder=log.folder, model=model, finished=finished, before=before, after=after)
+
+
+def train(
+    config: TrainConfig,
+    training: Training,
+    learner: Learner,
+    log: RunLog | NullRunLog,
+    session: Session,
+    resumed: ResumePoint | None,
+) -> bool:
+    """The loop, watched: metrics, samples, checkpoints and the terminal's bar, from the start or from where a
+    checkpoint left it. False when Ctrl-C ended it early. Raises as `run_training`."""
+    display, watchdog = session.display, session.watchdog
 
     def on_step(metrics: StepMetrics, rollouts: Sequence[Rollout], totals: Tensor) -> None:
         log.metrics(metrics)
@@ -91,39 +179,20 @@ def train(
             log.sync()
             checkpoints.save(trainer)
 
-    preview = build_preview(config, rewards)
-    trainer = Trainer(config, learner, prompts, rewards, preview, on_step, credit, watchdog.mark)
+    prompts, rewards = training.prompts, training.rewards
+    sampler, preview = sampler_of(config, learner.policy), build_preview(config, rewards)
+    trainer = Trainer(config, learner, sampler, prompts, rewards, preview, on_step, training.credit, watchdog.mark)
     checkpoints = Checkpoints(config, log.folder / "checkpoints", learner, prompts)
-    if resumed is not None:
+    if resumed is not None and resumed.checkpoint is not None:
         checkpoints.restore(trainer, resumed.checkpoint)
-        log.cut(trainer.step)
         display.note(f"going on after {trainer.step} steps, in {resumed.run_folder}")
+    log.cut(trainer.step)
     with (
         _cheap_collections(config),
         display.training(config.max_steps, trainer.step),
         Interrupts(display.note, watchdog.hurry) as interrupts,
     ):
-
-        def stop() -> bool:
-            """Asked between steps: what one rank is asked for all do."""
-            save = log.folder / SAVE
-            wishes = [interrupts.stop, interrupts.preempt, learner.rank == 0 and save.exists(), checkpoints.failed]
-            stopped, preempted, saved, failed = learner.all_reduce(torch.tensor(wishes, dtype=torch.int32)).tolist()
-            if failed:
-                checkpoints.wait()  # raises, on all ranks at this same place
-            if preempted or saved:
-                log.sync()
-                checkpoints.save(trainer)
-                checkpoints.wait()
-            if saved:
-                folder = log.folder / "checkpoints" / f"model_{trainer.step:06d}"
-                learner.save(folder)
-                save.unlink(missing_ok=True)
-                display.note(f"{SAVE}: a checkpoint and {folder}")
-            if preempted:
-                raise Preempted(f"stopped after {trainer.step} steps; go on with --resume_from_checkpoint latest")
-            return bool(stopped)
-
+        stop = StopRequests(trainer, checkpoints, interrupts, log, display.note)
         trainer.train(stop)
         stop()  # what the last step was asked for
     watchdog.mark("after training")
@@ -149,6 +218,14 @@ def _cheap_collections(config: TrainConfig) -> Iterator[None]:
         gc.unfreeze()  # else what this training leaves would never be freed
 
 
+def evaluate(evaluator: Evaluator | None, learner: Learner) -> Evaluation | None:
+    """Held-out scores; every rank computes them, because under ZeRO-3 every rank must hold the gathered weights."""
+    if evaluator is None:
+        return None
+    with learner.sampling() as policy:
+        return evaluator(policy)
+
+
 def write_scores(log: RunLog | NullRunLog, before: Evaluation | None, after: Evaluation | None = None) -> None:
     """Scores before training alone, or before and after with examples of both."""
     if before is None:
@@ -164,60 +241,20 @@ def write_scores(log: RunLog | NullRunLog, before: Evaluation | None, after: Eva
     )
 
 
-def evaluate(evaluator: Scorer | None, learner: Learner) -> Evaluation | None:
-    """Held-out scores; every rank computes them, because under ZeRO-3 every rank must hold the gathered weights."""
-    if evaluator is None:
-        return None
-    with learner.sampling() as policy:
-        return evaluator(policy)
-
-
-def add_adapters(config: TrainConfig, policy: Policy) -> Policy:
-    """LoRA, where the settings ask for it; returns the policy as it was before, frozen, to judge and to be referred to.
-
-    It shares what does not change with `policy`, except under ZeRO-3, which takes parameters apart."""
-    whole = policy.frozen_copy() if config.zero_stage == 3 else None
-    if config.lora_rank:
-        add_lora(policy, config.lora_rank, config.lora_alpha, target_modules=config.lora_target_modules or None,
-                 seed=config.seed)  # fmt: skip
-    return whole or base_of(policy)
-
-
-def fuse_kernels(config: TrainConfig, policy: Policy, display: Display) -> None:
-    """Liger's kernels in the decoder, where they apply; says which, and on a GPU whose kernels attention has."""
-    if config.use_liger_kernel:
-        for line in use_liger_kernels(policy.decoder()):
-            if not line.startswith("none"):
-                display.note(f"liger-kernel: {line}")
-    shape = policy.cache_shape()
-    if shape.device.type == "cuda":
-        dtype = torch.bfloat16 if config.bf16 else shape.dtype
-        display.note(f"attention: {attention_provider(shape.device, dtype=dtype, head_size=shape.head_dim)}")
-
-
-def objective_of(config: TrainConfig, num_image_tokens: int, anchor_beta: float = 0.0) -> Objective:
-    """The loss's settings; `anchor_beta` is the KL weight on prompts without a reward."""
-    named_alike = {f.name for f in fields(Objective)} - {"anchor_beta", "max_length"}
-    return Objective(
-        anchor_beta=anchor_beta,
-        max_length=config.max_completion_length + num_image_tokens,
-        **{name: getattr(config, name) for name in named_alike},
-    )
-
-
-def settings_of(config: TrainConfig) -> LearnerSettings:
-    return LearnerSettings(
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        zero_stage=config.zero_stage,
-        bf16=config.bf16,
-        num_iterations=config.num_iterations,
-        max_skipped_updates=config.max_skipped_updates,
-        gradient_checkpointing=config.gradient_checkpointing,
-        cuda_graphs=config.cuda_graphs,
-        compile_decode=config.compile_decode,
-    )
+def write_card(
+    config: TrainConfig, training: Training, folder: Path, before: Evaluation | None, after: Evaluation | None
+) -> None:
+    """The README.md beside the saved model, by rank 0."""
+    if place()[0] == 0:
+        write_model_card(
+            folder,
+            base_model=config.model,
+            method=training.method,
+            config=config,
+            data=training.data,
+            before=None if before is None else table_of(before),
+            after=None if after is None else table_of(after),
+        )
 
 
 def table_of(evaluation: Evaluation) -> Mapping[str, Mapping[str, float]]:
@@ -227,30 +264,3 @@ def table_of(evaluation: Evaluation) -> Mapping[str, Mapping[str, float]]:
 
 def examples_of(evaluation: Evaluation) -> list[Rollout]:
     return [rollout for task in EXAMPLE_TASKS for rollout in evaluation.examples.get(task, ())]
-
-
-def one_at_a_time(make: Callable[[], Made]) -> Made:
-    """Rank 0 makes (and caches) first, the others find it made."""
-    rank = torch.distributed.get_rank()
-    made = make() if rank == 0 else None
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()
-    return make() if made is None else made
-
-
-def limit_threads(policy: Policy) -> None:
-    """One thread for a model too small to share out, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in policy.parameters()) < SMALL_MODEL:
-        torch.set_num_threads(1)
-
-
-def quieten() -> None:
-    """Libraries report progress bars and notices of their own; a run has one display."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("DeepSpeed", "deepspeed", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()

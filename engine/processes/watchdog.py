@@ -32,6 +32,7 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from ..errors import EXIT_FAILED, EXIT_STALLED, RankFailed, RunEnded
+from .group import place
 
 POLL = 1.0
 """Seconds between beats."""
@@ -76,8 +77,7 @@ class Watchdog:
     def __init__(
         self, timeout: float, say: Callable[[str], None] | None = None, end: Callable[[int], object] = os._exit
     ) -> None:
-        joined = dist.is_available() and dist.is_initialized()
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        self.rank, self.world_size = place()
         # A client of its own: the main thread's may be waiting for something.
         store: Any = dist.distributed_c10d._get_default_store() if self.world_size > 1 else None
         self._store: Any = None if store is None else dist.PrefixStore("syncr1/watchdog", store.clone())

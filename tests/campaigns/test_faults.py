@@ -18,7 +18,7 @@ from helpers import ROOT, environment
 from made import short_base, world_folder
 from safetensors.torch import load_file
 
-from syncr1.engine.methods.training import SAVE
+from syncr1.engine.methods.stopping import SAVE
 
 pytestmark = pytest.mark.slow
 Case = tuple[str, list[str], list[tuple[str, int, int, str]]]

@@ -10,7 +10,7 @@ from helpers import sharp_policy
 from torch import Tensor
 
 from syncr1.engine.corl.config import CorlConfig
-from syncr1.engine.corl.evaluator import CorlEvaluator, CorlScores
+from syncr1.engine.corl.evaluator import evaluator_of, summary
 from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.builtin.format import format_reward
 from syncr1.engine.rewards.ensemble import RewardSet
@@ -46,8 +46,7 @@ def drawings(count: int) -> list[Prompt]:
 
 def test_each_task_gets_its_scores_and_a_failed_reward_is_left_out() -> None:
     config = CorlConfig(max_completion_length=6, eval_samples=3, eval_cfg_weight=1.0)
-    evaluator = CorlEvaluator(config, {"mcq": questions(5), "t2i": drawings(3)}, REWARDS)
-    assert set(evaluator.image_rewards) == {"red", "away"}
+    evaluator = evaluator_of(config, {"mcq": questions(5), "t2i": drawings(3)}, REWARDS)
     found = evaluator(sharp_policy())
     assert set(found.scores) == {"mcq", "t2i"}
     # An untrained policy writes no tags: it is neither right nor in the form.
@@ -66,7 +65,7 @@ def test_each_task_gets_its_scores_and_a_failed_reward_is_left_out() -> None:
 
 
 def test_without_rewards_and_readers_drawings_are_only_counted() -> None:
-    evaluator = CorlEvaluator(CorlConfig(eval_cfg_weight=1.0), {"t2i": drawings(2)})
+    evaluator = evaluator_of(CorlConfig(eval_cfg_weight=1.0), {"t2i": drawings(2)})
     assert evaluator(sharp_policy()).scores == {"t2i": {"num_items": 2.0}}
 
 
@@ -76,7 +75,7 @@ def test_the_summary_averages_over_tasks() -> None:
         "oe": {"score/greedy": 0.0, "format/greedy": 1.0},
         "t2i": {"attributes/checker": 0.25, "reward/tim": 0.5},
     }
-    assert CorlScores(scores=scores, examples={}).summary == {
+    assert summary(scores) == {
         "understanding/greedy": 0.5,
         "format/greedy": 0.75,
         "image/checker": 0.25,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
@@ -13,12 +15,14 @@ import pytest
 import torch
 
 from syncr1.engine.data.prompts import load_benchmark
-from syncr1.engine.evaluate.held_out import choose, evaluate, summary
+from syncr1.engine.evaluate.drawing import by_task, choose, together
+from syncr1.engine.evaluate.held_out import Evaluator, score_rollouts, summary
 from syncr1.engine.evaluate.measures import accuracy, attribute_metrics, mean, verdict, weighted_recall, words_in_place
 from syncr1.engine.evaluate.tasks import tagged_scores, text_scores
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.builtin.identity import IdentityReward
 from syncr1.engine.rewards.judge.attribute_judge import index_scorer
+from syncr1.engine.rollout.sampler import Sampling
 from syncr1.engine.world.attributes import LOOK_INDEX, LOOKS, VALUES, Look
 from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.disk import write_world
@@ -84,6 +88,9 @@ def test_choice_of_items_is_fixed_by_the_seed() -> None:
     assert choose(prompts, 50, 0) == prompts
     chosen = [int(p.id) for p in choose(prompts, 10, 0)]
     assert chosen == sorted(set(chosen)) and len(chosen) == 10
+    both = {"vqa": prompts[:5], "qa": prompts[5:40]}
+    assert together(both, 10) == [[*choose(both["qa"], 10, 0), *both["vqa"]]]
+    assert by_task(both, 10, 6) == [both["vqa"], choose(both["qa"], 10, 0)[:6], choose(both["qa"], 10, 0)[6:]]
 
 
 def test_questions_with_tags_are_read_from_the_tags_alone() -> None:
@@ -103,6 +110,16 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Prompt]
     root: Path = write_world(tmp_path_factory.mktemp("world") / "data")
     write_general(root, num_items=12)
     return load_benchmark(root)
+
+
+def evaluator(benchmark: Mapping[str, Sequence[Prompt]], num_items: int = 96, **more: Any) -> Evaluator:
+    """Everything in one batch; `more`: as `score_rollouts` takes it."""
+    return Evaluator(
+        batches=together(benchmark, num_items),
+        sampling=Sampling(num_generations=1, max_text_tokens=6),
+        score=partial(score_rollouts, **more),
+        num_examples=2,
+    )
 
 
 class Speaker:
@@ -142,7 +159,7 @@ class Speaker:
 def test_evaluation_of_a_speaker_of_known_skill(held_out: dict[str, list[Prompt]]) -> None:
     speaker = Speaker()
     identity = IdentityReward(lambda images: images.flatten(1), 32)
-    result = evaluate(speaker, held_out, image_scorers=SCORERS, identity=identity, num_items=12, num_examples=2)
+    result = evaluator(held_out, 12, image_scorers=SCORERS, identity=identity).of(speaker)
     scores = result.scores
     assert [temperature for temperature, _ in speaker.calls] == [0.0, 1.0]
     assert {prompt.segments for prompt in speaker.calls[0][1]} == {("text",)}, "greedy runs draw nothing"
@@ -164,7 +181,8 @@ def test_evaluation_of_a_speaker_of_known_skill(held_out: dict[str, list[Prompt]
 
 
 def test_summary_keeps_general_tasks_apart(held_out: dict[str, list[Prompt]]) -> None:
-    found = evaluate(Speaker(), held_out, image_scorers=SCORERS | {"cnn": SCORERS["checker"]}, num_items=12).summary
+    readers = SCORERS | {"cnn": SCORERS["checker"]}
+    found = evaluator(held_out, 12, image_scorers=readers).of(Speaker()).summary
     assert set(found) == {
         *("understanding/greedy", "understanding/sampled", "image/checker", "image/cnn"),
         *("general_vqa/greedy", "general_vqa/sampled", "general_image/checker", "general_image/cnn"),
@@ -185,7 +203,7 @@ def test_without_attributes_there_is_bleu_and_identity(held_out: dict[str, list[
 
     photos = {task: [replace(p, attributes=None) for p in prompts] for task, prompts in plain.items()}
     identity = IdentityReward(lambda images: images.flatten(1), 32)
-    result = evaluate(generate, photos, image_scorers=SCORERS, identity=identity)
+    result = evaluator(photos, image_scorers=SCORERS, identity=identity).of(generate)
     assert result.scores["rea"]["score/greedy"] == result.scores["rea"]["bleu/greedy"] == pytest.approx(1.0)
     assert result.scores["pure_gen"]["score/sampled"] == result.scores["pure_gen"]["identity"]
     assert set(result.summary) == {"understanding/greedy", "understanding/sampled", "image/identity"}
@@ -193,25 +211,20 @@ def test_without_attributes_there_is_bleu_and_identity(held_out: dict[str, list[
 
 def test_generate_must_answer_what_it_was_asked(held_out: dict[str, list[Prompt]]) -> None:
     with pytest.raises(ValueError, match="one rollout per prompt"):
-        evaluate(lambda prompts, temperature: Speaker()(prompts, temperature)[:-1], held_out, num_items=4)
+        evaluator(held_out, 4).of(lambda prompts, temperature: Speaker()(prompts, temperature)[:-1])
     with pytest.raises(ValueError, match="one rollout per prompt"):
-        evaluate(lambda prompts, temperature: Speaker()(prompts[::-1], temperature), held_out, num_items=4)
+        evaluator(held_out, 4).of(lambda prompts, temperature: Speaker()(prompts[::-1], temperature))
 
 
 @pytest.mark.slow
 def test_a_real_policy_is_scored(held_out: dict[str, list[Prompt]]) -> None:
     """An untrained tiny Janus, sampled by the engine: every task gets its scores, and nearly all of them are poor."""
-    from syncr1.engine.rollout.sampler import Sampling, generate
     from syncr1.engine.world.attributes import CONCEPTS
     from syncr1.engine.world.texts import VOCABULARY
     from syncr1.engine.world.tiny_janus import build_policy
 
     policy = build_policy(VOCABULARY, [concept.name for concept in CONCEPTS], seed=0)
-
-    def draw(prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
-        return generate(policy, prompts, Sampling(num_generations=1, temperature=temperature, max_text_tokens=6))
-
-    first, again = (evaluate(draw, held_out, image_scorers=SCORERS, num_items=4) for _ in range(2))
+    first, again = (evaluator(held_out, 4, image_scorers=SCORERS)(policy) for _ in range(2))
     assert first.scores == again.scores
     assert set(first.scores) == set(held_out) | {"rea_gen", "dense_rea_gen"}
     assert first.summary["understanding/greedy"] < 0.5 and 0.0 <= first.summary["image/checker"] < 0.8

@@ -13,7 +13,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 
-from syncr1.engine.methods.training import fuse_kernels
+from syncr1.engine.methods.starting import fuse_kernels
 from syncr1.engine.settings.train_config import TrainConfig
 from syncr1.engine.show.display import Display
 from syncr1.engine.show.runlog import environment

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from syncr1.engine.data.prompts import load_anchors, load_training_prompts
 from syncr1.engine.learn.credit import credited_rewards
+from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
 from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.trainer import Trainer, learning_rate
 from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.sync_r1_parts import build_reward_set
-from syncr1.engine.methods.training import objective_of, settings_of
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout, StepMetrics
 from syncr1.engine.rewards.ensemble import RewardSet, combine
@@ -91,8 +91,15 @@ class Run:
         )
         stream = stream_of(config, load_training_prompts(world), load_anchors(world))
         self.steps: list[tuple[StepMetrics, Sequence[Rollout], Tensor]] = []
-        self.trainer = Trainer(config, self.learner, stream if prompts is None else Always(prompts), rewards,
-                               build_preview(config, rewards), lambda *step: self.steps.append(step))  # fmt: skip
+        self.trainer = Trainer(
+            config,
+            self.learner,
+            sampler_of(config, policy),
+            stream if prompts is None else Always(prompts),
+            rewards,
+            build_preview(config, rewards),
+            lambda *step: self.steps.append(step),
+        )
 
     def train(self) -> Run:
         self.trainer.train()

@@ -11,10 +11,11 @@ import torch
 from helpers import all_kinds_of_prompts, own_process_group, random_credit
 
 from syncr1.engine.forward.packing import pack
+from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
 from syncr1.engine.methods.dry_run import policy_without_weights
 from syncr1.engine.methods.memory import Memory, PeakBytes, memory_of
+from syncr1.engine.methods.starting import add_adapters
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.training import add_adapters, objective_of, settings_of
 from syncr1.engine.rollout.sampler import Sampling
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus
@@ -29,7 +30,8 @@ def config_of(**more: Any) -> SyncR1Config:
 
 def measured(config: SyncR1Config, folder: Path) -> int:
     """Most bytes that tensors hold, from the building of the model to the end of the second step."""
-    from syncr1.engine.learn.learner import Learner, init_distributed
+    from syncr1.engine.learn.learner import Learner
+    from syncr1.engine.processes.group import init_distributed
 
     gc.collect()
     with own_process_group(), PeakBytes() as memory:
@@ -40,7 +42,7 @@ def measured(config: SyncR1Config, folder: Path) -> int:
         learner = Learner(policy, objective_of(config, policy.num_image_tokens, 8.0), settings_of(config), frozen)
         gc.collect()
         memory.peak = memory.live
-        sampler, prompts = learner.rollout_engine(), all_kinds_of_prompts(folder)[:6]
+        sampler, prompts = sampler_of(config, learner.policy), all_kinds_of_prompts(folder)[:6]
         sampling = Sampling(num_generations=config.num_generations, cfg_weight=config.cfg_weight, max_text_tokens=8)
         for _ in range(2):
             with learner.sampling():

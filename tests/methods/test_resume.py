@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarnin
 @pytest.fixture(scope="module", autouse=True)
 def _process_group() -> Iterator[None]:
     with own_process_group():
-        from syncr1.engine.learn.learner import init_distributed
+        from syncr1.engine.processes.group import init_distributed
 
         init_distributed()
         yield

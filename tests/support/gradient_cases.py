@@ -32,9 +32,10 @@ from torch import Tensor
 from syncr1.engine.forward.objective import Objective
 from syncr1.engine.forward.packing import pack
 from syncr1.engine.learn.credit import shared_within_samples
-from syncr1.engine.learn.learner import Learner, _free_port
+from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.policies.janus import JanusPolicy
+from syncr1.engine.processes.group import free_port
 from syncr1.engine.records import PackedBatch, Prompt, Rollout
 from syncr1.engine.rollout.sampler import Sampling, generate
 from syncr1.engine.world import tiny_janus
@@ -287,7 +288,7 @@ def rank_main(rank: int, num_ranks: int, port_file: Path, folder: Path, cells: S
 def fork(num_ranks: int, folder: Path, cells: Sequence[Cell]) -> None:
     """Runs the ranks as copies of this process, which has imported everything and joined no group."""
     port_file = folder / f"port-{num_ranks}"
-    port_file.write_text(str(_free_port()))
+    port_file.write_text(str(free_port()))
     children = []
     for rank in range(num_ranks):
         child = os.fork()

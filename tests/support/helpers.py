@@ -225,7 +225,9 @@ def own_process_group() -> Iterator[None]:
         if dist.is_initialized():
             import deepspeed.comm
 
-            deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed with groups that are gone
+            # Where DeepSpeed took the group up, torch's own would leave it with groups that are gone.
+            end = deepspeed.comm if deepspeed.comm.is_initialized() else dist
+            end.destroy_process_group()
         for name in set(os.environ) - set(before):
             del os.environ[name]
         os.environ.update(before)
@@ -296,7 +298,7 @@ def learn(
 
 def main(folder: Path) -> None:
     """Both ranks train on their halves of one batch, under every ZeRO stage; rank 0 writes what came out."""
-    from syncr1.engine.learn.learner import init_distributed
+    from syncr1.engine.processes.group import init_distributed
 
     torch.set_num_threads(1)
     gc.freeze()  # ZeRO-3 collects in every step: what was imported is not looked through

@@ -190,10 +190,11 @@ class LearnerSaving:
 
         from syncr1.engine.checkpoints.optimizer_state import STATES, load_optimizer_tensors, optimizer_tensors
         from syncr1.engine.forward.objective import Objective
-        from syncr1.engine.learn.learner import Learner, init_distributed
+        from syncr1.engine.learn.learner import Learner
         from syncr1.engine.learn.optimizer import LearnerSettings
         from syncr1.engine.methods.resume import Checkpoints
         from syncr1.engine.methods.sync_r1_config import SyncR1Config
+        from syncr1.engine.processes.group import init_distributed
 
         init_distributed()
         with everything_partitioned():

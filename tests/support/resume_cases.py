@@ -24,15 +24,16 @@ from syncr1.engine.checkpoints.optimizer_state import optimizer_tensors
 from syncr1.engine.checkpoints.sharded import folders, verified
 from syncr1.engine.data.prompts import load_anchors, load_training_prompts
 from syncr1.engine.errors import CheckpointError
-from syncr1.engine.learn.learner import Learner, init_distributed
+from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
+from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.methods.resume import Checkpoints
 from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.sync_r1_parts import build_reward_set
-from syncr1.engine.methods.training import objective_of, settings_of
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.lora import add_lora
+from syncr1.engine.processes.group import init_distributed
 from syncr1.engine.records import Rollout, StepMetrics
 from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.engine.rewards.preview_scorer import build_preview
@@ -65,8 +66,15 @@ class Training:
         prompts, anchors = load_training_prompts(world)[:: 97 // num_prompts][:num_prompts], load_anchors(world)[:3]
         stream = stream_of(config, prompts, anchors, rank, world_size)
         self.steps: list[tuple[StepMetrics, Sequence[Rollout], Tensor]] = []
-        self.trainer = Trainer(config, self.learner, stream, rewards, build_preview(config, rewards),
-                               lambda *step: self.steps.append(step))  # fmt: skip
+        self.trainer = Trainer(
+            config,
+            self.learner,
+            sampler_of(config, policy),
+            stream,
+            rewards,
+            build_preview(config, rewards),
+            lambda *step: self.steps.append(step),
+        )
         self.checkpoints = Checkpoints(config, root, self.learner, stream)
 
     def to(self, step: int, *, saving: bool = False) -> Training:

@@ -1,0 +1,38 @@
+"""Judges that more than one method uses: a language model behind a URL, and readers of the rendered world."""
+
+from __future__ import annotations
+
+from ..policies.base import Policy
+from ..rewards.judge.attribute_judge import AttributeScorer, index_scorer
+from ..rewards.judge.llm_judge import LLMJudge
+from ..settings.train_config import TrainConfig
+from ..world.attributes import VALUES
+from ..world.checker import AttributeChecker
+from ..world.embedded import judge_cnn
+
+
+def remote_judge(config: TrainConfig) -> LLMJudge | None:
+    """The judge behind `judge_url`, which answers well before the step's rewards time out; None without one."""
+    if config.judge_url is None or config.judge_model is None:
+        return None
+    return LLMJudge(
+        config.judge_url,
+        config.judge_model,
+        api_key_env=config.judge_key_env,
+        timeout=config.reward_timeout / 2,
+        budget=0.9 * config.reward_timeout,
+    )
+
+
+def checker_of(policy: Policy) -> AttributeChecker:
+    """The world's attribute reader, as this policy's image tokenizer draws the world."""
+    return AttributeChecker.from_round_trip(lambda images: policy.draw(policy.image_tokens(images)))
+
+
+def world_readers(checker: AttributeChecker) -> dict[str, AttributeScorer]:
+    """What a picture of the rendered world shows: by `checker`, which also gives rewards, and by a network that no
+    training sees."""
+    return {
+        "checker": index_scorer(checker.read_indices, VALUES),
+        "cnn": index_scorer(judge_cnn().read_indices, VALUES),
+    }

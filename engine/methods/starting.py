@@ -1,0 +1,95 @@
+"""What every training starts from: quiet libraries, a watched process group, and the model on its device."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from syncr1.kernels.api import attention_provider
+
+from ..policies.auto import load_policy
+from ..policies.base import Policy
+from ..policies.fused import use_liger_kernels
+from ..policies.lora import add_lora, base_of
+from ..processes.group import init_distributed, local_device, one_at_a_time
+from ..processes.interrupts import preemptible
+from ..processes.watchdog import Watchdog
+from ..settings.train_config import TrainConfig
+from ..show.display import Display
+
+SMALL_MODEL = 5_000_000
+"""Parameters below which a second thread costs more than it does (measured on the tiny Janus of 2 million)."""
+
+
+def quieten() -> None:
+    """Libraries report progress bars and notices of their own; a run has one display."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("DeepSpeed", "deepspeed", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+@contextmanager
+def supervised(config: TrainConfig) -> Iterator[Watchdog]:
+    """Joins the process group; inside nothing hangs unnoticed, and SIGTERM ends the run in order."""
+    init_distributed(config.stage_timeout + 60)  # the watchdog, which says more, comes first
+    torch.manual_seed(config.seed)
+    with (
+        Watchdog(config.stage_timeout) as watchdog,
+        preemptible("stopped outside of training; what was saved is whole"),
+    ):
+        yield watchdog
+
+
+def starting_policy(config: TrainConfig, model: str | Path, display: Display) -> Policy:
+    """The model that is trained, on its device, with Liger's kernels where they apply.
+
+    Args:
+        config: dtype and kernels.
+        model: folder or hub name, in transformers' format.
+        display: told which kernels are used.
+    """
+    policy = one_at_a_time(lambda: load_policy(model, dtype=torch.bfloat16 if config.bf16 else torch.float32))
+    limit_threads(policy)
+    policy.to(local_device())
+    fuse_kernels(config, policy, display)
+    return policy
+
+
+def limit_threads(policy: Policy) -> None:
+    """One thread for a model too small to share out, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in policy.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)
+
+
+def fuse_kernels(config: TrainConfig, policy: Policy, display: Display) -> None:
+    """Liger's kernels in the decoder, where they apply; says which, and on a GPU whose kernels attention has."""
+    if config.use_liger_kernel:
+        for line in use_liger_kernels(policy.decoder()):
+            if not line.startswith("none"):
+                display.note(f"liger-kernel: {line}")
+    shape = policy.cache_shape()
+    if shape.device.type == "cuda":
+        dtype = torch.bfloat16 if config.bf16 else shape.dtype
+        display.note(f"attention: {attention_provider(shape.device, dtype=dtype, head_size=shape.head_dim)}")
+
+
+def add_adapters(config: TrainConfig, policy: Policy) -> Policy:
+    """LoRA, where the settings ask for it; returns the policy as it was before, frozen, to judge and to be referred to.
+
+    It shares what does not change with `policy`, except under ZeRO-3, which takes parameters apart."""
+    whole = policy.frozen_copy() if config.zero_stage == 3 else None
+    if config.lora_rank:
+        modules = config.lora_target_modules or None
+        add_lora(policy, config.lora_rank, config.lora_alpha, target_modules=modules, seed=config.seed)
+    return whole or base_of(policy)
