@@ -10,7 +10,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 from syncr1.engine.data.prompts import by_task
 from syncr1.engine.data.samples import load_prompts
-from syncr1.engine.data.stream import SampleStream
+from syncr1.engine.data.stream import PromptStream, Shuffled
 from syncr1.engine.errors import ConfigError, DataError
 from syncr1.engine.evaluate.drawing import together
 from syncr1.engine.evaluate.held_out import Evaluator, score_rollouts
@@ -65,10 +65,9 @@ def train_and_score(config: PlainConfig, session: Session) -> Summaries:
     return run_training(config, training, session, resumed).summaries
 
 
-def stream_of(config: PlainConfig, rank: int, world_size: int) -> SampleStream:
+def stream_of(config: PlainConfig, rank: int, world_size: int) -> PromptStream:
     samples = [(prompt,) for prompt in load_prompts(config.data, "train")]
-    each = config.prompts_per_step
-    return SampleStream(samples, seed=config.seed, samples_per_step=each, rank=rank, world_size=world_size)
+    return PromptStream(Shuffled(samples, seed=config.seed, prompts_per_step=config.prompts_per_step), rank, world_size)
 
 
 def rewards_of(config: PlainConfig) -> RewardSet:
