@@ -138,8 +138,9 @@ class RewardParts:
         config = self.config
         image: ImageSimilarity | None = None
         if config.cycle_image == "lpips":
-            image = LpipsSimilarity(config.lpips_net, size=config.lpips_size or None, weights=config.lpips_weights,
-                                    device=self.device)  # fmt: skip
+            image = LpipsSimilarity(
+                config.lpips_net, size=config.lpips_size or None, weights=config.lpips_weights, device=self.device
+            )
         elif config.cycle_image == "rmse":
             image = RmseSimilarity()
         if config.cycle_text == "none":

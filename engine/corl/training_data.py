@@ -44,8 +44,13 @@ def training_samples(
         DataError: nothing of this kind is there.
     """
     source = getattr(config, f"data_{training}", None) or root
-    samples = load_samples(source, config.data_split, kinds=WANTED[training], instruction=instruction,
-                           model_draws=model_draws(config.model))  # fmt: skip
+    samples = load_samples(
+        source,
+        config.data_split,
+        kinds=WANTED[training],
+        instruction=instruction,
+        model_draws=model_draws(config.model),
+    )
     if training != "unified" or config.unify == "none" or config.strategy == "alternating":
         samples = [tuple(replace(prompt, sample=None) for prompt in sample) for sample in samples]
     return samples

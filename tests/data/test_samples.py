@@ -114,6 +114,19 @@ def test_trl_rows(folder: Path) -> None:
     assert drawing.task == "t2i" and drawing.text == "A red bus." and drawing.extra == {"spatial_info": "left"}
 
 
+def test_a_prompt_for_a_model_that_draws_nothing(folder: Path) -> None:
+    """Alone it asks for text, bare; a question stays one, and what says that it is to draw still does."""
+    prompt = only(rows(folder, {"prompt": "Say it.", "topic": "x"}), model_draws=False)
+    assert (prompt.text, prompt.segments, prompt.answer, prompt.qa_type) == ("Say it.", ("text",), None, None)
+    assert prompt.extra == {"topic": "x"} and prompt.target is None
+    question = rows(folder, {"prompt": "What is it?", "answer": "red"})
+    assert only(question, model_draws=False) == only(question)
+    drawing = rows(folder, {"prompt": "a cat", "real_image": PHOTOS[0]})
+    assert only(drawing, model_draws=False).segments == ("image",)
+    chain = rows(folder, {"prompt": "Say it."}, {"prompt": "a cat", "segments": "image"})
+    assert [p.segments for p in load_prompts(chain, model_draws=False)] == [("text",), ("image",)]
+
+
 def test_verl_parquet(tmp_path: Path) -> None:
     row = {
         "data_source": "geo",

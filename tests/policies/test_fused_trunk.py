@@ -97,8 +97,10 @@ def test_only_this_decoder_is_changed_and_its_parameters_are_not(family: str) ->
     assert all(a[0] == b[0] and a[1] is b[1] and a[2] == b[2] for a, b in zip(before, after, strict=True))
     assert list(decoder.state_dict()) == buffers
     assert kept == (
-        modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm.forward, modeling_llama.LlamaMLP.forward
-    )  # fmt: skip
+        modeling_llama.apply_rotary_pos_emb,
+        modeling_llama.LlamaRMSNorm.forward,
+        modeling_llama.LlamaMLP.forward,
+    )
     assert inspect.getsource(type(other.layers[0].self_attn).forward) == code
     assert not any("forward" in vars(module) for module in other.modules())
 
@@ -205,9 +207,13 @@ def fused_in_the_interpreter(folder: Path) -> None:
 def test_kernels_agree_with_the_plain_decoder(tmp_path: Path) -> None:
     """Outputs and every gradient, float32, in Triton's interpreter; the control knows that Liger's kernels ran."""
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=240,
+        [sys.executable, __file__, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
         env=environment() | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     results = torch.load(tmp_path / "fused.pt")
     assert len(results) == len(INTERPRETED) + 1

@@ -37,8 +37,11 @@ def blocks() -> BlocksPolicy:
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
-    "blocks": blocks, "emu3": sharp_emu3, "janus": sharp_policy, "qwen3": lambda: text_models.policy("qwen3"),
-}  # fmt: skip
+    "blocks": blocks,
+    "emu3": sharp_emu3,
+    "janus": sharp_policy,
+    "qwen3": lambda: text_models.policy("qwen3"),
+}
 
 
 def prompts_for(policy: Policy, folder: Path) -> list[Prompt]:
@@ -87,13 +90,22 @@ def test_the_skeleton_goes_through_a_recipe(tmp_path: Path, monkeypatch: pytest.
     blocks().save(tmp_path / "model")
     empty = policy_class(tmp_path / "model").without_weights(tmp_path / "model")
     assert all(parameter.is_meta for parameter in empty.parameters())
-    rows = [{"prompt": f"describe and draw the {c} cup", "segments": "text+image", "answer": c, "target": f"a {c} cup"}
-            for c in ("red", "blue")]  # fmt: skip
+    rows = [
+        {"prompt": f"describe and draw the {c} cup", "segments": "text+image", "answer": c, "target": f"a {c} cup"}
+        for c in ("red", "blue")
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = SyncR1Config(
-        model=str(tmp_path / "model"), data=tmp_path / "data.jsonl", output_dir=tmp_path / "run", max_steps=1,
-        prompts_per_step=2, num_generations=4, max_completion_length=6, replay_check_steps=1, cfg_weight=2.0,
-    )  # fmt: skip
+        model=str(tmp_path / "model"),
+        data=tmp_path / "data.jsonl",
+        output_dir=tmp_path / "run",
+        max_steps=1,
+        prompts_per_step=2,
+        num_generations=4,
+        max_completion_length=6,
+        replay_check_steps=1,
+        cfg_weight=2.0,
+    )
     run(config)
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert row["grad_norm"] > 0 and row["rollout/replay_logp_max_abs"] < 1e-4
