@@ -289,6 +289,6 @@ TAGS = [
 COLUMNS = [
     "prompt", "real_image", "image", "images", "qa_problem", "qa_solution", "qa_type", "problem", "solution", "answer",
     "id", "options", "segments", "follow_up", "attributes", "references", "reward_model", "concept", "extra", "text",
-    "target",
+    "target", "choices", "task",
 ]
 # fmt: on
