@@ -13,17 +13,43 @@ from pathlib import Path
 from gpu_process import Part, Step
 
 CHILD = str(Path(__file__).resolve().parent / "gpu_child.py")
-OPS = ("cfg_sample", "linear_grpo_loss", "linear_logp", "prefix_decode_attention", "grpo_loss", "selective_logp",
-       "shared_prefix_attention", "groups")  # fmt: skip
-TESTS = ("triton_ops", "triton_rows", "triton_sample", "triton_decode_attention", "triton_loss",
-         "shared_prefix_attention", "stepping", "devices", "attention_cuda_bookkeeping", "emu3_rollout", "fused_trunk",
-         "lora")  # fmt: skip
+OPS = (
+    "cfg_sample",
+    "linear_grpo_loss",
+    "linear_logp",
+    "prefix_decode_attention",
+    "grpo_loss",
+    "selective_logp",
+    "shared_prefix_attention",
+    "groups",
+)
+TESTS = (
+    "triton_ops",
+    "triton_rows",
+    "triton_sample",
+    "triton_decode_attention",
+    "triton_loss",
+    "shared_prefix_attention",
+    "stepping",
+    "devices",
+    "attention_cuda_bookkeeping",
+    "emu3_rollout",
+    "fused_trunk",
+    "lora",
+)
 """Files with gpu-marked tests, by worth."""
 PRETENDED_TESTS = ("triton_rows", "stepping")
 TABLE = {
-    "linear_large": 50.0, "cfg_sample": 20.0, "cfg_sample_top_p": 20.0, "grpo_loss": 20.0, "selective_logp": 25.0,
-    "mixed": 35.0, "pruned": 25.0, "on_policy": 25.0, "compiled": 60.0,
-}  # fmt: skip
+    "linear_large": 50.0,
+    "cfg_sample": 20.0,
+    "cfg_sample_top_p": 20.0,
+    "grpo_loss": 20.0,
+    "selective_logp": 25.0,
+    "mixed": 35.0,
+    "pruned": 25.0,
+    "on_policy": 25.0,
+    "compiled": 60.0,
+}
 DTYPES = ("bfloat16", "float32")
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 
@@ -31,8 +57,13 @@ INTERPRETED = {"TRITON_INTERPRET": "1"}
 def child(what: str, seconds: float, pretend: bool, *, interpreted: bool = False, waits: bool = True) -> Step:
     """A step of gpu_child.py; in pretence a part of them runs Triton's interpreter."""
     command = (sys.executable, CHILD, what, *(("--pretend",) if pretend else ()))
-    return Step(what.partition("/")[2] or what, command, 90.0 if pretend else seconds,
-                INTERPRETED if pretend and interpreted else {}, waits)  # fmt: skip
+    return Step(
+        what.partition("/")[2] or what,
+        command,
+        90.0 if pretend else seconds,
+        INTERPRETED if pretend and interpreted else {},
+        waits,
+    )
 
 
 def all_parts(pretend: bool, processes: int) -> list[Part]:
@@ -65,10 +96,11 @@ def all_parts(pretend: bool, processes: int) -> list[Part]:
         Part("ops", "The ops beside floors and peers", ops, 150, 60),
         Part("rollout", "Rollouts beside transformers", rollouts, 110, 40),
         Part("step", "Training beside padded rows", steps("step", {"training": 60, "our_step": 50}), 95, 30),
-        Part("tests", "Tests that need a GPU, and compute-sanitizer", (*sanitizer, *tests), 200, 40,
-             together=processes),
+        Part(
+            "tests", "Tests that need a GPU, and compute-sanitizer", (*sanitizer, *tests), 200, 40, together=processes
+        ),
         Part("profile", "Where the time goes", steps("profile", profiles), 80, 45),
-    ]  # fmt: skip
+    ]
 
 
 def chosen(parts: Sequence[Part], only: Sequence[str]) -> list[Part]:

@@ -22,18 +22,66 @@ PEERS = {"cut-cross-entropy": "==25.1.1"}
 """Versions of what only the benchmarks compare with."""
 BUILT = {"deepspeed": {"DS_BUILD_OPS": "0"}}
 """Published as source only: built here, in pure Python."""
-THERE = frozenset((
-    "accelerate", "aiohttp", "click", "einops", "filelock", "fsspec", "httpx", "huggingface-hub", "hypothesis",
-    "jinja2", "joblib", "matplotlib", "msgpack", "ninja", "numpy", "packaging", "pandas", "peft", "pillow",
-    "psutil", "py-cpuinfo", "pyarrow", "pytest", "pytest-xdist", "pyyaml", "regex", "requests", "rich",
-    "safetensors", "scikit-image", "scikit-learn", "scipy", "sentencepiece", "setuptools", "tensorboard",
-    "tokenizers", "torch", "torchaudio", "torchmetrics", "torchvision", "tqdm", "transformers", "triton",
-    "typing-extensions",
-))  # fmt: skip
+THERE = frozenset(
+    (
+        "accelerate",
+        "aiohttp",
+        "click",
+        "einops",
+        "filelock",
+        "fsspec",
+        "httpx",
+        "huggingface-hub",
+        "hypothesis",
+        "jinja2",
+        "joblib",
+        "matplotlib",
+        "msgpack",
+        "ninja",
+        "numpy",
+        "packaging",
+        "pandas",
+        "peft",
+        "pillow",
+        "psutil",
+        "py-cpuinfo",
+        "pyarrow",
+        "pytest",
+        "pytest-xdist",
+        "pyyaml",
+        "regex",
+        "requests",
+        "rich",
+        "safetensors",
+        "scikit-image",
+        "scikit-learn",
+        "scipy",
+        "sentencepiece",
+        "setuptools",
+        "tensorboard",
+        "tokenizers",
+        "torch",
+        "torchaudio",
+        "torchmetrics",
+        "torchvision",
+        "tqdm",
+        "transformers",
+        "triton",
+        "typing-extensions",
+    )
+)
 """What the machine has; never collected."""
 MOST_BYTES = 64 << 20
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64",
-             "manylinux2014_x86_64", "manylinux_2_12_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64")  # fmt: skip
+PLATFORMS = (
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_24_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+    "manylinux_2_12_x86_64",
+    "manylinux2010_x86_64",
+    "manylinux1_x86_64",
+)
 
 
 def normal(name: str) -> str:
@@ -58,9 +106,17 @@ def needs(wheel: Path) -> list[tuple[str, str]]:
     with zipfile.ZipFile(wheel) as archive:
         path = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(path).decode())
-    there = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "sys_platform": "linux", "extra": "",
-             "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix",
-             "implementation_name": "cpython", "platform_python_implementation": "CPython"}  # fmt: skip
+    there = {
+        "python_version": PYTHON,
+        "python_full_version": f"{PYTHON}.0",
+        "sys_platform": "linux",
+        "extra": "",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "os_name": "posix",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+    }
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist") or []]
     return [(normal(r.name), str(r.specifier)) for r in requirements if r.marker is None or r.marker.evaluate(there)]
 
@@ -71,8 +127,20 @@ def command_of(name: str, specifier: str, folder: Path) -> list[str]:
     if name in BUILT:
         return [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), f"{name}{specifier}"]
     tags = [part for platform in PLATFORMS for part in ("--platform", platform)]
-    return [*pip, "download", "--no-deps", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp",
-            *tags, "-d", str(folder), f"{name}{specifier}"]  # fmt: skip
+    return [
+        *pip,
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        PYTHON,
+        "--implementation",
+        "cp",
+        *tags,
+        "-d",
+        str(folder),
+        f"{name}{specifier}",
+    ]
 
 
 def fetched(name: str, specifier: str, folder: Path) -> Path | None:

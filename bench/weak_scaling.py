@@ -105,13 +105,24 @@ def run_once(num_nodes: int, stage: int, network: str, work: Work, model: Path, 
             *("--max_completion_length", "4", "--max_steps", str(work.steps), "--eval_samples", "0"),
             *("--sample_steps", "0", "--checkpointing_steps", str(work.save_every)),
         ]
-        pace = {"SYNCR1_PACE_ROLLOUT": work.rollout, "SYNCR1_PACE_UPDATE": work.update, "SYNCR1_PACE_OUT": out,
-                "SYNCR1_PACE_BYTES": num_bytes}  # fmt: skip
+        pace = {
+            "SYNCR1_PACE_ROLLOUT": work.rollout,
+            "SYNCR1_PACE_UPDATE": work.update,
+            "SYNCR1_PACE_OUT": out,
+            "SYNCR1_PACE_BYTES": num_bytes,
+        }
         quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
         environment = os.environ | quiet | {"GLOO_SOCKET_IFNAME": INTERFACE} | {k: str(v) for k, v in pace.items()}
         started = time.perf_counter()
-        done = subprocess.run(command, cwd=HERE.parent, env=environment, text=True, check=False,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        done = subprocess.run(
+            command,
+            cwd=HERE.parent,
+            env=environment,
+            text=True,
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         if done.returncode:
             raise SystemExit(f"weak_scaling: {num_nodes} nodes ended with {done.returncode}\n{done.stdout[-4000:]}")
         ranks = [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(num_nodes)]
@@ -123,8 +134,13 @@ def read_run(ranks: Sequence[dict[str, Any]], work: Work) -> Run:
     """What the ranks' files say about a step: of rank 0 the time, of all of them the cost.
 
     The first step warms up; steps that end with a checkpoint are apart."""
-    costs = [[{k: after[k] - before[k] for k in before if k != "calls"}
-              for before, after in zip(rank["steps"], rank["steps"][1:], strict=False)] for rank in ranks]  # fmt: skip
+    costs = [
+        [
+            {k: after[k] - before[k] for k in before if k != "calls"}
+            for before, after in zip(rank["steps"], rank["steps"][1:], strict=False)
+        ]
+        for rank in ranks
+    ]
     plain = [step for step in range(1, len(costs[0])) if not work.is_save(step)]
     saves = [step for step in range(1, len(costs[0])) if work.is_save(step)]
 
@@ -182,16 +198,37 @@ def summary(runs: Sequence[Run], num_bytes: int) -> list[dict[str, Any]]:
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """As Markdown."""
-    titles = ("network", "ZeRO", "nodes", "step", "with a save", "efficiency", "expected", "with saves", "collectives",
-              "sent per node", "in collectives", "cores busy")  # fmt: skip
+    titles = (
+        "network",
+        "ZeRO",
+        "nodes",
+        "step",
+        "with a save",
+        "efficiency",
+        "expected",
+        "with saves",
+        "collectives",
+        "sent per node",
+        "in collectives",
+        "cores busy",
+    )
     lines = [f"| {' | '.join(titles)} |", "|---" + "|--:" * (len(titles) - 1) + "|"]
     for r in rows:
         saved = "" if r.get("save_seconds") is None else f"{r['save_seconds']:.2f} s"
         cells = (
-            r["network"], r["zero_stage"], r["nodes"], f"{r['step_seconds']:.2f} s", saved, f"{r['efficiency']:.3f}",
-            f"{r['expected']:.3f}", f"{r['efficiency_with_saves']:.3f}", f"{r['collectives']:.0f}",
-            f"{r['sent_bytes'] / 1e6:.2f} MB", f"{1e3 * r['collective_seconds']:.0f} ms", f"{r['cores_busy']:.0%}",
-        )  # fmt: skip
+            r["network"],
+            r["zero_stage"],
+            r["nodes"],
+            f"{r['step_seconds']:.2f} s",
+            saved,
+            f"{r['efficiency']:.3f}",
+            f"{r['expected']:.3f}",
+            f"{r['efficiency_with_saves']:.3f}",
+            f"{r['collectives']:.0f}",
+            f"{r['sent_bytes'] / 1e6:.2f} MB",
+            f"{1e3 * r['collective_seconds']:.0f} ms",
+            f"{r['cores_busy']:.0%}",
+        )
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(lines)
 
@@ -219,12 +256,21 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             for stage in given.zero_stage:
                 for network, nodes in [(n, s) for s in sizes for n in given.network if s > 1 or n == given.network[0]]:
                     runs.append(run_once(nodes, stage, network, work, Path(name) / "model", num_bytes))
-                    print(f"round {number + 1}: {network}, ZeRO-{stage}, {nodes} nodes: "
-                          f"{runs[-1]['step_seconds']:.2f} s a step", file=sys.stderr, flush=True)  # fmt: skip
+                    print(
+                        f"round {number + 1}: {network}, ZeRO-{stage}, {nodes} nodes: "
+                        f"{runs[-1]['step_seconds']:.2f} s a step",
+                        file=sys.stderr,
+                        flush=True,
+                    )
     rows = summary(runs, num_bytes)
     print(show(rows))
-    described = {"prompts_per_node": work.prompts, "emulated_seconds": work.computing, "steps": work.steps,
-                 "save_every": work.save_every, "gradient_bytes": num_bytes}  # fmt: skip
+    described = {
+        "prompts_per_node": work.prompts,
+        "emulated_seconds": work.computing,
+        "steps": work.steps,
+        "save_every": work.save_every,
+        "gradient_bytes": num_bytes,
+    }
     content = {"environment": environment, "work": described, "rows": rows, "runs": runs}
     content["goals"] = goals(rows, given.quick)
     write(given.out / f"{machine.slug('cpu')}-weak-scaling.json", content)

@@ -255,17 +255,18 @@ def _embed(run_dir: Path, path: Path, alt: str) -> str:
 
 
 def _charts(rows: Rows) -> str:
+    drawn = "".join([*_charts_of_learning(rows), *_charts_of_the_run(rows)])
+    return f'<h2>How training went</h2><div class="charts">{drawn}</div>' if drawn else ""
+
+
+def _charts_of_learning(rows: Rows) -> list[str]:
     names = list(dict.fromkeys(name for row in rows for name in row))
     rewards = {"reward": "total"} | {
         n: n.split("/")[1] for n in names if n.startswith("rewards/") and n.endswith("/mean")
     }
-    tokens = dict(_points(rows, "num_tokens"))
-    saved = dict(_points(rows, "dgs/tokens_saved_fraction"))
-    trained = [(x, count * (1 - saved.get(x, 0.0))) for x, count in tokens.items()]
-    pruned = [(x, count * saved[x]) for x, count in tokens.items() if x in saved]
     tokens_of = {name: _points(rows, f"tokens/{name}") for name in ("text", "image")}
     modal = {name: name for name, points in tokens_of.items() if not points or any(count for _, count in points)}
-    charts = [
+    return [
         line_chart("Reward", _series(rows, rewards), note="Mean over the step's trajectories; higher is better."),
         line_chart(
             "KL to the starting model (nats)",
@@ -296,6 +297,15 @@ def _charts(rows: Rows) -> str:
             from_zero=True,
             note="Groups learn from differences between their members.",
         ),
+    ]
+
+
+def _charts_of_the_run(rows: Rows) -> list[str]:
+    tokens = dict(_points(rows, "num_tokens"))
+    saved = dict(_points(rows, "dgs/tokens_saved_fraction"))
+    trained = [(x, count * (1 - saved.get(x, 0.0))) for x, count in tokens.items()]
+    pruned = [(x, count * saved[x]) for x, count in tokens.items() if x in saved]
+    return [
         stacked_chart(
             "Sampled tokens",
             {"trained on": trained, "pruned": pruned},
@@ -318,8 +328,6 @@ def _charts(rows: Rows) -> str:
             note="The same tokens' log-probabilities, computed twice; near 0 is right.",
         ),
     ]
-    drawn = "".join(charts)
-    return f'<h2>How training went</h2><div class="charts">{drawn}</div>' if drawn else ""
 
 
 def _per_modality(modalities: Mapping[str, str], metric: str) -> dict[str, str]:
