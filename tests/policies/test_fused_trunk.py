@@ -206,7 +206,7 @@ def test_kernels_agree_with_the_plain_decoder(tmp_path: Path) -> None:
     """Outputs and every gradient, float32, in Triton's interpreter; the control knows that Liger's kernels ran."""
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=240,
-        env=environment() | {"TRITON_INTERPRET": "1"},
+        env=environment() | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     results = torch.load(tmp_path / "fused.pt")
