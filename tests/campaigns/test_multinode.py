@@ -1,6 +1,6 @@
 """Runs on several machines: network namespaces with their own addresses, the recipe over a hostfile, a node that dies.
 
-The two-node case runs with the suite; four nodes are `make test-multinode`.
+Two nodes are among `make test-faults`; four are `make test-multinode`.
 """
 
 from __future__ import annotations
