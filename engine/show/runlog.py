@@ -76,7 +76,7 @@ class RunLog:
 
         Args:
             output_dir: where the run should go.
-            config: the recipe's settings, a dataclass of the kind that `settings.py` reads.
+            config: the recipe's settings, a dataclass of the kind that `settings/schema.py` reads.
             resumed: go on in this run's folder instead; `cut` is then to be called before the first step.
         """
         if getattr(config, "resume_from_checkpoint", None) is not None:
