@@ -95,7 +95,7 @@ def write_model_card(
 
 
 def checkpoint_label(folder: str | Path) -> str:
-    """A checkpoint's name without the path to it; `run/checkpoints/last` for one that lies in a run's folder.
+    """A checkpoint's name without the path to it; `run/checkpoints/last` for one in a run's folder.
 
     >>> checkpoint_label("/data/runs/mc/checkpoints/last"), checkpoint_label("/data/Janus-Pro-1B/")
     ('mc/checkpoints/last', 'Janus-Pro-1B')

@@ -49,7 +49,7 @@ def interrupted_run(config: CorlConfig, note: Warn) -> ResumePoint | None:
 
 
 def interrupted_training(config: CorlConfig, note: Warn) -> ResumePoint | None:
-    """Where the training of `config` goes on; one that was cut before its first checkpoint begins anew in the folder
+    """Where the training of `config` goes on; one cut off before its first checkpoint starts again in the folder
     that it has made. Collective."""
     begun = bool(config.resume_from_checkpoint) and (config.output_dir / "config.yaml").is_file()
     return resume_point(config, note) or (ResumePoint(None, config.output_dir) if begun else None)

@@ -1,4 +1,4 @@
-"""The nodes of a run from a hostfile: one agent each, watched from here, all started anew when one is lost.
+"""The nodes of a run from a hostfile: one agent each, watched from here, all restarted when one is lost.
 
     launcher ──ssh──► agent on host 1 ──► torchrun ──► ranks
              └─ssh──► agent on host 2 ──► torchrun ──► ranks
@@ -65,7 +65,7 @@ def run_nodes(
         executors: for each node, what starts its agent there.
         folder: working directory on the nodes.
         environment: variables for what the nodes run.
-        max_restarts: how often all of them start anew at most.
+        max_restarts: how often all of them are restarted at most.
         grace: seconds that a node has to end by itself before it is killed.
         say: takes lines for people.
     """
@@ -169,7 +169,7 @@ def _end_children() -> None:
     for _ in range(100):
         children: list[str] = []
         for task in Path("/proc/self/task").iterdir():
-            with suppress(OSError):  # the thread has just ended; its children are another's now
+            with suppress(OSError):  # the thread has just ended; its children belong to another one
                 children += (task / "children").read_text().split()
         if not children:
             return

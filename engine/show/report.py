@@ -307,7 +307,7 @@ def _charts(rows: Rows) -> str:
             "Previews",
             _series(rows, {"rollout/preview_acceptance": "accepted", "rollout/preview_threshold": "threshold"}),
             from_zero=True,
-            note="Early looks at half-drawn pictures; those below the threshold are drawn anew.",
+            note="Early looks at half-drawn pictures; those below the threshold are drawn again.",
         ),
         line_chart("Loss", _series(rows, {"loss": "loss"}), note="Near 0 by construction: no measure of progress."),
         line_chart("Gradient norm", _series(rows, {"grad_norm": "before clipping"}), from_zero=True),
