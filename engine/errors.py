@@ -147,3 +147,8 @@ def shown(value: object, longest: int = 80) -> str:
     except (RecursionError, ValueError):
         text = f"{type(value).__name__} that is too deep or too long to show"
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def shown_end(code: int) -> str:
+    """How a process ended, in words, by its return code as `subprocess` has it."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..errors import ChatError, EvaluationError
 from ..pictures import ImageRef, open_picture, to_tensor
-from .manifest import write_atomically
+from ..whole_files import write_atomically
 from .store import Item, Key
 from .tasks import IMAGE_METRICS, IMAGE_OF, OF_IMAGES, OF_TEXTS, PUBLISHED, image_task
 

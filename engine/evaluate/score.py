@@ -23,9 +23,10 @@ from ..pictures import open_picture, to_tensor
 from ..records import Rollout
 from ..rewards.judge.attribute_judge import AttributeScorer
 from ..show.scores import TASKS, show_score
+from ..whole_files import write_atomically
 from .graders import Graders, grade
 from .held_out import Scores, score_rollouts, summary
-from .manifest import read_manifest, write_atomically
+from .manifest import read_manifest
 from .measures import mean
 from .store import Item, Store
 from .tasks import PUBLISHED, needs_text

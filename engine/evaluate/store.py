@@ -27,7 +27,8 @@ from torch import Tensor
 from ..errors import EvaluationError
 from ..pictures import ImageRef, open_picture
 from ..records import Prompt
-from .manifest import picture_name, write_atomically
+from ..whole_files import write_atomically
+from .manifest import picture_name
 
 ITEMS, IMAGES, REFERENCES = "items.jsonl", "images", "references"
 Key = tuple[str, int]

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import EXIT_PREEMPTED
+from ..errors import EXIT_PREEMPTED, shown_end
 
 FINAL = (2, EXIT_PREEMPTED)
 """Exit codes after which starting again does not help, or is not wanted."""
@@ -77,17 +77,13 @@ def run_nodes(
         lost, code = _attempt(executors, jobs, grace)
         if code == 0:
             return 0
-        say(f"node {names[lost]} ended with {_in_words(code)}")
+        say(f"node {names[lost]} ended with {shown_end(code)}")
         if code in FINAL:
             return code
         if restarts < max_restarts:
             say(f"starting all {len(names)} nodes again ({restarts + 1} of {max_restarts} restarts)")
     say(f"giving up after {max_restarts} restarts")
     return code if code > 0 else 128 - code
-
-
-def _in_words(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _attempt(executors: Sequence[Sequence[str]], jobs: Sequence[Mapping[str, Any]], grace: float) -> tuple[int, int]:
