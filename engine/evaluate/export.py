@@ -94,8 +94,9 @@ def _export_dpg(items: Sequence[Item], folder: Path, out: Path, model: str, name
     size = count = 0
     for stem, group in chosen.items():
         if len(group) > 4:
-            raise EvaluationError(f"export dpg: a grid holds 4 images of a prompt, got {len(group)}; lower "
-                                  "images_per_prompt")  # fmt: skip
+            raise EvaluationError(
+                f"export dpg: a grid holds 4 images of a prompt, got {len(group)}; lower images_per_prompt"
+            )
         pictures = [open_picture(folder / str(item.drawn)) for item in group]
         size, count = pictures[0].width, len(pictures)
         grid(pictures).save(out / f"{stem}.png")
@@ -118,9 +119,16 @@ def _export_lmms(items: Sequence[Item], folder: Path, out: Path, model: str, nam
     tasks = _answers(items, "lmms_eval", name)
     now = datetime.now(UTC)
     for task, answered in tasks.items():
-        rows = [{"doc_id": number, "resps": [[_said(item)]], "filtered_resps": [_said(item)],
-                 "target": item.prompt.answer or "", "input": item.prompt.text}
-                for number, item in _numbered(answered, "doc_id")]  # fmt: skip
+        rows = [
+            {
+                "doc_id": number,
+                "resps": [[_said(item)]],
+                "filtered_resps": [_said(item)],
+                "target": item.prompt.answer or "",
+                "input": item.prompt.text,
+            }
+            for number, item in _numbered(answered, "doc_id")
+        ]
         log = {
             "args": {"model": model, "model_args": "", "limit": None},
             "model_configs": {"task": task},
@@ -153,8 +161,14 @@ def _vlmevalkit_row(number: int | str, item: Item) -> dict[str, Any]:
     """The data set's own columns where the data have them, then the prediction."""
     letters = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", item.prompt.options, strict=False))
     given = {column: value for column, value in item.prompt.extra.items() if isinstance(value, str | int | float)}
-    return {"index": number, "question": item.prompt.text, **letters, "answer": item.prompt.answer or "", **given,
-            "prediction": _said(item)}  # fmt: skip
+    return {
+        "index": number,
+        "question": item.prompt.text,
+        **letters,
+        "answer": item.prompt.answer or "",
+        **given,
+        "prediction": _said(item),
+    }
 
 
 def _said(item: Item) -> str:

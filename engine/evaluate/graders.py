@@ -113,8 +113,9 @@ class Kept:
                 self.values[row["key"]] = float(row["value"])
                 self.graders.setdefault(row["metric"], set()).add(row["grader"])
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                raise EvaluationError(f"{self._path}, line {number}: cannot be read ({error}); delete the file to "
-                                      "score again") from error  # fmt: skip
+                raise EvaluationError(
+                    f"{self._path}, line {number}: cannot be read ({error}); delete the file to score again"
+                ) from error
         if lines[-1]:
             write_atomically(self._path, b"".join(line + b"\n" for line in lines[:-1]))
 
@@ -123,8 +124,14 @@ class Kept:
         with self._path.open("a", encoding="utf-8") as file:
             for key, item, value in rows:
                 self.values[key] = value
-                row = {"key": key, "metric": metric, "grader": grader, "id": item.prompt.id, "member": item.member,
-                       "value": value}  # fmt: skip
+                row = {
+                    "key": key,
+                    "metric": metric,
+                    "grader": grader,
+                    "id": item.prompt.id,
+                    "member": item.member,
+                    "value": value,
+                }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -207,8 +214,10 @@ def _clip_t(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -
 
 def _clip_i(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -> Found:
     photos = {item.key: item.prompt.references[: graders.clip_references or None] for item in items}
-    keys = {item.key: key_of("clip_i", graders.clip_name, item.digest, *(photo.name for photo in photos[item.key]))
-            for item in items}  # fmt: skip
+    keys = {
+        item.key: key_of("clip_i", graders.clip_name, item.digest, *(photo.name for photo in photos[item.key]))
+        for item in items
+    }
     for part in _parts([item for item in items if keys[item.key] not in kept.values]):
         assert graders.clip is not None
         shown = [[folder / str(photo) for photo in photos[item.key]] for item in part]
@@ -273,8 +282,9 @@ def _judge(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) ->
 
 
 def _clauses(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -> Found:
-    asked = [(item, CLAUSE_QUESTION.format(clause=clause))
-             for item in items for clause in clauses_of(scored_text(item))]  # fmt: skip
+    asked = [
+        (item, CLAUSE_QUESTION.format(clause=clause)) for item in items for clause in clauses_of(scored_text(item))
+    ]
     verdicts = _ask("clauses", asked, (0.0, 1.0), folder, graders, kept)
     by_item: dict[Key, list[float | None]] = {item.key: [] for item in items}
     for (item, _), value in zip(asked, verdicts, strict=True):
@@ -288,8 +298,14 @@ def _mean_of_all(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _ask(metric: str, asked: Sequence[tuple[Item, str]], allowed: Sequence[float], images: Path | None,
-         graders: Graders, kept: Kept) -> list[float | None]:  # fmt: skip
+def _ask(
+    metric: str,
+    asked: Sequence[tuple[Item, str]],
+    allowed: Sequence[float],
+    images: Path | None,
+    graders: Graders,
+    kept: Kept,
+) -> list[float | None]:
     """A verdict per question, about the items' images when their folder is given; what is kept is not asked."""
     keys = [key_of(metric, graders.judge_name, question, item.digest if images else "") for item, question in asked]
     new = {key: entry for key, entry in zip(keys, asked, strict=True) if key not in kept.values}

@@ -106,8 +106,9 @@ def read_complete(folder: Path) -> list[Item]:
     for item in items:
         members[item.prompt.id] = members.get(item.prompt.id, 0) + 1
     each = manifest["sampling"]["images_per_prompt"]
-    whole = {item.prompt.id for item in items
-             if members[item.prompt.id] == (each if "image" in item.prompt.segments else 1)}  # fmt: skip
+    whole = {
+        item.prompt.id for item in items if members[item.prompt.id] == (each if "image" in item.prompt.segments else 1)
+    }
     wanted = sum(manifest["data"]["items"].values())
     if len(whole) < wanted:
         raise EvaluationError(f"{folder}: has {len(whole)} of {wanted} items; run --stage generate again: it goes on")
@@ -138,8 +139,10 @@ def read_items(items: Sequence[Item], folder: Path, *, with_images: bool) -> tup
 
 
 def _as_json(result: Result) -> str:
-    finite = {task: {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-              for task, metrics in result.scores.items()}  # fmt: skip
+    finite = {
+        task: {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        for task, metrics in result.scores.items()
+    }
     contents = {"scores": finite, "summary": result.summary, "left_out": result.left_out}
     return json.dumps(contents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -72,8 +72,12 @@ class Memory:
 
     def lines(self) -> list[str]:
         """For people."""
-        moments = (("", self.lasting), ("rollout: ", self.rollout), ("backward: ", self.backward),
-                   ("update: ", self.update))  # fmt: skip
+        moments = (
+            ("", self.lasting),
+            ("rollout: ", self.rollout),
+            ("backward: ", self.backward),
+            ("update: ", self.update),
+        )
         parts = [(f"{when}{what}", size) for when, items in moments for what, size in items.items() if size]
         return [f"{_sized(size)}  {what}" for what, size in (*parts, ("in all, at the worst moment", self.peak()))]
 
@@ -172,8 +176,9 @@ def _rollout(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> 
     found = {"keys and values": policy.cache_shape().num_bytes(columns), "pictures": 0}
     if images:
         with torch.no_grad(), PeakBytes() as peak:
-            policy.draw(torch.zeros(min(DRAWN_AT_ONCE, images * G), policy.num_image_tokens, dtype=torch.long,
-                                    device="meta"))  # fmt: skip
+            policy.draw(
+                torch.zeros(min(DRAWN_AT_ONCE, images * G), policy.num_image_tokens, dtype=torch.long, device="meta")
+            )
         found["pictures"] = peak.peak
     return found
 
@@ -181,8 +186,9 @@ def _rollout(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> 
 def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], world_size: int) -> dict[str, int]:
     sizes, prefixes = _sizes(config, policy, prompts)
     G = config.num_generations
-    groups = [prefix * (1 if config.share_prefix else G) + G * own
-              for prefix, own in zip(prefixes, sizes.own, strict=True)]  # fmt: skip
+    groups = [
+        prefix * (1 if config.share_prefix else G) + G * own for prefix, own in zip(prefixes, sizes.own, strict=True)
+    ]
     num_tokens = max(min(config.max_tokens_per_microbatch, sum(groups)), max(groups))
     trained, item = _num_trained(policy), 2 if config.bf16 else 4
     partial = sum(groups) > num_tokens or config.zero_stage >= 2
@@ -195,13 +201,13 @@ def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], wo
     logits = min(min(num_tokens, CHUNK_ROWS[1]) * widest, at_most) * item
     return {
         "DeepSpeed's buffer of gradients": item * bucket_size(trained) if config.zero_stage in (1, 2) else 0,
-        "gradients of other micro-batches": partial * item * (
-            _share(trained, config, world_size) if config.zero_stage >= 2 else trained
-        ),
+        "gradients of other micro-batches": partial
+        * item
+        * (_share(trained, config, world_size) if config.zero_stage >= 2 else trained),
         "gradients of the heads": sum(4 * weight.numel() for weight in weights if weight.requires_grad),
         "activations of a micro-batch": saved,
         "the backward's own, or a chunk of logits": max(peak - saved, logits),
-    }  # fmt: skip
+    }
 
 
 def _activations(policy: Policy, num_tokens: int, *, gradients_apart: bool) -> tuple[int, int]:

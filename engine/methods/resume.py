@@ -45,16 +45,20 @@ from ..processes.group import place
 from ..settings.schema import to_yaml
 from ..settings.train_config import TrainConfig
 
-FREE = frozenset({
-    *("max_steps", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "save_total_limit", "dry_run"),
-    *("eval_samples", "eval_cfg_weight", "report_to", "logging_steps", "replay_check_steps", "sample_steps"),
-    *("nodes", "ranks_per_node", "hostfile", "launcher", "max_restarts"),
-    *("reward_timeout", "stage_timeout", "shutdown_timeout", "max_skipped_updates", "judge_url", "judge_key_env"),
-})  # fmt: skip
+FREE = frozenset(
+    {
+        *("max_steps", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "save_total_limit", "dry_run"),
+        *("eval_samples", "eval_cfg_weight", "report_to", "logging_steps", "replay_check_steps", "sample_steps"),
+        *("nodes", "ranks_per_node", "hostfile", "launcher", "max_restarts"),
+        *("reward_timeout", "stage_timeout", "shutdown_timeout", "max_skipped_updates", "judge_url", "judge_key_env"),
+    }
+)
 """Settings that may differ from those of the checkpoint."""
-ROUNDING = frozenset({
-    *("max_tokens_per_microbatch", "gradient_checkpointing", "use_liger_kernel", "cuda_graphs", "compile_decode"),
-})  # fmt: skip
+ROUNDING = frozenset(
+    {
+        *("max_tokens_per_microbatch", "gradient_checkpointing", "use_liger_kernel", "cuda_graphs", "compile_decode"),
+    }
+)
 """These may differ as well, but other rounding makes the resumed run another one than the uninterrupted."""
 OPTIMIZER, RANDOM = "optimizer/", "random/"
 Made = TypeVar("Made")

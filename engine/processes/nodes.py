@@ -29,8 +29,10 @@ FINAL = (2, EXIT_PREEMPTED)
 """Exit codes after which starting again does not help, or is not wanted."""
 _SUBREAPER, _PDEATHSIG = 36, 1  # of linux/prctl.h
 
-_PASSED = ("OMP_", "GOMP_", "MKL_", "NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "PYTORCH_",
-           "CUDA_", "DS_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "SYNCR1_")  # fmt: skip
+_PASSED = (
+    *("OMP_", "GOMP_", "MKL_", "NCCL_", "GLOO_", "UCX_", "FI_", "CUDA_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_"),
+    *("TRITON_", "DS_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "SYNCR1_"),
+)
 _NAMED = ("PYTHONPATH", "LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _KEPT_HERE = ("CUDA_VISIBLE_DEVICES", "SYNCR1_HOSTFILE")
 """What is true of one machine only."""
@@ -137,9 +139,12 @@ def agent() -> int:
         libc.prctl(_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
     child = subprocess.Popen(
-        job["command"], cwd=job["folder"], env={**os.environ, **job["environment"]},
-        stdin=subprocess.DEVNULL, preexec_fn=follow_parent,
-    )  # fmt: skip
+        job["command"],
+        cwd=job["folder"],
+        env={**os.environ, **job["environment"]},
+        stdin=subprocess.DEVNULL,
+        preexec_fn=follow_parent,
+    )
 
     def stop_with_launcher() -> None:
         while sys.stdin.buffer.read(1 << 16):

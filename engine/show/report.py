@@ -254,17 +254,24 @@ def _embed(run_dir: Path, path: Path, alt: str) -> str:
     return f'<img{pixels} alt="{escape(alt, quote=True)}" src="data:image/{kind};base64,{data}">'
 
 
+CLIPPED = {"clip_ratio/region_mean": "all", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}
+SPREAD = {"reward_std": "reward's standard deviation", "frac_reward_zero_std": "share of groups without any"}
+
+
+def _modalities(rows: Rows) -> dict[str, str]:
+    """The kinds of tokens that the run sampled, as far as it says."""
+    tokens_of = {name: _points(rows, f"tokens/{name}") for name in ("text", "image")}
+    return {name: name for name, points in tokens_of.items() if not points or any(count for _, count in points)}
+
+
 def _charts(rows: Rows) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    rewards = {"reward": "total"} | {
-        n: n.split("/")[1] for n in names if n.startswith("rewards/") and n.endswith("/mean")
-    }
+    parts = dict.fromkeys(n for row in rows for n in row if n.startswith("rewards/") and n.endswith("/mean"))
+    rewards = {"reward": "total"} | {name: name.split("/")[1] for name in parts}
     tokens = dict(_points(rows, "num_tokens"))
     saved = dict(_points(rows, "dgs/tokens_saved_fraction"))
     trained = [(x, count * (1 - saved.get(x, 0.0))) for x, count in tokens.items()]
     pruned = [(x, count * saved[x]) for x, count in tokens.items() if x in saved]
-    tokens_of = {name: _points(rows, f"tokens/{name}") for name in ("text", "image")}
-    modal = {name: name for name, points in tokens_of.items() if not points or any(count for _, count in points)}
+    modal = _modalities(rows)
     charts = [
         line_chart("Reward", _series(rows, rewards), note="Mean over the step's trajectories; higher is better."),
         line_chart(
@@ -281,18 +288,13 @@ def _charts(rows: Rows) -> str:
         ),
         line_chart(
             "Clipped tokens",
-            _series(
-                rows, {"clip_ratio/region_mean": "all", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}
-            ),
+            _series(rows, CLIPPED),
             from_zero=True,
             note="Share of tokens whose change was cut off; always 0 with one update per rollout.",
         ),
         line_chart(
             "Spread within groups",
-            _series(
-                rows,
-                {"reward_std": "reward's standard deviation", "frac_reward_zero_std": "share of groups without any"},
-            ),
+            _series(rows, SPREAD),
             from_zero=True,
             note="Groups learn from differences between their members.",
         ),
