@@ -37,7 +37,7 @@ def find_tool(name: str) -> str | None:
 
 
 def build_native(build_dir: Path, output_dir: Path) -> str | None:
-    """Runs CMake; returns None when the library lies in `output_dir`, else the reason in a few words."""
+    """Runs CMake; returns None when the library is in `output_dir`, else the reason in a few words."""
     cmake = find_tool("cmake")
     if cmake is None:
         return "cmake was not found"

@@ -3,7 +3,7 @@
 A run here takes seconds to minutes, so the warm-up is a short one, and a sample is a single run.  CPU seconds of the
 process stand beside wall time: where other programs run too, they are the better comparison.
 
-On a CPU the allocator keeps what is freed, for all sides: else the kernel hands out zeroed pages anew for every copy
+On a CPU the allocator keeps what is freed, for all sides: else the kernel hands out zeroed pages again for every copy
 that a growing cache makes, which is 40 % of a transformers rollout's CPU time and no fault of the method (measured: 10
 of 25 s).  Peak memory is measured in a process of its own without this (memory.py says how), by the same script with
 `--probe case/provider`.

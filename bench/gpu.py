@@ -9,7 +9,7 @@
 
 It needs torch and triton; PYTHONPATH is set for every step, nothing of ours is installed.  gpu_parts.py lists the parts
 by their worth; each step is a process with a limit of its own, so that one which hangs, raises or finds no module takes
-nothing else along.  Files are written anew after every step, so a run that is killed leaves what it knows.
+nothing else along.  Files are rewritten after every step, so a run that is killed leaves what it knows.
 
 Exit code: 0 when every step came to its end and no check was wrong; 1 else, after everything else ran; goals that were
 missed are on the page and change nothing.  2: nothing was started (no GPU, a wrong argument); 130, 143: by a signal.

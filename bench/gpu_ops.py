@@ -53,7 +53,7 @@ def measure(report: Report, name: str, device: str, quick: bool, compiled: bool)
         chosen=chosen,
         quick=quick,
         so_far=so_far,
-        modes=("hot",) if compiled else None,  # each mode compiles anew
+        modes=("hot",) if compiled else None,  # each mode compiles again
     )
     so_far(result, skipped)
     print(table.show(case.title, result, skipped), flush=True)

@@ -1,4 +1,4 @@
-"""What a run of `bench/gpu.py` found: one JSON file, one page and one log, written anew after every step.
+"""What a run of `bench/gpu.py` found: one JSON file, one page and one log, rewritten after every step.
 
 The page says goal by goal whether it is met, then what did not run and why, then what was wrong, then the numbers.
 Nothing here imports torch.

@@ -1,6 +1,6 @@
 """One step of unified RL as ULM-R1's released trainer takes it, with transformers alone: the peer of our whole step.
 
-Written anew from what that trainer does (arXiv 2505.17534; its repository at 82837cb); none of its code is here.  As
+Rewritten from what that trainer does (arXiv 2505.17534; its repository at 82837cb); none of its code is here.  As
 released:
 
 - text: the photo is encoded once per prompt, then `generate` repeats the prompt G times *before* prefill;

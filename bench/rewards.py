@@ -5,7 +5,7 @@
     python bench/rewards.py --quick --out /tmp/x  tiny models: shows that everything runs
 
 32 drawings of 384 x 384 pixels, G = 8 for each of 4 prompts and their 4 photographs; random weights, so every caption
-has as many tokens as are allowed. The released code takes LPIPS image by image, the photograph's features anew each
+has as many tokens as are allowed. The released code takes LPIPS image by image, the photograph's features again each
 time, and captions and matches the drawings of one prompt at a time; `per image` does all three image by image.
 
 Floor. Of the products that nobody can leave out, batching saves two things. The photographs' features once instead of

@@ -37,7 +37,7 @@ class ConfigError(Refused):
 
     @classmethod
     def of(cls, problems: list[str]) -> ConfigError:
-        """One error for all `problems`, so that nobody mends them one run at a time."""
+        """One error for all `problems`, so that nobody has to fix them one run at a time."""
         return cls("\n".join(problems))
 
 
@@ -91,7 +91,7 @@ class ChatError(RuntimeError):
 
     @property
     def permanent(self) -> bool:
-        """The server refuses such requests: a wrong key, address or model does not mend itself."""
+        """The server refuses such requests: a retry does not help with a wrong key, address or model."""
         return self.status is not None and 300 <= self.status < 500 and not self.again
 
 
@@ -111,7 +111,7 @@ class RunEnded(Exception):
 
 
 class Preempted(RunEnded):
-    """The machine is wanted back: all is saved, and the run goes on where it is started again."""
+    """The scheduler wants the machine back: all is saved, and the run continues once it is started again."""
 
     code = EXIT_PREEMPTED
 
@@ -121,7 +121,7 @@ class Preempted(RunEnded):
 
 
 class RankFailed(RunEnded):
-    """Another rank is gone or failed, so that this one has nobody to go on with."""
+    """Another rank is gone or failed, so that this one cannot continue."""
 
 
 class NotFinite(RunEnded):
@@ -147,3 +147,8 @@ def shown(value: object, longest: int = 80) -> str:
     except (RecursionError, ValueError):
         text = f"{type(value).__name__} that is too deep or too long to show"
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def shown_end(code: int) -> str:
+    """How a process ended, in words, by its return code as `subprocess` has it."""
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -24,9 +24,19 @@ text.pre_tokenizer = pre_tokenizers.Split("", "isolated")
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=text, pad_token="<pad>", eos_token="</s>")
 model = LlamaForCausalLM(LlamaConfig(vocab_size=10, hidden_size=32, intermediate_size=64, num_hidden_layers=2))
 prompts = Dataset.from_dict({"prompt": ["abc", "fgh", "dea", "hhb"] * 16})
-config = GRPOConfig("runs/grpo_trl", max_steps=20, per_device_train_batch_size=16, max_completion_length=12,
-                    learning_rate=1e-2, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
-                    use_cpu=True, bf16=False)  # fmt: skip
+config = GRPOConfig(
+    "runs/grpo_trl",
+    max_steps=20,
+    per_device_train_batch_size=16,
+    max_completion_length=12,
+    learning_rate=1e-2,
+    logging_steps=1,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+    use_cpu=True,
+    bf16=False,
+)
 
 patch = patch_grpo_trainer()  # the only line that plain TRL does not have
 trainer = GRPOTrainer(model, share_of_a, config, prompts, processing_class=tokenizer)

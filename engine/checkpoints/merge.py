@@ -60,7 +60,7 @@ class Source:
     name: str
     """Its folder, without the path that leads there."""
     sha256: dict[str, str]
-    """Weight file -> hash, by which it is known again wherever it lies."""
+    """Weight file -> hash, which identifies it wherever it is stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,10 +188,10 @@ def _check_arguments(models: Sequence[str | Path], method: str, width: float) ->
 
 
 def _folder(source: str | Path) -> Path:
-    """Where a checkpoint lies; a hub name is fetched to the hub's cache, without pickles and code."""
+    """The folder of a checkpoint; a hub name is fetched to the hub's cache, without pickles and code."""
     if Path(source).is_dir() or not is_hub_name(source):
         return Path(source)
-    from huggingface_hub import snapshot_download  # transformers brings it; a merge of folders does without
+    from huggingface_hub import snapshot_download  # comes with transformers; merging folders does not need it
 
     return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", *(f"*{s}" for s in COPIED_SUFFIXES)]))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..show.scores import Scores, measures_in, score_rows, show_change, show_score
+from ..whole_files import write_atomically
 
 CARD = "README.md"
 REDACTED = "[redacted]"
@@ -88,14 +89,12 @@ def write_model_card(
     body = "\n\n".join(section for section in sections if section)
     text = f"---\n{matter}\n---\n\n{body}\n"
     path = folder / CARD
-    beside = folder / f"{CARD}.partial"
-    beside.write_text(redact(text), encoding="utf-8")
-    os.replace(beside, path)
+    write_atomically(path, redact(text))
     return path
 
 
 def checkpoint_label(folder: str | Path) -> str:
-    """A checkpoint's name without the path to it; `run/checkpoints/last` for one that lies in a run's folder.
+    """A checkpoint's name without the path to it; `run/checkpoints/last` for one in a run's folder.
 
     >>> checkpoint_label("/data/runs/mc/checkpoints/last"), checkpoint_label("/data/Janus-Pro-1B/")
     ('mc/checkpoints/last', 'Janus-Pro-1B')

@@ -81,7 +81,7 @@ class MappedCheckpoint:
         self.folder = Path(folder)
         self.files = _weight_files(self.folder)
         self.tensors: dict[str, TensorInfo] = {}
-        """In the order in which they lie on disk."""
+        """In their order on disk."""
         self._opened: dict[str, Any] = {}
         for file, expected in self.files.items():
             try:
@@ -156,7 +156,7 @@ class SafetensorsWriter:
     """Writes a checkpoint of any size with one piece of one tensor in memory; use it as a context manager.
 
         with SafetensorsWriter(folder, infos) as writer:
-            for info in writer.tensors:      # the order in which they lie on disk
+            for info in writer.tensors:      # their order on disk
                 for piece in ...:
                     writer.write(info.name, piece)
 
@@ -308,7 +308,7 @@ def _shard_names(count: int) -> list[str]:
 
 
 def header_of(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """What stands before the data of `tensors`, which follow in this order without gaps; see `SafetensorsWriter`."""
+    """What comes before the data of `tensors`, which follow in this order without gaps; see `SafetensorsWriter`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     start = 0
     for info in tensors:

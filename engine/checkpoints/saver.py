@@ -1,7 +1,7 @@
 """Saving beside the training: one job at a time, in a thread of this rank.
 
-The thread has a process group of its own.  Two threads' collectives over one group would meet in another order on every
-rank.  The other ranks' threads answer it whatever their trainings do, so a save that was begun comes to its end even
+The thread has a process group of its own.  Two threads' collectives over one group would meet in other orders on every
+rank.  The other ranks' threads answer it whatever their trainings do, so a save that has begun is finished even
 while a training fails.
 """
 

@@ -7,7 +7,7 @@
         manifest.json           size and SHA-256 of both, and of itself
       latest                    the newest one's name, for people and scripts; nothing here depends on it
 
-A save goes to a draft folder beside: every file is written and fsynced, the manifest last, the draft fsynced, renamed
+A save goes to a draft folder first: every file is written and fsynced, the manifest last, the draft fsynced, renamed
 in one step, and the parent fsynced; only then does `latest` change, the same way, and only then are old ones removed.
 Whatever is read was checked against its SHA-256 first.  A damaged checkpoint is passed over with a warning for the
 newest whole one.  No file holds a pickle: reading one runs no code.
@@ -66,7 +66,7 @@ class Checkpoint:
         """What `rank` saved, on the CPU."""
         try:
             with safe_open(self.folder / shard_name(rank), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{self.folder / shard_name(rank)}: not a complete safetensors file ({error})"
@@ -115,7 +115,7 @@ def save(
 
 def _begin(root: Path, draft: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    for name in ("step_*", LATEST):  # by a run that was killed while it saved
+    for name in ("step_*", LATEST):  # left by a run that was killed while saving
         for left in root.glob(_DRAFT + name):
             _remove(left)
     draft.mkdir()
@@ -178,7 +178,7 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk once its folder is."""
+    """A rename is durable once its folder is synced."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(file)
@@ -187,7 +187,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """All that other code has written below `folder` is on the disk when this returns."""
+    """Syncs all that other code has written below `folder` to the disk."""
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
             _sync_folder(path)
@@ -222,9 +222,9 @@ def verified(folder: Path) -> Checkpoint:
 
 
 def set_aside(root: Path, after: int) -> list[Path]:
-    """Renames checkpoints newer than step `after` so that they are not taken for the newest; what they are now called.
+    """Renames checkpoints newer than step `after` so that none is mistaken for the newest; returns their new names.
 
-    They are damaged, or of a course that the run no longer follows.  For one rank."""
+    They are damaged, or belong to steps that the run has left.  For one rank."""
     renamed = []
     for folder in folders(root):
         if int(folder.name.removeprefix("step_")) > after:

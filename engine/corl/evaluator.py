@@ -1,6 +1,6 @@
 """What is measured of held-out drawings and answers, with the run's own rewards and readers of attributes.
 
-`mcq` and `oe` are scored by the paper's binary accuracy, and by how often the form is kept; drawings by the attributes
+`mcq` and `oe` are scored by the paper's binary accuracy, and by how often the form is right; drawings by the attributes
 that they show, where the data says which are right, and by every image reward.
 """
 

@@ -15,6 +15,7 @@ from ..checkpoints.sharded import Warn, agreed, everywhere
 from ..errors import CheckpointError, ConfigError
 from ..methods.resume import FREE, ResumePoint, check_settings, numbered, resume_point
 from ..processes.group import place
+from ..whole_files import write_atomically
 from .config import CorlConfig
 
 FINISHED = "finished.json"
@@ -49,7 +50,7 @@ def interrupted_run(config: CorlConfig, note: Warn) -> ResumePoint | None:
 
 
 def interrupted_training(config: CorlConfig, note: Warn) -> ResumePoint | None:
-    """Where the training of `config` goes on; one that was cut before its first checkpoint begins anew in the folder
+    """Where the training of `config` goes on; one cut off before its first checkpoint starts again in the folder
     that it has made. Collective."""
     begun = bool(config.resume_from_checkpoint) and (config.output_dir / "config.yaml").is_file()
     return resume_point(config, note) or (ResumePoint(None, config.output_dir) if begun else None)
@@ -64,11 +65,10 @@ def mark_finished(folder: Path, steps: int) -> None:
     """Says that a training came to its end and its model is saved. Collective."""
 
     def write() -> None:
-        draft = folder / f"{FINISHED}.tmp"
-        draft.write_text(json.dumps({"steps": steps}) + "\n", "utf-8")
-        draft.replace(folder / FINISHED)
+        if place()[0] == 0:
+            write_atomically(folder / FINISHED, json.dumps({"steps": steps}) + "\n")
 
-    agreed(lambda: write() if place()[0] == 0 else None, f"finishing {folder}")
+    agreed(write, f"finishing {folder}")
 
 
 def is_finished(folder: Path) -> bool:

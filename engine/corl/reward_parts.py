@@ -42,7 +42,7 @@ SEGMENTS: Mapping[Training, tuple[SegmentKind, ...]] = {
     "mcq": ("text",),
     "oe": ("text",),
 }
-"""What a training produces; a reward of one's own that does not say what it judges is for the first."""
+"""What a training produces; a user's reward that does not say what it judges counts for the first."""
 EMBEDDED = "world"
 """Value of `captioner` and `spice_parser` that means the rendered world's own."""
 
@@ -149,7 +149,7 @@ class RewardParts:
 
     def _captioner(self) -> Captioner:
         name = self.config.captioner
-        if name == "policy":  # a copy of its own: rewards run at the same time, and decoding rearranges a policy
+        if name == "policy":  # its own copy: rewards run at the same time, and decoding rearranges a policy
             return PolicyCaptioner(self.frozen.frozen_copy())
         folder = captioner_folder(self.report) if name == EMBEDDED else name
         return BlipCaptioner.from_pretrained(folder, device=self.device)

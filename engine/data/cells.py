@@ -4,10 +4,10 @@ A picture column holds encoded files: Hugging Face's `{bytes, path}`, plain bina
 one, and how many, is told by the `path` leaves, validity bits and statistics; the bytes stay on disk until somebody
 opens the picture. `datasets` would first write a second copy of the data.
 
-What a picture costs: in a folder that `datasets` saved, its own bytes. In parquet the page that it lies in, which
+What a picture costs: in a folder that `datasets` saved, its own bytes. In parquet, the page that it is in, which
 pyarrow makes of up to 1024 rows of a row group whatever they weigh: 0.1 s and 50 MB for half-megabyte pictures in row
 groups of 100, as `datasets` writes them, but seconds and gigabytes where somebody wrote them as a single group; such
-files are better written anew with row_group_size=100.
+files are better rewritten with row_group_size=100.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def parquet_part(path: Path, root: Path, stamp: str) -> Part:
             for name, many in pictures.items()
         }
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as parquet ({error}); write it anew") from error
+        raise DataError(f"{path}: not readable as parquet ({error}); write it again") from error
     rows = [{name: value for name, value in row.items() if name not in pictures} for row in read]
     lists = frozenset(name for name, many in pictures.items() if many)
     return Part(path.name, stamp, root, tuple(schema.names), rows, counts=counts, lists=lists, cells=cells)

@@ -1,4 +1,4 @@
-"""The order of Sync-R1's prompts: shuffled anew each epoch and mixed by task, anchors among them."""
+"""The order of Sync-R1's prompts: reshuffled each epoch and mixed by task, anchors among them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DRAWING_TASKS = ("pure_gen", "dense_gen")
 
 
 class Mixture:
-    """Every task has its share of the steps, and is shuffled anew whenever all of it has come."""
+    """Every task has its share of the steps, and is reshuffled once all of it has been used."""
 
     kinds_dealt_out = True
 

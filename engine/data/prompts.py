@@ -100,7 +100,7 @@ def _answers(questions: Sequence[Asked], where: str, **more: Any) -> list[Prompt
 
 
 def _drawings(requests: Requests, where: str, segments: tuple[SegmentKind, ...], **more: Any) -> list[Prompt]:
-    """What is drawn, at once or behind a description of it.
+    """Drawings, made at once or after a description of them.
 
     Where it is known what the image must show, the description is those values in their order (`round red crown …`),
     which can be scored word by word; else it is the explicit prompt.

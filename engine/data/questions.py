@@ -26,7 +26,7 @@ LONGER_FORM = "a concise answer"
 MAX_WORDS = 3
 
 OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*)$", re.MULTILINE)
-"""White space at the end is the caller's to cut off: a lazy star before it takes quadratic time."""
+"""The caller strips white space at the end: a lazy star before it would take quadratic time."""
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 ANSWER_END = re.compile("</answer>", re.IGNORECASE)
 LETTER = re.compile(r"\(?([A-Za-z])[.):]?")
@@ -99,7 +99,7 @@ def answer_of(value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"column {column!r} must be one answer, text or a number, got {shown(value)}")
     ends = [found.end() for found in ANSWER_END.finditer(value)]
-    # Openings behind the last end would each be followed to the end of the text, in vain.
+    # Each opening after the last end would be searched to the end of the text for nothing.
     tagged = ANSWER_TAG.findall(value[: ends[-1]]) if ends else []
     return text_of(tagged[-1] if tagged else value, column)
 

@@ -32,7 +32,7 @@ OWN_COLUMNS = frozenset(item.name for item in fields(Prompt)) | {"prompt", "imag
 
 @contextmanager
 def at(table: Table, index: int) -> Iterator[None]:
-    """Puts source and row in front of a DataError that is raised within."""
+    """Puts source and row in front of a DataError that is raised inside."""
     try:
         yield
     except DataError as error:

@@ -226,7 +226,7 @@ def _asking(
 
 
 def _problem(value: Any, column: str, picture: ImageRef | None) -> str:
-    """The question without the sign for its picture, which comes before it anyway."""
+    """The question without the marker of its picture, which comes before it anyway."""
     text = text_of(value, column)
     if picture is not None:
         return text_of(PLACEHOLDER.sub("", text), column)

@@ -1,6 +1,6 @@
 """The stream that a run draws its prompts from: step by step, split over ranks, resumable.
 
-Which prompts come next an *order* says: `Shuffled`, here, takes whole samples (CoRL); `Mixture` mixes tasks (Sync-R1).
+An *order* says which prompts come next: `Shuffled`, here, takes whole samples (CoRL); `Mixture` mixes tasks (Sync-R1).
 
 Dims: N samples.
 """
@@ -25,7 +25,7 @@ class Order(Protocol):
     samples: Sequence[Sample]
     """All that can come."""
     fingerprint: str
-    """Of what the prompts say: a state fits no other ones."""
+    """Of what the prompts say: a saved state fits only these."""
     kinds_dealt_out: bool
     """Ranks get as many drawings and as many answers as each other, where a step has them."""
 
@@ -165,7 +165,7 @@ class Shuffled:
 
 
 def _fingerprint(samples: Sequence[Sample]) -> str:
-    """Of what the prompts say. Not of where pictures lie: a folder may have moved."""
+    """Of what the prompts say. Not of where pictures are: a folder may have moved."""
     digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
         for prompt in sample:

@@ -171,7 +171,7 @@ def _json_part(path: Path, root: Path) -> Part:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text ({error}); write it anew") from error
+        raise DataError(f"{path}: not readable as UTF-8 text ({error}); rewrite it in UTF-8") from error
     if path.suffix == ".json" and text.lstrip()[:1] == "[":
         found = list(enumerate(_parsed(text, str(path))))
         unit = "entry"
@@ -203,7 +203,7 @@ def _saved(folder: Path, split: str, root: Path) -> Part:
     try:
         found = load_from_disk(str(folder))
     except Exception as error:  # pyarrow's, json's and its own, by what is broken
-        raise DataError(f"{folder}: not readable as a saved data set ({error}); save it anew") from error
+        raise DataError(f"{folder}: not readable as a saved data set ({error}); save it again") from error
     splits = found if isinstance(found, DatasetDict) else {str(found.split or split): found}
     if split not in splits:
         raise DataError(f"{folder}: has no split {split!r}; it has {sorted(map(str, splits))}")

@@ -106,7 +106,7 @@ def read_concepts(root: Path, split: Split, *, identities: bool = False) -> list
 
 
 def read_general(root: Path, split: Split) -> tuple[list[Asked], Requests]:
-    """Questions about pictures of nobody in particular, and captions to draw: `general/<split>/{vqa,captions}.json`."""
+    """Questions about pictures that show no concept, and captions to draw: `general/<split>/{vqa,captions}.json`."""
     folder = root / "general" / split
     asked, shows = questions(root, folder / "vqa.json"), picture_attributes(folder)
     requests = [Request(said, said, shows.get(name)) for said, name in captions(folder / "captions.json")]

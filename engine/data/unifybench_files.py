@@ -39,7 +39,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise DataError(f"{path}: missing; a UnifyBench++ folder has it") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); write it anew as UTF-8 JSON") from error
+        raise DataError(f"{path}: not readable as JSON ({error}); rewrite it as UTF-8 JSON") from error
 
 
 def inside(root: Path, path: Path, named_by: str) -> Path:

@@ -31,7 +31,7 @@ from PIL import Image
 from ..errors import EvaluationError
 from ..pictures import open_picture
 from ..rewards.builtin.tags import answer_of
-from .manifest import write_atomically
+from ..whole_files import write_atomically
 from .store import Item
 
 Kind = Literal["geneval", "dpg", "lmms_eval", "vlmevalkit"]

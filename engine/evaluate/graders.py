@@ -10,7 +10,7 @@ texts, pixels): an interrupted scoring goes on where it stopped, and nothing is 
 | judge | 0, .5 or 1: does the answer say what the ground truth says? for rewritten prompts: do both ask for the same? |
 | clauses | share of the explicit prompt's comma clauses that the image shows, each judged 0 or 1 |
 
-Source: UnifyBench++ (`evaluation/scorers/gpt_scorer.py`, `evaluation/tasks.py`); written anew, with other wordings.
+Source: UnifyBench++ (`evaluation/scorers/gpt_scorer.py`, `evaluation/tasks.py`); rewritten, with other wordings.
 
 Dims: n items, D features.
 """
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..errors import ChatError, EvaluationError
 from ..pictures import ImageRef, open_picture, to_tensor
-from .manifest import write_atomically
+from ..whole_files import write_atomically
 from .store import Item, Key
 from .tasks import IMAGE_METRICS, IMAGE_OF, OF_IMAGES, OF_TEXTS, PUBLISHED, image_task
 
@@ -114,7 +114,7 @@ class Kept:
                 self.graders.setdefault(row["metric"], set()).add(row["grader"])
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise EvaluationError(
-                    f"{self._path}, line {number}: cannot be read ({error}); delete the file to score anew"
+                    f"{self._path}, line {number}: cannot be read ({error}); delete the file to score again"
                 ) from error
         if lines[-1]:
             write_atomically(self._path, b"".join(line + b"\n" for line in lines[:-1]))
@@ -169,7 +169,7 @@ def grade(items: Sequence[Item], folder: Path, graders: Graders) -> tuple[Values
 
 
 class _Nobody(Exception):
-    """Stands where a grader was not given, and is raised when it is asked."""
+    """Takes the place of a grader that was not given; asking it raises itself."""
 
     def clip_t(self, images: Sequence[Tensor], texts: Sequence[str]) -> list[float]:
         raise self

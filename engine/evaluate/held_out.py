@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import Tensor
 
 from ..policies.base import Policy
 from ..records import Prompt, Rollout
 from ..rewards.judge.attribute_judge import AttributeScorer
-from ..rewards.reward import columns_of
+from ..rewards.reward import columns_for
 from ..rollout.sampler import RolloutEngine, Sampling
 from .drawing import Draw, drawer, texts_alone
 from .measures import attribute_metrics, mean
@@ -23,6 +26,20 @@ Identity = Callable[..., Sequence[float | None]]
 
 Scores = dict[str, dict[str, float]]
 """task -> metric -> value."""
+
+
+class Made(Protocol):
+    """What is scored of a trajectory: a `Rollout`, or an item that lies in a folder."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def image(self) -> Tensor | None: ...
+
+
+One = TypeVar("One", bound=Made)
 Score = Callable[[Sequence[Rollout], Sequence[Rollout]], Scores]
 """Greedy and sampled trajectories to what is measured of them."""
 
@@ -116,17 +133,17 @@ def _drawn(draw: Draw, prompts: Sequence[Prompt], temperature: float) -> list[Ro
     return rollouts
 
 
-def grouped(rollouts: Sequence[Rollout], key: Callable[[Rollout], str]) -> dict[str, list[Rollout]]:
+def grouped(rollouts: Sequence[One], key: Callable[[One], str]) -> dict[str, list[One]]:
     """The rollouts by their key, in their order."""
-    groups: dict[str, list[Rollout]] = {}
+    groups: dict[str, list[One]] = {}
     for rollout in rollouts:
         groups.setdefault(key(rollout), []).append(rollout)
     return groups
 
 
 def score_rollouts(
-    greedy: Sequence[Rollout],
-    sampled: Sequence[Rollout],
+    greedy: Sequence[Made],
+    sampled: Sequence[Made],
     *,
     image_scorers: Mapping[str, AttributeScorer] | None = None,
     identity: Identity | None = None,
@@ -151,14 +168,14 @@ def score_rollouts(
     return scores
 
 
-def _add_texts(scores: Scores, rollouts: Sequence[Rollout], how: str) -> None:
+def _add_texts(scores: Scores, rollouts: Sequence[Made], how: str) -> None:
     for task, group in grouped(rollouts, lambda rollout: rollout.prompt.task).items():
         found = text_scores(task, [rollout.prompt for rollout in group], [rollout.text for rollout in group])
         scores[task].update({f"{name}/{how}": value for name, value in found.items()})
 
 
 def _image_scores(
-    rollouts: Sequence[Rollout], scorers: Mapping[str, AttributeScorer], identity: Identity | None
+    rollouts: Sequence[Made], scorers: Mapping[str, AttributeScorer], identity: Identity | None
 ) -> dict[str, float]:
     """Metrics of one task's images; the main score is the first scorer's attributes, else identity."""
     readable = [rollout for rollout in rollouts if rollout.image is not None and rollout.prompt.attributes]
@@ -168,7 +185,8 @@ def _image_scores(
         [rollout.prompt.attributes or {} for rollout in readable],
     )
     if identity is not None:
-        likeness = mean(identity(**columns_of(rollouts)))
+        prompts, texts, images = zip(*((one.prompt, one.text, one.image) for one in rollouts), strict=True)
+        likeness = mean(identity(**columns_for(prompts, texts, images)))
         if likeness is not None:
             found["identity"] = likeness
     main = next(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..errors import EvaluationError
 from ..pictures import ImageRef
 from ..policies.base import Policy
 from ..records import Prompt
+from ..whole_files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -176,13 +176,3 @@ def _stable(value: Any) -> Any:
 def picture_name(ref: ImageRef | None) -> str | None:
     """A picture's short name; None for none."""
     return None if ref is None else str(ref.name)
-
-
-def write_atomically(path: Path, contents: str | bytes) -> None:
-    """The whole file or none of it, also when the machine stops: written beside `path`, synchronised, renamed."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(contents.encode() if isinstance(contents, str) else contents)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

@@ -1,4 +1,4 @@
-"""What one answer or one drawing is worth. Each function says what it measures; `run.py` averages.
+"""What one answer or one drawing is worth. Each function says what it measures.
 
 Source of BLEU and weighted recall: UnifyBench++ (`evaluation/scorers/text_scorer.py`), with one change: yes and no are
 looked for as words, because "unknown" is not "no".

@@ -15,17 +15,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.table import Table
+from torch import Tensor
 
 from ..errors import EvaluationError
 from ..pictures import open_picture, to_tensor
-from ..records import Rollout
+from ..records import Prompt
 from ..rewards.judge.attribute_judge import AttributeScorer
 from ..show.scores import TASKS, show_score
+from ..whole_files import write_atomically
 from .graders import Graders, grade
 from .held_out import Scores, score_rollouts, summary
-from .manifest import read_manifest, write_atomically
+from .manifest import read_manifest
 from .measures import mean
 from .store import Item, Store
 from .tasks import PUBLISHED, needs_text
@@ -78,7 +79,7 @@ def score_folder(
     """
     graders = graders or Graders()
     items = read_complete(folder)
-    scores = score_rollouts(*rollouts_of(items, folder, with_images=bool(image_scorers)), image_scorers=image_scorers)
+    scores = score_rollouts(*read_items(items, folder, with_images=bool(image_scorers)), image_scorers=image_scorers)
     values, left_out = grade(items, folder, graders)
     for task, metrics in values.items():
         for metric, found in metrics.items():
@@ -114,31 +115,27 @@ def read_complete(folder: Path) -> list[Item]:
     return items
 
 
-def rollouts_of(items: Sequence[Item], folder: Path, *, with_images: bool) -> tuple[list[Rollout], list[Rollout]]:
-    """The greedy and the sampled trajectories as records; images are read where attributes are known of them."""
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One text of an item, and its image where that is looked at."""
+
+    prompt: Prompt
+    text: str
+    image: Tensor | None = None
+
+
+def read_items(items: Sequence[Item], folder: Path, *, with_images: bool) -> tuple[list[Read], list[Read]]:
+    """The greedy and the sampled trajectories; images are read where attributes are known of them."""
     greedy, sampled = [], []
     for item in items:
         if item.greedy is not None and needs_text(item.prompt):
-            greedy.append(_rollout(item, item.greedy, None))
+            greedy.append(Read(item.prompt, item.greedy))
         if item.sampled is not None or item.drawn is not None:
             read = item.drawn is not None and with_images and bool(item.prompt.attributes)
             picture = open_picture(folder / str(item.drawn)) if read else None
             image = None if picture is None else to_tensor(picture, picture.width)
-            sampled.append(_rollout(item, item.sampled or "", image))
+            sampled.append(Read(item.prompt, item.sampled or "", image))
     return greedy, sampled
-
-
-def _rollout(item: Item, text: str, image: torch.Tensor | None) -> Rollout:
-    return Rollout(
-        prompt=item.prompt,
-        member=item.member,
-        prompt_tokens=torch.zeros(0, dtype=torch.long),
-        prompt_image=None,
-        segments=(),
-        text=text,
-        follow_up_text=item.follow_up_text,
-        image=image,
-    )
 
 
 def _as_json(result: Result) -> str:

@@ -35,7 +35,7 @@ def load_items(
 
     Args:
         source: file, folder or hub name.
-        form: how to read it; None: by what lies in it.
+        form: how to read it; None: told by its contents.
         split: of a table.
         think: a table's questions get the instruction to think and to answer in tags.
 
@@ -55,7 +55,7 @@ def load_items(
 
 
 def form_of(path: Path) -> Form:
-    """The form of a file or folder, by what lies in it."""
+    """The form of a file or folder, told by its contents."""
     if (path / "concept").is_dir():
         return "unifybench"
     if path.is_dir():
@@ -127,7 +127,7 @@ def load_dpg(folder: Path) -> list[Prompt]:
         try:
             text = path.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8 ({error}); write it anew") from error
+            raise DataError(f"{path}: is not UTF-8 ({error}); rewrite it in UTF-8") from error
         if not text:
             raise DataError(f"{path}: is empty; write its prompt, or remove it")
         prompts.append(

@@ -27,7 +27,8 @@ from torch import Tensor
 from ..errors import EvaluationError
 from ..pictures import ImageRef, open_picture
 from ..records import Prompt
-from .manifest import picture_name, write_atomically
+from ..whole_files import write_atomically
+from .manifest import picture_name
 
 ITEMS, IMAGES, REFERENCES = "items.jsonl", "images", "references"
 Key = tuple[str, int]
@@ -40,7 +41,7 @@ _TUPLES = ("segments", "options")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One trajectory as it lies in the folder."""
+    """One trajectory as the folder holds it."""
 
     prompt: Prompt
     """`references` are the folder's copies; `image` and `real_image` are not kept, and None."""
@@ -54,7 +55,7 @@ class Item:
     drawn: str | None = None
     """The image's file, relative to the folder."""
     digest: str | None = None
-    """Of the image's pixels: what scores that are kept are found by."""
+    """Of the image's pixels: the key under which its scores are kept."""
 
     shown: str | None = None
     """The name of the photo that the user showed."""

@@ -35,7 +35,7 @@ def named_alike(target: type[DataclassInstance], config: TrainConfig, *others: s
 
 
 def sampler_of(config: TrainConfig, policy: Policy) -> RolloutEngine:
-    """A sampler of the policy in training. ZeRO-3 gathers parameters anew each time, so neither graphs, which hold
+    """A sampler of the policy in training. ZeRO-3 gathers parameters again each time, so neither graphs, which hold
     their addresses, nor a compiled trunk, which its hooks would break, are used there."""
     if config.zero_stage == 3:
         return RolloutEngine(policy, cuda_graphs=False)

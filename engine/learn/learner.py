@@ -214,7 +214,7 @@ class Learner:
         for batch in batches:
             for code in range(2):
                 counts[code] += float((batch.loss_mask & (batch.modality == code)).sum())
-            # Not those of a batch that only keeps another rank company.
+            # Not of batches that only make the number the same on every rank.
             counts[2] += (batch.cu_seqlens.numel() - 1) * bool(batch.loss_mask.any())
         totals = self.all_reduce(counts) / self.world_size
         num_items: dict[str, float] = {name: max(1.0, float(totals[code])) for code, name in enumerate(MODALITY_NAMES)}
@@ -223,7 +223,7 @@ class Learner:
         return num_items, [(batch.cu_seqlens.numel() - 1) / max(1.0, float(totals[2])) for batch in batches]
 
     def _aligned(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """As many micro-batches on every rank, the missing ones empty of loss, so that collectives match."""
+        """The same number of micro-batches on every rank, the added ones without loss, so that collectives match."""
         most = int(self.all_reduce(torch.tensor([len(batches)]), op=dist.ReduceOp.MAX))
         smallest = min(batches, key=lambda batch: batch.num_tokens)
         idle = replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))

@@ -55,7 +55,7 @@ class Trainer:
         preview: preview DGS; None draws every image to its end.
         on_step: where metrics and samples go.
         credit: rewards to credit; None: `credited_rewards` by `config.credit`.
-        on_stage: who watches that no stage takes for ever.
+        on_stage: what watches that no stage takes forever.
     """
 
     def __init__(

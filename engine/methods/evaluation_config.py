@@ -22,7 +22,7 @@ class EvaluateConfig(Settings):
     """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a table (JSONL,
     parquet, saved data set, hub name). None: the rendered world."""
     data_form: Literal["unifybench", "geneval", "dpg", "table"] | None = None
-    """How to read data. None: by what lies in it."""
+    """How to read data. None: told by its contents."""
     split: str = "test"
     """Of a table."""
     think: bool = True

@@ -1,13 +1,4 @@
-"""How a run ends when it does not end well: exit codes, and the errors behind them.
-
-  0  done
-  1  a program's error, with its traceback
-  2  settings, data or a checkpoint that cannot work; nothing of the run is lost
- 70  another rank failed, or too many updates in a row were not finite; the newest checkpoint is whole
- 75  stopped by SIGTERM or SIGUSR1 after a checkpoint; start again with --resume_from_checkpoint latest
-124  a stage of a step took longer than --stage_timeout; the stacks of all threads were printed
-130  Ctrl-C outside of training
-"""
+"""How a run ends when it does not end well: its errors in a line, and the exit codes of errors.py."""
 
 from __future__ import annotations
 
@@ -24,7 +15,7 @@ Config = TypeVar("Config")
 
 
 def run_to_exit(run: Callable[[Config], object], config: Config) -> None:
-    """A recipe's last line: `run(config)`, with its errors said in a line and turned into this page's exit codes.
+    """A recipe's last line: `run(config)`, with its errors said in a line and turned into the exit codes of errors.py.
 
     Returns when all went well; else the process ends."""
     from ..errors import CheckpointError, ConfigError, DataError, PictureError, RewardSpecError

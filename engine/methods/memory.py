@@ -113,7 +113,7 @@ def memory_of(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], wo
 
     Args:
         config: settings of the run.
-        policy: on the device `meta` (plan.py builds it there); it is given adapters, dtype and gradient checkpointing
+        policy: on the device `meta`, where dry_run.py builds it; it is given adapters, dtype and gradient checkpointing
             as the settings say.
         prompts: a step's, this rank's share; they tell how long prompts are.
         world_size: ranks that ZeRO shares over.

@@ -1,6 +1,6 @@
 """Emu3 through transformers' own classes: images are tokens of the text vocabulary, drawn and understood alike.
 
-An image, drawn or shown, lies in the sequence as
+In the sequence, an image that is drawn or shown is
 
     BOI  "H*W"  wrapper  (W codes, EOL) x H  EOF  EOI
 
@@ -31,9 +31,9 @@ from .probe import check_decoder
 from .tokens import control_tokens, escape_control_tokens
 
 PIXELS_AT_ONCE = 1 << 20
-"""Of images that the VQ model gets at a time: it works on four frames of each, up to 256 channels at full size."""
+"""Of images given to the VQ model at a time: it works on four frames of each, up to 256 channels at full size."""
 PUBLISHED_IMAGE_AREA = 720 * 720
-"""Pixels of an image where neither configuration nor processor says it."""
+"""Pixels of an image where neither the configuration nor the processor gives them."""
 
 
 class Emu3Policy(Policy):

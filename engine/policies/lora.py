@@ -172,7 +172,7 @@ def adapter_disabled(policy: Policy) -> Iterator[Policy]:
 def merged(policy: Policy) -> Iterator[Policy]:
     """Plain linear layers inside, with adapters added to their weights: for `policy.save`, and for fast inference.
 
-    Takes as much memory as the decoder's weights. The base is put back untouched: subtracting what was added would not
+    Takes as much memory as the decoder's weights. The base is put back as it was: subtracting what was added would not
     give it back. Under ZeRO-3 weights must be whole, see `Learner.sampling`.
     """
     with _viewed(policy, _merged):

@@ -5,7 +5,7 @@
     a file SAVE in the run's folder     save a checkpoint and the model after this step, and go on
 
 An exception raised wherever Python happens to be may land in a callback or a destructor, where it is printed and
-forgotten, and under several processes it strikes each at another place.  A flag that the loop reads between steps is
+forgotten, and with several processes it hits each at a different place.  A flag that the loop reads between steps is
 neither lost nor early, and the ranks can agree on it.
 """
 
@@ -24,7 +24,7 @@ PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupts:
-    """While the block runs, signals only set flags; the second Ctrl-C interrupts at once, as ever.
+    """While the block runs, signals only set flags; the second Ctrl-C interrupts at once, as usual.
 
     Args:
         say: takes a line for the user when one comes.

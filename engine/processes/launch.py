@@ -238,8 +238,8 @@ def _under_slurm(request: Request, environ: Mapping[str, str]) -> Start:
     # srun stopped inheriting the script's --cpus-per-task in Slurm 22.05; a task would get one core.
     cores = environ.get("SLURM_CPUS_PER_TASK")
     more = [f"--cpus-per-task={cores}"] if cores and cores.isdigit() else []
-    flags = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    command = ["srun", *flags, *more, sys.executable, *request.program()]
+    flags = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *more]
+    command = ["srun", *flags, sys.executable, *request.program()]
     words = f"{nodes} nodes of Slurm's job {job}, {ranks} ranks each"
     return Start(how="srun", nodes=nodes, ranks=nodes * ranks, words=words, command=tuple(command))
 
@@ -260,26 +260,17 @@ def _srun_task(request: Request, environ: Mapping[str, str], nodes: int, ranks: 
 
 def _rendezvous(is_head: bool) -> list[str]:
     # Told, not guessed: torchrun compares the endpoint with the machine's own name, which aliases defeat.
-    return [
-        "--rdzv-backend=c10d",
-        f"--rdzv-conf=is_host={'true' if is_head else 'false'},join_timeout={RENDEZVOUS_SECONDS}",
-    ]
+    conf = f"is_host={'true' if is_head else 'false'},join_timeout={RENDEZVOUS_SECONDS}"
+    return ["--rdzv-backend=c10d", f"--rdzv-conf={conf}"]
 
 
 def host_commands(request: Request, hosts: Sequence[Host], port: int, name: str) -> list[list[str]]:
     """torchrun for each host. They share one way to start again, that of nodes.py, which also replaces a lost node."""
     head = hosts[0].address
+    meeting = (f"--rdzv-endpoint={head}:{port}", f"--rdzv-id={name}")
     return [
-        request.torchrun(
-            len(hosts),
-            host.slots,
-            0,
-            *_rendezvous(index == 0),
-            f"--rdzv-endpoint={head}:{port}",
-            f"--rdzv-id={name}",
-            f"--local-addr={host.address}",
-        )
-        for index, host in enumerate(hosts)
+        request.torchrun(len(hosts), host.slots, 0, *_rendezvous(i == 0), *meeting, f"--local-addr={host.address}")
+        for i, host in enumerate(hosts)
     ]
 
 
@@ -346,16 +337,9 @@ def _no_nodes(request: Request, environ: Mapping[str, str]) -> str:
     nodes, ranks = request.nodes or 1, request.ranks_per_node or count_gpus(environ)
     here = socket.gethostname()
     beside = Path(sys.executable).with_name("torchrun")
-    program = [
-        str(beside) if beside.exists() else "torchrun",
-        f"--nnodes={nodes}",
-        f"--nproc-per-node={ranks}",
-        f"--max-restarts={request.max_restarts}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={here}:29500",
-        "--rdzv-id=syncr1",
-        *request.program(),
-    ]
+    torchrun = [str(beside) if beside.exists() else "torchrun", f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={here}:29500", "--rdzv-id=syncr1"]
+    program = [*torchrun, f"--max-restarts={request.max_restarts}", *meeting, *request.program()]
     slots = shlex.join(f"host{number} slots={ranks}" for number in range(1, nodes + 1))
     by_hostfile = shlex.join([sys.executable, *request.program(), "--hostfile", "hostfile"])
     lines = [
@@ -375,8 +359,9 @@ def _sbatch(request: Request, nodes: int, ranks: int) -> str:
     """A batch job that runs this very command in an allocation; Slurm puts it back into the queue when a node dies."""
     gpus = [f"--gpus-per-node={ranks}"] if ranks > 1 or Path("/dev/nvidia0").exists() else []
     program = shlex.join(["exec", sys.executable, *request.program()])
-    flags = ["--ntasks-per-node=1", *gpus, "--exclusive", "--requeue", "--open-mode=append"]
-    return shlex.join(["sbatch", f"--nodes={nodes}", *flags, f"--chdir={Path.cwd()}", f"--wrap={program}"])
+    nodes_of = [f"--nodes={nodes}", "--ntasks-per-node=1", *gpus, "--exclusive"]
+    again = ["--requeue", "--open-mode=append", f"--chdir={Path.cwd()}"]
+    return shlex.join(["sbatch", *nodes_of, *again, f"--wrap={program}"])
 
 
 def _refuse(error: ConfigError) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The nodes of a run from a hostfile: one agent each, watched from here, all started anew when one is lost.
+"""The nodes of a run from a hostfile: one agent each, watched from here, all restarted when one is lost.
 
     launcher ──ssh──► agent on host 1 ──► torchrun ──► ranks
              └─ssh──► agent on host 2 ──► torchrun ──► ranks
@@ -23,31 +23,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import EXIT_PREEMPTED
+from ..errors import EXIT_PREEMPTED, shown_end
 
 FINAL = (2, EXIT_PREEMPTED)
 """Exit codes after which starting again does not help, or is not wanted."""
 _SUBREAPER, _PDEATHSIG = 36, 1  # of linux/prctl.h
 
 _PASSED = (
-    "OMP_",
-    "GOMP_",
-    "MKL_",
-    "NCCL_",
-    "GLOO_",
-    "UCX_",
-    "FI_",
-    "TORCH_",
-    "TORCHINDUCTOR_",
-    "TRITON_",
-    "PYTORCH_",
-    "CUDA_",
-    "DS_",
-    "HF_",
-    "TRANSFORMERS_",
-    "TOKENIZERS_",
-    "WANDB_",
-    "SYNCR1_",
+    *("OMP_", "GOMP_", "MKL_", "NCCL_", "GLOO_", "UCX_", "FI_", "CUDA_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_"),
+    *("TRITON_", "DS_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "SYNCR1_"),
 )
 _NAMED = ("PYTHONPATH", "LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _KEPT_HERE = ("CUDA_VISIBLE_DEVICES", "SYNCR1_HOSTFILE")
@@ -83,7 +67,7 @@ def run_nodes(
         executors: for each node, what starts its agent there.
         folder: working directory on the nodes.
         environment: variables for what the nodes run.
-        max_restarts: how often all of them start anew at most.
+        max_restarts: how often all of them are restarted at most.
         grace: seconds that a node has to end by itself before it is killed.
         say: takes lines for people.
     """
@@ -95,17 +79,13 @@ def run_nodes(
         lost, code = _attempt(executors, jobs, grace)
         if code == 0:
             return 0
-        say(f"node {names[lost]} ended with {_in_words(code)}")
+        say(f"node {names[lost]} ended with {shown_end(code)}")
         if code in FINAL:
             return code
         if restarts < max_restarts:
             say(f"starting all {len(names)} nodes again ({restarts + 1} of {max_restarts} restarts)")
     say(f"giving up after {max_restarts} restarts")
     return code if code > 0 else 128 - code
-
-
-def _in_words(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _attempt(executors: Sequence[Sequence[str]], jobs: Sequence[Mapping[str, Any]], grace: float) -> tuple[int, int]:
@@ -190,7 +170,7 @@ def _end_children() -> None:
     for _ in range(100):
         children: list[str] = []
         for task in Path("/proc/self/task").iterdir():
-            with suppress(OSError):  # the thread has just ended; its children are another's now
+            with suppress(OSError):  # the thread has just ended; its children belong to another one
                 children += (task / "children").read_text().split()
         if not children:
             return

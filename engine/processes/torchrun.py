@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import main as run
 
-from ..errors import EXIT_PREEMPTED
+from ..errors import EXIT_PREEMPTED, shown_end
 from .interrupts import PREEMPTING
 
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -31,13 +31,9 @@ def main(arguments: list[str]) -> int:
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
         code = int(first.exitcode)
-        print(f"syncr1: local rank {first.local_rank} ended with {_in_words(code)}, first of all here", file=sys.stderr)
+        print(f"syncr1: local rank {first.local_rank} ended with {shown_end(code)}, first of all here", file=sys.stderr)
         return code if code > 0 else 128 - code
     return 0
-
-
-def _in_words(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ class Watchdog:
                 if self._late() and not self._over.wait(2 * POLL) and self._late():  # the others' beats are new now
                     return self._give_up(self._stalled(), EXIT_STALLED)
         except (dist.DistError, RuntimeError) as error:
-            if not self._over.wait(GRACE):  # nor is it the end of all
+            if not self._over.wait(GRACE):  # not the end of the run either
                 self._give_up(_storeless(error), EXIT_FAILED)
 
     def _beat(self) -> None:

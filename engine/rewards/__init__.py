@@ -25,7 +25,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads what is asked for, and not torch for whoever passes through to a file below."""
+    """Loads a name once it is asked for, so that importing a file below does not load torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(__all__)}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -88,7 +88,7 @@ class Stepper:
         return sum(2 * store.keys.nbytes for store in self._stores.values())
 
     def release(self) -> None:
-        """Gives everything back; the next call allocates and captures anew."""
+        """Gives everything back; the next call allocates and captures again."""
         self._graphs.clear()
         self._stores.clear()
         self._samples.clear()

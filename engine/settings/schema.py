@@ -101,7 +101,7 @@ def settings_of(config_type: type) -> tuple[Setting, ...]:
     """The fields of `config_type`, with the docstring and the section that their source gives them, section by section.
 
     A dataclass that builds on another one may add to its sections; where it gives a field a new default, it explains it
-    anew and says its range."""
+    again and gives its range."""
     docs: dict[str, tuple[str, str]] = {}
     for part in reversed(config_type.__mro__):
         if dataclasses.is_dataclass(part):
@@ -160,7 +160,7 @@ def describe(annotation: Any) -> str:
 
 def coerce(value: Any, annotation: Any) -> Any:
     """`value` as `annotation`, or ValueError.  Only changes that cannot lose anything are made: an integer where a
-    number is due, `1e-4` (text to YAML 1.1, for want of a dot), a list for a tuple, text for a path."""
+    number is due, `1e-4` (text to YAML 1.1, as it has no dot), a list for a tuple, text for a path."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         if type(None) in args and (value is None or value == "None"):  # `None` is text to YAML

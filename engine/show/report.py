@@ -254,19 +254,25 @@ def _embed(run_dir: Path, path: Path, alt: str) -> str:
     return f'<img{pixels} alt="{escape(alt, quote=True)}" src="data:image/{kind};base64,{data}">'
 
 
-def _charts(rows: Rows) -> str:
-    drawn = "".join([*_charts_of_learning(rows), *_charts_of_the_run(rows)])
-    return f'<h2>How training went</h2><div class="charts">{drawn}</div>' if drawn else ""
+CLIPPED = {"clip_ratio/region_mean": "all", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}
+SPREAD = {"reward_std": "reward's standard deviation", "frac_reward_zero_std": "share of groups without any"}
 
 
-def _charts_of_learning(rows: Rows) -> list[str]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    rewards = {"reward": "total"} | {
-        n: n.split("/")[1] for n in names if n.startswith("rewards/") and n.endswith("/mean")
-    }
+def _modalities(rows: Rows) -> dict[str, str]:
+    """The kinds of tokens that the run sampled, as far as it says."""
     tokens_of = {name: _points(rows, f"tokens/{name}") for name in ("text", "image")}
-    modal = {name: name for name, points in tokens_of.items() if not points or any(count for _, count in points)}
-    return [
+    return {name: name for name, points in tokens_of.items() if not points or any(count for _, count in points)}
+
+
+def _charts(rows: Rows) -> str:
+    parts = dict.fromkeys(n for row in rows for n in row if n.startswith("rewards/") and n.endswith("/mean"))
+    rewards = {"reward": "total"} | {name: name.split("/")[1] for name in parts}
+    tokens = dict(_points(rows, "num_tokens"))
+    saved = dict(_points(rows, "dgs/tokens_saved_fraction"))
+    trained = [(x, count * (1 - saved.get(x, 0.0))) for x, count in tokens.items()]
+    pruned = [(x, count * saved[x]) for x, count in tokens.items() if x in saved]
+    modal = _modalities(rows)
+    charts = [
         line_chart("Reward", _series(rows, rewards), note="Mean over the step's trajectories; higher is better."),
         line_chart(
             "KL to the starting model (nats)",
@@ -282,30 +288,16 @@ def _charts_of_learning(rows: Rows) -> list[str]:
         ),
         line_chart(
             "Clipped tokens",
-            _series(
-                rows, {"clip_ratio/region_mean": "all", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}
-            ),
+            _series(rows, CLIPPED),
             from_zero=True,
             note="Share of tokens whose change was cut off; always 0 with one update per rollout.",
         ),
         line_chart(
             "Spread within groups",
-            _series(
-                rows,
-                {"reward_std": "reward's standard deviation", "frac_reward_zero_std": "share of groups without any"},
-            ),
+            _series(rows, SPREAD),
             from_zero=True,
             note="Groups learn from differences between their members.",
         ),
-    ]
-
-
-def _charts_of_the_run(rows: Rows) -> list[str]:
-    tokens = dict(_points(rows, "num_tokens"))
-    saved = dict(_points(rows, "dgs/tokens_saved_fraction"))
-    trained = [(x, count * (1 - saved.get(x, 0.0))) for x, count in tokens.items()]
-    pruned = [(x, count * saved[x]) for x, count in tokens.items() if x in saved]
-    return [
         stacked_chart(
             "Sampled tokens",
             {"trained on": trained, "pruned": pruned},
@@ -317,7 +309,7 @@ def _charts_of_the_run(rows: Rows) -> list[str]:
             "Previews",
             _series(rows, {"rollout/preview_acceptance": "accepted", "rollout/preview_threshold": "threshold"}),
             from_zero=True,
-            note="Early looks at half-drawn pictures; those below the threshold are drawn anew.",
+            note="Early looks at half-drawn pictures; those below the threshold are drawn again.",
         ),
         line_chart("Loss", _series(rows, {"loss": "loss"}), note="Near 0 by construction: no measure of progress."),
         line_chart("Gradient norm", _series(rows, {"grad_norm": "before clipping"}), from_zero=True),
@@ -328,6 +320,8 @@ def _charts_of_the_run(rows: Rows) -> list[str]:
             note="The same tokens' log-probabilities, computed twice; near 0 is right.",
         ),
     ]
+    drawn = "".join(charts)
+    return f'<h2>How training went</h2><div class="charts">{drawn}</div>' if drawn else ""
 
 
 def _per_modality(modalities: Mapping[str, str], metric: str) -> dict[str, str]:

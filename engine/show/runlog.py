@@ -35,6 +35,7 @@ from syncr1.kernels.dispatch import available
 
 from ..records import Rollout, StepMetrics
 from ..settings.schema import to_yaml
+from ..whole_files import write_atomically
 from . import report, sheets
 from .scores import Scores, flatten_scores
 from .sheets import Rewards, as_rewards
@@ -76,7 +77,7 @@ class RunLog:
 
         Args:
             output_dir: where the run should go.
-            config: the recipe's settings, a dataclass of the kind that `settings.py` reads.
+            config: the recipe's settings, a dataclass of the kind that `settings/schema.py` reads.
             resumed: go on in this run's folder instead; `cut` is then to be called before the first step.
         """
         if getattr(config, "resume_from_checkpoint", None) is not None:
@@ -86,7 +87,7 @@ class RunLog:
             _write_json(self.folder / "environment.json", environment())
         else:
             self.folder = resumed.run_folder
-            _write_text(self.folder / "config.yaml", CONFIG_HEADING + to_yaml(config))
+            write_atomically(self.folder / "config.yaml", CONFIG_HEADING + to_yaml(config))
             _write_json(self.folder / "environment.json", environment() | {"resumed_at_step": resumed.step})
         self._metrics: TextIO | None = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._logging_steps = max(1, getattr(config, "logging_steps", 1))
@@ -112,7 +113,7 @@ class RunLog:
         rows = [row for row in report.read_jsonl(path) if row.get("step", num_steps) < num_steps]
         if self._metrics is not None:
             self._metrics.close()
-        _write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         self._metrics = path.open("a", encoding="utf-8")
         for sample in (self.folder / "samples").glob("step_*"):
             number = sample.stem.removeprefix("step_")
@@ -326,17 +327,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    _write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Writes beside and renames, so that a reader (or a killed run) never has half a file."""
-    beside = path.with_suffix(".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

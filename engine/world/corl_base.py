@@ -86,7 +86,7 @@ class CorlBaseSettings:
 
 
 def confusions(settings: CorlBaseSettings) -> dict[tuple[str, str], str]:
-    """(attribute, value) -> the value that it is taken for; values without an entry are seen as they are."""
+    """(attribute, value) -> the value that it is mistaken for; values without an entry are seen as they are."""
     rng = np.random.default_rng([settings.seed, 78])
     table = {}
     for name in ATTRIBUTES:

@@ -39,7 +39,7 @@ from .texts import (
 )
 
 VERSION: Final = 1
-"""Raise whenever what is written changes, so that old folders are written anew."""
+"""Raise whenever what is written changes, so that old folders are replaced."""
 STAMP: Final = "world.json"
 TRAIN_PHOTOS: Final = 10
 TEST_PHOTOS: Final = 5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from ..made_once import cache_dir, made_once
+from ..whole_files import cache_dir, made_once
 from .base_model import BaseSettings, train_base
 from .corl_base import CorlBaseSettings, train_corl_base
 from .disk import write_world

@@ -44,7 +44,7 @@ def write_general(root: Path, *, seed: int = 0, num_items: int = 512) -> Path:
         return folder
     for split in _SALT:
         _write_split(folder / split, split, seed, num_items)
-    _write_json(folder / STAMP, stamp)  # last, so that a folder that was cut short is written anew
+    _write_json(folder / STAMP, stamp)  # last, so that an incomplete folder is written again
     return folder
 
 

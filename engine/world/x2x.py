@@ -12,7 +12,7 @@ qa_solution   "<answer>B</answer>" or "<answer>red</answer>"
 qa_type       MC or OE, in turn
 attributes    ours: what the photo shows, for scores that read attributes
 
-Test rows show held-out looks in held-out wordings, as in `tasks.py`.
+Test rows show held-out looks in held-out wordings, as in `items.py`.
 Source: the columns are those of mm-vl/x2x_rft_22k as ULM-R1's trainer reads them.
 """
 
@@ -33,7 +33,7 @@ from .render import Picture, render
 from .texts import ATTRIBUTE_QUESTIONS, PROMPTS, Split, fill
 
 VERSION: Final = 1
-"""Raise whenever what is written changes, so that old folders are written anew."""
+"""Raise whenever what is written changes, so that old folders are replaced."""
 STAMP: Final = "x2x.json"
 LETTERS: Final = "ABCD"
 NUM_ROWS: Final[dict[Split, int]] = {"train": 500, "test": 200}

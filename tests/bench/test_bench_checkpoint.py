@@ -42,7 +42,7 @@ def test_it_runs_at_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 def test_a_step_and_a_save_beside_it(tmp_path: Path, process_group: None) -> None:
-    """Every round samples the same tokens, so that rounds can be compared, and saves anew."""
+    """Every round samples the same tokens, so that rounds can be compared, and saves them again."""
     training = checkpoint.Training(tmp_path, quick=True)
     case = checkpoint.stepping(tmp_path / "case", quick=True)
     assert {provider.name for provider in case.providers} == {"ours", "no save", checkpoint.AWAITED}

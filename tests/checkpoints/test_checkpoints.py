@@ -12,7 +12,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import PlainJanus, make_prompt, sharp_policy, world_photo
+from helpers import PlainJanus, make_prompt, same_bits, sharp_policy, world_photo
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, JanusForConditionalGeneration
@@ -56,10 +56,6 @@ def without_dtypes(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     return {name: without_dtypes(value) for name, value in config.items() if name != "dtype"}
-
-
-def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_the_same_numbers_after_saving_and_loading(policy: JanusPolicy, saved: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 import yaml
-from helpers import sharp_policy
+from helpers import same_bits, sharp_policy
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,7 +90,7 @@ def test_an_adapters_code_loads_it_onto_its_base(tmp_path: Path, monkeypatch: py
     exec(compile(code_of(card), "README.md", "exec"), scope)
     assert type(scope["processor"]) is type(policy.processor)
     mine, theirs = tuned.state_dict(), scope["model"].state_dict()
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert same_bits(mine, theirs)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"architectures": []}', '{"architectures": ["x; import os"]}'])

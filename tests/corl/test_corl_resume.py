@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
-import torch
+from helpers import rows_of, same_bits
 from made import short_base
 from test_corl_run import photographs, small_config, tensors  # noqa: F401  # a fixture
 
@@ -64,13 +63,9 @@ def whole(photographs: Path, base: Path, tmp_path_factory: pytest.TempPathFactor
 
 def assert_same(folder: Path, whole: Path) -> None:
     for name in (*(f"{training}/checkpoints/last" for training in TRAINED), "merged"):
-        a, b = tensors(folder / name), tensors(whole / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+        assert same_bits(tensors(folder / name), tensors(whole / name)), name
     for training in TRAINED:
-        rows, expected = (
-            [json.loads(line) for line in (run_folder / training / "metrics.jsonl").read_text().splitlines()]
-            for run_folder in (folder, whole)
-        )
+        rows, expected = (rows_of(run_folder / training) for run_folder in (folder, whole))
         assert [(row["step"], row["loss"], row["reward"]) for row in rows] == [
             (row["step"], row["loss"], row["reward"]) for row in expected
         ]

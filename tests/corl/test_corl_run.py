@@ -15,7 +15,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 import warm
-from helpers import ROOT, environment
+from helpers import ROOT, environment, rows_of
 from made import cache_folder, short_base
 from PIL import Image
 from recipe_cases import recipe_here
@@ -98,7 +98,7 @@ def test_the_whole_recipe_from_a_users_checkpoints_and_photographs(
         assert load_policy(saved_model).num_image_tokens == 16
         card = (saved_model / "README.md").read_text()
         assert "library_name: transformers" in card and str(tmp_path) not in card
-        (row,) = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        (row,) = rows_of(folder / name)
         expected = {"cycle", "tim", "accuracy", "format", "clip_text"}
         expected &= {"t2i": {"cycle", "tim", "clip_text"}, "unified": expected}.get(name, {"accuracy", "format"})
         assert {key.split("/")[1] for key in row if key.startswith("rewards/")} == expected
@@ -180,7 +180,7 @@ def test_bf16_goes_through_every_stage(photographs: Path, base: Path, tmp_path: 
     run(small_config(photographs, base, tmp_path, bf16=True, zero_stage=2, eval_samples=2))
     merged = tensors(tmp_path / "run" / "merged")
     assert all(value.dtype == torch.bfloat16 for name, value in merged.items() if value.is_floating_point())
-    (row,) = [json.loads(line) for line in (tmp_path / "run/unified/metrics.jsonl").read_text().splitlines()]
+    (row,) = rows_of(tmp_path / "run/unified")
     assert row["reward_failures"] == 0 and row["rollout/replay_logp_max_abs"] <= 0.5
 
 
@@ -220,7 +220,7 @@ def test_emu3_goes_through_the_same_recipe(photographs: Path, tmp_path: Path) ->
     emu3 = tmp_path / "emu3"
     sharp_emu3().save(emu3)
     run(small_config(photographs, emu3, tmp_path, eval_samples=2))
-    (row,) = [json.loads(line) for line in (tmp_path / "run/unified/metrics.jsonl").read_text().splitlines()]
+    (row,) = rows_of(tmp_path / "run/unified")
     assert row["rollout/replay_logp_max_abs"] <= 1e-4 and row["reward_failures"] == 0
     merged = load_policy(tmp_path / "run" / "merged")
     assert type(merged).__name__ == "Emu3Policy" and changed(emu3, tmp_path / "run" / "merged")

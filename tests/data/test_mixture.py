@@ -52,7 +52,7 @@ def test_modes_are_half_and_half() -> None:
     assert Counter(steps) == {"rea": 200, "vqa": 100, "rec": 100}
 
 
-def test_every_prompt_once_per_epoch_and_shuffled_anew() -> None:
+def test_every_prompt_once_per_epoch_and_reshuffled() -> None:
     prompts = make("vqa", 12)
     stream = mixed(prompts, (), 0, 4)
     epochs = [[name for _ in range(3) for name in ids(stream.next_step())] for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Exports, read back as the other benchmarks' scorers read them (their loops, written anew from the files named)."""
+"""Exports, read back as the other benchmarks' scorers read them (their loops, rewritten from the files named)."""
 
 from __future__ import annotations
 

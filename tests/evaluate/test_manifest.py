@@ -20,10 +20,10 @@ from syncr1.engine.evaluate.manifest import (
     prompts_fingerprint,
     read_manifest,
     weights_fingerprint,
-    write_atomically,
 )
 from syncr1.engine.pictures import MemoryImage
 from syncr1.engine.records import Prompt
+from syncr1.engine.whole_files import write_atomically
 
 BEGUN = {"format": 1, "model": {"name": "a", "fingerprint": "1"}, "data": {"source": "/x", "fingerprint": "2"}}
 ASKED = Prompt(id="a", task="qa", text="what?", answer="red", extra={"n": 1})

@@ -17,7 +17,7 @@ from rich.console import Console
 from syncr1.engine.errors import EvaluationError
 from syncr1.engine.evaluate.graders import Graders
 from syncr1.engine.evaluate.held_out import score_rollouts
-from syncr1.engine.evaluate.score import markdown, read_complete, rich_table, rollouts_of, rows_of, score_folder
+from syncr1.engine.evaluate.score import markdown, read_complete, read_items, rich_table, rows_of, score_folder
 from syncr1.engine.evaluate.store import ITEMS, Item
 from syncr1.engine.pictures import MemoryImage
 from syncr1.engine.records import Prompt
@@ -157,7 +157,7 @@ def test_stage_2_scores_as_the_trainer_does(tmp_path: Path) -> None:
     items = few_items()
     folder = generated(items, tmp_path / "out")
     stored = read_complete(folder)
-    greedy, sampled = rollouts_of(stored, folder, with_images=True)
+    greedy, sampled = read_items(stored, folder, with_images=True)
     by_id = {prompt.id: prompt for prompts in items.values() for prompt in prompts}
     whole = [[replace(r, prompt=by_id[r.prompt.id]) for r in rollouts] for rollouts in (greedy, sampled)]
     assert len(greedy) == 4 and len(sampled) == 10 and all(r.image is not None for r in sampled if r.prompt.attributes)

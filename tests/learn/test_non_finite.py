@@ -9,10 +9,9 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import everything_partitioned, own_process_group, packed, sampled, sharp_policy
+from helpers import everything_partitioned, own_process_group, packed, same_bits, sampled, sharp_policy, state_of
 from torch import Tensor
 
-from syncr1.engine.checkpoints.optimizer_state import optimizer_tensors
 from syncr1.engine.errors import NotFinite
 from syncr1.engine.forward.objective import Objective
 from syncr1.engine.learn.learner import Learner
@@ -82,41 +81,31 @@ def poisoned(learner: Learner, batches: list[PackedBatch], value: float = float(
         del module.hidden
 
 
-def state(learner: Learner) -> dict[str, Tensor]:
-    with learner.sampling() as policy:
-        weights = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    return weights | {f"optimizer {n}": t.clone() for n, t in optimizer_tensors(learner.optimizer).items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (2, False), (3, False), (0, True), (2, True)])
 def test_an_update_that_is_not_finite_changes_nothing(stage: int, bf16: bool, batches: list[PackedBatch]) -> None:
     """Weights and optimizer to the last bit; the updates before and after are those of a learner that never saw it."""
     learner, other = learner_of(stage, bf16), learner_of(stage, bf16)
     for each in (learner, other):
         assert each.update(batches)["updates_skipped"] == 0
-    before = state(learner)
+    before = state_of(learner)
     metrics = poisoned(learner, batches)
     assert metrics["updates_skipped"] == 1 and not metrics["grad_norm"] < float("inf")
-    assert same(state(learner), before)
+    assert same_bits(state_of(learner), before)
     for each in (learner, other):
         assert each.update(batches)["updates_skipped"] == 0
-    assert same(state(learner), state(other)) and not same(state(learner), before)
+    assert same_bits(state_of(learner), state_of(other)) and not same_bits(state_of(learner), before)
 
 
 def test_too_many_in_a_row_end_the_run(batches: list[PackedBatch], caplog: pytest.LogCaptureFixture) -> None:
     learner = learner_of(0, False, max_skipped_updates=2)
-    before = state(learner)
+    before = state_of(learner)
     for _ in range(2):
         poisoned(learner, batches)
     learner.update(batches)  # a good one in between
     for _ in range(2):
         poisoned(learner, batches)
     assert "the loss of rank 0 is NaN or infinite: all ranks skip this update (2 in a row)" in caplog.messages[-1]
-    after = state(learner)
+    after = state_of(learner)
     with pytest.raises(NotFinite, match="more than max_skipped_updates = 2"):
         poisoned(learner, batches)
-    assert same(state(learner), after) and not same(after, before)
+    assert same_bits(state_of(learner), after) and not same_bits(after, before)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import warm
-from helpers import ROOT, everything_partitioned, own_process_group, sharp_policy
+from helpers import ROOT, everything_partitioned, own_process_group, rows_of, sharp_policy
 from made import world_folder as make_world
 from resume_cases import FullDisk, Training, assert_same, config_of
 
@@ -352,7 +352,7 @@ def test_the_log_goes_on_in_its_folder(whole: Training, run_folder: Path) -> Non
         assert log.folder == run_folder and len((run_folder / "metrics.jsonl").read_text().splitlines()) == 6
         log.cut(2)
         log.metrics(replace(whole.steps[0][0], step=2))
-    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(run_folder)
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[1]["loss"] == 1 / 3
     assert sorted(p.name for p in (run_folder / "samples").iterdir()) == [
         *("notes.txt", "step_000001.jsonl", "step_000001.png"),

@@ -19,7 +19,7 @@ import torch
 import warm
 import yaml
 from children import ChildrenSeconds
-from helpers import ROOT, environment, own_process_group, torchrun
+from helpers import ROOT, environment, own_process_group, rows_of, torchrun
 from made import cache_folder, short_base
 from PIL import Image
 from recipe_cases import recipe_here
@@ -58,10 +58,6 @@ def run_cold(cache_dir: Path, *flags: str, expected: int = 0, timeout: float = 6
                           capture_output=True, timeout=timeout, check=False)  # fmt: skip
     assert done.returncode == expected, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout, done.stderr
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def photo_folder(root: Path) -> Path:

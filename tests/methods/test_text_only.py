@@ -11,7 +11,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import sharp_policy
+from helpers import rows_of, sharp_policy
 from PIL import Image
 from text_models import policy as text_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,10 +59,6 @@ def table(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def untimed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if "second" not in name and "time" not in name} for row in rows]
 
@@ -81,7 +77,7 @@ def test_from_questions_to_a_model_that_transformers_loads(
     flags += ["--reward_funcs", "accuracy", "format", f"{tmp_path / 'mine.py'}:short"]
     corl(*flags, "--output_dir", tmp_path / "run")
     assert "the first stage is all there is" in " ".join(capfd.readouterr().out.split())
-    whole = metrics(tmp_path / "run" / "unified")
+    whole = rows_of(tmp_path / "run" / "unified")
     assert all(row["rewards/short/mean"] > 4 and row["rewards/format/mean"] == 0 for row in whole)
     assert all(row["grad_norm"] > 0 and row["rollout/replay_logp_max_abs"] < 1e-4 for row in whole)
 
@@ -101,9 +97,9 @@ def test_from_questions_to_a_model_that_transformers_loads(
     (tmp_path / "machine_is_wanted").touch()
     with pytest.raises(Preempted):
         corl(*flags)
-    assert len(metrics(tmp_path / "again" / "unified")) == 1
+    assert len(rows_of(tmp_path / "again" / "unified")) == 1
     corl(*flags)
-    assert untimed(metrics(tmp_path / "again" / "unified")) == untimed(whole)
+    assert untimed(rows_of(tmp_path / "again" / "unified")) == untimed(whole)
 
 
 def test_prompts_alone_in_one_file_with_rewards_of_ones_own(
@@ -128,7 +124,7 @@ def test_prompts_alone_in_one_file_with_rewards_of_ones_own(
         tmp_path / "run",
     )
     assert "no held-out part" in " ".join(capfd.readouterr().out.split())
-    (row,) = metrics(tmp_path / "run" / "unified")
+    (row,) = rows_of(tmp_path / "run" / "unified")
     assert row["rewards/short/mean"] > 4 and row["reward_std"] > 0 and row["grad_norm"] > 0
     said = [json.loads(line) for line in (tmp_path / "run/unified/samples/step_000000.jsonl").read_text().splitlines()]
     assert {sample["prompt"] for sample in said} <= {row["prompt"] for row in rows(4)}
@@ -139,7 +135,7 @@ def test_a_model_that_draws_takes_questions_alone(tmp_path: Path) -> None:
     sharp_policy().save(tmp_path / "janus")
     data = table(tmp_path / "questions.jsonl", [{"prompt": f"what is {c}?", "answer": c} for c in ("red", "round")])
     corl("--model", tmp_path / "janus", "--data", data, "--max_steps", 1, *SMALL, "--output_dir", tmp_path / "run")
-    (row,) = metrics(tmp_path / "run" / "unified")
+    (row,) = rows_of(tmp_path / "run" / "unified")
     assert {"rewards/accuracy/mean", "rewards/format/mean"} == {name for name in row if name.startswith("rewards/")}
     assert row["num_tokens"] == 2 * 4 * row["completions/mean_length"] > 0
 
@@ -148,7 +144,7 @@ def test_sync_r1_answers_prompts_and_rewards_the_text_alone(model: Path, tmp_pat
     data = table(tmp_path / "questions.jsonl", [row | {"answer": "the colour is red"} for row in rows(3)])
     flags = ["--model", model, "--data", data, "--max_steps", 1, *SMALL, "--output_dir", tmp_path / "run"]
     run_sync_r1(parse(SyncR1Config, [str(flag) for flag in flags]))
-    (row,) = metrics(tmp_path / "run")
+    (row,) = rows_of(tmp_path / "run")
     assert [name for name in row if name.startswith("rewards/")] == ["rewards/text/mean"]
     assert row["rollout/replay_logp_max_abs"] < 1e-4 and not [name for name in row if "preview" in name]
 

@@ -16,7 +16,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import plain_grpo
 import pytest
 import torch
-from helpers import ROOT, own_process_group, sharp_policy
+from helpers import ROOT, own_process_group, rows_of, sharp_policy
 
 from syncr1.engine.errors import Preempted
 from syncr1.engine.learn.trainer import Trainer
@@ -44,10 +44,6 @@ def config(tmp_path: Path) -> plain_grpo.PlainConfig:
     return plain_grpo.PlainConfig(model=str(tmp_path / "model"), data=tmp_path / "data", output_dir=tmp_path / "run",
                                   reward_funcs=(f"{SUPPORT / 'brevity.py'}:brevity",), eval_samples=2,
                                   learning_rate=1e-3, warmup_steps=0, **small)  # fmt: skip
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_third_method_is_one_short_file(config: plain_grpo.PlainConfig) -> None:

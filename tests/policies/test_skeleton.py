@@ -13,7 +13,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import text_models
 import torch
-from helpers import all_kinds_of_prompts, make_prompt, packed, sharp_policy
+from helpers import all_kinds_of_prompts, make_prompt, packed, rows_of, sharp_policy
 from skeleton_policy import SLOT, START, BlocksConfig, BlocksForConditionalGeneration, BlocksPolicy
 from small_emu3 import sharp_emu3
 from stepping_cases import same_draws
@@ -107,7 +107,7 @@ def test_the_skeleton_goes_through_a_recipe(tmp_path: Path, monkeypatch: pytest.
         cfg_weight=2.0,
     )
     run(config)
-    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = rows_of(tmp_path / "run")
     assert row["grad_norm"] > 0 and row["rollout/replay_logp_max_abs"] < 1e-4
     assert row["tokens/text"] > 0 and row["tokens/image"] > 0 and row["reward_failures"] == 0
     trained = load_policy(tmp_path / "run" / "checkpoints" / "last").eval()

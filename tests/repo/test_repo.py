@@ -87,6 +87,20 @@ def test_no_path_of_one_machine() -> None:
     assert found == []
 
 
+def test_files_that_are_named_exist() -> None:
+    """Paths from the top in comments, docstrings and pages; not what a build makes, nor a name with `<…>` in it."""
+    path = re.compile(r"(?<![\w./-])(?:engine|kernels|recipes|bench|tests|docs)(?:/[\w.-]*\w)+(?![\w<*{/-])")
+    kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".cpp", ".h"}
+    texts = [file for file in tracked() if file.suffix in kinds or file.name == "Makefile"]
+    gone = {
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in texts
+        for name in path.findall(file.read_text())
+        if not any((ROOT / f"{name}{suffix}").exists() for suffix in ("", ".py")) and not name.endswith(".so")
+    }
+    assert gone == set()
+
+
 def test_one_file_imports_deepspeed() -> None:
     users = {name for name, tree in trees() for _, module in imports(tree, name) if module.split(".")[0] == "deepspeed"}
     assert users == {"engine/learn/learner.py"}
@@ -106,7 +120,7 @@ def test_kernels_import_torch_and_themselves() -> None:
 
 
 ROOMS = (
-    *("compat", "errors", "pictures", "records", "made_once", "stopwatch"),
+    *("compat", "errors", "pictures", "records", "whole_files", "stopwatch"),
     *("settings", "processes", "data", "policies", "rollout", "forward", "show", "checkpoints", "rewards", "learn"),
     *("evaluate", "world", "methods", "corl"),
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import Gate, everything_partitioned, make_prompt, own_process_group, packed, world_photo
 from small_emu3 import BOS, EOF, EOI, EOS, FRAME, IMAGE_SIZE, NUM_CODES, PlainEmu3, all_plans, sharp_emu3
-from stepping_cases import PromptCount, ReplayedStep, Watch, same_draws
+from stepping_cases import ReplayedStep, draws_what_eager_steps_draw, static_engines
 from torch import Tensor
 
 from syncr1.engine.forward.objective import Objective, PolicyForward
@@ -21,7 +21,6 @@ from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.pictures import open_picture
 from syncr1.engine.policies.emu3 import Emu3Policy
 from syncr1.engine.records import IMAGE, TEXT, Prompt, Rollout
-from syncr1.engine.rollout import stepping
 from syncr1.engine.rollout.preview import fill, preview_length
 from syncr1.engine.rollout.sampler import RolloutEngine, Sampling, generate
 
@@ -148,20 +147,7 @@ def test_the_follow_up_goes_on_from_the_drawn_tokens(policy: Emu3Policy, prompts
 
 @pytest.fixture
 def static(policy: Emu3Policy, monkeypatch: pytest.MonkeyPatch) -> Callable[[], RolloutEngine]:
-    """Engines that run as they would on a GPU, without one."""
-    monkeypatch.setattr(stepping, "GraphedStep", ReplayedStep)
-    monkeypatch.setattr(stepping, "LateCount", PromptCount)
-    monkeypatch.setattr(stepping, "POLL_STEPS", 2)
-    monkeypatch.setenv("SYNCR1_CHECKS", "never")
-    monkeypatch.setenv("SYNCR1_BACKEND", "native")
-    ReplayedStep.watch = Watch()
-
-    def make() -> RolloutEngine:
-        engine = RolloutEngine(policy, cuda_graphs=False)
-        engine.stepper.static = True
-        return engine
-
-    return make
+    return static_engines(policy, monkeypatch)
 
 
 @pytest.mark.parametrize("previewed", [False, True])
@@ -170,23 +156,8 @@ def test_static_steps_draw_the_same_and_read_nothing_back(
 ) -> None:
     engine = static()
     for step in range(2):
-        sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8, step=step)
-        gates = [Gate(threshold=0.5, max_attempts=2, min_keep=2) if previewed else None for _ in range(2)]
-        expected = RolloutEngine(policy, cuda_graphs=False).generate(prompts, sampling, gates[0])
-        same_draws(engine.generate(prompts, sampling, gates[1]), expected)
+        draws_what_eager_steps_draw(engine, policy, prompts, step, previewed=previewed)
     assert ReplayedStep.watch.num_ops > 1000 and ReplayedStep.watch.found == []
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_graphs_draw_what_eager_steps_draw(prompts: list[Prompt]) -> None:
-    moved = sharp_emu3().cuda()
-    engine = RolloutEngine(moved)
-    assert engine.stepper.static
-    for step in range(2):
-        sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8, step=step)
-        expected = RolloutEngine(moved, cuda_graphs=False).generate(prompts, sampling)
-        same_draws(engine.generate(prompts, sampling), expected)
 
 
 def test_a_preview_counts_what_is_sampled(policy: Emu3Policy) -> None:

@@ -12,13 +12,14 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import Gate, all_kinds_of_prompts, sharp_policy
-from stepping_cases import PromptCount, ReplayedStep, Watch, same_draws
+from helpers import all_kinds_of_prompts, sharp_policy, world_photo
+from small_emu3 import all_plans, sharp_emu3
+from stepping_cases import ReplayedStep, Watch, draws_what_eager_steps_draw, same_draws, sampling_of, static_engines
 
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import Prompt
 from syncr1.engine.rollout import capacity, stepping
-from syncr1.engine.rollout.sampler import RolloutEngine, Sampling
+from syncr1.engine.rollout.sampler import RolloutEngine
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +34,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
 
 @pytest.fixture
 def static(policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch) -> Callable[[], RolloutEngine]:
-    """Makes engines that run as they would on a GPU, step for step, without one."""
-    monkeypatch.setattr(stepping, "GraphedStep", ReplayedStep)
-    monkeypatch.setattr(stepping, "LateCount", PromptCount)
-    monkeypatch.setattr(stepping, "POLL_STEPS", 2)
-    monkeypatch.setenv("SYNCR1_CHECKS", "never")  # as on a GPU, where checks of values would make it wait
-    monkeypatch.setenv("SYNCR1_BACKEND", "native")
-    ReplayedStep.watch = Watch()
-
-    def make() -> RolloutEngine:
-        engine = RolloutEngine(policy, cuda_graphs=False)
-        engine.stepper.static = True
-        return engine
-
-    return make
+    return static_engines(policy, monkeypatch)
 
 
 @pytest.mark.parametrize("previewed", [False, True])
@@ -56,10 +44,7 @@ def test_static_steps_draw_what_eager_steps_draw(
     """Buckets, padding, late counts and reused buffers change no token; the second call reuses all of the first's."""
     engine = static()
     for step in range(2):
-        sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8, step=step)
-        gates = [Gate(threshold=0.5, max_attempts=2, min_keep=2) if previewed else None for _ in range(2)]
-        expected = RolloutEngine(policy, cuda_graphs=False).generate(prompts, sampling, gates[0])
-        same_draws(engine.generate(prompts, sampling, gates[1]), expected)
+        draws_what_eager_steps_draw(engine, policy, prompts, step, previewed=previewed)
         if step == 0:
             graphs, stores = set(engine.stepper._graphs), dict(engine.stepper._stores)
     tries = id(stores.pop("tries", None))  # as many as were rejected: a second call may need more
@@ -69,8 +54,7 @@ def test_static_steps_draw_what_eager_steps_draw(
 
 def test_nothing_is_read_back_between_steps(prompts: list[Prompt], static: Callable[[], RolloutEngine]) -> None:
     """One host synchronisation per token would cost what a graph saves."""
-    sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8)
-    static().generate(prompts, sampling)
+    static().generate(prompts, sampling_of())
     watch = ReplayedStep.watch
     assert watch.num_ops > 1000, "the watch saw the steps"
     assert watch.found == []
@@ -90,12 +74,10 @@ def test_a_smaller_batch_reuses_a_larger_ones_buffers(
     policy: JanusPolicy, prompts: list[Prompt], static: Callable[[], RolloutEngine]
 ) -> None:
     engine = static()
-    sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8)
-    engine.generate(prompts, sampling)
+    engine.generate(prompts, sampling_of())
     stores = dict(engine.stepper._stores)
     for chosen in (prompts[:2], prompts[3:], prompts):
-        expected = RolloutEngine(policy, cuda_graphs=False).generate(chosen, sampling)
-        same_draws(engine.generate(chosen, sampling), expected)
+        draws_what_eager_steps_draw(engine, policy, chosen, 0)
         assert engine.stepper._stores == stores
 
 
@@ -104,10 +86,8 @@ def test_a_larger_batch_gets_new_buffers_and_graphs(
 ) -> None:
     """A graph that holds freed addresses would read somebody else's memory."""
     engine = static()
-    sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8)
     for chosen in (prompts[:1], prompts):
-        expected = RolloutEngine(policy, cuda_graphs=False).generate(chosen, sampling)
-        same_draws(engine.generate(chosen, sampling), expected)
+        draws_what_eager_steps_draw(engine, policy, chosen, 0)
     alive = {id(x) for x in (*engine.stepper._stores.values(), *engine.stepper._samples.values())}
     for _, _, _, samples, stored_prompts, own in engine.stepper._graphs:
         assert {samples, stored_prompts, own} <= alive
@@ -118,7 +98,7 @@ def test_what_is_held_counts_as_free_and_can_be_released(
 ) -> None:
     """A second step must not be refused for the memory that the first one left it."""
     engine = static()
-    sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8)
+    sampling = sampling_of()
     engine.generate(prompts, sampling)
     held = engine.stepper.held_bytes
     assert held >= engine.stats.kv_bytes
@@ -145,11 +125,11 @@ def test_graphs_without_a_gpu_are_refused(policy: JanusPolicy) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_graphs_draw_what_eager_steps_draw(prompts: list[Prompt], tmp_path: Path) -> None:
-    moved = sharp_policy().cuda()
-    engine = RolloutEngine(moved)
+@pytest.mark.parametrize("name", ["janus", "emu3"])
+def test_graphs_draw_what_eager_steps_draw(name: str, prompts: list[Prompt], tmp_path: Path) -> None:
+    policy = (sharp_policy() if name == "janus" else sharp_emu3()).cuda()
+    asked = prompts if name == "janus" else all_plans(world_photo(tmp_path, 3))
+    engine = RolloutEngine(policy)
     assert engine.stepper.static
     for step in range(2):
-        sampling = Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8, step=step)
-        expected = RolloutEngine(moved, cuda_graphs=False).generate(prompts, sampling)
-        same_draws(engine.generate(prompts, sampling), expected)
+        draws_what_eager_steps_draw(engine, policy, asked, step)

@@ -40,15 +40,16 @@ class Launch:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every pointer, those inside records too."""
-        for name, value in self.arguments.items():
-            parts = value._asdict().items() if hasattr(value, "_asdict") else [("", value)]
-            yield from ((f"{name}.{part}".rstrip("."), t) for part, t in parts if isinstance(t, Tensor))
+        return self._of(Tensor)
 
     def numbers(self) -> Iterator[tuple[str, int]]:
         """Every integer."""
+        return self._of(int)
+
+    def _of(self, kind: type[Any]) -> Iterator[tuple[str, Any]]:
         for name, value in self.arguments.items():
             parts = value._asdict().items() if hasattr(value, "_asdict") else [("", value)]
-            yield from ((f"{name}.{part}".rstrip("."), n) for part, n in parts if isinstance(n, int))
+            yield from ((f"{name}.{part}".rstrip("."), one) for part, one in parts if isinstance(one, kind))
 
 
 @dataclass
@@ -121,6 +122,22 @@ def index(tensor: Tensor, places: Any) -> Tensor:
     return tensor
 
 
+def flat(function: Callable[[Any], Any], record: type[Any]) -> Callable[..., Any]:
+    """An op's implementation, which takes its record, called as torch calls it: with the record's fields."""
+    from syncr1.kernels.register import gatherer
+
+    return lambda *arguments: function(gatherer(record)(arguments))
+
+
+OWN: dict[str, Callable[..., Any]] = {
+    "__getitem__": index,
+    "contiguous": contiguous,
+    "copy_": copy_,
+    "__invert__": lambda mask: mask.bitwise_not(),
+}
+"""What fake tensors do differently."""
+
+
 @contextmanager
 def absent_gpu(patch: pytest.MonkeyPatch) -> Iterator[AbsentGPU]:
     """Fake CUDA tensors may be made inside, and public ops called on them."""
@@ -128,7 +145,6 @@ def absent_gpu(patch: pytest.MonkeyPatch) -> Iterator[AbsentGPU]:
 
     from syncr1.kernels import triton_ops
     from syncr1.kernels.ops import decode_attention, groups, linear_loss, logp, loss, sample
-    from syncr1.kernels.register import gatherer
     from syncr1.kernels.terms import DecodeStep, SampleInputs
 
     gpu = AbsentGPU(FakeTensorMode())
@@ -152,9 +168,6 @@ def absent_gpu(patch: pytest.MonkeyPatch) -> Iterator[AbsentGPU]:
         gpu.waits.append("tolist")
         return [gpu.answer] * self.numel()
 
-    def flat(function: Callable[[Any], Any], record: type[Any]) -> Callable[..., Any]:
-        return lambda *arguments: function(gatherer(record)(arguments))
-
     implementations = SimpleNamespace(
         group_advantages=flat(groups.score, groups.AdvantageInputs),
         dgs_select=flat(groups.select, groups.SelectionInputs),
@@ -173,13 +186,7 @@ def absent_gpu(patch: pytest.MonkeyPatch) -> Iterator[AbsentGPU]:
     patch.setattr(triton_ops, "unavailable_reason", lambda: None)
     patch.setattr(FakeTensor, "tolist", read_back, raising=False)
     patch.setattr(FakeTensor, "data_ptr", lambda self: self.storage_offset() * self.element_size(), raising=False)
-    own = {
-        "__getitem__": index,
-        "contiguous": contiguous,
-        "copy_": copy_,
-        "__invert__": lambda mask: mask.bitwise_not(),
-    }
-    for name, method in own.items():
+    for name, method in OWN.items():
         patch.setattr(FakeTensor, name, method, raising=False)
     dispatch.load.cache_clear()
     dispatch._choose_once.cache_clear()

@@ -24,7 +24,6 @@ from helpers import everything_partitioned, sharp_policy
 from kills import be_rank, preload
 from resume_cases import Training, config_of
 from safetensors.torch import load_file, save_file
-from warm import free_port
 
 from syncr1.engine.checkpoints import sharded as checkpoint
 from syncr1.engine.checkpoints.sharded import newest
@@ -32,7 +31,7 @@ from syncr1.engine.data.prompts import load_training_prompts
 from syncr1.engine.learn import trainer
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.sync_r1_parts import build_reward_set
-from syncr1.engine.processes.group import init_distributed
+from syncr1.engine.processes.group import free_port, init_distributed
 from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.engine.rollout import decode
 

@@ -27,6 +27,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import kills
 import torch
 from helpers import ROOT
+from resume_cases import FullDisk
 from torch.distributed import TCPStore
 
 from syncr1.engine.checkpoints import sharded as checkpoint
@@ -121,16 +122,6 @@ def _rewards(act: Any) -> None:
         return score(rollouts, {**functions, name: lambda **_: act()}, **more)
 
     trainer.score = scored
-
-
-class FullDisk:
-    """`os` on a disk that is full."""
-
-    def __getattr__(self, name: str) -> Any:
-        def write(*_: Any) -> int:
-            raise OSError(28, "No space left on device")
-
-        return write if name == "write" else getattr(os, name)
 
 
 def _fill_the_disk() -> None:

@@ -270,6 +270,24 @@ def weights_of(learner: Any) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
 
 
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def state_of(learner: Any) -> dict[str, Tensor]:
+    """All weights and the optimizer's state."""
+    from syncr1.engine.checkpoints.optimizer_state import optimizer_tensors
+
+    with learner.sampling() as policy:
+        tensors = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    return tensors | {f"optimizer {n}": t.clone() for n, t in optimizer_tensors(learner.optimizer).items()}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """A run's metrics, a row for each step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def learn(
     stage: int, batches: Sequence[PackedBatch], *, failing: bool = False, seed: int = 0, **objective: Any
 ) -> tuple[dict[str, Any], Any]:

@@ -24,7 +24,7 @@ MARGIN = 64
 
 @cache
 def _load_copy(name: str) -> ctypes.CDLL | str:
-    """A copy chooses anew: the loader takes the same file for the same library."""
+    """A copy chooses again: the loader takes the same file for the same library."""
     folder = tempfile.mkdtemp()
     copy = Path(shutil.copy(library.LIBRARY, folder))
     with mock.patch.dict(os.environ, {library.ISA_VARIABLE: name}):

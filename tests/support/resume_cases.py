@@ -16,11 +16,10 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import torch
 import torch.distributed as dist
-from helpers import everything_partitioned, sharp_policy
+from helpers import everything_partitioned, same_bits, sharp_policy, state_of
 from torch import Tensor
 
 from syncr1.engine.checkpoints import sharded as checkpoint
-from syncr1.engine.checkpoints.optimizer_state import optimizer_tensors
 from syncr1.engine.checkpoints.sharded import folders, verified
 from syncr1.engine.data.prompts import load_anchors, load_training_prompts
 from syncr1.engine.errors import CheckpointError
@@ -100,18 +99,14 @@ class Training:
         return told
 
     def state(self) -> dict[str, Tensor]:
-        """Trained weights and the optimizer's state."""
-        with self.learner.sampling() as policy:
-            tensors = {name: p.detach().clone() for name, p in policy.named_parameters()}
-        return tensors | {f"optimizer {n}": t.clone() for n, t in optimizer_tensors(self.learner.optimizer).items()}
+        return state_of(self.learner)
 
 
 def assert_same(resumed: Training, whole: Training) -> None:
     """The resumed training did what the whole one did after the cut, bit by bit."""
     got, expected = resumed.record(), whole.record()
     assert got and all(expected[step] == told for step, told in got.items()), sorted(got)
-    a, b = resumed.state(), whole.state()
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert same_bits(resumed.state(), whole.state())
 
 
 class FullDisk:

@@ -43,7 +43,7 @@ class BlocksForConditionalGeneration(LlamaForCausalLM):
 AutoConfig.register("blocks", BlocksConfig)
 
 
-# engine/policies/blocks.py -------------------------------------------------------------------------------------------
+# A file of its own -------------------------------------------------------------------------------------------
 
 
 class BlocksPolicy(Policy):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
+import pytest
 import torch
+from helpers import Gate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncr1.engine.records import Rollout
+from syncr1.engine.policies.base import Policy
+from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rollout import stepping
 from syncr1.engine.rollout.decode import TokenStep
+from syncr1.engine.rollout.sampler import RolloutEngine, Sampling
 
 
 class Watch(TorchDispatchMode):
@@ -72,6 +77,35 @@ def same_draws(a: list[Rollout], b: list[Rollout]) -> None:
         for mine, theirs in zip(one.segments, other.segments, strict=True):
             assert mine.tokens.tolist() == theirs.tokens.tolist() and mine.truncated == theirs.truncated
             torch.testing.assert_close(mine.logp, theirs.logp, rtol=0, atol=1e-5)
+
+
+def static_engines(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Callable[[], RolloutEngine]:
+    """Makes engines that run as they would on a GPU, step for step, without one."""
+    monkeypatch.setattr(stepping, "GraphedStep", ReplayedStep)
+    monkeypatch.setattr(stepping, "LateCount", PromptCount)
+    monkeypatch.setattr(stepping, "POLL_STEPS", 2)
+    monkeypatch.setenv("SYNCR1_CHECKS", "never")  # as on a GPU, where checks of values would make it wait
+    monkeypatch.setenv("SYNCR1_BACKEND", "native")
+    ReplayedStep.watch = Watch()
+
+    def make() -> RolloutEngine:
+        engine = RolloutEngine(policy, cuda_graphs=False)
+        engine.stepper.static = True
+        return engine
+
+    return make
+
+
+def sampling_of(step: int = 0) -> Sampling:
+    return Sampling(num_generations=3, cfg_weight=2.0, max_text_tokens=8, step=step)
+
+
+def draws_what_eager_steps_draw(
+    engine: RolloutEngine, policy: Policy, prompts: list[Prompt], step: int, *, previewed: bool = False
+) -> None:
+    gates = [Gate(threshold=0.5, max_attempts=2, min_keep=2) if previewed else None for _ in range(2)]
+    expected = RolloutEngine(policy, cuda_graphs=False).generate(prompts, sampling_of(step), gates[0])
+    same_draws(engine.generate(prompts, sampling_of(step), gates[1]), expected)
 
 
 READS_BACK = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "unique", "masked_select", "_to_copy")

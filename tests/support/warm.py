@@ -13,7 +13,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ import traceback
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from syncr1.engine.processes.group import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
@@ -103,12 +104,6 @@ def run(
     assert program.poll() == expected, f"exit code {program.poll()}\n{out[-3000:]}{err[-6000:]}"
     print(f"{program.seconds():.1f} s of a core: {Path(script).name} {' '.join(flags)}")
     return out, err
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @cache

@@ -89,7 +89,7 @@ def test_the_same_seed_writes_the_same_bytes(root: Path, tmp_path: Path) -> None
     assert digest(other) == digest(root)
     (other / "images" / "train_0.png").unlink()
     assert write_x2x(other) == other and not (other / "images" / "train_0.png").exists(), "a stamped folder is left be"
-    assert digest(write_x2x(other, seed=1)) != digest(root), "another seed writes it anew"
+    assert digest(write_x2x(other, seed=1)) != digest(root), "another seed writes it again"
     assert len(list((other / "images").iterdir())) == sum(NUM_ROWS.values())
 
 

@@ -4,7 +4,7 @@
 one the text stripped of tags; 1 if equal up to case, a final stop or one number word, else soft-Jaccard, for *both*
 kinds, because its `qa_type == "MC"` compares a list with a string and is never true.
 
-Source: CoRL and ULM-R1's `rewards/r_base.py`, `rewards/r_utils.py`; written anew.
+Source: CoRL and ULM-R1's `rewards/r_base.py`, `rewards/r_utils.py`; rewritten.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _likenesses(left: set[str], right: set[str], threshold: float) -> list[tuple
     for other in right:
         matcher, mirrored = SequenceMatcher(None, "", other), SequenceMatcher(None, other, "")
         for one in left:
-            # What lengths alone allow: spares nearly all pairs, and every word of absurd length, the dear comparison.
+            # Bounds from the lengths alone: nearly all pairs, and words of absurd length, skip the slow comparison.
             if 2 * min(len(one), len(other)) < threshold * (len(one) + len(other)):
                 continue
             matcher.set_seq1(one)

@@ -5,7 +5,7 @@
 CoRL's paper sums both; its released code takes 1 - LPIPS and BERTScore of BLIP's caption, later 1 - RMSE and a caption
 of the policy's own.  Any captioner and any likeness of images or texts fits here.
 
-Source: CoRL (2505.17534) §3.2, ULM-R1's `t2i_bidirectional_cycle_reward`; written anew.
+Source: CoRL (2505.17534) §3.2, ULM-R1's `t2i_bidirectional_cycle_reward`; rewritten.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class CycleReward:
             real_image: the photo that belongs to the prompt.
 
         Raises:
-            ValueError: an image is out of range; see `perceptual.check_images`.
+            ValueError: an image is out of range; see `batches.check_images`.
             PictureError: a real image cannot be read.
         """
         drawn = {row: image for row, image in enumerate(images) if image is not None}

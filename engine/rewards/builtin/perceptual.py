@@ -48,7 +48,7 @@ class LpipsSimilarity:
     """1 - LPIPS: 1 for the same picture, less for others, below 0 in principle.
 
     Args:
-        net: the trunk; the released code takes "vgg", the dearest of the three.
+        net: the trunk; the released code takes "vgg", the most expensive of the three.
         size: drawing and picture are stretched to this many pixels squared; None: the picture to the drawing's size.
         weights: of the trunk. "torchvision": ImageNet's, which torchvision downloads at first use. A path: a
             safetensors file of torchvision's state dict. "random": a seeded trunk, for work without a connection;

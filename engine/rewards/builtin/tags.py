@@ -2,7 +2,7 @@
 
 A regular expression with lazy stars is quadratic on a completion that repeats a tag: ULM-R1's takes 1.4 s on 67 kB of
 tags, and a policy that collapses writes just that. Here each tag is looked for by `str.count` and `str.find`, a fixed
-number of passes. Source of the form: ULM-R1's prompt templates (`r_utils.py`); written anew.
+number of passes. Source of the form: ULM-R1's prompt templates (`r_utils.py`); rewritten.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     among options    p_i = BLEU(option_i, t) / sum;  d = sum_i (p_i - onehot_i)^2;  max(0, 2 ((2 - d) / 2 - 1/2))
 
 BLEU is over characters (unigrams .7, bigrams .3, NLTK's smoothing method 1), so it works for any script, and half a
-word right is worth something. Source: Sync-R1's released code (`grpo.py`, `utils.py:calculate_bleu`); written anew.
+word right is worth something. Source: Sync-R1's released code (`grpo.py`, `utils.py:calculate_bleu`); rewritten.
 """
 
 from __future__ import annotations

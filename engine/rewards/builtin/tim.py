@@ -7,7 +7,7 @@ it. Drawings and their words lie one after another on one packed axis, without p
 computed. The released code slices fixed places (5:581 and 586:, the assistant's tag among the "words"), which is wrong
 for another template or under left padding; here the places are read off the tokens.
 
-Source: CoRL (eq. 4) and ULM-R1's released `t2i_match_reward`; written anew.
+Source: CoRL (eq. 4) and ULM-R1's released `t2i_match_reward`; rewritten.
 
 Dims: n images, J image places, L words of the longest text, T packed tokens, D hidden.
 """

@@ -2,7 +2,7 @@
 
 The server is not trusted: redirects are refused (they would carry the key to another host), an answer has a size limit,
 and a deadline holds for the whole of it, not for each packet. The key is read from an environment variable right
-before it is sent, and stands in no attribute, log or error text. Standard library only; proxies are not used. (The
+before it is sent, and is in no attribute, log or error text. Standard library only; proxies are not used. (The
 `openai` package was tried in its place: NOTES.md has the numbers.)
 """
 
@@ -158,7 +158,7 @@ class ChatClient:
             headers["Authorization"] = f"Bearer {key}"
         connection = self._connection(seconds)
         expired = threading.Event()
-        # A socket's timeout counts from packet to packet, so a server that drips bytes would hold on for ever.
+        # A socket's timeout counts from packet to packet, so a server that drips bytes would never time out.
         watchdog = threading.Timer(seconds, lambda: _hang_up(opened, expired))
         watchdog.daemon = True
         opened: list[socket.socket] = []  # the connection forgets its socket while an answer is still being read

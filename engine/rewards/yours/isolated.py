@@ -76,7 +76,7 @@ class IsolatedReward:
         raise IsolatedError(reply["error"])
 
     def cancel(self) -> None:
-        """Kills the worker, in whatever it is; the call under way then fails, and starts another. One that still loads
+        """Kills the worker, whatever it is doing; the call then fails, and starts another. One that still loads
         goes on, for the next call: where a machine is slow, a new one would not be faster."""
         self._is_given_up = True
         if self._is_loaded:
@@ -121,8 +121,8 @@ class IsolatedReward:
 
 
 def _start(spec: str) -> subprocess.Popen[bytes]:
-    # What can be imported here can be there. Not by PYTHONPATH, which goes before the standard library, nor by the
-    # working directory (-P): a stray `random.py` beside a recipe would be taken for Python's own.
+    # What can be imported here can be there, too. Not by PYTHONPATH, which goes before the standard library, nor by the
+    # working directory (-P): a stray `random.py` beside a recipe would shadow Python's own.
     command = [sys.executable, "-P", "-m", "syncr1.engine.rewards.yours.worker", spec, json.dumps(sys.path)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 

@@ -3,7 +3,7 @@
     to the worker     the columns as JSON, the drawn images and the token ids as plain numbers behind it
     back              a number or None for each trajectory, or why there is none
 
-Nothing is pickled.  Columns of anything else than texts, numbers, lists, dicts, and paths are left out: pictures that
+Nothing is pickled.  Columns of anything other than texts, numbers, lists, dicts, and paths are left out: pictures that
 lie inside a data file.  Tuples arrive as lists.
 """
 

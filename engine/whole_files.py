@@ -1,4 +1,4 @@
-"""Things that are made on first use and kept: where they lie, how they are named, and that they are whole."""
+"""Files and folders that appear whole or not at all, and where those made on first use are kept."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
         except OSError:  # another run was faster
             shutil.rmtree(draft)
     return folder
+
+
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """The whole file or none of it, also when the machine stops: written beside `path`, synchronised, renamed."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("wb") as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
