@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import BACKENDS
+from backends import BACKENDS
 from scipy import stats
 from tied_logits import SEED, exact_size, late_offset, levels, tied_cases, uniform_shares
 

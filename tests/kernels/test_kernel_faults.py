@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import BACKENDS, offsets_of, outcome, sequence_of_token
+from backends import BACKENDS
+from kernel_cases import offsets_of, outcome, sequence_of_token
 from torch import Tensor
 
 from syncr1.kernels.api import (

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, offsets_of, sequence_of_token
+from backends import BACKENDS
+from kernel_cases import offsets_of, sequence_of_token
 from torch import Tensor
 
 from syncr1.kernels.api import (

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from backends import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
-    BACKENDS,
     LinearCase,
     LossCase,
     Values,

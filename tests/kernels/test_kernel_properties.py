@@ -16,11 +16,11 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from backends import NATIVE
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
     MAX_LOG_RATIO,
-    NATIVE,
     RESOLUTION,
     LinearCase,
     LossCase,

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from op_calls import BACKENDS, DIFFERENTIABLE, OPS, Leaves, trained_outputs
+from backends import BACKENDS
+from op_calls import DIFFERENTIABLE, OPS, Leaves, trained_outputs
 from torch import Tensor, nn
 
 UNITS = {name: 8 if name == "shared_prefix_attention" else 40 for name in OPS}

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends import BACKENDS
 from decode_cases import Step, assert_close_to_truth, assert_written, attention, make_step
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,9 +16,6 @@ from syncr1.kernels import dispatch
 from syncr1.kernels.api import prefix_decode_attention
 from syncr1.kernels.dispatch import BackendError
 from syncr1.kernels.reference import decode_attention as reference
-
-NATIVE = pytest.mark.skipif(dispatch.available()["native"] != "ok", reason=dispatch.available()["native"])
-BACKENDS = ["reference", pytest.param("native", marks=NATIVE)]
 
 
 def example(dtype: torch.dtype = torch.float32) -> Step:

@@ -1,28 +1,19 @@
 """The Triton decode step against torch's attention in float64, in Triton's interpreter.
 
-test_triton_interpreted.py runs every `check_…` of this file in a process of its own; on a machine with a GPU another
-runs them there, compiled.
+test_triton_interpreted.py runs every `check_…` of this file in a process of its own.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
+from backends import DEVICE
 from decode_cases import Step, assert_close_to_truth, assert_written, attention, make_step
 from torch import Tensor
-from triton_child import run_checks
 
 pytest.importorskip("triton")
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_the_gpu() -> None:
-    run_checks("cuda", __file__)
 
 
 def attend(step: Step, scale: float | None = None) -> Tensor:
