@@ -1,15 +1,15 @@
-"""The drop-in for Liger over the whole product of its parameters; only with SYNCR1_NIGHTLY=1, some minutes."""
+"""The drop-in for Liger over the whole product of its parameters; `make fuzz`, some minutes."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from backends import NIGHTLY
 from liger_cases import (
     CHUNKED,
     INTERPRETED_CASES,
@@ -33,7 +33,7 @@ from syncr1.kernels import liger as ours
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("SYNCR1_NIGHTLY") != "1", reason="SYNCR1_NIGHTLY=1 runs it"),
+    pytest.mark.skipif(not NIGHTLY, reason="SYNCR1_NIGHTLY=1 runs it"),
 ]
 DRAWN = ("temperature", "num_items", "mask_dtype", "max_length", "shapes", "bias", "frozen", "inplace", "strided")
 """Parameters that meet no other in the formulas: each case has some value of theirs."""
@@ -58,7 +58,7 @@ def product(
             yield case
 
 
-def check_all(cases: Iterator[Case], check: Callable[[Case], None]) -> None:
+def try_all(cases: Iterator[Case], check: Callable[[Case], None]) -> None:
     """Every failure with its case, not the first alone."""
     failures, count = [], 0
     for case in cases:
@@ -71,19 +71,19 @@ def check_all(cases: Iterator[Case], check: Callable[[Case], None]) -> None:
     assert count >= 300
 
 
-def check_triton(case: Case) -> None:
+def try_triton(case: Case) -> None:
     inputs = Inputs(case)
     compare_results(triton_result(ours, case, inputs), plain_result(case, inputs))
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_chunked_loss_is_that_of_liger(loss_type: str, backend: str) -> None:
-    check_all(product(CHUNKED, loss_type, chunked_is_valid), check_chunked)
+    try_all(product(CHUNKED, loss_type, chunked_is_valid), check_chunked)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_triton_loss_is_what_its_formulas_say(loss_type: str, backend: str) -> None:
-    check_all(product(TRITON, loss_type, triton_is_valid), check_triton)
+    try_all(product(TRITON, loss_type, triton_is_valid), try_triton)
 
 
 def test_triton_loss_is_that_of_liger(tmp_path: Path, backend: str) -> None:

@@ -171,7 +171,7 @@ def test_many_rows(dtype: torch.dtype, top_k: int, top_p: float) -> None:
 TIES = [(1, 0.4013), (3, 0.4013), (300, 0.4013), (1, 1.0), (3, 1.0), (300, 1.0), (1, 1e-3), (3, 1e-3), (300, 1e-3)]
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), TIES[1:6:3] if ON_TRITON else TIES)
+@pytest.mark.parametrize(("top_k", "top_p"), TIES[2:5:2] if ON_TRITON else TIES)
 def test_ties_go_to_the_lower_id(top_k: int, top_p: float) -> None:
     cond = torch.randint(0, 3, (ROWS, 300) if ON_TRITON else (64, 1100)).float()
     settings = PLAIN | {"top_k": top_k, "top_p": top_p}
