@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from backends import BACKENDS
+from backends import BACKENDS, NIGHTLY
 from op_calls import DIFFERENTIABLE, OPS, Leaves, trained_outputs
 from torch import Tensor, nn
 
 UNITS = {name: 8 if name == "shared_prefix_attention" else 40 for name in OPS}
 WITH_PRODUCTS = ("linear_logp", "linear_grpo_loss", "shared_prefix_attention")
-NUM_THREADS, ROUNDS = 8, 60
+NUM_THREADS, ROUNDS = 8, 60 if NIGHTLY else 20
 
 
 def results(name: str, backend: str | None = None) -> list[Tensor]:

@@ -119,8 +119,8 @@ def _most(values: Tensor) -> float:
 
 
 def assert_close_to_truth(step: Step, output: Tensor, scale: float | None = None) -> None:
-    """The error is at most twice that of torch in the same dtype, and what rounding the largest possible score does to a
-    weight, which torch may or may not meet; in 16 bits, that of rounding the exact result."""
+    """The error is at most twice that of torch in the same dtype, and what rounding the largest possible score does to
+    a weight, which torch may or may not meet; in 16 bits, that of rounding the exact result."""
     truth = attention(step, scale)
     error = (output.double() - truth).abs()
     if output.dtype in (torch.float32, torch.float64):
