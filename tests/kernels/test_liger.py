@@ -83,7 +83,7 @@ def test_chunked_loss_is_that_of_liger(case: Case, backend: str) -> None:
     check_chunked(case)
 
 
-def check_formulas(case: Case) -> None:
+def assert_formulas(case: Case) -> None:
     inputs = Inputs(case)
     actual = triton_result(ours, case, inputs)
     compare_results(actual, plain_result(case, inputs))
@@ -97,7 +97,7 @@ def check_formulas(case: Case) -> None:
 
 @pytest.mark.parametrize("case", TRITON_CASES, ids=range(len(TRITON_CASES)))
 def test_triton_loss_is_what_its_formulas_say(case: Case, backend: str) -> None:
-    check_formulas(case)
+    assert_formulas(case)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def try_all(cases: Iterator[Case], check: Callable[[Case], None]) -> None:
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_the_whole_product_of_parameters(loss_type: str, backend: str) -> None:
     try_all(product(CHUNKED, loss_type, chunked_is_valid), check_chunked)
-    try_all(product(TRITON, loss_type, triton_is_valid), check_formulas)
+    try_all(product(TRITON, loss_type, triton_is_valid), assert_formulas)
 
 
 def test_signatures_are_those_of_liger() -> None:
