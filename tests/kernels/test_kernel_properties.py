@@ -98,6 +98,7 @@ def from_log_probabilities(linear: LinearCase) -> LossCase:
 
 
 @NATIVE
+@pytest.mark.slow
 @MANY
 @given(linear=linear_cases())
 def test_linear_grpo_loss_follows_float64(linear: LinearCase) -> None:
