@@ -93,9 +93,12 @@ build/coverage:
 mutants: setup build/coverage
 	$(BIN)/python tests/campaigns/mutants.py --coverage_file build/coverage --json build/mutants.json $(ARGS)
 
-# 1,000,000 inputs, new ones every time: about ten minutes of one core.
+# 1,000,000 inputs, new ones every time: about ten minutes of one core. Then every case of the grids of which `make test`
+# takes the pairs, and what it runs smaller: some minutes more.
+GRIDS := $(addprefix tests/kernels/test_,token_loss.py liger.py liger_shapes.py ops.py ops_around.py)
 fuzz: setup
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/repo/test_fuzz.py tests/repo/test_fuzz_files.py -q -rP -n $(JOBS)
+	SYNCR1_NIGHTLY=1 $(BIN)/python -m pytest $(GRIDS) -q -n $(JOBS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -166,11 +166,16 @@ def compile_case(index: int, sm: int) -> list[Record]:
     return [describe(launch, case, sm) for launch in compiled_by(case, sm)]
 
 
-def compile_all(targets: Sequence[int] = TARGETS, *, hot_only: bool = False, processes: int = 2) -> list[Record]:
-    """Every launch for every target."""
+def compile_all(
+    targets: Sequence[int] = TARGETS, *, hot_only: bool = False, only: str = "", processes: int = 2
+) -> list[Record]:
+    """Every launch for every target; `only` is a regular expression that the names of cases must match somewhere."""
     if interpreting():
         raise RuntimeError("compile_all: TRITON_INTERPRET must be unset, got 1; start a new process without it")
-    jobs = [(i, sm) for sm in targets for i, case in enumerate(cases()) if case.hot or not hot_only]
+    chosen = [i for i, case in enumerate(cases()) if (case.hot or not hot_only) and re.search(only, case.name)]
+    jobs = [(i, sm) for sm in targets for i in chosen]
+    if processes == 1:
+        return [record for job in jobs for record in compile_case(*job)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return [record for records in pool.map(compile_case, *zip(*jobs, strict=True)) for record in records]
 
@@ -246,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS)
     parser.add_argument("--hot", action="store_true", help="only what every training step and token needs")
+    parser.add_argument("--only", default="", metavar="REGEX", help="of those the cases whose names match")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the records")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="compile nothing: one page of these")
@@ -254,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         read = [Record(**values) for path in given.merge for values in json.loads(path.read_text())]
         print(page(read))
         return int(any(record.fault for record in read))
-    records = compile_all(given.targets, hot_only=given.hot, processes=given.processes)
+    records = compile_all(given.targets, hot_only=given.hot, only=given.only, processes=given.processes)
     print(table(records))
     if given.json:
         given.json.write_text(json.dumps([asdict(record) for record in records], indent=0))

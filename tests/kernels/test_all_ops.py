@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import BACKENDS, DIFFERENTIABLE, OPS, Leaves, trained_outputs
+from backends import BACKENDS
+from op_calls import DIFFERENTIABLE, OPS, Leaves, trained_outputs
 from torch import Tensor
 
 from syncr1.kernels import dispatch, linear

@@ -1,4 +1,4 @@
-"""cfg_sample: distribution, independence of the batch, guidance, truncation."""
+"""cfg_sample: distribution, guidance, truncation; independence of the batch is in test_kernel_invariances.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import BACKENDS
+from backends import BACKENDS
 from scipy import stats
 from tied_logits import SEED, exact_size, late_offset, levels, tied_cases, uniform_shares
 
@@ -55,18 +55,6 @@ def test_log_probabilities_and_entropy() -> None:
     torch.testing.assert_close(out.logp, logp.gather(1, index)[:, 0])
     torch.testing.assert_close(out.logp_mixed, mixed.gather(1, index)[:, 0])
     torch.testing.assert_close(out.entropy, torch.distributions.Categorical(logits=cond / 0.8).entropy())
-
-
-def test_a_row_does_not_depend_on_its_batch() -> None:
-    cond, offsets = torch.randn(64, 501), torch.arange(64) * 1000 + 2**40
-    seeds = torch.arange(64) % 3
-    whole = cfg_sample(cond, seed=seeds, offset=offsets, top_p=0.9)
-    for row in (0, 17, 63):
-        alone = cfg_sample(cond[row : row + 1], seed=int(seeds[row]), offset=int(offsets[row]), top_p=0.9)
-        assert alone.token.equal(whole.token[row : row + 1])
-        assert alone.logp.equal(whole.logp[row : row + 1])
-    order = torch.randperm(64)
-    assert cfg_sample(cond[order], seed=seeds[order], offset=offsets[order], top_p=0.9).token.equal(whole.token[order])
 
 
 def test_seed_and_offset_change_the_draw() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, offsets_of, sequence_of_token
+from backends import BACKENDS
+from kernel_cases import offsets_of, sequence_of_token
 from torch import Tensor
 
 from syncr1.kernels.api import (
@@ -95,26 +96,25 @@ def test_11_all_rewards_equal(scale: Any, backend: str) -> None:
 def test_12_rewards_that_differ_by_rounding_alone(scale: Any, aggregate: Any, backend: str) -> None:
     """A spread of a few units in the last place is none, whatever holds the rewards, however large they and their group
     are, and though eps=0 would blow it up; ten times as much is a signal that eps keeps small."""
-    for size in (2, 5, 70):
+    for size, magnitude in ((2, 1.0), (5, 1e-6), (70, 3e7), (5, -0.3)):
         offsets, noisy = offsets_of([size]), torch.arange(size) % 3 == 0
         layout = {"cu_seqlens": offsets_of([1] * size), "group_offsets": offsets}
-        for magnitude in (1.0, 1e-6, 3e7, -0.3):
-            for dtype, ulps in ((torch.float32, 1), (torch.float32, 2), (torch.float64, 1), (torch.float64, 1 << 29)):
-                plain = torch.full((size,), 0.3 * magnitude, dtype=dtype)
-                apart = 2.0 ** -(23 if dtype == torch.float32 else 52) * ulps * plain.abs()
-                rewards = torch.where(noisy, plain + apart, plain)
-                assert bool((rewards != plain).any())
-                for given in (rewards, torch.stack([rewards, plain], 1), torch.stack([rewards, rewards], 1)):
-                    settings = {"scale": scale, "aggregate": aggregate, "eps": 0.0}
-                    out = grpo_loss(-torch.rand(size), -torch.rand(size), given, backend=backend, **settings, **layout)
-                    assert isinstance(out.advantages, Tensor) and not bool(out.advantages.any())
-                    assert out.metrics["frac_reward_zero_std"] == 1 and out.loss == 0
-                    chosen = backend if dtype == torch.float32 else "reference"
-                    assert not bool(group_advantages(given, offsets, backend=chosen, **settings).any())
-                    assert not bool(dgs_select(given, offsets, backend=chosen, **settings).any())
-            signal = torch.where(noisy, plain.float() * (1 + 1e-5), plain.float())
-            assert bool(group_advantages(signal, offsets, backend=backend, scale=scale, aggregate=aggregate).any())
-            assert bool(dgs_select(signal, offsets, backend=backend, scale=scale, aggregate=aggregate).any())
+        for dtype, ulps in ((torch.float32, 1), (torch.float32, 2), (torch.float64, 1), (torch.float64, 1 << 29)):
+            plain = torch.full((size,), 0.3 * magnitude, dtype=dtype)
+            apart = 2.0 ** -(23 if dtype == torch.float32 else 52) * ulps * plain.abs()
+            rewards = torch.where(noisy, plain + apart, plain)
+            assert bool((rewards != plain).any())
+            for given in (rewards, torch.stack([rewards, plain], 1), torch.stack([rewards, rewards], 1)):
+                settings = {"scale": scale, "aggregate": aggregate, "eps": 0.0}
+                out = grpo_loss(-torch.rand(size), -torch.rand(size), given, backend=backend, **settings, **layout)
+                assert isinstance(out.advantages, Tensor) and not bool(out.advantages.any())
+                assert out.metrics["frac_reward_zero_std"] == 1 and out.loss == 0
+                chosen = backend if dtype == torch.float32 else "reference"
+                assert not bool(group_advantages(given, offsets, backend=chosen, **settings).any())
+                assert not bool(dgs_select(given, offsets, backend=chosen, **settings).any())
+        signal = torch.where(noisy, plain.float() * (1 + 1e-5), plain.float())
+        assert bool(group_advantages(signal, offsets, backend=backend, scale=scale, aggregate=aggregate).any())
+        assert bool(dgs_select(signal, offsets, backend=backend, scale=scale, aggregate=aggregate).any())
 
 
 def test_rewards_that_cancel_each_other_leave_no_advantage() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from backends import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
-    BACKENDS,
     LinearCase,
     LossCase,
     Values,
@@ -83,18 +83,22 @@ def test_groups_and_sequences_in_another_order(backend: str, case: LossCase, dat
 @BACKEND
 @given(case=loss_cases(), data=st.data())
 def test_a_pack_cut_in_two(backend: str, case: LossCase, data: st.DataObject) -> None:
-    """The divisors given, each half has the gradients that it had in the whole."""
+    """The divisors given, each half has the gradients that it had in the whole, and the losses add up."""
     case = group_by_group(case)
     options = {**case.options, "num_sequences": 6.0, "top_entropy_quantile": 1.0}
     options["num_items"] = {"text": 7.0, "image": 5.0} if options.get("num_items") is None else options["num_items"]
     options["loss_type"] = "dapo" if options["loss_type"] == "bnpo" else options["loss_type"]
     case = replace(case, options=options)
     whole, groups = run_loss(case, backend), members_of(case)
-    cut = data.draw(st.integers(0, len(groups)))
+    cut, total = data.draw(st.integers(0, len(groups))), torch.zeros(())
     for part in (groups[:cut], groups[cut:]):
         order = [s for group in part for s in group]
         half, tokens_T = case.take(order, [len(group) for group in part])
-        assert_moved(whole, run_loss(half, backend), tokens_T, order, len(case.lengths))
+        found = run_loss(half, backend)
+        assert_moved(whole, found, tokens_T, order, len(case.lengths))
+        total = total + found["loss"]
+    scale = float(1 + whole["grad logp"].abs().sum())
+    torch.testing.assert_close(total, whole["loss"], rtol=1e-4, atol=1e-4 * scale)
 
 
 @BACKEND
@@ -209,7 +213,9 @@ def test_a_large_batch_on_one_and_on_two_threads(backend: str, ratio: str) -> No
 @BACKEND
 @given(case=loss_cases())
 def test_poison_outside_the_mask(backend: str, case: LossCase) -> None:
-    same_bits(run_loss(case, backend), run_loss(case.poisoned(), backend))
+    clean = run_loss(case, backend)
+    same_bits(clean, run_loss(case.poisoned(), backend))
+    assert not bool(clean["grad logp"][~case.mask].any())
 
 
 @BACKEND

@@ -16,11 +16,11 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from backends import NATIVE
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (
     MAX_LOG_RATIO,
-    NATIVE,
     RESOLUTION,
     LinearCase,
     LossCase,
@@ -98,6 +98,7 @@ def from_log_probabilities(linear: LinearCase) -> LossCase:
 
 
 @NATIVE
+@pytest.mark.slow
 @MANY
 @given(linear=linear_cases())
 def test_linear_grpo_loss_follows_float64(linear: LinearCase) -> None:

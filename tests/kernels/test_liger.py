@@ -6,14 +6,17 @@ import ast
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from backends import NIGHTLY
 from liger_cases import (
     BATCH,
     CHUNKED,
+    INTERPRETED_CASES,
     LENGTH,
     LOSS_TYPES,
     ROOT,
@@ -43,8 +46,10 @@ from torch import Tensor
 
 from syncr1.kernels import liger as ours
 
-CHUNKED_CASES = [case for seed in range(4) for case in pairwise(CHUNKED, chunked_is_valid, seed)]
-TRITON_CASES = [case for seed in range(2) for case in pairwise(TRITON, triton_is_valid, seed)]
+AT_NIGHT = pytest.mark.skipif(not NIGHTLY, reason="SYNCR1_NIGHTLY=1 runs it")
+SEEDS = range(4) if NIGHTLY else range(1)
+CHUNKED_CASES = [case for seed in SEEDS for case in pairwise(CHUNKED, chunked_is_valid, seed)]
+TRITON_CASES = [case for seed in SEEDS for case in pairwise(TRITON, triton_is_valid, seed)]
 
 
 @pytest.fixture(params=["reference", "native"])
@@ -78,8 +83,7 @@ def test_chunked_loss_is_that_of_liger(case: Case, backend: str) -> None:
     check_chunked(case)
 
 
-@pytest.mark.parametrize("case", TRITON_CASES, ids=range(len(TRITON_CASES)))
-def test_triton_loss_is_what_its_formulas_say(case: Case, backend: str) -> None:
+def assert_formulas(case: Case) -> None:
     inputs = Inputs(case)
     actual = triton_result(ours, case, inputs)
     compare_results(actual, plain_result(case, inputs))
@@ -91,17 +95,63 @@ def test_triton_loss_is_what_its_formulas_say(case: Case, backend: str) -> None:
         torch.testing.assert_close(actual["logits"], inputs.logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("case", TRITON_CASES, ids=range(len(TRITON_CASES)))
+def test_triton_loss_is_what_its_formulas_say(case: Case, backend: str) -> None:
+    assert_formulas(case)
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_interpreted(tmp_path_factory.mktemp("liger"), count=13)  # every type with every level
+    count = len(INTERPRETED_CASES) if NIGHTLY else 13  # of which every type meets every level
+    return run_interpreted(tmp_path_factory.mktemp("liger"), count)
 
 
+@pytest.mark.slow
 def test_triton_loss_is_that_of_liger(interpreted: dict[str, Any], backend: str) -> None:
     check_interpreted_losses(interpreted["losses"])
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_liger(interpreted: dict[str, Any], backend: str) -> None:
     check_interpreted_logps(interpreted["logps"])
+
+
+DRAWN = ("temperature", "num_items", "mask_dtype", "max_length", "shapes", "bias", "frozen", "inplace", "strided")
+"""Parameters that meet no other in the formulas: each case has some value of theirs."""
+
+
+def product(
+    grid: Mapping[str, Sequence[Any]], loss_type: str, valid: Callable[[Case], bool], seed: int = 0
+) -> Iterator[Case]:
+    """All valid cases of one loss type."""
+    rng = random.Random(seed)
+    crossed = {name: values for name, values in grid.items() if name not in DRAWN} | {"loss_type": (loss_type,)}
+    for values in itertools.product(*crossed.values()):
+        case = {name: rng.choice(grid[name]) for name in grid} | dict(zip(crossed, values, strict=True))
+        if case["max_length"] is None and loss_type == "dr_grpo":
+            case["max_length"] = 9
+        if valid(case):
+            yield case
+
+
+def try_all(cases: Iterator[Case], check: Callable[[Case], None]) -> None:
+    """Every failure with its case, not the first alone."""
+    failures, count = [], 0
+    for case in cases:
+        count += 1
+        try:
+            check(case)
+        except AssertionError as error:
+            failures.append(f"{case}\n{error}")
+    assert not failures, f"{len(failures)} of {count} cases\n" + "\n\n".join(failures[:5])
+    assert count >= 300
+
+
+@AT_NIGHT
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_whole_product_of_parameters(loss_type: str, backend: str) -> None:
+    try_all(product(CHUNKED, loss_type, chunked_is_valid), check_chunked)
+    try_all(product(TRITON, loss_type, triton_is_valid), assert_formulas)
 
 
 def test_signatures_are_those_of_liger() -> None:

@@ -5,7 +5,6 @@ luspo with a KL is left out: there Liger adds what lies at masked positions (see
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import liger_cases
 import pytest
 import torch
+from backends import NIGHTLY
 from liger_cases import (
     LOSS_TYPES,
     TOKEN_LEVEL_ONLY,
@@ -42,6 +42,11 @@ KINDS = [
     for beta in (0.0, 0.04)
     if not (level == "sequence" and kind in TOKEN_LEVEL_ONLY) and not (kind == "luspo" and beta)
 ]
+# At the large shape one of each formula; all of them at night.
+FORMULAS = [("dapo", "sequence", 0.04), ("cispo", "token", 0.0), ("sapo", "token", 0.04), ("vespo", "token", 0.04)]
+AT_LARGE = KINDS if NIGHTLY else FORMULAS
+CHUNKED = [(LARGE, "native", *kind) for kind in AT_LARGE]
+CHUNKED += [(SMALL, name, *kind) for name in ("native", "reference") for kind in KINDS]
 
 
 @pytest.fixture(params=["reference", "native"])
@@ -90,14 +95,15 @@ def tamed(inputs: Inputs) -> Inputs:
     return inputs
 
 
-@pytest.mark.parametrize(
-    ("shape", "backend_name"), [(LARGE, "native"), (SMALL, "native"), (SMALL, "reference")], ids=str
-)
-@pytest.mark.parametrize(("kind", "level", "beta"), KINDS)
+@pytest.mark.parametrize(("shape", "backend_name", "kind", "level", "beta"), CHUNKED, ids=str)
 def test_chunked_loss(
-    kind: str, level: str, beta: float, shape: tuple[int, int, int, int], backend_name: str,
+    shape: tuple[int, int, int, int],
+    backend_name: str,
+    kind: str,
+    level: str,
+    beta: float,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     use_backend(backend_name, monkeypatch)
     with sized(shape, looser=10):
         make = liger_cases.Inputs
@@ -135,15 +141,15 @@ def test_loss_from_logits(kind: str, level: str, beta: float, backend: str) -> N
         compare_results(triton_result(ours, case, inputs), plain_result(case, inputs))
 
 
-NIGHTLY = pytest.mark.skipif(os.environ.get("SYNCR1_NIGHTLY") != "1", reason="SYNCR1_NIGHTLY=1 runs it")
+AT_NIGHT = pytest.mark.skipif(not NIGHTLY, reason="SYNCR1_NIGHTLY=1 runs it")
 
 
 @pytest.mark.parametrize(
-    ("temperature", "vocabulary"), [(0.9, 64_000), pytest.param(0.7, 151_936, marks=NIGHTLY)], ids=str
+    ("temperature", "vocabulary"), [(0.9, 64_000), pytest.param(0.7, 151_936, marks=AT_NIGHT)], ids=str
 )
 def test_log_probabilities_of_long_rows(temperature: float, vocabulary: int, backend: str) -> None:
     torch.set_num_threads(2)
-    length = 1024
+    length = 1024 if NIGHTLY else 256
     logits = torch.randn(1, length + 1, vocabulary, dtype=torch.bfloat16)
     ids = torch.randint(vocabulary, (1, 100 + length))
     found = ours.fused_selective_log_softmax(logits, ids, temperature)

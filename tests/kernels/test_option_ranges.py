@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from op_calls import BACKENDS, OPS
+from backends import BACKENDS
+from op_calls import OPS
 
 from syncr1.kernels import api, attention, dispatch
 from syncr1.kernels.api import LossOptions, TokenStream, linear_grpo_loss

@@ -1,8 +1,10 @@
-"""Every launch of the hot path compiles without a GPU, on the oldest and the newest Triton that a CUDA build of torch
-brings, without spills and with loads of 16 bytes. `make test-triton` compiles all of them for every target."""
+"""Every kernel of the hot path compiles without a GPU, on the oldest and the newest Triton that a CUDA build of torch
+brings, without spills and with loads of 16 bytes: one launch of each of its forms. `make test-triton` compiles all
+launches for every target."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,6 +17,21 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "syncr1.kernels.triton_ops.aot"
+FORMS = "|".join(
+    (
+        "V=102400 bf16 [TC]=",  # rows that are swept,
+        "V=16384 bf16 bias [TC]=",  # that a program holds,
+        "V=184622 bf16 bias C=",  # that are no multiple of 16
+        "^dapo, pruned",
+        "^grpo, sequence ratio",
+        "^scale=group",
+        "^rule=variance_mass",
+        "V=16384 bf16 guided top-k top-p",
+        "V=102400 bf16 plain",
+        "^16 heads on 16, E=128 bf16",
+        "^28 heads on 4, E=128 bf16",
+    )
+)
 
 
 def run(*command: str, triton: Path | None = None, cache: Path) -> subprocess.CompletedProcess[str]:
@@ -35,18 +52,20 @@ def compiled(pytestconfig: pytest.Config, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
-def test_the_hot_path_compiles(version: str, compiled: Path) -> None:
+def test_the_hot_path_compiles(version: str, compiled: Path, tmp_path: Path) -> None:
     folder = ROOT / "build" / "triton" / version
     if not folder.is_dir():
         pytest.skip(f"Triton {version} is not in build/triton; `make build/triton/{version}` puts it there")
-    done = run("-m", MODULE, "--hot", "--targets", "90", triton=folder, cache=compiled)
-    print(done.stdout)
+    page = tmp_path / "records.json"
+    flags = ("--hot", "--only", FORMS, "--targets", "90", "--processes", "1", "--json", str(page))
+    done = run("-m", MODULE, *flags, triton=folder, cache=compiled)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    kernels = set(re.findall(r"^\| (\w+) \|.* sm_90 \|", done.stdout, flags=re.MULTILINE))
+    records = json.loads(page.read_text())
     hot = {"score_rows", "loss_rows", "gradient_rows", "loss", "finish", "advantage", "keep", "sample", "decode"}
-    assert hot <= kernels, done.stdout
-    found = run("-c", "import triton; print(triton.__version__)", triton=folder, cache=compiled)
-    assert found.stdout.strip() == version
+    assert hot <= {record["kernel"].removesuffix("_kernel") for record in records}, done.stdout
+    assert {record["triton"] for record in records} == {version}
+    found = {form for form in FORMS.split("|") for record in records if re.search(form, record["case"])}
+    assert found == set(FORMS.split("|"))  # none has lost its name
 
 
 PROBE = """
@@ -61,19 +80,18 @@ def probe_kernel(pointer, stride, SIZE: tl.constexpr):
 def record(size, stride):
     values = aot_cases.empty(8192)
     case = aot_cases.Case("probe", lambda: probe_kernel[(1,)](values, stride, SIZE=size, num_warps=1), 1, "")
-    for sm in (80, 90):
-        (launch,) = aot.compiled_by(case, sm)
-    return aot.describe(launch, case, sm)
+    (launch,) = aot.compiled_by(case, 90)
+    return aot.describe(launch, case, 90)
 
 print(record(8192, 1).fault, record(512, 1).fault, record(2048, 3).fault, sep=" | ")
 """
 
 
-def test_spills_and_narrow_loads_are_found(tmp_path: Path) -> None:
+def test_spills_and_narrow_loads_are_found(tmp_path: Path, compiled: Path) -> None:
     """The check can fail: one kernel that must spill, one that is right, one whose stride allows no wide load."""
     script = tmp_path / "probe.py"
     script.write_text(PROBE)
-    done = run(str(script), cache=tmp_path)
+    done = run(str(script), cache=compiled)
     assert done.returncode == 0, done.stderr[-4000:]
     crowded, right, strided = done.stdout.strip().split(" | ")
     assert crowded.startswith("spills") and right == "None" and "loads of under 16 bytes" in strided

@@ -1,23 +1,41 @@
-"""Every `check_…` of the Triton kernels' files, in Triton's interpreter: few processes, since each loads torch anew."""
+"""The contracts, and every `check_…`, on Triton: few processes, since each loads torch anew."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from triton_child import TESTS, run_checks
+import torch
+from backends import TESTS, run_on_triton
 
 pytest.importorskip("triton")
 BATCHES = [
-    ("test_triton_sample.py", "test_triton_rows.py"),
-    ("test_triton_loss.py", "test_triton_decode_attention.py", "test_triton_ops.py"),
+    ("test_sample.py", "test_triton_sample.py", "test_rows.py", "test_triton_rows.py"),
+    (
+        "test_token_loss.py",
+        "test_group_advantages.py",
+        "test_dgs_select.py",
+        "test_prefix_decode_attention.py",
+        "test_triton_decode_attention.py",
+        "test_triton_ops.py",
+    ),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("files", BATCHES, ids=" ".join)
 def test_interpreted(files: tuple[str, ...]) -> None:
-    run_checks("cpu", *files)
+    run_on_triton("cpu", *files)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("files", BATCHES, ids=" ".join)
+def test_on_the_gpu(files: tuple[str, ...]) -> None:
+    run_on_triton("cuda", *files)
 
 
 def test_no_file_is_left_out() -> None:
-    with_checks = {path.name for path in TESTS.glob("test_triton_*.py") if "\ndef check_" in path.read_text()}
-    assert with_checks == {file for files in BATCHES for file in files}
+    """None that has a check, or puts tensors on the device of Triton."""
+    mark = re.compile(r"^(def check_|from backends import .*DEVICE)", re.MULTILINE)
+    assert {path.name for path in TESTS.glob("test_*.py") if mark.search(path.read_text())} == set(sum(BATCHES, ()))

@@ -1,31 +1,22 @@
 """The public ops on the `triton` backend, in Triton's interpreter: what lies between them and the kernels.
 
-test_triton_interpreted.py runs every `check_…` of this file in a process of its own; on a machine with a GPU another
-runs them there, compiled.
+test_triton_interpreted.py runs every `check_…` of this file in a process of its own.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from backends import DEVICE
 from torch import Tensor
-from triton_child import run_checks
 
 from syncr1.kernels import api
 
 pytest.importorskip("triton")
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 Layout = Callable[[Tensor], Tensor]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_the_gpu() -> None:
-    run_checks("cuda", __file__)
 
 
 def every_other(values: Tensor) -> Tensor:

@@ -17,14 +17,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from syncr1.kernels import dispatch
 from syncr1.kernels.api import TokenStream, grpo_loss, linear_grpo_loss, linear_logp
 from syncr1.kernels.options import LOSS_TYPES, RULES, SCALES
 from syncr1.kernels.outputs import GRPOOutput
 from syncr1.kernels.streams import MODALITIES, Modality
 
-NATIVE = pytest.mark.skipif(dispatch.available()["native"] != "ok", reason=dispatch.available()["native"])
-BACKENDS = ["reference", pytest.param("native", marks=NATIVE)]
 FLOATS = ("logp", "old_logp", "ref_logp", "entropy", "is_ratio")
 RESOLUTION = 3e-7
 """About 5 units in the last place of float32: the floor of every comparison, times the size of what is summed."""

@@ -68,12 +68,13 @@ def guarded_outputs() -> Iterator[None]:
 
 
 class Guarded:
-    """A copy of a matrix whose rows lie apart, in memory full of NaN."""
+    """A copy of a matrix whose rows lie `gap` apart, `before` of it on the left, in memory full of NaN."""
 
-    def __init__(self, values: Tensor, gap: int = 7) -> None:
+    def __init__(self, values: Tensor, gap: int = 7, before: int | None = None) -> None:
         num_rows, width = values.shape
-        self.buffer = torch.full((num_rows + 2, width + gap), torch.nan, dtype=values.dtype)
-        self.matrix = self.buffer[1 : num_rows + 1, gap // 2 : gap // 2 + width]
+        start = gap // 2 if before is None else before
+        self.buffer = torch.full((num_rows + 2, width + gap), torch.nan, dtype=values.dtype, device=values.device)
+        self.matrix = self.buffer[1 : num_rows + 1, start : start + width]
         self.matrix.copy_(values)
 
     def assert_untouched_around(self) -> None:

@@ -9,11 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from syncr1.kernels import dispatch
 from syncr1.kernels.api import (
     SharedPrefixLayout,
     TokenStream,
@@ -28,10 +26,6 @@ from syncr1.kernels.api import (
     shared_prefix_attention,
 )
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(dispatch.available()[name] != "ok", reason=dispatch.available()[name]))
-    for name in ("reference", "native")
-]
 Leaves = dict[str, Tensor]
 
 
