@@ -15,11 +15,27 @@ from gpu_process import Part, Step
 CHILD = str(Path(__file__).resolve().parent / "gpu_child.py")
 OPS = ("cfg_sample", "linear_grpo_loss", "linear_logp", "prefix_decode_attention", "grpo_loss", "selective_logp",
        "shared_prefix_attention", "groups")  # fmt: skip
-TESTS = ("triton_ops", "triton_rows", "triton_sample", "triton_decode_attention", "triton_loss",
-         "shared_prefix_attention", "stepping", "devices", "attention_cuda_bookkeeping", "emu3_rollout", "fused_trunk",
-         "lora")  # fmt: skip
-"""Files with gpu-marked tests, by worth."""
-PRETENDED_TESTS = ("triton_rows", "stepping")
+TESTS = (
+    "triton_ops",
+    "rows",
+    "sample",
+    "token_loss",
+    "prefix_decode_attention",
+    "triton_rows",
+    "triton_sample",
+    "triton_decode_attention",
+    "group_advantages",
+    "dgs_select",
+    "shared_prefix_attention",
+    "stepping",
+    "devices",
+    "attention_cuda_bookkeeping",
+    "emu3_rollout",
+    "fused_trunk",
+    "lora",
+)
+"""Files with tests that need a GPU, by worth."""
+PRETENDED_TESTS = ("rows", "stepping")
 TABLE = {
     "linear_large": 50.0, "cfg_sample": 20.0, "cfg_sample_top_p": 20.0, "grpo_loss": 20.0, "selective_logp": 25.0,
     "mixed": 35.0, "pruned": 25.0, "on_policy": 25.0, "compiled": 60.0,
