@@ -25,10 +25,15 @@ OPS = (
 )
 TESTS = (
     "triton_ops",
+    "rows",
+    "sample",
+    "token_loss",
+    "prefix_decode_attention",
     "triton_rows",
     "triton_sample",
     "triton_decode_attention",
-    "triton_loss",
+    "group_advantages",
+    "dgs_select",
     "shared_prefix_attention",
     "stepping",
     "devices",
@@ -37,8 +42,8 @@ TESTS = (
     "fused_trunk",
     "lora",
 )
-"""Files with gpu-marked tests, by worth."""
-PRETENDED_TESTS = ("triton_rows", "stepping")
+"""Files with tests that need a GPU, by worth."""
+PRETENDED_TESTS = ("rows", "stepping")
 TABLE = {
     "linear_large": 50.0,
     "cfg_sample": 20.0,

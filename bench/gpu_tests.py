@@ -1,7 +1,7 @@
 """The tests that need a GPU, one file a step, each test known as it ends.
 
-Files of Triton kernels keep their tests in `check_…` functions, which another test runs in a process of its own: here
-they are run directly, so that one failure does not hide the others.
+What test_triton_interpreted.py runs in processes of its own, contracts and `check_…` functions, is run directly here,
+so that one failure does not hide the others.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import pytest
 from gpu_report import Report, Skipped
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-CHECKS = ("triton_rows", "triton_loss", "triton_sample", "triton_decode_attention", "triton_ops")
-"""Files with `check_…` functions."""
+CHECKS = ("triton_ops", "rows", "triton_rows", "sample", "triton_sample", "prefix_decode_attention",
+          "triton_decode_attention", "token_loss", "group_advantages", "dgs_select")  # fmt: skip
+"""Files that state what Triton must do, as tests/support/backends.py picks it."""
 
 
 def file_of(name: str) -> Path:
@@ -58,9 +59,10 @@ def run(report: Report, pretend: bool, name: str) -> None:
     options = ["-q", "-x"] if pretend else ["-q"]
     options += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if name in CHECKS:
-        options += ["-o", "python_functions=check_*"]
-        if pretend:
-            options += ["-k", "nothing or empty or no_rows"]
+        os.environ["SYNCR1_TEST_TRITON"] = "cpu" if pretend else "cuda"
+        which = "check_ or [triton or -triton"
+        options += ["-o", "python_functions=check_* test_*", "-m", "not gpu"]
+        options += ["-k", f"({which}) and no_rows" if pretend else which]
     else:
         options += ["-m", "gpu"]
     # Every check compiles kernels for seconds, on one core.
