@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ConfigError
 from ..records import Prompt
 from .prompts import by_task
 from .samples import Sample
@@ -43,12 +44,12 @@ class Mixture:
             anchor_fraction: share of anchors among them, rounded to whole prompts.
 
         Raises:
-            ValueError: there are fewer prompts or anchors than a step takes.
+            ConfigError: there are fewer prompts or anchors than a step takes.
         """
         self.num_anchors = round(prompts_per_step * anchor_fraction) if anchors else 0
         self.num_prompts = prompts_per_step - self.num_anchors
         if not 0 < self.num_prompts <= len(prompts) or self.num_anchors > len(anchors):
-            raise ValueError(
+            raise ConfigError(
                 f"PromptStream: a step of {self.num_prompts} prompts and {self.num_anchors} anchors "
                 f"cannot come from {len(prompts)} prompts and {len(anchors)} anchors; lower prompts_per_step"
             )

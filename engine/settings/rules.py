@@ -147,7 +147,7 @@ def corl_problems(c: Any) -> list[str]:
     if c.reward_weights and len(c.reward_weights) != len(c.reward_funcs):
         problems.append(
             f"reward_weights: expected {len(c.reward_funcs)}, one per reward_funcs, got {len(c.reward_weights)}; "
-            "leave them out for the paper's"
+            "list one for each name"
         )
     for weight in c.reward_weights:
         if not weight >= 0:
