@@ -95,7 +95,7 @@ mutants: setup build/coverage
 
 # 1,000,000 inputs, new ones every time: about ten minutes of one core. Then every case of the grids of which `make test`
 # takes the pairs, and what it runs smaller: some minutes more.
-GRIDS := $(addprefix tests/kernels/test_,token_loss.py liger.py liger_shapes.py ops.py ops_around.py)
+GRIDS := $(patsubst %,tests/kernels/%.py,test_token_loss test_liger test_liger_shapes test_ops test_ops_around)
 fuzz: setup
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/repo/test_fuzz.py tests/repo/test_fuzz_files.py -q -rP -n $(JOBS)
 	SYNCR1_NIGHTLY=1 $(BIN)/python -m pytest $(GRIDS) -q -n $(JOBS)

@@ -15,8 +15,18 @@ import pytest
 from gpu_report import Report, Skipped
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-CHECKS = ("triton_ops", "rows", "triton_rows", "sample", "triton_sample", "prefix_decode_attention",
-          "triton_decode_attention", "token_loss", "group_advantages", "dgs_select")  # fmt: skip
+CHECKS = (
+    "triton_ops",
+    "rows",
+    "triton_rows",
+    "sample",
+    "triton_sample",
+    "prefix_decode_attention",
+    "triton_decode_attention",
+    "token_loss",
+    "group_advantages",
+    "dgs_select",
+)
 """Files that state what Triton must do, as tests/support/backends.py picks it."""
 
 

@@ -64,14 +64,20 @@ def test_who_was_asked_to_end_goes_on_as_if_never_asked(tmp_path: Path) -> None:
         ("asked", [*zero, "--resume_from_checkpoint", "latest"], []),  # nothing is left to do
     ]
     end_as_documented(tmp_path, cases)
-    weights = [(tmp_path / name / "run" / "checkpoints" / "last" / "model.safetensors").read_bytes()
-               for name in ("whole", "asked")]  # fmt: skip
+    weights = [
+        (tmp_path / name / "run" / "checkpoints" / "last" / "model.safetensors").read_bytes()
+        for name in ("whole", "asked")
+    ]
     assert weights[0] == weights[1]
     assert "going on after 4 steps" in (tmp_path / "asked" / "rank_0.log").read_text()
     timing = re.compile("seconds|time|per_second")
-    rows = [[{k: v for k, v in json.loads(line).items() if not timing.search(k)}
-             for line in (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()]
-            for name in ("whole", "asked")]  # fmt: skip
+    rows = [
+        [
+            {k: v for k, v in json.loads(line).items() if not timing.search(k)}
+            for line in (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "asked")
+    ]
     assert rows[0] == rows[1] and len(rows[0]) == 4
     # What the file asked for, before the first step: the model as it was, and no more than once.
     start = load_file(short_base() / "model.safetensors")

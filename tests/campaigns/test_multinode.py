@@ -43,8 +43,14 @@ def start(nodes: Cluster, base: Path, cache_dir: Path, folder: Path, *flags: str
         *("--prompts_per_step", "4", "--num_generations", "4", "--max_steps", "4", "--checkpointing_steps", "2"),
         *("--warmup_steps", "1", "--eval_samples", "0", "--sample_steps", "0", "--seed", "3", *flags),
     ]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env=environment(cache_dir) | {"GLOO_SOCKET_IFNAME": INTERFACE})  # fmt: skip
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(cache_dir) | {"GLOO_SOCKET_IFNAME": INTERFACE},
+    )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 900) -> str:

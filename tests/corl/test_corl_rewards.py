@@ -88,10 +88,16 @@ def test_every_cycle_scores(settings: dict[str, Any], tmp_path: Path, tmp_path_f
     prompt = Prompt(id="a", task="t2i", text="a red dog", target="a red dog", segments=("image",), real_image=photo)
     bare = Prompt(id="b", task="t2i", text="a cat", target="a cat", segments=("image",))
     rollouts = [
-        Rollout(prompt=p, member=0, prompt_tokens=torch.zeros(0), prompt_image=None, segments=(),
-                image=torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)))
+        Rollout(
+            prompt=p,
+            member=0,
+            prompt_tokens=torch.zeros(0),
+            prompt_image=None,
+            segments=(),
+            image=torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)),
+        )
         for p in (prompt, bare)
-    ]  # fmt: skip
+    ]
     functions = parts.of("t2i", sharp_policy()).functions
     assert functions["clip_text"].scorer is functions["clip_image"].scorer, "one CLIP is enough"  # type: ignore[attr-defined]
     table = score(rollouts, functions)

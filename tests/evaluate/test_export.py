@@ -35,8 +35,11 @@ def shade(place: int, member: int) -> Tensor:
 
 def drawn(source: Path, folder: Path, members: int) -> list[Item]:
     (prompts,) = load_items(source).values()
-    rows = [(Item(prompt=prompt, member=member), shade(place, member))
-            for place, prompt in enumerate(prompts) for member in range(members)]  # fmt: skip
+    rows = [
+        (Item(prompt=prompt, member=member), shade(place, member))
+        for place, prompt in enumerate(prompts)
+        for member in range(members)
+    ]
     return written(folder, rows)
 
 
@@ -92,12 +95,20 @@ def test_a_grid_holds_four(tmp_path: Path) -> None:
 def answered(count: int = 3, task: str = "mcq", **more: Any) -> list[Item]:
     return [
         Item(
-            prompt=Prompt(id=f"{task}/{i}", task=task, text=f"which {i}?", segments=("text",), answer="B",
-                          options=("red", "blue"), qa_type="MC", **more),
+            prompt=Prompt(
+                id=f"{task}/{i}",
+                task=task,
+                text=f"which {i}?",
+                segments=("text",),
+                answer="B",
+                options=("red", "blue"),
+                qa_type="MC",
+                **more,
+            ),
             greedy=f"<think> hm </think><answer> {'AB'[i % 2]} </answer>",
         )
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def from_log(folder: Path) -> dict[str, dict[Any, str]]:
@@ -124,8 +135,10 @@ def test_lmms_eval_reads_it_back(tmp_path: Path) -> None:
 
 
 def test_lmms_eval_takes_the_data_sets_own_numbers(tmp_path: Path) -> None:
-    items = [replace(item, prompt=replace(item.prompt, extra={"doc_id": 40 - place}))
-             for place, item in enumerate(answered(2))]  # fmt: skip
+    items = [
+        replace(item, prompt=replace(item.prompt, extra={"doc_id": 40 - place}))
+        for place, item in enumerate(answered(2))
+    ]
     export([*items, *answered(1, "oe")], tmp_path, "lmms_eval", tmp_path / "out", model="tiny")
     assert from_log(tmp_path / "out") == {"mcq": {40: "A", 39: "B"}, "oe": {0: "A"}}
     with pytest.raises(EvaluationError, match="same 'doc_id'"):
@@ -141,8 +154,15 @@ def test_vlmevalkit_reads_it_back(tmp_path: Path) -> None:
     assert "PRED_FORMAT=tsv" in how and "--model a_b --data MMBench_DEV_EN" in how
     with open(tmp_path / "out" / "a_b_MMBench_DEV_EN.tsv", newline="") as file:  # as pandas.read_csv(sep="\t") does
         rows = list(csv.DictReader(file, delimiter="\t"))
-    assert rows[0] == {"index": "0", "question": "which 0?", "A": "red", "B": "blue", "answer": "B",
-                       "category": 'a\t"b"\nc', "prediction": "A"}  # fmt: skip
+    assert rows[0] == {
+        "index": "0",
+        "question": "which 0?",
+        "A": "red",
+        "B": "blue",
+        "answer": "B",
+        "category": 'a\t"b"\nc',
+        "prediction": "A",
+    }
     assert rows[1]["prediction"] == "no tags"
 
 

@@ -68,8 +68,11 @@ def test_what_an_item_becomes_follows_from_seed_and_id(items: dict[str, list[Pro
         item = stored[rollout.prompt.id, rollout.member]
         assert item.sampled == rollout.text
         assert rollout.image is not None
-    greedy = generate(policy(), [replace(p, segments=("text",)) for p in chained],
-                      Sampling(num_generations=1, temperature=0.0, max_text_tokens=6))  # fmt: skip
+    greedy = generate(
+        policy(),
+        [replace(p, segments=("text",)) for p in chained],
+        Sampling(num_generations=1, temperature=0.0, max_text_tokens=6),
+    )
     assert [stored[p.id, 0].greedy for p in chained] == [rollout.text for rollout in greedy]
     first, second = (stored[chained[0].id, member].digest for member in (0, 1))
     assert first != second, "members are drawn apart"
@@ -164,8 +167,15 @@ def test_two_ranks_share_the_items(items: dict[str, list[Prompt]], whole: Path, 
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
         mine: list[int] = []
-        generate_items(policy(), items, tmp_path / "out", SETTINGS, model_name="tiny", source="world",
-                       progress=lambda done, total: mine.append(done))  # fmt: skip
+        generate_items(
+            policy(),
+            items,
+            tmp_path / "out",
+            SETTINGS,
+            model_name="tiny",
+            source="world",
+            progress=lambda done, total: mine.append(done),
+        )
         torch.distributed.destroy_process_group()
         os._exit(0 if mine and mine[-1] < NUM_TRAJECTORIES else 1)
 

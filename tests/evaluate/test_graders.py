@@ -39,8 +39,9 @@ def drawing(name: str, task: str, target: str, **more: Any) -> Item:
 
 
 def answer(name: str, task: str, right: str, said: str, target: str | None = None) -> Item:
-    return Item(prompt=Prompt(id=name, task=task, text=f"{name}?", segments=("text",), answer=right, target=target),
-                greedy=said)  # fmt: skip
+    return Item(
+        prompt=Prompt(id=name, task=task, text=f"{name}?", segments=("text",), answer=right, target=target), greedy=said
+    )
 
 
 class Judge:
@@ -158,11 +159,23 @@ def test_metrics_of_tasks() -> None:
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
-        ("1", 1.0), ("0.5", 0.5), (" **0** ", 0.0), ("Score: .5.", 0.5), ("1.0 - yes, 1", 1.0), ("1, it does.", 1.0),
-        ("0 or 1", None), ("10", None), ("0.7", None), ("", None), (None, None), ("-1", None), ("yes", None),
-        ("v1.5", None), ("0.5/1", None),
+        ("1", 1.0),
+        ("0.5", 0.5),
+        (" **0** ", 0.0),
+        ("Score: .5.", 0.5),
+        ("1.0 - yes, 1", 1.0),
+        ("1, it does.", 1.0),
+        ("0 or 1", None),
+        ("10", None),
+        ("0.7", None),
+        ("", None),
+        (None, None),
+        ("-1", None),
+        ("yes", None),
+        ("v1.5", None),
+        ("0.5/1", None),
     ],
-)  # fmt: skip
+)
 def test_verdicts(reply: str | None, expected: float | None) -> None:
     assert verdict_of(reply, (0.0, 0.5, 1.0)) == expected
     if expected == 0.5:

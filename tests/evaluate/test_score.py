@@ -53,9 +53,14 @@ def test_texts_by_hand(tmp_path: Path) -> None:
     assert scores["rec"]["recall/greedy"] == 0.5 == scores["rec"]["recall/sampled"]
     assert scores["qa"]["score/greedy"] == 1.0 and scores["qa"]["score/sampled"] == 0.0
     assert scores["mcq"] == {
-        "num_items": 2, "accuracy/greedy": 1.0, "format/greedy": 1.0, "score/greedy": 1.0,
-        "accuracy/sampled": 0.0, "format/sampled": 0.5, "score/sampled": 0.0,
-    }  # fmt: skip
+        "num_items": 2,
+        "accuracy/greedy": 1.0,
+        "format/greedy": 1.0,
+        "score/greedy": 1.0,
+        "accuracy/sampled": 0.0,
+        "format/sampled": 0.5,
+        "score/sampled": 0.0,
+    }
     assert scores["oe"]["accuracy/greedy"] == 1.0 and scores["oe"]["accuracy/sampled"] == 0.0
     assert score_folder(tmp_path).summary["understanding/greedy"] == pytest.approx((0.5 + 1 + 1 + 1) / 4)
 

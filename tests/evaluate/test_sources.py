@@ -73,8 +73,13 @@ def test_dpg_that_cannot_be_used(name: str, contents: bytes, said: str, tmp_path
 
 def test_a_table_of_questions_and_captions(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    row = {"prompt": "a red square", "real_image": "a.png", "qa_problem": "which colour?", "qa_type": "OE",
-           "qa_solution": "<answer>red</answer>"}  # fmt: skip
+    row = {
+        "prompt": "a red square",
+        "real_image": "a.png",
+        "qa_problem": "which colour?",
+        "qa_type": "OE",
+        "qa_solution": "<answer>red</answer>",
+    }
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
     assert form_of(tmp_path) == "table" == form_of(tmp_path / "test.jsonl") == form_of(Path("org/name"))
     found = load_items(tmp_path)

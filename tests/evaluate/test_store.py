@@ -33,10 +33,20 @@ def test_an_item_comes_back_as_it_was(tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     Image.new("L", (5, 3), 90).save(photo)
     prompt = Prompt(
-        id="ü/1 ", task="rea", text='say "ja"\nnow', image=photo, segments=("text", "image", "text"), answer="\u2028",
-        options=("a", "b"), qa_type="MC", concept="bobo", references=(photo, MemoryImage("drawn", RED), photo),
-        attributes={"hat": "crown"}, follow_up="which?", extra={"list": [1, {"deep": None}], "path": Path("x")},
-    )  # fmt: skip
+        id="ü/1 ",
+        task="rea",
+        text='say "ja"\nnow',
+        image=photo,
+        segments=("text", "image", "text"),
+        answer="\u2028",
+        options=("a", "b"),
+        qa_type="MC",
+        concept="bobo",
+        references=(photo, MemoryImage("drawn", RED), photo),
+        attributes={"hat": "crown"},
+        follow_up="which?",
+        extra={"list": [1, {"deep": None}], "path": Path("x")},
+    )
     store = Store(tmp_path)
     given_ = Item(prompt=prompt, member=2, greedy=None, sampled="", follow_up_text="x")
     written = store.append(given_, torch.rand(3, 6, 6))

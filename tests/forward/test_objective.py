@@ -109,8 +109,14 @@ class DifferentiableJanus(PlainJanus):
         return out
 
 
-def dapo_by_hand(plain: DifferentiableJanus, other: DifferentiableJanus, rollouts: list[Rollout], rewards: Tensor,
-                 beta: float, clip: float) -> Tensor:  # fmt: skip
+def dapo_by_hand(
+    plain: DifferentiableJanus,
+    other: DifferentiableJanus,
+    rollouts: list[Rollout],
+    rewards: Tensor,
+    beta: float,
+    clip: float,
+) -> Tensor:
     """Σ over tokens of each modality, over their number; advantages from each group's own mean and deviation."""
     sums: dict[str, list[Tensor]] = {"text": [], "image": []}
     for index, rollout in enumerate(rollouts):
@@ -206,8 +212,9 @@ def test_a_shared_prefix_changes_no_gradient(
         sums = torch.zeros((), dtype=torch.float64)
         streams = PolicyForward(model, Objective())._streams(batch)
         for stream, weights in zip(streams, (probe, probe.flip(0)), strict=True):
-            logp, entropy = linear_logp(stream.hidden, stream.weight, stream.targets, bias=stream.bias,
-                                        forbidden=stream.forbidden)  # fmt: skip
+            logp, entropy = linear_logp(
+                stream.hidden, stream.weight, stream.targets, bias=stream.bias, forbidden=stream.forbidden
+            )
             sums = sums + (logp * weights[: len(logp)]).sum() + 0.1 * entropy.sum()
         results.append((batch.num_tokens, gradients(sums, model)))
     assert results[0][0] < 0.85 * results[1][0], "the prompts are computed once"

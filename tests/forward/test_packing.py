@@ -37,16 +37,24 @@ def by_hand(prompt_tokens: list[int], *segments: Segment, seen: Tensor | None = 
     """A trajectory of given tokens; an image segment gets its start."""
     start = torch.tensor([START])
     ready = tuple(replace(segment, lead=start) if segment.kind == "image" else segment for segment in segments)
-    return Rollout(prompt=make_prompt("x"), member=0, prompt_tokens=torch.tensor(prompt_tokens), prompt_image=seen,
-                   segments=ready)  # fmt: skip
+    return Rollout(
+        prompt=make_prompt("x"), member=0, prompt_tokens=torch.tensor(prompt_tokens), prompt_image=seen, segments=ready
+    )
 
 
 def pack_all(
     policy: JanusPolicy, rollouts: list[Rollout], keep: list[bool], group: int, *, share_prefix: bool = True
 ) -> list[PackedBatch]:
     credit = torch.arange(2.0 * len(rollouts)).view(-1, 2)
-    return pack(policy, rollouts, credit, torch.tensor(keep), num_generations=group, max_tokens=1 << 30,
-                share_prefix=share_prefix)  # fmt: skip
+    return pack(
+        policy,
+        rollouts,
+        credit,
+        torch.tensor(keep),
+        num_generations=group,
+        max_tokens=1 << 30,
+        share_prefix=share_prefix,
+    )
 
 
 def test_every_column_by_hand(policy: JanusPolicy) -> None:
@@ -175,8 +183,14 @@ def test_sizes_that_do_not_fit_are_refused(
 ) -> None:
     rollouts = [by_hand([1], given("text", [2]))] * 4
     with pytest.raises(ValueError, match="pack: expected S = P \\* G rollouts"):
-        pack(policy, rollouts, torch.zeros(credit), torch.ones(num_keep, dtype=torch.bool),
-             num_generations=group, max_tokens=10)  # fmt: skip
+        pack(
+            policy,
+            rollouts,
+            torch.zeros(credit),
+            torch.ones(num_keep, dtype=torch.bool),
+            num_generations=group,
+            max_tokens=10,
+        )
 
 
 def test_the_packed_axis_is_what_was_fed_while_sampling(policy: JanusPolicy, tmp_path: Path) -> None:

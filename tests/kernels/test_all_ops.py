@@ -84,9 +84,15 @@ def test_traced_whole_with_dynamic_shapes(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "option"),
-    [("linear_logp", "temperature"), ("selective_logp", "temperature"), ("cfg_sample", "cfg_weight"),
-     ("cfg_sample", "temperature"), ("shared_prefix_attention", "scale"), ("group_advantages", "eps")],
-)  # fmt: skip
+    [
+        ("linear_logp", "temperature"),
+        ("selective_logp", "temperature"),
+        ("cfg_sample", "cfg_weight"),
+        ("cfg_sample", "temperature"),
+        ("shared_prefix_attention", "scale"),
+        ("group_advantages", "eps"),
+    ],
+)
 def test_options_may_be_symbols_when_traced(name: str, option: str) -> None:
     """A float that a compiled function takes has no value while it is traced."""
     op = OPS[name]

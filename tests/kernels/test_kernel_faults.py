@@ -324,8 +324,16 @@ def test_9_log_probabilities_of_a_guided_draw(truncation: dict[str, Any], temper
     """`logp` is the conditional's and `logp_mixed` that of the mix, at this temperature and before truncation."""
     cond, uncond = torch.randn(2, 40, 33).unbind(0)
     tau = temperature or 1.0
-    drawn = cfg_sample(cond, uncond, cfg_weight=5.0, temperature=temperature, seed=1, offset=torch.arange(40),
-                       backend=backend, **truncation)  # fmt: skip
+    drawn = cfg_sample(
+        cond,
+        uncond,
+        cfg_weight=5.0,
+        temperature=temperature,
+        seed=1,
+        offset=torch.arange(40),
+        backend=backend,
+        **truncation,
+    )
     logp, entropy = selective_logp(cond, drawn.token, temperature=tau, backend=backend)
     torch.testing.assert_close((drawn.logp, drawn.entropy), (logp, entropy), rtol=1e-5, atol=2e-5)
     fused, _ = linear_logp(cond, torch.eye(33), drawn.token, temperature=tau, backend=backend)

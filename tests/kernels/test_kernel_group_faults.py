@@ -60,10 +60,18 @@ def test_10_cut_into_micro_batches_and_ranks(loss_type: str, per_modality: bool,
             items: Any = {name: n / num_ranks for name, n in counts.items()} if per_modality else total / num_ranks
             mine = slice(part * size, (part + 1) * size)
             out = linear_grpo_loss(
-                streams, rewards[mine], offsets_of(lengths[mine]), offsets_of([3] * (size // 3)),
-                old_logp=old[tokens].to(dtype), loss_type=loss_type, max_length=13, num_items=items,
-                num_sequences=24 / num_ranks, clip_high=5.0 if loss_type == "cispo" else 0.3, backend=backend,
-            )  # fmt: skip
+                streams,
+                rewards[mine],
+                offsets_of(lengths[mine]),
+                offsets_of([3] * (size // 3)),
+                old_logp=old[tokens].to(dtype),
+                loss_type=loss_type,
+                max_length=13,
+                num_items=items,
+                num_sequences=24 / num_ranks,
+                clip_high=5.0 if loss_type == "cispo" else 0.3,
+                backend=backend,
+            )
             share = num_ranks * len(tokens) / total if loss_type == "bnpo" else 1.0
             (out.loss * share / num_ranks).backward()  # ranks are averaged
         return [leaf.grad for leaf in leaves if leaf.grad is not None]

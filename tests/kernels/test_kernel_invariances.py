@@ -110,9 +110,11 @@ def test_rows_of_logits_do_not_see_each_other(backend: str, rows: RowCase, data:
     cut = data.draw(st.integers(0, num_rows))
     for part in (order, order[:cut], order[cut:]):
         picked = replace(
-            rows, operands={"logits": rows.operands["logits"][part]}, targets=rows.targets[part],
+            rows,
+            operands={"logits": rows.operands["logits"][part]},
+            targets=rows.targets[part],
             upstream=rows.upstream[:, part],
-        )  # fmt: skip
+        )
         same_bits({name: values[part] for name, values in whole.items()}, run_rows(picked, backend))
 
 

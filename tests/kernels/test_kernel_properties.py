@@ -130,9 +130,11 @@ def assert_rows(rows: RowCase) -> None:
     )
     operands = rows.operands
     largest = {name: float(v.abs().max()) if v.numel() else 0.0 for name, v in operands.items()}
-    logits = largest["logits"] if "logits" in operands else (
-        largest["hidden"] * largest["weight"] * operands["weight"].shape[1] + largest.get("bias", 0.0)
-    )  # fmt: skip
+    logits = (
+        largest["logits"]
+        if "logits" in operands
+        else (largest["hidden"] * largest["weight"] * operands["weight"].shape[1] + largest.get("bias", 0.0))
+    )
     size = (1 + logits) / min(rows.temperature, 1.0)
     total = float(rows.upstream.abs().sum()) * (1 + logits) / rows.temperature
     sizes = {"hidden": total * largest.get("weight", 0.0), "weight": total * largest.get("hidden", 0.0), "bias": total}

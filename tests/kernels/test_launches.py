@@ -25,8 +25,19 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces launches")
 
 TOKENS, SEQUENCES, GROUPS, WIDTH, VOCABULARY, ROWS = 65536, 64, 8, 64, 102400, 64
-STRIDED = {"products", "out", "cond", "uncond", "query", "key", "value", "prefix_keys", "prefix_values", "own_keys",
-           "own_values"}  # fmt: skip
+STRIDED = {
+    "products",
+    "out",
+    "cond",
+    "uncond",
+    "query",
+    "key",
+    "value",
+    "prefix_keys",
+    "prefix_values",
+    "own_keys",
+    "own_values",
+}
 """Pointers that come with their strides."""
 Maker = Callable[..., Tensor]
 
@@ -43,28 +54,37 @@ def offsets(make: Maker, num: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 def grpo_loss(make: Maker, **changes: Any) -> Any:
     arguments: dict[str, Any] = {
-        "logp": make(TOKENS), "old_logp": make(TOKENS), "rewards": make(SEQUENCES),
-        "cu_seqlens": offsets(make, SEQUENCES), "group_offsets": offsets(make, GROUPS),
-        "loss_mask": make(TOKENS, dtype=torch.bool), "modality": make(TOKENS, dtype=torch.uint8),
+        "logp": make(TOKENS),
+        "old_logp": make(TOKENS),
+        "rewards": make(SEQUENCES),
+        "cu_seqlens": offsets(make, SEQUENCES),
+        "group_offsets": offsets(make, GROUPS),
+        "loss_mask": make(TOKENS, dtype=torch.bool),
+        "modality": make(TOKENS, dtype=torch.uint8),
         "entropy": make(TOKENS),
-    }  # fmt: skip
+    }
     return api.grpo_loss(**arguments | changes)
 
 
 def stream(make: Maker, rows: int, vocabulary: int, modality: Any, dtype: torch.dtype = torch.bfloat16) -> TokenStream:
     return TokenStream(
-        make(rows, WIDTH, dtype=dtype).requires_grad_(), make(vocabulary, WIDTH, dtype=dtype).requires_grad_(),
-        make(rows, dtype=torch.int64), make(rows, dtype=torch.int64), make(vocabulary, dtype=dtype).requires_grad_(),
+        make(rows, WIDTH, dtype=dtype).requires_grad_(),
+        make(vocabulary, WIDTH, dtype=dtype).requires_grad_(),
+        make(rows, dtype=torch.int64),
+        make(rows, dtype=torch.int64),
+        make(vocabulary, dtype=dtype).requires_grad_(),
         modality=modality,
-    )  # fmt: skip
+    )
 
 
 def linear_grpo_loss(make: Maker, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
     streams = [stream(make, 5000, VOCABULARY, "text", dtype), stream(make, 5000, 16384, "image", dtype)]
     arguments: dict[str, Any] = {
-        "rewards": make(SEQUENCES), "cu_seqlens": offsets(make, SEQUENCES), "group_offsets": offsets(make, GROUPS),
+        "rewards": make(SEQUENCES),
+        "cu_seqlens": offsets(make, SEQUENCES),
+        "group_offsets": offsets(make, GROUPS),
         "old_logp": make(TOKENS),
-    }  # fmt: skip
+    }
     return api.linear_grpo_loss(streams, **arguments | changes)
 
 

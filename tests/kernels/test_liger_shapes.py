@@ -74,10 +74,20 @@ def sized(shape: tuple[int, int, int, int], looser: float) -> Iterator[None]:
 
 def a_case(kind: str, level: str, beta: float, **more: Any) -> Case:
     return {
-        "loss_type": kind, "level": level, "beta": beta, "corrected": False, "is_ratio": None, "old": True,
-        "temperature": 0.9, "num_items": None, "mask": "ragged", "mask_dtype": torch.int64, "max_length": 128,
-        "shapes": "default", "delta": None,
-    } | more  # fmt: skip
+        "loss_type": kind,
+        "level": level,
+        "beta": beta,
+        "corrected": False,
+        "is_ratio": None,
+        "old": True,
+        "temperature": 0.9,
+        "num_items": None,
+        "mask": "ragged",
+        "mask_dtype": torch.int64,
+        "max_length": 128,
+        "shapes": "default",
+        "delta": None,
+    } | more
 
 
 def chunked_case(kind: str, level: str, beta: float) -> Case:

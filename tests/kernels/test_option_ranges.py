@@ -90,13 +90,17 @@ LOSS: dict[str, Kind] = {
     "vespo_lambda_pos": AT_LEAST_0,
     "vespo_k_neg": AT_LEAST_0,
     "vespo_lambda_neg": AT_LEAST_0,
-}  # fmt: skip
+}
 SCALE = number((0.5, 2), 0, 0.0, -1.0, none=True)
 OPTIONS: dict[str, dict[str, Kind]] = {
     "group_advantages": STATISTICS,
     "dgs_select": {
-        "rule": choice(RULES), "mass": FRACTION, "keep": LOSS["dgs_keep"], "min_keep": LOSS["dgs_min_keep"],
-        "seed": SEED, **STATISTICS,
+        "rule": choice(RULES),
+        "mass": FRACTION,
+        "keep": LOSS["dgs_keep"],
+        "min_keep": LOSS["dgs_min_keep"],
+        "seed": SEED,
+        **STATISTICS,
     },
     "grpo_loss": LOSS,
     "linear_grpo_loss": LOSS,
@@ -104,7 +108,7 @@ OPTIONS: dict[str, dict[str, Kind]] = {
     "selective_logp": {"temperature": ABOVE_0},
     "cfg_sample": {
         "cfg_weight": number((2.0, 0, -3.5, 1e4)),
-        "temperature": number((0.5, 0, 0.0, 1)  , -0.1),
+        "temperature": number((0.5, 0, 0.0, 1), -0.1),
         "top_k": whole((0, 3, 1000), -1),
         "top_p": FRACTION,
         "seed": Kind(SEED.good, (*SEED.bad, torch.tensor(True))),
@@ -112,7 +116,7 @@ OPTIONS: dict[str, dict[str, Kind]] = {
     },
     "shared_prefix_attention": {"scale": SCALE},
     "prefix_decode_attention": {"scale": SCALE},
-}  # fmt: skip
+}
 TABLE = [(op, option) for op, options in OPTIONS.items() for option in options]
 
 
@@ -124,9 +128,10 @@ def test_the_table_holds_every_option() -> None:
     for op, options in OPTIONS.items():
         signature = inspect.signature(getattr(api, op))
         named = {
-            name for name, p in signature.parameters.items()
+            name
+            for name, p in signature.parameters.items()
             if p.kind is p.KEYWORD_ONLY and name != "backend" and any(k.__name__ in str(p.annotation) for k in plain)
-        }  # fmt: skip
+        }
         assert named - {"num_items"} <= set(options), (op, named - set(options))
 
 

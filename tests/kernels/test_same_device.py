@@ -28,18 +28,28 @@ def offsets(*ends: int) -> Tensor:
 def stream(rows: list[int], modality: Any) -> api.TokenStream:
     size = len(rows)
     return api.TokenStream(
-        torch.randn(size, D), torch.randn(V, D), torch.ones(size, dtype=torch.int64), torch.tensor(rows),
-        bias=torch.randn(V), modality=modality, forbidden=torch.tensor([4]),
-    )  # fmt: skip
+        torch.randn(size, D),
+        torch.randn(V, D),
+        torch.ones(size, dtype=torch.int64),
+        torch.tensor(rows),
+        bias=torch.randn(V),
+        modality=modality,
+        forbidden=torch.tensor([4]),
+    )
 
 
 def loss_arguments() -> dict[str, Any]:
     per_token = {name: torch.randn(T) for name in ("old_logp", "ref_logp")}
     return per_token | {
-        "rewards": torch.randn(3, 2), "cu_seqlens": offsets(2, 4, 6), "group_offsets": offsets(3),
-        "loss_mask": torch.ones(T, dtype=torch.bool), "is_ratio": torch.ones(T), "weights": torch.ones(2),
-        "modality": torch.tensor([0, 0, 0, 0, 1, 1], dtype=torch.uint8), "num_items": torch.tensor(6.0),
-    }  # fmt: skip
+        "rewards": torch.randn(3, 2),
+        "cu_seqlens": offsets(2, 4, 6),
+        "group_offsets": offsets(3),
+        "loss_mask": torch.ones(T, dtype=torch.bool),
+        "is_ratio": torch.ones(T),
+        "weights": torch.ones(2),
+        "modality": torch.tensor([0, 0, 0, 0, 1, 1], dtype=torch.uint8),
+        "num_items": torch.tensor(6.0),
+    }
 
 
 def given_advantages(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -66,25 +76,25 @@ def cases() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "dgs_select": (api.dgs_select, select),
         "grpo_loss": (api.grpo_loss, loss),
         "grpo_loss, advantages": (api.grpo_loss, given_advantages(loss)),
-        "grpo_loss, by modality": (
-            api.grpo_loss, loss | {"rewards": by_modality, "weights": None, "num_items": items}
-        ),
+        "grpo_loss, by modality": (api.grpo_loss, loss | {"rewards": by_modality, "weights": None, "num_items": items}),
         "linear_grpo_loss": (api.linear_grpo_loss, linear),
         "linear_grpo_loss, advantages": (api.linear_grpo_loss, given_advantages(linear)),
         "linear_logp": (
-            api.linear_logp, {"hidden": torch.randn(T, D), "weight": torch.randn(V, D), "bias": torch.randn(V)} | head()
+            api.linear_logp,
+            {"hidden": torch.randn(T, D), "weight": torch.randn(V, D), "bias": torch.randn(V)} | head(),
         ),
         "selective_logp": (api.selective_logp, {"logits": torch.randn(T, V)} | head()),
         "cfg_sample": (api.cfg_sample, {"cond": logits, "uncond": logits + 1, "cfg_weight": 2.0} | seeds),
         "prefix_decode_attention": (
-            api.prefix_decode_attention, decode | caches | {"spans": torch.tensor([[0, 2, 0, 1]])}
+            api.prefix_decode_attention,
+            decode | caches | {"spans": torch.tensor([[0, 2, 0, 1]])},
         ),
         "shared_prefix_attention": (
             api.shared_prefix_attention,
             {name: torch.randn(T, 2, D) for name in "qkv"}
             | {"layout": api.SharedPrefixLayout(offsets(2), offsets(4), offsets(1))},
         ),
-    }  # fmt: skip
+    }
 
 
 CASES = cases()

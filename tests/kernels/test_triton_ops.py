@@ -50,13 +50,20 @@ def made(seed: int = 0) -> dict[str, Tensor]:
         return torch.randn(*shape, generator=generator).to(DEVICE)
 
     return {
-        "logits": 2 * normal(ROWS, VOCABULARY), "uncond": normal(ROWS, VOCABULARY), "hidden": normal(ROWS, WIDTH),
-        "weight": normal(VOCABULARY, WIDTH), "bias": normal(VOCABULARY), "old_logp": -4 + 0.1 * normal(ROWS),
-        "rewards": normal(4), "targets": torch.tensor([1, 7, 76, 3, 0, 12]).to(DEVICE),
-        "rows": torch.tensor([5, 0, 3, 1, 2, 4]).to(DEVICE), "offset": torch.arange(ROWS).to(DEVICE) + 9,
-        "cu_seqlens": torch.tensor([0, 2, 3, 5, 6]).to(DEVICE), "group_offsets": torch.tensor([0, 2, 4]).to(DEVICE),
+        "logits": 2 * normal(ROWS, VOCABULARY),
+        "uncond": normal(ROWS, VOCABULARY),
+        "hidden": normal(ROWS, WIDTH),
+        "weight": normal(VOCABULARY, WIDTH),
+        "bias": normal(VOCABULARY),
+        "old_logp": -4 + 0.1 * normal(ROWS),
+        "rewards": normal(4),
+        "targets": torch.tensor([1, 7, 76, 3, 0, 12]).to(DEVICE),
+        "rows": torch.tensor([5, 0, 3, 1, 2, 4]).to(DEVICE),
+        "offset": torch.arange(ROWS).to(DEVICE) + 9,
+        "cu_seqlens": torch.tensor([0, 2, 3, 5, 6]).to(DEVICE),
+        "group_offsets": torch.tensor([0, 2, 4]).to(DEVICE),
         "mask": torch.tensor([True, True, True, False, True, True]).to(DEVICE),
-    }  # fmt: skip
+    }
 
 
 def sampled(given: dict[str, Tensor]) -> list[Tensor]:
@@ -131,9 +138,15 @@ def check_float16_heads_under_a_loss_scale(num_items: float) -> None:
 
 
 SETTINGS: list[dict[str, Any]] = [
-    {}, {"score_all": True}, {"dgs": "variance_mass", "dgs_mass": 0.5}, {"ratio": "sequence"}, {"loss_type": "bnpo"},
-    {"loss_type": "vespo"}, {"beta": 0.1}, {"top_entropy_quantile": 0.5},
-]  # fmt: skip
+    {},
+    {"score_all": True},
+    {"dgs": "variance_mass", "dgs_mass": 0.5},
+    {"ratio": "sequence"},
+    {"loss_type": "bnpo"},
+    {"loss_type": "vespo"},
+    {"beta": 0.1},
+    {"top_entropy_quantile": 0.5},
+]
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
@@ -157,9 +170,16 @@ def check_float16_heads_mean_what_others_do(options: dict[str, Any]) -> None:
         leaves = [values.to(dtype).requires_grad_() for values in (hidden, given["weight"], given["bias"])]
         stream = api.TokenStream(*leaves[:2], given["targets"], at, leaves[2], 0.7, "image", forbidden)
         out = api.linear_grpo_loss(
-            [stream], *places, old_logp=given["old_logp"], loss_mask=given["mask"], ref_logp=ref, is_ratio=sampler,
-            num_items=1.0, backend=backend, **options,
-        )  # fmt: skip
+            [stream],
+            *places,
+            old_logp=given["old_logp"],
+            loss_mask=given["mask"],
+            ref_logp=ref,
+            is_ratio=sampler,
+            num_items=1.0,
+            backend=backend,
+            **options,
+        )
         grads = torch.autograd.grad(100 * out.loss, leaves)
         found = [out.loss, out.logp, out.entropy, out.advantages, out.keep, *out.metrics.values(), *grads]
         return [values.detach().double() for values in found]  # type: ignore[union-attr]

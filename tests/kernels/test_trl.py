@@ -383,7 +383,7 @@ def test_training_runs(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_the_recipe_is_short_and_trains(tmp_path: Path) -> None:
-    assert len(RECIPE.read_text().splitlines()) < 40
+    assert len(RECIPE.read_text().splitlines()) <= 50
     done = subprocess.run([sys.executable, str(RECIPE)], cwd=tmp_path, env=environment(), capture_output=True,
                           text=True, check=False)  # fmt: skip
     shares = [float(value) for value in re.findall(r"letter a (\d\.\d+)", done.stdout)]

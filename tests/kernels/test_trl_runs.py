@@ -70,12 +70,22 @@ def test_experts_fp16_and_a_loss_of_its_own_are_named(tmp_path: Path) -> None:
     )
     cases: list[tuple[GRPOTrainer, str]] = [(experts, "router_aux_loss_coef")]
     cases.append((make_trainer(tmp_path, tiny_model().half()), "fp16"))
-    settings = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "use_cpu": True,
-                "bf16": False, "report_to": "none", "gradient_checkpointing": False}  # fmt: skip
+    settings = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "gradient_checkpointing": False,
+    }
     gmpo = GMPOTrainer(
-        tiny_model(), reward_letter_a, GMPOConfig(str(tmp_path), **settings),
-        train_dataset=Dataset.from_dict({"prompt": ["abc", "fgh"]}), processing_class=tokenizer(),
-    )  # fmt: skip
+        tiny_model(),
+        reward_letter_a,
+        GMPOConfig(str(tmp_path), **settings),
+        train_dataset=Dataset.from_dict({"prompt": ["abc", "fgh"]}),
+        processing_class=tokenizer(),
+    )
     gmpo.current_gradient_accumulation_steps = 1
     cases.append((gmpo, "GMPOTrainer has a loss of its own"))
     for trainer, reason in cases:
@@ -89,19 +99,33 @@ def test_experts_fp16_and_a_loss_of_its_own_are_named(tmp_path: Path) -> None:
 def logged(folder: Path, model: PreTrainedModel | str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """What a run of three steps logs, without times."""
     defaults: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "learning_rate": 1e-9,
-        "logging_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "max_steps": 3,
-        "disable_tqdm": True, "gradient_checkpointing": False, "seed": 5,
-    }  # fmt: skip
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "learning_rate": 1e-9,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "max_steps": 3,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "seed": 5,
+    }
     data = Dataset.from_dict({"prompt": ["abc", "fgh", "dea", "hhb"] * 8})
     kind = dict(settings)
     rewards = kind.pop("rewards", reward_letter_a)
     if kind.get("eval_strategy"):
         kind["eval_steps"] = 2
     trainer = GRPOTrainer(
-        model, rewards, GRPOConfig(str(folder), **(defaults | kind)), data,
-        eval_dataset=data.select(range(4)) if kind.get("eval_strategy") else None, processing_class=tokenizer(),
-    )  # fmt: skip
+        model,
+        rewards,
+        GRPOConfig(str(folder), **(defaults | kind)),
+        data,
+        eval_dataset=data.select(range(4)) if kind.get("eval_strategy") else None,
+        processing_class=tokenizer(),
+    )
     trainer.train()
     return [
         {k: v for k, v in entry.items() if not any(word in k for word in ("time", "runtime", "per_second", "flos"))}
@@ -119,16 +143,20 @@ def reward_sometimes(completion_ids: list[list[int]], **_: object) -> list[float
 
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
-    **{f"loss {kind}": {"loss_type": kind, "num_iterations": 2} for kind in
-       ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")},
+    **{
+        f"loss {kind}": {"loss_type": kind, "num_iterations": 2}
+        for kind in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+    },
     "sequence": {"importance_sampling_level": "sequence", "loss_type": "grpo", "num_iterations": 2},
     "luspo per sequence": {"importance_sampling_level": "sequence", "loss_type": "luspo"},
     "KL": {"beta": 0.1},
     "KL, corrected, reused": {"beta": 0.1, "use_bias_correction_kl": True, "num_iterations": 2},
     "clip higher, delta": {"epsilon": 0.1, "epsilon_high": 0.28, "delta": 1.5, "num_iterations": 2},
     "two rewards": {"rewards": [reward_letter_a, reward_length], "reward_weights": [0.7, 0.3]},
-    "two rewards, each normalised": {"rewards": [reward_letter_a, reward_length],
-                                     "multi_objective_aggregation": "normalize_then_sum"},
+    "two rewards, each normalised": {
+        "rewards": [reward_letter_a, reward_length],
+        "multi_objective_aggregation": "normalize_then_sum",
+    },
     "rewards missing": {"rewards": [reward_letter_a, reward_sometimes]},
     "scaled by batch": {"scale_rewards": "batch"},
     "not scaled": {"scale_rewards": "none", "loss_type": "dr_grpo"},
@@ -142,7 +170,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "synchronised reference": {"beta": 0.05, "sync_ref_model": True, "ref_model_sync_steps": 1},
     "evaluation": {"eval_strategy": "steps"},
     "bf16": {"bf16": True},
-}  # fmt: skip
+}
 LEFT = {"entropy quantile", "entropy bonus", "off-policy mask"}
 TOLERANCE = {"bf16": 3e-2}
 """1e-4 elsewhere: gradients are norms over all parameters, ratios exponentials of differences of rounding."""

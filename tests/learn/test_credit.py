@@ -26,8 +26,9 @@ def rollouts_of(num_samples: int, group: int, paired: bool = True) -> list[Rollo
     made = []
     for sample in range(num_samples):
         for kind in ("image", "text"):
-            prompt = Prompt(id=f"{sample}/{kind}", task=kind, text="x", segments=(kind,),
-                            sample=f"{sample}" if paired else None)  # fmt: skip
+            prompt = Prompt(
+                id=f"{sample}/{kind}", task=kind, text="x", segments=(kind,), sample=f"{sample}" if paired else None
+            )
             made += [
                 Rollout(prompt=prompt, member=m, prompt_tokens=torch.zeros(0), prompt_image=None, segments=())
                 for m in range(group)

@@ -64,10 +64,22 @@ def batches(policy: JanusPolicy, rollouts: list[Rollout]) -> list[PackedBatch]:
     return packed(policy, rollouts, GROUP, 1)
 
 
-def make_learner(stage: int = 0, *, learning_rate: float = 1e-3, num_iterations: int = 1, bf16: bool = False,
-                 max_grad_norm: float = 1.0, **objective: Any) -> Learner:  # fmt: skip
-    settings = LearnerSettings(learning_rate=learning_rate, zero_stage=stage, num_iterations=num_iterations, bf16=bf16,
-                               max_grad_norm=max_grad_norm)  # fmt: skip
+def make_learner(
+    stage: int = 0,
+    *,
+    learning_rate: float = 1e-3,
+    num_iterations: int = 1,
+    bf16: bool = False,
+    max_grad_norm: float = 1.0,
+    **objective: Any,
+) -> Learner:
+    settings = LearnerSettings(
+        learning_rate=learning_rate,
+        zero_stage=stage,
+        num_iterations=num_iterations,
+        bf16=bf16,
+        max_grad_norm=max_grad_norm,
+    )
     return Learner(sharp_policy(), Objective(**objective), settings)
 
 

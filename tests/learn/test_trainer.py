@@ -55,9 +55,15 @@ def rewards(world: Path) -> RewardSet:
 
 def config_of(**changes: Any) -> SyncR1Config:
     small: dict[str, Any] = {
-        "max_steps": 3, "prompts_per_step": 4, "num_generations": 4, "warmup_steps": 1, "learning_rate": 1e-3,
-        "max_completion_length": 6, "anchor_fraction": 0.25, "beta": 0.02,
-    }  # fmt: skip
+        "max_steps": 3,
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "warmup_steps": 1,
+        "learning_rate": 1e-3,
+        "max_completion_length": 6,
+        "anchor_fraction": 0.25,
+        "beta": 0.02,
+    }
     return SyncR1Config(**(small | changes))
 
 
@@ -83,8 +89,14 @@ class Always:
 class Run:
     """A trainer with everything real around it, and what it did."""
 
-    def __init__(self, config: SyncR1Config, world: Path, rewards: RewardSet, prompts: list[Prompt] | None = None,
-                 policy: JanusPolicy | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: SyncR1Config,
+        world: Path,
+        rewards: RewardSet,
+        prompts: list[Prompt] | None = None,
+        policy: JanusPolicy | None = None,
+    ) -> None:
         policy = sharp_policy() if policy is None else policy
         self.learner = WatchedLearner(
             policy, objective_of(config, policy.num_image_tokens, config.anchor_beta), settings_of(config)
@@ -133,11 +145,27 @@ def test_metrics_have_trls_names(world: Path, rewards: RewardSet) -> None:
     metrics, rollouts, totals = run.steps[0]
     assert metrics.step == 0
     expected = {
-        "reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "learning_rate", "kl", "entropy",
-        "clip_ratio/region_mean", "completions/mean_length", "completions/clipped_ratio", "num_tokens", "step_time",
-        "rewards/identity/mean", "rewards/judge/mean", "rewards/text/mean", "rollout/replay_logp_max_abs",
-        "rollout/preview_acceptance", "dgs/keep_fraction", "dgs/tokens_saved_fraction",
-    }  # fmt: skip
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "kl",
+        "entropy",
+        "clip_ratio/region_mean",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "num_tokens",
+        "step_time",
+        "rewards/identity/mean",
+        "rewards/judge/mean",
+        "rewards/text/mean",
+        "rollout/replay_logp_max_abs",
+        "rollout/preview_acceptance",
+        "dgs/keep_fraction",
+        "dgs/tokens_saved_fraction",
+    }
     assert expected <= set(metrics.values)
     assert all(math.isfinite(metrics.values[name]) for name in expected)
     assert metrics.values["rollout/replay_logp_max_abs"] <= 1e-4
@@ -147,8 +175,9 @@ def test_metrics_have_trls_names(world: Path, rewards: RewardSet) -> None:
 
 def test_credited_rewards_by_hand() -> None:
     nan, total = math.nan, torch.tensor([1.0, 0.2, 0.25, math.nan])
-    rewards = RewardSet(functions={"id": list, "judge": list, "text": list}, weights=(0.2, 0.3, 0.5),
-                        kinds=("image", "image", "text"))  # type: ignore[dict-item]  # fmt: skip
+    rewards = RewardSet(
+        functions={"id": list, "judge": list, "text": list}, weights=(0.2, 0.3, 0.5), kinds=("image", "image", "text")
+    )  # type: ignore[dict-item]
     trajectories = [
         Rollout(prompt=make_prompt("x"), member=m, prompt_tokens=torch.zeros(0), prompt_image=None, segments=())
         for m in range(4)
@@ -255,8 +284,17 @@ def test_training_raises_the_reward_and_not_training_does_not(world: Path) -> No
     gains = {}
     for rate, steps in ((2e-3, 8), (1e-12, 1)):
         policy = JanusPolicy.from_pretrained(checkpoint)
-        config = config_of(max_steps=steps, prompts_per_step=8, num_generations=8, learning_rate=rate, warmup_steps=2,
-                           anchor_fraction=0.0, beta=0.0, preview_fraction=0.0, max_completion_length=16)  # fmt: skip
+        config = config_of(
+            max_steps=steps,
+            prompts_per_step=8,
+            num_generations=8,
+            learning_rate=rate,
+            warmup_steps=2,
+            anchor_fraction=0.0,
+            beta=0.0,
+            preview_fraction=0.0,
+            max_completion_length=16,
+        )
         rewards = build_reward_set(config, policy, prompts)
         run = Run(config, world, rewards, prompts, policy)
 
@@ -288,8 +326,15 @@ def test_how_it_is_computed_changes_no_result(world: Path, rewards: RewardSet, c
 
 def test_what_a_preview_drops_is_neither_rewarded_nor_trained(world: Path, rewards: RewardSet) -> None:
     """A gate that nothing passes: two of four members draw on; the others cost no tokens and no reward is asked for."""
-    config = config_of(max_steps=1, preview_fraction=0.5, preview_threshold=0.99, preview_max_attempts=1,
-                       preview_min_keep=2, anchor_fraction=0.0, dgs="none")  # fmt: skip
+    config = config_of(
+        max_steps=1,
+        preview_fraction=0.5,
+        preview_threshold=0.99,
+        preview_max_attempts=1,
+        preview_min_keep=2,
+        anchor_fraction=0.0,
+        dgs="none",
+    )
     run = Run(config, world, rewards).train()
     (metrics, rollouts, totals), ((batches, _),) = run.steps[0], run.learner.given
     drawing = [r for r in rollouts if "image" in r.prompt.segments]

@@ -27,8 +27,9 @@ from syncr1.engine.rewards.scoring import score
 def drawing(prompt: Prompt, member: int, red: float) -> Rollout:
     image = torch.zeros(3, 32, 32)
     image[0] = red
-    return Rollout(prompt=prompt, member=member, prompt_tokens=torch.zeros(0), prompt_image=None, segments=(),
-                   image=image)  # fmt: skip
+    return Rollout(
+        prompt=prompt, member=member, prompt_tokens=torch.zeros(0), prompt_image=None, segments=(), image=image
+    )
 
 
 def test_clip_and_a_remote_judge_take_their_places(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

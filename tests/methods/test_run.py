@@ -54,8 +54,15 @@ def run(cache_dir: Path, *flags: str, expected: int = 0) -> tuple[str, str]:
 
 def run_cold(cache_dir: Path, *flags: str, expected: int = 0, timeout: float = 600) -> tuple[str, str]:
     """As a user starts it: an interpreter of its own."""
-    done = subprocess.run([sys.executable, RECIPE, *flags], cwd=ROOT, env=environment(cache_dir), text=True,
-                          capture_output=True, timeout=timeout, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, RECIPE, *flags],
+        cwd=ROOT,
+        env=environment(cache_dir),
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
     assert done.returncode == expected, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout, done.stderr
 
@@ -124,8 +131,20 @@ def test_a_setting_that_cannot_work_is_refused(cache_dir: Path, tmp_path: Path, 
 @pytest.fixture(scope="module")
 def finished(cache_dir: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    out, _ = run_cold(cache_dir, "--model", str(base), "--max_steps", "2", "--eval_samples", "8", "--sample_steps", "1",
-                      "--output_dir", str(folder), *SMALL)  # fmt: skip
+    out, _ = run_cold(
+        cache_dir,
+        "--model",
+        str(base),
+        "--max_steps",
+        "2",
+        "--eval_samples",
+        "8",
+        "--sample_steps",
+        "1",
+        "--output_dir",
+        str(folder),
+        *SMALL,
+    )
     return folder, out
 
 
@@ -223,8 +242,9 @@ def test_who_is_asked_to_end_goes_on_as_if_never_asked(
         out, _ = recipe_here(capfd, "sync_r1.py", *flags, "--resume_from_checkpoint", "latest")
     assert "going on after 1 steps" in out
     timing = re.compile("seconds|time|per_second")
-    first, second = ([{k: v for k, v in row.items() if not timing.search(k)} for row in rows_of(f)]
-                     for f in (folder, again))  # fmt: skip
+    first, second = (
+        [{k: v for k, v in row.items() if not timing.search(k)} for row in rows_of(f)] for f in (folder, again)
+    )
     assert first == second and len(first) == 2
     models = [(f / "checkpoints" / "last" / "model.safetensors").read_bytes() for f in (folder, again)]
     assert models[0] == models[1]
@@ -272,8 +292,20 @@ def test_a_users_photographs_in_bf16_under_zero_2(cache_dir: Path, base: Path, t
     """
     folder = tmp_path / "run"
     mine = ["--model", str(base), "--data", str(photo_folder(tmp_path / "data")), "--output_dir", str(folder)]
-    run(cache_dir, *mine, "--max_steps", "2", "--eval_samples", "2", "--bf16", "--zero_stage", "2",
-        "--max_tokens_per_microbatch", "200", *SMALL)  # fmt: skip
+    run(
+        cache_dir,
+        *mine,
+        "--max_steps",
+        "2",
+        "--eval_samples",
+        "2",
+        "--bf16",
+        "--zero_stage",
+        "2",
+        "--max_tokens_per_microbatch",
+        "200",
+        *SMALL,
+    )
     rows = rows_of(folder)
     assert len(rows) == 2 and all(row["reward_failures"] == 0 and row["grad_norm"] > 0 for row in rows)
     assert all(row["rewards/identity/mean"] >= 0 and row["rewards/judge/mean"] > 0 for row in rows)
@@ -287,8 +319,21 @@ def test_a_users_photographs_in_bf16_under_zero_2(cache_dir: Path, base: Path, t
 def test_two_ranks_under_zero_3(cache_dir: Path, base: Path, tmp_path: Path) -> None:
     """torchrun: one folder, written by rank 0; the gathered model is saved whole and has learnt."""
     folder = tmp_path / "run"
-    torchrun(RECIPE, "--model", str(base), "--max_steps", "2", "--eval_samples", "2", "--zero_stage", "3",
-             "--output_dir", str(folder), *SMALL, cache_dir=cache_dir)  # fmt: skip
+    torchrun(
+        RECIPE,
+        "--model",
+        str(base),
+        "--max_steps",
+        "2",
+        "--eval_samples",
+        "2",
+        "--zero_stage",
+        "3",
+        "--output_dir",
+        str(folder),
+        *SMALL,
+        cache_dir=cache_dir,
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     rows = rows_of(folder)
     assert (

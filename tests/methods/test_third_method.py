@@ -41,9 +41,16 @@ def config(tmp_path: Path) -> plain_grpo.PlainConfig:
         (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     sharp_policy().save(tmp_path / "model")
     small: dict[str, Any] = {"max_steps": 2, "prompts_per_step": 2, "num_generations": 4, "max_completion_length": 8}
-    return plain_grpo.PlainConfig(model=str(tmp_path / "model"), data=tmp_path / "data", output_dir=tmp_path / "run",
-                                  reward_funcs=(f"{SUPPORT / 'brevity.py'}:brevity",), eval_samples=2,
-                                  learning_rate=1e-3, warmup_steps=0, **small)  # fmt: skip
+    return plain_grpo.PlainConfig(
+        model=str(tmp_path / "model"),
+        data=tmp_path / "data",
+        output_dir=tmp_path / "run",
+        reward_funcs=(f"{SUPPORT / 'brevity.py'}:brevity",),
+        eval_samples=2,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        **small,
+    )
 
 
 def test_a_third_method_is_one_short_file(config: plain_grpo.PlainConfig) -> None:

@@ -23,9 +23,15 @@ WIDTH, LAYERS = 32, 2
 def make_models(kv_heads: int, dtype: torch.dtype) -> tuple[LlamaModel, LlamaModel]:
     """The same decoder under our attention and under transformers' own."""
     config = LlamaConfig(
-        vocab_size=50, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=kv_heads, max_position_embeddings=128, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
     torch.manual_seed(1)
     plain = LlamaModel(config).to(dtype).eval()
     plain.set_attn_implementation("sdpa")
@@ -132,8 +138,12 @@ def test_a_shared_prefix_equals_copies_of_it(kv_heads: int) -> None:
     num_prefix, total = sum(prefixes), sum(prefixes) + sum(responses)
     embeddings = torch.randn(total, WIDTH, dtype=torch.float64, requires_grad=True)
     layout = SharedPrefixLayout(offsets(prefixes), offsets(responses), torch.tensor(groups, dtype=torch.int32))
-    together = ours(inputs_embeds=embeddings[None], position_ids=layout.position_ids()[None],
-                    layout=PackedLayout(layout), use_cache=False).last_hidden_state[0]  # fmt: skip
+    together = ours(
+        inputs_embeds=embeddings[None],
+        position_ids=layout.position_ids()[None],
+        layout=PackedLayout(layout),
+        use_cache=False,
+    ).last_hidden_state[0]
     parts = embeddings[:num_prefix].split(prefixes), embeddings[num_prefix:].split(responses)
     expected = []
     for group, (first, last) in enumerate(itertools.pairwise(groups)):

@@ -145,8 +145,13 @@ SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
 WIDE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
 MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
-LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-        "original_max_position_embeddings": 32}  # fmt: skip
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 32,
+}
 REFUSED = {
     "soft-capped scores and logits": (Gemma2Config(**WIDE, head_dim=8), "attn_logit_softcapping=50.0"),
     "soft-capped logits": (
@@ -174,7 +179,7 @@ REFUSED = {
         OPTConfig(**SMALL, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32),
         "other logits than transformers' own forward",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("why", REFUSED)

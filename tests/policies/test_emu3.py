@@ -127,7 +127,11 @@ def test_save_and_load_round_trip(policy: Emu3Policy, photo: Path, tmp_path: Pat
     for name, tensor in policy.state_dict().items():
         assert torch.equal(state[name], tensor), name
     assert (loaded.image_size, loaded.num_image_tokens, loaded.image_start, loaded.end_tokens) == (
-        policy.image_size, policy.num_image_tokens, policy.image_start, policy.end_tokens)  # fmt: skip
+        policy.image_size,
+        policy.num_image_tokens,
+        policy.image_start,
+        policy.end_tokens,
+    )
     sampling = Sampling(num_generations=2, cfg_weight=2.0, max_text_tokens=8)
     same_draws(*(generate(p, all_plans(photo), sampling) for p in (loaded, policy)))
     hf = Emu3ForConditionalGeneration.from_pretrained(tmp_path)

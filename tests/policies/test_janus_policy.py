@@ -153,8 +153,15 @@ def test_greedy_image_is_transformers_own(policy: JanusPolicy, greedy_prompt: st
     model = PlainJanus(policy).model
     ids = torch.cat([policy.prompt_tokens(prompt), torch.tensor([policy.image_start])])[None]
     with torch.no_grad():
-        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False,
-                                guidance_scale=guidance, max_length=64, **own_cache(model, 64))  # fmt: skip
+        tokens = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_mode="image",
+            do_sample=False,
+            guidance_scale=guidance,
+            max_length=64,
+            **own_cache(model, 64),
+        )
         pixels = model.decode_image_tokens(tokens)
     assert ours.segments[0].tokens.tolist() == tokens[0].tolist()
     expected = (pixels[0].permute(2, 0, 1) * 0.5 + 0.5).clamp(0, 1)

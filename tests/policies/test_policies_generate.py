@@ -48,28 +48,43 @@ def random_text(draw: random.Random, hidden: int, **fixed: Any) -> tuple[PreTrai
     """(configuration of a decoder, whether a window hides keys)."""
     heads = draw.choice([2, 4, 8])
     settings: dict[str, Any] = {
-        "hidden_size": hidden, "intermediate_size": draw.choice([48, 96, 130]), "num_attention_heads": heads,
+        "hidden_size": hidden,
+        "intermediate_size": draw.choice([48, 96, 130]),
+        "num_attention_heads": heads,
         "num_key_value_heads": draw.choice([n for n in (1, 2, 4, 8) if heads % n == 0]),
-        "num_hidden_layers": draw.choice([1, 2, 3]), "max_position_embeddings": POSITIONS,
-        "initializer_range": draw.choice([0.1, 0.2]), "rms_norm_eps": draw.choice([1e-6, 1e-2]),
+        "num_hidden_layers": draw.choice([1, 2, 3]),
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": draw.choice([0.1, 0.2]),
+        "rms_norm_eps": draw.choice([1e-6, 1e-2]),
         "hidden_act": draw.choice(["silu", "gelu_pytorch_tanh"]),
-        "rope_parameters": draw.choice([
-            {"rope_type": "default", "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": 50.0},
-            {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-            {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-             "original_max_position_embeddings": 32},
-        ]),
-    }  # fmt: skip
-    kind, own, hides = draw.choice([
-        (LlamaConfig, {"attention_bias": draw.random() < 0.5, "mlp_bias": draw.random() < 0.5}, False),
-        (LlamaConfig, {"head_dim": draw.choice([8, 16, 24])}, False),
-        (Qwen3Config, {"head_dim": 16}, False),
-        (Qwen2Config, {}, False),
-        (Qwen2Config, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, True),
-        (MistralConfig, {"sliding_window": None, "head_dim": 8}, False),
-        (MistralConfig, {"sliding_window": POSITIONS, "head_dim": 16}, False),
-        (MistralConfig, {"sliding_window": 12, "head_dim": 8}, True),
-    ])  # fmt: skip
+        "rope_parameters": draw.choice(
+            [
+                {"rope_type": "default", "rope_theta": 1e4},
+                {"rope_type": "default", "rope_theta": 50.0},
+                {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                {
+                    "rope_type": "llama3",
+                    "rope_theta": 1e4,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                },
+            ]
+        ),
+    }
+    kind, own, hides = draw.choice(
+        [
+            (LlamaConfig, {"attention_bias": draw.random() < 0.5, "mlp_bias": draw.random() < 0.5}, False),
+            (LlamaConfig, {"head_dim": draw.choice([8, 16, 24])}, False),
+            (Qwen3Config, {"head_dim": 16}, False),
+            (Qwen2Config, {}, False),
+            (Qwen2Config, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, True),
+            (MistralConfig, {"sliding_window": None, "head_dim": 8}, False),
+            (MistralConfig, {"sliding_window": POSITIONS, "head_dim": 16}, False),
+            (MistralConfig, {"sliding_window": 12, "head_dim": 8}, True),
+        ]
+    )
     return kind(**settings | own | fixed), hides
 
 
@@ -99,9 +114,14 @@ def same_text(mine: Tensor, out: Any, start: int, never: Tensor) -> None:
 def greedy(model: Any, never: Tensor, num_tokens: int, **inputs: Any) -> Any:
     ids = inputs["input_ids"]
     return model.generate(
-        **inputs, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens,
-        suppress_tokens=never.tolist(), return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
+        **inputs,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=num_tokens,
+        suppress_tokens=never.tolist(),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
 
 
 @pytest.mark.slow
@@ -110,9 +130,14 @@ def greedy(model: Any, never: Tensor, num_tokens: int, **inputs: Any) -> Any:
 def test_text_models(seed: int) -> None:
     draw = random.Random(seed)
     config, hides = random_text(
-        draw, 32, vocab_size=300, tie_word_embeddings=draw.random() < 0.5, bos_token_id=1, eos_token_id=2,
+        draw,
+        32,
+        vocab_size=300,
+        tie_word_embeddings=draw.random() < 0.5,
+        bos_token_id=1,
+        eos_token_id=2,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     model = seeded(lambda: AutoModelForCausalLM.from_config(config), seed)
     model.generation_config.eos_token_id = [2, tokenizer().convert_tokens_to_ids(END)]
     if hides:
@@ -132,13 +157,19 @@ def random_janus(draw: random.Random, seed: int) -> tuple[JanusForConditionalGen
     known = sharp_policy()
     old = known.model.config
     text, hides = random_text(
-        draw, old.text_config.hidden_size, vocab_size=old.text_config.vocab_size, tie_word_embeddings=False,
-        **{name: getattr(old.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    )  # fmt: skip
-    config = JanusConfig(
-        text_config=text, vision_config=old.vision_config, vq_config=old.vq_config, image_token_id=old.image_token_id,
+        draw,
+        old.text_config.hidden_size,
+        vocab_size=old.text_config.vocab_size,
         tie_word_embeddings=False,
-    )  # fmt: skip
+        **{name: getattr(old.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    config = JanusConfig(
+        text_config=text,
+        vision_config=old.vision_config,
+        vq_config=old.vq_config,
+        image_token_id=old.image_token_id,
+        tie_word_embeddings=False,
+    )
     model = seeded(lambda: JanusForConditionalGeneration(config), seed)
     model.model.vqmodel.load_state_dict(known.model.model.vqmodel.state_dict())
     model.model.generation_head.vision_head.weight.data.mul_(4)
@@ -173,8 +204,14 @@ def test_janus(seed: int, tmp_path: Path) -> None:
     ids = torch.cat([policy.prompt_tokens(prompt), torch.tensor([policy.image_start])])[None]
     mine, plain = ours.segments[0].tokens, PlainJanus(policy)
     if getattr(model.config.text_config, "layer_types", None) is None and images_can_be_generated():
-        tokens = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False,
-                                 guidance_scale=weight, max_length=64)[0]  # fmt: skip
+        tokens = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_mode="image",
+            do_sample=False,
+            guidance_scale=weight,
+            max_length=64,
+        )[0]
         different = (mine != tokens).nonzero().flatten()
         if len(different):
             top = guided_logits(plain, policy, ids[0], mine[: int(different[0])], weight).topk(2).values
@@ -210,8 +247,9 @@ def test_emu3(seed: int) -> None:
     text.num_key_value_heads = draw.choice([n for n in (1, 2, 4, 8) if text.num_attention_heads % n == 0])
     text.head_dim = text.hidden_size // text.num_attention_heads
     text.num_hidden_layers, text.rms_norm_eps = draw.choice([1, 2, 3]), draw.choice([1e-6, 1e-2])
-    config = Emu3Config(text_config=text, vq_config=old.vq_config, vocabulary_map=old.vocabulary_map,
-                        image_area=IMAGE_SIZE**2)  # fmt: skip
+    config = Emu3Config(
+        text_config=text, vq_config=old.vq_config, vocabulary_map=old.vocabulary_map, image_area=IMAGE_SIZE**2
+    )
     model = seeded(lambda: Emu3ForConditionalGeneration(config), seed)
     model.generation_config = copy.deepcopy(known.model.generation_config)
     policy = Emu3Policy(model, known.processor).eval()

@@ -32,10 +32,23 @@ from syncr1.engine.processes.launch import (
 
 RECIPE = ROOT / "recipes" / "sync_r1.py"
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "4"}
-SLURM = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_NODELIST": "gpu[03-06]", "SLURM_PROCID": "0",
-         "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "32"}  # fmt: skip
-TASK = SLURM | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "2",
-                "SLURM_STEP_NODELIST": "gpu[03-06]", "SLURMD_NODENAME": "gpu05"}  # fmt: skip
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NUM_NODES": "4",
+    "SLURM_JOB_NODELIST": "gpu[03-06]",
+    "SLURM_PROCID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_CPUS_PER_TASK": "32",
+}
+TASK = SLURM | {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NODELIST": "gpu[03-06]",
+    "SLURMD_NODENAME": "gpu05",
+}
 
 
 def request(nodes: int | None = None, ranks: int | None = None, **more: object) -> Request:
@@ -152,8 +165,15 @@ def flags_of(command: list[str] | tuple[str, ...]) -> dict[str, str]:
 
 def test_nothing_is_started_without_nodes_and_the_commands_can_be_pasted() -> None:
     """Exit code 2, at once; the shell reads the three commands back as they are meant."""
-    done = subprocess.run([sys.executable, str(RECIPE), "--nodes", "4", "--output_dir", "a b;c"], cwd=ROOT, text=True,
-                          env=environment(), capture_output=True, timeout=60, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(RECIPE), "--nodes", "4", "--output_dir", "a b;c"],
+        cwd=ROOT,
+        text=True,
+        env=environment(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 2 and "loading torch" not in done.stdout and "Traceback" not in done.stderr
     lines = [line.strip() for line in done.stderr.splitlines()]
     program = [str(RECIPE), "--nodes", "4", "--output_dir", "a b;c"]
@@ -226,8 +246,13 @@ def test_the_example_of_a_batch_job_starts_all_of_its_nodes(tmp_path: Path) -> N
         "SLURM_JOB_ID": "77",
         "PATH": "/usr/bin:/bin",
     }
-    done = subprocess.run(["bash", str(ROOT / "examples" / "slurm.sbatch"), "--seed", "a b"], env=environ, text=True,
-                          capture_output=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / "slurm.sbatch"), "--seed", "a b"],
+        env=environ,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     arguments = done.stdout.splitlines()
     assert arguments[:3] == ["recipes/sync_r1.py", "--nodes", "4"] and arguments[-2:] == ["--seed", "a b"]
     assert "runs/sync_r1-77" in arguments and options["signal"].startswith("USR1@")
@@ -237,8 +262,9 @@ def test_the_example_of_a_batch_job_starts_all_of_its_nodes(tmp_path: Path) -> N
     scontrol.chmod(0o755)
     python.write_text("#!/bin/sh\nexit 75\n")
     job = ["bash", str(ROOT / "examples" / "slurm.sbatch")]
-    again = subprocess.run(job, text=True, capture_output=True, check=False,
-                           env=environ | {"PATH": f"{tmp_path}:{environ['PATH']}"})  # fmt: skip
+    again = subprocess.run(
+        job, text=True, capture_output=True, check=False, env=environ | {"PATH": f"{tmp_path}:{environ['PATH']}"}
+    )
     assert (again.returncode, again.stdout) == (75, "scontrol requeue 77\n")
 
 
@@ -296,8 +322,9 @@ def test_a_dry_run_starts_nothing(become: list[tuple[str, ...]]) -> None:
     assert launch(config, RECIPE, []) is config and become == []
 
 
-def test_srun_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                                        tmp_path: Path) -> None:  # fmt: skip
+def test_srun_that_is_not_there_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", str(tmp_path))

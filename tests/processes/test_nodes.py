@@ -67,8 +67,16 @@ def test_some_ends_are_final(tmp_path: Path, code: int) -> None:
 
 def test_an_executor_that_cannot_start_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        run_nodes(["a"], lambda _: [["true"]], [["no-such-program"]], folder=tmp_path, environment={}, max_restarts=3,
-                  grace=20, say=print)  # fmt: skip
+        run_nodes(
+            ["a"],
+            lambda _: [["true"]],
+            [["no-such-program"]],
+            folder=tmp_path,
+            environment={},
+            max_restarts=3,
+            grace=20,
+            say=print,
+        )
 
 
 def alive(pid: int) -> bool:
@@ -134,8 +142,16 @@ def test_torchrun_ends_with_its_killed_agent(tmp_path: Path) -> None:
 
 
 def test_what_goes_to_other_machines() -> None:
-    names = ("NCCL_DEBUG", "HF_TOKEN", "AWS_SECRET_KEY", "CUDA_VISIBLE_DEVICES", "JUDGE_KEY", "SSH_AUTH_SOCK", "PATH",
-             "GLOO_SOCKET_IFNAME")  # fmt: skip
+    names = (
+        "NCCL_DEBUG",
+        "HF_TOKEN",
+        "AWS_SECRET_KEY",
+        "CUDA_VISIBLE_DEVICES",
+        "JUDGE_KEY",
+        "SSH_AUTH_SOCK",
+        "PATH",
+        "GLOO_SOCKET_IFNAME",
+    )
     here = dict.fromkeys(names, "x")
     passed = {"NCCL_DEBUG", "HF_TOKEN", "GLOO_SOCKET_IFNAME"}
     assert set(passed_environment(here)) == passed

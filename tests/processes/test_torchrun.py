@@ -33,8 +33,16 @@ time.sleep(120)
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     (folder / "rank.py").write_text(RANK)
-    command = [sys.executable, "-m", "syncr1.engine.processes.torchrun", "--standalone", "--nproc-per-node=2",
-               str(folder / "rank.py"), str(folder), *more]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "syncr1.engine.processes.torchrun",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(folder / "rank.py"),
+        str(folder),
+        *more,
+    ]
     return subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stderr=subprocess.PIPE)
 
 

@@ -129,8 +129,11 @@ def test_commands_are_taken(page: str, workplace: Path) -> None:
             default = ROOT / "recipes" / "corl_tiny.yaml" if embedded else None
             parse(type(settings()[recipe]), flags, default_yaml=default)
         else:
-            assert all(flag.partition("=")[0] in (ROOT / script).read_text() for flag in flags if flag != "--help"
-                       and flag.startswith("--")), words  # fmt: skip
+            assert all(
+                flag.partition("=")[0] in (ROOT / script).read_text()
+                for flag in flags
+                if flag != "--help" and flag.startswith("--")
+            ), words
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

@@ -180,8 +180,11 @@ def test_folders_of_concepts(trial: Trial, concepts: Path, seed: int) -> None:
         (load_benchmark, "test_data/bo.json", f'[{{"image": "{"a/" * 30_000}", "query": "?", "answer": "o"}}]'),
         (load_benchmark, "test_data/bo.json", '[{"type": ["rec"], "query": "?", "answer": "o"}]'),
         (load_benchmark, "concept/train/bo/info.json", '{"generation_type": ["dog"]}'),
-        (load_benchmark, "concept/test/bo/attributes.json",
-         '{"t2i": {"explicit_personalized_driven_generation": [{"colour": 1}]}}'),
+        (
+            load_benchmark,
+            "concept/test/bo/attributes.json",
+            '{"t2i": {"explicit_personalized_driven_generation": [{"colour": 1}]}}',
+        ),
         (load_benchmark, "prompts_to_eval.json", '{"dog": [["runs"]]}'),
         (load_training_prompts, "concept/train/bo/attributes.json", '{"images": {"0.png": null}}'),
         (load_training_prompts, "concept/train/bo/attributes.json", '{"images": {"0.png": {}, "1.png": ["c"]}}'),
@@ -190,7 +193,7 @@ def test_folders_of_concepts(trial: Trial, concepts: Path, seed: int) -> None:
         (load_samples, "concepts_list.json", json.dumps(["x" * 300])),
         (load_samples, "concepts_list.json", '["\\udda8"]'),
     ],
-)  # fmt: skip
+)
 def test_folders_that_were_found(concepts: Path, load: Callable[[Path], object], name: str, written: str) -> None:
     """Each once led to another error than this one, or to one that cannot be printed."""
     with pytest.raises(DataError) as caught:
@@ -206,8 +209,21 @@ def test_a_caption_whose_picture_is_no_name(concepts: Path) -> None:
 # Manifests ------------------------------------------------------------------------------------------------------------
 
 RUN = {"format": 1, "model": {"name": "m", "fingerprint": "f"}, "sampling": {"seed": 1}, "versions": {"torch": "2"}}
-ITEM = {"id": "1", "task": "qa", "text": "x", "segments": ["text"], "options": [], "references": ["a.png"], "member": 0,
-        "greedy": "a", "sampled": None, "follow_up_text": "", "drawn": None, "digest": None, "shown": None}  # fmt: skip
+ITEM = {
+    "id": "1",
+    "task": "qa",
+    "text": "x",
+    "segments": ["text"],
+    "options": [],
+    "references": ["a.png"],
+    "member": 0,
+    "greedy": "a",
+    "sampled": None,
+    "follow_up_text": "",
+    "drawn": None,
+    "digest": None,
+    "shown": None,
+}
 WEIGHTS = {"metadata": {"total_size": 4}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
 MANIFEST_NAMES = ["format", "weight_map", "model", "step", "files"]
 

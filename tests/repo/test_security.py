@@ -160,8 +160,12 @@ def test_sockets_stay_on_this_machine() -> None:
         and not function.startswith("inspect")
     ]
     assert all(place.startswith("('127.0.0.1'") for _, place in bound), bound
-    everywhere = [name for name, tree in sources() for node in ast.walk(tree)
-                  if isinstance(node, ast.Constant) and node.value in ("0.0.0.0", "::")]  # fmt: skip
+    everywhere = [
+        name
+        for name, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in ("0.0.0.0", "::")
+    ]
     assert everywhere == []
 
 
@@ -308,9 +312,30 @@ def test_addresses_that_hold_a_secret_are_refused(config: type[Any], url: str) -
 def test_no_secret_is_written_or_said(tmp_path: Path) -> None:
     """A run of one step with a judge that cannot be reached: log, settings, samples, report, card and checkpoints."""
     base, out = short_base(), tmp_path / "run"
-    small = ["--model", base, "--output_dir", out, "--max_steps", 1, "--eval_samples", 0, "--prompts_per_step", 2,
-             "--num_generations", 2, "--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "none",
-             "--judge_key_env", "JUDGE_KEY", "--reward_timeout", 2, "--sample_steps", 1]  # fmt: skip
+    small = [
+        "--model",
+        base,
+        "--output_dir",
+        out,
+        "--max_steps",
+        1,
+        "--eval_samples",
+        0,
+        "--prompts_per_step",
+        2,
+        "--num_generations",
+        2,
+        "--judge_url",
+        "http://127.0.0.1:9/v1",
+        "--judge_model",
+        "none",
+        "--judge_key_env",
+        "JUDGE_KEY",
+        "--reward_timeout",
+        2,
+        "--sample_steps",
+        1,
+    ]
     cache_dir = cache_folder()
     said, _ = started(cache_dir, "sync_r1.py", *small)
     assert leaks(said.encode()) == []

@@ -107,10 +107,24 @@ def test_canonical_takes_any_text_and_is_stable(text: str) -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        "B", "b", "(B)", "[B]", "B.", "B)", "(b).", "B:", "Ｂ", "B. a dog", "(B) dog", "b) Dog!", "B: it barks",
-        "a dog", "DOG", "B.\na dog",
+        "B",
+        "b",
+        "(B)",
+        "[B]",
+        "B.",
+        "B)",
+        "(b).",
+        "B:",
+        "Ｂ",
+        "B. a dog",
+        "(B) dog",
+        "b) Dog!",
+        "B: it barks",
+        "a dog",
+        "DOG",
+        "B.\na dog",
     ],
-)  # fmt: skip
+)
 def test_letters_and_texts_choose_b(said: str) -> None:
     assert chosen_letter(said, OPTIONS) == "B"
 
@@ -118,10 +132,24 @@ def test_letters_and_texts_choose_b(said: str) -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        "", "E", "(Z)", "1", "B or C", "B. a cat", "A. a dog", "A. B. C. D.", "A, B", "A) B) C)", "bird", "dogs", "BB",
-        "<B>", "Ä", "?",
+        "",
+        "E",
+        "(Z)",
+        "1",
+        "B or C",
+        "B. a cat",
+        "A. a dog",
+        "A. B. C. D.",
+        "A, B",
+        "A) B) C)",
+        "bird",
+        "dogs",
+        "BB",
+        "<B>",
+        "Ä",
+        "?",
     ],
-)  # fmt: skip
+)
 def test_what_names_no_option(said: str) -> None:
     assert chosen_letter(said, OPTIONS) is None
 

@@ -32,8 +32,12 @@ def test_bytes_of_janus_pro_by_hand() -> None:
 
 def test_sizes_by_hand(policy: JanusPolicy) -> None:
     N = policy.num_image_tokens
-    prompts = [make_prompt("a", ("text",)), make_prompt("b", ("image",)), make_prompt("c", CHAIN),
-               make_prompt("d", LONG_CHAIN, follow_up="?")]  # fmt: skip
+    prompts = [
+        make_prompt("a", ("text",)),
+        make_prompt("b", ("image",)),
+        make_prompt("c", CHAIN),
+        make_prompt("d", LONG_CHAIN, follow_up="?"),
+    ]
     sizes = Sizes.of(policy, prompts, [None, None, None, torch.zeros(9)], 5)
     assert sizes.own == [5, 1 + N, 6 + N, 6 + N + 9 + 5]
     assert sizes.before_image == [5, 1, 6, 6] and sizes.images == [False, True, True, True]

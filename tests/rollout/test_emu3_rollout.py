@@ -77,8 +77,9 @@ def test_recorded_log_probabilities_are_the_trainers_and_transformers_own(
         )
     plain = PlainEmu3(policy)
     for rollout in rollouts:
-        replayed = plain.replay(rollout, pixels_of(policy, rollout.prompt), temperature=temperature,
-                                cfg_weight=cfg_weight)  # fmt: skip
+        replayed = plain.replay(
+            rollout, pixels_of(policy, rollout.prompt), temperature=temperature, cfg_weight=cfg_weight
+        )
         for segment, (logp, mixed) in zip(rollout.segments, replayed, strict=True):
             torch.testing.assert_close(segment.logp, logp, rtol=0, atol=REPLAY_TOLERANCE)
             torch.testing.assert_close(segment.logp_mixed, mixed, rtol=0, atol=REPLAY_TOLERANCE)
@@ -109,8 +110,10 @@ def test_greedy_image_is_transformers_own(policy: Emu3Policy, guidance: float) -
     prompt = make_prompt("draw the creature", ("image",))
     (ours,) = generate(policy, [prompt], Sampling(num_generations=1, temperature=0.0, cfg_weight=guidance))
     plain = PlainEmu3(policy)
-    asks = [policy.processor(text=text, return_for_image_generation=True, image_area=IMAGE_SIZE**2, return_tensors="pt")
-            for text in (prompt.text, "")]  # fmt: skip
+    asks = [
+        policy.processor(text=text, return_for_image_generation=True, image_area=IMAGE_SIZE**2, return_tensors="pt")
+        for text in (prompt.text, "")
+    ]
     ids, start = asks[0]["input_ids"], asks[0]["input_ids"].shape[1]
     ends = policy.tokenizer.convert_tokens_to_ids([EOF, EOI, EOS])
 
@@ -120,11 +123,18 @@ def test_greedy_image_is_transformers_own(policy: Emu3Policy, guidance: float) -
             return [ends[min(place - 4 * 5, 2)]]
         return [plain.eol] if place % 5 == 4 else plain.code_ids.tolist()
 
-    guided: dict[str, Any] = {} if guidance == 1.0 else {"guidance_scale": guidance,
-                                                         "negative_prompt_ids": asks[1]["input_ids"]}  # fmt: skip
+    guided: dict[str, Any] = (
+        {} if guidance == 1.0 else {"guidance_scale": guidance, "negative_prompt_ids": asks[1]["input_ids"]}
+    )
     with torch.no_grad():
-        out = plain.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4 * 5 + 3, do_sample=False,
-                                   prefix_allowed_tokens_fn=allowed, **guided)  # fmt: skip
+        out = plain.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=4 * 5 + 3,
+            do_sample=False,
+            prefix_allowed_tokens_fn=allowed,
+            **guided,
+        )
         image = plain.model.decode_image_tokens(image_tokens=out[:, start:], height=4, width=4)[0]
     assert policy._image_ids[ours.segments[0].tokens[FRAME:]].tolist() == out[0, start:-3].tolist()
     torch.testing.assert_close(ours.image, (image * 0.5 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)

@@ -258,8 +258,9 @@ def test_a_prompt_and_its_photo_run_once(policy: JanusPolicy, prompts: list[Prom
 def test_texts_that_ended_free_their_rows(policy: JanusPolicy, prompts: list[Prompt], monkeypatch: Any) -> None:
     """The forward of a step has the rows of texts under way and no others."""
     rows, trunk = [], policy.trunk
-    monkeypatch.setattr(policy, "trunk", lambda e, p, layout: (rows.append(len(e)) if e.shape[1] == 1 else None)
-                        or trunk(e, p, layout))  # fmt: skip
+    monkeypatch.setattr(
+        policy, "trunk", lambda e, p, layout: (rows.append(len(e)) if e.shape[1] == 1 else None) or trunk(e, p, layout)
+    )
     chosen = [prompt for prompt in prompts if prompt.segments == ("text",)]
     rollouts = generate(policy, chosen, Sampling(num_generations=8, max_text_tokens=8))
     lengths = torch.tensor([len(rollout.segments[0].tokens) for rollout in rollouts])
@@ -269,9 +270,13 @@ def test_texts_that_ended_free_their_rows(policy: JanusPolicy, prompts: list[Pro
 
 @pytest.mark.parametrize(
     ("segments", "problem"),
-    [(("image", "image"), "expected one of"), (("text", "text"), "expected one of"), ((), "expected one of"),
-     (("image", "text"), "needs a follow_up question")],
-)  # fmt: skip
+    [
+        (("image", "image"), "expected one of"),
+        (("text", "text"), "expected one of"),
+        ((), "expected one of"),
+        (("image", "text"), "needs a follow_up question"),
+    ],
+)
 def test_what_cannot_be_sampled_is_refused(policy: JanusPolicy, segments: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         generate(policy, [make_prompt("x", segments)], Sampling())

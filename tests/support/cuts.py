@@ -63,8 +63,11 @@ def cuts_of(number: int, ranks: int, seed: int = 0) -> list[Cut]:
     """The first `number` of twenty: every place in every step but the first, in an order that mixes both."""
     chance = random.Random(seed)
     most = {"rollout": 24, "reward": 1, "backward": 3, "update": 1, "save": 1200}  # of 26, 1, 4, 2 and more
-    cuts = [Cut(where, step, chance.randint(1, most[where]), chance.randrange(ranks)) for step in range(1, STEPS)
-            for where in PLACES]  # fmt: skip
+    cuts = [
+        Cut(where, step, chance.randint(1, most[where]), chance.randrange(ranks))
+        for step in range(1, STEPS)
+        for where in PLACES
+    ]
     return [cuts[7 * i % 20] for i in range(number)]
 
 
@@ -223,8 +226,14 @@ def main() -> None:
         world = asked.folder / "world"
         write_general(write_world(world))
     start = time.monotonic()
-    told = cut_and_resume(asked.folder, world, cuts_of(asked.cuts, asked.ranks), ranks=asked.ranks,
-                          zero_stage=asked.zero_stage, bf16=asked.bf16)  # fmt: skip
+    told = cut_and_resume(
+        asked.folder,
+        world,
+        cuts_of(asked.cuts, asked.ranks),
+        ranks=asked.ranks,
+        zero_stage=asked.zero_stage,
+        bf16=asked.bf16,
+    )
     print(f"{len(told)} of {asked.cuts} cuts the same, {time.monotonic() - start:.0f} s")
 
 

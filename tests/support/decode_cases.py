@@ -87,8 +87,12 @@ def make_step(
         normal(num_heads, num_rows, width).transpose(0, 1),
         normal(num_rows, 2 * num_kv_heads, width)[:, ::2],
         normal(num_rows, num_kv_heads + 1, width)[:, 1:],
-        cache(starts), cache(starts), cache(own)[:, : at + 1], cache(own)[:, : at + 1], spans,
-    )  # fmt: skip
+        cache(starts),
+        cache(starts),
+        cache(own)[:, : at + 1],
+        cache(own)[:, : at + 1],
+        spans,
+    )
     return step.map(lambda t: _copy(t, dtype) if t.is_floating_point() else t)
 
 

@@ -80,8 +80,9 @@ def faults_on_ranks(folder: Path, faults: int, seed: int = 0) -> dict[str, Any]:
 
 def _be_rank(folder: Path, rank: int, faults: int, seed: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS,
-                            timeout=timedelta(seconds=SECONDS))  # fmt: skip
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=SECONDS)
+    )
     told = _fail_often(folder / "checkpoints", faults, random.Random(seed))
     if rank == 0:
         (folder / "told.json").write_text(json.dumps(told))
@@ -138,8 +139,11 @@ def _told(value: Any) -> list[Any]:
 
 def _tensors(step: int) -> dict[str, Tensor]:
     rank, _ = place()
-    return {"a": torch.full((1000,), float(step)), "b": torch.full((3, 5), step + rank, dtype=torch.float64),
-            "c": torch.tensor(step)}  # fmt: skip
+    return {
+        "a": torch.full((1000,), float(step)),
+        "b": torch.full((3, 5), step + rank, dtype=torch.float64),
+        "c": torch.tensor(step),
+    }
 
 
 def _check(root: Path, before: int, step: int) -> int:

@@ -65,8 +65,10 @@ class Colours:
     def clip_i(self, images: Sequence[Tensor], references: Sequence[Sequence[ImageRef]]) -> list[float | None]:
         self.num_images += len(images)
         shown = [[to_tensor(open_picture(ref), 4).mean((1, 2)) for ref in refs] for refs in references]
-        return [sum(self._cosine(image.mean((1, 2)), photo) for photo in photos) / len(photos)
-                for image, photos in zip(images, shown, strict=True)]  # fmt: skip
+        return [
+            sum(self._cosine(image.mean((1, 2)), photo) for photo in photos) / len(photos)
+            for image, photos in zip(images, shown, strict=True)
+        ]
 
     def _cosine(self, a: Tensor, b: Tensor) -> float:
         return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
@@ -86,8 +88,15 @@ def written(folder: Path, rows: Sequence[tuple[Item, Tensor | None]]) -> list[It
         tasks.setdefault(item.prompt.task, set()).add(item.prompt.id)
     members = max(item.member for item, _ in rows) + 1
     counts = {task: len(ids) for task, ids in tasks.items()}
-    claim(folder, {"format": 1, "model": {"name": "by/hand"}, "data": {"items": counts},
-                   "sampling": {"images_per_prompt": members}})  # fmt: skip
+    claim(
+        folder,
+        {
+            "format": 1,
+            "model": {"name": "by/hand"},
+            "data": {"items": counts},
+            "sampling": {"images_per_prompt": members},
+        },
+    )
     store = Store(folder)
     for item, image in rows:
         store.append(item, image)

@@ -42,8 +42,7 @@ STEPS = 4
 STAGE_TIMEOUT = int(os.environ.get("SYNCR1_STAGE_TIMEOUT", "10"))
 BENIGN = ("nan", "reward raises", "reward hangs")
 """After these a run goes on."""
-KINDS = ("killed", "exits", "raises", "stalls", "stopped", "holds the lock", "disk full", "SIGTERM", "SIGUSR1",
-         *BENIGN)  # fmt: skip
+KINDS = ("killed", "exits", "raises", "stalls", "stopped", "holds the lock", "disk full", "SIGTERM", "SIGUSR1", *BENIGN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +155,16 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, flags: Sequence[str
         os.dup2(log.fileno(), 2)
     sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), COLUMNS="100",
-                      TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        COLUMNS="100",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
     torch.set_num_threads(1)
     logging.getLogger().handlers.clear()  # pytest's; a run has none
     inject(faults, rank, folder / "struck")
@@ -204,8 +210,10 @@ def run(folder: Path, flags: Sequence[str], faults: Sequence[Fault] = (), *, ran
     store = TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False
     )  # torchrun's stands outside of the ranks, too
-    processes = [context.Process(target=run_rank, args=(rank, ranks, store.port, folder, flags, faults), daemon=True)
-                 for rank in range(ranks)]  # fmt: skip
+    processes = [
+        context.Process(target=run_rank, args=(rank, ranks, store.port, folder, flags, faults), daemon=True)
+        for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     struck, stopped = start, [fault.rank for fault in faults if fault.kind == "stopped"]

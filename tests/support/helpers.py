@@ -143,8 +143,14 @@ def _gather(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 
 
 def make_prompt(text: str, segments: tuple[SegmentKind, ...] = CHAIN, image: Path | None = None, **more: Any) -> Prompt:
-    return Prompt(id=f"{'-'.join(segments)}/{image is not None}/{text}", task="rea", text=text, segments=segments,
-                  image=image, **more)  # fmt: skip
+    return Prompt(
+        id=f"{'-'.join(segments)}/{image is not None}/{text}",
+        task="rea",
+        text=text,
+        segments=segments,
+        image=image,
+        **more,
+    )
 
 
 def world_photo(folder: Path, index: int) -> Path:
@@ -182,12 +188,27 @@ def random_credit(num: int, seed: int = 0) -> Tensor:
     return torch.rand(num, 1, generator=torch.Generator().manual_seed(seed)).expand(-1, 2).contiguous()
 
 
-def packed(policy: JanusPolicy, rollouts: Sequence[Rollout], num_generations: int, max_tokens: int = 1 << 30, *,
-           keep: Tensor | None = None, seed: int = 0, share_prefix: bool = True) -> list[PackedBatch]:  # fmt: skip
+def packed(
+    policy: JanusPolicy,
+    rollouts: Sequence[Rollout],
+    num_generations: int,
+    max_tokens: int = 1 << 30,
+    *,
+    keep: Tensor | None = None,
+    seed: int = 0,
+    share_prefix: bool = True,
+) -> list[PackedBatch]:
     keep = torch.ones(len(rollouts), dtype=torch.bool) if keep is None else keep
     credit = random_credit(len(rollouts), seed)
-    return pack(policy, rollouts, credit, keep, num_generations=num_generations, max_tokens=max_tokens,
-                share_prefix=share_prefix)  # fmt: skip
+    return pack(
+        policy,
+        rollouts,
+        credit,
+        keep,
+        num_generations=num_generations,
+        max_tokens=max_tokens,
+        share_prefix=share_prefix,
+    )
 
 
 def given(kind: SegmentKind, tokens: Sequence[int]) -> Segment:
@@ -199,11 +220,24 @@ def given(kind: SegmentKind, tokens: Sequence[int]) -> Segment:
 class Gate(PreviewGate):
     """A preview judged by the picture's mean red; remembers what was judged."""
 
-    def __init__(self, *, threshold: float | None, max_attempts: int, fraction: float = 0.5, nan: bool = False,
-                 min_keep: int | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        threshold: float | None,
+        max_attempts: int,
+        fraction: float = 0.5,
+        nan: bool = False,
+        min_keep: int | None = None,
+    ) -> None:
         self.seen: list[dict[tuple[str, str], float]] = []
-        super().__init__(self._judge, fraction=fraction, threshold=threshold, acceptance=0.5, max_attempts=max_attempts,
-                         min_keep=min_keep)  # fmt: skip
+        super().__init__(
+            self._judge,
+            fraction=fraction,
+            threshold=threshold,
+            acceptance=0.5,
+            max_attempts=max_attempts,
+            min_keep=min_keep,
+        )
         self._nan = nan
 
     def _judge(self, prompts: Sequence[Prompt], texts: Sequence[str], images: Tensor) -> Tensor:
@@ -253,8 +287,18 @@ def everything_partitioned() -> Iterator[None]:
 
 
 def torchrun(*arguments: str, cache_dir: Path | None = None, timeout: float = 600) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "127.0.0.1:0", *arguments]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        *arguments,
+    ]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(cache_dir), capture_output=True, text=True, timeout=timeout
     )

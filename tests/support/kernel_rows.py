@@ -39,8 +39,10 @@ def row_cases(draw: st.DrawFn, *, linear: bool) -> RowCase:
     spread = draw(st.sampled_from([0.01, 1.0, 9.0]))
     if linear:
         width = draw(st.sampled_from([1, 3, 8]))
-        operands = {"hidden": torch.randn(num_rows, width, generator=random) * spread,
-                    "weight": torch.randn(size, width, generator=random)}  # fmt: skip
+        operands = {
+            "hidden": torch.randn(num_rows, width, generator=random) * spread,
+            "weight": torch.randn(size, width, generator=random),
+        }
         if draw(st.booleans()):
             operands["bias"] = torch.randn(size, generator=random)
     else:
@@ -83,9 +85,13 @@ class Draw:
         logits = [None if z is None else z[rows].to(dtype or z.dtype) for z in (self.cond, self.uncond)]
         assert logits[0] is not None
         out = cfg_sample(
-            logits[0], logits[1], seed=self.keys["seed"][rows], offset=self.keys["offset"][rows], backend=backend,
+            logits[0],
+            logits[1],
+            seed=self.keys["seed"][rows],
+            offset=self.keys["offset"][rows],
+            backend=backend,
             **self.settings,
-        )  # fmt: skip
+        )
         return {name: getattr(out, name) for name in ("token", "logp", "logp_mixed", "entropy")}
 
 

@@ -89,11 +89,9 @@ def _killed_once(
     reader, writer = os.pipe()
     context, port = multiprocessing.get_context("fork"), free_port()
     processes = [
-        context.Process(
-            target=_save_forever, args=(root, make, rank, ranks, port, step, writer, beside), daemon=True
-        )
+        context.Process(target=_save_forever, args=(root, make, rank, ranks, port, step, writer, beside), daemon=True)
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
     for process in processes:
         process.start()
     os.close(writer)
@@ -117,8 +115,9 @@ def _killed_once(
 
 def be_rank(rank: int, ranks: int, port: int) -> None:
     """What a launcher tells a process."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))  # fmt: skip
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
 
 
@@ -203,9 +202,12 @@ class LearnerSaving:
         masters = {name.split(".")[1]: value for name, value in optimizer_tensors(learner.optimizer).items()}
         load_optimizer_tensors(
             learner.optimizer,
-            {f"{kind}.{i}": torch.zeros(()) if kind == "step" else value.detach().clone()
-             for i, value in masters.items() for kind in STATES},
-        )  # fmt: skip
+            {
+                f"{kind}.{i}": torch.zeros(()) if kind == "step" else value.detach().clone()
+                for i, value in masters.items()
+                for kind in STATES
+            },
+        )
         config = SyncR1Config(zero_stage=zero_stage, save_total_limit=2)
         self.position = Position()
         self.checkpoints = Checkpoints(config, root, learner, self.position)
@@ -232,8 +234,12 @@ def learner_saving(zero_stage: Literal[0, 1, 2, 3]) -> Make:
 
 def preload() -> None:
     """Everything that takes long to import or to make, once: the children copy it, and start in a tenth of the time."""
-    late = ("runtime.zero.muon.muon_optimizer", "runtime.superoffload.superoffload_stage3", "ops.op_builder.all_ops",
-            "module_inject.auto_ep_layer")  # fmt: skip
+    late = (
+        "runtime.zero.muon.muon_optimizer",
+        "runtime.superoffload.superoffload_stage3",
+        "ops.op_builder.all_ops",
+        "module_inject.auto_ep_layer",
+    )
     for name in ("syncr1.engine.compat", "helpers", "syncr1.engine.learn.learner", "syncr1.engine.methods.resume"):
         importlib.import_module(name)
     for name in late:  # what DeepSpeed imports when it starts

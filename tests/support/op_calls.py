@@ -105,9 +105,15 @@ def _linear_loss(x: Leaves, **options: Any) -> Any:
     rows = torch.arange(x["hidden"].shape[0], device=x["hidden"].device)
     stream = TokenStream(x["hidden"], x["weight"], x["targets"], rows, x["bias"])
     return linear_grpo_loss(
-        [stream], x["rewards"], x["cu_seqlens"], x["groups"], old_logp=x["old_logp"], ref_logp=x["ref_logp"],
-        loss_mask=x["mask"], **({"beta": 0.1} | options),
-    )  # fmt: skip
+        [stream],
+        x["rewards"],
+        x["cu_seqlens"],
+        x["groups"],
+        old_logp=x["old_logp"],
+        ref_logp=x["ref_logp"],
+        loss_mask=x["mask"],
+        **({"beta": 0.1} | options),
+    )
 
 
 LAYOUT = SharedPrefixLayout(torch.tensor([0, 3, 5]), torch.tensor([0, 2, 4, 7, 10]), torch.tensor([0, 2, 4]))
@@ -134,8 +140,14 @@ def _decode(units: int) -> Leaves:
     spans = torch.stack([torch.zeros_like(row), torch.full_like(row, 3), 4 * row, row % 3], 1)
     shared = {"prefix_keys": some(2, 3, 8), "prefix_values": some(2, 3, 8)}
     own = {"own_keys": some(2, 4 * units, 8), "own_values": some(2, 4 * units, 8)}
-    return {"query": some(units, 4, 8), "key": some(units, 2, 8), "value": some(units, 2, 8), **shared, **own,
-            "spans": spans}  # fmt: skip
+    return {
+        "query": some(units, 4, 8),
+        "key": some(units, 2, 8),
+        "value": some(units, 2, 8),
+        **shared,
+        **own,
+        "spans": spans,
+    }
 
 
 OPS: dict[str, OpCall] = {
@@ -144,8 +156,14 @@ OPS: dict[str, OpCall] = {
     "grpo_loss": OpCall(
         _loss,
         lambda x, **o: grpo_loss(
-            x["logp"], x["old_logp"], x["rewards"], x["cu_seqlens"], x["groups"], loss_mask=x["mask"],
-            ref_logp=x["ref_logp"], **({"beta": 0.1} | o),
+            x["logp"],
+            x["old_logp"],
+            x["rewards"],
+            x["cu_seqlens"],
+            x["groups"],
+            loss_mask=x["mask"],
+            ref_logp=x["ref_logp"],
+            **({"beta": 0.1} | o),
         ),
         ("logp",),
     ),
@@ -164,7 +182,7 @@ OPS: dict[str, OpCall] = {
     ),
     "shared_prefix_attention": OpCall(_heads, _attend, ("q", "k", "v")),
     "prefix_decode_attention": OpCall(_decode, lambda x, **o: prefix_decode_attention(**x, **o)),
-}  # fmt: skip
+}
 """All public ops by name."""
 DIFFERENTIABLE = [name for name, op in OPS.items() if op.trained]
 

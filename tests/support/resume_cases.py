@@ -43,17 +43,32 @@ TIMES = {"step_time", "tokens_per_second"}
 def config_of(**changes: Any) -> SyncR1Config:
     """Few prompts, so that a few steps are more than an epoch; a preview, so that its threshold moves."""
     small: dict[str, Any] = {
-        "max_steps": 4, "prompts_per_step": 4, "num_generations": 4, "warmup_steps": 1, "learning_rate": 1e-3,
-        "max_completion_length": 6, "anchor_fraction": 0.25, "beta": 0.02, "preview_fraction": 0.25,
-    }  # fmt: skip
+        "max_steps": 4,
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "warmup_steps": 1,
+        "learning_rate": 1e-3,
+        "max_completion_length": 6,
+        "anchor_fraction": 0.25,
+        "beta": 0.02,
+        "preview_fraction": 0.25,
+    }
     return SyncR1Config(**(small | changes))
 
 
 class Training:
     """A trainer with everything real around it, and what it did."""
 
-    def __init__(self, config: SyncR1Config, world: Path, root: Path, rewards: RewardSet, *,
-                 policy: Policy | None = None, num_prompts: int = 9) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: SyncR1Config,
+        world: Path,
+        root: Path,
+        rewards: RewardSet,
+        *,
+        policy: Policy | None = None,
+        num_prompts: int = 9,
+    ) -> None:
         self.rewards = rewards
         policy = sharp_policy() if policy is None else policy
         if config.lora_rank:

@@ -58,10 +58,19 @@ def tokenizer(*, scattered: bool = False) -> PreTrainedTokenizerFast:
     order = [*codes[:5:-1], *controls, *codes[:6]] if scattered else [*controls, *codes]
     bytes_of.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in order])
     return GPT2TokenizerFast(
-        tokenizer_object=bytes_of, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=PAD,
-        extra_special_tokens={"image_token": IMAGE, "boi_token": BOI, "eoi_token": EOI, "image_wrapper_token": WRAPPER,
-                              "eof_token": EOF},
-    )  # fmt: skip
+        tokenizer_object=bytes_of,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=PAD,
+        extra_special_tokens={
+            "image_token": IMAGE,
+            "boi_token": BOI,
+            "eoi_token": EOI,
+            "image_wrapper_token": WRAPPER,
+            "eof_token": EOF,
+        },
+    )
 
 
 def processor(*, scattered: bool = False) -> Emu3Processor:
@@ -75,12 +84,26 @@ def processor(*, scattered: bool = False) -> Emu3Processor:
 def model(words: PreTrainedTokenizerFast, seed: int) -> Emu3ForConditionalGeneration:
     """Random weights; batch norms have seen something, as those of a trained VQ model have."""
     text = Emu3TextConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.15, bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
-    )  # fmt: skip
-    vq = Emu3VQVAEConfig(codebook_size=NUM_CODES, base_channels=32, channel_multiplier=[1, 1, 1, 1], hidden_size=32,
-                         num_res_blocks=1, temporal_downsample_factor=2)  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    vq = Emu3VQVAEConfig(
+        codebook_size=NUM_CODES,
+        base_channels=32,
+        channel_multiplier=[1, 1, 1, 1],
+        hidden_size=32,
+        num_res_blocks=1,
+        temporal_downsample_factor=2,
+    )
     config = Emu3Config(text_config=text, vq_config=vq, vocabulary_map=words.get_vocab(), image_area=IMAGE_SIZE**2)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

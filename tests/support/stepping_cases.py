@@ -48,8 +48,17 @@ class ReplayedStep(stepping.GraphedStep):
     def _addresses(self) -> list[int]:
         state, samples = self.state, self.eager.samples
         caches = (self.eager.own.keys, self.eager.own.values, self.eager.prompts.keys, self.eager.prompts.values)
-        tensors = (*(getattr(state.rows, name) for name in ("spans", "position", "hidden")), state.slot, state.key,
-                   state.alive, state.step, samples.token, samples.logp, samples.length, *caches)  # fmt: skip
+        tensors = (
+            *(getattr(state.rows, name) for name in ("spans", "position", "hidden")),
+            state.slot,
+            state.key,
+            state.alive,
+            state.step,
+            samples.token,
+            samples.logp,
+            samples.length,
+            *caches,
+        )
         return [tensor.data_ptr() for tensor in tensors]
 
     def replay(self) -> None:

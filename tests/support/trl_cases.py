@@ -12,10 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 LETTERS = {token: index for index, token in enumerate(["<pad>", "</s>", *"abcdefghijkl"])}
 SIZES: dict[str, Any] = {
-    "vocab_size": len(LETTERS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
-    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
-}  # fmt: skip
+    "vocab_size": len(LETTERS),
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
