@@ -47,6 +47,22 @@ def _threads_and_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_process_group_left() -> Iterator[None]:
+    """A group that the tests of a file have made ends with the file: those of the next may fork ranks of their own."""
+    launcher = {
+        name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
+    yield
+    if torch.distributed.is_initialized():
+        from helpers import end_process_group
+
+        end_process_group()
+        for name, value in launcher.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """torch fills what `empty` returns with NaN (or the largest integer): an output left unwritten becomes visible."""

@@ -249,6 +249,15 @@ class Gate(PreviewGate):
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
+def end_process_group() -> None:
+    if dist.is_initialized():
+        import deepspeed.comm
+
+        # Where DeepSpeed took the group up, torch's own would leave it with groups that are gone.
+        end = deepspeed.comm if deepspeed.comm.is_initialized() else dist
+        end.destroy_process_group()
+
+
 @contextmanager
 def own_process_group() -> Iterator[None]:
     """Leaves neither a process group nor the launcher's variables to the tests that follow."""
@@ -256,12 +265,7 @@ def own_process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        if dist.is_initialized():
-            import deepspeed.comm
-
-            # Where DeepSpeed took the group up, torch's own would leave it with groups that are gone.
-            end = deepspeed.comm if deepspeed.comm.is_initialized() else dist
-            end.destroy_process_group()
+        end_process_group()
         for name in set(os.environ) - set(before):
             del os.environ[name]
         os.environ.update(before)
