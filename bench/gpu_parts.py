@@ -38,7 +38,6 @@ TESTS = (
     "stepping",
     "devices",
     "attention_cuda_bookkeeping",
-    "emu3_rollout",
     "fused_trunk",
     "lora",
 )
