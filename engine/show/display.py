@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..records import StepMetrics
+from .names import duration
 from .scores import SUMMARY, ScoreRow, Scores, measures_in, score_rows, show_change, show_score
 
 
@@ -144,16 +145,6 @@ def summary_line(values: Mapping[str, float]) -> str:
 def number(value: float) -> str:
     """Two decimals, or `n/a` where no trajectory had a value."""
     return f"{value:.2f}" if math.isfinite(value) else "n/a"
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def before_after_table(before: Scores, after: Scores) -> Table:

@@ -1,0 +1,149 @@
+"""The story of a run in plain sentences: what was trained, what got better, what got worse, what is worth a look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .names import duration
+from .markup import section, words
+from .outcome import outcome_of
+from .report_cost import dgs_words, total_seconds
+from .report_heading import data_of, method_of, model_of
+from .report_scores import interval_of, interval_words, marks_of, rows_of_run
+from .run_files import Rows, Run, ends, number_of, values_of
+from .scores import SUMMARY, ScoreRow, show_change, show_score
+
+MAX_LINES = 12
+"""Of better or worse; the table has all."""
+
+
+def story(run: Run, trained: str = "", compared: str = "") -> str:
+    """The first thing to read.
+
+    Args:
+        run: whose story.
+        trained: sentences on what was trained, where the settings alone do not tell it.
+        compared: which two models the scores before and after are of, where that is not plain.
+    """
+    rows = [row for row in rows_of_run(run) if row.task != SUMMARY]
+    parts = [f"<p>{words(trained or what_was_trained(run))} {words(_reward(run.rows))}</p>"]
+    parts.append(_changes(rows, compared))
+    found = warnings(run, rows)
+    if found:
+        items = "".join(f"<li>{words(line)}</li>" for line in found)
+        parts.append(f'<h3>Worth a look</h3><ul class="warnings">{items}</ul>')
+    parts.append(f"<p>{words(' '.join([_cost(run), *dgs_words(run.rows)]))}</p>")
+    return section("In short", "".join(parts), "story")
+
+
+def what_was_trained(run: Run) -> str:
+    """`The tiny base … was trained by Sync-R1 on …: 100 steps, each of 16 requests with 8 tries.`"""
+    prompts, tries = (number_of(run.settings, name) for name in ("prompts_per_step", "num_generations"))
+    count, planned = len(run.rows), run.planned
+    steps = f"{count} steps" if planned is None or planned <= count else f"{count} of {planned} steps"
+    shape = f", each of {prompts:.0f} requests with {tries:.0f} tries of each" if prompts and tries else ""
+    verb = "is being trained" if outcome_of(run).kind == "running" else "was trained"
+    model = model_of(run)
+    return f"{model[:1].upper()}{model[1:]} {verb} by {method_of(run)} on {data_of(run)}: {steps}{shape}."
+
+
+def _reward(rows: Rows) -> str:
+    values = values_of(rows, "reward")
+    if len(values) < 2:
+        return ""
+    first, last = ends(values)
+    way = "rose" if last > first else "fell" if last < first else "stayed"
+    return f"The mean reward in training {way} from {first:.2f} to {last:.2f} (first and last tenth of the steps)."
+
+
+def _changes(rows: Sequence[ScoreRow], compared: str) -> str:
+    """Lists of what got better, worse, and neither, by each task's first measure."""
+    firsts: dict[str, ScoreRow] = {}
+    for row in rows:
+        if row.change is not None:
+            firsts.setdefault(row.task, row)
+    if not firsts:
+        return "<p>Nothing is scored before and after yet.</p>" if not rows else ""
+    sorted_in: dict[str, list[ScoreRow]] = {"better": [], "worse": [], "unclear": []}
+    for row in firsts.values():
+        sorted_in[direction(row)].append(row)
+    sure = any(interval_of(row, "change") for row in firsts.values())
+    heads = {
+        "better": ("↑ What got better", "Nothing got clearly better." if sure else "Nothing got better."),
+        "worse": ("↓ What got worse", "Nothing got clearly worse." if sure else "Nothing got worse."),
+    }
+    parts = [f"<p>{words(compared)}</p>" if compared else ""]
+    for kind, (head, nothing) in heads.items():
+        found = sorted(sorted_in[kind], key=lambda row: -abs(row.change or 0.0))
+        lines = "".join(f"<li>{words(in_words(row))}</li>" for row in found[:MAX_LINES])
+        parts.append(f'<div class="{kind}"><h3>{head}</h3>{f"<ul>{lines}</ul>" if lines else f"<p>{nothing}</p>"}</div>')
+    unclear = "; ".join(f"{row.label} ({show_change(row)})" for row in sorted_in["unclear"])
+    if unclear:
+        why = "the interval of the change holds 0" if sure else "the same score"
+        parts.append(f'<p class="unclear">No clear change ({why}): {words(unclear)}.</p>')
+    return f'<div class="changes">{"".join(parts)}</div>'
+
+
+def direction(row: ScoreRow) -> str:
+    """better or worse where the interval of the change leaves 0 out (or there is none), else unclear."""
+    low, high = interval_of(row, "change") or (row.change or 0.0, row.change or 0.0)
+    return "better" if low > 0 else "worse" if high < 0 else "unclear"
+
+
+def in_words(row: ScoreRow) -> str:
+    """`Draw the concept: 11.1 % → 48.6 % (+37.5, 95 % interval [+25, +50]), all right, by cnn, 72 items`."""
+    interval = interval_words(row, "change")
+    change = show_change(row) + (f", 95 % interval {interval}" if interval else "")
+    items = getattr(row, "num_items", 0)
+    tail = f", {row.measure}" if row.measure else ""
+    return f"{row.label}: {_score(row, row.before)} → {_score(row, row.after)} ({change}){tail}{f', {items} items' if items else ''}"
+
+
+def _score(row: ScoreRow, value: float | None) -> str:
+    unit = getattr(row, "unit", "")
+    return show_score(value, unit) if unit else show_score(value)  # type: ignore[call-arg]
+
+
+def warnings(run: Run, table: Sequence[ScoreRow]) -> list[str]:
+    """What a practitioner would look at twice, with the remedy."""
+    rows, found = run.rows, []
+    for row in table:
+        found += [f"{row.label} ({row.measure}): {mark}." for mark in marks_of(row) if mark != "not trained on"]
+    failures = sum(values_of(rows, "reward_failures"))
+    if failures:
+        found.append(f"Rewards that failed and were left out: {failures:.0f}. The run's output says why.")
+    for name, limit, said in (
+        (
+            "frac_reward_zero_std",
+            0.5,
+            "of the groups had equal rewards and taught nothing: raise temperature, or mix in harder prompts.",
+        ),
+        ("clip_ratio/region_mean", 0.3, "of the tokens were clipped: lower learning_rate or num_iterations."),
+        ("completions/clipped_ratio", 0.3, "of the texts ran into their length limit: raise max_completion_length."),
+    ):
+        values = values_of(rows, name)
+        if values and ends(values)[1] > limit:
+            found.append(f"Towards the end {100 * ends(values)[1]:.0f} % {said}")
+    replay = values_of(rows, "rollout/replay_logp_max_abs")
+    if replay and max(replay) > 0.5:
+        found.append(
+            f"The sampler's and the trainer's log-probabilities differed by up to {max(replay):.2f} nats: "
+            "expect that in bf16 with guidance; in float32 it is a fault."
+        )
+    broken = sum(1 for row in rows if "loss" in row and row["loss"] is None)
+    if broken:
+        found.append(f"The loss was not finite in {broken} steps: lower learning_rate.")
+    return found
+
+
+def _cost(run: Run) -> str:
+    seconds, tokens = sum(values_of(run.rows, "step_time")), sum(values_of(run.rows, "num_tokens"))
+    whole = total_seconds(run)
+    parts = []
+    if whole:
+        parts.append(f"It took {duration(whole)}" + (f", {duration(seconds)} of them in training steps" if seconds else ""))
+    elif seconds:
+        parts.append(f"Its training steps took {duration(seconds)}")
+    if tokens:
+        parts.append(f"{tokens:,.0f} tokens were sampled")
+    return "; ".join(parts) + "." if parts else ""
