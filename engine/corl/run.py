@@ -14,6 +14,7 @@ import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,7 @@ from ..processes.group import barrier, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import check_plans
 from ..show.runlog import NullRunLog, RunLog, open_run_log
+from .account import Account, planned_parts
 from .config import REFINED, CorlConfig
 from .config import Training as TrainingName
 from .models_table import models_table
@@ -44,6 +46,8 @@ TABLE_WIDTH = 110
 class Model:
     """A checkpoint of the run and what it can do."""
 
+    name: str
+    """In the run, which is that of its folder there."""
     folder: str
     """In transformers' format; a hub name for a base that is there."""
     scores: Evaluation | None
@@ -59,12 +63,14 @@ def every_model(config: CorlConfig, session: Session) -> Summaries:
     display = session.display
     interrupted = interrupted_run(config, display.note)
     with open_run_log(config.output_dir, config, interrupted) as log:
-        models = CorlRun(config, log, session).models()
+        corl = CorlRun(config, log, session)
+        models = corl.models()
         scored = {name: model.scores for name, model in models.items() if model.scores is not None}
         if scored:
             table = models_table({name: table_of(scores) for name, scores in scored.items()})
             display.wide(table, TABLE_WIDTH)
             if "base" in scored and len(scored) > 1:
+                corl.account.compares("base", best_models(scored))
                 write_scores(log, scored["base"], best_of_both(scored))
     for name, model in models.items():
         display.note(f"{name}: {model.folder}")
@@ -79,6 +85,10 @@ class CorlRun:
         self.config, self.log, self.session, self.display = config, log, session, session.display
         self.display.stage("data, starting model and rewards")
         self.parts = one_at_a_time(lambda: Parts(config, self.display.note))
+        self.refined, note = refined_trainings(config, self.parts.data, self.parts.instruction)
+        if note:
+            self.display.note(note)
+        self.account = Account(log, planned_parts(config, self.refined))
         self.stopped = False
 
     def models(self) -> dict[str, Model]:
@@ -90,10 +100,7 @@ class CorlRun:
             models |= self._first_stage(models["base"])
             for skill, name in (("drawing", "generation"), ("answering", "understanding")):
                 start[skill] = next(models[n] for n in ("merged_first", "unified", name, "base") if n in models)
-        refined, note = refined_trainings(config, self.parts.data, self.parts.instruction)
-        if note:
-            self.display.note(note)
-        for training in refined:
+        for training in self.refined:
             if self.stopped:
                 return models
             models[training] = self._train(training, start["drawing" if training == "t2i" else "answering"])
@@ -127,6 +134,7 @@ class CorlRun:
             resume_from_checkpoint=self.config.resume_from_checkpoint and "latest",
             stage=name if name in REFINED else "unified",
         )
+        self.account.begins(name, [start.name])
         if config.resume_from_checkpoint and is_finished(config.output_dir):
             self.display.note(f"training {name}: finished already")
             return self._scored(name, str(config.output_dir / "checkpoints" / "last"))
@@ -138,7 +146,8 @@ class CorlRun:
         if not self.stopped:
             mark_finished(trained.folder, config.max_steps)
         gc.collect()  # the learner, before the next one is made
-        return Model(str(trained.model), trained.after)
+        self.account.made(name, trained.after, finished=trained.finished)
+        return Model(name, str(trained.model), trained.after)
 
     def _put_together(self, config: CorlConfig, name: TrainingName, samples: list[Sample], start: Model) -> Training:
         policy = starting_policy(config, start.folder, self.display)
@@ -172,6 +181,7 @@ class CorlRun:
         """Two models into one; rank 0 writes, all wait and score."""
         config, folder = self.config, self.log.folder / name
         self.display.stage(f"merging {len(sources)} models ({config.merge_method})")
+        self.account.begins(name, [model_name(source, self.log.folder) for source in sources])
         if place()[0] == 0 and not (config.resume_from_checkpoint and folder.is_dir()):
             merge_checkpoints(base, sources, folder, config.merge_method)
         barrier()
@@ -190,24 +200,39 @@ class CorlRun:
 
     def _scored(self, name: str, folder: str) -> Model:
         """A saved model with its scores."""
-        if self.parts.evaluator is None:
-            return Model(folder, None)
-        self.display.stage(f"scores of {name}")
-        policy = starting_policy(self.config, folder, self.display).eval()
-        return Model(folder, self.parts.evaluator(policy))
+        scores: Evaluation | None = None
+        if self.parts.evaluator is not None:
+            self.display.stage(f"scores of {name}")
+            scores = self.parts.evaluator(starting_policy(self.config, folder, self.display).eval())
+        self.account.made(name, scores)
+        return Model(name, folder, scores)
+
+
+def model_name(folder: str, run_folder: Path) -> str:
+    """A model's name in its run, which is that of its folder there; the folder itself where it lies elsewhere."""
+    inside = Path(folder).is_relative_to(run_folder)
+    return Path(folder).relative_to(run_folder).parts[0] if inside else folder
+
+
+def best_models(scored: Mapping[str, Evaluation]) -> dict[str, str]:
+    """What ULM-R1 reports: drawings by the refined drawing model, answers by the merged one; before that stage, and for
+    a single stage, by the last model that was trained on them."""
+    drawing = ("t2i", "merged_first", "unified", "generation", "merged", "base")
+    answering = ("merged", "mcq", "oe", "merged_first", "unified", "understanding", "base")
+    kinds = {"drawings": drawing, "answers": answering}
+    return {kind: next(name for name in names if name in scored) for kind, names in kinds.items()}
 
 
 def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
-    """What ULM-R1 reports: drawings by the refined drawing model, answers by the merged one; before that stage, and for
-    a single stage, by the last model that was trained on them."""
-    drawing = next(scored[n] for n in ("t2i", "merged_first", "unified", "generation", "merged", "base") if n in scored)
-    names = ("merged", "mcq", "oe", "merged_first", "unified", "understanding", "base")
-    answering = next(scored[n] for n in names if n in scored)
+    """The scores of `best_models`, as those of one."""
+    best = best_models(scored)
+    drawing, answering = scored[best["drawings"]], scored[best["answers"]]
     kept = {task: (drawing if task == "t2i" else answering) for task in answering.scores}
     return replace(
         answering,
         scores={task: source.scores[task] for task, source in kept.items()},
         examples={task: source.examples[task] for task, source in kept.items()},
+        readings={task: source.readings.get(task, ()) for task, source in kept.items()},
     )
 
 

@@ -48,7 +48,15 @@ from ..settings.train_config import TrainConfig
 FREE = frozenset(
     {
         *("max_steps", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "save_total_limit", "dry_run"),
-        *("eval_samples", "eval_cfg_weight", "report_to", "logging_steps", "replay_check_steps", "sample_steps"),
+        *(
+            "eval_samples",
+            "eval_cfg_weight",
+            "report_to",
+            "logging_steps",
+            "replay_check_steps",
+            "sample_steps",
+            "report_steps",
+        ),
         *("nodes", "ranks_per_node", "hostfile", "launcher", "max_restarts"),
         *("reward_timeout", "stage_timeout", "shutdown_timeout", "max_skipped_updates", "judge_url", "judge_key_env"),
     }

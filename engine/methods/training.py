@@ -42,8 +42,8 @@ from .stopping import StopRequests
 Config = TypeVar("Config", bound=TrainConfig)
 Summaries = dict[str, dict[str, float]]
 """Model -> the means of its scores; empty where nothing was scored."""
-EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "t2i")
-"""Tasks whose pictures are shown before and after, where the data has them."""
+EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "general_image", "t2i", "rec", "vqa", "qa", "mcq", "oe")
+"""Tasks of which examples are shown before and after, where the data has them: drawings, then answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,8 @@ def train(
     def on_step(metrics: StepMetrics, rollouts: Sequence[Rollout], totals: Tensor) -> None:
         log.metrics(metrics)
         display.step(metrics)
-        if config.sample_steps and metrics.step % config.sample_steps == 0:
+        ends = metrics.step == config.max_steps - 1 or interrupts.stop
+        if config.sample_steps and (metrics.step % config.sample_steps == 0 or ends):
             log.samples(metrics.step, rollouts, totals)
         if checkpoints.due(trainer.step):
             log.sync()
@@ -238,6 +239,8 @@ def write_scores(log: RunLog | NullRunLog, before: Evaluation | None, after: Eva
         after=table_of(after),
         examples_before=examples_of(before),
         examples_after=examples_of(after),
+        read_before=readings_of(before),
+        read_after=readings_of(after),
     )
 
 
@@ -264,3 +267,12 @@ def table_of(evaluation: Evaluation) -> Mapping[str, Mapping[str, float]]:
 
 def examples_of(evaluation: Evaluation) -> list[Rollout]:
     return [rollout for task in EXAMPLE_TASKS for rollout in evaluation.examples.get(task, ())]
+
+
+def readings_of(evaluation: Evaluation) -> list[Mapping[str, str]]:
+    """What the examples' images show, in the order of `examples_of`."""
+    return [
+        reading
+        for task in EXAMPLE_TASKS
+        for reading in evaluation.readings.get(task) or [{} for _ in evaluation.examples.get(task, ())]
+    ]

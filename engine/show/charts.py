@@ -116,10 +116,12 @@ def line_chart(
     if not series:
         return ""
     values = [y for points in series.values() for _, y in points]
-    ticks = nice_ticks(min([*values, 0.0] if from_zero else values), max(values))
+    low, high = min([*values, 0.0] if from_zero else values), max(values)
+    ticks = nice_ticks(low, high if high > low or not from_zero else 1.0)
     steps = [x for points in series.values() for x, _ in points]
     scale = Scale(min(steps), max(steps), ticks[0], ticks[-1])
-    parts, windows = [], set()
+    parts: list[str] = []
+    windows: set[int] = set()
     for index, points in reversed(list(enumerate(series.values()))):
         colour = index % NUM_COLOURS + 1
         if len(points) == 1:

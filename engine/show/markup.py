@@ -45,7 +45,9 @@ def table(head: Sequence[str], bodies: Iterable[str], kind: str = "") -> str:
         bodies: whole `<tbody>` elements, made of `cell`s.
         kind: class of the table.
     """
-    names = "".join(f'<th scope="col"{"" if not i else " class=number"}>{words(name)}</th>' for i, name in enumerate(head))
+    names = "".join(
+        f'<th scope="col"{"" if not i else " class=number"}>{words(name)}</th>' for i, name in enumerate(head)
+    )
     return f'<div class="card"><table class="{kind}"><thead><tr>{names}</tr></thead>{"".join(bodies)}</table></div>'
 
 

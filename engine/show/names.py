@@ -27,6 +27,12 @@ STAGES = {
     "update": "update of the weights",
 }
 """Stages of a step, as metrics.jsonl names their seconds."""
+PHOTOS = {
+    "shown": "the photo that the model sees",
+    "concept": "a photo of the concept; the model does not see it",
+    "real": "a real picture of it; the model does not see it",
+}
+"""What the photo beside a request is."""
 
 
 def task_words(task: str, *, drawn: bool = False) -> str:

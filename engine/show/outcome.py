@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .run_files import Run, is_number, table_of
+from .run_files import Run, is_number, table_of, trainings_in
 
 Kind = Literal["running", "done", "stopped", "failed"]
 
@@ -42,10 +42,13 @@ def outcome_of(run: Run) -> Outcome:
             return Outcome("stopped", f"stopped from outside after {steps}; {_remedy(run)}")
         case "interrupted":
             return Outcome("stopped", f"interrupted after {steps}; {_remedy(run)}")
-    whole = len(run.rows) >= run.planned if run.planned is not None and not run.parts else True
-    if not whole:
+    if run.parts:
+        return Outcome("done", steps) if steps.startswith("all") else Outcome("stopped", f"stopped after {steps}")
+    if not run.rows and trainings_in(run.folder):
+        return Outcome("done", steps)
+    if run.planned is not None and len(run.rows) < run.planned:
         return Outcome("stopped", f"stopped after {steps}")
-    return Outcome("done", f"all {steps} done" if run.planned is not None and not run.parts else steps)
+    return Outcome("done", f"all {steps} done" if run.planned is not None else steps)
 
 
 def steps_in_words(run: Run) -> str:
@@ -55,6 +58,9 @@ def steps_in_words(run: Run) -> str:
     if known:
         done = sum(1 for part in known if part.get("state") == "done")
         return f"all {done} parts done" if done == len(known) else f"{done} of {len(known)} parts"
+    below = trainings_in(run.folder) if not run.rows else []
+    if below:  # of an older version, which did not say what it would make
+        return f"{len(below)} training{'' if len(below) == 1 else 's'}"
     count, planned = len(run.rows), run.planned
     if planned is None or count >= planned:
         return f"{count} step{'' if count == 1 else 's'}"

@@ -27,7 +27,7 @@ from .report_parts import compared, models_section, parts_of, parts_section, wha
 from .report_pictures import cards, sheets
 from .report_scores import score_section
 from .report_story import story
-from .run_files import Run, read_json, read_run, table_of, values_of
+from .run_files import Run, read_run, table_of, values_of, whole_run
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 PAGE = "report.html"
@@ -81,7 +81,13 @@ def page(title: str, body: str, *, running: bool = False, patience: float = PATI
     template, style, script = _template()
     live = _live(patience) if running else ""
     refresh = f'<noscript><meta http-equiv="refresh" content="{RELOAD_SECONDS}"></noscript>' if running else ""
-    values = {"title": words(title), "body": live + body, "refresh": refresh, "script_hash": script, "style_hash": style}
+    values = {
+        "title": words(title),
+        "body": live + body,
+        "refresh": refresh,
+        "script_hash": script,
+        "style_hash": style,
+    }
     return template.substitute(values)
 
 
@@ -102,18 +108,16 @@ def _live(patience: float) -> str:
     """When the page was written, for people and for the script."""
     at = time.time()
     clock = time.strftime("%H:%M:%S", time.localtime(at))
+    times = f'data-written="{at:.0f}" data-reload="{RELOAD_SECONDS}" data-patience="{patience:.0f}"'
     return (
-        f'<p class="live" data-written="{at:.0f}" data-reload="{RELOAD_SECONDS}" data-patience="{patience:.0f}" role="status">Written at {clock} while '
-        "the run goes on; this page reloads itself. If that time is long past, the run was killed: "
-        "<code>recipes/report.py</code> with its folder says so.</p>"
+        f'<p class="live" role="status" {times}>Written at {clock} while the run goes on; this page reloads itself. If '
+        "that time is long past, the run was killed: <code>recipes/report.py</code> with its folder says so.</p>"
     )
 
 
 def _part_of(run: Run) -> str:
     """A link to the page of the whole run, on that of one of its trainings."""
-    listed = read_json(run.folder.resolve().parent / "parts.json").get("parts")
-    names = [part.get("name") for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
-    return '<p class="back"><a href="../report.html">← the whole run</a></p>' if run.name in names else ""
+    return '<p class="back"><a href="../report.html">← the whole run</a></p>' if whole_run(run.folder) else ""
 
 
 def _settings(run: Run) -> str:
@@ -122,7 +126,8 @@ def _settings(run: Run) -> str:
     blocks = []
     for title, table in (("Settings", run.settings), ("Environment", environment)):
         lines = "".join(
-            f'<tr><th scope="row">{words(name)}</th><td>{words(shown(value))}</td></tr>' for name, value in table.items()
+            f'<tr><th scope="row">{words(name)}</th><td>{words(shown(value))}</td></tr>'
+            for name, value in table.items()
         )
         if lines:
             blocks.append(f'<details><summary>{title}</summary><table class="settings">{lines}</table></details>')

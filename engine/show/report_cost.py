@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .names import duration
 from .markup import cell, facts, section, table, words
+from .names import duration
 from .report_curves import stages
 from .run_files import Rows, Run, number_of, points, table_of, values_of
 
@@ -62,7 +62,10 @@ def dgs_words(rows: Rows) -> list[str]:
         said.append(f"{100 * sum(given_up) / len(given_up):.1f} % of the trajectories were given up half-drawn.")
     steps = values_of(rows, "dgs/decode_steps_saved_fraction")
     if steps and any(steps):
-        said.append(f"Early looks saved {100 * sum(steps) / len(steps):.0f} % of the drawing steps, against drawing every try to its end.")
+        said.append(
+            f"Early looks saved {100 * sum(steps) / len(steps):.0f} % of the drawing steps, against drawing every try "
+            "to its end."
+        )
     tries = values_of(rows, "rollout/attempts_mean")
     if tries and any(value > 1 for value in tries):
         said.append(f"A trajectory took {sum(tries) / len(tries):.2f} tries on average.")

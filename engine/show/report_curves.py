@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .charts import SMOOTH_FROM, line_chart, stacked_chart
 from .markup import section
 from .names import STAGES, reward_words
-from .run_files import Points, Rows, Run, number_of, points
+from .run_files import Points, Rows, Run, points
 
 SHARE = "share"
 
@@ -68,8 +68,8 @@ CURVES = (
     ),
 )
 HOW_TO_READ = (
-    "Beside each name: the mean of the first tenth of the steps → that of the last. Hover over a chart, or touch it, for "
-    "the values of a step."
+    "Beside each name: the mean of the first tenth of the steps → that of the last. Hover over a chart, touch it, or "
+    "use the arrow keys, for the values of a step."
 )
 SMOOTHED = f" Curves of {SMOOTH_FROM} steps and more are smoothed, over a faint line of every step."
 
@@ -135,11 +135,12 @@ def stages(rows: Rows) -> dict[str, Points]:
     return {stage: sorted(seconds.items()) for stage, seconds in totals.items()}
 
 
-def overlaid(runs: Sequence[tuple[str, Run]]) -> str:
+def overlaid(runs: Sequence[tuple[str, Run]], title: str = "Curves of both", anchor: str = "curves") -> str:
     """The same curves of several runs over each other, a chart for each metric.
 
     Args:
         runs: name -> run; the names are those of the lines.
+        title, anchor: of the section.
     """
     metrics = dict.fromkeys(
         name
@@ -148,10 +149,15 @@ def overlaid(runs: Sequence[tuple[str, Run]]) -> str:
         for name in row
         if name == "reward" or (name.startswith("rewards/") and name.endswith("/mean"))
     )
-    charts = [Curve("Reward, total" if m == "reward" else f"Reward: {_reward_of(m)}", {m: ""}, "reward", "", False) for m in metrics]
+    charts = [
+        Curve("Reward, total" if m == "reward" else f"Reward: {_reward_of(m)}", {m: ""}, "reward", "", False)
+        for m in metrics
+    ]
     for curve in CURVES:
         charts += [
-            Curve(f"{curve.title}: {words}" if len(curve.metrics) > 1 else curve.title, {name: ""}, curve.unit, curve.note)
+            Curve(
+                f"{curve.title}: {words}" if len(curve.metrics) > 1 else curve.title, {name: ""}, curve.unit, curve.note
+            )
             for name, words in curve.metrics.items()
             if any(_sampled(run.rows, name) for _, run in runs)
         ]
@@ -167,7 +173,7 @@ def overlaid(runs: Sequence[tuple[str, Run]]) -> str:
         for chart in charts
         for metric in chart.metrics
     )
-    return section("Curves of both", f'<div class="charts">{drawn}</div>' if drawn else "", "curves", HOW_TO_READ + SMOOTHED)
+    return section(title, f'<div class="charts">{drawn}</div>' if drawn else "", anchor, HOW_TO_READ + SMOOTHED)
 
 
 def _reward_of(metric: str) -> str:

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from .names import duration
 from .markup import facts, words
+from .names import duration
 from .outcome import Outcome, outcome_of
 from .report_cost import total_seconds
 from .run_files import Run, number_of, table_of, texts_of
 
-TINY = {"Sync-R1": "the tiny base (a Janus of a million parameters)", "CoRL": "the tiny base (a Janus of two million parameters)"}
+TINY = {
+    "Sync-R1": "the tiny base (a Janus of a million parameters)",
+    "CoRL": "the tiny base (a Janus of two million parameters)",
+}
 WORLD = {
     "Sync-R1": "the rendered world (twelve creatures with names; made by the run)",
     "CoRL": "the rendered world (captions and questions about its pictures; made by the run)",
@@ -62,7 +65,17 @@ def facts_of(run: Run) -> list[tuple[str, str]]:
         ("Code", commit_of(environment)),
         ("Command", " ".join(map(quoted, texts_of(environment.get("command"))))),
         ("Machine", f"{machine}, {ranks:.0f} ranks" if ranks > 1 else machine),
-        ("System", ", ".join(part for part in (f"Python {environment['python']}" if environment.get("python") else "", str(environment.get("platform") or "")) if part)),
+        (
+            "System",
+            ", ".join(
+                part
+                for part in (
+                    f"Python {environment['python']}" if environment.get("python") else "",
+                    str(environment.get("platform") or ""),
+                )
+                if part
+            ),
+        ),
         ("Versions", ", ".join(shown)),
         ("Started", moment(environment.get("started") if not run.status else run.status.get("started"))),
         ("Finished", moment(run.status.get("finished"))),

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .names import duration
 from .markup import section, words
+from .names import duration
 from .outcome import Outcome, outcome_of
 from .report_cost import total_seconds
 from .report_curves import CURVES, line_of, reward_chart
+from .report_heading import state
 from .report_pictures import sheet, step_of
 from .report_scores import models_table
 from .run_files import Run, read_run, table_of, texts_of, trainings_in, values_of
@@ -44,7 +45,9 @@ def parts_of(run: Run) -> list[Part]:
     """The parts of a run in the order of their making; [] for a run of one training."""
     listed = run.parts.get("parts")
     if isinstance(listed, list):
-        return [Part(run, entry) for entry in listed if isinstance(entry, Mapping) and isinstance(entry.get("name"), str)]
+        return [
+            Part(run, entry) for entry in listed if isinstance(entry, Mapping) and isinstance(entry.get("name"), str)
+        ]
     if run.rows:
         return []
     return [Part(run, {"name": folder.name}) for folder in trainings_in(run.folder)]
@@ -84,7 +87,8 @@ def compared(run: Run, parts: list[Part]) -> str:
     if not after or not isinstance(before, str):
         return ""
     said = [f"of {what} from “{titles.get(name, name)}”" for what, name in after.items() if isinstance(name, str)]
-    return f"Before: “{titles.get(before, before)}”. After: scores {' and '.join(said)}; the table of all models has every one."
+    first = f"Before: “{titles.get(before, before)}”."
+    return f"{first} After: scores {' and '.join(said)}; the table of all models has every one."
 
 
 def models_section(run: Run, parts: list[Part]) -> str:
@@ -111,7 +115,7 @@ def _part(part: Part) -> str:
     origin = f"made from {' and '.join(part.sources)}" if part.sources else ""
     seconds = total_seconds(part.run) or sum(values_of(part.run.rows, "step_time")) if part.run is not None else 0.0
     said = " · ".join(said for said in (outcome.words, origin, duration(seconds) if seconds else "") if said)
-    head = f'<h3>{words(part.title)}</h3><p class="state {outcome.kind}"><span aria-hidden="true">{outcome.sign}</span> {words(said)}</p>'
+    head = f"<h3>{words(part.title)}</h3>{state(outcome._replace(words=said))}"
     if part.run is None:
         return f'<article class="part" id="part-{words(part.name)}">{head}</article>'
     link = quote(part.name)
@@ -123,5 +127,7 @@ def _part(part: Part) -> str:
     if part.run.sheets:
         last: Path = part.run.sheets[-1]
         picture = sheet(part.run, last)
-        samples = f"<details><summary>Samples of step {step_of(last, 0)}</summary>{picture}</details>" if picture else ""
+        samples = (
+            f"<details><summary>Samples of step {step_of(last, 0)}</summary>{picture}</details>" if picture else ""
+        )
     return f'<article class="part" id="part-{words(part.name)}">{head}{own}{drawn}{samples}</article>'

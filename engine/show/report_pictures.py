@@ -1,4 +1,4 @@
-"""Pictures of a run: the same requests before and after beside the concept's photo and the target; sheets of samples."""
+"""The same requests before and after training, beside the concept's photo and the target; sheets of samples."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from .markup import embed, section, words
-from .names import task_words
+from .names import PHOTOS, task_words
 from .run_files import Run, table_of
 
 MAX_SHEETS, MAX_CARDS = 8, 48
 SIDES = {"before": "before", "after": "after"}
 LEAD = (
-    "Held-out requests, the same before and after training. Which ones was fixed before training, by their place in the "
-    "data; none was picked by its result."
+    "Held-out requests, the same before and after training. Which ones was fixed before training, by their place in "
+    "the data; none was picked by its result."
 )
 READ_BY = (
     " What a drawing shows is read by a classifier that no reward uses (✓ as asked, ✗ not as asked, and what it shows "
@@ -55,14 +55,14 @@ def _when(heading: str) -> str:
 
 def _photo(folder: Path, row: Mapping[str, Any]) -> str:
     """The picture that the request shows, or one of the concept that it names, which the model was not shown."""
-    name = row.get("photo")
-    of = f" of {row['concept']}" if isinstance(row.get("concept"), str) else ""
-    given = row.get("photo_is_shown")
-    said = f"photo{of}, shown to the model" if given else f"photo{of}, not shown to the model"
+    name, kind = row.get("photo"), row.get("photo_is")
+    said = PHOTOS.get(kind, "photo") if isinstance(kind, str) else "photo"
     picture = embed(folder, folder / name, said) if isinstance(name, str) else ""
     if not picture:
         return ""
-    return f'<figure class="photo"><span class="side">photo{words(of)}</span>{picture}<figcaption>{"shown to the model" if given else "not shown to the model"}</figcaption></figure>'
+    head = f"photo of {row['concept']}" if kind == "concept" and isinstance(row.get("concept"), str) else "photo"
+    caption = f"<figcaption>{words(said)}</figcaption>"
+    return f'<figure class="photo"><span class="side">{words(head)}</span>{picture}{caption}</figure>'
 
 
 def _target(row: Mapping[str, Any], drawn: bool) -> str:
@@ -143,7 +143,9 @@ def sheets(run: Run) -> str:
         picture = sheet(run, paths[index])
         is_open = " open" if position == len(chosen) - 1 else ""
         if picture:
-            blocks.append(f"<details{is_open}><summary>Step {step_of(paths[index], index)}</summary>{picture}</details>")
+            blocks.append(
+                f"<details{is_open}><summary>Step {step_of(paths[index], index)}</summary>{picture}</details>"
+            )
     left = len(paths) - len(blocks)
     note = f'<p class="note">{left} more in samples/.</p>' if left and blocks else ""
     lead = "A row for each request, all trajectories of its group beside each other, the best reward first."

@@ -131,5 +131,3 @@ def _group(row: ScoreRow, columns: int) -> str:
 
 def score_section(run: Run, before: str = "Before", after: str = "After") -> str:
     return section("Scores before and after training", score_table(rows_of_run(run), before, after), "scores")
-
-

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .names import duration
 from .markup import section, words
+from .names import duration
 from .outcome import outcome_of
 from .report_cost import dgs_words, total_seconds
 from .report_heading import data_of, method_of, model_of
@@ -13,6 +13,7 @@ from .report_scores import interval_of, interval_words, marks_of, rows_of_run
 from .run_files import Rows, Run, ends, number_of, values_of
 from .scores import SUMMARY, ScoreRow, show_change, show_score
 
+BETTER_WORSE = ("What got better", "What got worse")
 MAX_LINES = 12
 """Of better or worse; the table has all."""
 
@@ -27,7 +28,7 @@ def story(run: Run, trained: str = "", compared: str = "") -> str:
     """
     rows = [row for row in rows_of_run(run) if row.task != SUMMARY]
     parts = [f"<p>{words(trained or what_was_trained(run))} {words(_reward(run.rows))}</p>"]
-    parts.append(_changes(rows, compared))
+    parts.append(changes(rows, compared))
     found = warnings(run, rows)
     if found:
         items = "".join(f"<li>{words(line)}</li>" for line in found)
@@ -56,8 +57,14 @@ def _reward(rows: Rows) -> str:
     return f"The mean reward in training {way} from {first:.2f} to {last:.2f} (first and last tenth of the steps)."
 
 
-def _changes(rows: Sequence[ScoreRow], compared: str) -> str:
-    """Lists of what got better, worse, and neither, by each task's first measure."""
+def changes(rows: Sequence[ScoreRow], compared: str = "", heads: tuple[str, str] = BETTER_WORSE) -> str:
+    """Lists of what got better, worse, and neither, by each task's first measure.
+
+    Args:
+        rows: of tasks, without the summary.
+        compared: a sentence ahead of them, on what is compared.
+        heads: of the lists of what is better and worse.
+    """
     firsts: dict[str, ScoreRow] = {}
     for row in rows:
         if row.change is not None:
@@ -68,15 +75,13 @@ def _changes(rows: Sequence[ScoreRow], compared: str) -> str:
     for row in firsts.values():
         sorted_in[direction(row)].append(row)
     sure = any(interval_of(row, "change") for row in firsts.values())
-    heads = {
-        "better": ("↑ What got better", "Nothing got clearly better." if sure else "Nothing got better."),
-        "worse": ("↓ What got worse", "Nothing got clearly worse." if sure else "Nothing got worse."),
-    }
     parts = [f"<p>{words(compared)}</p>" if compared else ""]
-    for kind, (head, nothing) in heads.items():
+    nothing = "Nothing, as far as the intervals tell." if sure else "Nothing."
+    for kind, sign, head in (("better", "↑", heads[0]), ("worse", "↓", heads[1])):
         found = sorted(sorted_in[kind], key=lambda row: -abs(row.change or 0.0))
         lines = "".join(f"<li>{words(in_words(row))}</li>" for row in found[:MAX_LINES])
-        parts.append(f'<div class="{kind}"><h3>{head}</h3>{f"<ul>{lines}</ul>" if lines else f"<p>{nothing}</p>"}</div>')
+        body = f"<ul>{lines}</ul>" if lines else f"<p>{nothing}</p>"
+        parts.append(f'<div class="{kind}"><h3>{sign} {words(head)}</h3>{body}</div>')
     unclear = "; ".join(f"{row.label} ({show_change(row)})" for row in sorted_in["unclear"])
     if unclear:
         why = "the interval of the change holds 0" if sure else "the same score"
@@ -96,7 +101,8 @@ def in_words(row: ScoreRow) -> str:
     change = show_change(row) + (f", 95 % interval {interval}" if interval else "")
     items = getattr(row, "num_items", 0)
     tail = f", {row.measure}" if row.measure else ""
-    return f"{row.label}: {_score(row, row.before)} → {_score(row, row.after)} ({change}){tail}{f', {items} items' if items else ''}"
+    tail += f", {items} items" if items else ""
+    return f"{row.label}: {_score(row, row.before)} → {_score(row, row.after)} ({change}){tail}"
 
 
 def _score(row: ScoreRow, value: float | None) -> str:
@@ -141,7 +147,9 @@ def _cost(run: Run) -> str:
     whole = total_seconds(run)
     parts = []
     if whole:
-        parts.append(f"It took {duration(whole)}" + (f", {duration(seconds)} of them in training steps" if seconds else ""))
+        parts.append(
+            f"It took {duration(whole)}" + (f", {duration(seconds)} of them in training steps" if seconds else "")
+        )
     elif seconds:
         parts.append(f"Its training steps took {duration(seconds)}")
     if tokens:

@@ -1,4 +1,4 @@
-"""A run's folder as it was read, whatever is missing, damaged or odd in it: what the report and comparisons are made of.
+"""A run's folder as it was read, whatever is missing, damaged or odd in it: what reports and comparisons show.
 
 Nothing here raises for what files hold, and nothing heavy is imported: a page is made in a second.
 """
@@ -80,6 +80,14 @@ def trainings_in(folder: Path) -> list[Path]:
     found = [path.parent for path in folder.glob("*/config.yaml")] if folder.is_dir() else []
     made = [path for path in found if path.name != "before_after" and not path.is_symlink()]
     return sorted(made, key=lambda path: (str(read_json(path / "environment.json").get("started")), path.name))
+
+
+def whole_run(folder: Path) -> Path | None:
+    """The folder of the run that the training in `folder` is a part of; None where it is a run of its own."""
+    folder = Path(folder).resolve()
+    listed = read_json(folder.parent / "parts.json").get("parts")
+    names = [part.get("name") for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
+    return folder.parent if folder.name in names else None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

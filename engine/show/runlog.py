@@ -5,7 +5,9 @@
     metrics.jsonl      one JSON object per step
     samples/           step_000020.png (pictures, texts, rewards) and step_000020.jsonl
     scores.json        before and after training; before_after.png and before_after/ beside it
-    report.html        all of the above on one page
+    status.json        whether it goes on or how it ended, the time of its parts, memory
+    parts.json         of a run of several trainings: what was made from what, every model's scores
+    report.html        all of the above on one page, rewritten while the run goes on
 
 Everything is on disk as soon as it is known, so an interrupted run can be read and reported as well.
 """
@@ -33,16 +35,23 @@ from torch import Tensor
 from syncr1.kernels.api import attention_provider
 from syncr1.kernels.dispatch import available
 
+from ..errors import Preempted
 from ..records import Rollout, StepMetrics
 from ..settings.schema import to_yaml
 from ..whole_files import write_atomically
-from . import report, sheets
+from . import sheets
+from .examples import Reading, write_examples
+from .live_page import LivePage
+from .run_files import read_jsonl
+from .run_status import RunStatus, State
 from .scores import Scores, flatten_scores
 from .sheets import Rewards, as_rewards
 from .trackers import Trackers
 
 PACKAGES = ("syncr1", "torch", "transformers", "deepspeed", "triton", "tokenizers", "safetensors", "numpy", "pillow")
 MAX_FOLDERS = 10_000
+MAX_REASON = 500
+"""Characters of an error that the report shows; the terminal has all of it."""
 CONFIG_HEADING = "# Settings of this run; pass this file with --config to repeat it.\n\n"
 
 
@@ -93,6 +102,9 @@ class RunLog:
         self._logging_steps = max(1, getattr(config, "logging_steps", 1))
         settings = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
         self._trackers = Trackers(getattr(config, "report_to", ()), self.folder, settings)
+        self._status = RunStatus(self.folder, resumed is not None)
+        self._page = LivePage(self.folder, self._status, getattr(config, "report_steps", 1))
+        self._page.write()
 
     def metrics(self, metrics: StepMetrics) -> None:
         """Appends one line to metrics.jsonl: `step`, the values, and `seconds/<stage>`; NaN and infinities as null."""
@@ -104,13 +116,15 @@ class RunLog:
         row = {"step": metrics.step, **{name: finite.get(name) for name in values}}
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         self._metrics.flush()
+        self._status.lap("training")
+        self._page.step()
         if metrics.step % self._logging_steps == 0:
             self._trackers.log(metrics.step, finite)
 
     def cut(self, num_steps: int) -> None:
         """Removes metrics and samples of steps from `num_steps` on, which come again, and a line that a crash cut."""
         path = self.folder / "metrics.jsonl"
-        rows = [row for row in report.read_jsonl(path) if row.get("step", num_steps) < num_steps]
+        rows = [row for row in read_jsonl(path) if row.get("step", num_steps) < num_steps]
         if self._metrics is not None:
             self._metrics.close()
         write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
@@ -155,6 +169,8 @@ class RunLog:
         after: Scores | None = None,
         examples_before: Sequence[Rollout] = (),
         examples_after: Sequence[Rollout] = (),
+        read_before: Sequence[Reading] = (),
+        read_after: Sequence[Reading] = (),
     ) -> None:
         """Writes scores.json and, for examples of the same prompts, before/after pictures.
 
@@ -170,40 +186,35 @@ class RunLog:
         if after is not None:
             self._trackers.log(self._last_step(), finite)
         if examples_before and examples_after:
-            self._examples(examples_before, examples_after)
+            path = write_examples(self.folder, examples_before, examples_after, read_before, read_after)
+            self._trackers.picture(self._last_step(), "before_after", path)
+        self._status.lap("before training" if after is None else "after training")
+        self._page.write()
 
-    def _examples(self, before: Sequence[Rollout], after: Sequence[Rollout]) -> None:
-        if [rollout.prompt.id for rollout in before] != [rollout.prompt.id for rollout in after]:
-            raise ValueError("RunLog.scores: examples_before and examples_after must be of the same prompts in order")
-        path = self.folder / "before_after.png"
-        sheets.before_after_sheet(before, after).save(path)
-        folder = self.folder / "before_after"
-        folder.mkdir(exist_ok=True)
-        rows = []
-        for index, (old, new) in enumerate(zip(before, after, strict=True)):
-            row: dict[str, Any] = {"task": old.prompt.task, "prompt": old.prompt.text, "answer": old.prompt.answer}
-            for when, rollout in (("before", old), ("after", new)):
-                row[f"{when}_text"] = rollout.text
-                row[f"{when}_image"] = None
-                if rollout.image is not None:
-                    row[f"{when}_image"] = f"before_after/{index:02d}_{when}.png"
-                    sheets.to_picture(rollout.image).save(self.folder / row[f"{when}_image"])
-            rows.append(row)
-        _write_jsonl(folder / "examples.jsonl", rows)
-        self._trackers.picture(self._last_step(), "before_after", path)
+    def parts(self, content: Mapping[str, Any], finished: str = "") -> None:
+        """Writes parts.json of a run of several trainings (`report_parts.py` says what it holds).
+
+        Args:
+            content: the whole of it.
+            finished: what has just been done, for the time that each part took; "" for nothing.
+        """
+        if finished:
+            self._status.lap(finished)
+        _write_json(self.folder / "parts.json", content)
+        self._page.write()
 
     def _last_step(self) -> int:
-        rows = report.read_jsonl(self.folder / "metrics.jsonl")
+        rows = read_jsonl(self.folder / "metrics.jsonl")
         return int(rows[-1].get("step", 0)) if rows else 0
 
-    def close(self) -> None:
-        """Ends the trackers and writes report.html; a second call does nothing."""
+    def close(self, state: State = "done", reason: str = "") -> None:
+        """Ends the trackers, writes how the run ended and the last report.html; a second call does nothing."""
         if self._metrics is None:
             return
         self._metrics.close()
         self._metrics = None
         self._trackers.close()
-        report.write_report(self.folder)
+        self._page.close(state, reason)
 
     def __enter__(self) -> Self:
         return self
@@ -211,7 +222,14 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        elif isinstance(error, Preempted):
+            self.close("preempted")
+        elif isinstance(error, KeyboardInterrupt):
+            self.close("interrupted")
+        else:
+            self.close("failed", f"{type(error).__name__}: {error}"[:MAX_REASON])
 
 
 class NullRunLog:
@@ -239,10 +257,15 @@ class NullRunLog:
         after: Scores | None = None,
         examples_before: Sequence[Rollout] = (),
         examples_after: Sequence[Rollout] = (),
+        read_before: Sequence[Reading] = (),
+        read_after: Sequence[Reading] = (),
     ) -> None:
         """Does nothing."""
 
-    def close(self) -> None:
+    def parts(self, content: Mapping[str, Any], finished: str = "") -> None:
+        """Does nothing."""
+
+    def close(self, state: State = "done", reason: str = "") -> None:
         """Does nothing."""
 
     def __enter__(self) -> Self:
@@ -295,10 +318,10 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the checkout that this file is in, `-dirty` with changes; None without one (an installed wheel)."""
-    folder = Path(__file__).resolve().parent
-    if not (folder.parent / ".git").exists():
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
         return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
