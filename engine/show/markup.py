@@ -57,13 +57,20 @@ def cell(column: str, content: str, kind: str = "number", tag: str = "td") -> st
     return f'<{tag}{scope} class="{kind}" data-column="{words(column)}">{content}</{tag}>'
 
 
-def embed(run_dir: Path, path: Path, alt: str) -> str:
-    """An <img> with the picture inside; "" for what is missing, broken, or outside the run's folder."""
+def embed(run_dir: Path, path: Path, alt: str, *, shrink: bool = True) -> str:
+    """An <img> with the picture inside; "" for what is missing, broken, or outside the run's folder.
+
+    Args:
+        run_dir: the run's folder.
+        path: the picture's file.
+        alt: what it shows, in words.
+        shrink: a large one becomes WebP, which takes a second.
+    """
     try:
         if not path.resolve().is_relative_to(run_dir.resolve()):
             return ""
         status = path.stat()
-        found = _encoded(str(path), status.st_mtime_ns, status.st_size)
+        found = _encoded(str(path), status.st_mtime_ns, status.st_size, shrink)
     except (OSError, ValueError):
         return ""
     if found is None:
@@ -74,16 +81,16 @@ def embed(run_dir: Path, path: Path, alt: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _encoded(path: str, changed: int, size: int) -> tuple[str, bool, tuple[int, int]] | None:
+def _encoded(path: str, changed: int, size: int, shrink: bool) -> tuple[str, bool, tuple[int, int]] | None:
     """A picture as a data URL, whether it is drawn in squares, its size; `changed` and `size` tell versions apart.
     A page that is rewritten while a run goes on encodes a picture once."""
     try:
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content), formats=list(KINDS)) as picture:
             kind, shape = KINDS[str(picture.format)], picture.size
-            if len(content) > MAX_EMBEDDED_BYTES:
+            if shrink and len(content) > MAX_EMBEDDED_BYTES:
                 shrunk = io.BytesIO()
-                picture.convert("RGB").save(shrunk, "WEBP", quality=85)
+                picture.convert("RGB").save(shrunk, "WEBP", quality=80)
                 content, kind = shrunk.getvalue(), "webp"
             else:
                 picture.verify()

@@ -23,7 +23,7 @@ from .outcome import outcome_of
 from .report_cost import cost
 from .report_curves import curves
 from .report_heading import data_of, heading, model_of
-from .report_parts import compared, models_section, parts_of, parts_section, what_was_trained
+from .report_parts import compared, models_section, parts_cost, parts_of, parts_section, what_was_trained
 from .report_pictures import cards, sheets
 from .report_scores import score_section
 from .report_story import story
@@ -50,12 +50,12 @@ def write_report(run_dir: Path) -> Path:
 
 def body_of(run: Run) -> str:
     """The page's parts in their order."""
-    parts = parts_of(run)
+    parts, running = parts_of(run), outcome_of(run).kind == "running"
     if parts:
         trained, pair = what_was_trained(run, parts, model_of(run), data_of(run)), compared(run, parts)
-        middle = [models_section(run, parts), parts_section(parts)]
+        middle = [models_section(run, parts), parts_section(parts, running)]
     else:
-        trained, pair, middle = "", "", [curves(run), sheets(run)]
+        trained, pair, middle = "", "", [curves(run), sheets(run, running)]
     blocks = [
         _part_of(run),
         heading(run),
@@ -63,7 +63,7 @@ def body_of(run: Run) -> str:
         cards(run),
         score_section(run),
         *middle,
-        cost(run),
+        cost(run, parts_cost(parts)),
         _settings(run),
     ]
     return "\n".join(block for block in blocks if block)

@@ -12,10 +12,42 @@ from .run_files import Rows, Run, number_of, points, table_of, values_of
 GIB = 1 << 30
 
 
-def cost(run: Run) -> str:
-    """Time by part of the run and by stage of a step, speed, memory, and what was sampled and left out."""
-    body = facts(cost_facts(run)) + dgs_sentences(run) + _times(run)
+def cost(run: Run, trainings: str = "") -> str:
+    """Time by part of the run and by stage of a step, speed, memory, and what was sampled and left out.
+
+    Args:
+        run: whose.
+        trainings: a table of what each of its trainings cost, where it has several.
+    """
+    body = facts(cost_facts(run)) + dgs_sentences(run) + trainings + _times(run)
     return section("What it cost", body, "cost")
+
+
+COST_COLUMNS = (
+    "Steps",
+    "Seconds a step",
+    "Tokens sampled",
+    "Tokens/s, median",
+    "Left out by group scaling",
+    "Given up",
+)
+
+
+def cost_line(run: Run) -> list[str]:
+    """The same of one training in a line, in the order of COST_COLUMNS."""
+    rows = run.rows
+    seconds, tokens = sum(values_of(rows, "step_time")), sum(values_of(rows, "num_tokens"))
+    speed = sorted(values_of(rows, "tokens_per_second"))
+    counts, given_up = dict(points(rows, "num_tokens")), values_of(rows, "rollout/dropped_fraction")
+    left_out = sum(counts.get(step, 0.0) * share for step, share in points(rows, "dgs/tokens_saved_fraction"))
+    return [
+        str(len(rows)),
+        f"{seconds / len(rows):.3g}" if seconds else "–",
+        f"{tokens:,.0f}" if tokens else "–",
+        f"{speed[len(speed) // 2]:,.0f}" if speed else "–",
+        f"{100 * left_out / tokens:.0f} % of tokens" if tokens else "–",
+        f"{100 * sum(given_up) / len(given_up):.1f} % of trajectories" if given_up else "–",
+    ]
 
 
 def cost_facts(run: Run) -> list[tuple[str, str]]:

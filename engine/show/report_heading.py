@@ -43,7 +43,7 @@ def data_of(run: Run) -> str:
 
 def heading(run: Run) -> str:
     """Title, state and facts."""
-    return f"<h1>{words(run.name)}</h1>{state(outcome_of(run))}{facts(facts_of(run))}"
+    return f"<h1>{words(method_of(run))}: {words(run.name)}</h1>{state(outcome_of(run))}{facts(facts_of(run))}"
 
 
 def state(outcome: Outcome) -> str:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .markup import section, words
+from .markup import cell, section, table, words
 from .names import duration
 from .outcome import Outcome, outcome_of
-from .report_cost import total_seconds
+from .report_cost import COST_COLUMNS, cost_line, total_seconds
 from .report_curves import CURVES, line_of, reward_chart
 from .report_heading import state
 from .report_pictures import sheet, step_of
@@ -73,7 +73,11 @@ def what_was_trained(run: Run, parts: list[Part], model: str, data: str) -> str:
     """`… was trained by CoRL on …, in 4 trainings: …`"""
     trained = [part for part in parts if part.run is not None]
     said = [f"{part.title} ({len(part.run.rows)} steps)" for part in trained if part.run is not None]
-    merged = [f"{' and '.join(part.sources)} were merged" for part in parts if part.is_merge and part.state == "done"]
+    merged = [
+        f"{' and '.join(map('“{}”'.format, part.sources))} were merged"
+        for part in parts
+        if part.is_merge and part.state == "done"
+    ]
     verb = "is being trained" if outcome_of(run).kind == "running" else "was trained"
     count = "in one training" if len(trained) == 1 else f"in {len(trained)} trainings"
     tail = f"; {'; '.join(merged)}" if merged else ""
@@ -96,8 +100,22 @@ def models_section(run: Run, parts: list[Part]) -> str:
     return section("Every model of the run", models_table(models_of(run, parts)), "models", lead)
 
 
-def parts_section(parts: list[Part]) -> str:
-    body = "".join(_part(part) for part in parts)
+def parts_cost(parts: list[Part]) -> str:
+    """What each training cost, and what dynamic group scaling left out of it, a line each."""
+    lines = [(part.title, cost_line(part.run)) for part in parts if part.run is not None and part.run.rows]
+    head = ("Training", *COST_COLUMNS)
+    body = "".join(
+        f"<tr>{cell(head[0], words(title), '', 'th')}"
+        + "".join(cell(column, words(value)) for column, value in zip(COST_COLUMNS, line, strict=True))
+        + "</tr>"
+        for title, line in lines
+    )
+    return table(head, [f"<tbody>{body}</tbody>"], "lines") if lines else ""
+
+
+def parts_section(parts: list[Part], running: bool = False) -> str:
+    """A card for each; while the run goes on, with samples of the training under way alone."""
+    body = "".join(_part(part, running) for part in parts)
     return section("The trainings, one after another", body, "trainings")
 
 
@@ -110,7 +128,7 @@ def state_of(part: Part) -> Outcome:
     return Outcome("running", "under way") if part.state == "running" else Outcome("stopped", "not begun")
 
 
-def _part(part: Part) -> str:
+def _part(part: Part, running: bool) -> str:
     outcome = state_of(part)
     origin = f"made from {' and '.join(part.sources)}" if part.sources else ""
     seconds = total_seconds(part.run) or sum(values_of(part.run.rows, "step_time")) if part.run is not None else 0.0
@@ -124,9 +142,9 @@ def _part(part: Part) -> str:
     charts = reward_chart(rows) + "".join(line_of(curve, rows) for curve in CURVES[:2])
     drawn = f'<div class="charts">{charts}</div>' if charts else ""
     samples = ""
-    if part.run.sheets:
+    if part.run.sheets and (outcome.kind == "running" or not running):
         last: Path = part.run.sheets[-1]
-        picture = sheet(part.run, last)
+        picture = sheet(part.run, last, shrink=not running)
         samples = (
             f"<details><summary>Samples of step {step_of(last, 0)}</summary>{picture}</details>" if picture else ""
         )

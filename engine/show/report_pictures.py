@@ -133,28 +133,34 @@ def answer_in_tags(text: str) -> str:
     return rest.partition("</answer>")[0].strip() if found else text.strip()
 
 
-def sheets(run: Run) -> str:
-    """The sheets of samples, evenly spread, first and last among them; the last one open."""
-    paths = list(run.sheets)
+def sheets(run: Run, running: bool = False) -> str:
+    """The sheets of samples, evenly spread, first and last among them; the last one open.
+
+    Args:
+        run: whose.
+        running: the page will soon be written anew: it shows the newest one alone, as it is.
+    """
+    paths = list(run.sheets)[-1:] if running else list(run.sheets)
     count = min(MAX_SHEETS, len(paths))
     chosen = sorted({round(i * (len(paths) - 1) / max(1, count - 1)) for i in range(count)})
     blocks = []
     for position, index in enumerate(chosen):
-        picture = sheet(run, paths[index])
+        picture = sheet(run, paths[index], shrink=not running)
         is_open = " open" if position == len(chosen) - 1 else ""
         if picture:
             blocks.append(
                 f"<details{is_open}><summary>Step {step_of(paths[index], index)}</summary>{picture}</details>"
             )
-    left = len(paths) - len(blocks)
+    left = len(run.sheets) - len(blocks)
     note = f'<p class="note">{left} more in samples/.</p>' if left and blocks else ""
     lead = "A row for each request, all trajectories of its group beside each other, the best reward first."
     return section("What it made while training", "".join(blocks) + note if blocks else "", "samples", lead)
 
 
-def sheet(run: Run, path: Path) -> str:
-    """One sheet, as wide as it is, in a frame that scrolls."""
-    picture = embed(run.folder, path, f"Samples of step {step_of(path, 0)}, with requests, texts and rewards")
+def sheet(run: Run, path: Path, *, shrink: bool = True) -> str:
+    """One sheet, as wide as it is, in a frame that scrolls; `shrink` as for `embed`."""
+    alt = f"Samples of step {step_of(path, 0)}, with requests, texts and rewards"
+    picture = embed(run.folder, path, alt, shrink=shrink)
     return f'<div class="scroll">{picture}</div>' if picture else ""
 
 

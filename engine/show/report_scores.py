@@ -115,7 +115,8 @@ def models_table(models: Mapping[str, tuple[str, Mapping[str, Any]]]) -> str:
     bodies: dict[str, str] = {}
     for (task, measure), known in {key: row for found in rows.values() for key, row in found.items()}.items():
         line = [found.get((task, measure)) for found in rows.values()]
-        best = max((row.after for row in line if row is not None and row.after is not None), default=None)
+        values = [row.after for row in line if row is not None and row.after is not None]
+        best = max(values) if len(set(values)) > 1 else None
         cells = cell(head[0], words(measure), "", "th")
         for column, row in zip(head[1:], line, strict=True):
             top = row is not None and row.after is not None and row.after == best

@@ -157,7 +157,7 @@ def texts_of(values: Any) -> list[str]:
 
 def points(rows: Rows, name: str) -> Points:
     """(step, value) where the metric has a finite value; steps are counted from 1."""
-    found: list[tuple[int, Any]] = [(index + 1, row.get(name)) for index, row in enumerate(rows)]
+    found: list[tuple[int, Any]] = [(step, row[name]) for step, row in enumerate(rows, 1) if name in row]
     return [(float(step), float(value)) for step, value in found if is_number(value)]
 
 

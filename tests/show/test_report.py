@@ -74,7 +74,15 @@ def test_page_stands_alone_and_shows_everything(finished: Path) -> None:
     assert "link" not in page.tags
     html = (finished / "report.html").read_text(encoding="utf-8")
     assert "url(" not in html and "prefers-color-scheme: dark" in html
-    titles = ["In short", "Scores before and after training", "All tasks", "Reward", "(KL)", "Sampled tokens", "Time of a step"]
+    titles = [
+        "In short",
+        "Scores before and after training",
+        "All tasks",
+        "Reward",
+        "(KL)",
+        "Sampled tokens",
+        "Time of a step",
+    ]
     for words in [*titles, "all 30 steps done", "Step 21", "Environment", "learning_rate", "Rewards that failed"]:
         assert words in page.text, words
     assert page.tags["svg"] >= 8

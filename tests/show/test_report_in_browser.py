@@ -33,19 +33,22 @@ STICKS_OUT = """
 """
 CUT_OFF = """
 [...document.querySelectorAll(".card, td, th, dd, p, li")]
-  .filter((e) => e.scrollWidth > e.clientWidth + 1 && !e.closest(".heard, thead") && getComputedStyle(e).display != "inline")
+  .filter((e) => e.scrollWidth > e.clientWidth + 1 && !e.closest(".heard, thead"))
+  .filter((e) => getComputedStyle(e).display != "inline")
   .map((e) => e.outerHTML.slice(0, 200))
 """
 TOO_FAINT = """
 [...document.querySelectorAll("h1, h2, p, td, dd, dt, li, figcaption, text")].map((e) => {
   const light = (colour) => {
-    const [r, g, b] = colour.match(/[\\d.]+/g).map((v) => { v /= 255; return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; });
+    const parts = colour.match(/[\\d.]+/g).map((part) => part / 255);
+    const [r, g, b] = parts.map((v) => (v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4));
     return .2126 * r + .7152 * g + .0722 * b;
   };
+  const ground = (box) => getComputedStyle(box).backgroundColor;
   let behind = e;
-  while (behind && /rgba\\(0, 0, 0, 0\\)/.test(getComputedStyle(behind).backgroundColor)) behind = behind.parentElement;
+  while (behind.parentElement && ground(behind) == "rgba(0, 0, 0, 0)") behind = behind.parentElement;
   const style = getComputedStyle(e);
-  const a = light(e.tagName == "text" ? style.fill : style.color), b = light(getComputedStyle(behind || document.body).backgroundColor);
+  const a = light(e.tagName == "text" ? style.fill : style.color), b = light(ground(behind));
   return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), e.outerHTML.slice(0, 120)];
 }).filter(([contrast]) => contrast < 4.5)
 """
@@ -139,7 +142,9 @@ def test_without_scripts_the_page_is_whole(chromium: Browser, pages: dict[str, P
         chromium.show(pages["run"])
         counts = "['svg', 'table', 'article', '.at title'].map((name) => document.querySelectorAll(name).length)"
         charts, tables, cards, titles = chromium.value(counts)
-        assert charts >= 8 and tables >= 2 and cards == 3 and titles >= 8 * 30, "values show as the browser shows titles"
+        assert charts >= 8 and tables >= 2 and cards == 3 and titles >= 8 * 30, (
+            "values show as the browser shows titles"
+        )
         assert chromium.value("document.documentElement.scrollWidth <= innerWidth")
     finally:
         chromium.scripts(True)
