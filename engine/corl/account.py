@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ..evaluate.held_out import Evaluation
 from ..methods.training import table_of
 from ..show.runlog import NullRunLog, RunLog
+from ..show.scores import score_rows
 from .config import CorlConfig
 
 TITLES = {
@@ -55,8 +56,8 @@ class Account:
         """A model is there, with its scores where it has any; a training that Ctrl-C ended is not finished."""
         if name in self._parts:
             self._parts[name]["state"] = "done" if finished else "stopped"
-        table = {} if scores is None else table_of(scores)
-        self._models[name] = {"title": TITLES.get(name, name), "scores": table}
+        rows = [] if scores is None else score_rows(None, table_of(scores))
+        self._models[name] = {"title": TITLES.get(name, name), "table": [row._asdict() for row in rows]}
         self._write(finished=TITLES.get(name, name))
 
     def compares(self, before: str, after: Mapping[str, str]) -> None:

@@ -45,7 +45,7 @@ def distinct_names(first: Path, second: Path) -> tuple[str, str]:
         names = "/".join(parts[0][-count:]), "/".join(parts[1][-count:])
         if names[0] != names[1]:
             return names
-    return f"{names[0]} (A)", f"{names[1]} (B)"
+    return f"{parts[0][-1]} (A)", f"{parts[1][-1]} (B)"
 
 
 def comparison(runs: tuple[Run, Run], names: tuple[str, str]) -> str:

@@ -3,7 +3,7 @@
 `parts.json` says what was made from what:
 
     {"parts": [{"name": "unified", "title": "…", "from": ["base"], "state": "done"}, …],
-     "models": {"base": {"title": "…", "scores": {…}}, …},
+     "models": {"base": {"title": "…", "table": [a ScoreRow as an object, …]}, …},
      "before": "base", "after": {"drawings": "t2i", "answers": "merged"}}
 
 A folder of an older version has none; its trainings are then found by their files.
@@ -23,8 +23,9 @@ from .report_cost import COST_COLUMNS, cost_line, total_seconds
 from .report_curves import CURVES, line_of, reward_chart
 from .report_heading import state
 from .report_pictures import sheet, step_of
-from .report_scores import models_table
+from .report_scores import models_table, rows_in, rows_of
 from .run_files import Run, read_run, table_of, texts_of, trainings_in, values_of
+from .scores import ScoreRow
 
 
 class Part:
@@ -53,19 +54,19 @@ def parts_of(run: Run) -> list[Part]:
     return [Part(run, {"name": folder.name}) for folder in trainings_in(run.folder)]
 
 
-def models_of(run: Run, parts: list[Part]) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Name -> (title, scores) of every model of the run."""
+def models_of(run: Run, parts: list[Part]) -> dict[str, tuple[str, list[ScoreRow]]]:
+    """Name -> (title, scores: `after` of rows) of every model of the run."""
     listed = table_of(run.parts, "models")
     if listed:
         return {
-            str(name): (str(model.get("title") or name), table_of(model, "scores"))
+            str(name): (str(model.get("title") or name), rows_in(model.get("table")))
             for name, model in listed.items()
             if isinstance(model, Mapping)
         }
-    models: dict[str, tuple[str, Mapping[str, Any]]] = {"base": ("before", table_of(run.scores, "before"))}
+    models = {"base": ("before", rows_of({}, table_of(run.scores, "before")))}
     for part in parts:
         if part.run is not None:
-            models[part.name] = (part.title, table_of(part.run.scores, "after"))
+            models[part.name] = (part.title, rows_of({}, table_of(part.run.scores, "after")))
     return models
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import scores as of_scores
 from .markup import cell, section, table, words
-from .run_files import Run, is_number, table_of
+from .run_files import Run, is_number, table_of, texts_of
 from .scores import SUMMARY, ScoreRow, measures_in, score_rows, show_change, show_score
 
 HELD_OUT = "On held-out items that training never saw; changes in percentage points."
@@ -31,7 +31,32 @@ def clean(scores: Any) -> dict[str, Any]:
 
 
 def rows_of_run(run: Run) -> list[ScoreRow]:
-    return rows_of(table_of(run.scores, "before"), table_of(run.scores, "after"))
+    """As they were computed when the scores were written, else anew."""
+    written = rows_in(run.scores.get("table"))
+    return written or rows_of(table_of(run.scores, "before"), table_of(run.scores, "after"))
+
+
+def rows_in(written: Any) -> list[ScoreRow]:
+    """Rows from a file; what is none is left out."""
+    rows = [_row_in(entry) for entry in written if isinstance(entry, Mapping)] if isinstance(written, list) else []
+    return [row for row in rows if row is not None]
+
+
+def _row_in(entry: Mapping[str, Any]) -> ScoreRow | None:
+    known = {name: entry[name] for name in ScoreRow._fields if name in entry}
+    for name, value in known.items():
+        if name.endswith("_interval"):
+            pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
+            known[name] = tuple(value) if pair else None
+        elif name == "marks":
+            known[name] = tuple(texts_of(value))
+        elif name in ("before", "after", "chance"):
+            known[name] = float(value) if is_number(value) else None
+        elif name == "num_items":
+            known[name] = int(value) if is_number(value) else 0
+        elif not isinstance(value, str):
+            return None
+    return ScoreRow(**known) if {"task", "measure", "before", "after"} <= known.keys() else None
 
 
 def score_table(rows: Sequence[ScoreRow], before: str = "Before", after: str = "After") -> str:
@@ -101,13 +126,13 @@ def marks_of(row: ScoreRow) -> tuple[str, ...]:
     return tuple(getattr(row, "marks", ()))
 
 
-def models_table(models: Mapping[str, tuple[str, Mapping[str, Any]]]) -> str:
+def models_table(models: Mapping[str, tuple[str, Sequence[ScoreRow]]]) -> str:
     """Every model of a run, a group per task, a line per measure, a column per model; the best of a line is marked.
 
     Args:
-        models: name -> (its name in words, its scores).
+        models: name -> (its name in words, its scores: `after` of rows).
     """
-    rows = {name: {(row.task, row.measure): row for row in rows_of({}, scores)} for name, (_, scores) in models.items()}
+    rows = {name: {(row.task, row.measure): row for row in found} for name, (_, found) in models.items()}
     rows = {name: found for name, found in rows.items() if found}
     if len(rows) < 2:
         return ""

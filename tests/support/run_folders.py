@@ -11,6 +11,7 @@ from run_records import HOSTILE, SCORES_AFTER, SCORES_BEFORE, make_group, make_m
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.records import Prompt
 from syncr1.engine.show.runlog import RunLog
+from syncr1.engine.show.scores import score_rows
 
 ASKED = {"shape": "round", "colour": "red"}
 NUM_STEPS = 30
@@ -48,7 +49,8 @@ def finished_run(folder: Path, name: str = "r", **settings: Any) -> Path:
 def run_of_several(folder: Path) -> Path:
     """The folder of a run of two trainings and a merge, of which the second training was stopped."""
     config = SyncR1Config(output_dir=folder / "several", max_steps=6)
-    base, first = {"title": "starting model", "scores": SCORES_BEFORE}, {"title": "both", "scores": SCORES_AFTER}
+    tables = [[row._asdict() for row in score_rows(None, scores)] for scores in (SCORES_BEFORE, SCORES_AFTER)]
+    base, first = {"title": "starting model", "table": tables[0]}, {"title": "both", "table": tables[1]}
     part: dict[str, Any] = {"name": "first", "title": "both", "kind": "training", "from": ["starting model"]}
     merge = {"name": "merged", "title": "merged", "kind": "merge", "from": ["both", "second"], "state": "planned"}
     later = part | {"name": "second", "title": "second", "from": ["both"], "state": "planned"}
