@@ -143,7 +143,7 @@ def test_a_run_of_several_trainings_of_an_older_version(folder: Path, tmp_path: 
         {"parts": 3},
         {"parts": [3, {"name": 4}, {"name": "../.."}, {"name": "first", "from": 7, "state": []}], "models": [1]},
         {"parts": [{"name": "\ud800", "title": "<script>"}], "models": {"base": 3, "b": {"table": [{"task": 1}, 2]}}},
-        {"parts": [{"name": "first"}], "before": 1, "after": {"drawings": 2}, "models": {"x": {"title": [], "table": {}}}},
+        {"parts": [{"name": "first"}], "before": 1, "after": {"drawings": 2}, "models": {"x": {"table": {}}}},
     ],
 )
 def test_damaged_parts_still_give_a_page(folder: Path, tmp_path: Path, parts: object) -> None:
