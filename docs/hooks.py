@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
+from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.settings.schema import to_yaml
 
@@ -79,6 +80,7 @@ def recipes() -> Iterator[tuple[str, Any]]:
     yield "sync_r1.py", SyncR1Config()
     yield "corl.py", CorlConfig()
     yield "evaluate.py", EvaluateConfig()
+    yield "sample.py", SampleConfig()
     spec = importlib.util.spec_from_file_location("merge_recipe", ROOT / "recipes" / "merge.py")
     assert spec is not None and spec.loader is not None
     merge = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

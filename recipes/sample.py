@@ -1,0 +1,34 @@
+"""Draws and answers with a checkpoint, or with several side by side: a grid, the pictures, and a JSONL.
+
+python recipes/sample.py --model runs/sync_r1/checkpoints/last             some held-out items of the rendered world
+python recipes/sample.py --model JANUS --cfg_weight 5 --prompt "a red cup" "a blue cup"      four drawings of each
+python recipes/sample.py --model JANUS --prompt "what is this?" --image photo.png            four answers
+python recipes/sample.py --model JANUS --prompt "a cup" --produce text image                 reasons, then draws
+python recipes/sample.py --compare A B --data unifybench/                  two models, the same random numbers
+python recipes/sample.py --help                                            every setting
+"""
+
+from __future__ import annotations
+
+import os
+
+# As in sync_r1.py; read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from syncr1.engine.methods.exit import run_to_exit
+from syncr1.engine.methods.sample_config import SampleConfig
+from syncr1.engine.settings.flags import parse
+
+
+def main() -> None:
+    config = parse(SampleConfig, description=__doc__)
+    print("syncr1: loading torch and transformers ...", flush=True)
+    from syncr1.engine.methods.sample import run_sample
+
+    run_to_exit(run_sample, config)
+
+
+if __name__ == "__main__":
+    main()
