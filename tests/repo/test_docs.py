@@ -20,7 +20,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import warm
 import yaml
+from helpers import end_process_group, environment
+from made import cache_folder, short_base, world_folder
 
 from syncr1.engine.settings.flags import parse
 from syncr1.engine.settings.schema import to_yaml
@@ -64,10 +67,17 @@ def settings() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", [page for page in with_blocks("python") if "syncr1.kernels.trl" not in text_of(page)])
-def test_python_runs(page: str) -> None:
+def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "syncr1.engine.api" in "".join(blocks(page, "python")):  # trains: from a base that takes seconds to make
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
+        monkeypatch.setattr("syncr1.engine.methods.sync_r1_parts.tiny_base", lambda *_: short_base())
     scope: dict[str, object] = {}
-    for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), scope)  # blocks build on those before them
+    try:
+        for block in blocks(page, "python"):
+            exec(compile(block, page, "exec"), scope)  # blocks build on those before them
+    finally:
+        end_process_group()
 
 
 @pytest.mark.slow
@@ -229,3 +239,29 @@ def test_the_site_is_built_and_needs_nobody(tmp_path: Path) -> None:
     for config in settings().values():
         names = yaml.safe_load(to_yaml(config, comments=False))
         assert [name for name in names if f"<code>--{name}</code>" not in pages["flags.html"]] == []
+
+
+# The one run with names -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_run_with_names_runs(tmp_path: Path) -> None:
+    """docs/models.md's command for Janus-Pro, on one rank, with a Janus of random weights and the world's folder."""
+    (words,) = (words for words in commands("docs/models.md") if "--ranks_per_node" in words)
+    flags = words[words.index("recipes/sync_r1.py") + 1 :]
+    here = {
+        "--model": str(saved_janus(tmp_path)),
+        "--data": str(world_folder()),
+        "--ranks_per_node": "1",
+        "--prompts_per_step": "4",
+    }
+    flags = [here.get(before, flag) for before, flag in zip(["", *flags], flags, strict=False)]
+    shorter = ["--max_steps", "1", "--eval_samples", "0", "--output_dir", str(tmp_path / "run")]
+    warm.run(str(ROOT / "recipes" / "sync_r1.py"), *flags, *shorter, env=environment(cache_folder()))
+    assert (tmp_path / "run" / "checkpoints" / "last" / "config.json").is_file()
+
+
+def saved_janus(folder: Path) -> Path:
+    from small_models import small_janus
+
+    return small_janus(folder / "janus")
