@@ -2,29 +2,28 @@
 
 A step's random numbers are keyed by (seed, step, prompt, member), and a checkpoint is taken between steps, when every
 rollout was used: the resumed run samples, learns and writes what the uninterrupted one would have, to the last bit.
+
+Another number of ranks, or another ZeRO stage, goes on from the same state to the last bit; gradients are then summed
+in another order, so what follows is the same within rounding.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
 
-from ..checkpoints.optimizer_state import (
-    check_optimizer_tensors,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from ..checkpoints.frozen_weights import fingerprint_of_format_1, frozen_fingerprint
+from ..checkpoints.optimizer_state import optimizer_tensors, spread
+from ..checkpoints.random_states import load_random_state, random_state
+from ..checkpoints.recut import OPTIMIZER, check_saved, load_saved
 from ..checkpoints.saver import Saver
 from ..checkpoints.sharded import (
     Checkpoint,
@@ -49,18 +48,18 @@ FREE = frozenset(
     {
         *("max_steps", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "save_total_limit", "dry_run"),
         *("eval_samples", "eval_cfg_weight", "report_to", "logging_steps", "replay_check_steps", "sample_steps"),
-        *("nodes", "ranks_per_node", "hostfile", "launcher", "max_restarts"),
+        *("nodes", "ranks_per_node", "hostfile", "launcher", "max_restarts", "zero_stage"),
         *("reward_timeout", "stage_timeout", "shutdown_timeout", "max_skipped_updates", "judge_url", "judge_key_env"),
     }
 )
-"""Settings that may differ from those of the checkpoint."""
+"""Settings that may differ from those of the checkpoint; of another `zero_stage`, as of other ranks, a note tells."""
 ROUNDING = frozenset(
     {
         *("max_tokens_per_microbatch", "gradient_checkpointing", "use_liger_kernel", "cuda_graphs", "compile_decode"),
     }
 )
 """These may differ as well, but other rounding makes the resumed run another one than the uninterrupted."""
-OPTIMIZER, RANDOM = "optimizer/", "random/"
+RANDOM = "random/"
 Made = TypeVar("Made")
 
 
@@ -95,7 +94,7 @@ def resume_point(config: TrainConfig, note: Warn) -> ResumePoint | None:
     where there is none yet, the run is a new one, so that a launcher may pass it at every start.
 
     Raises:
-        ConfigError: no such checkpoint, another world size, or settings that differ where they must not.
+        ConfigError: no such checkpoint, or settings that differ where they must not.
     """
     asked = config.resume_from_checkpoint
     if asked is None:
@@ -150,12 +149,7 @@ def _named(folder: Path, note: Warn) -> ResumePoint:
 
 
 def _check_fits(config: TrainConfig, checkpoint: Checkpoint, note: Warn) -> None:
-    """Raises CheckpointError for what an exact continuation cannot be had with."""
-    _, world_size = place()
-    if checkpoint.world_size != world_size:
-        raise CheckpointError(
-            f"saved by {checkpoint.world_size} ranks, this run has {world_size}; start {checkpoint.world_size}"
-        )
+    """Raises CheckpointError for what a continuation cannot be had with."""
     try:
         before = yaml.safe_load(_entry(checkpoint.state(), "config", str))
     except (yaml.YAMLError, RecursionError) as error:
@@ -163,6 +157,28 @@ def _check_fits(config: TrainConfig, checkpoint: Checkpoint, note: Warn) -> None
     if not isinstance(before, dict) or not all(isinstance(name, str) for name in before):
         raise CheckpointError(f"state.json: expected config to be settings by name, got {type(before).__name__}")
     check_settings(before, config, note)
+    _check_cut(before.get("zero_stage"), config.zero_stage, checkpoint, note)
+
+
+def _check_cut(stage_before: Any, stage: int, checkpoint: Checkpoint, note: Warn) -> None:
+    """Says that other ranks, or another ZeRO stage, go on; CheckpointError where the checkpoint is too old for it."""
+    _, world_size = place()
+    before, now = _cut(checkpoint.world_size, stage_before), _cut(world_size, stage)
+    if before == now:
+        return
+    if checkpoint.format == 1:
+        raise CheckpointError(
+            f"saved by {before} in an older format, which fits those alone, this run has {now}; start {before} for one "
+            "more step: what that saves goes on with any"
+        )
+    note(
+        f"saved by {before}, going on with {now}: weights, moments and prompts are as saved to the last bit; sums run "
+        "in another order from here, so not the same run to the last bit"
+    )
+
+
+def _cut(world_size: int, stage: Any) -> str:
+    return f"{world_size} rank{'s' * (world_size > 1)} (zero_stage {stage})"
 
 
 def _entry(state: Mapping[str, Any], name: str, kind: type[Made]) -> Made:
@@ -208,6 +224,7 @@ class Checkpoints:
     def __init__(self, config: TrainConfig, root: Path, learner: Learner, prompts: ResumablePrompts) -> None:
         self.config, self.root, self.learner, self.prompts = config, root, learner, prompts
         self._at: int | None = None
+        self._frozen = frozen_fingerprint(learner.policy)
         self._saver = Saver(timeout=config.stage_timeout + 60)
         self._copies: dict[str, Tensor] = {}
 
@@ -230,7 +247,8 @@ class Checkpoints:
         rank, _ = place()
         tensors = {f"{RANDOM}{name}": value for name, value in random_state().items()}
         if rank == 0 or self.learner.settings.zero_stage > 0:  # without ZeRO all ranks have the same
-            tensors |= {OPTIMIZER + name: value for name, value in optimizer_tensors(self.learner.optimizer).items()}
+            mine = optimizer_tensors(self.learner.optimizer, self.learner.policy)
+            tensors |= {OPTIMIZER + name: value for name, value in mine.items()}
         state = {
             "step": trainer.step,
             "prompts": copy.deepcopy(self.prompts.state_dict()),
@@ -264,7 +282,7 @@ class Checkpoints:
         """What no step changes."""
         return {
             "config": to_yaml(self.config, comments=False),
-            "frozen": frozen_fingerprint(self.learner.policy),
+            "frozen": self._frozen,
         }
 
     @torch.no_grad()
@@ -281,33 +299,36 @@ class Checkpoints:
         return dict(self._copies)
 
     def restore(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
-        """Puts the state back. Collective.
+        """Puts the state back, cut for this run's ranks and ZeRO stage. Collective.
 
         Raises:
-            CheckpointError: the checkpoint is of another model or of other data.
+            CheckpointError: the checkpoint is of another model or of other data, or cannot be read.
         """
         self.wait()
-        doing = f"resuming from {checkpoint.folder}"
-        step, mine, optimizer = agreed(lambda: self._read(trainer, checkpoint), doing)
-        load_optimizer_tensors(self.learner.optimizer, optimizer)
-        trainer.step = self._at = step
-        agreed(lambda: load_random_state(_under(RANDOM, mine)), doing)
-        agreed(lambda: set_aside(self.root, step) if place()[0] == 0 else None, doing)
-
-    def _read(self, trainer: Trainer, checkpoint: Checkpoint) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
-        """The step, this rank's tensors and its optimizer's, all checked; prompts and preview are put back already."""
+        doing, optimizer = f"resuming from {checkpoint.folder}", self.learner.optimizer
         rank, _ = place()
-        state, mine = checkpoint.state(), checkpoint.tensors(rank)
+        generators = agreed(lambda: self._read(trainer, checkpoint), doing)
+        agreed(lambda: load_saved(optimizer, self.learner.policy, checkpoint), doing)
+        spread(optimizer)
+        trainer.step = self._at = checkpoint.step
+        agreed(lambda: load_random_state(generators), doing)
+        agreed(lambda: set_aside(self.root, checkpoint.step) if rank == 0 else None, doing)
+
+    def _read(self, trainer: Trainer, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """This rank's random states; all else is checked, and prompts and preview are put back."""
+        rank, _ = place()
+        state, policy = checkpoint.state(), self.learner.policy
         if _entry(state, "step", int) != checkpoint.step:
             raise CheckpointError(f"state.json: expected step {checkpoint.step}, got {state['step']}")
-        if rank == 0 and state.get("frozen") != self._constant["frozen"]:
+        frozen = fingerprint_of_format_1(policy) if checkpoint.format == 1 else self._frozen
+        if rank == 0 and state.get("frozen") != frozen:
             raise CheckpointError("the starting model's frozen weights are others now; resume with the model as it was")
-        owner = mine if rank == 0 or self.learner.settings.zero_stage > 0 else checkpoint.tensors(0)
-        optimizer = _under(OPTIMIZER, owner)
-        check_optimizer_tensors(self.learner.optimizer, optimizer)
-        absent = sorted(random_state().keys() - {"cuda"} - _under(RANDOM, mine).keys())
+        check_saved(self.learner.optimizer, policy, checkpoint)
+        saved_by = rank % checkpoint.world_size  # a rank that was not there begins as one that was
+        generators = checkpoint.tensors(saved_by, RANDOM)
+        absent = sorted(random_state().keys() - {"cuda"} - generators.keys())
         if absent:
-            raise CheckpointError(f"{shard_name(rank)}: expected the random states {absent}, which are absent")
+            raise CheckpointError(f"{shard_name(saved_by)}: expected the random states {absent}, which are absent")
         try:
             self.prompts.load_state_dict(_entry(state, "prompts", dict))
             if trainer.preview is not None and state.get("preview") is not None:
@@ -315,46 +336,4 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             told = str(error) if isinstance(error, ValueError) else f"state.json: {type(error).__name__} {error}"
             raise CheckpointError(told) from error
-        return checkpoint.step, mine, optimizer
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def frozen_fingerprint(policy: torch.nn.Module) -> str:
-    """Of the model's shape and of some of every frozen weight: enough to tell another model, cheap for a large one."""
-    digest = hashlib.sha256()
-    for name, parameter in policy.named_parameters():
-        held = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3, this rank's share
-        digest.update(f"{name} {list(held.shape)} {parameter.requires_grad}\n".encode())
-        if not parameter.requires_grad:
-            flat = held.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // 64)].cpu().contiguous()
-            digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def random_state() -> dict[str, Tensor]:
-    """The generators of Python, NumPy, torch and the GPU, as tensors."""
-    _, words, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=True)
-    state = {
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([int(word) for word in (*legacy[1], legacy[2], legacy[3])], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([legacy[4]], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-    }
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def load_random_state(state: Mapping[str, Tensor]) -> None:
-    """What `random_state` told; a GPU's is left out where there is none."""
-    gauss = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
-    *words, position, has_gauss = state["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(words, np.uint32), position, has_gauss, float(state["numpy_gauss"])))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        return generators

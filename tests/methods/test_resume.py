@@ -25,10 +25,11 @@ from made import world_folder as make_world
 from resume_cases import FullDisk, Training, assert_same, config_of
 
 from syncr1.engine.checkpoints import sharded as checkpoint
+from syncr1.engine.checkpoints.random_states import load_random_state, random_state
 from syncr1.engine.checkpoints.sharded import folders, save, verified
 from syncr1.engine.data.prompts import load_training_prompts
 from syncr1.engine.errors import CheckpointError, ConfigError
-from syncr1.engine.methods.resume import load_random_state, random_state, resume_point
+from syncr1.engine.methods.resume import resume_point
 from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.engine.show.runlog import RunLog
