@@ -23,10 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import EXIT_PREEMPTED, shown_end
+from ..errors import FINAL, shown_end
 
-FINAL = (2, EXIT_PREEMPTED)
-"""Exit codes after which starting again does not help, or is not wanted."""
 _SUBREAPER, _PDEATHSIG = 36, 1  # of linux/prctl.h
 
 _PASSED = (
