@@ -104,8 +104,9 @@ def resume_point(config: TrainConfig, note: Warn) -> ResumePoint | None:
         found = _latest(config.output_dir, note) if asked == "latest" else _named(Path(asked).expanduser(), note)
         checkpoint = None if found is None else found.checkpoint
         if checkpoint is None:
-            note(f"no checkpoint below {config.output_dir} yet: a new run")
-            return None
+            where = config.output_dir if found is None else found.run_folder
+            note(f"no checkpoint below {where} yet: {'a new run' if found is None else 'from the beginning'}")
+            return found
         agreed(lambda: _check_fits(config, checkpoint, note), f"resuming from {checkpoint.folder}")
     except CheckpointError as error:
         raise ConfigError(f"resume_from_checkpoint: {error}") from error
@@ -137,7 +138,9 @@ def _has_checkpoints(folder: Path) -> bool:
 
 
 def _named(folder: Path, note: Warn) -> ResumePoint:
-    """One checkpoint, which must be whole; or the newest of a run's folder."""
+    """One checkpoint, which must be whole; or the newest of a run's folder, which begins again where it has none."""
+    if (folder / "config.yaml").is_file() and not _has_checkpoints(folder):
+        return ResumePoint(None, folder)
     if (folder / "checkpoints").is_dir():
         checkpoint = newest(folder / "checkpoints", note)
         if checkpoint is None:

@@ -57,6 +57,8 @@ class Interrupts:
     ) -> None:
         for number in list(self._before):
             self._restore(number)
+        if error is not None:
+            _ignore()
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         self.stop = True
@@ -72,6 +74,25 @@ class Interrupts:
     def _restore(self, number: int) -> None:
         if number in self._before:
             signal.signal(number, self._before.pop(number))
+
+
+@contextmanager
+def ending_once() -> Iterator[None]:
+    """Within `preemptible`: an error that ends the block is the one that ends the process.
+
+    Launchers send SIGTERM to the ranks that a lost one has left, which know better why they end."""
+    try:
+        yield
+    except BaseException:
+        _ignore()
+        raise
+
+
+def _ignore() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in PREEMPTING:
+            if signal.getsignal(number) is not signal.SIG_DFL:
+                signal.signal(number, lambda *_: None)
 
 
 @contextmanager
