@@ -13,8 +13,9 @@ import yaml
 
 from ..checkpoints.sharded import Warn, agreed, everywhere
 from ..errors import CheckpointError, ConfigError
-from ..methods.resume import FREE, ResumePoint, check_settings, numbered, resume_point
+from ..methods.resume import FREE, ResumePoint, check_settings, resume_point
 from ..processes.group import place
+from ..processes.run_folder import numbered
 from ..whole_files import write_atomically
 from .config import CorlConfig
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,7 @@ from ..errors import CheckpointError, ConfigError
 from ..learn.learner import Learner
 from ..learn.trainer import Prompts, Trainer
 from ..processes.group import place
+from ..processes.run_folder import numbered
 from ..settings.schema import to_yaml
 from ..settings.train_config import TrainConfig
 
@@ -121,16 +122,6 @@ def _latest(output_dir: Path, note: Warn) -> ResumePoint | None:
     if checkpoint is None:
         raise CheckpointError(f"{runs[0]}: none of its checkpoints is whole; start a new run in another output_dir")
     return ResumePoint(checkpoint, runs[0])
-
-
-def numbered(output_dir: Path, is_run: Callable[[Path], bool]) -> list[Path]:
-    """The runs that `RunLog` has made for `output_dir`: itself and `-2`, `-3`, … beside it, the last first."""
-    runs = {1: output_dir} if is_run(output_dir) else {}
-    for folder in output_dir.parent.glob("*") if output_dir.parent.is_dir() else ():
-        number = folder.name.removeprefix(f"{output_dir.name}-")
-        if number != folder.name and number.isdecimal() and is_run(folder):
-            runs[int(number)] = folder
-    return [runs[number] for number in sorted(runs, reverse=True)]
 
 
 def _has_checkpoints(folder: Path) -> bool:

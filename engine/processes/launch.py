@@ -29,6 +29,7 @@ from .hosts import DEFAULT_HOSTFILE, Host, check_host, check_launcher, executor,
 from .interrupts import preemptible
 from .nodes import passed_environment, run_nodes
 from .restarts import Restarts
+from .run_folder import check_free, numbered, unused_folder
 
 Config = TypeVar("Config")
 How = Literal["here", "rank", "torchrun", "hosts", "srun", "srun_task"]
@@ -90,7 +91,7 @@ class Request:
     def torchrun(self, nodes: int, ranks: int, restarts: int, *more: str) -> list[str]:
         """A node's torchrun; `more` says where nodes meet."""
         flags = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *more]
-        watched = [] if self.output_dir is None else [f"--output_dir={self.output_dir}"]
+        watched = [f"--output_dir={self.output_dir}"] if restarts and self.output_dir else []
         return [sys.executable, "-m", "syncr1.engine.processes.torchrun", *watched, *flags, *self.program()]
 
 
@@ -106,6 +107,8 @@ def launch(config: Config, recipe: str | Path, argv: Sequence[str] | None = None
         request = Request.of(settings, recipe, sys.argv[1:] if argv is None else argv)
         start = decide(request, os.environ)
         resumes = settings.resume_from_checkpoint is not None
+        if resumes and start.how != "rank":
+            _check_free(settings)
         if start.how in ("here", "rank"):
             return config
         print(f"syncr1: {start.words}", file=sys.stderr, flush=True)
@@ -128,6 +131,17 @@ def _written_to(config: Any) -> Path:
     return named.parent.parent if named.parent.name == "checkpoints" else named
 
 
+def _check_free(config: Any) -> None:
+    """Refuses to resume a run that still goes on, before anything is loaded."""
+    folder = _written_to(config)
+    runs = (
+        numbered(folder, lambda run: (run / "config.yaml").is_file())
+        if config.resume_from_checkpoint == "latest"
+        else []
+    )
+    check_free(runs[0] if runs else folder)
+
+
 def _become(command: Sequence[str]) -> NoReturn:
     sys.stdout.flush()
     try:
@@ -140,15 +154,6 @@ def _pinned(start: Start, request: Request, output_dir: Path) -> tuple[Start, Re
     """Names the run's folder now: after a restart, ranks must find the checkpoints of this run and of no older one."""
     more = ("--output_dir", str(unused_folder(output_dir)))
     return replace(start, command=(*start.command, *more)), replace(request, argv=(*request.argv, *more))
-
-
-def unused_folder(wanted: Path) -> Path:
-    """`wanted`, or the first of `wanted-2`, `-3`, … without a run in it, as runlog.py would choose it."""
-    for number in range(1, 10_000):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        if not any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "report.html", "checkpoints")):
-            return folder
-    raise ConfigError(f"output_dir: expected a free name near {wanted}, got 10000 runs; choose another one")
 
 
 def restarted(environ: Mapping[str, str] = os.environ) -> bool:
