@@ -10,7 +10,7 @@ import copy
 import hashlib
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -40,9 +40,10 @@ from ..checkpoints.sharded import (
 )
 from ..errors import CheckpointError, ConfigError
 from ..learn.learner import Learner
-from ..learn.trainer import Prompts, Trainer
+from ..learn.trainer import Prompts, Trainer, learning_rate
 from ..processes.group import place
 from ..processes.run_folder import numbered
+from ..processes.watchdog import gathering
 from ..settings.schema import to_yaml
 from ..settings.train_config import TrainConfig
 
@@ -157,6 +158,18 @@ def _check_fits(config: TrainConfig, checkpoint: Checkpoint, note: Warn) -> None
     if not isinstance(before, dict) or not all(isinstance(name, str) for name in before):
         raise CheckpointError(f"state.json: expected config to be settings by name, got {type(before).__name__}")
     check_settings(before, config, note)
+    _tell_schedule(before.get("max_steps"), config, checkpoint.step, note)
+
+
+def _tell_schedule(steps_before: Any, config: TrainConfig, step: int, note: Warn) -> None:
+    """The learning rate falls until `max_steps`: says how far it jumps where that is another one now."""
+    if type(steps_before) is not int or steps_before == config.max_steps or step >= config.max_steps:
+        return
+    before, now = (learning_rate(replace(config, max_steps=steps), step) for steps in (steps_before, config.max_steps))
+    note(
+        f"max_steps is {steps_before} in the checkpoint, {config.max_steps} now: the learning rate of step {step} is "
+        f"{now:.3g} instead of {before:.3g}, and falls to a tenth of {config.learning_rate:g} by the new end"
+    )
 
 
 def _entry(state: Mapping[str, Any], name: str, kind: type[Made]) -> Made:
@@ -216,7 +229,7 @@ class Checkpoints:
         It is saved when `wait` returns, and may be changed as soon as this does.  First waits for the save before.
 
         Raises:
-            CheckpointError: the save before failed.
+            CheckpointError: the save before failed, on any rank, or this rank alone had begun it.
         """
         self.wait()
         if self._at == trainer.step:
@@ -232,7 +245,13 @@ class Checkpoints:
             **self._constant,
         }
         copies, step, keep, group = self._copied(tensors), trainer.step, self.config.save_total_limit, self._saver.group
-        self._saver.start(lambda: save(self.root, step, copies, state, keep, group))
+        all_here = gathering("saving a checkpoint")
+
+        def job() -> None:
+            all_here()  # else this step's shard would meet the others' of a later one
+            save(self.root, step, copies, state, keep, group)
+
+        self._saver.start(job)
         self._at = step
 
     @property

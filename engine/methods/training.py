@@ -201,7 +201,12 @@ def train(
         display.training(config.max_steps, trainer.step),
         Interrupts(display.note, watchdog.hurry) as interrupts,
     ):
-        stop = StopRequests(trainer, checkpoints, interrupts, log, display.note)
+        requests = StopRequests(trainer, checkpoints, interrupts, log, display.note)
+
+        def stop() -> bool:
+            watchdog.mark("between steps", trainer.step)
+            return requests()
+
         trainer.train(stop)
         stop()  # what the last step was asked for
     watchdog.mark("after training")

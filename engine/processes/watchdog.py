@@ -5,10 +5,12 @@ A thread beside the training beats once a second into the process group's store 
     fault           the first thing that went wrong: an exit code and words; whoever reads it ends with them
     beat/<rank>     how many marks the rank has passed, where it is, and a number that rises while it lives
     life/<rank>     which process it is, so that those of its machine see at once when it is gone
+    here/<what>/<rank>  how often it has come to something that all ranks must do together, such as a save
 
     a rank raises an error           it says so as it leaves
     a rank is killed                 its process is gone, or its beats stand still for SILENCE
     a rank stalls                    no mark for `timeout` seconds: whoever has passed the fewest is named
+    a rank saves alone               another one has passed its mark without coming: `gathering`
 
 It begins when the ranks have met (meeting.py), so that joining the process group is watched as well.
 
@@ -35,7 +37,16 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from ..errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STALLED, RankFailed, Refused, RewardSpecError, RunEnded
+from ..errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_STALLED,
+    CheckpointError,
+    RankFailed,
+    Refused,
+    RewardSpecError,
+    RunEnded,
+)
 from .lifetimes import Lifetime
 from .meeting import REFUSED, Meeting
 
@@ -112,6 +123,7 @@ class Watchdog:
         self._others = [rank for rank in range(self.world_size) if rank != self.rank]
         self._beside: dict[int, Lifetime | None] = dict.fromkeys(_beside(self.rank, self.world_size))
         self._seen: dict[int, tuple[int, float]] = {}
+        self._calls: dict[str, int] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -131,7 +143,43 @@ class Watchdog:
         """This rank was asked to end, perhaps because another is gone: a few missed beats now mean that it is."""
         self._silence = _MISSED * POLL
 
+    def gathering(self, what: str) -> Callable[[], None]:
+        """This rank has come to `what`, which all must do together; the result, for any thread, waits for the others.
+
+        It raises CheckpointError, at once and on this rank, when another one has gone on to its next mark instead."""
+        if self._store is None:
+            return lambda: None
+        calls = self._calls[what] = self._calls.get(what, 0) + 1
+        marks, where = self._marks, self._where
+        self._store.set(f"here/{what}/{self.rank}", str(calls))
+
+        def absent() -> list[int]:
+            return [rank for rank in self._others if self._told(f"here/{what}/{rank}") < calls]
+
+        def wait() -> None:
+            while missing := absent():
+                past = [rank for rank in missing if self._passed(rank) > marks]
+                past = sorted({*past} & {*absent()})  # one may have come just now, and gone on
+                if past:
+                    raise CheckpointError(_alone(self.rank, past, what, where))
+                fault = self._fault()
+                if fault is not None:
+                    raise RankFailed(fault.words, fault.code)
+                time.sleep(POLL / 10)
+
+        return wait
+
+    def _told(self, key: str) -> int:
+        return int(self._store.get(key)) if self._store.check([key]) else 0
+
+    def _passed(self, rank: int) -> float:
+        """Marks that another rank has passed; all of them, once it has left."""
+        key = f"beat/{rank}"
+        beat = Beat.read(self._store.get(key)) if self._store.check([key]) else Beat(0, 0, "")
+        return math.inf if beat == _LEFT else beat.marks
+
     def __enter__(self) -> Self:
+        _watching.append(self)
         if self._store is not None:
             self._store.set(f"life/{self.rank}", Lifetime.own().text())
         self._beat()
@@ -143,6 +191,7 @@ class Watchdog:
     ) -> None:
         """Tells the others what ended this rank; raises RankFailed where it was another rank's doing."""
         faulthandler.cancel_dump_traceback_later()
+        _watching.remove(self)
         try:
             if self._store is not None:
                 knows = error is None or (isinstance(error, RunEnded) and error.together)
@@ -278,6 +327,22 @@ def _code(error: BaseException | None) -> int:
     if isinstance(error, RunEnded):
         return error.code
     return EXIT_BAD_INPUT if isinstance(error, Refused | RewardSpecError) else EXIT_FAILED
+
+
+def gathering(what: str) -> Callable[[], None]:
+    """`Watchdog.gathering` of the one that watches this process; outside of one nothing is known of other ranks."""
+    return _watching[-1].gathering(what) if _watching else lambda: None
+
+
+_watching: list[Watchdog] = []
+
+
+def _alone(rank: int, past: Sequence[int], what: str, where: str) -> str:
+    named = f"rank{'s' * (len(past) > 1)} {', '.join(map(str, past[:8]))}{', …' * (len(past) > 8)}"
+    return (
+        f"rank {rank} came to {what} at {where}, and {named} went on without; all ranks must do it together, at the "
+        "same place: call it on every rank (the right ones write)"
+    )
 
 
 def _storeless(error: BaseException) -> str:
