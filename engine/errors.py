@@ -2,7 +2,7 @@
 
   0  done
   1  a program's error, with its traceback
-  2  settings, data or a checkpoint that cannot work; nothing of the run is lost
+  2  settings, data or a checkpoint that cannot work, on this rank or another; nothing of the run is lost
  70  another rank failed, or too many updates in a row were not finite; the newest checkpoint is whole
  75  stopped by SIGTERM or SIGUSR1 after a checkpoint; start again with --resume_from_checkpoint latest
 124  a stage of a step took longer than --stage_timeout; the stacks of all threads were printed
@@ -16,6 +16,9 @@ EXIT_FAILED = 70  # EX_SOFTWARE of sysexits.h
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: trying again helps
 EXIT_STALLED = 124  # as timeout(1)
 EXIT_INTERRUPTED = 130  # as a shell tells it
+
+FINAL = (EXIT_BAD_INPUT, EXIT_PREEMPTED)
+"""After these a launcher does not start again: it would not help, or is not wanted."""
 
 MOST_CHARACTERS = 8_000
 """Of a message. It names the place first and the remedy last, so what is left out is in between."""
@@ -102,8 +105,10 @@ class RolloutTooLarge(RuntimeError):
 # How a run ends early -----------------------------------------------------------------------------------------------
 
 
-class RunEnded(Exception):
-    """A run that cannot go on, in words for people; `code` is what the process ends with."""
+class RunEnded(BaseException):
+    """A run that cannot go on, in words for people; `code` is what the process ends with.
+
+    No `Exception`: what a signal raises while a picture or a plug-in is read passes whatever catches their faults."""
 
     code = EXIT_FAILED
     together = True
@@ -122,6 +127,10 @@ class Preempted(RunEnded):
 
 class RankFailed(RunEnded):
     """Another rank is gone or failed, so that this one cannot continue."""
+
+    def __init__(self, words: str, code: int = EXIT_FAILED) -> None:
+        super().__init__(words)
+        self.code = code
 
 
 class NotFinite(RunEnded):

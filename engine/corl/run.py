@@ -59,6 +59,7 @@ def every_model(config: CorlConfig, session: Session) -> Summaries:
     display = session.display
     interrupted = interrupted_run(config, display.note)
     with open_run_log(config.output_dir, config, interrupted) as log:
+        session.writes_in(log.folder)
         models = CorlRun(config, log, session).models()
         scored = {name: model.scores for name, model in models.items() if model.scores is not None}
         if scored:

@@ -33,6 +33,7 @@ from ..forward.objective import Objective, PolicyForward
 from ..policies.base import Policy
 from ..policies.lora import adapter_disabled, base_of, has_lora, save_adapter
 from ..processes.group import local_device
+from ..processes.watchdog import gathering
 from ..records import MODALITY_NAMES, PackedBatch
 from ..stopwatch import Stopwatch
 from .optimizer import ClippedAdamW, LearnerSettings, clips_here, deepspeed_config
@@ -252,7 +253,13 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """The policy in transformers' format, adapters added to its weights, and beside it in peft's; every rank must
-        call it.  The folder appears whole, in place of one that is there."""
+        call it.  The folder appears whole, in place of one that is there.
+
+        Raises:
+            CheckpointError: under ZeRO-3, where not all ranks did.
+        """
+        if self.settings.zero_stage == 3:  # which gathers the weights: the others would be waited for
+            gathering("saving the model")()
         with self.sampling() as policy:
             if self.rank == 0:
                 draft, old = (folder.with_name(f".draft-{name}-{folder.name}") for name in ("new", "old"))

@@ -10,8 +10,8 @@ in another order, so what follows is the same within rounding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -39,8 +39,10 @@ from ..checkpoints.sharded import (
 )
 from ..errors import CheckpointError, ConfigError
 from ..learn.learner import Learner
-from ..learn.trainer import Prompts, Trainer
+from ..learn.trainer import Prompts, Trainer, learning_rate
 from ..processes.group import place
+from ..processes.run_folder import numbered
+from ..processes.watchdog import gathering
 from ..settings.schema import to_yaml
 from ..settings.train_config import TrainConfig
 
@@ -103,8 +105,9 @@ def resume_point(config: TrainConfig, note: Warn) -> ResumePoint | None:
         found = _latest(config.output_dir, note) if asked == "latest" else _named(Path(asked).expanduser(), note)
         checkpoint = None if found is None else found.checkpoint
         if checkpoint is None:
-            note(f"no checkpoint below {config.output_dir} yet: a new run")
-            return None
+            where = config.output_dir if found is None else found.run_folder
+            note(f"no checkpoint below {where} yet: {'a new run' if found is None else 'from the beginning'}")
+            return found
         agreed(lambda: _check_fits(config, checkpoint, note), f"resuming from {checkpoint.folder}")
     except CheckpointError as error:
         raise ConfigError(f"resume_from_checkpoint: {error}") from error
@@ -121,22 +124,14 @@ def _latest(output_dir: Path, note: Warn) -> ResumePoint | None:
     return ResumePoint(checkpoint, runs[0])
 
 
-def numbered(output_dir: Path, is_run: Callable[[Path], bool]) -> list[Path]:
-    """The runs that `RunLog` has made for `output_dir`: itself and `-2`, `-3`, … beside it, the last first."""
-    runs = {1: output_dir} if is_run(output_dir) else {}
-    for folder in output_dir.parent.glob("*") if output_dir.parent.is_dir() else ():
-        number = folder.name.removeprefix(f"{output_dir.name}-")
-        if number != folder.name and number.isdecimal() and is_run(folder):
-            runs[int(number)] = folder
-    return [runs[number] for number in sorted(runs, reverse=True)]
-
-
 def _has_checkpoints(folder: Path) -> bool:
     return bool(folders(folder / "checkpoints"))
 
 
 def _named(folder: Path, note: Warn) -> ResumePoint:
-    """One checkpoint, which must be whole; or the newest of a run's folder."""
+    """One checkpoint, which must be whole; or the newest of a run's folder, which begins again where it has none."""
+    if (folder / "config.yaml").is_file() and not _has_checkpoints(folder):
+        return ResumePoint(None, folder)
     if (folder / "checkpoints").is_dir():
         checkpoint = newest(folder / "checkpoints", note)
         if checkpoint is None:
@@ -158,6 +153,7 @@ def _check_fits(config: TrainConfig, checkpoint: Checkpoint, note: Warn) -> None
         raise CheckpointError(f"state.json: expected config to be settings by name, got {type(before).__name__}")
     check_settings(before, config, note)
     _check_cut(before.get("zero_stage"), config.zero_stage, checkpoint, note)
+    _tell_schedule(before.get("max_steps"), config, checkpoint.step, note)
 
 
 def _check_cut(stage_before: Any, stage: int, checkpoint: Checkpoint, note: Warn) -> None:
@@ -179,6 +175,17 @@ def _check_cut(stage_before: Any, stage: int, checkpoint: Checkpoint, note: Warn
 
 def _cut(world_size: int, stage: Any) -> str:
     return f"{world_size} rank{'s' * (world_size > 1)} (zero_stage {stage})"
+
+
+def _tell_schedule(steps_before: Any, config: TrainConfig, step: int, note: Warn) -> None:
+    """The learning rate falls until `max_steps`: says how far it jumps where that is another one now."""
+    if type(steps_before) is not int or steps_before == config.max_steps or step >= config.max_steps:
+        return
+    before, now = (learning_rate(replace(config, max_steps=steps), step) for steps in (steps_before, config.max_steps))
+    note(
+        f"max_steps is {steps_before} in the checkpoint, {config.max_steps} now: the learning rate of step {step} is "
+        f"{now:.3g} instead of {before:.3g}, and falls to a tenth of {config.learning_rate:g} by the new end"
+    )
 
 
 def _entry(state: Mapping[str, Any], name: str, kind: type[Made]) -> Made:
@@ -239,7 +246,7 @@ class Checkpoints:
         It is saved when `wait` returns, and may be changed as soon as this does.  First waits for the save before.
 
         Raises:
-            CheckpointError: the save before failed.
+            CheckpointError: the save before failed, on any rank, or this rank alone had begun it.
         """
         self.wait()
         if self._at == trainer.step:
@@ -256,7 +263,13 @@ class Checkpoints:
             **self._constant,
         }
         copies, step, keep, group = self._copied(tensors), trainer.step, self.config.save_total_limit, self._saver.group
-        self._saver.start(lambda: save(self.root, step, copies, state, keep, group))
+        all_here = gathering("saving a checkpoint")
+
+        def job() -> None:
+            all_here()  # else this step's shard would meet the others' of a later one
+            save(self.root, step, copies, state, keep, group)
+
+        self._saver.start(job)
         self._at = step
 
     @property

@@ -28,6 +28,7 @@ from ..learn.trainer import Trainer
 from ..policies.base import Policy
 from ..processes.group import place
 from ..processes.interrupts import Interrupts
+from ..processes.meeting import Meeting
 from ..processes.watchdog import Watchdog
 from ..records import Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
@@ -36,7 +37,7 @@ from ..settings.train_config import TrainConfig
 from ..show.display import Display
 from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .resume import Checkpoints, ResumablePrompts, ResumePoint
-from .starting import quieten, supervised
+from .starting import RUN_FOLDER, going_on, quieten, supervised
 from .stopping import StopRequests
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -48,10 +49,16 @@ EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "t2i")
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What goes with a run from its start to its end: who tells the user, and who watches that nothing hangs."""
+    """What goes with a run from its start to its end: who tells the user, who watches that nothing hangs, and all its
+    ranks."""
 
     display: Display
     watchdog: Watchdog
+    meeting: Meeting
+
+    def writes_in(self, folder: Path) -> None:
+        """The run's folder, where a later start of the same launcher goes on; the first one that is told counts."""
+        self.meeting.keep(RUN_FOLDER, str(folder.resolve()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,14 +117,15 @@ def run_method(
         if os.environ.get("RANK", "0") == "0":
             dry_run(config)
         return {}
-    with supervised(config) as watchdog:
+    with supervised(config) as (watchdog, meeting):
+        config = going_on(config, meeting)
         display = Display(
             max_steps=config.max_steps,
             num_stages=num_stages,
             logging_steps=config.logging_steps,
             quiet=place()[0] != 0,
         )
-        return method(config, Session(display, watchdog))
+        return method(config, Session(display, watchdog, meeting))
 
 
 def run_training(
@@ -139,6 +147,7 @@ def run_training(
     announce: Callable[[str], None] = display.stage if training.alone else lambda title: None
     learner = Learner(training.policy, training.objective, settings_of(config), training.reference)
     with open_run_log(config.output_dir, config, resumed) as log:
+        session.writes_in(log.folder)
         announce("scores before training")
         before = before or evaluate(evaluator, learner)
         write_scores(log, before)
@@ -192,7 +201,12 @@ def train(
         display.training(config.max_steps, trainer.step),
         Interrupts(display.note, watchdog.hurry) as interrupts,
     ):
-        stop = StopRequests(trainer, checkpoints, interrupts, log, display.note)
+        requests = StopRequests(trainer, checkpoints, interrupts, log, display.note)
+
+        def stop() -> bool:
+            watchdog.mark("between steps", trainer.step)
+            return requests()
+
         trainer.train(stop)
         stop()  # what the last step was asked for
     watchdog.mark("after training")

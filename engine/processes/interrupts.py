@@ -6,12 +6,14 @@
 
 An exception raised wherever Python happens to be may land in a callback or a destructor, where it is printed and
 forgotten, and with several processes it hits each at a different place.  A flag that the loop reads between steps is
-neither lost nor early, and the ranks can agree on it.
+neither lost nor early, and the ranks can agree on it.  Outside of training `preemptible` does raise: what is no
+`Exception`, and again where it was forgotten.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ from typing import Any, NoReturn, Self
 from ..errors import Preempted
 
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
+AGAIN = 0.01
+"""Seconds after which an error that a destructor swallowed is raised again."""
 
 
 class Interrupts:
@@ -53,6 +57,8 @@ class Interrupts:
     ) -> None:
         for number in list(self._before):
             self._restore(number)
+        if error is not None:
+            _ignore()
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         self.stop = True
@@ -71,18 +77,56 @@ class Interrupts:
 
 
 @contextmanager
+def ending_once() -> Iterator[None]:
+    """Within `preemptible`: an error that ends the block is the one that ends the process.
+
+    Launchers send SIGTERM to the ranks that a lost one has left, which know better why they end."""
+    try:
+        yield
+    except BaseException:
+        _ignore()
+        raise
+
+
+def _ignore() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in PREEMPTING:
+            if signal.getsignal(number) is not signal.SIG_DFL:
+                signal.signal(number, lambda *_: None)
+
+
+@contextmanager
 def preemptible(words: str) -> Iterator[None]:
-    """Outside of training nothing has to be finished: SIGTERM and SIGUSR1 raise `Preempted(words)` at once."""
+    """Outside of training nothing has to be finished: SIGTERM and SIGUSR1 raise `Preempted(words)` at once.
 
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise Preempted(f"{signal.Signals(number).name}: {words}", together=False)
-
+    One that struck in a destructor or a callback, where Python prints and forgets errors, is raised again right after
+    it; one that was swallowed otherwise, at the end of the block.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    asked: list[Preempted] = []
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        asked[:] = [Preempted(f"{signal.Signals(number).name}: {words}", together=False)]
+        raise asked[0]
+
+    def forgotten(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Preempted):
+            unraisable_before(unraisable)
+        elif signal.getsignal(PREEMPTING[0]) is not signal.SIG_DFL:
+            # In a moment: one that is raised here would be forgotten as well.
+            main = threading.main_thread().ident or 0
+            threading.Timer(AGAIN, signal.pthread_kill, (main, PREEMPTING[0])).start()
+
+    unraisable_before = sys.unraisablehook
     before = {number: signal.signal(number, end) for number in PREEMPTING}
+    sys.unraisablehook = forgotten
     try:
         yield
+        if asked:
+            raise asked[0]
     finally:
+        sys.unraisablehook = unraisable_before
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,6 +11,7 @@ input ends: nothing is left behind on a machine whose launcher is gone.  Only th
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -23,10 +24,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import EXIT_PREEMPTED, shown_end
+from ..errors import FINAL, shown_end
+from .restarts import Restarts
 
-FINAL = (2, EXIT_PREEMPTED)
-"""Exit codes after which starting again does not help, or is not wanted."""
 _SUBREAPER, _PDEATHSIG = 36, 1  # of linux/prctl.h
 
 _PASSED = (
@@ -55,7 +55,7 @@ def run_nodes(
     *,
     folder: Path,
     environment: Mapping[str, str],
-    max_restarts: int,
+    restarts: Restarts,
     grace: float,
     say: Callable[[str], None],
 ) -> int:
@@ -67,14 +67,14 @@ def run_nodes(
         executors: for each node, what starts its agent there.
         folder: working directory on the nodes.
         environment: variables for what the nodes run.
-        max_restarts: how often all of them are restarted at most.
+        restarts: whether all of them are restarted once more.
         grace: seconds that a node has to end by itself before it is killed.
         say: takes lines for people.
     """
-    for restarts in range(max_restarts + 1):
+    for attempt in itertools.count():
         jobs = [
             {"folder": str(folder), "command": list(command), "environment": dict(environment), "grace": grace}
-            for command in commands(restarts)
+            for command in commands(attempt)
         ]
         lost, code = _attempt(executors, jobs, grace)
         if code == 0:
@@ -82,9 +82,10 @@ def run_nodes(
         say(f"node {names[lost]} ended with {shown_end(code)}")
         if code in FINAL:
             return code
-        if restarts < max_restarts:
-            say(f"starting all {len(names)} nodes again ({restarts + 1} of {max_restarts} restarts)")
-    say(f"giving up after {max_restarts} restarts")
+        if not restarts.again():
+            break
+        say(f"starting all {len(names)} nodes again: {restarts.words()}")
+    say(f"giving up after {restarts.most} restarts without a new checkpoint")
     return code if code > 0 else 128 - code
 
 

@@ -33,6 +33,9 @@ from torch import Tensor
 from syncr1.kernels.api import attention_provider
 from syncr1.kernels.dispatch import available
 
+from ..errors import ConfigError
+from ..processes.launch import restarted
+from ..processes.run_folder import LONG_PATIENCE, PATIENCE, FolderLock
 from ..records import Rollout, StepMetrics
 from ..settings.schema import to_yaml
 from ..whole_files import write_atomically
@@ -63,10 +66,18 @@ def open_run_log(output_dir: Path, config: Any, resumed: Resumed | None = None) 
     if not (dist.is_available() and dist.is_initialized()):
         first = int(os.environ.get("RANK", "0")) == 0
         return RunLog(output_dir, config, resumed) if first else NullRunLog(output_dir)
-    log = RunLog(output_dir, config, resumed) if dist.get_rank() == 0 else None
-    box = [str(log.folder) if log else ""]
+    log, box = None, ["", ""]
+    if dist.get_rank() == 0:
+        try:
+            log = RunLog(output_dir, config, resumed)
+            box = [str(log.folder), ""]
+        except ConfigError as error:  # then no rank begins
+            box = ["", str(error)]
     dist.broadcast_object_list(box, src=0)
-    return log or NullRunLog(Path(box[0]))
+    folder, refused = box
+    if refused:
+        raise ConfigError(refused)
+    return log or NullRunLog(Path(folder))
 
 
 class RunLog:
@@ -79,14 +90,19 @@ class RunLog:
             output_dir: where the run should go.
             config: the recipe's settings, a dataclass of the kind that `settings/schema.py` reads.
             resumed: go on in this run's folder instead; `cut` is then to be called before the first step.
+
+        Raises:
+            ConfigError: another process writes to the folder that is to be gone on in.
         """
         if getattr(config, "resume_from_checkpoint", None) is not None:
             config = dataclasses.replace(config, resume_from_checkpoint=None)  # config.yaml repeats the run
         if resumed is None:
             self.folder = _claim_folder(Path(output_dir), to_yaml(config))
+            self._lock = FolderLock(self.folder)
             _write_json(self.folder / "environment.json", environment())
         else:
             self.folder = resumed.run_folder
+            self._lock = FolderLock(self.folder, LONG_PATIENCE if restarted() else PATIENCE)
             write_atomically(self.folder / "config.yaml", CONFIG_HEADING + to_yaml(config))
             _write_json(self.folder / "environment.json", environment() | {"resumed_at_step": resumed.step})
         self._metrics: TextIO | None = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
@@ -203,7 +219,10 @@ class RunLog:
         self._metrics.close()
         self._metrics = None
         self._trackers.close()
-        report.write_report(self.folder)
+        try:
+            report.write_report(self.folder)
+        finally:
+            self._lock.close()
 
     def __enter__(self) -> Self:
         return self

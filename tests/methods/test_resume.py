@@ -29,6 +29,7 @@ from syncr1.engine.checkpoints.random_states import load_random_state, random_st
 from syncr1.engine.checkpoints.sharded import folders, save, verified
 from syncr1.engine.data.prompts import load_training_prompts
 from syncr1.engine.errors import CheckpointError, ConfigError
+from syncr1.engine.learn.trainer import learning_rate
 from syncr1.engine.methods.resume import resume_point
 from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.rewards.ensemble import RewardSet
@@ -336,6 +337,19 @@ def test_what_may_differ(whole: Training, run_folder: Path) -> None:
     said: list[str] = []
     assert resume_point(asked(whole, run_folder, max_tokens_per_microbatch=500), said.append) is not None
     assert len(said) == 1 and "other rounding" in said[0]
+
+
+def test_a_longer_run_says_how_its_learning_rate_jumps(whole: Training, run_folder: Path) -> None:
+    """At step 5 of 5 nothing but a tenth of the rate was left; of 9, half of the way is still to go."""
+    said: list[str] = []
+    point = resume_point(asked(whole, run_folder, max_steps=9), said.append)
+    assert point is not None and point.step == 5
+    config = whole.trainer.config
+    before, now = (learning_rate(replace(config, max_steps=steps), 5) for steps in (5, 9))
+    (told,) = said
+    assert "max_steps is 5 in the checkpoint, 9 now" in told and f"{now:.3g} instead of {before:.3g}" in told
+    assert now == pytest.approx(0.55e-3) and before == pytest.approx(1e-4)
+    assert resume_point(asked(whole, run_folder, max_steps=5), said.append) is not None and len(said) == 1
 
 
 # The run's folder -----------------------------------------------------------------------------------------------------

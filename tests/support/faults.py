@@ -76,8 +76,8 @@ def inject(faults: Sequence[Fault], rank: int, told: Path) -> None:
     """From now on the faults will happen in this process, where it is their rank."""
     mark, left = Watchdog.mark, [fault for fault in faults if fault.rank == rank]
 
-    def mark_and_fail(watchdog: Watchdog, stage: str, step: int | None = None) -> None:
-        mark(watchdog, stage, step)
+    def mark_and_fail(watchdog: Watchdog, stage: str, step: int | None = None, **more: float) -> None:
+        mark(watchdog, stage, step, **more)
         for fault in [fault for fault in left if (fault.stage, fault.step) == (stage, step)]:
             left.remove(fault)
             told.touch()

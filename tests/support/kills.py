@@ -23,7 +23,7 @@ import torch
 
 from syncr1.engine.checkpoints.saver import Saver
 from syncr1.engine.checkpoints.sharded import LATEST, Checkpoint, folders, newest, save, verified
-from syncr1.engine.processes.group import free_port
+from syncr1.engine.processes.meeting import free_port
 
 TOLD = struct.Struct("qq")
 """The step whose save has begun, and the last one that is known to be saved."""

@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from syncr1.engine.processes.group import free_port
+from syncr1.engine.processes.meeting import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (

@@ -1,0 +1,236 @@
+"""A long night: ranks killed at random moments, full disks, slow rewards; the end must be that of a quiet one.
+
+python tests/support/soak.py FOLDER --zero_stage 2 --steps 3000 --every 60
+python tests/support/soak.py FOLDER --zero_stage 0 --steps 100000 --kills 30 --kinds killed --every 45     restarts
+
+The second is not for comparing: a rank is killed at a random moment, and when the run goes on again, the next one.
+The first trains the same twice, undisturbed and disturbed, and compares metrics and weights to the last bit; it tells
+how the undisturbed one's memory and open files grow from step 300 on.  One line of JSON at the end; everything that the
+runs said is in FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import signal
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from launched import Launched, forbid_writing, memory, metrics_of, slope
+from made import short_base, world_folder
+from slow_recipe import SLOW
+from warm import ROOT
+
+from syncr1.engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED
+
+KINDS = {"killed": 12, "disk full": 1, "reward slow": 2, "asked to end": 1}
+"""What happens, and how often of 16."""
+WARM = 300
+"""Steps after which memory is looked at."""
+STUCK = 600.0
+"""Seconds without a step after which the run is said to hang."""
+
+
+@dataclass
+class Figures:
+    """What a soak saw."""
+
+    zero_stage: int
+    steps: int = 0
+    kills: int = 0
+    restart_seconds: list[float] = field(default_factory=list)
+    """From a kill to the end of the next step; of several kills before that step, from the last."""
+    refusals: int = 0
+    """Ends with 2, after a full disk; the user starts again."""
+    asked: int = 0
+    """Ends with 75."""
+    slow: int = 0
+    steps_redone: int = 0
+    minutes: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+    rss_kib_a_step: list[float] = field(default_factory=list)
+    """Per rank of the undisturbed run, from step 300 on."""
+    files_grown: list[int] = field(default_factory=list)
+
+
+def flags_of(zero_stage: int, steps: int, ranks: int) -> list[str]:
+    """The cheapest step there is, and a checkpoint every ten."""
+    return [
+        *("--model", str(short_base()), "--data", str(world_folder()), "--seed", "3", "--zero_stage", str(zero_stage)),
+        *(
+            "--prompts_per_step",
+            "2",
+            "--num_generations",
+            "2",
+            "--max_steps",
+            str(steps),
+            "--checkpointing_steps",
+            "10",
+        ),
+        *("--eval_samples", "0", "--sample_steps", "0", "--anchor_fraction", "0", "--max_completion_length", "4"),
+        *("--logging_steps", "50", "--ranks_per_node", str(ranks), "--max_restarts", "20"),
+    ]
+
+
+def undisturbed(folder: Path, flags: list[str], figures: Figures) -> None:
+    """The run to compare with, whose memory is looked at."""
+    launched = Launched(folder / "quiet", folder / "quiet.log", ROOT / "tests" / "support" / "slow_recipe.py", *flags)
+    sizes: dict[int, list[tuple[int, int]]] = {}
+    files: dict[int, list[int]] = {}
+    try:
+        while launched.poll() is None:
+            time.sleep(2)
+            step = launched.steps()[1]
+            for rank, pid in enumerate(launched.ranks()):
+                seen = memory(pid)
+                if seen is not None and WARM <= step < figures.steps:
+                    sizes.setdefault(rank, []).append((step, seen[0]))
+                    files.setdefault(rank, []).append(seen[1])
+        if launched.poll() != 0:
+            figures.wrong.append(f"the undisturbed run ended with {launched.poll()}")
+    finally:
+        launched.end()
+    figures.rss_kib_a_step = [round(slope(points), 3) for _, points in sorted(sizes.items())]
+    # The fewest of the first and of the last tenth: a file that is open while it is written is no leak.
+    tenths = [(counts[: len(counts) // 10 + 1], counts[-len(counts) // 10 :]) for _, counts in sorted(files.items())]
+    figures.files_grown = [min(last) - min(first) for first, last in tenths]
+
+
+class Night:
+    """The disturbed run."""
+
+    def __init__(self, folder: Path, flags: list[str], asked: argparse.Namespace, figures: Figures) -> None:
+        self.folder, self.flags, self.figures = folder, flags, figures
+        self.kinds = {kind: KINDS[kind] for kind in asked.kinds}
+        self.chance, self.every, self.most = random.Random(asked.seed), asked.every, asked.kills
+        self.run = folder / "loud"
+        self.launched = self._start()
+        self.file, self.seen, self.moved = 0, 0, time.monotonic()
+        self.struck: float | None = None
+
+    def _start(self, *more: str) -> Launched:
+        script = ROOT / "tests" / "support" / "slow_recipe.py"
+        return Launched(self.run, self.folder / "loud.log", script, *self.flags, *more)
+
+    def last(self) -> None:
+        """Until the run has come to its end."""
+        next_one = math.inf
+        try:
+            while True:
+                time.sleep(0.1)
+                self._look()
+                if next_one == math.inf and self.seen:
+                    next_one = time.monotonic() + self.chance.uniform(0, self.every)
+                code = self.launched.poll()
+                if code == 0 or self.figures.wrong:
+                    return
+                if code is not None:
+                    self._again(code)
+                if self.most and self.struck is not None:  # one after the other
+                    next_one = time.monotonic() + self.chance.uniform(0, self.every)
+                elif self.most and self.figures.kills >= self.most:
+                    return
+                elif time.monotonic() >= next_one:
+                    self._happen()
+                    next_one = time.monotonic() + self.chance.expovariate(1 / self.every)
+        finally:
+            self.launched.end()
+
+    def _look(self) -> None:
+        file, steps = self.launched.steps()
+        if file != self.file:
+            self.figures.steps_redone += max(0, self.seen - steps) if self.file else 0
+            self.file, self.seen = file, steps
+        elif steps > self.seen:
+            self.seen, self.moved = steps, time.monotonic()
+            if self.struck is not None:
+                self.figures.restart_seconds.append(round(time.monotonic() - self.struck, 1))
+                self.struck = None
+        if time.monotonic() - self.moved > STUCK:
+            self.figures.wrong.append(f"no step for {STUCK:g} s after step {self.seen}")
+
+    def _again(self, code: int) -> None:
+        """What the user does when the launcher has ended."""
+        if code == EXIT_BAD_INPUT:
+            self.figures.refusals += 1
+        elif code == EXIT_PREEMPTED:
+            self.figures.asked += 1
+        else:
+            self.figures.wrong.append(f"the launcher ended with {code} after step {self.seen}")
+            return
+        self.launched.end()
+        self.launched = self._start("--resume_from_checkpoint", "latest")
+
+    def _happen(self) -> None:
+        kind = self.chance.choices([*self.kinds], [*self.kinds.values()])[0]
+        ranks = self.launched.ranks()
+        if kind == "killed" and ranks:
+            self.struck = time.monotonic()
+            self.figures.kills += 1
+            _signal(self.chance.choice(ranks), signal.SIGKILL)
+        elif kind == "disk full" and ranks:
+            forbid_writing(self.chance.choice(ranks))
+        elif kind == "reward slow" and self.run.is_dir():
+            slow = self.run / SLOW
+            slow.unlink() if slow.exists() else slow.write_text(str(self.chance.uniform(0.5, 3)))
+            self.figures.slow += 1
+        elif kind == "asked to end":
+            _signal(self.launched.process.pid, signal.SIGTERM)
+        print(f"{time.strftime('%T')} step {self.seen}: {kind}; {self.figures.restart_seconds[-1:]}", flush=True)
+        if self.seen and (self.run / SLOW).exists() and kind != "reward slow":
+            (self.run / SLOW).unlink()  # slow for one interval
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def compare(folder: Path, figures: Figures) -> None:
+    """Metrics and weights of both runs, to the last bit."""
+    quiet, loud = folder / "quiet", folder / "loud"
+    one, other = metrics_of(quiet), metrics_of(loud)
+    if [row["step"] for row in other] != list(range(figures.steps)):
+        figures.wrong.append(f"{len(other)} rows of metrics for {figures.steps} steps")
+    differ = [row["step"] for row, twin in zip(one, other, strict=False) if row != twin]
+    if differ:
+        figures.wrong.append(f"metrics differ from step {differ[0]} on")
+    name = Path("checkpoints", "last", "model.safetensors")
+    if (quiet / name).read_bytes() != (loud / name).read_bytes():
+        figures.wrong.append("weights differ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--zero_stage", type=int, default=2, choices=(0, 1, 2, 3))
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--every", type=float, default=60.0, help="seconds between two disturbances, on average")
+    parser.add_argument("--kills", type=int, default=0, help="end after so many kills instead of after --steps")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    asked.folder.mkdir(parents=True)
+    figures, start = Figures(asked.zero_stage, asked.steps), time.monotonic()
+    flags = flags_of(asked.zero_stage, asked.steps, asked.ranks)
+    if not asked.kills:
+        undisturbed(asked.folder, flags, figures)
+    Night(asked.folder, flags, asked, figures).last()
+    if not asked.kills and not figures.wrong:
+        compare(asked.folder, figures)
+    figures.minutes = round((time.monotonic() - start) / 60, 1)
+    told = asdict(figures)
+    slowest = max(figures.restart_seconds, default=0.0)
+    print(json.dumps(told | {"restarts": len(figures.restart_seconds), "slowest_restart": slowest}))
+    raise SystemExit(bool(figures.wrong))
+
+
+if __name__ == "__main__":
+    main()
