@@ -2,12 +2,13 @@
 
     python -m syncr1.engine.processes.torchrun [torchrun's flags] PROGRAM [flags]
 
-torchrun ends with 1 whatever happened. Here 75 says that SIGTERM or SIGUSR1 stopped it, after its ranks had
+torchrun ends with 1 whatever happened. Here 75 says that SIGTERM, SIGUSR1 or SIGHUP stopped it, after its ranks had
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds to save, and another code is that of the first rank that failed.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -18,13 +19,16 @@ from torch.distributed.run import main as run
 from ..errors import EXIT_PREEMPTED, shown_end
 from .interrupts import PREEMPTING
 
-SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+FLAG = "--signals-to-handle"
+HANDLED = (*PREEMPTING, signal.SIGINT, signal.SIGQUIT)
 
 
 def main(arguments: list[str]) -> int:
-    known = any(SIGNALS.partition("=")[0] in action.option_strings for action in get_args_parser()._actions)
+    known = any(FLAG in action.option_strings for action in get_args_parser()._actions)
+    # What `nohup` has ignored is not to be handed on either.
+    signals = ",".join(number.name for number in HANDLED if signal.getsignal(number) is not signal.SIG_IGN)
     try:
-        run([SIGNALS, *arguments] if known else arguments)  # torch before 2.9 does not know the flag
+        run([f"{FLAG}={signals}", *arguments] if known else arguments)  # torch before 2.9 does not know the flag
     except SignalException as stopped:
         print(f"syncr1: {stopped.sigval.name}: all ranks of this machine have ended", file=sys.stderr)
         return EXIT_PREEMPTED if stopped.sigval in PREEMPTING else 128 + stopped.sigval
