@@ -117,7 +117,8 @@ def run_method(
             logging_steps=config.logging_steps,
             quiet=place()[0] != 0,
         )
-        return method(config, Session(display, watchdog))
+        with display:
+            return method(config, Session(display, watchdog))
 
 
 def run_training(
