@@ -4,9 +4,11 @@
   1  a program's error, with its traceback
   2  settings, data or a checkpoint that cannot work, on this rank or another; nothing of the run is lost
  70  another rank failed, or too many updates in a row were not finite; the newest checkpoint is whole
- 75  stopped by SIGTERM or SIGUSR1 after a checkpoint; start again with --resume_from_checkpoint latest
+ 75  stopped by SIGTERM, SIGUSR1 or SIGHUP, after a checkpoint where training had begun; start again with
+     --resume_from_checkpoint latest
 124  a stage of a step took longer than --stage_timeout; the stacks of all threads were printed
 130  Ctrl-C outside of training
+141  nobody reads what is printed (`| head`)
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ EXIT_FAILED = 70  # EX_SOFTWARE of sysexits.h
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: trying again helps
 EXIT_STALLED = 124  # as timeout(1)
 EXIT_INTERRUPTED = 130  # as a shell tells it
+EXIT_NO_READER = 141  # as a shell tells SIGPIPE
 
 FINAL = (EXIT_BAD_INPUT, EXIT_PREEMPTED)
 """After these a launcher does not start again: it would not help, or is not wanted."""

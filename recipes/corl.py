@@ -20,6 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
 from syncr1.engine.processes.launch import launch
 from syncr1.engine.settings.flags import parse
@@ -35,11 +36,12 @@ def main() -> None:
     config = launch(config, __file__)
     if embedded:
         print(f"syncr1: no --model and no --data: the tiny world, settings from recipes/{TINY.name}")
-    print("syncr1: loading torch and transformers ...", flush=True)
-    from syncr1.engine.corl.run import run
+    with loading():
+        from syncr1.engine.corl.run import run
 
     run_to_exit(run, config)
 
 
 if __name__ == "__main__":
-    main()
+    with unix_habits():
+        main()

@@ -18,19 +18,20 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.settings.flags import parse
 
 
 def main() -> None:
     config = parse(EvaluateConfig, description=__doc__)
-    print("syncr1: loading torch and transformers ...", flush=True)
-    import syncr1.engine.compat  # noqa: F401  # before transformers
+    with loading():
+        import syncr1.engine.compat  # noqa: F401  # before transformers
 
-    from transformers.utils import logging
+        from transformers.utils import logging
 
-    from syncr1.engine.errors import DataError, EvaluationError, PictureError
-    from syncr1.engine.methods.evaluation import run_evaluation
+        from syncr1.engine.errors import DataError, EvaluationError, PictureError
+        from syncr1.engine.methods.evaluation import run_evaluation
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -45,4 +46,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with unix_habits():
+        main()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from syncr1.engine.checkpoints.model_card import is_hub_name, write_model_card
+from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.settings.flags import parse
 from syncr1.engine.settings.schema import Range, Rule, Settings
 
@@ -61,8 +62,9 @@ class MergeConfig(Settings):
 
 def main() -> None:
     config = parse(MergeConfig, description=__doc__)
-    from syncr1.engine.checkpoints.merge import merge_checkpoints
-    from syncr1.engine.errors import CheckpointError
+    with loading("torch"):
+        from syncr1.engine.checkpoints.merge import merge_checkpoints
+        from syncr1.engine.errors import CheckpointError
 
     assert config.base is not None and config.output is not None  # MergeConfig saw to it
     tenth = [0]
@@ -97,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with unix_habits():
+        main()

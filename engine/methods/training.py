@@ -125,7 +125,8 @@ def run_method(
             logging_steps=config.logging_steps,
             quiet=place()[0] != 0,
         )
-        return method(config, Session(display, watchdog, meeting))
+        with display:
+            return method(config, Session(display, watchdog, meeting))
 
 
 def run_training(

@@ -3,14 +3,15 @@
     python -m syncr1.engine.processes.torchrun [--output_dir=FOLDER] [torchrun's flags] PROGRAM [flags]
 
 torchrun ends with 1 whatever happened, and starts again whatever happened, --max-restarts times in a run's life.  Here
-75 says that SIGTERM or SIGUSR1 stopped it, after its ranks had TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds to save, and
-another code is that of the first rank that failed; 2 and 75 are final; and --max-restarts counts since the last new
+75 says that SIGTERM, SIGUSR1 or SIGHUP stopped it, after its ranks had TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds to save,
+and another code is that of the first rank that failed; 2 and 75 are final; and --max-restarts counts since the last new
 checkpoint in FOLDER (restarts.py).
 """
 
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from ..errors import EXIT_PREEMPTED, FINAL, shown_end
 from .interrupts import PREEMPTING
 from .restarts import Restarts
 
-SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+FLAG = "--signals-to-handle"
+HANDLED = (*PREEMPTING, signal.SIGINT, signal.SIGQUIT)
 
 
 OUTPUT_DIR, MOST = "--output_dir=", "--max-restarts="
@@ -67,9 +69,11 @@ def main(arguments: list[str]) -> int:
         if re.fullmatch(f"{MOST}[1-9][0-9]*", argument):
             restarting(LocalElasticAgent, Restarts(int(argument.removeprefix(MOST)), output_dir))
             arguments = [*arguments[:place], f"{MOST}{WITHOUT_END}", *arguments[place + 1 :]]
-    known = any(SIGNALS.partition("=")[0] in action.option_strings for action in get_args_parser()._actions)
+    known = any(FLAG in action.option_strings for action in get_args_parser()._actions)
+    # What `nohup` has ignored is not to be handed on either.
+    signals = ",".join(number.name for number in HANDLED if signal.getsignal(number) is not signal.SIG_IGN)
     try:
-        run([SIGNALS, *arguments] if known else arguments)  # torch before 2.9 does not know the flag
+        run([f"{FLAG}={signals}", *arguments] if known else arguments)  # torch before 2.9 does not know the flag
     except SignalException as stopped:
         print(f"syncr1: {stopped.sigval.name}: all ranks of this machine have ended", file=sys.stderr)
         return EXIT_PREEMPTED if stopped.sigval in PREEMPTING else 128 + stopped.sigval

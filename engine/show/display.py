@@ -1,6 +1,7 @@
 """What a run says on the terminal: its stages, one live bar while it trains, and the before/after table.
 
-Where stdout is not a terminal (a log file, CI) the bar becomes a plain line every `logging_steps` steps.
+Where stdout is not a terminal (a log file, CI) the bar becomes a plain line every `logging_steps` steps. In between a
+`Pulse` shows that the run lives.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from ..records import StepMetrics
+from .pulse import Pulse, duration
 from .scores import SUMMARY, ScoreRow, Scores, measures_in, score_rows, show_change, show_score
 
 
@@ -45,8 +49,11 @@ class Display:
         self._stage = self._done = self._before = 0
         self._first_step_at = math.nan
         self._live: Live | None = None
+        self._pulse: Pulse | None = None
+        self._entered = False
         self._progress = Progress(
             TextColumn("  training"),
+            SpinnerColumn("line"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[eta]}"),
@@ -56,11 +63,24 @@ class Display:
         self._task = self._progress.add_task("training", total=max_steps, eta="")
         self._started = time.monotonic()
 
+    def __enter__(self) -> Self:
+        """Inside, a stage that takes long shows that it lives."""
+        self._entered = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._show_pulse(None)
+        self._entered = False
+
     def stage(self, title: str) -> None:
         """Announces what happens next: `2/4 training the tiny base`."""
+        self._show_pulse(None)
         self._stage += 1
         number = f"{self._stage}/{self.num_stages} " if self.num_stages else ""
         self.console.print(Text.assemble((number, "bold cyan"), (title, "bold")))
+        self._show_pulse(title)
 
     def note(self, text: str) -> None:
         """A line of plain text; above the bar while it runs."""
@@ -75,17 +95,22 @@ class Display:
         self._progress.reset(self._task, total=self.max_steps, completed=done, eta="")
         self._started = time.monotonic()
         if not self.console.is_terminal or self.console.quiet:
+            self._show_pulse("the first step, which also warms up")
             yield self
-            return
-        with Live(self._progress, console=self.console, refresh_per_second=4, transient=False) as self._live:
-            try:
-                yield self
-            finally:
-                self._live = None
+        else:
+            self._show_pulse(None)
+            with Live(self._progress, console=self.console, refresh_per_second=4, transient=False) as self._live:
+                try:
+                    yield self
+                finally:
+                    self._live = None
+        self._show_pulse("saving and scoring")
 
     def step(self, metrics: StepMetrics) -> None:
         """One step is done: moves the bar, or prints a line when one is due."""
         self._done += 1
+        if self._live is None:
+            self._show_pulse(None)  # from here on there are the steps' lines
         line = summary_line(metrics.values)
         if self._live is not None:
             self._progress.update(self._task, completed=self._done, eta=self._time_left())
@@ -105,6 +130,14 @@ class Display:
         before, self.console.width = self.console.width, room
         self.console.print(table)
         self.console.width = before
+
+    def _show_pulse(self, words: str | None) -> None:
+        """Shows `words` until the next call; None: nothing any more."""
+        if self._pulse is not None:
+            self._pulse.stop()
+        self._pulse = Pulse(self.console, words) if words is not None and self._entered else None
+        if self._pulse is not None:
+            self._pulse.start()
 
     def _time_left(self) -> str:
         """From the pace after the first step, which also pays for compiling and warming up."""
@@ -144,16 +177,6 @@ def summary_line(values: Mapping[str, float]) -> str:
 def number(value: float) -> str:
     """Two decimals, or `n/a` where no trajectory had a value."""
     return f"{value:.2f}" if math.isfinite(value) else "n/a"
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def before_after_table(before: Scores, after: Scores) -> Table:

@@ -16,15 +16,19 @@ from PIL import Image
 
 from syncr1.engine.errors import EXIT_PREEMPTED, Preempted
 from syncr1.engine.pictures import open_picture
+from syncr1.engine.processes import interrupts
 from syncr1.engine.processes.interrupts import PREEMPTING, Interrupts, preemptible
 
 
 @pytest.fixture(autouse=True)
-def _as_in_a_terminal() -> Iterator[None]:
+def _as_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A shell's background jobs ignore Ctrl-C from the start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in PREEMPTING}  # `nohup make test` ignores one
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(interrupts, "leave_terminal", lambda: None)  # these tests' own
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def interrupt() -> None:

@@ -17,7 +17,12 @@ from .wire import receive, send, unpacked
 
 def serve(spec: str) -> None:
     """The worker: answers until its input ends."""
-    for asked_to_end in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the run finishes its step, and needs this
+    for asked_to_end in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGHUP,
+    ):  # the run finishes its step, and needs this
         signal.signal(asked_to_end, signal.SIG_IGN)
     # What the function prints or reads is neither a reply nor a request.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
