@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..show.scores import Scores, measures_in, score_rows, show_change, show_score
+from ..show.scores import Scores, measures_in, score_rows, show_change, show_interval, show_score
 from ..whole_files import write_atomically
 
 CARD = "README.md"
@@ -205,9 +205,18 @@ def _score_section(before: Scores | None, after: Scores | None) -> str:
     rows = score_rows(before, after)
     if not rows:
         return ""
-    lines = ["## Scores", "", "| task | measure | before | after | change |", "|---|---|---:|---:|---:|"]
+    lines = ["## Scores", "", "On held-out items that training never saw; in brackets 95 % intervals."]
+    lines += [
+        "",
+        "| task | measure | unit | items | before | after | change | |",
+        "|---|---|---|---:|---:|---:|---:|---|",
+    ]
     for row in rows:
-        cells = (row.label, row.measure, show_score(row.before), show_score(row.after), show_change(row))
+        sides = ((row.before, row.before_interval), (row.after, row.after_interval))
+        old, new = (f"{show_score(value, row.unit)} {show_interval(interval, row.unit)}" for value, interval in sides)
+        change = f"{show_change(row)} {show_interval(row.change_interval, row.unit, signed=True)}"
+        items = str(row.num_items or "–")
+        cells = (row.label, row.measure, row.unit, items, old, new, change, ", ".join(row.marks))
         lines.append("| " + " | ".join(_plain(cell) for cell in cells) + " |")
     words = [f"- {name}: {meaning}" for name, meaning in measures_in(rows).items()]
     return "\n".join([*lines, *([""] if words else []), *words])

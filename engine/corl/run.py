@@ -24,7 +24,7 @@ from ..evaluate.held_out import Evaluation
 from ..learn.credit import shared_advantages
 from ..learn.from_settings import objective_of
 from ..methods.starting import add_adapters, starting_policy
-from ..methods.training import Session, Summaries, Training, run_method, run_training, table_of, write_scores
+from ..methods.training import Session, Summaries, Training, run_method, run_training, write_scores
 from ..processes.group import barrier, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import check_plans
@@ -35,9 +35,6 @@ from .models_table import models_table
 from .parts import Parts
 from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
 from .training_data import refined_trainings, stream_of, training_samples
-
-TABLE_WIDTH = 110
-"""Characters; a log file's lines may be longer than a terminal's 80."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +59,8 @@ def every_model(config: CorlConfig, session: Session) -> Summaries:
         models = CorlRun(config, log, session).models()
         scored = {name: model.scores for name, model in models.items() if model.scores is not None}
         if scored:
-            table = models_table({name: table_of(scores) for name, scores in scored.items()})
-            display.wide(table, TABLE_WIDTH)
+            table = models_table({name: scores.table for name, scores in scored.items()})
+            display.console.print(table)
             if "base" in scored and len(scored) > 1:
                 write_scores(log, scored["base"], best_of_both(scored))
     for name, model in models.items():
@@ -183,7 +180,7 @@ class CorlRun:
                 method=f"{config.merge_method} merge",
                 config=config,
                 data=config.data,
-                after=None if model.scores is None else table_of(model.scores),
+                after=None if model.scores is None else model.scores.table,
                 merged_from=sources,
             )
         return model
@@ -203,10 +200,10 @@ def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
     drawing = next(scored[n] for n in ("t2i", "merged_first", "unified", "generation", "merged", "base") if n in scored)
     names = ("merged", "mcq", "oe", "merged_first", "unified", "understanding", "base")
     answering = next(scored[n] for n in names if n in scored)
-    kept = {task: (drawing if task == "t2i" else answering) for task in answering.scores}
+    kept = {task: (drawing if task == "t2i" else answering) for task in answering.tasks}
     return replace(
         answering,
-        scores={task: source.scores[task] for task, source in kept.items()},
+        tasks={task: source.tasks[task] for task, source in kept.items()},
         examples={task: source.examples[task] for task, source in kept.items()},
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +151,7 @@ def run_training(
         write_scores(log, before, after)
         write_card(config, training, model, before, after)
         if training.alone and before is not None and after is not None:
-            display.before_after(table_of(before), table_of(after))
+            display.before_after(before.table, after.table)
     if training.alone:
         display.note(f"model {model}")
         display.note(f"report {log.folder / 'report.html'}")
@@ -231,11 +231,11 @@ def write_scores(log: RunLog | NullRunLog, before: Evaluation | None, after: Eva
     if before is None:
         return
     if after is None:
-        log.scores(before=table_of(before))
+        log.scores(before=before.table)
         return
     log.scores(
-        before=table_of(before),
-        after=table_of(after),
+        before=before.table,
+        after=after.table,
         examples_before=examples_of(before),
         examples_after=examples_of(after),
     )
@@ -252,14 +252,9 @@ def write_card(
             method=training.method,
             config=config,
             data=training.data,
-            before=None if before is None else table_of(before),
-            after=None if after is None else table_of(after),
+            before=None if before is None else before.table,
+            after=None if after is None else after.table,
         )
-
-
-def table_of(evaluation: Evaluation) -> Mapping[str, Mapping[str, float]]:
-    """Scores by task with the summary as one more task: what the table and scores.json hold."""
-    return {**evaluation.scores, "summary": evaluation.summary}
 
 
 def examples_of(evaluation: Evaluation) -> list[Rollout]:

@@ -17,7 +17,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ..records import StepMetrics
-from .scores import SUMMARY, ScoreRow, Scores, measures_in, score_rows, show_change, show_score
+from .intervals import Interval
+from .scores import (
+    SUMMARY,
+    UNTRAINED,
+    ScoreRow,
+    Scores,
+    measures_in,
+    score_rows,
+    show_change,
+    show_interval,
+    show_score,
+)
 
 
 class Display:
@@ -60,11 +71,11 @@ class Display:
         """Announces what happens next: `2/4 training the tiny base`."""
         self._stage += 1
         number = f"{self._stage}/{self.num_stages} " if self.num_stages else ""
-        self.console.print(Text.assemble((number, "bold cyan"), (title, "bold")))
+        self.console.print(Text.assemble((number, "bold cyan"), (title, "bold")), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line of plain text; above the bar while it runs."""
-        self.console.print(Text(f"  {text}"))
+        self.console.print(Text(f"  {text}"), soft_wrap=True)  # a path that is wrapped cannot be copied
 
     @contextmanager
     def training(self, max_steps: int | None = None, done: int = 0) -> Iterator[Display]:
@@ -98,13 +109,6 @@ class Display:
     def before_after(self, before: Scores, after: Scores) -> None:
         """Prints the table that the run was for."""
         self.console.print(before_after_table(before, after))
-
-    def wide(self, table: Table, width: int) -> None:
-        """Prints a table that needs more than the 80 characters that a log file is taken to have."""
-        room = self.console.width if self.console.is_terminal else max(width, self.console.width)
-        before, self.console.width = self.console.width, room
-        self.console.print(table)
-        self.console.width = before
 
     def _time_left(self) -> str:
         """From the pace after the first step, which also pays for compiling and warming up."""
@@ -156,36 +160,62 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def before_after_table(before: Scores, after: Scores) -> Table:
-    """What the model could do before and after training: a row per task and measure, the summary last.
+WIDTHS = (29, 15, 15, 18)
+"""Of the table's columns: with the gaps between them, 80 characters."""
+
+
+def before_after_table(before: Scores, after: Scores) -> Group:
+    """What the model could do before and after training: the measures of each task below its name, the summary last.
+
+    80 characters wide; what was found to be worse, or no better than guessing, is marked.
 
     Args:
         before, after: {`task/measure`: score} or {task: {measure: score}}; shares in [0, 1], higher is better.
     """
     rows = score_rows(before, after)
-    notes = [f"{name}: {words}" for name, words in measures_in(rows).items()]
-    notes.append("on held-out items that training never saw; change in percentage points")
-    table = Table(
-        title="Before and after training", caption="\n".join(notes), caption_justify="left", title_style="bold"
-    )
-    table.add_column("what the model is asked to do", overflow="fold")
-    table.add_column("measured by")
-    for name in ("before", "after", "change"):
-        table.add_column(name, justify="right", no_wrap=True)
+    under = _lines()
+    under.add_row(*(Text(name, "dim") for name in ("measure", "before", "after", "change")))
+    lines: list[Text | Table] = [Text("Before and after training", "bold"), under]
     previous = None
     for row in rows:
-        if previous is not None and row.task != previous and row.task == SUMMARY:
-            table.add_section()
-        style = "bold" if row.task == SUMMARY else ""
-        label = row.label if row.task != previous else ""
-        table.add_row(
-            Text(label), Text(row.measure), show_score(row.before), show_score(row.after), _coloured(row), style=style
+        if row.task != previous:
+            items = f" ({row.num_items} items)" if row.num_items and row.task != SUMMARY else ""
+            untrained = f", {UNTRAINED}" if UNTRAINED in row.marks else ""
+            under = _lines()
+            lines += [Text(row.label + items + untrained, "bold"), under]
+        under.add_row(
+            _measure(row),
+            _score(row.before, row.before_interval, row.unit),
+            _score(row.after, row.after_interval, row.unit),
+            _coloured(row),
         )
         previous = row.task
+    notes = [f"{name}: {words}" for name, words in measures_in(rows).items() if name != UNTRAINED]
+    notes.append("on held-out items that training never saw; shares in per cent, in brackets 95 % intervals")
+    return Group(*lines, *(Text(note, "dim") for note in notes))
+
+
+def _lines() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0), width=sum(WIDTHS) + 3)
+    for place, width in enumerate(WIDTHS):
+        table.add_column(justify="right" if place else "left", width=width, no_wrap=bool(place), overflow="fold")
     return table
 
 
+def _measure(row: ScoreRow) -> Text:
+    marks = "".join(f" ! {mark}" for mark in row.marks if mark != UNTRAINED)
+    name = f"{row.measure}, {row.unit}" if row.measure in ("greedy", "sampled") and row.unit else row.measure
+    apart = "" if len(name) + len(marks) + 2 <= WIDTHS[0] else "\n "
+    return Text.assemble(f"  {name}", apart, (marks, "bold red"))
+
+
+def _score(value: float | None, interval: Interval | None, unit: str) -> str:
+    return f"{show_score(value, unit).removesuffix(' %')} {show_interval(interval, unit)}".strip()
+
+
 def _coloured(row: ScoreRow) -> Text:
-    """The sign says which way as well as the colour."""
-    change = row.change or 0.0
-    return Text(show_change(row), "green" if change > 0 else "red" if change < 0 else "")
+    """The sign says which way as well as the colour, which only a change that is sure gets."""
+    sure = row.change_interval is None or not row.change_interval[0] <= 0 <= row.change_interval[1]
+    change = (row.change or 0.0) if sure else 0.0
+    shown = f"{show_change(row)} {show_interval(row.change_interval, row.unit, signed=True)}".strip()
+    return Text(shown, "green" if change > 0 else "red" if change < 0 else "")
