@@ -44,7 +44,7 @@ TASKS = {
     "oe": "Open questions",
     "geneval": "GenEval's prompts",
     "dpg": "DPG-Bench's prompts",
-    SUMMARY: "Means over tasks",
+    SUMMARY: "All tasks: means",
 }
 """Tasks of UnifyBench++ and of CoRL in words; another name is shown as it is."""
 
