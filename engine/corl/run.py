@@ -24,7 +24,16 @@ from ..evaluate.held_out import Evaluation
 from ..learn.credit import shared_advantages
 from ..learn.from_settings import objective_of
 from ..methods.starting import add_adapters, starting_policy
-from ..methods.training import Session, Summaries, Training, run_method, run_training, write_scores
+from ..methods.training import (
+    EMBEDDED_BASE,
+    EMBEDDED_DATA,
+    Session,
+    Summaries,
+    Training,
+    run_method,
+    run_training,
+    write_scores,
+)
 from ..processes.group import barrier, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import check_plans
@@ -153,7 +162,8 @@ class CorlRun:
             )
         return Training(
             method=f"CoRL, {name}",
-            data=config.data,
+            data=self.config.data,
+            embedded=self._embedded(start.folder),
             policy=policy,
             reference=reference,
             objective=objective,
@@ -176,14 +186,19 @@ class CorlRun:
         if place()[0] == 0:
             write_model_card(
                 folder,
-                base_model=base,
+                base_model=None if self._embedded(base) else base,
+                base_words=EMBEDDED_BASE,
                 method=f"{config.merge_method} merge",
                 config=config,
-                data=config.data,
+                data=config.data or EMBEDDED_DATA,
                 after=None if model.scores is None else model.scores.table,
                 merged_from=sources,
             )
         return model
+
+    def _embedded(self, folder: str) -> bool:
+        """Whether this is the embedded base, whose folder is a name in a cache."""
+        return self.config.model is None and folder == self.parts.base
 
     def _scored(self, name: str, folder: str) -> Model:
         """A saved model with its scores."""

@@ -42,6 +42,8 @@ from .stopping import StopRequests
 Config = TypeVar("Config", bound=TrainConfig)
 Summaries = dict[str, dict[str, float]]
 """Model -> the means of its scores; empty where nothing was scored."""
+EMBEDDED_BASE = "the tiny base, a small Janus that syncr1 trains on its rendered world before any RL"
+EMBEDDED_DATA = "the rendered world of syncr1"
 EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "t2i")
 """Tasks whose pictures are shown before and after, where the data has them."""
 
@@ -62,6 +64,8 @@ class Training:
     """Its name in the model's card."""
     data: str | Path | None
     """What it is trained on, for the card; None: the embedded data."""
+    embedded: bool = False
+    """It starts from the embedded base, whose folder is a name in a cache; always so without a `model`."""
     policy: Policy
     """What is trained, on its device, with its adapters."""
     objective: Objective
@@ -248,10 +252,11 @@ def write_card(
     if place()[0] == 0:
         write_model_card(
             folder,
-            base_model=config.model,
+            base_model=None if training.embedded else config.model,
+            base_words=EMBEDDED_BASE,
             method=training.method,
             config=config,
-            data=training.data,
+            data=training.data or EMBEDDED_DATA,
             before=None if before is None else before.table,
             after=None if after is None else after.table,
         )

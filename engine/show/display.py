@@ -29,6 +29,7 @@ from .scores import (
     show_interval,
     show_score,
 )
+from .warnings import Watch, of_scores
 
 
 class Display:
@@ -66,6 +67,7 @@ class Display:
         )
         self._task = self._progress.add_task("training", total=max_steps, eta="")
         self._started = time.monotonic()
+        self._watch = Watch()
 
     def stage(self, title: str) -> None:
         """Announces what happens next: `2/4 training the tiny base`."""
@@ -83,6 +85,7 @@ class Display:
         resumed one those that are `done`."""
         self.max_steps = self.max_steps if max_steps is None else max_steps
         self._done = self._before = done
+        self._watch = Watch()
         self._progress.reset(self._task, total=self.max_steps, completed=done, eta="")
         self._started = time.monotonic()
         if not self.console.is_terminal or self.console.quiet:
@@ -95,8 +98,10 @@ class Display:
                 self._live = None
 
     def step(self, metrics: StepMetrics) -> None:
-        """One step is done: moves the bar, or prints a line when one is due."""
+        """One step is done: moves the bar, or prints a line when one is due; tells each warning when it first holds."""
         self._done += 1
+        for warned in [] if self.console.quiet else self._watch.see(metrics.values, self._done):
+            self.console.print(Text(f"  warning: {warned.text}", "yellow"), soft_wrap=True)
         line = summary_line(metrics.values)
         if self._live is not None:
             self._progress.update(self._task, completed=self._done, eta=self._time_left())
@@ -107,8 +112,10 @@ class Display:
             self.console.print(Text(text), soft_wrap=True)
 
     def before_after(self, before: Scores, after: Scores) -> None:
-        """Prints the table that the run was for."""
+        """Prints the table that the run was for, and below it what fell and what is guessed."""
         self.console.print(before_after_table(before, after))
+        for warned in of_scores(score_rows(before, after)):
+            self.console.print(Text(f"  warning: {warned.text}", "yellow"), soft_wrap=True)
 
     def _time_left(self) -> str:
         """From the pace after the first step, which also pays for compiling and warming up."""

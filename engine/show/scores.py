@@ -66,7 +66,7 @@ MEASURES = {
     "CLIP-T": "cosine of picture and prompt by CLIP",
     "CLIP-I": "cosine of picture and photos of the concept by CLIP",
     "form, greedy": "the answer keeps the form <think>…</think><answer>…</answer>",
-    "form, sampled": "the same, drawn at random",
+    "form, sampled": "an answer drawn at random keeps the form <think>…</think><answer>…</answer>",
 }
 """What the measures' names, or parts of them, mean; shown under the table for those that occur."""
 

@@ -183,7 +183,9 @@ def test_metrics_are_complete_and_finite(finished: tuple[Path, str]) -> None:
         ):
             assert isinstance(row[name], float | int), name
         assert 0 < row["reward"] < 1 and row["grad_norm"] > 0 and row["reward_failures"] == 0
-    assert rows[0]["rollout/replay_logp_max_abs"] <= 1e-4
+        assert all(row[f"rewards/{name}/std"] > 0 for name in ("identity", "judge", "text"))
+    assert rows[0]["rollout/replay_logp_max_abs"] <= 1e-4 and "rollout/guidance_logp_mean_abs" not in rows[1]
+    assert rows[0]["rollout/guidance_logp_mean_abs"] > 0.01
 
 
 @pytest.mark.slow
