@@ -124,8 +124,9 @@ Check = Callable[[Seen], Iterator[Warned]]
 def number(row: Row, name: str) -> float | None:
     """A finite metric; None for what is not there."""
     value = row.get(name)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < 1e300 else None  # not NaN, and no overflow
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < 1e300 else None  # not NaN, and no overflow
 
 
 def _mean(rows: Sequence[Row], name: str) -> float | None:
