@@ -167,7 +167,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-WIDTHS = (29, 15, 15, 18)
+WIDTHS = (28, 15, 15, 19)
 """Of the table's columns: with the gaps between them, 80 characters."""
 
 

@@ -1,16 +1,22 @@
 """95 % intervals of held-out scores: Wilson's for shares of whole items, the bootstrap over items for everything else.
 
+A mean of several shares (yes- and no-recall, several tasks) takes the parts' Wilson intervals together by the squares
+of their arms (MOVER: Zou and Donner 2008), so that eight wrong answers of eight are not sure to be all there is.
+
 The bootstrap draws items with replacement, each stratum for itself, a fixed number of times and from a fixed seed; a
-change is computed on the same draws for both models (paired). All scores of a table come from one call, in which scores
-of the same items share their draws.
+change is computed on the same draws for both models (paired). Percentiles are widened as Student's t is against the
+normal distribution, for few items (Hesterberg 2015, "expanded percentile interval"). All scores of a table come from
+one call, in which scores of the same items share their draws.
 
 Dims: n items of a stratum, R draws, V columns of values.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,11 +69,18 @@ def intervals_of(pairs: Sequence[tuple[Sequence[Measured], Sequence[Measured]]])
 
 
 def _exact(side: Sequence[Measured]) -> Interval | None:
-    """Wilson's, where every item is right or wrong and counts alike; None where it is not so."""
-    if len(side) != 1 or side[0].strata or not side[0].by_item:
+    """Wilson's, where every item is right or wrong; None where it is not so."""
+    groups = [(one, group, 1.0 / len(one.groups)) for one in side for group in one.groups]
+    if not groups or any(not set(one.by_item.values()) <= {0.0, 1.0} for one in side):
         return None
-    values = side[0].by_item.values()
-    return wilson(sum(map(int, values)), len(values)) if set(values) <= {0.0, 1.0} else None
+    value = below = above = 0.0
+    for one, group, weight in groups:
+        right, weight = sum(int(one.by_item[name]) for name in group), weight / len(side)
+        share, (low, high) = right / len(group), wilson(right, len(group))
+        value += weight * share
+        below += (weight * (share - low)) ** 2
+        above += (weight * (high - share)) ** 2
+    return max(0.0, value - math.sqrt(below)), min(1.0, value + math.sqrt(above))
 
 
 def _change(draws: _Draws, before: Sequence[Measured], after: Sequence[Measured]) -> int | None:
@@ -105,8 +118,8 @@ class _Draws:
         self._rows.append(terms)
         return len(self._rows) - 1
 
-    def intervals(self) -> list[Interval]:
-        """Of every row, in the order of adding."""
+    def intervals(self) -> list[Interval | None]:
+        """Of every row, in the order of adding; None where every draw says 0, which is not to say that it is sure."""
         if not self._rows:
             return []
         from scipy.stats import bootstrap
@@ -119,17 +132,30 @@ class _Draws:
             means = {items: _means(index, values[items]) for items, index in zip(strata, indices, strict=True)}
             return np.stack([sum(w * means[items][column] for items, column, w in row) for row in self._rows])
 
-        found: Any = bootstrap(
+        drawn: NDArray[np.float64] = bootstrap(
             [np.arange(len(items)) for items in strata],
             scores,
             n_resamples=NUM_DRAWS,
             batch=max(1, MAX_DRAWN // sum(map(len, strata))),
             vectorized=True,
-            confidence_level=LEVEL,
             method="percentile",
             rng=np.random.default_rng(0),
-        ).confidence_interval
-        return [(float(low), float(high)) for low, high in zip(found.low, found.high, strict=True)]
+        ).bootstrap_distribution
+        found: list[Interval | None] = []
+        for row, draws in zip(self._rows, drawn, strict=True):
+            tail = _tail(min(len(items) for items, _, _ in row))
+            low, high = np.quantile(draws, [tail, 1 - tail])
+            found.append((float(low), float(high)) if low or high else None)
+        return found
+
+
+@cache
+def _tail(num_items: int) -> float:
+    """The share of draws beyond either end: .025 of many items, less of few."""
+    from scipy.stats import norm, t
+
+    n = num_items
+    return float(norm.cdf(math.sqrt(n / (n - 1)) * t.ppf((1 - LEVEL) / 2, n - 1)))
 
 
 def _means(index: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:

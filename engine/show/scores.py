@@ -220,7 +220,8 @@ def _summary_shown(measure: str, flat: Mapping[str, float | None]) -> Shown | No
 
 
 def score_rows(before: Scores | None, after: Scores | None) -> list[ScoreRow]:
-    """What a table shows of both, by task in order of appearance, what is not trained on behind it, the summary last.
+    """What a table shows of both: tasks in the order of TASKS, then those of other names, then what is not trained on,
+    the summary last.
 
     Args:
         before, after: of two models on the same items, as an evaluation gives them or as scores.json keeps them; None
@@ -230,7 +231,10 @@ def score_rows(before: Scores | None, after: Scores | None) -> list[ScoreRow]:
     flat = {**old, **new}
     found = [(name, shown) for name in flat if (shown := shown_as(name, flat)) is not None]
     tasks = {name.partition("/")[0]: None for name, _ in found}
-    order = {task: (task == SUMMARY, task in GENERAL, place) for place, task in enumerate(tasks)}
+    known = {task: place for place, task in enumerate(TASKS)}
+    order = {
+        task: (task == SUMMARY, task in GENERAL, known.get(task, len(known)), place) for place, task in enumerate(tasks)
+    }
     found.sort(key=lambda entry: (*order[entry[0].partition("/")[0]], entry[1].place))
     items = [measured_in(scores or {}) for scores in (before, after)]
     pairs = [(items[0].get(name, []), items[1].get(name, [])) for name, _ in found]

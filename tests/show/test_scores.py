@@ -63,6 +63,18 @@ def test_a_change_is_paired() -> None:
     assert fewer.change is not None and fewer.change[1] - fewer.change[0] < 0.007
     (none,) = intervals_of([([of([0.5] * 9)], [of([0.7] * 9, start=100)])])
     assert none.change is None and none.before == (0.5, 0.5)
+    (same,) = intervals_of([([of(old.tolist())], [of(old.tolist())])])
+    assert same.change is None, "that no item changed does not make it sure"
+
+
+def test_few_items_have_wider_intervals() -> None:
+    """Of small samples of a normal distribution 95 % of the intervals hold the mean, as Student's do; bare percentiles
+    leave it out of one in six."""
+    rng = np.random.default_rng(5)
+    samples = rng.normal(1.0, 1.0, (400, 8))
+    found = intervals_of([([], [of(row.tolist(), start=100 * i)]) for i, row in enumerate(samples)])
+    held = np.mean([one.after is not None and one.after[0] <= 1.0 <= one.after[1] for one in found])
+    assert 0.92 <= held <= 0.98
 
 
 def test_strata_are_drawn_apart_and_means_of_tasks_together() -> None:
@@ -72,8 +84,22 @@ def test_strata_are_drawn_apart_and_means_of_tasks_together() -> None:
     assert always_yes.value == 0.5
     other = of([0.0, 1.0] * 40, start=1000)
     alone, both = intervals_of([([], [always_yes]), ([], [always_yes, other])])
-    assert alone.after == (0.5, 0.5)
-    assert both.after is not None and both.after[0] < 0.5 < both.after[1] and both.after[1] - both.after[0] < 0.13
+    # Arms of Wilson's: of 30 right ones 11.4 % below, of 10 wrong ones 27.8 % above; half of each.
+    assert alone.after == pytest.approx((0.5 - 0.1135 / 2, 0.5 + 0.2775 / 2), abs=1e-3)
+    assert both.after is not None and both.after[0] < 0.5 < both.after[1]
+    width = both.after[1] - both.after[0]
+    assert width == pytest.approx(0.5 * math.hypot(0.5 * (0.1135 + 0.2775), 0.213), rel=0.1)
+    graded = of([value / 2 for value in other.by_item.values()], start=1000)
+    drawn = intervals_of([([], [of([0.5] * 40, strata=kinds)]), ([], [of([0.5] * 40, strata=kinds), graded])])
+    assert drawn[0].after == (0.5, 0.5) and drawn[1].after is not None and drawn[1].after[0] < 0.375 < drawn[1].after[1]
+
+
+def test_nothing_right_is_not_sure_to_stay_so() -> None:
+    """Two tasks of eight wrong answers each: the mean of both has an interval as well."""
+    wrong = [of([0.0] * 8, start=start) for start in (0, 100)]
+    single, mean = intervals_of([([], wrong[:1]), ([], wrong)])
+    assert single.after == wilson(0, 8) and single.after[1] > 0.3
+    assert mean.after is not None and mean.after[0] == 0.0 and 0.2 < mean.after[1] < single.after[1]
 
 
 @pytest.mark.parametrize("few", [1, 2, MIN_ITEMS - 1])
