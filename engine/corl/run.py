@@ -24,7 +24,16 @@ from ..evaluate.held_out import Evaluation
 from ..learn.credit import shared_advantages
 from ..learn.from_settings import objective_of
 from ..methods.starting import add_adapters, starting_policy
-from ..methods.training import Session, Summaries, Training, run_method, run_training, table_of, write_scores
+from ..methods.training import (
+    EMBEDDED_BASE,
+    EMBEDDED_DATA,
+    Session,
+    Summaries,
+    Training,
+    run_method,
+    run_training,
+    write_scores,
+)
 from ..processes.group import barrier, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import check_plans
@@ -35,9 +44,6 @@ from .models_table import models_table
 from .parts import Parts
 from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
 from .training_data import refined_trainings, stream_of, training_samples
-
-TABLE_WIDTH = 110
-"""Characters; a log file's lines may be longer than a terminal's 80."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +69,8 @@ def every_model(config: CorlConfig, session: Session) -> Summaries:
         models = CorlRun(config, log, session).models()
         scored = {name: model.scores for name, model in models.items() if model.scores is not None}
         if scored:
-            table = models_table({name: table_of(scores) for name, scores in scored.items()})
-            display.wide(table, TABLE_WIDTH)
+            table = models_table({name: scores.table for name, scores in scored.items()})
+            display.console.print(table)
             if "base" in scored and len(scored) > 1:
                 write_scores(log, scored["base"], best_of_both(scored))
     for name, model in models.items():
@@ -157,7 +163,8 @@ class CorlRun:
             )
         return Training(
             method=f"CoRL, {name}",
-            data=config.data,
+            data=self.config.data,
+            embedded=self._embedded(start.folder),
             policy=policy,
             reference=reference,
             objective=objective,
@@ -180,14 +187,19 @@ class CorlRun:
         if place()[0] == 0:
             write_model_card(
                 folder,
-                base_model=base,
+                base_model=None if self._embedded(base) else base,
+                base_words=EMBEDDED_BASE,
                 method=f"{config.merge_method} merge",
                 config=config,
-                data=config.data,
-                after=None if model.scores is None else table_of(model.scores),
+                data=config.data or EMBEDDED_DATA,
+                after=None if model.scores is None else model.scores.table,
                 merged_from=sources,
             )
         return model
+
+    def _embedded(self, folder: str) -> bool:
+        """Whether this is the embedded base, whose folder is a name in a cache."""
+        return self.config.model is None and folder == self.parts.base
 
     def _scored(self, name: str, folder: str) -> Model:
         """A saved model with its scores."""
@@ -204,10 +216,10 @@ def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
     drawing = next(scored[n] for n in ("t2i", "merged_first", "unified", "generation", "merged", "base") if n in scored)
     names = ("merged", "mcq", "oe", "merged_first", "unified", "understanding", "base")
     answering = next(scored[n] for n in names if n in scored)
-    kept = {task: (drawing if task == "t2i" else answering) for task in answering.scores}
+    kept = {task: (drawing if task == "t2i" else answering) for task in answering.tasks}
     return replace(
         answering,
-        scores={task: source.scores[task] for task, source in kept.items()},
+        tasks={task: source.tasks[task] for task, source in kept.items()},
         examples={task: source.examples[task] for task, source in kept.items()},
     )
 

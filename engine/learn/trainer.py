@@ -27,7 +27,7 @@ from ..settings.train_config import TrainConfig
 from ..stopwatch import Stopwatch, split
 from .credit import Credit, CreditRule, credited_rewards, over_deviation
 from .learner import Learner
-from .metrics import merged, of_rewards, of_rollouts, of_savings, trl_names
+from .metrics import merged, of_guidance, of_rewards, of_rollouts, of_savings, trl_names
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
 """Called after each step with its metrics, its trajectories and their total rewards [S] (NaN: unrewarded)."""
@@ -164,6 +164,8 @@ class Trainer:
         values = trl_names(learned)
         if c.replay_check_steps == 0 or self.step % c.replay_check_steps:
             values.pop("rollout/replay_logp_max_abs", None)
+        elif c.cfg_weight != 1.0:
+            values |= of_guidance(rollouts)
         values |= {
             **of_rewards(table, credit.total_S, c.num_generations),
             "learning_rate": learning_rate(c, self.step),

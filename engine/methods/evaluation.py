@@ -51,12 +51,12 @@ def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Re
         how = export(
             items, folder, kind, out, model=str(read_manifest(folder)["model"]["name"]), name=config.export_name
         )
-        console.print(f"  {kind}: {out}\n  to score it: {how}", markup=False)
+        console.print(f"  {kind}: {out}\n  to score it: {how}", markup=False, soft_wrap=True)
     if config.stage == "generate":
         return None
     result = score_folder(folder, graders_of(config), world_scorers(folder))
     console.print(rich_table(result))
-    console.print(f"  {folder / 'scores.json'}, {folder / 'scores.md'}", markup=False)
+    console.print(f"  {folder / 'scores.json'}, {folder / 'scores.md'}", markup=False, soft_wrap=True)
     return result
 
 
@@ -74,7 +74,9 @@ def generate(config: EvaluateConfig, console: Console) -> None:
         batch_size=config.batch_size,
     )
     count = sum(map(len, items.values()))
-    console.print(f"  {count} items of {len(items)} tasks from {source}, into {config.output_dir}", markup=False)
+    console.print(
+        f"  {count} items of {len(items)} tasks from {source}, into {config.output_dir}", markup=False, soft_wrap=True
+    )
 
     with console.status("generating") as status:
         try:
@@ -109,7 +111,7 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     items = select(found, config.tasks, config.num_items)
 
     def say(line: str) -> None:
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}", markup=False, soft_wrap=True)
 
     model = config.model or str(tiny_base(BaseSettings(), say))
     with told("model"):

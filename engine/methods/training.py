@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,8 @@ from .stopping import StopRequests
 Config = TypeVar("Config", bound=TrainConfig)
 Summaries = dict[str, dict[str, float]]
 """Model -> the means of its scores; empty where nothing was scored."""
+EMBEDDED_BASE = "the tiny base, a small Janus that syncr1 trains on its rendered world before any RL"
+EMBEDDED_DATA = "the rendered world of syncr1"
 EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "t2i")
 """Tasks whose pictures are shown before and after, where the data has them."""
 
@@ -69,6 +71,8 @@ class Training:
     """Its name in the model's card."""
     data: str | Path | None
     """What it is trained on, for the card; None: the embedded data."""
+    embedded: bool = False
+    """It starts from the embedded base, whose folder is a name in a cache; always so without a `model`."""
     policy: Policy
     """What is trained, on its device, with its adapters."""
     objective: Objective
@@ -161,7 +165,7 @@ def run_training(
         write_scores(log, before, after)
         write_card(config, training, model, before, after)
         if training.alone and before is not None and after is not None:
-            display.before_after(table_of(before), table_of(after))
+            display.before_after(before.table, after.table)
     if training.alone:
         display.note(f"model {model}")
         display.note(f"report {log.folder / 'report.html'}")
@@ -246,11 +250,11 @@ def write_scores(log: RunLog | NullRunLog, before: Evaluation | None, after: Eva
     if before is None:
         return
     if after is None:
-        log.scores(before=table_of(before))
+        log.scores(before=before.table)
         return
     log.scores(
-        before=table_of(before),
-        after=table_of(after),
+        before=before.table,
+        after=after.table,
         examples_before=examples_of(before),
         examples_after=examples_of(after),
     )
@@ -263,18 +267,14 @@ def write_card(
     if place()[0] == 0:
         write_model_card(
             folder,
-            base_model=config.model,
+            base_model=None if training.embedded else config.model,
+            base_words=EMBEDDED_BASE,
             method=training.method,
             config=config,
-            data=training.data,
-            before=None if before is None else table_of(before),
-            after=None if after is None else table_of(after),
+            data=training.data or EMBEDDED_DATA,
+            before=None if before is None else before.table,
+            after=None if after is None else after.table,
         )
-
-
-def table_of(evaluation: Evaluation) -> Mapping[str, Mapping[str, float]]:
-    """Scores by task with the summary as one more task: what the table and scores.json hold."""
-    return {**evaluation.scores, "summary": evaluation.summary}
 
 
 def examples_of(evaluation: Evaluation) -> list[Rollout]:

@@ -40,7 +40,8 @@ from ..records import Rollout, StepMetrics
 from ..settings.schema import to_yaml
 from ..whole_files import write_atomically
 from . import report, sheets
-from .scores import Scores, flatten_scores
+from .measured import PER_ITEM, dumps
+from .scores import Scores, flatten_scores, score_rows
 from .sheets import Rewards, as_rewards
 from .trackers import Trackers
 
@@ -174,9 +175,16 @@ class RunLog:
     ) -> None:
         """Writes scores.json and, for examples of the same prompts, before/after pictures.
 
-        May be called twice: with `before` alone ahead of training, so that an interrupted run has it, and with both."""
+        May be called twice: with `before` alone ahead of training, so that an interrupted run has it, and with both.
+        The file holds the flat scores of each, with the values of single items that `score_rows` makes intervals from,
+        and `table`, the rows themselves."""
         flat = {"before": flatten_scores(before), "after": flatten_scores(after)}
-        _write_json(self.folder / "scores.json", flat)
+        kept = {
+            when: flat[when] | ({PER_ITEM: scores[PER_ITEM]} if scores and PER_ITEM in scores else {})
+            for when, scores in (("before", before), ("after", after))
+        }
+        table = [row._asdict() | {"change": row.change} for row in score_rows(before, after)]
+        write_atomically(self.folder / "scores.json", dumps({**kept, "table": table}))
         finite = {
             f"{when}/{name}": value
             for when, scores in flat.items()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.corl.evaluator import evaluator_of, summary
+from syncr1.engine.evaluate.held_out import means
 from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.builtin.format import format_reward
 from syncr1.engine.rewards.ensemble import RewardSet
@@ -73,11 +74,12 @@ def test_the_summary_averages_over_tasks() -> None:
     scores = {
         "mcq": {"score/greedy": 1.0, "format/greedy": 0.5, "num_items": 8.0},
         "oe": {"score/greedy": 0.0, "format/greedy": 1.0},
-        "t2i": {"attributes/checker": 0.25, "reward/tim": 0.5},
+        "t2i": {"attributes/checker": 0.25, "all_right/checker": 0.125, "reward/tim": 0.5},
     }
-    assert summary(scores) == {
+    assert means(scores, summary(scores)) == {
         "understanding/greedy": 0.5,
         "format/greedy": 0.75,
         "image/checker": 0.25,
         "image/tim": pytest.approx(0.5),
+        "image/all_right/checker": 0.125,
     }

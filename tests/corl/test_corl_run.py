@@ -104,7 +104,7 @@ def test_the_whole_recipe_from_a_users_checkpoints_and_photographs(
         assert {key.split("/")[1] for key in row if key.startswith("rewards/")} == expected
         assert row["reward_failures"] == 0 and row["rollout/replay_logp_max_abs"] <= 1e-4
         assert (row["kl"] is not None) and row["loss"] is not None
-    assert (folder / "report.html").is_file() and "mcq + oe merged" in done.stdout
+    assert (folder / "report.html").is_file() and "Every model of the run" in done.stdout
     record = json.loads((folder / "merged" / "merge.json").read_text())
     assert record["method"] == "gaussian" and load_policy(folder / "merged").image_size == 32
     frozen = ("vision_model", "vqmodel", "model.aligner")

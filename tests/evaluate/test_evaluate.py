@@ -16,8 +16,8 @@ import torch
 
 from syncr1.engine.data.prompts import load_benchmark
 from syncr1.engine.evaluate.drawing import by_task, choose, together
-from syncr1.engine.evaluate.held_out import Evaluator, score_rollouts, summary
-from syncr1.engine.evaluate.measures import accuracy, attribute_metrics, mean, verdict, weighted_recall, words_in_place
+from syncr1.engine.evaluate.held_out import Evaluator, means, score_rollouts, summary
+from syncr1.engine.evaluate.measures import accuracy, attribute_metrics, verdict, weighted_recall, words_in_place
 from syncr1.engine.evaluate.tasks import tagged_scores, text_scores
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.builtin.identity import IdentityReward
@@ -50,36 +50,39 @@ def test_verdict_looks_for_words(text: str, expected: str | None) -> None:
 
 
 def test_weighted_recall_does_not_reward_always_yes() -> None:
-    answers = ["yes"] * 3 + ["no"]
-    assert weighted_recall(answers, ["yes"] * 4) == 0.5
-    assert weighted_recall(answers, ["Yes."] * 3 + ["No."]) == 1.0
-    assert weighted_recall(["yes", "yes"], ["yes", "maybe"]) == 0.5
-    assert math.isnan(weighted_recall(["perhaps"], ["yes"]))
+    ids, answers = list("abcd"), ["yes"] * 3 + ["no"]
+    assert weighted_recall(ids, answers, ["yes"] * 4).value == weighted_recall(ids, answers, ["yes"] * 4).chance == 0.5
+    assert weighted_recall(ids, answers, ["Yes."] * 3 + ["No."]).value == 1.0
+    assert weighted_recall(ids[:2], ["yes", "yes"], ["yes", "maybe"]).value == 0.5
+    assert math.isnan(weighted_recall(["a"], ["perhaps"], ["yes"]).value)
 
 
 def test_attribute_metrics_by_hand() -> None:
     look = LOOKS[0]
     images = [CHECKER.table[0], CHECKER.table[0]]
     other_hat = next(hat for hat in VALUES["hat"] if hat != look.hat)
-    metrics = attribute_metrics(SCORERS, images, [look.to_dict(), {"hat": other_hat, "shape": look.shape}])
+    wanted = [look.to_dict(), {"hat": other_hat, "shape": look.shape}]
+    measured = attribute_metrics(["a", "b"], SCORERS, images, wanted)
+    metrics = {name: one.value for name, one in measured.items()}
     assert metrics["attributes/checker"] == 0.75 and metrics["all_right/checker"] == 0.5
     assert metrics["hat/checker"] == 0.5 and metrics["shape/checker"] == metrics["place/checker"] == 1.0
-    assert attribute_metrics(SCORERS, [], []) == {}
+    assert measured["attributes/checker"].by_item == {"a": 1.0, "b": 0.5} and "place/checker" in measured
+    assert measured["place/checker"].by_item == {"a": 1.0}, "what was not asked for does not count"
+    assert attribute_metrics([], SCORERS, [], []) == {}
     with pytest.raises(ValueError, match="checker"):
-        attribute_metrics({"checker": lambda images, wanted: torch.zeros(3)}, images, [look.to_dict()] * 2)
-    assert mean([1.0, None, 0.0]) == 0.5 and mean([None]) is None
+        attribute_metrics(["a", "b"], {"checker": lambda images, wanted: torch.zeros(3)}, images, wanted)
 
 
 def test_main_scores_follow_the_task() -> None:
     long = Prompt(id="0", task="vqa", text="?", answer="It is looking at the camera.")
-    assert text_scores("vqa", [long], ["It is looking at a camera."])["score"] > 0.8
+    assert text_scores("vqa", [long], ["It is looking at a camera."])["score"].value > 0.8
     short = replace(long, answer="red")
-    assert text_scores("vqa", [short], ["read"])["score"] == 0.0
+    assert text_scores("vqa", [short], ["read"])["score"].value == 0.0
     described = Prompt(id="1", task="rea", text="?", answer="round red", attributes={"shape": "round"})
-    assert text_scores("rea", [described], ["round blue"])["score"] == 0.5
-    assert text_scores("rea", [replace(described, attributes=None)], ["round red"])["score"] == pytest.approx(1.0)
+    assert text_scores("rea", [described], ["round blue"])["score"].value == 0.5
+    assert text_scores("rea", [replace(described, attributes=None)], ["round red"])["score"].value == pytest.approx(1.0)
     recognised = [Prompt(id=a, task="rec", text="?", answer=a) for a in ("yes", "no")]
-    assert text_scores("rec", recognised, ["yes", "yes"])["score"] == 0.5
+    assert text_scores("rec", recognised, ["yes", "yes"])["score"].value == 0.5
 
 
 def test_choice_of_items_is_fixed_by_the_seed() -> None:
@@ -96,10 +99,12 @@ def test_choice_of_items_is_fixed_by_the_seed() -> None:
 def test_questions_with_tags_are_read_from_the_tags_alone() -> None:
     said = ["<think>x</think><answer>B</answer>", "so <answer>(b) dog</answer>", "B", "<answer>A</answer>"]
     question = Prompt(id="0", task="mcq", text="?", answer="B", options=("cat", "dog"), qa_type="MC")
-    expected = {"accuracy": 0.5, "format": 0.25, "score": 0.5}
-    assert tagged_scores([question] * 4, said) == text_scores("mcq", [question] * 4, said) == expected
-    nothing_asked = replace(question, answer=None, qa_type=None)
-    assert tagged_scores([nothing_asked] * 4, said) == {"format": 0.25}
+    asked = [replace(question, id=str(place)) for place in range(4)]
+    found = tagged_scores(asked, said)
+    assert {name: one.value for name, one in found.items()} == {"accuracy": 0.5, "format": 0.25, "score": 0.5}
+    assert found == text_scores("mcq", asked, said) and found["score"].chance == 0.5 and found["format"].chance is None
+    nothing_asked = [replace(one, answer=None, qa_type=None) for one in asked]
+    assert {name: one.value for name, one in tagged_scores(nothing_asked, said).items()} == {"format": 0.25}
 
 
 # A whole evaluation ---------------------------------------------------------------------------------------------------
@@ -186,11 +191,14 @@ def test_summary_keeps_general_tasks_apart(held_out: dict[str, list[Prompt]]) ->
     assert set(found) == {
         *("understanding/greedy", "understanding/sampled", "image/checker", "image/cnn"),
         *("general_vqa/greedy", "general_vqa/sampled", "general_image/checker", "general_image/cnn"),
+        *(f"{family}/all_right/{reader}" for family in ("image", "general_image") for reader in readers),
     }
+    assert found["image/all_right/cnn"] == 0.5
     assert found["understanding/greedy"] == 1.0 and found["image/checker"] == pytest.approx(0.9)
     tasks = {"a": {"score/greedy": 1.0}, "b": {"score/greedy": 0.0}, "general_vqa": {"score/greedy": 0.25}}
-    assert summary(tasks) == {"understanding/greedy": 0.5, "general_vqa/greedy": 0.25}
-    assert summary({"rec": {"score/greedy": math.nan}}) == summary({}) == {}
+    assert means(tasks, summary(tasks)) == {"understanding/greedy": 0.5, "general_vqa/greedy": 0.25}
+    nothing = {"rec": {"score/greedy": math.nan}}
+    assert means(nothing, summary(nothing)) == summary({}) == {}
 
 
 def test_without_attributes_there_is_bleu_and_identity(held_out: dict[str, list[Prompt]]) -> None:

@@ -80,7 +80,8 @@ def test_images_by_hand(tmp_path: Path) -> None:
     found = score_folder(tmp_path, image_scorers=SCORERS)
     assert found.scores["t2i"]["attributes/checker"] == pytest.approx((1 + shared) / 2)
     assert found.scores["t2i"]["num_items"] == 1
-    assert found.summary == {"image/checker": pytest.approx((1 + shared) / 2)}
+    assert found.summary == {"image/checker": pytest.approx((1 + shared) / 2), "image/all_right/checker": 0.5}
+    assert found.tasks["t2i"].measures["all_right/checker"].by_item == {"0": 0.5}
     assert found.left_out == {"clip_t": "no CLIP model was given (--clip)"}
     stored = json.loads((tmp_path / "scores.json").read_text())
     assert stored["scores"] == found.scores and stored["left_out"] == found.left_out
@@ -110,7 +111,7 @@ def test_missing_verdicts_are_told_and_do_not_count(tmp_path: Path) -> None:
     found = score_folder(tmp_path, Graders(judge=Silent(), judge_name="silent"))
     assert found.scores["vqa"]["judge"] == 1.0
     assert found.left_out == {"vqa/judge": "no verdict for 1 of 3 items; score again to ask again"}
-    assert ("vqa", "3", "judge (0, .5, 1)", "100.0 %", "") in rows_of(found)
+    assert ("vqa", "3", "judge (0, .5, 1)", "100.0 % [34, 100]", "") in rows_of(found)
 
 
 def test_a_metric_without_any_verdict_is_left_out_of_the_table_by_name(tmp_path: Path) -> None:
@@ -136,7 +137,10 @@ def test_tables_name_every_task_and_what_is_left_out(tmp_path: Path) -> None:
     written(tmp_path, [(asked("1", "vqa", "red", "red", "red"), None), (asked("2", "other", "a", "a", "b"), None)])
     found = score_folder(tmp_path)
     shown = markdown(found)
-    assert "| vqa | 1 | judge (0, .5, 1) | left out | left out |" in shown and "| other | 1 | main score |" in shown
+    assert (
+        "| vqa | 1 | judge (0, .5, 1) | left out | left out |" in shown
+        and "| other | 1 | main score | 100.0 % [21, 100] | 0.0 % [0, 79] |" in shown
+    )
     assert "- judge: no judge was given" in shown
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(rich_table(found))
@@ -168,5 +172,5 @@ def test_stage_2_scores_as_the_trainer_does(tmp_path: Path) -> None:
     assert len(greedy) == 4 and len(sampled) == 10 and all(r.image is not None for r in sampled if r.prompt.attributes)
     expected = score_rollouts(*whole, image_scorers=SCORERS)
     found = score_folder(folder, image_scorers=SCORERS)
-    assert found.scores == expected
+    assert found.tasks == expected
     assert set(found.left_out) == {"clip_t", "clip_i", "judge"}

@@ -183,15 +183,19 @@ def test_metrics_are_complete_and_finite(finished: tuple[Path, str]) -> None:
         ):
             assert isinstance(row[name], float | int), name
         assert 0 < row["reward"] < 1 and row["grad_norm"] > 0 and row["reward_failures"] == 0
-    assert rows[0]["rollout/replay_logp_max_abs"] <= 1e-4
+        assert all(row[f"rewards/{name}/std"] > 0 for name in ("identity", "judge", "text"))
+    assert rows[0]["rollout/replay_logp_max_abs"] <= 1e-4 and "rollout/guidance_logp_mean_abs" not in rows[1]
+    assert rows[0]["rollout/guidance_logp_mean_abs"] > 0.01
 
 
 @pytest.mark.slow
 def test_scores_before_and_after(finished: tuple[Path, str]) -> None:
     scores = json.loads((finished[0] / "scores.json").read_text())
     assert set(scores["before"]) == set(scores["after"]) and len(scores["before"]) > 10
-    for name, value in (*scores["before"].items(), *scores["after"].items()):
-        assert name.endswith("/num_items") or (value is not None and 0 <= value <= 1), name
+    for side in (scores["before"], scores["after"]):
+        assert all(0 <= row["values"][0] <= 1 for row in side.pop("per_item").values() if "values" in row)
+        for name, value in side.items():
+            assert name.endswith("/num_items") or (value is not None and 0 <= value <= 1), name
     assert scores["before"] != scores["after"]
 
 
