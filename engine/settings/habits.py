@@ -32,14 +32,14 @@ def respelled(arguments: Sequence[str], config_type: type) -> tuple[list[str], l
     while pending:
         argument = pending.pop(0)
         if not argument.startswith("--"):
-            problem = None if takes_values else _of_override(argument, config_type)
+            problem = None if takes_values else of_override(argument, config_type)
             problems, kept = (problems, [*kept, argument]) if problem is None else ([*problems, problem], kept)
             continue
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
         behind = value if equals else pending[0] if pending and not pending[0].startswith("--") else ""
         switch = known.get(name.removeprefix("no_"))
-        if switch is not None and switch.type is bool and behind and not _of_override(behind, config_type):
+        if switch is not None and switch.type is bool and behind and not of_override(behind, config_type):
             pending = pending if equals else pending[1:]
             problems += _switch(kept, switch.name, name != switch.name, behind)
         else:
@@ -64,7 +64,7 @@ def _of_value(setting: Setting | None, value: str) -> list[str]:
     return [f"--{setting.name}: expected {describe(setting.type)}, got {value}; {remedy}"]
 
 
-def _of_override(argument: str, config_type: type) -> str | None:
+def of_override(argument: str, config_type: type) -> str | None:
     """What to say about a `key=value` as hydra takes it: a path of verl's, or a name that is a flag here."""
     found = _OVERRIDE.fullmatch(argument)
     if found is None:
