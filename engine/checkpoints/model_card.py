@@ -59,6 +59,7 @@ def write_model_card(
     merged_from: Sequence[str | Path] | None = None,
     adapter: bool = False,
     license: str | None = None,
+    title: str | None = None,
 ) -> Path:
     """Writes README.md into a saved model's folder, over one that is there, and returns its path.
 
@@ -72,9 +73,10 @@ def write_model_card(
         merged_from: the models of a merge.
         adapter: the folder holds a peft adapter, not whole weights.
         license: a licence's identifier on the hub, where it is known; the base's usually binds.
+        title: the model's name; None: its folder's.
     """
     folder = Path(folder)
-    title = checkpoint_label(folder)
+    title = title or checkpoint_label(folder)
     model_class = _model_class(Path(base_model or folder) if adapter else folder)
     draws = not model_class.endswith(TEXT_ONLY)
     matter = _front_matter(base_model, data, merged_from, adapter, license, draws)

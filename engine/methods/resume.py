@@ -42,13 +42,15 @@ from ..errors import CheckpointError, ConfigError
 from ..learn.learner import Learner
 from ..learn.trainer import Prompts, Trainer
 from ..processes.group import place
-from ..settings.schema import to_yaml
+from ..settings.schema import at_defaults, to_yaml
 from ..settings.train_config import TrainConfig
 
 FREE = frozenset(
     {
         *("max_steps", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "save_total_limit", "dry_run"),
         *("eval_samples", "eval_cfg_weight", "report_to", "logging_steps", "replay_check_steps", "sample_steps"),
+        *("eval_steps", "metric_for_best_model", "load_best_model_at_end", "log_completions", "run_name"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo"),
         *("nodes", "ranks_per_node", "hostfile", "launcher", "max_restarts"),
         *("reward_timeout", "stage_timeout", "shutdown_timeout", "max_skipped_updates", "judge_url", "judge_key_env"),
     }
@@ -176,7 +178,8 @@ def _entry(state: Mapping[str, Any], name: str, kind: type[Made]) -> Made:
 def check_settings(before: Mapping[str, Any], config: TrainConfig, note: Warn, free: frozenset[str] = FREE) -> None:
     """Raises CheckpointError for settings that are not those of `before`, where they must be."""
     now, problems = yaml.safe_load(to_yaml(config, comments=False)), []
-    for name in sorted(before.keys() | now.keys()):
+    younger = at_defaults(config) - before.keys()  # than the checkpoint: at their defaults they change nothing
+    for name in sorted((before.keys() | now.keys()) - younger):
         if name in free or before.get(name) == now.get(name):
             continue
         change = f"{name} is {before.get(name)!r} in the checkpoint, {now.get(name)!r} now"

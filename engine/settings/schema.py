@@ -120,6 +120,13 @@ def settings_of(config_type: type) -> tuple[Setting, ...]:
     return tuple(sorted(found, key=lambda setting: order.index(setting.section)))
 
 
+def at_defaults(config: Any) -> set[str]:
+    """The settings that are as they would be if nobody had named them."""
+    return {
+        setting.name for setting in settings_of(config.__class__) if getattr(config, setting.name) == setting.default
+    }
+
+
 def _field_docs(part: type) -> dict[str, tuple[str, str]]:
     """Name -> (docstring, section) of the fields that this very class writes down."""
     source = textwrap.dedent(inspect.getsource(part))
