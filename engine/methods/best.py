@@ -103,10 +103,10 @@ class HeldOut:
         Collective."""
         started = time.perf_counter()
         evaluation = self._score(num_steps)
-        self._consider(num_steps, evaluation)
-        values = {f"eval/{name}": value for name, value in self._values(evaluation).items()}
+        values = self._consider(num_steps, evaluation)
         seconds = {**metrics.seconds, "evaluation": time.perf_counter() - started}
-        return replace(metrics, values={**metrics.values, **values}, seconds=seconds)
+        named = {f"eval/{name}": value for name, value in values.items()}
+        return replace(metrics, values={**metrics.values, **named}, seconds=seconds)
 
     def at_the_end(self, num_steps: int) -> Evaluation | None:
         """Scores of the model as it is now, which may be the best as well. Collective."""
@@ -146,20 +146,22 @@ class HeldOut:
         self._last = num_steps, evaluation
         return evaluation
 
-    def _consider(self, num_steps: int, evaluation: Evaluation) -> None:
+    def _consider(self, num_steps: int, evaluation: Evaluation) -> dict[str, float]:
         """Keeps the model if its score is the best so far; rank 0 decides, since others may round otherwise."""
-        value = self._values(evaluation).get(self.metric, math.nan)
+        values = self._values(evaluation)
+        value = values.get(self.metric, math.nan)
         is_best = self._agreed(value > (-math.inf if self.best is None else self.best.value))
         known = "" if self.metric not in self._before else f" (before {show_score(self._before[self.metric])})"
         told = f"step {num_steps}: held-out {self.metric} {show_score(None if math.isnan(value) else value)}{known}"
         self._say(told + (f", the best so far: {self.folder}" if is_best else ""))
         if not is_best:
-            return
+            return values
         self.best = Best(num_steps, self.metric, value, self._measured())
         self._best_evaluation = evaluation
         record = json.dumps(asdict(self.best), indent=2) + "\n"
         self.learner.save(self.folder, lambda draft: (draft / RECORD).write_text(record, encoding="utf-8"))
         self._card(self.folder, evaluation)
+        return values
 
     def _agreed(self, yes: bool) -> bool:
         """Rank 0's answer, on every rank."""
