@@ -60,6 +60,7 @@ def write_model_card(
     adapter: bool = False,
     license: str | None = None,
     base_words: str = "weights drawn at random",
+    title: str | None = None,
 ) -> Path:
     """Writes README.md into a saved model's folder, over one that is there, and returns its path.
 
@@ -74,9 +75,10 @@ def write_model_card(
         adapter: the folder holds a peft adapter, not whole weights.
         license: a licence's identifier on the hub, where it is known; the base's usually binds.
         base_words: a base that has no name.
+        title: the model's name; None: its folder's.
     """
     folder = Path(folder)
-    title = checkpoint_label(folder)
+    title = title or checkpoint_label(folder)
     model_class = _model_class(Path(base_model or folder) if adapter else folder)
     draws = not model_class.endswith(TEXT_ONLY)
     matter = _front_matter(base_model, data, merged_from, adapter, license, draws)

@@ -93,7 +93,7 @@ class CorlConfig(TrainConfig):
     learning_rate: LearningRate = 4e-6
     """AdamW's peak in the first stage."""
     warmup_steps: WarmupSteps = 0
-    """Linear warm-up; afterwards the rate falls linearly to a tenth."""
+    """Steps over which the rate rises linearly to its peak; then it follows lr_scheduler_type."""
     beta: KLWeight = 0.0
     """Weight of the k3 KL in the first stage, which has none."""
     epsilon: ClipRange = 0.2

@@ -14,6 +14,7 @@ import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -30,6 +31,7 @@ from ..methods.training import (
     Session,
     Summaries,
     Training,
+    result_of,
     run_method,
     run_training,
     write_scores,
@@ -44,6 +46,18 @@ from .models_table import models_table
 from .parts import Parts
 from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
 from .training_data import refined_trainings, stream_of, training_samples
+
+MAIN_TASKS: Mapping[TrainingName, frozenset[str]] = {
+    "unified": frozenset(),
+    "generation": frozenset({"t2i"}),
+    "understanding": frozenset({"mcq", "oe"}),
+    **{name: frozenset({name}) for name in REFINED},
+}
+"""Tasks that say which of a training's models is its best."""
+DRAWING = ("t2i", "merged_first", "unified", "generation", "merged", "base")
+"""Models by how well they draw, the best first."""
+ANSWERING = ("merged", "mcq", "oe", "merged_first", "unified", "understanding", "base")
+"""Models by how well they answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +80,16 @@ def every_model(config: CorlConfig, session: Session) -> Summaries:
     interrupted = interrupted_run(config, display.note)
     with open_run_log(config.output_dir, config, interrupted) as log:
         session.writes_in(log.folder)
-        models = CorlRun(config, log, session).models()
+        run = CorlRun(config, log, session)
+        models = run.models()
         scored = {name: model.scores for name, model in models.items() if model.scores is not None}
         if scored:
             table = models_table({name: scores.table for name, scores in scored.items()})
             display.console.print(table)
             if "base" in scored and len(scored) > 1:
                 write_scores(log, scored["base"], best_of_both(scored))
+    if not run.stopped:
+        session.models.update(products(models))
     for name, model in models.items():
         display.note(f"{name}: {model.folder}")
     display.note(f"report {log.folder / 'report.html'}")
@@ -131,12 +148,13 @@ class CorlRun:
             len(samples),
             model=start.folder,
             output_dir=self.log.folder / name,
+            run_name=f"{self.config.run_name or self.log.folder.name}-{name}",
             resume_from_checkpoint=self.config.resume_from_checkpoint and "latest",
             stage=name if name in REFINED else "unified",
         )
         if config.resume_from_checkpoint and is_finished(config.output_dir):
             self.display.note(f"training {name}: finished already")
-            return self._scored(name, str(config.output_dir / "checkpoints" / "last"))
+            return self._scored(name, str(result_of(config, config.output_dir)))
         torch.manual_seed(config.seed)  # a training does not depend on those before it that are finished already
         self.display.stage(f"training {name}: {config.max_steps} steps, {len(samples)} samples")
         resumed = interrupted_training(config, self.display.note)
@@ -172,6 +190,7 @@ class CorlRun:
             rewards=rewards,
             credit=credit,
             evaluator=self.parts.evaluator,
+            main_tasks=MAIN_TASKS[name],
             before=start.scores,
             alone=False,
         )
@@ -210,12 +229,17 @@ class CorlRun:
         return Model(folder, self.parts.evaluator(policy))
 
 
+def products(models: Mapping[str, Model]) -> dict[str, Path]:
+    """What a run is for: its last model that draws and its last one that answers, or the one that does both."""
+    chosen = {next((name for name in names if name in models), "base") for names in (DRAWING, ANSWERING)} - {"base"}
+    return {name if len(chosen) > 1 else "": Path(models[name].folder) for name in sorted(chosen)}
+
+
 def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
     """What ULM-R1 reports: drawings by the refined drawing model, answers by the merged one; before that stage, and for
     a single stage, by the last model that was trained on them."""
-    drawing = next(scored[n] for n in ("t2i", "merged_first", "unified", "generation", "merged", "base") if n in scored)
-    names = ("merged", "mcq", "oe", "merged_first", "unified", "understanding", "base")
-    answering = next(scored[n] for n in names if n in scored)
+    drawing = next(scored[name] for name in DRAWING if name in scored)
+    answering = next(scored[name] for name in ANSWERING if name in scored)
     kept = {task: (drawing if task == "t2i" else answering) for task in answering.tasks}
     return replace(
         answering,

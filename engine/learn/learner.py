@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -251,9 +251,9 @@ class Learner:
         dist.all_gather(parts, mine)
         return [json.loads(bytes(part.cpu().tolist())) for part in parts]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, add: Callable[[Path], object] = lambda draft: None) -> None:
         """The policy in transformers' format, adapters added to its weights, and beside it in peft's; every rank must
-        call it.  The folder appears whole, in place of one that is there.
+        call it.  The folder appears whole, with what `add` writes into it, in place of one that is there.
 
         Raises:
             CheckpointError: under ZeRO-3, where not all ranks did.
@@ -268,6 +268,7 @@ class Learner:
                 policy.save(draft)
                 if has_lora(policy):
                     save_adapter(policy, draft / "adapter")
+                add(draft)
                 sync_tree(draft)
                 if folder.exists():
                     os.rename(folder, old)

@@ -28,6 +28,7 @@ from ..stopwatch import Stopwatch, split
 from .credit import Credit, CreditRule, credited_rewards, over_deviation
 from .learner import Learner
 from .metrics import merged, of_guidance, of_rewards, of_rollouts, of_savings, trl_names
+from .schedule import learning_rate
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
 """Called after each step with its metrics, its trajectories and their total rewards [S] (NaN: unrewarded)."""
@@ -187,11 +188,3 @@ class Trainer:
         accepted, tried, total, known = self.learner.all_reduce(torch.cat([preview.counts, own])).tolist()
         preview.threshold = total / known if known else None
         return preview.adapt(int(accepted), int(tried))
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up over `warmup_steps`, then linearly down to a tenth at `max_steps`."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    left = 1.0 - (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.learning_rate * (0.1 + 0.9 * left)

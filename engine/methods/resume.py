@@ -39,11 +39,12 @@ from ..checkpoints.sharded import (
 )
 from ..errors import CheckpointError, ConfigError
 from ..learn.learner import Learner
-from ..learn.trainer import Prompts, Trainer, learning_rate
+from ..learn.schedule import learning_rate
+from ..learn.trainer import Prompts, Trainer
 from ..processes.group import place
 from ..processes.run_folder import numbered
 from ..processes.watchdog import gathering
-from ..settings.schema import to_yaml
+from ..settings.schema import at_defaults, to_yaml
 from ..settings.train_config import TrainConfig
 
 FREE = frozenset(
@@ -51,6 +52,8 @@ FREE = frozenset(
         *("max_steps", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "save_total_limit", "dry_run"),
         *("eval_samples", "eval_cfg_weight", "report_to", "logging_steps", "replay_check_steps", "sample_steps"),
         *("nodes", "ranks_per_node", "hostfile", "launcher", "max_restarts", "zero_stage"),
+        *("eval_steps", "metric_for_best_model", "load_best_model_at_end", "log_completions", "run_name"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo"),
         *("reward_timeout", "stage_timeout", "shutdown_timeout", "max_skipped_updates", "judge_url", "judge_key_env"),
     }
 )
@@ -182,9 +185,12 @@ def _tell_schedule(steps_before: Any, config: TrainConfig, step: int, note: Warn
     if type(steps_before) is not int or steps_before == config.max_steps or step >= config.max_steps:
         return
     before, now = (learning_rate(replace(config, max_steps=steps), step) for steps in (steps_before, config.max_steps))
+    if before == now:  # a constant one
+        return
     note(
         f"max_steps is {steps_before} in the checkpoint, {config.max_steps} now: the learning rate of step {step} is "
-        f"{now:.3g} instead of {before:.3g}, and falls to a tenth of {config.learning_rate:g} by the new end"
+        f"{now:.3g} instead of {before:.3g}; from there on it is as lr_scheduler_type {config.lr_scheduler_type} says "
+        "for the new end"
     )
 
 
@@ -199,7 +205,8 @@ def _entry(state: Mapping[str, Any], name: str, kind: type[Made]) -> Made:
 def check_settings(before: Mapping[str, Any], config: TrainConfig, note: Warn, free: frozenset[str] = FREE) -> None:
     """Raises CheckpointError for settings that are not those of `before`, where they must be."""
     now, problems = yaml.safe_load(to_yaml(config, comments=False)), []
-    for name in sorted(before.keys() | now.keys()):
+    younger = at_defaults(config) - before.keys()  # than the checkpoint: at their defaults they change nothing
+    for name in sorted((before.keys() | now.keys()) - younger):
         if name in free or before.get(name) == now.get(name):
             continue
         change = f"{name} is {before.get(name)!r} in the checkpoint, {now.get(name)!r} now"

@@ -12,13 +12,16 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
 
+from ..checkpoints.hub import problems_with_hub, push, repository_of
 from ..checkpoints.model_card import write_model_card
+from ..errors import ConfigError
 from ..evaluate.held_out import Evaluation, Evaluator
 from ..forward.objective import Objective
 from ..learn.credit import CreditRule
@@ -28,6 +31,7 @@ from ..learn.trainer import Trainer
 from ..policies.base import Policy
 from ..processes.group import place
 from ..processes.interrupts import Interrupts
+from ..processes.launch import restarted
 from ..processes.meeting import Meeting
 from ..processes.watchdog import Watchdog
 from ..records import Rollout, StepMetrics
@@ -36,8 +40,9 @@ from ..rewards.preview_scorer import build_preview
 from ..settings.train_config import TrainConfig
 from ..show.display import Display
 from ..show.runlog import NullRunLog, RunLog, open_run_log
+from .best import BEST, HeldOut
 from .resume import Checkpoints, ResumablePrompts, ResumePoint
-from .starting import RUN_FOLDER, going_on, quieten, supervised
+from .starting import RUN_FOLDER, going_on, quieten, starting_policy, supervised
 from .stopping import StopRequests
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -45,18 +50,23 @@ Summaries = dict[str, dict[str, float]]
 """Model -> the means of its scores; empty where nothing was scored."""
 EMBEDDED_BASE = "the tiny base, a small Janus that syncr1 trains on its rendered world before any RL"
 EMBEDDED_DATA = "the rendered world of syncr1"
+LAST = "last"
+"""Folder of the last step's model, below `checkpoints/`."""
 EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "t2i")
 """Tasks whose pictures are shown before and after, where the data has them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What goes with a run from its start to its end: who tells the user, who watches that nothing hangs, and all its
-    ranks."""
+    """What goes with a run from its start to its end: who tells the user, who watches that nothing hangs, its ranks,
+    and what is left of it."""
 
     display: Display
     watchdog: Watchdog
     meeting: Meeting
+    models: dict[str, Path] = field(default_factory=dict)
+    """Those that the run was for, by what sets their names apart; `push_to_hub` uploads them. None of a run that
+    Ctrl-C ended: it shall not replace a better one."""
 
     def writes_in(self, folder: Path) -> None:
         """The run's folder, where a later start of the same launcher goes on; the first one that is told counts."""
@@ -85,6 +95,8 @@ class Training:
     """Rewards to what tokens answer for; None: as `config.credit` says."""
     evaluator: Evaluator | None = None
     """None: nothing is scored."""
+    main_tasks: frozenset[str] = frozenset()
+    """Tasks whose held-out scores say which model is the best; none: all that are trained."""
     before: Evaluation | None = None
     """The starting model's scores, where they are known already."""
     alone: bool = True
@@ -98,7 +110,7 @@ class Trained:
     folder: Path
     """Of its log."""
     model: Path
-    """The checkpoint, in that folder."""
+    """The checkpoint, in that folder: the last step's, or the best one where the settings ask for it."""
     finished: bool
     """False when Ctrl-C ended it early."""
     before: Evaluation | None
@@ -117,8 +129,11 @@ def run_method(
 ) -> Summaries:
     """A whole run of `method`, on a rank of the process group; `num_stages`: how many it will announce."""
     quieten()
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not restarted() and (problems := problems_with_hub(config)):  # hours of work do not wait for a hub
+        raise ConfigError.of(problems)
     if config.dry_run:  # joins no group, so that the plan is made in the environment that a run would find
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             dry_run(config)
         return {}
     with supervised(config) as (watchdog, meeting):
@@ -129,8 +144,12 @@ def run_method(
             logging_steps=config.logging_steps,
             quiet=place()[0] != 0,
         )
+        session = Session(display, watchdog, meeting)
         with display:
-            return method(config, Session(display, watchdog, meeting))
+            summaries = method(config, session)
+    if config.push_to_hub and place()[0] == 0:  # watched by nobody: a large model takes as long as it takes
+        push(session.models, repository_of(config), config.hub_private_repo, display.note)
+    return summaries
 
 
 def run_training(
@@ -157,16 +176,24 @@ def run_training(
         before = before or evaluate(evaluator, learner)
         write_scores(log, before)
         announce("training")
-        finished = train(config, training, learner, log, session, resumed)
-        model = log.folder / "checkpoints" / "last"
-        learner.save(model)
+
+        def card(folder: Path, scores: Evaluation | None) -> None:
+            write_card(config, training, folder, before, scores)
+
+        root = log.folder / "checkpoints"
+        held_out = HeldOut(config, learner, evaluator, before, training.main_tasks, root, card, display.note)
+        num_steps = train(config, training, learner, log, session, held_out, resumed)
+        learner.save(root / LAST)
         announce("scores after training")
-        after = evaluate(evaluator, learner)
+        after = held_out.at_the_end(num_steps)
+        card(root / LAST, after)
+        model, after = held_out.result(root / LAST, after, partial(score_saved, config, evaluator, display))
         write_scores(log, before, after)
-        write_card(config, training, model, before, after)
         if training.alone and before is not None and after is not None:
             display.before_after(before.table, after.table)
+    finished = num_steps >= config.max_steps
     if training.alone:
+        session.models.update({"": model} if finished else {})
         display.note(f"model {model}")
         display.note(f"report {log.folder / 'report.html'}")
     return Trained(folder=log.folder, model=model, finished=finished, before=before, after=after)
@@ -178,13 +205,17 @@ def train(
     learner: Learner,
     log: RunLog | NullRunLog,
     session: Session,
+    held_out: HeldOut,
     resumed: ResumePoint | None,
-) -> bool:
-    """The loop, watched: metrics, samples, checkpoints and the terminal's bar, from the start or from where a
-    checkpoint left it. False when Ctrl-C ended it early. Raises as `run_training`."""
+) -> int:
+    """The loop, watched: metrics, samples, scores, checkpoints and the terminal's bar, from the start or from where a
+    checkpoint left it. Returns how many steps are done: fewer than asked for after Ctrl-C. Raises as `run_training`."""
     display, watchdog = session.display, session.watchdog
 
     def on_step(metrics: StepMetrics, rollouts: Sequence[Rollout], totals: Tensor) -> None:
+        if held_out.due(trainer.step):
+            watchdog.mark("evaluation", metrics.step)
+            metrics = held_out.with_scores(metrics, trainer.step)
         log.metrics(metrics)
         display.step(metrics)
         if config.sample_steps and metrics.step % config.sample_steps == 0:
@@ -220,7 +251,7 @@ def train(
     checkpoints.wait()
     if trainer.step < config.max_steps:
         display.note(f"stopped at step {trainer.step}; scoring what there is")
-    return trainer.step >= config.max_steps
+    return trainer.step
 
 
 @contextmanager
@@ -243,6 +274,18 @@ def evaluate(evaluator: Evaluator | None, learner: Learner) -> Evaluation | None
         return None
     with learner.sampling() as policy:
         return evaluator(policy)
+
+
+def score_saved(config: TrainConfig, evaluator: Evaluator | None, display: Display, folder: Path) -> Evaluation:
+    """Scores of a saved model. Collective."""
+    assert evaluator is not None
+    return evaluator(starting_policy(config, folder, display).eval())
+
+
+def result_of(config: TrainConfig, folder: Path) -> Path:
+    """The model that a finished training left in its run's `folder`."""
+    best = folder / "checkpoints" / BEST
+    return best if config.load_best_model_at_end and best.is_dir() else folder / "checkpoints" / LAST
 
 
 def write_scores(log: RunLog | NullRunLog, before: Evaluation | None, after: Evaluation | None = None) -> None:
@@ -272,6 +315,7 @@ def write_card(
             method=training.method,
             config=config,
             data=training.data or EMBEDDED_DATA,
+            title=config.run_name,
             before=None if before is None else before.table,
             after=None if after is None else after.table,
         )

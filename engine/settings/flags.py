@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from ..errors import ConfigError
+from .habits import respelled
 from .schema import read_yaml, settings_of, to_yaml, unknown_name
 
 Config = TypeVar("Config")
@@ -41,7 +42,8 @@ def parse(
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         config_file, arguments = _take_config(arguments)
-        _refuse_unknown_flags(arguments, config_type)
+        arguments, problems = respelled(arguments, config_type)
+        _refuse_unknown_flags(arguments, config_type, problems)
         source = config_file if config_file is not None else default_yaml
         from_file = {} if source is None else read_yaml(config_type, Path(source))
         values = _parse_flags(config_type, arguments, from_file, description or config_type.__doc__ or "")
@@ -82,10 +84,10 @@ def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return (Path(found[0]).expanduser() if found else None), rest
 
 
-def _refuse_unknown_flags(arguments: list[str], config_type: type) -> None:
-    """Names every unknown flag with the nearest one, or with what TRL's name is called here."""
+def _refuse_unknown_flags(arguments: list[str], config_type: type, found: list[str]) -> None:
+    """Names every unknown flag with the nearest one, or with what TRL's name is called here, after what was `found`."""
     known = {setting.name for setting in settings_of(config_type)} | {"help"}
-    problems = []
+    problems = list(found)
     for argument in arguments:
         if not argument.startswith("--"):
             continue

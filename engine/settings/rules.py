@@ -113,12 +113,43 @@ def run_problems(c: Any) -> list[str]:
     for tracker in sorted(set(c.report_to)):
         if c.report_to.count(tracker) > 1:
             problems.append(f"report_to: {tracker} is given twice; name it once")
-        if importlib.util.find_spec(tracker) is None:
+        if tracker in ("none", "all"):
+            if len(set(c.report_to)) > 1:
+                problems.append(f"report_to: {tracker} stands alone, got {' '.join(c.report_to)}; take it out")
+        elif importlib.util.find_spec(tracker) is None:
             problems.append(f"report_to: {tracker} is not installed; run `pip install {tracker}`, or leave it out")
     return problems
 
 
-TRAINING: tuple[Rule, ...] = (objective_problems, judge_problems, dgs_problems, path_problems, run_problems)
+def held_out_problems(c: Any) -> list[str]:
+    problems = []
+    if c.eval_steps and not c.eval_samples:
+        problems.append(f"eval_samples: eval_steps {c.eval_steps} needs items to score, got 0; 192 is the default")
+    for name in ("load_best_model_at_end", "metric_for_best_model"):
+        if getattr(c, name) and not c.eval_steps:
+            problems.append(f"eval_steps: {name} needs scores on the way, got 0; give a number of steps")
+    return problems
+
+
+_REPOSITORY = re.compile(r"(?:\w(?:[\w.-]*\w)?/)?\w(?:[\w.-]*\w)?", re.ASCII)
+
+
+def hub_problems(c: Any) -> list[str]:
+    """A repository's name that the hub's own library refuses; before anything is imported for it."""
+    name = c.hub_model_id
+    if name is None or (
+        _REPOSITORY.fullmatch(name)
+        and all(len(part) <= 96 for part in name.split("/"))
+        and not re.search(r"--|\.\.|\.git$", name)
+    ):
+        return []
+    return [f"hub_model_id: expected name or organisation/name of letters, digits, - _ and ., got {name!r}; rename it"]
+
+
+TRAINING: tuple[Rule, ...] = (
+    *(objective_problems, judge_problems, dgs_problems, path_problems, run_problems),
+    *(held_out_problems, hub_problems),
+)
 """What every training's settings must keep."""
 
 

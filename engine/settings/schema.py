@@ -17,7 +17,7 @@ import math
 import re
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,6 +25,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 import yaml
 
 from ..errors import ConfigError, shown
+from .renamed import remedy_of, remedy_of_value
 
 Config = TypeVar("Config")
 Rule = Callable[[Any], list[str]]
@@ -36,8 +37,8 @@ MAX_YAML_BYTES = 1 << 15
 MAX_PROBLEMS = 20
 """Told at once."""
 
-MAX_DEPTH = 4
-"""Of lists and mappings within each other; settings need two."""
+MAX_DEPTH = 8
+"""Of lists and mappings within each other; settings need two, and a file of verl's, which gets its remedies, seven."""
 
 _SECTION = re.compile(r"^\s*# --- (?P<title>.+?) ---\s*$")
 
@@ -88,7 +89,7 @@ class Settings:
 
     RULES: ClassVar[tuple[Rule, ...]] = ()
     """What is checked beside types and ranges, once those hold."""
-    RENAMED: ClassVar[dict[str, str]] = {}
+    RENAMED: ClassVar[Mapping[str, str]] = {}
     """Names that people bring from elsewhere, and what to set instead."""
 
     def __post_init__(self) -> None:
@@ -117,6 +118,13 @@ def settings_of(config_type: type) -> tuple[Setting, ...]:
         found.append(Setting(field.name, hint, limits, default, doc, section))
     order = list(dict.fromkeys(setting.section for setting in found))
     return tuple(sorted(found, key=lambda setting: order.index(setting.section)))
+
+
+def at_defaults(config: Any) -> set[str]:
+    """The settings that are as they would be if nobody had named them."""
+    return {
+        setting.name for setting in settings_of(config.__class__) if getattr(config, setting.name) == setting.default
+    }
 
 
 def _field_docs(part: type) -> dict[str, tuple[str, str]]:
@@ -160,7 +168,7 @@ def describe(annotation: Any) -> str:
 
 def coerce(value: Any, annotation: Any) -> Any:
     """`value` as `annotation`, or ValueError.  Only changes that cannot lose anything are made: an integer where a
-    number is due, `1e-4` (text to YAML 1.1, as it has no dot), a list for a tuple, text for a path."""
+    number is due, `1e-4` (text to YAML 1.1, as it has no dot), a list or one text for a tuple, text for a path."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         if type(None) in args and (value is None or value == "None"):  # `None` is text to YAML
@@ -171,6 +179,8 @@ def coerce(value: Any, annotation: Any) -> Any:
         if any(value == option and type(value) is type(option) for option in args):
             return value
         raise ValueError
+    if origin is tuple and isinstance(value, str):
+        value = [value]  # one item may stand alone, as for argparse and in transformers' files
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(coerce(item, args[0]) for item in value)
     if annotation is float and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -234,6 +244,7 @@ def _wrong_type(setting: Setting, value: Any) -> str:
         wanted = wanted.replace("a number", "a finite number")
     nearest = difflib.get_close_matches(str(value)[:80], [str(choice) for choice in choices(setting.type)], n=1)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"default: {_scalar(setting.default)}"
+    remedy = remedy_of_value(setting.name, value) or remedy
     return f"{setting.name}: expected {wanted}, got {shown(value)} ({type(value).__name__}); {remedy}"
 
 
@@ -250,7 +261,7 @@ class _StrictLoader(yaml.SafeLoader):
         self._depth += 1
         if self._depth > MAX_DEPTH:
             line = self.peek_event().start_mark.line + 1
-            raise ConfigError(f"line {line}: lists within lists within lists are no setting; take brackets out")
+            raise ConfigError(f"line {line}: lists within lists are no setting; take brackets out")
         try:
             return super().compose_node(parent, index)
         finally:
@@ -270,11 +281,20 @@ def unknown_name(name: str, config_type: type) -> str:
     known = [setting.name for setting in settings_of(config_type)]
     renamed: Mapping[str, str] = getattr(config_type, "RENAMED", {})
     name = name if len(name) <= 80 else f"{name[:77]}..."
-    if name in renamed:
-        return f"{name}: unknown here; {renamed[name]}"
+    if (remedy := remedy_of(name.replace("-", "_"), renamed)) is not None:
+        return f"{name}: unknown here; {remedy}"
     nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all settings"
     return f"{name}: unknown setting; {hint}"
+
+
+def _paths(name: str, value: Any) -> Iterator[str]:
+    """The dotted paths in a nested mapping, as verl's files have them; `name` itself for anything else."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _paths(f"{name}.{key}", inner)
+    else:
+        yield name
 
 
 def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
@@ -301,11 +321,12 @@ def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     problems: list[str] = []
     for number, (name, value) in enumerate(loaded.items(), 1):
-        if len(problems) == MAX_PROBLEMS:
+        if len(problems) >= MAX_PROBLEMS:
             problems.append(f"{len(loaded) - number + 1} more settings were not looked at")
             break
         if name not in known:
-            problems.append(unknown_name(str(name), config_type))
+            theirs = [path for path in _paths(str(name), value) if path in getattr(config_type, "RENAMED", {})]
+            problems += [unknown_name(path, config_type) for path in theirs[:MAX_PROBLEMS] or [str(name)]]
             continue
         try:
             values[name] = coerce(value, known[name].type)

@@ -130,7 +130,8 @@ def _heading(run_dir: Path, rows: Rows, settings: Mapping[str, Any], environment
         state = f"all {planned} steps done" if len(rows) >= planned else f"stopped after {len(rows)} of {planned} steps"
     facts = [state, str(environment.get("started", ""))[:16].replace("T", " "), str(environment.get("device", ""))]
     lead = " · ".join(escape(fact) for fact in facts if fact)
-    return f'<h1>{escape(run_dir.resolve().name)}</h1>\n<p class="lead">{lead}</p>'
+    name = str(settings.get("run_name") or run_dir.resolve().name)
+    return f'<h1>{escape(name)}</h1>\n<p class="lead">{lead}</p>'
 
 
 def _tiles(rows: Rows, table: Sequence[ScoreRow]) -> str:

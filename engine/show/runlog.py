@@ -43,7 +43,7 @@ from . import report, sheets
 from .measured import PER_ITEM, dumps
 from .scores import Scores, flatten_scores, score_rows
 from .sheets import Rewards, as_rewards
-from .trackers import Trackers
+from .trackers import Trackers, completions_of
 
 PACKAGES = ("syncr1", "torch", "transformers", "deepspeed", "triton", "tokenizers", "safetensors", "numpy", "pillow")
 MAX_FOLDERS = 10_000
@@ -109,7 +109,9 @@ class RunLog:
         self._metrics: TextIO | None = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._logging_steps = max(1, getattr(config, "logging_steps", 1))
         settings = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-        self._trackers = Trackers(getattr(config, "report_to", ()), self.folder, settings)
+        self._log_completions = getattr(config, "log_completions", False)
+        run_name = getattr(config, "run_name", None)
+        self._trackers = Trackers(getattr(config, "report_to", ()), self.folder, settings, run_name)
 
     def metrics(self, metrics: StepMetrics) -> None:
         """Appends one line to metrics.jsonl: `step`, the values, and `seconds/<stage>`; NaN and infinities as null."""
@@ -121,7 +123,9 @@ class RunLog:
         row = {"step": metrics.step, **{name: finite.get(name) for name in values}}
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         self._metrics.flush()
-        if metrics.step % self._logging_steps == 0:
+        if metrics.step % self._logging_steps:
+            finite = {name: value for name, value in finite.items() if name.startswith("eval/")}  # as rare as they are
+        if finite:
             self._trackers.log(metrics.step, finite)
 
     def cut(self, num_steps: int) -> None:
@@ -164,6 +168,8 @@ class RunLog:
         ]
         _write_jsonl(folder / f"step_{step:06d}.jsonl", rows)
         self._trackers.picture(step, "samples", picture)
+        if self._log_completions and self._trackers.active:
+            self._trackers.table(step, "completions", completions_of(rollouts, known))
 
     def scores(
         self,

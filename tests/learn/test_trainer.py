@@ -21,7 +21,8 @@ from syncr1.engine.data.prompts import load_anchors, load_training_prompts
 from syncr1.engine.learn.credit import credited_rewards
 from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
 from syncr1.engine.learn.learner import Learner
-from syncr1.engine.learn.trainer import Trainer, learning_rate
+from syncr1.engine.learn.schedule import learning_rate
+from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.sync_r1_parts import build_reward_set

@@ -29,7 +29,7 @@ from syncr1.engine.checkpoints.random_states import load_random_state, random_st
 from syncr1.engine.checkpoints.sharded import folders, save, verified
 from syncr1.engine.data.prompts import load_training_prompts
 from syncr1.engine.errors import CheckpointError, ConfigError
-from syncr1.engine.learn.trainer import learning_rate
+from syncr1.engine.learn.schedule import learning_rate
 from syncr1.engine.methods.resume import resume_point
 from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.rewards.ensemble import RewardSet
