@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..records import StepMetrics
+from . import recent
 from .scores import SUMMARY, ScoreRow, Scores, measures_in, score_rows, show_change, show_score
 
 
@@ -58,12 +59,14 @@ class Display:
 
     def stage(self, title: str) -> None:
         """Announces what happens next: `2/4 training the tiny base`."""
+        recent.begins(title)
         self._stage += 1
         number = f"{self._stage}/{self.num_stages} " if self.num_stages else ""
         self.console.print(Text.assemble((number, "bold cyan"), (title, "bold")))
 
     def note(self, text: str) -> None:
         """A line of plain text; above the bar while it runs."""
+        recent.said(text)
         self.console.print(Text(f"  {text}"))
 
     @contextmanager

@@ -36,7 +36,7 @@ from syncr1.kernels.dispatch import available
 from ..records import Rollout, StepMetrics
 from ..settings.schema import to_yaml
 from ..whole_files import write_atomically
-from . import report, sheets
+from . import recent, report, sheets
 from .scores import Scores, flatten_scores
 from .sheets import Rewards, as_rewards
 from .trackers import Trackers
@@ -66,6 +66,8 @@ def open_run_log(output_dir: Path, config: Any, resumed: Resumed | None = None) 
     log = RunLog(output_dir, config, resumed) if dist.get_rank() == 0 else None
     box = [str(log.folder) if log else ""]
     dist.broadcast_object_list(box, src=0)
+    if log is None:
+        recent.writes_to(Path(box[0]))
     return log or NullRunLog(Path(box[0]))
 
 
@@ -89,6 +91,7 @@ class RunLog:
             self.folder = resumed.run_folder
             write_atomically(self.folder / "config.yaml", CONFIG_HEADING + to_yaml(config))
             _write_json(self.folder / "environment.json", environment() | {"resumed_at_step": resumed.step})
+        recent.writes_to(self.folder)
         self._metrics: TextIO | None = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._logging_steps = max(1, getattr(config, "logging_steps", 1))
         settings = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
