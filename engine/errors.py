@@ -16,18 +16,17 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-if sys.version_info < (3, 11):  # the first of our files that any program reads; others would fail with a traceback
-    raise SystemExit(
-        f"syncr1: Python: expected 3.11 or 3.12, got {sys.version.split()[0]}; run .venv/bin/python, which `make setup` "
-        "makes"
-    )
-
 EXIT_CRASHED = 1
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 70  # EX_SOFTWARE of sysexits.h
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: trying again helps
 EXIT_STALLED = 124  # as timeout(1)
 EXIT_INTERRUPTED = 130  # as a shell tells it
+
+PYTHON = (3, 11)
+if tuple(sys.version_info) < PYTHON:  # this is the first file that a recipe reads: the next ones would be a traceback
+    print(f"syncr1: Python: expected 3.11 or 3.12, got {sys.version.split()[0]}; run .venv/bin/python", file=sys.stderr)
+    raise SystemExit(EXIT_BAD_INPUT)
 
 MOST_CHARACTERS = 8_000
 """Of a message. It names the place first and the remedy last, so what is left out is in between."""

@@ -10,8 +10,10 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from .errors import one_line
+from .errors import ConfigError, Refused, one_line
 
 RESUME = "what was saved is whole: --resume_from_checkpoint latest goes on from there"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,6 +43,32 @@ def reason_of(error: BaseException, doing: str = "") -> str | None:
                 at = f" ({doing})" if doing else ""
                 return f"{what}{at}: expected {expected}, got {got}; {remedy}"
     return None
+
+
+@contextmanager
+def reading(setting: str, name: str | Path) -> Iterator[None]:
+    """A block in which libraries alone read a stranger's files, such as transformers' `from_pretrained`: whatever they
+    raise is about those, and becomes a ConfigError in a line.  Memory that runs out stays what it is.
+
+    Args:
+        setting: that names the files.
+        name: of the folder, or on the hub.
+    """
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        if any(_memory(link) for link in _links(error)):
+            raise
+        reason = reason_of(error)
+        if reason is None:
+            words = one_line(error)[:400]
+            reason = (
+                f"expected files that its library can read, got {type(error).__name__}: {words}; fetch them again, or "
+                "name others"
+            )
+        raise ConfigError(f"{setting}: {name}: {reason}") from error
 
 
 Told = tuple[str, str, str, str] | None
@@ -103,7 +131,12 @@ def _network(error: BaseException) -> Told:
     if not in_use or not isinstance(error, OSError | RuntimeError):
         return None
     port = os.environ.get("MASTER_PORT", "?")
-    return "MASTER_PORT", "a free port", f"{port}, on which another process listens", "name another one, or leave it out"
+    return (
+        "MASTER_PORT",
+        "a free port",
+        f"{port}, on which another process listens",
+        "name another one, or leave it out",
+    )
 
 
 def _hub(error: BaseException) -> Told:
@@ -117,7 +150,12 @@ def _hub(error: BaseException) -> Told:
     if _is(error, "RepositoryNotFoundError"):
         return "hub", "a repository's name", said, f"correct the name; a private one needs {login}"
     if _is(error, *_OFFLINE, "LocalEntryNotFoundError"):
-        return "hub", "files in the cache or a network", said, "download them where there is a network, or give a folder"
+        return (
+            "hub",
+            "files in the cache or a network",
+            said,
+            "download them where there is a network, or give a folder",
+        )
     if _is(error, *_UNREACHABLE):
         return "hub", "an answer", said, "check network and proxy (HF_ENDPOINT names a mirror), or give a folder"
     return ("hub", "an answer", said, "try again later, or give a folder") if _is(error, "HfHubHTTPError") else None

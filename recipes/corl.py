@@ -38,7 +38,7 @@ def train(config: CorlConfig) -> None:
     if config.model is None and config.stage != "merge":
         print(f"syncr1: no --model: the tiny one, and recipes/{TINY.name} for what is not set", flush=True)
     if config.model is None and config.data is not None:
-        print(f"syncr1: it knows a rendered world alone: on {config.data} it tries the data, not the method", flush=True)
+        print(f"syncr1: it knows a rendered world alone: {config.data} is tried with it, not learnt", flush=True)
     print("syncr1: loading torch and transformers ...", flush=True)
     from syncr1.engine.corl.run import run
 

@@ -1,4 +1,4 @@
-"""crash.txt: what a report of one of our own faults needs, written where the run writes; three lines on the terminal."""
+"""crash.txt: what a report of our own faults needs, written where the run writes; a few lines on the terminal."""
 
 from __future__ import annotations
 

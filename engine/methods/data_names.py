@@ -76,9 +76,7 @@ def _too_few(config: Any) -> list[str]:
     count = _rows(Path(source).expanduser())
     if count is None or count >= wanted:
         return []
-    return [
-        f"prompts_per_step: expected at most {count}, the rows of {source}, got {wanted}; lower it, or add rows"
-    ]
+    return [f"prompts_per_step: expected at most {count}, the rows of {source}, got {wanted}; lower it, or add rows"]
 
 
 def _rows(path: Path) -> int | None:

@@ -96,9 +96,9 @@ def is_cached(wanted: Wanted) -> bool:
     return any(next(path.glob(kind), None) is not None for path in snapshots for kind in kinds)
 
 
-def why_unreachable() -> str:
-    """Empty where the hub, or the proxy that leads to it, takes a connection; else why not."""
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+def why_unreachable(address: str = "") -> str:
+    """Empty where an address (the hub's), or the proxy that leads to it, takes a connection; else why not."""
+    endpoint = urlsplit(address or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     proxies = getproxies()
     proxy = proxies.get(endpoint.scheme) or proxies.get("all")
     through = urlsplit(proxy) if proxy and not proxy_bypass(endpoint.hostname or "") else endpoint
@@ -169,8 +169,8 @@ def _space(downloads: list[Download]) -> list[str]:
         return []
     names = ", ".join(download.wanted.name for download in downloads)
     return [
-        f"{downloads[0].wanted.setting}: expected {gib(needed)} of free space for {names}, got {gib(free)} at {folder}; "
-        "free some, or let HF_HOME name another disk"
+        f"{downloads[0].wanted.setting}: expected {gib(needed)} of free space for {names}, got {gib(free)} at "
+        f"{folder}; free some, or let HF_HOME name another disk"
     ]
 
 

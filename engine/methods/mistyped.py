@@ -62,7 +62,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _is_slip(got: str, meant: str) -> bool:
-    """One or two letters apart, numbers and single last letters not counted: `seed_1` and `run-b` are names in a row."""
+    """One or two letters apart; numbers and single last letters do not count: `seed_1`, `run-b` are names in a row."""
     pattern = r"\d+|(?<=[_.-])[A-Za-z](?=$|/)"
     if re.sub(pattern, "#", got) == re.sub(pattern, "#", meant):
         return False

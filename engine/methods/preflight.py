@@ -110,11 +110,15 @@ def version_problems() -> list[str]:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             if importlib.util.find_spec(package) is None:
-                found.append(f"{package}: expected at least {wanted}, got none; run `pip install .`, or .venv/bin/python")
+                found.append(
+                    f"{package}: expected at least {wanted}, got none; run `pip install .`, or .venv/bin/python"
+                )
             continue
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
         if numbers < needed:
-            found.append(f"{package}: expected at least {wanted}, got {version}; `pip install -U '{package}>={wanted}'`")
+            found.append(
+                f"{package}: expected at least {wanted}, got {version}; `pip install -U '{package}>={wanted}'`"
+            )
     return found
 
 

@@ -56,16 +56,16 @@ def parse(
     if default_yaml is not None and values.get("model") is None:
         values = _beneath(config_type, read_yaml(config_type, Path(default_yaml)), values)
     if problems:  # rules over several settings would complain of what a misspelt flag was to give
-        problems += [problem for s in settings_of(config_type) for problem in _of_range(s, flags.values)]
-        refuse(ConfigError.of(problems))
+        refuse(ConfigError.of(problems + _of_range(config_type, flags.values)))
     try:
         return config_type(**values)
     except ConfigError as error:
         refuse(error)
 
 
-def _of_range(setting: Setting, values: dict[str, Any]) -> list[str]:
-    return out_of_range(setting, values[setting.name]) if setting.name in values else []
+def _of_range(config_type: type, values: dict[str, Any]) -> list[str]:
+    given = [setting for setting in settings_of(config_type) if setting.name in values]
+    return [problem for setting in given for problem in out_of_range(setting, values[setting.name])]
 
 
 def _beneath(config_type: type, lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:

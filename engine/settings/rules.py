@@ -88,11 +88,11 @@ def path_problems(c: Any) -> list[str]:
     problems = []
     if c.model is not None:
         folder = os.path.expanduser(c.model)
-        if os.path.isdir(folder):  # unlike Path's, False for a name that no file could have
-            if not os.path.isfile(os.path.join(folder, "config.json")):
-                problems.append(f"model: expected transformers' format, but {c.model} has no config.json")
-        elif os.path.exists(folder) or not may_be_hub_name(c.model):
-            problems.append(f"model: expected a checkpoint folder or a hub name, got {c.model}, which is not a folder")
+        # `isdir`, unlike Path's, is False for a name that no file could have.
+        if not os.path.isdir(folder) and (os.path.exists(folder) or not may_be_hub_name(c.model)):
+            problems.append(
+                f"model: expected a checkpoint folder or a hub name, got {c.model}, which is not a folder; correct it"
+            )
     if c.output_dir.exists() and not c.output_dir.is_dir():
         problems.append(f"output_dir: expected a folder, got the file {c.output_dir}; choose another name")
     return problems

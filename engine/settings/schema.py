@@ -269,7 +269,9 @@ class _StrictLoader(yaml.SafeLoader):
         self._depth += 1
         if self._depth > MAX_DEPTH:
             line = self.peek_event().start_mark.line + 1
-            raise ConfigError(f"line {line}: expected a setting, got lists within lists within lists; take brackets out")
+            raise ConfigError(
+                f"line {line}: expected a setting, got lists within lists within lists; take brackets out"
+            )
         try:
             return super().compose_node(parent, index)
         finally:
@@ -315,7 +317,7 @@ def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
     # PyYAML reads `2001-99-99`, `!!bool x` and `!!int ''` with errors that are none of its own.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(
-            f"{where}: expected `setting: value` lines, got what is not plain YAML: {one_line(error)}; correct that line"
+            f"{where}: expected `setting: value` lines, got what is not plain YAML: {one_line(error)}; correct it"
         ) from error
     if loaded is None and not isinstance(source, str):
         raise ConfigError(

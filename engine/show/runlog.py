@@ -33,6 +33,7 @@ from torch import Tensor
 from syncr1.kernels.api import attention_provider
 from syncr1.kernels.dispatch import available
 
+from ..errors import ConfigError
 from ..records import Rollout, StepMetrics
 from ..settings.schema import to_yaml
 from ..whole_files import write_atomically
@@ -270,7 +271,7 @@ def _claim_folder(wanted: Path, config_yaml: str) -> Path:
         except FileExistsError:
             continue
         return folder
-    raise RuntimeError(f"RunLog: expected a free name near {wanted}, got {MAX_FOLDERS} runs; choose another output_dir")
+    raise ConfigError(f"output_dir: expected a free name near {wanted}, got {MAX_FOLDERS} runs; choose another one")
 
 
 def environment() -> dict[str, Any]:
