@@ -10,13 +10,16 @@ compute is written atop engine/checkpoints/merge.py.
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from syncr1.engine.checkpoints.model_card import is_hub_name, write_model_card
+from syncr1.engine.errors import CheckpointError, one_line
 from syncr1.engine.methods.early import loading, unix_habits
+from syncr1.engine.methods.exit import run_to_exit
+from syncr1.engine.methods.preflight import check_weights
+from syncr1.engine.reasons import reason_of
 from syncr1.engine.settings.flags import parse
 from syncr1.engine.settings.schema import Range, Rule, Settings
 
@@ -62,9 +65,13 @@ class MergeConfig(Settings):
 
 def main() -> None:
     config = parse(MergeConfig, description=__doc__)
+    check_weights({"base": config.base or "", **{f"models {model}": model for model in config.models}})
+    run_to_exit(merge, config, interrupted="stopped; nothing was written")
+
+
+def merge(config: MergeConfig) -> None:
     with loading("torch"):
         from syncr1.engine.checkpoints.merge import merge_checkpoints
-        from syncr1.engine.errors import CheckpointError
 
     assert config.base is not None and config.output is not None  # MergeConfig saw to it
     tenth = [0]
@@ -85,9 +92,8 @@ def main() -> None:
             say,
             max_shard_bytes=int(config.max_shard_gb * 1e9),
         )
-    except (CheckpointError, OSError) as error:
-        print(f"merge.py: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except OSError as error:  # of the files that the settings name
+        raise CheckpointError(reason_of(error, "merging") or f"merge: {one_line(error)}") from error
     method = f"{config.method} merge"
     write_model_card(config.output, base_model=config.base, method=method, config=config, merged_from=config.models)
     for index, model in enumerate(report.models):

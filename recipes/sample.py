@@ -17,18 +17,26 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
+from syncr1.engine.methods.preflight import check_weights
 from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.settings.flags import parse
 
 
 def main() -> None:
     config = parse(SampleConfig, description=__doc__)
-    print("syncr1: loading torch and transformers ...", flush=True)
-    from syncr1.engine.methods.sample import run_sample
+    check_weights({f"compare {name}": name for name in config.compare} or {"model": config.model or ""})
+    run_to_exit(sample, config, interrupted="stopped; what was sampled is in output_dir")
 
-    run_to_exit(run_sample, config)
+
+def sample(config: SampleConfig) -> None:
+    with loading():
+        from syncr1.engine.methods.sample import run_sample
+
+    run_sample(config)
 
 
 if __name__ == "__main__":
-    main()
+    with unix_habits():
+        main()

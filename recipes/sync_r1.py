@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
+from syncr1.engine.methods.preflight import check_start
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.processes.launch import launch
 from syncr1.engine.settings.flags import parse
@@ -25,11 +26,15 @@ from syncr1.engine.settings.flags import parse
 
 def main() -> None:
     config = parse(SyncR1Config, description=__doc__)
-    config = launch(config, __file__)
+    check_start(config)
+    run_to_exit(train, launch(config, __file__))
+
+
+def train(config: SyncR1Config) -> None:
     with loading():
         from syncr1.engine.methods.sync_r1 import run
 
-    run_to_exit(run, config)
+    run(config)
 
 
 if __name__ == "__main__":

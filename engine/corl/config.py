@@ -174,6 +174,8 @@ class CorlConfig(TrainConfig):
     """--stage merge: folders of the models to merge."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (*TRAINING, corl_problems)
+    GOES_WITH: ClassVar[dict[str, str]] = {"reward_weights": "reward_funcs"}
+    """A list that says nothing about others than those of the embedded default."""
 
     def for_stage(self, training: Training, num_samples: int, **changes: Any) -> CorlConfig:
         """The settings of one training: the second stage's in place of the first's, epochs turned into steps.

@@ -43,6 +43,7 @@ from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .config import REFINED, CorlConfig
 from .config import Training as TrainingName
 from .models_table import models_table
+from .needs import check_needs, trainings_of
 from .parts import Parts
 from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
 from .training_data import refined_trainings, stream_of, training_samples
@@ -258,9 +259,8 @@ def dry_run(config: CorlConfig) -> None:
         print(to_yaml(config, comments=False))
         return
     root, instruction = data_of(config)
-    first: tuple[TrainingName, ...] = ("unified",) if config.stage in ("all", "unified") else ()
-    refined, _ = refined_trainings(config, root, instruction)
-    for training in (*first, *refined):
+    check_needs(config, root, instruction)
+    for training in trainings_of(config, root, instruction):
         samples = training_samples(config, training, root, instruction)
         settings = config.for_stage(training, len(samples))
         print(f"\n# {training}: {len(samples)} samples of {root}, {settings.max_steps} steps\n")

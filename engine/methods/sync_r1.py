@@ -33,10 +33,11 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     display = session.display
     resumed = resume_point(config, display.note)
     display.stage("data and starting model")
-    model = one_at_a_time(lambda: prepare_model(config, display.note))
-    policy = starting_policy(config, model, display)
     root = one_at_a_time(lambda: prepare_data(config))
     prompts, anchors, benchmark = load_data(root, config.model, scored=config.eval_samples > 0)
+    stream = stream_of(config, prompts, anchors, *place())
+    model = one_at_a_time(lambda: prepare_model(config, display.note))  # last: a base may be trained for minutes
+    policy = starting_policy(config, model, display)
     check_plans(policy, prompts)
     if not anchors and config.anchor_fraction > 0:
         display.note("no general/train in the data: training without anchors")
@@ -51,7 +52,7 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
         policy=policy,
         reference=frozen,
         objective=objective_of(config, policy.num_image_tokens, anchor_beta),
-        prompts=stream_of(config, prompts, anchors, *place()),
+        prompts=stream,
         rewards=build_reward_set(config, frozen, prompts),
         evaluator=one_at_a_time(lambda: evaluator_of(config, frozen, benchmark)) if benchmark else None,
     )

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from ..errors import ConfigError, Preempted
+from ..errors import ConfigError, Preempted, refuse
 from .hosts import DEFAULT_HOSTFILE, Host, check_host, check_launcher, executor, read_hostfile
 from .interrupts import preemptible
 from .nodes import passed_environment, run_nodes
@@ -119,7 +119,7 @@ def launch(config: Config, recipe: str | Path, argv: Sequence[str] | None = None
             raise SystemExit(_run_on_hosts(request, start, _key_names(settings)))
         _become(start.command)
     except ConfigError as error:
-        _refuse(error)
+        refuse(error, by_all=True)
 
 
 def _written_to(config: Any) -> Path:
@@ -365,15 +365,16 @@ def _no_nodes(request: Request, environ: Mapping[str, str]) -> str:
     slots = shlex.join(f"host{number} slots={ranks}" for number in range(1, nodes + 1))
     by_hostfile = shlex.join([sys.executable, *request.program(), "--hostfile", "hostfile"])
     lines = [
-        f"{nodes} machines are asked for, but torchrun did not start this process, it is in no Slurm allocation, and",
-        f"there is no hostfile ({DEFAULT_HOSTFILE}). It does not become a run on one machine by itself. One of:",
+        f"nodes: expected {nodes} machines, got none that are known: torchrun did not start this process, it is in no "
+        f"Slurm allocation, and there is no hostfile ({DEFAULT_HOSTFILE}); it does not become a run on one machine by "
+        "itself, start one of:",
         f"  {_sbatch(request, nodes, ranks)}",
         f"  {shlex.join(program)}",
         f"    (on each machine; {here} is one of them)",
         f"  printf '%s\\n' {slots} > hostfile && {by_hostfile}",
     ]
     if request.ranks_per_node is None and ranks == 1:
-        lines.append("No GPU is seen here, so these start 1 rank per machine; --ranks_per_node 8 makes it 8.")
+        lines.append("  (no GPU is seen here, so these start 1 rank per machine; --ranks_per_node 8 makes it 8)")
     return "\n".join(lines)
 
 
@@ -384,9 +385,3 @@ def _sbatch(request: Request, nodes: int, ranks: int) -> str:
     nodes_of = [f"--nodes={nodes}", "--ntasks-per-node=1", *gpus, "--exclusive"]
     again = ["--requeue", "--open-mode=append", f"--chdir={Path.cwd()}"]
     return shlex.join(["sbatch", *nodes_of, *again, f"--wrap={program}"])
-
-
-def _refuse(error: ConfigError) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name or 'syncr1'}: this run cannot start", file=sys.stderr)
-    print(*(f"  {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-    raise SystemExit(2)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from .builtin.identity import Features, IdentityReward
 from .builtin.text import text_reward
 from .judge.attribute_judge import AttributeScorer, CaptionLogp, Judge
@@ -70,7 +71,8 @@ def build_rewards(
         RewardSet with columns `identity`, `judge`, `text`, those that apply.
 
     Raises:
-        ValueError: a weight is negative, or nothing is left.
+        ValueError: a weight is negative.
+        ConfigError: nothing is left.
     """
     weights = {"identity_weight": identity_weight, "judge_weight": judge_weight, "text_weight": text_weight}
     for name, weight in weights.items():
@@ -92,7 +94,10 @@ def build_rewards(
     if text_weight > 0:
         columns.append(("text", text_reward, text_weight, "text"))
     if not columns:
-        raise ValueError("build_rewards: nothing is left to reward; give features, a judge, or a positive text_weight")
+        raise ConfigError(
+            "identity_weight, judge_weight, text_weight: expected a positive one for what the data ask for, got none; "
+            "raise it"
+        )
     return RewardSet(
         functions={name: function for name, function, _, _ in columns},
         weights=tuple(weight for _, _, weight, _ in columns),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..errors import shown
 from .schema import Rule
 
 
@@ -51,15 +52,20 @@ def judge_problems(c: Any) -> list[str]:
 
 def address_problems(c: Any) -> list[str]:
     """A secret in an address would stand in the run's config.yaml; the message does not repeat it."""
-    try:
-        url = urlsplit(c.judge_url or "")
-        plain = "@" not in url.netloc and not url.query and not url.fragment
-    except ValueError:
-        plain = False
-    if plain:
+    if c.judge_url is None:
         return []
-    remedy = "name the variable that holds the key in judge_key_env"
-    return [f"judge_url: expected an address without user, password, query and fragment; {remedy}"]
+    form = "judge_url: expected an address like https://host/v1"
+    try:
+        url = urlsplit(c.judge_url)
+        port = url.port
+    except ValueError:
+        return [f"{form}, got one with no host or port that there can be; correct it"]
+    if "@" in url.netloc or url.query or url.fragment:
+        remedy = "name the variable that holds the key in judge_key_env"
+        return [f"{form}, got one with a user, password, query or fragment; {remedy}"]
+    if url.scheme not in ("http", "https") or not url.hostname or port == 0:
+        return [f"{form}, got {shown(c.judge_url)}; give an OpenAI-compatible server's, up to and with /v1"]
+    return []
 
 
 def dgs_problems(c: Any) -> list[str]:
@@ -82,11 +88,11 @@ def path_problems(c: Any) -> list[str]:
     problems = []
     if c.model is not None:
         folder = os.path.expanduser(c.model)
-        if os.path.isdir(folder):  # unlike Path's, False for a name that no file could have
-            if not os.path.isfile(os.path.join(folder, "config.json")):
-                problems.append(f"model: expected transformers' format, but {c.model} has no config.json")
-        elif os.path.exists(folder) or not may_be_hub_name(c.model):
-            problems.append(f"model: expected a checkpoint folder or a hub name, got {c.model}, which is not a folder")
+        # `isdir`, unlike Path's, is False for a name that no file could have.
+        if not os.path.isdir(folder) and (os.path.exists(folder) or not may_be_hub_name(c.model)):
+            problems.append(
+                f"model: expected a checkpoint folder or a hub name, got {c.model}, which is not a folder; correct it"
+            )
     if c.output_dir.exists() and not c.output_dir.is_dir():
         problems.append(f"output_dir: expected a folder, got the file {c.output_dir}; choose another name")
     return problems

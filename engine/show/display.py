@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..records import StepMetrics
+from . import recent
 from .intervals import Interval
 from .pulse import Pulse, duration
 from .scores import (
@@ -90,6 +91,7 @@ class Display:
     def stage(self, title: str) -> None:
         """Announces what happens next: `2/4 training the tiny base`."""
         self._show_pulse(None)
+        recent.begins(title)
         self._stage += 1
         number = f"{self._stage}/{self.num_stages} " if self.num_stages else ""
         self.console.print(Text.assemble((number, "bold cyan"), (title, "bold")), soft_wrap=True)
@@ -97,6 +99,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """A line of plain text; above the bar while it runs."""
+        recent.said(text)
         self.console.print(Text(f"  {text}"), soft_wrap=True)  # a path that is wrapped cannot be copied
 
     @contextmanager

@@ -39,7 +39,7 @@ from ..processes.run_folder import LONG_PATIENCE, PATIENCE, FolderLock
 from ..records import Rollout, StepMetrics
 from ..settings.schema import to_yaml
 from ..whole_files import write_atomically
-from . import report, sheets
+from . import recent, report, sheets
 from .measured import PER_ITEM, dumps
 from .scores import Scores, flatten_scores, score_rows
 from .sheets import Rewards, as_rewards
@@ -78,6 +78,8 @@ def open_run_log(output_dir: Path, config: Any, resumed: Resumed | None = None) 
     folder, refused = box
     if refused:
         raise ConfigError(refused)
+    if log is None:
+        recent.writes_to(Path(folder))
     return log or NullRunLog(Path(folder))
 
 
@@ -106,6 +108,7 @@ class RunLog:
             self._lock = FolderLock(self.folder, LONG_PATIENCE if restarted() else PATIENCE)
             write_atomically(self.folder / "config.yaml", CONFIG_HEADING + to_yaml(config))
             _write_json(self.folder / "environment.json", environment() | {"resumed_at_step": resumed.step})
+        recent.writes_to(self.folder)
         self._metrics: TextIO | None = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._logging_steps = max(1, getattr(config, "logging_steps", 1))
         settings = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
@@ -300,7 +303,7 @@ def _claim_folder(wanted: Path, config_yaml: str) -> Path:
         except FileExistsError:
             continue
         return folder
-    raise RuntimeError(f"RunLog: expected a free name near {wanted}, got {MAX_FOLDERS} runs; choose another output_dir")
+    raise ConfigError(f"output_dir: expected a free name near {wanted}, got {MAX_FOLDERS} runs; choose another one")
 
 
 def environment() -> dict[str, Any]:

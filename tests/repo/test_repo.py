@@ -120,7 +120,7 @@ def test_kernels_import_torch_and_themselves() -> None:
 
 
 ROOMS = (
-    *("compat", "errors", "pictures", "records", "whole_files", "stopwatch"),
+    *("compat", "errors", "reasons", "pictures", "records", "whole_files", "stopwatch"),
     *("settings", "processes", "data", "policies", "rollout", "forward", "show", "checkpoints", "rewards", "learn"),
     *("evaluate", "world", "methods", "corl", "api"),
 )
