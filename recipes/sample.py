@@ -26,7 +26,8 @@ from syncr1.engine.settings.flags import parse
 
 def main() -> None:
     config = parse(SampleConfig, description=__doc__)
-    check_weights({f"compare {name}": name for name in config.compare} or {"model": config.model or ""})
+    named = {f"compare {name}": name for name in config.compare}
+    check_weights(named if config.model is None else {"model": config.model})
     run_to_exit(sample, config, interrupted="stopped; what was sampled is in output_dir")
 
 
