@@ -128,6 +128,12 @@ class NotFinite(RunEnded):
     """Update after update came out NaN or infinite."""
 
 
+class RewardsFailed(RunEnded):
+    """A reward that works for nobody: the run would train on what is left of its rewards, or on nothing."""
+
+    code = EXIT_BAD_INPUT
+
+
 # What messages show -------------------------------------------------------------------------------------------------
 
 

@@ -174,6 +174,7 @@ class CorlConfig(TrainConfig):
     """--stage merge: folders of the models to merge."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (*TRAINING, corl_problems)
+    REWARDS: ClassVar[tuple[str, ...]] = (*IMAGE_REWARDS[:2], *TEXT_REWARDS[:2], *IMAGE_REWARDS[2:], *TEXT_REWARDS[2:])
 
     def for_stage(self, training: Training, num_samples: int, **changes: Any) -> CorlConfig:
         """The settings of one training: the second stage's in place of the first's, epochs turned into steps.

@@ -99,6 +99,11 @@ class TrainConfig(Settings):
     """Weight of image tokens in the loss."""
 
     # --- rewards ---
+    reward_funcs: tuple[str, ...] = ()
+    """Rewards: the recipe's own by name, and yours: `module:function`, `file.py:function`, `verl@file.py:function`
+    (docs/rewards.md)."""
+    reward_weights: tuple[float, ...] = ()
+    """One for each of reward_funcs. None given: 1 for each."""
     judge_url: str | None = None
     """Address of an OpenAI-compatible server that judges drawings, e.g. http://127.0.0.1:8000/v1; https, or this
     machine. Sync-R1's judge is then this one; CoRL names it `judge` in reward_funcs."""
@@ -197,6 +202,8 @@ class TrainConfig(Settings):
     needed."""
 
     RULES: ClassVar[tuple[Rule, ...]] = TRAINING
+    REWARDS: ClassVar[tuple[str, ...]] = ()
+    """What reward_funcs may name beside functions of a user's own."""
     RENAMED: ClassVar[dict[str, str]] = {
         "model_name_or_path": "set model",
         "dataset_name": "set data, a folder",
@@ -205,8 +212,6 @@ class TrainConfig(Settings):
         "generation_batch_size": "set prompts_per_step, which counts groups",
         "num_train_epochs": "set max_steps",
         "epsilon_low": "set epsilon",
-        "reward_weights": "set identity_weight, judge_weight and text_weight",
-        "reward_funcs": "recipes/corl.py takes reward functions, of your own too, and prompts that ask for text alone",
         "vllm_mode": "rollouts are the engine's own",
         "use_vllm": "rollouts are the engine's own",
     }
