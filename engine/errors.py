@@ -45,6 +45,10 @@ class DataError(Refused):
     """Something in the data folder cannot be used; the message names the file, the entry and the remedy."""
 
 
+class NoSplitError(DataError):
+    """The source is there, and has no such split."""
+
+
 class PictureError(Refused):
     """A picture that cannot be used; the message names the file and the reason."""
 

@@ -56,16 +56,22 @@ def load_benchmark(root: Path, faults: Faults = STRICT) -> dict[str, list[Prompt
     Raises:
         DataError: as for `load_training_prompts`; also when no task is left.
     """
+    tasks = benchmark_prompts(root, faults)
+    if not tasks:
+        raise DataError(
+            f"{root / 'concept' / 'test'}: nothing to evaluate on; add vqa.json, text_only.json or t2i_conditions.json"
+        )
+    return tasks
+
+
+def benchmark_prompts(root: Path, faults: Faults = STRICT) -> dict[str, list[Prompt]]:
+    """As `load_benchmark`; {} for a folder that holds nothing out."""
     prompts = _general(root, "test", faults)
     for concept in read_concepts(root, "test", faults=faults):
         where = f"test/{concept.name}"
         prompts += _answers(concept.questions, where, concept=concept.name)
         prompts += _drawings(concept.reasoning, where, CHAIN, **_about(concept))
         prompts += _drawings(concept.drawings, where, IMAGE_ONLY, **_about(concept))
-    if not prompts:
-        raise DataError(
-            f"{root / 'concept' / 'test'}: nothing to evaluate on; add vqa.json, text_only.json or t2i_conditions.json"
-        )
     return by_task(prompts)
 
 

@@ -19,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, NoSplitError
 from ..pictures import ImageRef
 from .cells import Part, arrow_part, confined, parquet_part
 from .faults import STRICT, Faults
@@ -97,7 +97,8 @@ def open_table(
         faults: where lines that cannot be read are told of.
 
     Raises:
-        DataError: there is no such source or split, or it cannot be read; names the file, the line and the remedy.
+        NoSplitError: the source is there and lacks the split.
+        DataError: there is no such source, or it cannot be read; names the file, the line and the remedy.
     """
     name, path = str(source), Path(source).expanduser()
     if os.path.isfile(path):  # unlike Path's, False for a name that no file could have
@@ -147,7 +148,7 @@ def _of_split(folder: Path, split: str) -> list[Path]:
         mine = shards
     if not mine:
         have = sorted({file.stem for file in folder.glob("*.json*")} | {str(_split_of(file)) for file in told})
-        raise DataError(
+        raise NoSplitError(
             f"{folder}: has nothing for the split {split!r}; found {have or 'no data file'}; {_instead(folder, split)}"
         )
     _check_complete(mine)
@@ -226,7 +227,7 @@ def _saved(folder: Path, split: str, root: Path) -> Part:
         raise DataError(f"{folder}: not readable as a saved data set ({error}); save it again") from error
     splits = found if isinstance(found, DatasetDict) else {str(found.split or split): found}
     if split not in splits:
-        raise DataError(f"{folder}: has no split {split!r}; it has {sorted(map(str, splits))}")
+        raise NoSplitError(f"{folder}: has no split {split!r}; it has {sorted(map(str, splits))}")
     return _arrow(splits[split], folder.name, root)
 
 
@@ -236,6 +237,8 @@ def _from_hub(match: re.Match[str], split: str, image_folder: Path | None) -> Pa
     try:
         found = load_dataset(match["name"], match["config"], split=split, revision=match["revision"])
     except Exception as error:  # of the network, the hub, its builder or its files
+        if isinstance(error, ValueError) and "nknown split" in str(error):
+            raise NoSplitError(f"{match[0]}: has no split {split!r} ({error})") from error
         raise DataError(
             f"{match[0]}: no such file or folder here, and as a data set on the hub, split {split!r}, it could not be "
             f"loaded ({type(error).__name__}: {error}); check the name, or download it where there is a network and "

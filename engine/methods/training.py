@@ -19,7 +19,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ..checkpoints.model_card import write_model_card
-from ..errors import RewardSpecError, RewardsFailed
+from ..errors import RewardsFailed, RewardSpecError
 from ..evaluate.held_out import Evaluation, Evaluator
 from ..forward.objective import Objective
 from ..learn.credit import CreditRule
@@ -30,7 +30,7 @@ from ..policies.base import Policy
 from ..processes.group import of_all_ranks, place
 from ..processes.interrupts import Interrupts
 from ..processes.watchdog import Watchdog
-from ..records import Rollout, StepMetrics
+from ..records import Prompt, Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
 from ..rewards.preview_scorer import build_preview
 from ..rewards.trial import try_rewards
@@ -163,18 +163,23 @@ def run_training(
 
 
 def try_out(config: TrainConfig, training: Training) -> None:
-    """Calls the user's own rewards once, on prompts of the first step, before anything of the training is done.
+    """A trial call of the user's own rewards, on prompts of the first step; raises as `try_rewards_on`."""
+    prompts = training.prompts
+    begin = prompts.state_dict()
+    first = prompts.next_step()
+    prompts.load_state_dict(begin)
+    try_rewards_on(config, training.rewards, first, training.policy)
+
+
+def try_rewards_on(config: TrainConfig, rewards: RewardSet, prompts: Sequence[Prompt], policy: Policy) -> None:
+    """Calls the user's own rewards once, before anything is trained. Collective.
 
     Raises:
         RewardSpecError: any of them fails, on any rank; a line for each.
     """
-    prompts, policy = training.prompts, training.policy
-    begin = prompts.state_dict()
-    first = prompts.next_step()
-    prompts.load_state_dict(begin)
     problems = try_rewards(
-        training.rewards.functions,
-        first,
+        rewards.functions,
+        prompts,
         image_size=policy.image_size,
         encode=lambda text: policy.encode(text).tolist(),
         timeout=config.reward_timeout,

@@ -54,7 +54,7 @@ def one_at_a_time(make: Callable[[], Made]) -> Made:
 
 def of_all_ranks(words: str) -> list[str]:
     """What each rank has to say, in order of ranks. Collective."""
-    rank, world_size = place()
+    _, world_size = place()
     if world_size == 1:
         return [words]
     said: list[str] = [""] * world_size

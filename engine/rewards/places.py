@@ -36,7 +36,8 @@ def defined_at(function: Any) -> str:
     known = getattr(function, "defined", None)
     if isinstance(known, str):
         return known
-    code = getattr(function, "__code__", None) or getattr(getattr(type(function), "__call__", None), "__code__", None)
+    method = vars(type(function)).get("__call__")  # of an object; a function has its code itself
+    code = getattr(function, "__code__", None) or getattr(method, "__code__", None)
     return "" if code is None else f"{shown_path(code.co_filename)}:{code.co_firstlineno}"
 
 

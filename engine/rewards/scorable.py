@@ -19,7 +19,8 @@ def _written(prompt: Prompt) -> bool:
 
 NEEDS: Mapping[str, tuple[str, Callable[[Prompt], bool]]] = {
     "identity": ("a drawing and photos in `references`", lambda p: _drawn(p) and bool(p.references)),
-    "judge": ("a drawing and a `target`", lambda p: _drawn(p) and bool(p.target or p.attributes or p.text)),
+    "judge": ("a drawing and a `target`", lambda p: _drawn(p) and bool(p.target or p.attributes)),
+    "remote_judge": ("a drawing", _drawn),
     "text": ("a text and an `answer`", lambda p: _written(p) and p.answer is not None and p.qa_type != "MC"),
     "bleu": ("a text and an `answer`", lambda p: _written(p) and p.answer is not None and p.qa_type != "MC"),
     "accuracy": ("a text and an `answer`", lambda p: _written(p) and p.answer is not None),

@@ -63,7 +63,7 @@ def _other_words(prompts: Sequence[Prompt]) -> Iterable[str]:
         strange |= dict.fromkeys(new)
     if num_strange > SHARE * len(prompts):
         some = ", ".join(list(strange)[:4])
-        yield f"words that it does not know in {num_strange} of {len(prompts)} prompts ({some}{', …' * (len(strange) > 4)})"
+        yield f"words that it does not know in {num_strange} of {len(prompts)} prompts ({some}, …)"
 
 
 def _is_known(word: str) -> bool:
