@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.methods.check_data_config import CheckDataConfig
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
@@ -81,6 +82,7 @@ def recipes() -> Iterator[tuple[str, Any]]:
     yield "corl.py", CorlConfig()
     yield "evaluate.py", EvaluateConfig()
     yield "sample.py", SampleConfig()
+    yield "check_data.py", CheckDataConfig(data=Path("your/data"))
     spec = importlib.util.spec_from_file_location("merge_recipe", ROOT / "recipes" / "merge.py")
     assert spec is not None and spec.loader is not None
     merge = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -62,6 +62,10 @@ class DataError(Refused):
     """Something in the data folder cannot be used; the message names the file, the entry and the remedy."""
 
 
+class NoSplitError(DataError):
+    """The source is there, and has no such split."""
+
+
 class PictureError(Refused):
     """A picture that cannot be used; the message names the file and the reason."""
 
@@ -153,6 +157,12 @@ class RankFailed(RunEnded):
 
 class NotFinite(RunEnded):
     """Update after update came out NaN or infinite."""
+
+
+class RewardsFailed(RunEnded):
+    """A reward that works for nobody: the run would train on what is left of its rewards, or on nothing."""
+
+    code = EXIT_BAD_INPUT
 
 
 # What messages show -------------------------------------------------------------------------------------------------

@@ -176,6 +176,7 @@ class CorlConfig(TrainConfig):
     RULES: ClassVar[tuple[Rule, ...]] = (*TRAINING, corl_problems)
     GOES_WITH: ClassVar[dict[str, str]] = {"reward_weights": "reward_funcs"}
     """A list that says nothing about others than those of the embedded default."""
+    REWARDS: ClassVar[tuple[str, ...]] = (*IMAGE_REWARDS[:2], *TEXT_REWARDS[:2], *IMAGE_REWARDS[2:], *TEXT_REWARDS[2:])
 
     def for_stage(self, training: Training, num_samples: int, **changes: Any) -> CorlConfig:
         """The settings of one training: the second stage's in place of the first's, epochs turned into steps.

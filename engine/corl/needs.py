@@ -10,16 +10,8 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..methods.hub_names import Wanted, gib, look_up, why_unreachable
 from ..methods.model_files import folder_problems
-from .config import REFINED, CorlConfig, Training
-from .training_data import refined_trainings, training_samples
-
-FIRST: dict[str, tuple[Training, ...]] = {
-    "unified": ("unified",),
-    "alternating": ("unified",),
-    "separate": ("generation", "understanding"),
-    "separate_merged": ("generation", "understanding"),
-}
-"""The first stage's trainings, by strategy."""
+from .config import CorlConfig
+from .training_data import all_trainings, training_samples
 
 
 def check_needs(config: CorlConfig, root: str | Path, instruction: str | None = None) -> None:
@@ -34,7 +26,7 @@ def check_needs(config: CorlConfig, root: str | Path, instruction: str | None = 
         DataError: data that cannot be read.
     """
     drawn = False
-    for training in trainings_of(config, root, instruction):
+    for training in all_trainings(config, root, instruction):
         samples = training_samples(config, training, root, instruction)
         config.for_stage(training, len(samples))
         drawn = drawn or any("image" in prompt.segments for sample in samples for prompt in sample)
@@ -51,13 +43,6 @@ def check_needs(config: CorlConfig, root: str | Path, instruction: str | None = 
     problems += _torchvision_problems(config) + _wordnet_problems(config) if drawn else []
     if problems:
         raise ConfigError.of(problems)
-
-
-def trainings_of(config: CorlConfig, root: str | Path, instruction: str | None = None) -> tuple[Training, ...]:
-    """The trainings that the settings ask for and the data have prompts for."""
-    first = FIRST[config.strategy] if config.stage in ("all", "unified") else ()
-    refined, _ = refined_trainings(config, root, instruction) if config.stage != "unified" else ((), "")
-    return (*first, *(training for training in REFINED if training in refined))
 
 
 def reward_models(config: CorlConfig) -> list[Wanted]:

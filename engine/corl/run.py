@@ -34,6 +34,7 @@ from ..methods.training import (
     result_of,
     run_method,
     run_training,
+    try_rewards_on,
     write_scores,
 )
 from ..processes.group import barrier, one_at_a_time, place
@@ -43,10 +44,10 @@ from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .config import REFINED, CorlConfig
 from .config import Training as TrainingName
 from .models_table import models_table
-from .needs import check_needs, trainings_of
+from .needs import check_needs
 from .parts import Parts
 from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
-from .training_data import refined_trainings, stream_of, training_samples
+from .training_data import all_trainings, check_data, refined_trainings, stream_of, training_samples
 
 MAIN_TASKS: Mapping[TrainingName, frozenset[str]] = {
     "unified": frozenset(),
@@ -103,12 +104,15 @@ class CorlRun:
     def __init__(self, config: CorlConfig, log: RunLog | NullRunLog, session: Session) -> None:
         self.config, self.log, self.session, self.display = config, log, session, session.display
         self.display.stage("data, starting model and rewards")
+        if config.data is not None and config.stage != "merge":
+            check_data(config, self.display.note)
         self.parts = one_at_a_time(lambda: Parts(config, self.display.note))
         self.stopped = False
 
     def models(self) -> dict[str, Model]:
         """Every model of the run by name, in order of making; Ctrl-C makes the current one the last."""
         config = self.config
+        self._try_rewards()
         models = {"base": self._scored("base", self.parts.base)}
         start = dict.fromkeys(("drawing", "answering"), models["base"])
         if config.stage in ("all", "unified"):
@@ -129,6 +133,16 @@ class CorlRun:
             base = config.merge_base or start["answering"].folder
             models["merged"] = self._merge("merged", base, [models["mcq"].folder, models["oe"].folder])
         return models
+
+    def _try_rewards(self) -> None:
+        """A trial call of the user's own rewards before the first model is scored; each training makes one, too."""
+        config, parts = self.config, self.parts
+        if set(config.reward_funcs) <= {*config.REWARDS} - {"judge"} or config.stage == "merge":
+            return
+        for name in all_trainings(config, parts.data, parts.instruction):
+            samples = training_samples(config, name, parts.data, parts.instruction)
+            prompts = [prompt for sample in samples for prompt in sample]
+            try_rewards_on(config, parts.rewards(name, parts.frozen, samples), prompts, parts.frozen)
 
     def _first_stage(self, base: Model) -> dict[str, Model]:
         if self.config.strategy in ("unified", "alternating"):
@@ -259,8 +273,10 @@ def dry_run(config: CorlConfig) -> None:
         print(to_yaml(config, comments=False))
         return
     root, instruction = data_of(config)
+    if config.data is not None:
+        check_data(config, print)
     check_needs(config, root, instruction)
-    for training in trainings_of(config, root, instruction):
+    for training in all_trainings(config, root, instruction):
         samples = training_samples(config, training, root, instruction)
         settings = config.for_stage(training, len(samples))
         print(f"\n# {training}: {len(samples)} samples of {root}, {settings.max_steps} steps\n")

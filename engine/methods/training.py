@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checkpoints.hub import problems_with_hub, push, repository_of
 from ..checkpoints.model_card import write_model_card
-from ..errors import ConfigError
+from ..errors import ConfigError, RewardsFailed, RewardSpecError
 from ..evaluate.held_out import Evaluation, Evaluator
 from ..forward.objective import Objective
 from ..learn.credit import CreditRule
@@ -29,14 +29,15 @@ from ..learn.from_settings import sampler_of, settings_of
 from ..learn.learner import Learner
 from ..learn.trainer import Trainer
 from ..policies.base import Policy
-from ..processes.group import place
+from ..processes.group import of_all_ranks, place
 from ..processes.interrupts import Interrupts
 from ..processes.launch import restarted
 from ..processes.meeting import Meeting
 from ..processes.watchdog import Watchdog
-from ..records import Rollout, StepMetrics
+from ..records import Prompt, Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
 from ..rewards.preview_scorer import build_preview
+from ..rewards.trial import try_rewards
 from ..settings.train_config import TrainConfig
 from ..show.display import Display
 from ..show.runlog import NullRunLog, RunLog, open_run_log
@@ -166,7 +167,9 @@ def run_training(
     Raises:
         Preempted: SIGTERM or SIGUSR1 came to any rank; a checkpoint is saved.
         NotFinite: update after update was skipped.
+        RewardSpecError, RewardsFailed: a reward fails in a trial call, or for everyone while it trains.
     """
+    try_out(config, training)
     display, evaluator, before = session.display, training.evaluator, training.before
     announce: Callable[[str], None] = display.stage if training.alone else lambda title: None
     learner = Learner(training.policy, training.objective, settings_of(config), training.reference)
@@ -197,6 +200,33 @@ def run_training(
         display.note(f"model {model}")
         display.note(f"report {log.folder / 'report.html'}")
     return Trained(folder=log.folder, model=model, finished=finished, before=before, after=after)
+
+
+def try_out(config: TrainConfig, training: Training) -> None:
+    """A trial call of the user's own rewards, on prompts of the first step; raises as `try_rewards_on`."""
+    prompts = training.prompts
+    begin = prompts.state_dict()
+    first = prompts.next_step()
+    prompts.load_state_dict(begin)
+    try_rewards_on(config, training.rewards, first, training.policy)
+
+
+def try_rewards_on(config: TrainConfig, rewards: RewardSet, prompts: Sequence[Prompt], policy: Policy) -> None:
+    """Calls the user's own rewards once, before anything is trained. Collective.
+
+    Raises:
+        RewardSpecError: any of them fails, on any rank; a line for each.
+    """
+    problems = try_rewards(
+        rewards.functions,
+        prompts,
+        image_size=policy.image_size,
+        encode=lambda text: policy.encode(text).tolist(),
+        timeout=config.reward_timeout,
+    )
+    told = [line for words in of_all_ranks("\n".join(problems)) for line in words.splitlines()]
+    if told:
+        raise RewardSpecError("\n".join(dict.fromkeys(told)))
 
 
 def train(
@@ -243,7 +273,15 @@ def train(
             watchdog.mark("between steps", trainer.step)
             return requests()
 
-        trainer.train(stop)
+        first = trainer.step + 1
+        try:
+            trainer.train(stop)
+        except RewardsFailed:
+            if trainer.step > first:  # what was learnt until then
+                log.sync()
+                checkpoints.save(trainer)
+                checkpoints.wait()
+            raise
         stop()  # what the last step was asked for
     watchdog.mark("after training")
     log.sync()

@@ -61,6 +61,16 @@ def one_at_a_time(make: Callable[[], Made]) -> Made:
     return make() if made is None else made
 
 
+def of_all_ranks(words: str) -> list[str]:
+    """What each rank has to say, in order of ranks. Collective."""
+    _, world_size = place()
+    if world_size == 1:
+        return [words]
+    said: list[str] = [""] * world_size
+    dist.all_gather_object(said, words)
+    return said
+
+
 def local_device() -> torch.device:
     """This process's device, once it has joined the group."""
     init_distributed()

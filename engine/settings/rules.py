@@ -50,6 +50,26 @@ def judge_problems(c: Any) -> list[str]:
     return [f"{missing}: expected beside {given} ({getattr(c, given)}), got none; a judge needs both"]
 
 
+def reward_problems(c: Any) -> list[str]:
+    """What can be known of reward functions before their files are run."""
+    problems = []
+    if c.reward_weights and len(c.reward_weights) != len(c.reward_funcs):
+        problems.append(
+            f"reward_weights: expected {len(c.reward_funcs)}, one per reward_funcs, got {len(c.reward_weights)}; "
+            "list one for each name"
+        )
+    for weight in c.reward_weights:
+        if not weight >= 0:
+            problems.append(f"reward_weights: expected numbers of at least 0, got {weight:g}; leave that reward out")
+    if c.reward_weights and not any(c.reward_weights):
+        problems.append("reward_weights: all are 0, so nothing would be learnt; give one reward a positive weight")
+    if not c.reward_funcs and c.REWARDS:
+        problems.append(f"reward_funcs: expected at least one, got none; try {' '.join(c.REWARDS[:4])}")
+    for name in sorted({name for name in c.reward_funcs if c.reward_funcs.count(name) > 1}):
+        problems.append(f"reward_funcs: {name} is given twice; name it once")
+    return problems
+
+
 def address_problems(c: Any) -> list[str]:
     """A secret in an address would stand in the run's config.yaml; the message does not repeat it."""
     if c.judge_url is None:
@@ -153,7 +173,7 @@ def hub_problems(c: Any) -> list[str]:
 
 
 TRAINING: tuple[Rule, ...] = (
-    *(objective_problems, judge_problems, dgs_problems, path_problems, run_problems),
+    *(objective_problems, judge_problems, reward_problems, dgs_problems, path_problems, run_problems),
     *(held_out_problems, hub_problems),
 )
 """What every training's settings must keep."""
@@ -164,12 +184,14 @@ TRAINING: tuple[Rule, ...] = (
 
 def sync_r1_problems(c: Any) -> list[str]:
     problems = []
-    if c.data is not None and not c.data.exists() and not ("/" in str(c.data) and may_be_hub_name(str(c.data))):
-        problems.append(
-            f"data: expected a folder in the UnifyBench++ layout, a table of prompts or a hub name, got {c.data}, "
-            "which is not there; leave it out for the rendered world"
-        )
-    if c.identity_weight == c.judge_weight == c.text_weight == 0:
+    for name in ("data", "eval_data"):
+        path = getattr(c, name)
+        if path is not None and not path.exists() and not ("/" in str(path) and may_be_hub_name(str(path))):
+            problems.append(
+                f"{name}: expected a folder in the UnifyBench++ layout, a table of prompts or a hub name, got {path}, "
+                f"which is not there; leave it out for {'the rendered world' if name == 'data' else 'that of data'}"
+            )
+    if c.reward_funcs and not c.reward_weights and not any(map(c.weight_of, c.reward_funcs)):
         problems.append("identity_weight, judge_weight, text_weight: all are 0; give one of them a positive weight")
     if c.anchor_fraction > 0 and c.anchor_beta == 0:
         problems.append(
@@ -181,18 +203,6 @@ def sync_r1_problems(c: Any) -> list[str]:
 
 def corl_problems(c: Any) -> list[str]:
     problems = []
-    if c.reward_weights and len(c.reward_weights) != len(c.reward_funcs):
-        problems.append(
-            f"reward_weights: expected {len(c.reward_funcs)}, one per reward_funcs, got {len(c.reward_weights)}; "
-            "list one for each name"
-        )
-    for weight in c.reward_weights:
-        if not weight >= 0:
-            problems.append(f"reward_weights: expected numbers of at least 0, got {weight:g}; leave that reward out")
-    if not c.reward_funcs:
-        problems.append("reward_funcs: expected at least one, got none; try cycle tim accuracy format")
-    for name in sorted({name for name in c.reward_funcs if c.reward_funcs.count(name) > 1}):
-        problems.append(f"reward_funcs: {name} is given twice; name it once")
     if c.cycle_image == c.cycle_text == "none" and "cycle" in c.reward_funcs:
         problems.append("cycle_image, cycle_text: both are none, so cycle compares nothing; leave it out or give one")
     if "judge" in c.reward_funcs and c.judge_url is None:

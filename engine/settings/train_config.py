@@ -110,6 +110,11 @@ class TrainConfig(Settings):
     """Weight of image tokens in the loss."""
 
     # --- rewards ---
+    reward_funcs: tuple[str, ...] = ()
+    """Rewards: the recipe's own by name, and yours: `module:function`, `file.py:function`, `verl@file.py:function`
+    (docs/rewards.md)."""
+    reward_weights: tuple[float, ...] = ()
+    """One for each of reward_funcs. None given: 1 for each."""
     judge_url: str | None = None
     """Address of an OpenAI-compatible server that judges drawings, e.g. http://127.0.0.1:8000/v1; https, or this
     machine. Sync-R1's judge is then this one; CoRL names it `judge` in reward_funcs."""
@@ -225,4 +230,6 @@ class TrainConfig(Settings):
     needed."""
 
     RULES: ClassVar[tuple[Rule, ...]] = TRAINING
+    REWARDS: ClassVar[tuple[str, ...]] = ()
+    """What reward_funcs may name beside functions of a user's own."""
     RENAMED: ClassVar[Mapping[str, str]] = RENAMED

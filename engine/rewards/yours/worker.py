@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import RewardError, RewardSpecError
 from ..calling import Outcome, call
+from ..places import defined_at, told
 from ..reward import RewardFunction
 from .custom import load_reward
 from .wire import receive, send, unpacked
@@ -34,7 +35,8 @@ def serve(spec: str) -> None:
         send(replies, json.dumps({"error": str(error)}))
         return
     name = getattr(function, "__name__", type(function).__name__)
-    send(replies, json.dumps({"name": name, "kind": getattr(function, "kind", None)}))
+    about = {"name": name, "kind": getattr(function, "kind", None), "defined": defined_at(function)}
+    send(replies, json.dumps(about))
     while (request := receive(requests)) is not None:
         _die_with_the_run(requests.fileno(), True)
         reply = _answer(name, function, unpacked(*request))
@@ -50,7 +52,7 @@ def _answer(name: str, function: RewardFunction, columns: dict[str, Any]) -> dic
         return {"values": [None if value is None else float(value) for value in outcome.values]}
     if isinstance(error, RewardError):
         return {"is_contract": True, "index": error.index, "error": error.problem}
-    return {"is_contract": False, "error": f"{type(error).__name__}: {error}"}
+    return {"is_contract": False, "error": told(error)}
 
 
 def _die_with_the_run(descriptor: int, on: bool) -> None:
