@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from syncr1.engine.corl.config import IMAGE_REWARDS, TEXT_REWARDS, CorlConfig
+from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
 from syncr1.engine.methods.preflight import check_start
@@ -31,7 +31,7 @@ TINY = Path(__file__).with_name("corl_tiny.yaml")
 
 def main() -> None:
     config = parse(CorlConfig, description=__doc__, default_yaml=TINY)
-    check_start(config, IMAGE_REWARDS + TEXT_REWARDS)
+    check_start(config)
     run_to_exit(train, launch(config, __file__))
 
 

@@ -27,14 +27,16 @@ from syncr1.engine.settings.schema import Range, Rule, Settings
 def _problems(config: Any) -> list[str]:
     problems = []
     if config.base is None:
-        problems.append("base: expected the folder that all models were trained from, got none; there is no default")
+        problems.append(
+            "base: expected the folder that all models were trained from, got none; name it, there is no default"
+        )
     if len(config.models) < 2:
         problems.append(f"models: expected two or more folders, got {len(config.models)}; list them after --models")
     for name, folder in [("base", config.base), *(("models", model) for model in config.models)]:
         if folder is not None and not os.path.isdir(folder) and not is_hub_name(folder):
             problems.append(f"{name}: expected a folder or a hub name, got {folder}, which is neither; check the path")
     if config.output is None:
-        problems.append("output: expected a folder for the result, got none")
+        problems.append("output: expected a folder for the result, got none; name one")
     elif config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
         problems.append(f"output: expected a new or empty folder, got {config.output}; choose another name")
     return problems

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,11 @@ STATE_BYTES = 12
 """A checkpoint to resume from holds so much for each trained weight."""
 
 
-def check_start(config: Any, rewards: Collection[str] = ()) -> None:
+def check_start(config: Any) -> None:
     """Ends the process with exit code 2 where a run with these settings could not come to anything.
 
     Args:
         config: a recipe's settings, which are right by themselves.
-        rewards: names of the recipe's own reward functions.
     """
     problems = version_problems()
     models, names = models_of(config)
@@ -45,7 +44,7 @@ def check_start(config: Any, rewards: Collection[str] = ()) -> None:
         problems += folder_problems(setting, folder, trained=setting == "model")
     problems += [] if problems else length_problems(config, models.get("model"))
     problems += judge_problems(config)
-    problems += reward_problems("reward_funcs", getattr(config, "reward_funcs", ()), rewards)
+    problems += reward_problems("reward_funcs", getattr(config, "reward_funcs", ()), getattr(config, "REWARDS", ()))
     problems += data_problems(config)
     problems += output_problems(config.output_dir, 0 if problems else space_needed(config, models.get("model")))
     problems += mistyped_run(config)

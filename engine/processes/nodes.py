@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import FINAL, shown_end
+from ..errors import FINAL, MachineError, refuse, shown_end
 from .restarts import Restarts
 
 _SUBREAPER, _PDEATHSIG = 36, 1  # of linux/prctl.h
@@ -131,7 +132,7 @@ def _end(nodes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
 
 def agent() -> int:
     """A node's side: runs what the first line of standard input says, until it ends or standard input does."""
-    job = json.loads(sys.stdin.buffer.readline())
+    job = _job()
     libc = ctypes.CDLL(None, use_errno=True)
     # Ranks whose torchrun was killed become children of this process, which ends them below.
     libc.prctl(_SUBREAPER, 1, 0, 0, 0)
@@ -139,13 +140,19 @@ def agent() -> int:
     def follow_parent() -> None:
         libc.prctl(_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
-    child = subprocess.Popen(
-        job["command"],
-        cwd=job["folder"],
-        env={**os.environ, **job["environment"]},
-        stdin=subprocess.DEVNULL,
-        preexec_fn=follow_parent,
-    )
+    try:
+        child = subprocess.Popen(
+            job["command"],
+            cwd=job["folder"],
+            env={**os.environ, **job["environment"]},
+            stdin=subprocess.DEVNULL,
+            preexec_fn=follow_parent,
+        )
+    except (FileNotFoundError, PermissionError) as error:
+        raise MachineError(
+            f"nodes: expected {error.filename} on {socket.gethostname()}, as on the machine that starts the run, got "
+            f"{error.strerror}; every machine needs the program and its folder at the same place"
+        ) from error
 
     def stop_with_launcher() -> None:
         while sys.stdin.buffer.read(1 << 16):
@@ -166,6 +173,21 @@ def agent() -> int:
     return code if code >= 0 else 128 - code
 
 
+def _job() -> dict[str, Any]:
+    """What the launcher writes; MachineError where it was not the launcher that started this process."""
+    line = b"" if sys.stdin.isatty() else sys.stdin.buffer.readline()
+    try:
+        job = json.loads(line)
+        if job.keys() >= {"command", "folder", "environment", "grace"}:
+            return dict(job)
+    except (ValueError, AttributeError):
+        pass
+    raise MachineError(
+        f"nodes: expected a job from the launcher on standard input, got {len(line)} bytes that are none; this runs on "
+        "the machines of a hostfile, start a recipe with --hostfile FILE instead"
+    )
+
+
 def _end_children() -> None:
     """Kills what is left below this process, generation by generation."""
     for _ in range(100):
@@ -183,7 +205,10 @@ def _end_children() -> None:
 
 
 if __name__ == "__main__":
-    code = agent()
+    try:
+        code = agent()
+    except MachineError as error:
+        refuse(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # the thread that reads standard input never ends by itself

@@ -114,7 +114,7 @@ def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
     ("flags", "said"),
     [
         (["--num_generations", "1"], "num_generations"),
-        (["--data", "ABSENT"], "data: expected a folder"),
+        (["--data", "ABSENT"], "data: expected a UnifyBench++ folder"),
         (["--nodes", "2"], "does not become a run on one machine"),
         (["--zero_stage", "4"], "zero_stage"),
     ],

@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-from ...errors import RewardError, RewardSpecError
+from ...errors import RewardError, RewardSpecError, refuse, shown
 from ..calling import Outcome, call
 from ..places import defined_at, told
 from ..reward import RewardFunction
@@ -66,6 +66,19 @@ def _die_with_the_run(descriptor: int, on: bool) -> None:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
 
 
+def main() -> None:
+    try:
+        spec, path = sys.argv[1], json.loads(sys.argv[2])
+    except (IndexError, ValueError):
+        refuse(
+            RewardSpecError(
+                f"worker: expected a reward and Python's path in JSON, as isolated.py gives them, got "
+                f"{shown(sys.argv[1:])}; name the reward as isolated@FILE:FUNCTION in reward_funcs instead"
+            )
+        )
+    sys.path[:] = path
+    serve(spec)
+
+
 if __name__ == "__main__":
-    sys.path[:] = json.loads(sys.argv[2])
-    serve(sys.argv[1])
+    main()
