@@ -129,7 +129,7 @@ def test_a_metric_without_any_verdict_is_left_out_of_the_table_by_name(tmp_path:
 def test_nothing_said_is_nan_and_shown_as_a_dash(tmp_path: Path) -> None:
     written(tmp_path, [(asked("1", "rec", "perhaps", "yes", "yes"), None)])
     found = score_folder(tmp_path)
-    assert ("rec", "1", "weighted recall", "–", "–") in rows_of(found)
+    assert ("rec", "1", "main score: weighted recall", "–", "–") in rows_of(found)
     assert json.loads((tmp_path / "scores.json").read_text())["scores"]["rec"]["recall/greedy"] is None
 
 
@@ -139,7 +139,7 @@ def test_tables_name_every_task_and_what_is_left_out(tmp_path: Path) -> None:
     shown = markdown(found)
     assert (
         "| vqa | 1 | judge (0, .5, 1) | left out | left out |" in shown
-        and "| other | 1 | main score | 100.0 % [21, 100] | 0.0 % [0, 79] |" in shown
+        and "| other | 1 | main score: accuracy | 100.0 % [21, 100] | 0.0 % [0, 79] |" in shown
     )
     assert "- judge: no judge was given" in shown
     console = Console(width=120, record=True, file=io.StringIO())
@@ -164,7 +164,7 @@ def test_the_table_fits_80_characters_and_says_how_sure_it_is(tmp_path: Path) ->
     text = stream.getvalue()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     assert [row[2] for row in rows_of(found)] == [
-        *("main score (at chance)", "weighted recall (at chance)"),
+        "main score: weighted recall (at chance)",
         *("all attributes right, by cnn", "all attributes right, by checker"),
         *("share of attributes right, by cnn", "share of attributes right, by checker"),
         "CLIP-T",
