@@ -91,7 +91,7 @@ class Trainer:
         with stage("rollout"), learner.sampling() as policy:
             rollouts = self.rollouts.generate(prompts, self._sampling(), self.preview)
         with stage("reward"):
-            table = score(rollouts, self.rewards.functions, timeout=config.reward_timeout, step=self.step)
+            table = score(rollouts, self.rewards.functions, timeout=config.reward_timeout, step=self.step + 1)
         with stage("pack"):
             credit = self.credit(table.values, rollouts)
             keep_S = self._keep(rollouts, credit)
