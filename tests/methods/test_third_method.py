@@ -19,7 +19,9 @@ import torch
 from helpers import ROOT, own_process_group, rows_of, sharp_policy
 
 from syncr1.engine.errors import Preempted
+from syncr1.engine.forward.objective import Objective
 from syncr1.engine.learn.trainer import Trainer
+from syncr1.engine.methods.training import Training, write_card
 from syncr1.engine.policies.janus import JanusPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -69,6 +71,28 @@ def test_a_third_method_is_one_short_file(config: plain_grpo.PlainConfig) -> Non
 
     plain_grpo.run(replace(config, max_steps=3, eval_samples=0, resume_from_checkpoint="latest"))
     assert rows_of(folder)[:2] == rows and [row["step"] for row in rows_of(folder)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("named", "embedded", "said"),
+    [(False, False, "from the tiny base, "), (True, True, "from the tiny base, "), (True, False, "from `model`")],
+)
+def test_the_card_says_what_was_trained(
+    config: plain_grpo.PlainConfig, tmp_path: Path, named: bool, embedded: bool, said: str
+) -> None:
+    """The embedded base has no name, and is no weights drawn at random."""
+    training = Training(
+        method="plain GRPO",
+        data=None,
+        policy=sharp_policy(),
+        objective=Objective(),
+        prompts=plain_grpo.stream_of(config, 0, 1),
+        rewards=plain_grpo.rewards_of(config),
+        embedded=embedded,
+    )
+    write_card(config if named else replace(config, model=None), training, tmp_path / "model", None, None)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert said in card and "the rendered world" in card and "at random" not in card
 
 
 def test_a_file_save_and_a_dry_run(config: plain_grpo.PlainConfig, capfd: pytest.CaptureFixture[str]) -> None:
