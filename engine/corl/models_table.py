@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from rich.table import Table
@@ -74,5 +75,5 @@ def _cell(row: ScoreRow | None, best: float | None) -> Text:
     if row is None:
         return Text("–")
     value = Text(show_score(row.after, row.unit).removesuffix(" %"), "bold" if row.after == best else "")
-    interval = show_interval(row.after_interval, row.unit).strip("[]").replace(", ", "–")
+    interval = re.sub(r"(?<!\d)0\.", ".", show_interval(row.after_interval, row.unit)).strip("[]").replace(", ", "–")
     return Text("\n").join([value, *(Text(line, "dim") for line in (interval, *row.marks) if line)])

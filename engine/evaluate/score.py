@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -51,6 +52,10 @@ LABELS = {
     "identity": "likeness (own tower)",
 }
 """Metrics in words, whole drawings before their attributes; another name is shown as it is."""
+
+
+MAIN = ("recall", "words", "accuracy", "bleu")
+"""What a text task's main score may be (tasks.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,11 +199,14 @@ def _metrics(
     told = names | {name.removeprefix(f"{task}/") for name in left_out}
     published = [name for name in PUBLISHED.get(task, ()) if name in told]
     repeats = bool(names & {"all_right", "identity", "clip_i"})  # a drawing's main score is one of them
+    main = _main(measures)
     always = names & {"all_right", "attributes", "clip_t", "clip_i", "clauses", "judge", "identity"}
     for name in LABELS:
         pair = [key if (key := f"{name}/{how}") in measures else "" for how in ("greedy", "sampled")]
         if name == "score" and name in names and not repeats:
-            yield _label(name), pair[0], pair[1]
+            yield (f"{_label(name)}: {_label(main)}" if main else _label(name)), pair[0], pair[1]
+        elif name == main:
+            continue
         elif name in ("all_right", "attributes"):
             readers = sorted(measures, key=lambda key: not key.endswith(INDEPENDENT))
             yield from ((_label(key), "", key) for key in readers if key.startswith(f"{name}/"))
@@ -208,6 +216,13 @@ def _metrics(
                 asked = name == "judge" and any(key.endswith("/greedy") for key in measures)
                 pair = [name, ""] if asked else ["", name]
             yield _label(name), pair[0], pair[1]
+
+
+def _main(measures: Mapping[str, Measured]) -> str:
+    """The metric that a text task's main score is; "" where it is none of them."""
+    of = {how: measures[f"score/{how}"] for how in ("greedy", "sampled") if f"score/{how}" in measures}
+    same = (name for name in MAIN if of and all(measures.get(f"{name}/{how}") == one for how, one in of.items()))
+    return next(same, "")
 
 
 def _shown_names(result: Result) -> list[str]:
@@ -260,17 +275,28 @@ def markdown(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rich_table(result: Result) -> Table:
-    """The same rows for a terminal."""
-    notes = [INTERVALS, *(f"left out: {name}: {why}" for name, why in result.left_out.items())]
-    table = Table(title="scores", caption="\n".join(notes), caption_justify="left", padding=(0, 0, 0, 1))
-    for column in ("task", "items", "metric", "greedy", "sampled"):
-        numbers = column in ("items", "greedy", "sampled")
-        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers)
+WIDTHS = (42, 18, 18)
+"""Of the terminal's columns: with the gaps between them, 80 characters."""
+
+
+def rich_table(result: Result) -> Group:
+    """The same rows for a terminal, the metrics of each task below its name; 80 characters wide."""
+    under = _lines()
+    under.add_row(*(Text(name, "dim") for name in ("metric", "greedy", "sampled")))
+    lines: list[Text | Table] = [Text("Scores", "bold"), under]
     before = ""
-    for task, count, metric, greedy, sampled in rows_of(result):
-        label = TASKS.get(task, task.replace("_", " "))
-        cells = (label, count) if task != before else ("", "")
-        table.add_row(*(Text(cell) for cell in (*cells, metric, greedy, sampled)))
+    for task, count, *cells in rows_of(result):
+        if task != before:
+            under = _lines()
+            lines += [Text(f"{TASKS.get(task, task.replace('_', ' '))} ({count} items)", "bold"), under]
+        under.add_row(Text(f"  {cells[0]}"), *map(Text, cells[1:]))
         before = task
+    notes = [INTERVALS, *(f"left out: {name}: {why}" for name, why in result.left_out.items())]
+    return Group(*lines, *(Text(note, "dim") for note in notes))
+
+
+def _lines() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0), width=sum(WIDTHS) + 2)
+    for place, width in enumerate(WIDTHS):
+        table.add_column(justify="right" if place else "left", width=width, no_wrap=bool(place))
     return table

@@ -124,7 +124,7 @@ class Trainer:
     def _scored(self, rollouts: Sequence[Rollout]) -> RewardTable:
         """The rewards of the step; NaN all over where a function broke its contract, which ends the run after it."""
         try:
-            return score(rollouts, self.rewards.functions, timeout=self.config.reward_timeout, step=self.step)
+            return score(rollouts, self.rewards.functions, timeout=self.config.reward_timeout, step=self.step + 1)
         except RewardError as error:
             return self._failing.broken(error, len(rollouts))
 

@@ -117,32 +117,40 @@ class RunLog:
         self._trackers = Trackers(getattr(config, "report_to", ()), self.folder, settings, run_name)
 
     def metrics(self, metrics: StepMetrics) -> None:
-        """Appends one line to metrics.jsonl: `step`, the values, and `seconds/<stage>`; NaN and infinities as null."""
+        """Appends one line to metrics.jsonl: `step`, counted from 1 as on the terminal, the values, and
+        `seconds/<stage>`; NaN and infinities as null."""
         if self._metrics is None:
             raise RuntimeError("RunLog.metrics: the log is closed; open another run's log to write on")
         values = {name: float(value) for name, value in metrics.values.items()}
         values |= {f"seconds/{stage}": float(value) for stage, value in metrics.seconds.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        row = {"step": metrics.step, **{name: finite.get(name) for name in values}}
+        step = metrics.step + 1
+        row = {"step": step, **{name: finite.get(name) for name in values}}
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         self._metrics.flush()
-        if metrics.step % self._logging_steps:
+        if step > 1 and step % self._logging_steps:
             finite = {name: value for name, value in finite.items() if name.startswith("eval/")}  # as rare as they are
         if finite:
-            self._trackers.log(metrics.step, finite)
+            self._trackers.log(step, finite)
 
     def cut(self, num_steps: int) -> None:
-        """Removes metrics and samples of steps from `num_steps` on, which come again, and a line that a crash cut."""
+        """Removes metrics and samples of steps after the first `num_steps`, which come again, and a line that a crash
+        cut. A folder of an older version, which counted from 0, is counted from 1 from then on."""
         path = self.folder / "metrics.jsonl"
-        rows = [row for row in report.read_jsonl(path) if row.get("step", num_steps) < num_steps]
+        known = [row for row in report.read_jsonl(path) if isinstance(row.get("step"), int)]
+        older = int(min((row["step"] for row in known), default=1) == 0)
+        rows = [row | {"step": row["step"] + older} for row in known]
+        rows = [row for row in rows if row["step"] <= num_steps]
         if self._metrics is not None:
             self._metrics.close()
         write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         self._metrics = path.open("a", encoding="utf-8")
-        for sample in (self.folder / "samples").glob("step_*"):
+        for sample in sorted((self.folder / "samples").glob("step_*"), reverse=True):
             number = sample.stem.removeprefix("step_")
-            if number.isdecimal() and int(number) >= num_steps:
+            if number.isdecimal() and int(number) + older > num_steps:
                 sample.unlink()
+            elif number.isdecimal() and older:
+                sample.rename(sample.with_stem(f"step_{int(number) + older:06d}"))
 
     def sync(self) -> None:
         """Metrics so far are on the disk, not only on their way, when this returns: a checkpoint counts on them."""
@@ -153,12 +161,12 @@ class RunLog:
         """Writes a step's trajectories as a picture to look at and a JSONL file to search in.
 
         Args:
-            step: step that they come from.
+            step: that they come from, counted from 0; files and the sheet say one more, as metrics.jsonl does.
             rollouts: whole groups look best; at most 24 prompts and 8 members each are drawn, all are written.
             rewards: reward name -> one value per rollout, None or NaN where it did not apply; `reward` is the total.
                 A tensor [S] is the total alone.
         """
-        known = as_rewards(rewards, len(rollouts))
+        known, step = as_rewards(rewards, len(rollouts)), step + 1
         if not rollouts:
             return
         folder = self.folder / "samples"

@@ -164,7 +164,7 @@ def test_strategies_of_the_pilot_study(
 def test_what_halves_share(unify: str, photographs: Path, base: Path, tmp_path: Path) -> None:
     config = small_config(photographs, base, tmp_path, unify=unify, stage="unified", sample_steps=1, num_generations=3)
     run(config)
-    rows = [json.loads(line) for line in (tmp_path / "run/unified/samples/step_000000.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "run/unified/samples/step_000001.jsonl").read_text().splitlines()]
     by_half: dict[str, dict[int, float]] = {"t2i": {}, "mm2t": {}}
     first = rows[0]["id"].rpartition("/")[0]
     for row in rows:

@@ -18,11 +18,12 @@ from syncr1.engine.data.prompts import load_benchmark
 from syncr1.engine.evaluate.drawing import by_task, choose, together
 from syncr1.engine.evaluate.held_out import Evaluator, means, score_rollouts, summary
 from syncr1.engine.evaluate.measures import accuracy, attribute_metrics, verdict, weighted_recall, words_in_place
-from syncr1.engine.evaluate.tasks import tagged_scores, text_scores
+from syncr1.engine.evaluate.tasks import chance_of, tagged_scores, text_scores
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.builtin.identity import IdentityReward
 from syncr1.engine.rewards.judge.attribute_judge import index_scorer
 from syncr1.engine.rollout.sampler import Sampling
+from syncr1.engine.show.scores import AT_CHANCE, FELL, UNTRAINED, score_rows
 from syncr1.engine.world.attributes import LOOK_INDEX, LOOKS, VALUES, Look
 from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.disk import write_world
@@ -128,9 +129,11 @@ def evaluator(benchmark: Mapping[str, Sequence[Prompt]], num_items: int = 96, **
 
 
 class Speaker:
-    """Knows every answer when greedy; at temperature 1 says nothing to each second item, and gives it a wrong hat."""
+    """Knows every answer when greedy; at temperature 1 knows each `nth` item alone, says nothing to the others, and
+    gives them a wrong hat."""
 
-    def __init__(self) -> None:
+    def __init__(self, nth: int = 2) -> None:
+        self.nth = nth
         self.calls: list[tuple[float, list[Prompt]]] = []
 
     def __call__(self, prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
@@ -139,7 +142,7 @@ class Speaker:
         rollouts = []
         for prompt in prompts:
             turn = seen[prompt.task] = seen.get(prompt.task, -1) + 1
-            rollouts.append(self._answer(prompt, knows=temperature == 0 or turn % 2 == 0))
+            rollouts.append(self._answer(prompt, knows=temperature == 0 or turn % self.nth == 0))
         return rollouts
 
     def _answer(self, prompt: Prompt, knows: bool) -> Rollout:
@@ -199,6 +202,56 @@ def test_summary_keeps_general_tasks_apart(held_out: dict[str, list[Prompt]]) ->
     assert means(tasks, summary(tasks)) == {"understanding/greedy": 0.5, "general_vqa/greedy": 0.25}
     nothing = {"rec": {"score/greedy": math.nan}}
     assert means(nothing, summary(nothing)) == summary({}) == {}
+
+
+def test_the_table_of_an_evaluation_that_got_worse(held_out: dict[str, list[Prompt]]) -> None:
+    """Every task once, recognition among them; what fell is marked, and the same evaluation twice changes nothing."""
+    score = evaluator(held_out, 12, image_scorers=SCORERS | {"cnn": SCORERS["checker"]})
+    before, after = (score.of(Speaker(nth)).table for nth in (1, 2))
+    rows = {row.name: row for row in score_rows(before, after)}
+    assert {row.task for row in rows.values()} == {*held_out, "rea_gen", "dense_rea_gen", "summary"}
+    assert [row.family for row in rows.values()][:2] == ["recognition"] * 2
+    fell = {name for name, row in rows.items() if FELL in row.marks}
+    assert fell == {name for name in rows if "greedy" not in name}
+    assert rows["general_image/all_right/cnn"].marks == (UNTRAINED, FELL)
+    assert rows["pure_gen/all_right/cnn"].change == -0.5 and rows["pure_gen/attributes/cnn"].change == pytest.approx(
+        -0.1
+    )
+    for row in rows.values():
+        assert row.num_items == 12 or row.family == "summary"
+    for task in ("pure_gen", "rea_gen", "general_image"):
+        whole, share = (rows[f"{task}/{name}/checker"] for name in ("all_right", "attributes"))
+        assert whole.after is not None and share.after is not None and whole.after < share.after
+    assert {row.change for row in score_rows(after, after)} == {0.0}
+    assert {row.change_interval for row in score_rows(after, after)} == {None}
+
+
+def test_guessing_is_marked(held_out: dict[str, list[Prompt]]) -> None:
+    """Always yes, about photos of which half show the creature."""
+
+    def yes(prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
+        return [replace(rollout, text="yes") for rollout in Speaker()(prompts, temperature)]
+
+    rows = score_rows(None, evaluator({"rec": held_out["rec"]}, 40).of(yes).table)
+    assert [(row.after, row.marks, row.chance) for row in rows if row.task == "rec"] == [(0.5, (AT_CHANCE,), 0.5)] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "chance"),
+    [
+        ([{"options": ("a", "b"), "qa_type": "MC"}, {"options": ("a", "b", "c", "d"), "qa_type": "MC"}], 0.375),
+        ([{"answer": "Yes."}, {"answer": "no"}], 0.5),
+        ([{"answer": "yes"}, {"answer": "red"}], None),
+        ([{"options": ("left", "right"), "text": "left or right?"}], 0.5),
+        ([{"options": ("left", "right"), "text": "where?"}], None),
+        ([{"answer": "red"}], None),
+        ([], None),
+    ],
+)
+def test_what_guessing_scores(prompts: list[dict[str, Any]], chance: float | None) -> None:
+    """One of the options that are shown, yes or no; where one answer is open, nobody knows."""
+    made = [Prompt(**({"id": str(i), "task": "t", "text": "?", "answer": "x"} | row)) for i, row in enumerate(prompts)]
+    assert chance_of(made) == chance
 
 
 def test_without_attributes_there_is_bleu_and_identity(held_out: dict[str, list[Prompt]]) -> None:

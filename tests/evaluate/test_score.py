@@ -16,7 +16,7 @@ from rich.console import Console
 
 from syncr1.engine.errors import EvaluationError
 from syncr1.engine.evaluate.graders import Graders
-from syncr1.engine.evaluate.held_out import score_rollouts
+from syncr1.engine.evaluate.held_out import score_rollouts, table_of
 from syncr1.engine.evaluate.score import markdown, read_complete, read_items, rich_table, rows_of, score_folder
 from syncr1.engine.evaluate.store import ITEMS, Item
 from syncr1.engine.pictures import MemoryImage
@@ -129,7 +129,7 @@ def test_a_metric_without_any_verdict_is_left_out_of_the_table_by_name(tmp_path:
 def test_nothing_said_is_nan_and_shown_as_a_dash(tmp_path: Path) -> None:
     written(tmp_path, [(asked("1", "rec", "perhaps", "yes", "yes"), None)])
     found = score_folder(tmp_path)
-    assert ("rec", "1", "weighted recall", "–", "–") in rows_of(found)
+    assert ("rec", "1", "main score: weighted recall", "–", "–") in rows_of(found)
     assert json.loads((tmp_path / "scores.json").read_text())["scores"]["rec"]["recall/greedy"] is None
 
 
@@ -139,13 +139,40 @@ def test_tables_name_every_task_and_what_is_left_out(tmp_path: Path) -> None:
     shown = markdown(found)
     assert (
         "| vqa | 1 | judge (0, .5, 1) | left out | left out |" in shown
-        and "| other | 1 | main score | 100.0 % [21, 100] | 0.0 % [0, 79] |" in shown
+        and "| other | 1 | main score: accuracy | 100.0 % [21, 100] | 0.0 % [0, 79] |" in shown
     )
     assert "- judge: no judge was given" in shown
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(rich_table(found))
     text = console.export_text()
     assert "Questions about a photo of the concept" in text and "no judge was given" in text
+
+
+def test_the_table_fits_80_characters_and_says_how_sure_it_is(tmp_path: Path) -> None:
+    """Whole drawings before their attributes, intervals beside scores, what is guessed by name; no number is cut."""
+    wanted = LOOKS[0].to_dict()
+    shown = [CHECKER.table[0] if i % 3 else CHECKER.table[1] for i in range(12)]
+    rows: list[tuple[Item, Any]] = [
+        (asked(f"r{i}", "rec", ("yes", "no")[i % 2], "yes", "yes"), None) for i in range(12)
+    ]
+    rows += [(drawn(i, attributes=wanted), image) for i, image in enumerate(shown)]
+    written(tmp_path, rows)
+    readers = {"checker": SCORERS["checker"], "cnn": SCORERS["checker"]}
+    found = score_folder(tmp_path, image_scorers=readers)
+    stream = io.StringIO()
+    Console(width=80, file=stream).print(rich_table(found))
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert [row[2] for row in rows_of(found)] == [
+        "main score: weighted recall (at chance)",
+        *("all attributes right, by cnn", "all attributes right, by checker"),
+        *("share of attributes right, by cnn", "share of attributes right, by checker"),
+        "CLIP-T",
+    ]
+    assert text.count("66.7 % [39, 86]") == 2, "8 of 12: Wilson's"
+    stored = json.loads((tmp_path / "scores.json").read_text())
+    assert stored["intervals"]["t2i/all_right/cnn"] == pytest.approx([0.391, 0.862], abs=1e-3)
+    assert stored["scores"]["t2i"]["all_right/cnn"] == pytest.approx(2 / 3)
 
 
 def test_an_interrupted_stage_1_is_not_scored(tmp_path: Path) -> None:
@@ -172,5 +199,12 @@ def test_stage_2_scores_as_the_trainer_does(tmp_path: Path) -> None:
     assert len(greedy) == 4 and len(sampled) == 10 and all(r.image is not None for r in sampled if r.prompt.attributes)
     expected = score_rollouts(*whole, image_scorers=SCORERS)
     found = score_folder(folder, image_scorers=SCORERS)
-    assert found.tasks == expected
+    assert found.tasks == expected and table_of(found.tasks) == table_of(expected)
+    stored = json.loads((folder / "scores.json").read_text())
+    assert stored["per_item"] == json.loads(json.dumps(table_of(expected)["per_item"]))
+    drawn = [row for row in rows_of(found) if row[0] == "pure_gen"]
+    assert [row[2] for row in drawn][:2] == [
+        "all attributes right, by checker",
+        "share of attributes right, by checker",
+    ]
     assert set(found.left_out) == {"clip_t", "clip_i", "judge"}

@@ -355,22 +355,25 @@ def test_a_longer_run_says_how_its_learning_rate_jumps(whole: Training, run_fold
 # The run's folder -----------------------------------------------------------------------------------------------------
 
 
-def test_the_log_goes_on_in_its_folder(whole: Training, run_folder: Path) -> None:
-    """Metrics and samples of later steps, and half a line, are cut; config.yaml is a new run's, not a resumed one's."""
-    lines = [json.dumps({"step": step, "loss": step / 3}) for step in range(5)]
-    (run_folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 5, "lo']))
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_log_goes_on_in_its_folder(whole: Training, run_folder: Path, first: int) -> None:
+    """Metrics and samples of later steps, and half a line, are cut; config.yaml is a new run's, not a resumed one's. A
+    folder in which steps counted from 0 goes on counting from 1."""
+    lines = [json.dumps({"step": first + step, "loss": step / 3}) for step in range(5)]
+    (run_folder / "metrics.jsonl").write_text("\n".join([*lines, f'{{"step": {first + 5}, "lo']))
     (run_folder / "samples").mkdir()
-    for name in ("step_000001.png", "step_000001.jsonl", "step_000002.png", "step_000004.jsonl", "notes.txt"):
-        (run_folder / "samples" / name).touch()
+    for step, kind in ((0, "png"), (1, "png"), (1, "jsonl"), (2, "png"), (4, "jsonl")):
+        (run_folder / "samples" / f"step_{first + step:06d}.{kind}").touch()
+    (run_folder / "samples" / "notes.txt").touch()
     point = resume_point(asked(whole, run_folder, str(run_folder / "checkpoints" / "step_000002")), silent)
     with RunLog(run_folder, asked(whole, run_folder), point) as log:
         assert log.folder == run_folder and len((run_folder / "metrics.jsonl").read_text().splitlines()) == 6
         log.cut(2)
         log.metrics(replace(whole.steps[0][0], step=2))
     rows = rows_of(run_folder)
-    assert [row["step"] for row in rows] == [0, 1, 2] and rows[1]["loss"] == 1 / 3
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[1]["loss"] == 1 / 3
     assert sorted(p.name for p in (run_folder / "samples").iterdir()) == [
-        *("notes.txt", "step_000001.jsonl", "step_000001.png"),
+        *("notes.txt", "step_000001.png", "step_000002.jsonl", "step_000002.png"),
     ]
     assert "resume_from_checkpoint: null" in (run_folder / "config.yaml").read_text()
     assert json.loads((run_folder / "environment.json").read_text())["resumed_at_step"] == 2

@@ -164,17 +164,17 @@ def test_a_run_leaves_everything_that_it_promises(finished: tuple[Path, str]) ->
     } <= names
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["max_steps"] == 2 and config["seed"] == 3 and config["num_generations"] == 4
-    assert {"step_000000.png", "step_000000.jsonl", "step_000001.png"} <= {
+    assert {"step_000001.png", "step_000001.jsonl", "step_000002.png"} <= {
         p.name for p in (folder / "samples").iterdir()
     }
-    with Image.open(folder / "samples" / "step_000000.png") as sheet:
+    with Image.open(folder / "samples" / "step_000001.png") as sheet:
         assert min(sheet.size) > 64
 
 
 @pytest.mark.slow
 def test_metrics_are_complete_and_finite(finished: tuple[Path, str]) -> None:
     rows = rows_of(finished[0])
-    assert [row["step"] for row in rows] == [0, 1]
+    assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         for name in (
             *("reward", "reward_std", "loss", "grad_norm", "learning_rate", "kl", "entropy", "num_tokens", "step_time"),

@@ -126,7 +126,7 @@ def test_prompts_alone_in_one_file_with_rewards_of_ones_own(
     assert "no held-out part" in " ".join(capfd.readouterr().out.split())
     (row,) = rows_of(tmp_path / "run" / "unified")
     assert row["rewards/short/mean"] > 4 and row["reward_std"] > 0 and row["grad_norm"] > 0
-    said = [json.loads(line) for line in (tmp_path / "run/unified/samples/step_000000.jsonl").read_text().splitlines()]
+    said = [json.loads(line) for line in (tmp_path / "run/unified/samples/step_000001.jsonl").read_text().splitlines()]
     assert {sample["prompt"] for sample in said} <= {row["prompt"] for row in rows(4)}
 
 

@@ -66,7 +66,7 @@ def test_metrics_are_json_at_once_with_null_for_nan(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "r", SyncR1Config())
     log.metrics(make_metrics(0, grad_norm=math.inf))
     row = read_lines(log.folder / "metrics.jsonl")[0]  # not closed: flushed
-    assert row["step"] == 0
+    assert row["step"] == 1, "as the terminal counts"
     assert row["rewards/text/mean"] is None
     assert row["grad_norm"] is None
     assert row["seconds/rollout"] == 0.3
@@ -93,20 +93,20 @@ def test_samples_are_a_picture_and_lines(tmp_path: Path) -> None:
     rollouts = [*make_group(make_prompt("bobo", tmp_path)), *make_group(make_prompt("mimi", draws=False))]
     rewards = {"reward": torch.tensor([0.1, 0.2, math.nan, 0.4, 0.5, 0.6]), "text": [None, 1.0, 1.0, 0.0, 0.5, 1.0]}
     log.samples(20, rollouts, rewards)
-    rows = read_lines(log.folder / "samples" / "step_000020.jsonl")
+    rows = read_lines(log.folder / "samples" / "step_000021.jsonl")
     assert [row["member"] for row in rows] == [0, 1, 2, 0, 1, 2]
     assert rows[0]["rewards"] == {"reward": pytest.approx(0.1), "text": None}
     assert rows[2]["rewards"]["reward"] is None
     assert [row["has_image"] for row in rows] == [True] * 3 + [False] * 3
-    with Image.open(log.folder / "samples" / "step_000020.png") as picture:
+    with Image.open(log.folder / "samples" / "step_000021.png") as picture:
         assert picture.width > 3 * 128
         assert picture.height > 128
     log.samples(40, rollouts, torch.arange(6.0))  # the total alone, as the trainer hands it over
-    assert read_lines(log.folder / "samples" / "step_000040.jsonl")[5]["rewards"] == {"reward": 5.0}
+    assert read_lines(log.folder / "samples" / "step_000041.jsonl")[5]["rewards"] == {"reward": 5.0}
     with pytest.raises(ValueError, match="expected 6 values of reward"):
         log.samples(60, rollouts, torch.arange(5.0))
     log.samples(80, [], {})
-    assert not (log.folder / "samples" / "step_000080.png").exists()
+    assert not (log.folder / "samples" / "step_000081.png").exists()
 
 
 def test_scores_before_alone_then_both(tmp_path: Path) -> None:
@@ -286,6 +286,6 @@ def test_tensorboard_gets_scalars_every_logging_steps_and_pictures(tmp_path: Pat
         log.samples(2, make_group(make_prompt("bobo")), torch.zeros(3))
     events = EventAccumulator(str(log.folder / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("reward")] == [0, 2]
+    assert [event.step for event in events.Scalars("reward")] == [1, 2, 4]
     assert "rewards/text/mean" not in events.Tags()["scalars"]  # NaN
     assert "samples" in events.Tags()["images"]
