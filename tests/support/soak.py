@@ -194,7 +194,7 @@ class Night:
         elif kind == "disk full" and ranks:
             forbid_writing(self.chance.choice(ranks))
         elif kind == "reward slow":
-            slow.write_text(str(self.chance.uniform(0.5, 3)))
+            slow.write_text(str(round(self.chance.uniform(0.05, 0.5), 2)))
             self.figures.slow += 1
         elif kind == "asked to end":
             _signal(self.launched.process.pid, signal.SIGTERM)
