@@ -44,7 +44,7 @@ def short(*, completions, **_):
     slow = Path(__file__).with_name("{SLOW}")
     if slow.exists():
         time.sleep(float(slow.read_text() or 0))
-    return [1 / (1 + len(text)) for text in completions]
+    return [sum(map(ord, text)) * 7919 % 101 / 100 for text in completions]  # nothing that is ever learnt to the end
 '''
 STUCK = 600.0
 """Seconds without a step after which the run is said to hang."""
