@@ -108,7 +108,7 @@ def ending_once() -> Iterator[None]:
 def _ignore() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in PREEMPTING:
-            if signal.getsignal(number) is not signal.SIG_DFL:
+            if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN):
                 signal.signal(number, lambda *_: None)
 
 

@@ -179,8 +179,8 @@ class TrainConfig(Settings):
     launcher: str = "ssh"
     """What reaches a hostfile's machines: ssh, or a command with {host} in it that runs its last words there."""
     max_restarts: Annotated[int, Range("0 gives up at the first loss", ge=0)] = 3
-    """How often all ranks start again, from the last checkpoint, when a rank or a machine is lost; not for one
-    process."""
+    """How often in a row, without a new checkpoint in between, all ranks start again from the last one when a rank or a
+    machine is lost; not for one process."""
     stage_timeout: Annotated[float, Range("more than the longest rollout takes; 1800 is the default", gt=0)] = 1800.0
     """Seconds that a stage of a step (rollout, reward, update, ...) may take before the run ends with the stacks of the
     rank that holds it up."""

@@ -19,18 +19,19 @@ KEPT_TIMES = ("seconds", "time", "per_second")
 
 
 class Launched:
-    """`SCRIPT FLAGS` as a user starts it; everything is written to a file.
+    """A recipe as a user starts it.
 
     Args:
         run: the run's folder.
         log: where its output goes.
+        recipe: script and flags.
     """
 
-    def __init__(self, run: Path, log: Path, script: Path, *flags: str) -> None:
+    def __init__(self, run: Path, log: Path, recipe: list[str]) -> None:
         self.run = run
         self._log = log.open("ab")
         # Not a file: the campaigns forbid ranks to write into files.
-        command = [sys.executable, str(script), *flags, "--output_dir", str(run)]
+        command = [sys.executable, *recipe, "--output_dir", str(run)]
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -61,7 +62,7 @@ class Launched:
 
     def steps(self) -> tuple[int, int]:
         """Of the metrics: which file they are in (it is another one after each start), and how many steps it has."""
-        path = self.run / "metrics.jsonl"
+        path = metrics_file(self.run)
         try:
             with path.open("rb") as file:
                 return os.fstat(file.fileno()).st_ino, file.read().count(b"\n")
@@ -98,9 +99,24 @@ def forbid_writing(pid: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
 
 
+def cpu_seconds(pid: int) -> float:
+    """Of a core, that a process has used; 0 once it has ended."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def metrics_file(run: Path) -> Path:
+    """Sync-R1's, or that of CoRL's first training."""
+    inside = run / "unified" / "metrics.jsonl"
+    return inside if inside.exists() else run / "metrics.jsonl"
+
+
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     """Each step's, without what says how long things took."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics_file(run).read_text().splitlines()]
     return [{k: v for k, v in row.items() if not any(word in k for word in KEPT_TIMES)} for row in rows]
 
 

@@ -1,12 +1,13 @@
 """A long night: ranks killed at random moments, full disks, slow rewards; the end must be that of a quiet one.
 
 python tests/support/soak.py FOLDER --zero_stage 2 --steps 3000 --every 60
-python tests/support/soak.py FOLDER --zero_stage 0 --steps 100000 --kills 30 --kinds killed --every 45     restarts
+python tests/support/soak.py FOLDER --zero_stage 0 --steps 100000 --kills 30 --kinds killed --every 20 --draw
 
 The second is not for comparing: a rank is killed at a random moment, and when the run goes on again, the next one.
 The first trains the same twice, undisturbed and disturbed, and compares metrics and weights to the last bit; it tells
 how the undisturbed one's memory and open files grow from step 300 on.  One line of JSON at the end; everything that the
-runs said is in FOLDER.
+runs said is in FOLDER.  It is CoRL's first stage on a text model of 30,000 weights, whose steps are the cheapest that
+there are; with `--draw`, Sync-R1 on the tiny Janus.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from launched import Launched, forbid_writing, memory, metrics_of, slope
-from made import short_base, world_folder
-from slow_recipe import SLOW
+from launched import Launched, cpu_seconds, forbid_writing, memory, metrics_of, slope
+from made import made_once, short_base, world_folder
+from text_models import policy as text_policy
 from warm import ROOT
 
 from syncr1.engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED
@@ -33,6 +34,18 @@ KINDS = {"killed": 12, "disk full": 1, "reward slow": 2, "asked to end": 1}
 """What happens, and how often of 16."""
 WARM = 300
 """Steps after which memory is looked at."""
+SLOW = "slow_seconds"
+"""A file beside the reward, with the number of seconds that it takes then."""
+REWARD = f'''
+import time
+from pathlib import Path
+
+def short(*, completions, **_):
+    slow = Path(__file__).with_name("{SLOW}")
+    if slow.exists():
+        time.sleep(float(slow.read_text() or 0))
+    return [sum(map(ord, text)) * 7919 % 101 / 100 for text in completions]  # nothing that is ever learnt to the end
+'''
 STUCK = 600.0
 """Seconds without a step after which the run is said to hang."""
 
@@ -46,6 +59,8 @@ class Figures:
     kills: int = 0
     restart_seconds: list[float] = field(default_factory=list)
     """From a kill to the end of the next step; of several kills before that step, from the last."""
+    restart_cpu_seconds: list[float] = field(default_factory=list)
+    """Of a core, that the busier of the new ranks had used by then: what a restart takes where each rank has a core."""
     refusals: int = 0
     """Ends with 2, after a full disk; the user starts again."""
     asked: int = 0
@@ -59,28 +74,29 @@ class Figures:
     files_grown: list[int] = field(default_factory=list)
 
 
-def flags_of(zero_stage: int, steps: int, ranks: int) -> list[str]:
-    """The cheapest step there is, and a checkpoint every ten."""
+def flags_of(folder: Path, asked: argparse.Namespace) -> list[str]:
+    """The cheapest step there is, and a checkpoint every ten; `folder` gets data and a reward."""
+    (folder / "reward.py").write_text(REWARD)
+    rows = [{"prompt": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(64)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if asked.draw:
+        task = ["--model", str(short_base()), "--data", str(world_folder()), "--anchor_fraction", "0"]
+    else:
+        qwen = made_once(folder, "qwen", lambda path: text_policy("qwen2", max_position_embeddings=512).save(path))
+        task = ["--model", str(qwen), "--data", str(folder / "data.jsonl"), "--learning_rate", "1e-3"]
+        task += ["--reward_funcs", f"{folder / 'reward.py'}:short"]
     return [
-        *("--model", str(short_base()), "--data", str(world_folder()), "--seed", "3", "--zero_stage", str(zero_stage)),
-        *(
-            "--prompts_per_step",
-            "2",
-            "--num_generations",
-            "2",
-            "--max_steps",
-            str(steps),
-            "--checkpointing_steps",
-            "10",
-        ),
-        *("--eval_samples", "0", "--sample_steps", "0", "--anchor_fraction", "0", "--max_completion_length", "4"),
-        *("--logging_steps", "50", "--ranks_per_node", str(ranks), "--max_restarts", "20"),
+        *(str(ROOT / "recipes" / ("sync_r1.py" if asked.draw else "corl.py")), *task, "--seed", "3"),
+        *("--zero_stage", str(asked.zero_stage), "--prompts_per_step", "2", "--num_generations", "2"),
+        *("--max_completion_length", "4", "--max_steps", str(asked.steps), "--checkpointing_steps", "10"),
+        *("--eval_samples", "0", "--sample_steps", "0", "--logging_steps", "50"),
+        *("--ranks_per_node", str(asked.ranks), "--max_restarts", "20"),
     ]
 
 
 def undisturbed(folder: Path, flags: list[str], figures: Figures) -> None:
     """The run to compare with, whose memory is looked at."""
-    launched = Launched(folder / "quiet", folder / "quiet.log", ROOT / "tests" / "support" / "slow_recipe.py", *flags)
+    launched = Launched(folder / "quiet", folder / "quiet.log", flags)
     sizes: dict[int, list[tuple[int, int]]] = {}
     files: dict[int, list[int]] = {}
     try:
@@ -115,8 +131,7 @@ class Night:
         self.struck: float | None = None
 
     def _start(self, *more: str) -> Launched:
-        script = ROOT / "tests" / "support" / "slow_recipe.py"
-        return Launched(self.run, self.folder / "loud.log", script, *self.flags, *more)
+        return Launched(self.run, self.folder / "loud.log", [*self.flags, *more])
 
     def last(self) -> None:
         """Until the run has come to its end."""
@@ -151,6 +166,7 @@ class Night:
             self.seen, self.moved = steps, time.monotonic()
             if self.struck is not None:
                 self.figures.restart_seconds.append(round(time.monotonic() - self.struck, 1))
+                self.figures.restart_cpu_seconds.append(max(map(cpu_seconds, self.launched.ranks()), default=0.0))
                 self.struck = None
         if time.monotonic() - self.moved > STUCK:
             self.figures.wrong.append(f"no step for {STUCK:g} s after step {self.seen}")
@@ -169,22 +185,20 @@ class Night:
 
     def _happen(self) -> None:
         kind = self.chance.choices([*self.kinds], [*self.kinds.values()])[0]
-        ranks = self.launched.ranks()
+        ranks, slow = self.launched.ranks(), self.folder / SLOW
+        slow.unlink(missing_ok=True)  # until the next thing happens
         if kind == "killed" and ranks:
             self.struck = time.monotonic()
             self.figures.kills += 1
             _signal(self.chance.choice(ranks), signal.SIGKILL)
         elif kind == "disk full" and ranks:
             forbid_writing(self.chance.choice(ranks))
-        elif kind == "reward slow" and self.run.is_dir():
-            slow = self.run / SLOW
-            slow.unlink() if slow.exists() else slow.write_text(str(self.chance.uniform(0.5, 3)))
+        elif kind == "reward slow":
+            slow.write_text(str(round(self.chance.uniform(0.05, 0.5), 2)))
             self.figures.slow += 1
         elif kind == "asked to end":
             _signal(self.launched.process.pid, signal.SIGTERM)
         print(f"{time.strftime('%T')} step {self.seen}: {kind}; {self.figures.restart_seconds[-1:]}", flush=True)
-        if self.seen and (self.run / SLOW).exists() and kind != "reward slow":
-            (self.run / SLOW).unlink()  # slow for one interval
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
@@ -201,7 +215,7 @@ def compare(folder: Path, figures: Figures) -> None:
     differ = [row["step"] for row, twin in zip(one, other, strict=False) if row != twin]
     if differ:
         figures.wrong.append(f"metrics differ from step {differ[0]} on")
-    name = Path("checkpoints", "last", "model.safetensors")
+    (name,) = [path.relative_to(quiet) for path in quiet.rglob("checkpoints/last/model.safetensors")]
     if (quiet / name).read_bytes() != (loud / name).read_bytes():
         figures.wrong.append("weights differ")
 
@@ -214,12 +228,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two disturbances, on average")
     parser.add_argument("--kills", type=int, default=0, help="end after so many kills instead of after --steps")
+    parser.add_argument("--draw", action="store_true", help="Sync-R1 with pictures")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True)
     figures, start = Figures(asked.zero_stage, asked.steps), time.monotonic()
-    flags = flags_of(asked.zero_stage, asked.steps, asked.ranks)
+    flags = flags_of(asked.folder, asked)
     if not asked.kills:
         undisturbed(asked.folder, flags, figures)
     Night(asked.folder, flags, asked, figures).last()
