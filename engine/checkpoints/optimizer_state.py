@@ -43,12 +43,12 @@ class Piece(NamedTuple):
     length: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """[length] this piece of a master or of one of its moments; a view where that is contiguous."""
-        return tensor.detach().reshape(-1).narrow(0, self.offset, self.length)
+        """[length] a view of this piece of a master or of one of its moments; DeepSpeed's are contiguous."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.length)
 
 
 def optimizer_tensors(optimizer: Any, model: nn.Module) -> dict[str, Tensor]:
-    """Everything of this rank that the next updates depend on, not copied where masters are contiguous.
+    """Everything of this rank that the next updates depend on, not copied.
 
     Args:
         optimizer: what `deepspeed.initialize` returned: a wrapper of any ZeRO stage, or torch's own AdamW.
@@ -144,12 +144,8 @@ def begin(optimizer: Any) -> None:
 
 @torch.no_grad()
 def put(target: Tensor, offset: int, values: Tensor) -> None:
-    """Writes `values` [n] over elements `offset` to `offset + n` of `target`, flattened."""
-    if target.is_contiguous():
-        target.data.view(-1).narrow(0, offset, values.numel()).copy_(values)
-    else:
-        places = torch.arange(offset, offset + values.numel(), device=target.device)
-        target.data.put_(places, values.to(target.device, target.dtype))
+    """Writes `values` [n] over `target`, flattened, from element `offset` on."""
+    target.data.view(-1).narrow(0, offset, values.numel()).copy_(values)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import torch
 import warm
 from helpers import ROOT, everything_partitioned, own_process_group, rows_of, sharp_policy
 from made import world_folder as make_world
-from resume_cases import FullDisk, Training, assert_same, config_of
+from resume_cases import FullDisk, Training, assert_same, config_of, differences, leave
 
 from syncr1.engine.checkpoints import sharded as checkpoint
 from syncr1.engine.checkpoints.random_states import load_random_state, random_state
@@ -30,11 +30,13 @@ from syncr1.engine.checkpoints.sharded import folders, save, verified
 from syncr1.engine.data.prompts import load_training_prompts
 from syncr1.engine.errors import CheckpointError, ConfigError
 from syncr1.engine.learn.schedule import learning_rate
-from syncr1.engine.methods.resume import resume_point
+from syncr1.engine.methods.resume import _check_fits, resume_point
 from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.engine.show.runlog import RunLog
 
+NORM = "model.model.language_model.norm.weight"
+"""A small trained parameter."""
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 
 
@@ -164,16 +166,39 @@ def test_a_failed_save_is_told_and_the_next_works(
     assert [verified(folder).step for folder in folders(tmp_path)] == [2, 1]
 
 
-def test_two_ranks(world: Path, rewards: RewardSet, tmp_path: Path) -> None:
-    """ZeRO 0, 2 and 3 on two ranks, resumed exactly; one rank's full disk ends both with the same error; and one rank
-    cannot go on with what two have saved."""
+def test_two_ranks(whole: Training, world: Path, rewards: RewardSet, tmp_path: Path) -> None:
+    """ZeRO 0, 2 and 3 on two ranks, resumed exactly; one rank's full disk ends both with the same error.  One rank goes
+    on with what two have saved, and two with what one has, under another stage: the same tokens, and the same weights
+    but for rounding; tests/campaigns/test_elastic.py has every pair."""
     shutil.copytree(world, tmp_path / "world")
+    shutil.copytree(whole.checkpoints.root / "step_000003", tmp_path / "one" / "step_000003")
     warm.run(str(ROOT / "tests" / "support" / "resume_cases.py"), str(tmp_path), ranks=2)
     assert json.loads((tmp_path / "done.json").read_text()) == {"ranks": 2}
-    folder = folders(tmp_path / "zero_2")[0]
-    config = config_of(zero_stage=2, num_iterations=2, resume_from_checkpoint=str(folder))
-    with pytest.raises(ConfigError, match="saved by 2 ranks, this run has 1; start 2"):
-        resume_point(config, print)
+    leave(whole, tmp_path / "one")
+    pairs = {"one_on_two": "one"}
+    for before, now in ((2, 0), (3, 2)):
+        config = config_of(zero_stage=now, num_iterations=2 if before == 2 else 1)
+        training = Training(config, world, tmp_path / f"zero_{before}", rewards).resume(1).to(3)
+        leave(training, tmp_path / f"zero_{before}_on_one")
+        pairs[f"zero_{before}_on_one"] = f"after_zero_{before}"
+    for one, other in pairs.items():
+        found = differences(tmp_path / one, tmp_path / other)
+        assert found["trajectories"] == 2 * 16 and found["others"] == 0, found
+        assert found["reward"] < 1e-6 and found["weight"] < 1e-5, found
+
+
+def test_other_ranks_and_stages_are_said(whole: Training, run_folder: Path) -> None:
+    """In one line, which names both; a checkpoint of the older format says what to do."""
+    said: list[str] = []
+    point = resume_point(asked(whole, run_folder, zero_stage=3), said.append)
+    assert point is not None and point.step == 5 and len(said) == 1
+    assert said[0].startswith("saved by 1 rank (zero_stage 0), going on with 1 rank (zero_stage 3): ")
+    older = replace(verified(point.checkpoint.folder), format=1)
+    with pytest.raises(
+        CheckpointError, match=r"saved by 1 rank \(zero_stage 0\) in an older format.*for one more step"
+    ):
+        _check_fits(asked(whole, run_folder, zero_stage=3), older, silent)
+    _check_fits(asked(whole, run_folder), older, silent)
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -234,7 +259,6 @@ def test_a_damaged_checkpoint_is_passed_over_but_not_when_named(whole: Training,
         ({"seed": 7}, "seed is 0 in the checkpoint, 7 now"),
         ({"learning_rate": 0.5}, "learning_rate is 0.001 in the checkpoint, 0.5 now"),
         ({"prompts_per_step": 8, "num_generations": 2}, "num_generations is 4 .*; prompts_per_step is 4"),
-        ({"zero_stage": 2}, "zero_stage is 0"),
         ({"lora_rank": 4}, "lora_rank is 0"),
     ],
 )
@@ -281,11 +305,17 @@ def test_a_state_without_settings_is_refused(
         ({"frozen": None}, "frozen weights are others"),
         ({"random/torch": None}, "expected the random states ..torch.., which are absent"),
         ({"random/torch": torch.zeros(3)}, "RuntimeError|TypeError"),
-        ({"optimizer/exp_avg.0": torch.zeros(1)}, "exp_avg.0 is .1., expected"),
-        ({"optimizer/master.0": None}, "master.0 is absent there"),
-        ({"optimizer/momentum.0": torch.zeros(1)}, "it has 'momentum.0'"),
-        ({"optimizer/exp_avg.x": torch.zeros(1)}, "it has 'exp_avg.x'"),
-        ({"optimizer/step.99999": torch.zeros(())}, "it has 'step.99999'"),
+        ({f"optimizer/exp_avg/{NORM}": torch.zeros(1)}, f"exp_avg of {NORM} has 1 elements there, 128 here"),
+        ({f"optimizer/exp_avg/{NORM}": torch.zeros(129)}, f"exp_avg of {NORM} has 129 elements there, 128 here"),
+        ({f"optimizer/exp_avg/{NORM}": torch.zeros(8, 8)}, "expected float32 of one dimension, got F32 .8, 8."),
+        ({f"optimizer/master/{NORM}": torch.zeros(128).half()}, "expected float32 of one dimension, got F16 .128."),
+        ({f"optimizer/master/{NORM}": None}, f"master of {NORM} has 0 elements there, 128 here"),
+        ({f"optimizer/exp_avg_sq/{NORM}": None}, f"exp_avg_sq of {NORM} has 0 elements there, 128 here"),
+        ({f"optimizer/step/{NORM}": None}, f"exp_avg of {NORM} has 128 elements there, 0 here"),
+        ({"optimizer/master/other": torch.zeros(1)}, "master of other has 1 elements there, 0 here"),
+        ({f"optimizer/momentum/{NORM}": torch.zeros(1)}, "it has 'optimizer/momentum/"),
+        ({"optimizer/master.0": torch.zeros(1)}, "it has 'optimizer/master.0'"),
+        ({f"optimizer/step/{NORM}": torch.zeros(1)}, "expected float32 of a number, got F32 .1."),
     ],
     ids=str,
 )
