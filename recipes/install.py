@@ -238,8 +238,9 @@ def announce(venv: Path, dev: bool) -> None:
             f"which PyPI has for Linux, {large / 1e3:.1f} GB and {large_on_disk:.0f} GB. {free:.0f} GB are free",
             flush=True,
         )
-    if free < (1.2 if upgrade else on_disk):
-        raise Failed(f"expected at least {on_disk} GB of free space at {ROOT}, got {free:.1f} GB; make room")
+    wanted = 1.2 if upgrade else on_disk
+    if free < wanted:
+        raise Failed(f"expected at least {wanted} GB of free space at {ROOT}, got {free:.1f} GB; make room")
 
 
 def packages_of(venv: Path) -> Path:
