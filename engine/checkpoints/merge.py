@@ -48,7 +48,7 @@ PIECE = 1 << 18
 """Elements at a time: two megabytes in float64, which the processor's cache holds."""
 RECORD = "merge.json"
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-NOT_COPIED = (INDEX, RECORD, "trainer_state.json")
+NOT_COPIED = (INDEX, RECORD, "trainer_state.json", "best.json")
 
 Progress = Callable[[int, int, str], None]
 

@@ -81,7 +81,8 @@ def test_the_whole_recipe_from_a_users_checkpoints_and_photographs(
         "--max_steps", "1", "--refined_max_steps", "1", "--prompts_per_step", "2", "--num_generations", "2",
         "--refined_num_generations", "2", "--refined_t2i_prompts_per_step", "2", "--refined_text_prompts_per_step", "2",
         "--max_completion_length", "6", "--learning_rate", "1e-3", "--refined_learning_rate", "1e-3",
-        "--eval_samples", "2", "--gradient_checkpointing",
+        "--eval_samples", "2", "--gradient_checkpointing", "--eval_steps", "1", "--load_best_model_at_end", "True",
+        "--run_name", "photographs",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, RECIPE, *map(str, flags)],
@@ -104,8 +105,13 @@ def test_the_whole_recipe_from_a_users_checkpoints_and_photographs(
         assert {key.split("/")[1] for key in row if key.startswith("rewards/")} == expected
         assert row["reward_failures"] == 0 and row["rollout/replay_logp_max_abs"] <= 1e-4
         assert (row["kl"] is not None) and row["loss"] is not None
+        best = json.loads((folder / name / "checkpoints" / "best" / "best.json").read_text())
+        assert best["step"] == 1 and best["value"] == row["eval/score"]
+        assert f"# photographs-{name}\n" in card
     assert (folder / "report.html").is_file() and "Every model of the run" in done.stdout
     record = json.loads((folder / "merged" / "merge.json").read_text())
+    assert {Path(model["name"]).name for model in record["models"]} == {"best"}
+    assert not (folder / "merged" / "best.json").exists()
     assert record["method"] == "gaussian" and load_policy(folder / "merged").image_size == 32
     frozen = ("vision_model", "vqmodel", "model.aligner")
     moved = changed(janus, folder / "merged")

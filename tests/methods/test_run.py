@@ -333,6 +333,9 @@ def test_two_ranks_under_zero_3(cache_dir: Path, base: Path, tmp_path: Path) -> 
         "2",
         "--zero_stage",
         "3",
+        "--eval_steps",
+        "1",
+        "--load_best_model_at_end",
         "--output_dir",
         str(folder),
         *SMALL,
@@ -343,6 +346,12 @@ def test_two_ranks_under_zero_3(cache_dir: Path, base: Path, tmp_path: Path) -> 
     assert (
         len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows) and rows[0]["rollout/replay_logp_max_abs"] <= 1e-4
     )
+    best = json.loads((folder / "checkpoints" / "best" / "best.json").read_text())
+    found = [row["eval/score"] for row in rows]
+    assert best["value"] == max(found) and best["step"] == 1 + found.index(max(found))
+    assert JanusPolicy.from_pretrained(folder / "checkpoints" / "best").num_image_tokens > 0
+    scores = json.loads((folder / "scores.json").read_text())["after"]
+    assert scores["summary/understanding/greedy"] == rows[best["step"] - 1]["eval/summary/understanding/greedy"]
     loaded, before = (JanusPolicy.from_pretrained(p) for p in (folder / "checkpoints" / "last", base))
     assert loaded.model.lm_head.weight.shape == before.model.lm_head.weight.shape
     assert not torch.equal(loaded.model.lm_head.weight, before.model.lm_head.weight)
