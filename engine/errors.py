@@ -213,4 +213,6 @@ def told(error: BaseException) -> list[str]:
     """The lines that `refuse` prints."""
     program = Path(sys.argv[0]).name or "syncr1"
     lines = str(error).splitlines() if isinstance(error, ConfigError) else [one_line(error)]
+    if isinstance(error, RewardError):  # it says what a function gave, wherever it ran
+        lines[-1] += "; docs/rewards.md says what a reward gives, correct the function"
     return [line if line.startswith(" ") else f"{program}: {line}" for line in lines if line.strip()]

@@ -24,6 +24,7 @@ _FULL_WORDS = re.compile(r"no space left on device|disk quota exceeded|StorageFu
 _FORBIDDEN_WORDS = re.compile(r"permission denied|read-only file system|PermissionDenied|ReadOnlyFilesystem", re.I)
 _OFFLINE = ("OfflineModeIsEnabled",)
 _UNREACHABLE = ("ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError", "Timeout", "MaxRetryError")
+_OS_ERROR = re.compile(r"os error (\d+)")
 _FROM_RUST = ("SafetensorError",)
 """Classes of extensions that tell an error of the system in words alone."""
 
@@ -104,11 +105,13 @@ def _memory(error: BaseException) -> Told:
 
 def _disk(error: BaseException) -> Told:
     number, text = getattr(error, "errno", None), str(error)
+    if _is(error, *_FROM_RUST) and (told := _OS_ERROR.search(text)):
+        number = int(told[1])
     in_words = _is(error, *_FROM_RUST) or (isinstance(error, OSError | RuntimeError) and number is None)
     path = getattr(error, "filename2", None) or getattr(error, "filename", None)
     what = str(path) if path else "disk"
     said = os.strerror(number) if isinstance(number, int) and number > 0 else one_line(text)[:300]
-    if not (isinstance(error, OSError) or in_words):
+    if not (isinstance(error, OSError) or in_words or _is(error, *_FROM_RUST)):
         return None
     if number in _FULL or (in_words and _FULL_WORDS.search(text)):
         return what, "free space", said, f"free some, or choose another output_dir; {RESUME}"

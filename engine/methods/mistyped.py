@@ -66,7 +66,11 @@ def _is_slip(got: str, meant: str) -> bool:
     pattern = r"\d+|(?<=[_.-])[A-Za-z](?=$|/)"
     if re.sub(pattern, "#", got) == re.sub(pattern, "#", meant):
         return False
-    return 0 < distance(got, meant) <= min(CLOSE, max(1, min(len(got), len(meant)) // 6))
+    parts = [pair for pair in zip(Path(got).parts, Path(meant).parts, strict=False) if pair[0] != pair[1]]
+    if len(Path(got).parts) != len(Path(meant).parts) or len(parts) != 1:
+        return False
+    (a, b) = parts[0]
+    return distance(a, b) <= min(CLOSE, max(1, min(len(a), len(b)) // 6))
 
 
 def distance(a: str, b: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,19 @@ def trained_run(name: str) -> Callable[[Path], object]:
 
 OFFLINE = (("HF_ENDPOINT", "http://127.0.0.1:9"), ("HF_HUB_CACHE", "hub"))
 """A port that nobody listens on, and an empty cache."""
+
+
+def whole_model(**changed: str) -> Callable[[Path], object]:
+    """A small Janus that can be loaded, as `m`, and twelve prompts; files of it by name, with other contents."""
+
+    def write(folder: Path) -> None:
+        from made import short_base  # which takes torch
+
+        shutil.copytree(short_base(), folder / "m")
+        text(**{f"m___{name}": content for name, content in changed.items()}, rows__jsonl=PROMPTS)(folder)
+
+    return write
+
 
 FLAGS = [
     Mistake("a misspelt flag", "sync_r1.py --lerning_rate 3", "did you mean --learning_rate?"),
@@ -301,3 +315,39 @@ PLACES = [
     ),
 ]
 TABLE = (*FLAGS, *MODELS, *DATA, *REWARDS, *PLACES)
+
+SHORT = "--model m --data rows.jsonl --prompts_per_step 4 --num_generations 2 --max_steps 1 --eval_samples 0"
+WITH_A_MODEL = [
+    Mistake(
+        "a tokenizer of nonsense",
+        f"sync_r1.py {SHORT}",
+        "expected files that its library can read",
+        whole_model(tokenizer__json='{"version": "1.0", "model": {"type": "nothing"}}'),
+        needs_torch=True,
+    ),
+    Mistake(
+        "layers that the model has not",
+        f"sync_r1.py {SHORT} --lora_rank 2 --lora_target_modules wq",
+        "lora_target_modules: expected some of down_proj",
+        whole_model(),
+        needs_torch=True,
+    ),
+    Mistake(
+        "a captioner out of reach",
+        f"corl.py {SHORT} --cycle_image none --spice_parser world --stage unified --max_completion_length 8",
+        "captioner: expected a folder, or a name",
+        whole_model(),
+        needs_torch=True,
+        env=OFFLINE,
+    ),
+    Mistake(
+        "a reward of another length",
+        f"corl.py {SHORT} --reward_funcs r.py:short --stage unified --cfg_weight 1 --max_completion_length 4",
+        "expected 8",
+        both(
+            whole_model(), text(r__py="def short(*, completions, **_):\n    return [1.0]\n\n\nshort.kind = 'image'\n")
+        ),
+        needs_torch=True,
+    ),
+]
+"""Those that a model has to be read for."""
