@@ -14,7 +14,7 @@ from .data_checks import checked_chains
 from .resume import resume_point
 from .starting import add_adapters, starting_policy
 from .sync_r1_config import SyncR1Config
-from .sync_r1_parts import build_reward_set, evaluator_of, prepare_data, prepare_model
+from .sync_r1_parts import build_reward_set, evaluator_of, own_rewards, prepare_data, prepare_model
 from .training import Session, Summaries, Training, run_method, run_training
 
 
@@ -30,9 +30,10 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     display.stage("data and starting model")
     root = one_at_a_time(lambda: prepare_data(config))
     loaded = checked_chains(config, root, display.note)
+    prompts, anchors, benchmark = loaded.prompts, loaded.anchors, loaded.held_out
+    stream, own = stream_of(config, prompts, anchors, *place()), own_rewards(config)
     model = one_at_a_time(lambda: prepare_model(config, display.note))
     policy = starting_policy(config, model, display)
-    prompts, anchors, benchmark = loaded.prompts, loaded.anchors, loaded.held_out
     check_plans(policy, prompts)
     if not anchors and config.anchor_fraction > 0:
         display.note("no general/train in the data: training without anchors")
@@ -47,8 +48,8 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
         policy=policy,
         reference=frozen,
         objective=objective_of(config, policy.num_image_tokens, anchor_beta),
-        prompts=stream_of(config, prompts, anchors, *place()),
-        rewards=build_reward_set(config, frozen, prompts),
+        prompts=stream,
+        rewards=build_reward_set(config, frozen, prompts, own),
         evaluator=one_at_a_time(lambda: evaluator_of(config, frozen, benchmark)) if benchmark else None,
     )
     return run_training(config, training, session, resumed).summaries
