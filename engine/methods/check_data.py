@@ -50,7 +50,9 @@ def check(config: CheckDataConfig, say: Say = print) -> bool:
             found.append(str(error))
     elif not found:
         found.append(f"{config.data}: nothing to train on")
-    _list(say, "not used", [*loaded.unused, *([loaded.no_scores] if loaded.no_scores else [])])
+    if loaded.no_scores:
+        say(loaded.no_scores)
+    _list(say, "not used", loaded.unused)
     _list(say, "without a reward, by the recipe's default ones", unrewarded)
     _list(say, "faults", found)
     say("nothing of this can be trained on until the faults are mended" if found else "no fault")

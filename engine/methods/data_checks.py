@@ -17,7 +17,7 @@ from ..policies.auto import model_draws
 from ..processes.group import of_all_ranks
 from ..rewards.scorable import check_scorable
 from ..settings.train_config import TrainConfig
-from ..world.foreign import check_own_world
+from .foreign import check_own_world
 from .sync_r1_config import SyncR1Config
 
 Say = Callable[[str], None]

@@ -14,7 +14,7 @@ from .data_checks import checked_chains
 from .resume import resume_point
 from .starting import add_adapters, starting_policy
 from .sync_r1_config import SyncR1Config
-from .sync_r1_parts import build_reward_set, evaluator_of, prepare_data, prepare_model
+from .sync_r1_parts import build_reward_set, evaluator_of, own_rewards, prepare_data, prepare_model
 from .training import Session, Summaries, Training, run_method, run_training
 
 
@@ -31,7 +31,7 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     root = one_at_a_time(lambda: prepare_data(config))
     loaded = checked_chains(config, root, display.note)
     prompts, anchors, benchmark = loaded.prompts, loaded.anchors, loaded.held_out
-    stream = stream_of(config, prompts, anchors, *place())
+    stream, own = stream_of(config, prompts, anchors, *place()), own_rewards(config)
     model = one_at_a_time(lambda: prepare_model(config, display.note))  # last: a base may be trained for minutes
     policy = starting_policy(config, model, display)
     check_plans(policy, prompts)
@@ -49,7 +49,7 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
         reference=frozen,
         objective=objective_of(config, policy.num_image_tokens, anchor_beta),
         prompts=stream,
-        rewards=build_reward_set(config, frozen, prompts),
+        rewards=build_reward_set(config, frozen, prompts, own),
         evaluator=one_at_a_time(lambda: evaluator_of(config, frozen, benchmark)) if benchmark else None,
     )
     return run_training(config, training, session, resumed).summaries

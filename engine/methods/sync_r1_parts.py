@@ -20,6 +20,7 @@ from ..rewards.builtin.clip import ClipScorer
 from ..rewards.builtin.identity import IdentityReward
 from ..rewards.ensemble import Column, RewardSet, build_rewards
 from ..rewards.judge.attribute_judge import posterior_scorer
+from ..rewards.reward import RewardFunction
 from ..rewards.yours.custom import load_reward, own_column
 from ..settings.train_config import TrainConfig
 from ..world.attributes import VALUES
@@ -39,25 +40,29 @@ def prepare_model(config: TrainConfig, report: Callable[[str], None] | None = No
     return config.model or tiny_base(BaseSettings(), report)
 
 
-def build_reward_set(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt]) -> RewardSet:
+def own_rewards(config: SyncR1Config) -> dict[str, RewardFunction]:
+    """The user's own functions by their names in `reward_funcs`; RewardSpecError where one cannot be loaded."""
+    return {spec: load_reward(spec) for spec in config.reward_funcs if spec not in config.REWARDS}
+
+
+def build_reward_set(
+    config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt], own: Mapping[str, RewardFunction] | None = None
+) -> RewardSet:
     """The rewards that `reward_funcs` names, in this order: the ensemble's, then the user's own.
 
     Args:
         config: which, and their weights.
         frozen: the policy as training begins (`Policy.frozen_copy`); it judges and does not change.
         prompts: what will be trained on; decides which rewards apply.
+        own: what `own_rewards` loaded; None: they are loaded now.
 
     Raises:
-        ConfigError: none of them can score any of the prompts, or two have one name.
-        RewardSpecError: a function of the user's own cannot be loaded.
+        ConfigError: one judges neither texts nor images, or two have one name.
     """
     kinds = [kind for kind in MODALITY_NAMES if any(kind in prompt.segments for prompt in prompts)]
-    own = [
-        own_column(name, load_reward(name), config.weight_of(name), kinds[0])
-        for name in config.reward_funcs
-        if name not in config.REWARDS
-    ]
-    return RewardSet.of([*_ensemble(config, frozen, prompts), *own])
+    loaded = own_rewards(config) if own is None else own
+    brought = [own_column(spec, function, config.weight_of(spec), kinds[0]) for spec, function in loaded.items()]
+    return RewardSet.of([*_ensemble(config, frozen, prompts), *brought])
 
 
 def _ensemble(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt]) -> list[Column]:

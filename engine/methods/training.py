@@ -281,6 +281,9 @@ def train(
                 log.sync()
                 checkpoints.save(trainer)
                 checkpoints.wait()
+                display.note(
+                    f"saved what {trainer.step} steps learnt; --resume_from_checkpoint latest goes on from there"
+                )
             raise
         stop()  # what the last step was asked for
     watchdog.mark("after training")

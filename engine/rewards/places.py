@@ -8,6 +8,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from ..errors import IsolatedError
+
 _LIBRARIES = [sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")]
 _NOT_YOURS = tuple(
     str(Path(folder).resolve()) + os.sep for folder in (str(Path(__file__).parents[1]), *filter(None, _LIBRARIES))
@@ -25,7 +27,8 @@ def raised_at(error: BaseException) -> str:
 
 def told(error: BaseException) -> str:
     """`ZeroDivisionError: division by zero, at my_rewards.py:12 in judge`, in one line."""
-    said = " ".join(f"{type(error).__name__}: {error}".split())
+    said = str(error) if isinstance(error, IsolatedError) else f"{type(error).__name__}: {error}"
+    said = " ".join(said.split())
     place = raised_at(error)
     return f"{said}, at {place}" if place else said
 

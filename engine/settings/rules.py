@@ -69,6 +69,9 @@ def reward_problems(c: Any) -> list[str]:
         problems.append(f"reward_funcs: expected at least one, got none; try {' '.join(c.REWARDS[:4])}")
     for name in sorted({name for name in c.reward_funcs if c.reward_funcs.count(name) > 1}):
         problems.append(f"reward_funcs: expected each reward once, got {name} twice; name it once")
+    called = [spec.rpartition(":")[2].removesuffix("()") for spec in dict.fromkeys(c.reward_funcs)]
+    for name in sorted({name for name in called if called.count(name) > 1}):
+        problems.append(f"reward_funcs: expected names that differ, as columns have them, got {name} twice; rename one")
     return problems
 
 

@@ -246,13 +246,13 @@ def test_one_refined_stage_and_a_merge_stand_alone(photographs: Path, base: Path
 
 
 def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    photographs: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """In this process; test_security.py starts the recipe's in another."""
     monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
     out, _ = recipe_here(
-        capsys, "corl.py", "--dry_run", "--data", photographs, "--output_dir", tmp_path / "run",
+        capsys, "corl.py", "--dry_run", "--model", base, "--data", photographs, "--output_dir", tmp_path / "run",
         "--prompts_per_step", 2, "--refined_t2i_prompts_per_step", 2, "--refined_text_prompts_per_step", 2,
         "--max_completion_length", 16,
     )  # fmt: skip

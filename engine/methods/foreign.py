@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from ..errors import ConfigError, PictureError
 from ..pictures import ImageRef, check_picture
 from ..records import Prompt
-from .render import SIZE
-from .texts import VOCABULARY
+from ..world.render import SIZE
+from ..world.texts import VOCABULARY
 
 KNOWN = frozenset(VOCABULARY) | {"think", "answer", "<think>", "<answer>"}
 WORD = re.compile(r"<\w+>|[^\W\d_]+")
