@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from ..evaluate.drawing import by_task
-from ..evaluate.held_out import Evaluator, Parts, Scores, TaskScores, grouped
+from ..evaluate.held_out import Evaluator, Parts, Read, Scores, TaskScores, grouped
 from ..evaluate.measures import attribute_metrics
 from ..evaluate.tasks import tagged_scores
 from ..learn.from_settings import held_out_sampling
@@ -33,6 +33,7 @@ def evaluator_of(
     benchmark: Mapping[str, Sequence[Prompt]],
     rewards: RewardSet | None = None,
     readers: Mapping[str, AttributeScorer] | None = None,
+    read: Read | None = None,
 ) -> Evaluator:
     """Scores any policy on the same held-out prompts.
 
@@ -41,6 +42,7 @@ def evaluator_of(
         benchmark: task -> prompts: t2i, mcq, oe.
         rewards: the run's; those of images are reported for drawings.
         readers: readers of attributes by name, for data that says what a picture must show.
+        read: what says which attributes an example shows, for the same data.
     """
     columns = [] if rewards is None else list(zip(rewards.functions.items(), rewards.kinds, strict=True))
     judges = dict(column for column, kind in columns if kind == "image")
@@ -50,6 +52,7 @@ def evaluator_of(
         score=partial(scores_of, readers=readers or {}, judges=judges, timeout=config.reward_timeout),
         asked=lambda prompt: "text" in prompt.segments,
         summarise=summary,
+        read=read,
     )
 
 

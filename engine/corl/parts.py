@@ -14,7 +14,7 @@ from ..data.questions import THINK_THEN_ANSWER
 from ..data.samples import Sample
 from ..errors import DataError
 from ..evaluate.held_out import Evaluator
-from ..methods.judges import checker_of, world_readers
+from ..methods.judges import checker_of, world_reader, world_readers
 from ..policies.auto import load_policy
 from ..policies.base import Policy
 from ..processes.group import local_device
@@ -68,4 +68,4 @@ class Parts:
         # Only the rendered world says what a picture must show in words that can be read.
         readers = world_readers(checker_of(self.frozen)) if self.config.data is None else None
         rewards = self._rewards.of("t2i", self.frozen) if "t2i" in benchmark else None
-        return evaluator_of(self.config, benchmark, rewards, readers)
+        return evaluator_of(self.config, benchmark, rewards, readers, None if readers is None else world_reader)

@@ -41,6 +41,7 @@ from ..processes.group import barrier, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import check_plans
 from ..show.runlog import NullRunLog, RunLog, open_run_log
+from .account import Account, planned_parts
 from .config import REFINED, CorlConfig
 from .config import Training as TrainingName
 from .models_table import models_table
@@ -66,6 +67,8 @@ ANSWERING = ("merged", "mcq", "oe", "merged_first", "unified", "understanding", 
 class Model:
     """A checkpoint of the run and what it can do."""
 
+    name: str
+    """In the run, which is that of its folder there."""
     folder: str
     """In transformers' format; a hub name for a base that is there."""
     scores: Evaluation | None
@@ -82,15 +85,16 @@ def every_model(config: CorlConfig, session: Session) -> Summaries:
     interrupted = interrupted_run(config, display.note)
     with open_run_log(config.output_dir, config, interrupted) as log:
         session.writes_in(log.folder)
-        run = CorlRun(config, log, session)
-        models = run.models()
+        corl = CorlRun(config, log, session)
+        models = corl.models()
         scored = {name: model.scores for name, model in models.items() if model.scores is not None}
         if scored:
             table = models_table({name: scores.table for name, scores in scored.items()})
             display.console.print(table)
             if "base" in scored and len(scored) > 1:
+                corl.account.compares("base", best_models(scored))
                 write_scores(log, scored["base"], best_of_both(scored))
-    if not run.stopped:
+    if not corl.stopped:
         session.models.update(products(models))
     for name, model in models.items():
         display.note(f"{name}: {model.folder}")
@@ -107,6 +111,10 @@ class CorlRun:
         if config.data is not None and config.stage != "merge":
             check_data(config, self.display.note)
         self.parts = one_at_a_time(lambda: Parts(config, self.display.note))
+        self.refined, note = refined_trainings(config, self.parts.data, self.parts.instruction)
+        if note:
+            self.display.note(note)
+        self.account = Account(log, planned_parts(config, self.refined))
         self.stopped = False
 
     def models(self) -> dict[str, Model]:
@@ -119,10 +127,7 @@ class CorlRun:
             models |= self._first_stage(models["base"])
             for skill, name in (("drawing", "generation"), ("answering", "understanding")):
                 start[skill] = next(models[n] for n in ("merged_first", "unified", name, "base") if n in models)
-        refined, note = refined_trainings(config, self.parts.data, self.parts.instruction)
-        if note:
-            self.display.note(note)
-        for training in refined:
+        for training in self.refined:
             if self.stopped:
                 return models
             models[training] = self._train(training, start["drawing" if training == "t2i" else "answering"])
@@ -167,6 +172,7 @@ class CorlRun:
             resume_from_checkpoint=self.config.resume_from_checkpoint and "latest",
             stage=name if name in REFINED else "unified",
         )
+        self.account.begins(name, [start.name])
         if config.resume_from_checkpoint and is_finished(config.output_dir):
             self.display.note(f"training {name}: finished already")
             return self._scored(name, str(result_of(config, config.output_dir)))
@@ -178,7 +184,8 @@ class CorlRun:
         if not self.stopped:
             mark_finished(trained.folder, config.max_steps)
         gc.collect()  # the learner, before the next one is made
-        return Model(str(trained.model), trained.after)
+        self.account.made(name, trained.after, finished=trained.finished)
+        return Model(name, str(trained.model), trained.after)
 
     def _put_together(self, config: CorlConfig, name: TrainingName, samples: list[Sample], start: Model) -> Training:
         policy = starting_policy(config, start.folder, self.display)
@@ -214,6 +221,7 @@ class CorlRun:
         """Two models into one; rank 0 writes, all wait and score."""
         config, folder = self.config, self.log.folder / name
         self.display.stage(f"merging {len(sources)} models ({config.merge_method})")
+        self.account.begins(name, [model_name(source, self.log.folder) for source in sources])
         if place()[0] == 0 and not (config.resume_from_checkpoint and folder.is_dir()):
             merge_checkpoints(base, sources, folder, config.merge_method)
         barrier()
@@ -237,11 +245,25 @@ class CorlRun:
 
     def _scored(self, name: str, folder: str) -> Model:
         """A saved model with its scores."""
-        if self.parts.evaluator is None:
-            return Model(folder, None)
-        self.display.stage(f"scores of {name}")
-        policy = starting_policy(self.config, folder, self.display).eval()
-        return Model(folder, self.parts.evaluator(policy))
+        scores: Evaluation | None = None
+        if self.parts.evaluator is not None:
+            self.display.stage(f"scores of {name}")
+            scores = self.parts.evaluator(starting_policy(self.config, folder, self.display).eval())
+        self.account.made(name, scores)
+        return Model(name, folder, scores)
+
+
+def model_name(folder: str, run_folder: Path) -> str:
+    """A model's name in its run, which is that of its folder there; the folder itself where it lies elsewhere."""
+    inside = Path(folder).is_relative_to(run_folder)
+    return Path(folder).relative_to(run_folder).parts[0] if inside else folder
+
+
+def best_models(scored: Mapping[str, Evaluation]) -> dict[str, str]:
+    """What ULM-R1 reports: drawings by the refined drawing model, answers by the merged one; before that stage, and for
+    a single stage, by the last model that was trained on them."""
+    kinds = {"drawings": DRAWING, "answers": ANSWERING}
+    return {kind: next(name for name in names if name in scored) for kind, names in kinds.items()}
 
 
 def products(models: Mapping[str, Model]) -> dict[str, Path]:
@@ -251,15 +273,15 @@ def products(models: Mapping[str, Model]) -> dict[str, Path]:
 
 
 def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
-    """What ULM-R1 reports: drawings by the refined drawing model, answers by the merged one; before that stage, and for
-    a single stage, by the last model that was trained on them."""
-    drawing = next(scored[name] for name in DRAWING if name in scored)
-    answering = next(scored[name] for name in ANSWERING if name in scored)
+    """The scores of `best_models`, as those of one."""
+    best = best_models(scored)
+    drawing, answering = scored[best["drawings"]], scored[best["answers"]]
     kept = {task: (drawing if task == "t2i" else answering) for task in answering.tasks}
     return replace(
         answering,
         tasks={task: source.tasks[task] for task, source in kept.items()},
         examples={task: source.examples[task] for task, source in kept.items()},
+        readings={task: source.readings.get(task, ()) for task, source in kept.items()},
     )
 
 

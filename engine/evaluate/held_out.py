@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -42,6 +42,8 @@ class Made(Protocol):
 
 
 One = TypeVar("One", bound=Made)
+Read = Callable[[Tensor], Sequence[Mapping[str, str]]]
+"""Images [n, 3, H, W] in [0, 1] to what each shows, attribute -> value."""
 Score = Callable[[Sequence[Rollout], Sequence[Rollout]], "dict[str, TaskScores]"]
 """Greedy and sampled trajectories to what is measured of them."""
 Parts = dict[str, list[str]]
@@ -102,6 +104,8 @@ class Evaluation:
     """By task."""
     examples: dict[str, list[Rollout]]
     """By prompt task: some of the sampled rollouts (texts and images)."""
+    readings: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
+    """By prompt task: what each example's image shows, attribute -> value; {} where nothing reads it."""
     summarise: Callable[[Scores], Parts] = summary
 
     @property
@@ -151,6 +155,8 @@ class Evaluator:
     summarise: Callable[[Scores], Parts] = summary
     num_examples: int = 4
     """Rollouts that are kept of a task."""
+    read: Read | None = None
+    """What says which attributes an example's image shows, independent of any reward; None: nothing does."""
 
     def __call__(self, policy: Policy) -> Evaluation:
         """Draws from `policy`, whose weights are whole, and scores."""
@@ -167,13 +173,22 @@ class Evaluator:
         for batch in self.batches:
             greedy += _drawn(draw, texts_alone([prompt for prompt in batch if self.asked(prompt)]), 0.0)
             sampled += _drawn(draw, batch, 1.0)
-        examples, most = grouped(sampled, lambda rollout: rollout.prompt.task), self.num_examples
+        groups, most = grouped(sampled, lambda rollout: rollout.prompt.task), self.num_examples
+        # Spread over the group, which is in the order of concepts.
+        examples = {task: group[:: max(1, len(group) // most)][:most] for task, group in groups.items()}
         return Evaluation(
             tasks=self.score(greedy, sampled),
-            # Spread over the group, which is in the order of concepts.
-            examples={task: group[:: max(1, len(group) // most)][:most] for task, group in examples.items()},
+            examples=examples,
+            readings={task: self._readings(group) for task, group in examples.items()},
             summarise=self.summarise,
         )
+
+    def _readings(self, rollouts: Sequence[Rollout]) -> list[Mapping[str, str]]:
+        """What each image shows of the attributes that its prompt names."""
+        read = self.read
+        if read is None:
+            return [{} for _ in rollouts]
+        return [{} if one.image is None or not one.prompt.attributes else read(one.image[None])[0] for one in rollouts]
 
 
 def _drawn(draw: Draw, prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:

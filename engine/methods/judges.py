@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..policies.base import Policy
 from ..rewards.judge.attribute_judge import AttributeScorer, index_scorer
 from ..rewards.judge.llm_judge import LLMJudge
@@ -27,6 +29,13 @@ def remote_judge(config: TrainConfig) -> LLMJudge | None:
 def checker_of(policy: Policy) -> AttributeChecker:
     """The world's attribute reader, as this policy's image tokenizer draws the world."""
     return AttributeChecker.from_round_trip(lambda images: policy.draw(policy.image_tokens(images)))
+
+
+def world_reader(images: Tensor) -> list[dict[str, str]]:
+    """What pictures of the rendered world [n, 3, 32, 32] show, attribute -> value, by the network that no training
+    sees."""
+    rows = judge_cnn().read_indices(images.float().cpu()).tolist()
+    return [{name: values[i] for (name, values), i in zip(VALUES.items(), row, strict=True)} for row in rows]
 
 
 def world_readers(checker: AttributeChecker) -> dict[str, AttributeScorer]:

@@ -26,7 +26,7 @@ from ..settings.train_config import TrainConfig
 from ..world.attributes import VALUES
 from ..world.base_model import BaseSettings
 from ..world.embedded import tiny_base, world_folder
-from .judges import checker_of, remote_judge, world_readers
+from .judges import checker_of, remote_judge, world_reader, world_readers
 from .sync_r1_config import SyncR1Config
 
 
@@ -108,4 +108,5 @@ def evaluator_of(config: TrainConfig, frozen: Policy, benchmark: Mapping[str, Se
             image_scorers=world_readers(checker_of(frozen)) if named else None,
             identity=IdentityReward(frozen.vision_features, frozen.image_size),
         ),
+        read=world_reader if named else None,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,8 +53,8 @@ EMBEDDED_BASE = "the tiny base, a small Janus that syncr1 trains on its rendered
 EMBEDDED_DATA = "the rendered world of syncr1"
 LAST = "last"
 """Folder of the last step's model, below `checkpoints/`."""
-EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "t2i")
-"""Tasks whose pictures are shown before and after, where the data has them."""
+EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "general_image", "t2i", "rec", "vqa", "qa", "mcq", "oe")
+"""Tasks of which examples are shown before and after, where the data has them: drawings, then answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,8 @@ def train(
             metrics = held_out.with_scores(metrics, trainer.step)
         log.metrics(metrics)
         display.step(metrics)
-        if config.sample_steps and metrics.step % config.sample_steps == 0:
+        ends = metrics.step == config.max_steps - 1 or interrupts.stop
+        if config.sample_steps and (metrics.step % config.sample_steps == 0 or ends):
             log.samples(metrics.step, rollouts, totals)
         if checkpoints.due(trainer.step):
             log.sync()
@@ -341,6 +342,8 @@ def write_scores(log: RunLog | NullRunLog, before: Evaluation | None, after: Eva
         after=after.table,
         examples_before=examples_of(before),
         examples_after=examples_of(after),
+        read_before=readings_of(before),
+        read_after=readings_of(after),
     )
 
 
@@ -364,3 +367,12 @@ def write_card(
 
 def examples_of(evaluation: Evaluation) -> list[Rollout]:
     return [rollout for task in EXAMPLE_TASKS for rollout in evaluation.examples.get(task, ())]
+
+
+def readings_of(evaluation: Evaluation) -> list[Mapping[str, str]]:
+    """What the examples' images show, in the order of `examples_of`."""
+    return [
+        reading
+        for task in EXAMPLE_TASKS
+        for reading in evaluation.readings.get(task) or [{} for _ in evaluation.examples.get(task, ())]
+    ]

@@ -207,6 +207,9 @@ class TrainConfig(Settings):
     """Trackers get tables of prompts, texts, pictures and rewards, every sample_steps."""
     logging_steps: Annotated[int, Range("1 logs every step", ge=1)] = 1
     """Every this many steps a line is printed (where there is no terminal) and sent to the trackers."""
+    report_steps: Annotated[int, Range("0 writes report.html at the end alone", ge=0)] = 1
+    """Every this many steps report.html is rewritten, which a browser then reloads by itself: at most every 10 seconds,
+    and in at most a hundredth of the run's time. 0: at the end alone."""
     replay_check_steps: Annotated[int, Range("0 never checks", ge=0)] = 10
     """Every this many steps the sampler's log-probabilities are compared with the trainer's; 0: never."""
     sample_steps: Annotated[int, Range("0 never writes samples", ge=0)] = 20

@@ -5,7 +5,9 @@
     metrics.jsonl      one JSON object per step
     samples/           step_000020.png (pictures, texts, rewards) and step_000020.jsonl
     scores.json        before and after training; before_after.png and before_after/ beside it
-    report.html        all of the above on one page
+    status.json        whether it goes on or how it ended, the time of its parts, memory
+    parts.json         of a run of several trainings: what was made from what, every model's scores
+    report.html        all of the above on one page, rewritten while the run goes on
 
 Everything is on disk as soon as it is known, so an interrupted run can be read and reported as well.
 """
@@ -33,20 +35,26 @@ from torch import Tensor
 from syncr1.kernels.api import attention_provider
 from syncr1.kernels.dispatch import available
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Preempted
 from ..processes.launch import restarted
 from ..processes.run_folder import LONG_PATIENCE, PATIENCE, FolderLock
 from ..records import Rollout, StepMetrics
 from ..settings.schema import to_yaml
 from ..whole_files import write_atomically
-from . import recent, report, sheets
+from . import recent, sheets
+from .examples import Reading, write_examples
+from .live_page import LivePage
 from .measured import PER_ITEM, dumps
+from .run_files import read_jsonl
+from .run_status import RunStatus, State
 from .scores import Scores, flatten_scores, score_rows
 from .sheets import Rewards, as_rewards
 from .trackers import Trackers, completions_of
 
 PACKAGES = ("syncr1", "torch", "transformers", "deepspeed", "triton", "tokenizers", "safetensors", "numpy", "pillow")
 MAX_FOLDERS = 10_000
+MAX_REASON = 500
+"""Characters of an error that the report shows; the terminal has all of it."""
 CONFIG_HEADING = "# Settings of this run; pass this file with --config to repeat it.\n\n"
 
 
@@ -115,6 +123,9 @@ class RunLog:
         self._log_completions = getattr(config, "log_completions", False)
         run_name = getattr(config, "run_name", None)
         self._trackers = Trackers(getattr(config, "report_to", ()), self.folder, settings, run_name)
+        self._status = RunStatus(self.folder, resumed is not None)
+        self._page = LivePage(self.folder, self._status, getattr(config, "report_steps", 1))
+        self._page.write()
 
     def metrics(self, metrics: StepMetrics) -> None:
         """Appends one line to metrics.jsonl: `step`, counted from 1 as on the terminal, the values, and
@@ -128,6 +139,8 @@ class RunLog:
         row = {"step": step, **{name: finite.get(name) for name in values}}
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         self._metrics.flush()
+        self._status.lap("training")
+        self._page.step()
         if step > 1 and step % self._logging_steps:
             finite = {name: value for name, value in finite.items() if name.startswith("eval/")}  # as rare as they are
         if finite:
@@ -137,7 +150,7 @@ class RunLog:
         """Removes metrics and samples of steps after the first `num_steps`, which come again, and a line that a crash
         cut. A folder of an older version, which counted from 0, is counted from 1 from then on."""
         path = self.folder / "metrics.jsonl"
-        known = [row for row in report.read_jsonl(path) if isinstance(row.get("step"), int)]
+        known = [row for row in read_jsonl(path) if isinstance(row.get("step"), int)]
         older = int(min((row["step"] for row in known), default=1) == 0)
         rows = [row | {"step": row["step"] + older} for row in known]
         rows = [row for row in rows if row["step"] <= num_steps]
@@ -189,6 +202,8 @@ class RunLog:
         after: Scores | None = None,
         examples_before: Sequence[Rollout] = (),
         examples_after: Sequence[Rollout] = (),
+        read_before: Sequence[Reading] = (),
+        read_after: Sequence[Reading] = (),
     ) -> None:
         """Writes scores.json and, for examples of the same prompts, before/after pictures.
 
@@ -211,41 +226,36 @@ class RunLog:
         if after is not None:
             self._trackers.log(self._last_step(), finite)
         if examples_before and examples_after:
-            self._examples(examples_before, examples_after)
+            path = write_examples(self.folder, examples_before, examples_after, read_before, read_after)
+            self._trackers.picture(self._last_step(), "before_after", path)
+        self._status.lap("before training" if after is None else "after training")
+        self._page.write()
 
-    def _examples(self, before: Sequence[Rollout], after: Sequence[Rollout]) -> None:
-        if [rollout.prompt.id for rollout in before] != [rollout.prompt.id for rollout in after]:
-            raise ValueError("RunLog.scores: examples_before and examples_after must be of the same prompts in order")
-        path = self.folder / "before_after.png"
-        sheets.before_after_sheet(before, after).save(path)
-        folder = self.folder / "before_after"
-        folder.mkdir(exist_ok=True)
-        rows = []
-        for index, (old, new) in enumerate(zip(before, after, strict=True)):
-            row: dict[str, Any] = {"task": old.prompt.task, "prompt": old.prompt.text, "answer": old.prompt.answer}
-            for when, rollout in (("before", old), ("after", new)):
-                row[f"{when}_text"] = rollout.text
-                row[f"{when}_image"] = None
-                if rollout.image is not None:
-                    row[f"{when}_image"] = f"before_after/{index:02d}_{when}.png"
-                    sheets.to_picture(rollout.image).save(self.folder / row[f"{when}_image"])
-            rows.append(row)
-        _write_jsonl(folder / "examples.jsonl", rows)
-        self._trackers.picture(self._last_step(), "before_after", path)
+    def parts(self, content: Mapping[str, Any], finished: str = "") -> None:
+        """Writes parts.json of a run of several trainings (`report_parts.py` says what it holds).
+
+        Args:
+            content: the whole of it.
+            finished: what has just been done, for the time that each part took; "" for nothing.
+        """
+        if finished:
+            self._status.lap(finished)
+        _write_json(self.folder / "parts.json", content)
+        self._page.write()
 
     def _last_step(self) -> int:
-        rows = report.read_jsonl(self.folder / "metrics.jsonl")
+        rows = read_jsonl(self.folder / "metrics.jsonl")
         return int(rows[-1].get("step", 0)) if rows else 0
 
-    def close(self) -> None:
-        """Ends the trackers and writes report.html; a second call does nothing."""
+    def close(self, state: State = "done", reason: str = "") -> None:
+        """Ends the trackers, writes how the run ended and the last report.html; a second call does nothing."""
         if self._metrics is None:
             return
         self._metrics.close()
         self._metrics = None
         self._trackers.close()
         try:
-            report.write_report(self.folder)
+            self._page.close(state, reason)
         finally:
             self._lock.close()
 
@@ -255,7 +265,14 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        elif isinstance(error, Preempted):
+            self.close("preempted")
+        elif isinstance(error, KeyboardInterrupt):
+            self.close("interrupted")
+        else:
+            self.close("failed", f"{type(error).__name__}: {error}"[:MAX_REASON])
 
 
 class NullRunLog:
@@ -283,10 +300,15 @@ class NullRunLog:
         after: Scores | None = None,
         examples_before: Sequence[Rollout] = (),
         examples_after: Sequence[Rollout] = (),
+        read_before: Sequence[Reading] = (),
+        read_after: Sequence[Reading] = (),
     ) -> None:
         """Does nothing."""
 
-    def close(self) -> None:
+    def parts(self, content: Mapping[str, Any], finished: str = "") -> None:
+        """Does nothing."""
+
+    def close(self, state: State = "done", reason: str = "") -> None:
         """Does nothing."""
 
     def __enter__(self) -> Self:
@@ -339,10 +361,10 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the checkout that this file is in, `-dirty` with changes; None without one (an installed wheel)."""
-    folder = Path(__file__).resolve().parent
-    if not (folder.parent / ".git").exists():
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
         return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

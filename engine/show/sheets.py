@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..errors import PictureError
-from ..pictures import open_picture
+from ..pictures import ImageRef, open_picture
 from ..records import Prompt, Rollout
+from .names import PHOTOS, task_words, training_task_words
 
 Rewards = Mapping[str, Sequence[float | None] | Tensor]
 """Reward name -> one value per rollout; None or NaN: it did not apply.  `reward`, if there, is the total."""
@@ -141,7 +142,13 @@ class Block:
 
 
 def sample_sheet(step: int, rollouts: Sequence[Rollout], rewards: Rewards | Tensor) -> Image.Image:
-    """A row per prompt (its photo, task and words on the left), a cell per trajectory, best reward first."""
+    """A row per prompt (its photo, task and words on the left), a cell per trajectory, best reward first.
+
+    Args:
+        step: counted from 0.
+        rollouts: whole groups.
+        rewards: by name, one value per rollout.
+    """
     known = as_rewards(rewards, len(rollouts))
     by_prompt: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
@@ -153,7 +160,9 @@ def sample_sheet(step: int, rollouts: Sequence[Rollout], rewards: Rewards | Tens
         if totals:
             members = sorted(members, key=lambda index: -totals[index])
         cells = [_cell(rollouts[index], index, known, width) for index in members[:MAX_COLUMNS]]
-        rows.append([_header(rollouts[members[0]].prompt), *cells])
+        prompt = rollouts[members[0]].prompt
+        drawn = "image" in prompt.segments
+        rows.append([_header(prompt, training_task_words(prompt.task, drawn=drawn, rewarded=prompt.rewarded)), *cells])
     hidden = len(by_prompt) - len(rows)
     note = f", {hidden} more prompts not shown" if hidden else ""
     return _compose(f"Step {step}: {len(rollouts)} trajectories of {len(by_prompt)} prompts{note}", rows)
@@ -187,7 +196,7 @@ def sheet_of_models(title: str, models: Mapping[str, Sequence[Rollout]]) -> Imag
             for rollout in group[prompt_id][:MAX_COLUMNS]
         ]
         first = next(iter(groups.values()))[prompt_id][0]
-        rows.append([_header(first.prompt), *cells])
+        rows.append([_header(first.prompt, task_words(first.prompt.task, drawn=first.image is not None)), *cells])
     return _compose(title, rows)
 
 
@@ -208,15 +217,27 @@ def _cell_width(images: Sequence[Tensor | None]) -> int:
     return max([*widths, 150])
 
 
-def _header(prompt: Prompt) -> Block:
-    block = Block(HEADER).text(prompt.task, 12, bold=True, colour=MUTED)
+def photo_beside(prompt: Prompt) -> tuple[ImageRef | None, str]:
+    """The photo to show beside a request, and what it is, a key of PHOTOS: the one that the model sees, else one of the
+    concept that the request names, else the picture that drawings are compared with."""
     if prompt.image is not None:
+        return prompt.image, "shown"
+    if prompt.references:
+        return prompt.references[0], "concept"
+    return prompt.real_image, "real"
+
+
+def _header(prompt: Prompt, task: str) -> Block:
+    block = Block(HEADER).text(task, 12, bold=True, colour=MUTED)
+    ref, kind = photo_beside(prompt)
+    if ref is not None:
         try:
-            photo = enlarge(open_picture(prompt.image))
+            photo = enlarge(open_picture(ref))
             photo.thumbnail((96, 96), Image.Resampling.BOX)
             block.picture(photo)
         except PictureError:
             block.text("(photo cannot be read)", 12, colour=BAD)
+        block.text(PHOTOS[kind], 11, colour=MUTED)
     block.text(prompt.text, 14, max_lines=6)
     if prompt.answer:
         block.text(f"right answer: {prompt.answer}", 12, colour=MUTED, max_lines=2)

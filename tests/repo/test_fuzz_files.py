@@ -36,7 +36,8 @@ from syncr1.engine.evaluate.graders import KEPT, Kept
 from syncr1.engine.evaluate.manifest import MANIFEST, claim
 from syncr1.engine.evaluate.store import ITEMS, Store
 from syncr1.engine.pictures import StoredImage, open_picture
-from syncr1.engine.show.report import read_jsonl, write_report
+from syncr1.engine.show.report import write_report
+from syncr1.engine.show.run_files import read_jsonl
 
 
 @pytest.fixture

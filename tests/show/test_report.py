@@ -1,7 +1,12 @@
-"""report.py and charts.py: one page that stands alone, escapes what comes from data, and bears missing files."""
+"""report.py and charts.py: one page that stands alone, escapes what comes from data, and bears missing files.
+
+What a browser makes of it is in test_report_in_browser.py.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -9,14 +14,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from run_records import HOSTILE, SCORES_AFTER, SCORES_BEFORE, make_group, make_metrics, make_prompt, make_rollout
+from run_folders import finished_run
+from run_records import HOSTILE
 
-from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.show.charts import line_chart, nice_ticks, smooth, stacked_chart, tick_label
-from syncr1.engine.show.report import read_jsonl, write_report
-from syncr1.engine.show.runlog import RunLog
+from syncr1.engine.show.report import write_report
+from syncr1.engine.show.run_files import read_jsonl
 
-VOID = {"meta", "img", "path", "circle", "br"}
+VOID = {"meta", "img", "path", "rect", "circle", "br"}
 
 
 class Page(HTMLParser):
@@ -55,22 +60,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 30 steps."""
-    folder = tmp_path_factory.mktemp("run")
-    config = SyncR1Config(output_dir=folder / "r", max_steps=30)
-    prompts = [make_prompt("bobo", folder), make_prompt("mimi", draws=False)]
-    with RunLog(config.output_dir, config) as log:
-        for step in range(30):
-            log.metrics(make_metrics(step, reward_failures=float(step == 3)))
-            if step % 10 == 0:
-                rollouts = [rollout for prompt in prompts for rollout in make_group(prompt)]
-                log.samples(step, rollouts, {"reward": [0.5] * len(rollouts)})
-        log.scores(
-            before=SCORES_BEFORE,
-            after=SCORES_AFTER,
-            examples_before=[make_rollout(prompt, 0, text=HOSTILE) for prompt in prompts],
-            examples_after=[make_rollout(prompt, 1) for prompt in prompts],
-        )
-    return log.folder
+    return finished_run(tmp_path_factory.mktemp("run"))
 
 
 def page_of(folder: Path) -> Page:
@@ -81,21 +71,46 @@ def test_page_stands_alone_and_shows_everything(finished: Path) -> None:
     page = page_of(finished)
     assert page.loads, "pictures are embedded"
     assert all(source.startswith("data:image/") for source in page.loads)
-    assert "script" not in page.tags
     assert "link" not in page.tags
-    css = (finished / "report.html").read_text(encoding="utf-8")
-    assert "url(" not in css
-    assert "prefers-color-scheme: dark" in css
-    titles = ["Before and after training", "All tasks", "Reward", "KL", "Entropy", "Sampled tokens", "Seconds per step"]
-    for words in [*titles, "all 30 steps done", "Step 20", "Environment", "learning_rate", "Rewards that failed"]:
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    assert "url(" not in html and "prefers-color-scheme: dark" in html
+    titles = [
+        "In short",
+        "Scores before and after training",
+        "All tasks",
+        "Reward",
+        "(KL)",
+        "Sampled tokens",
+        "Time of a step",
+    ]
+    for words in [*titles, "all 30 steps done", "Step 21", "Environment", "learning_rate", "Rewards that failed"]:
         assert words in page.text, words
     assert page.tags["svg"] >= 8
+
+
+def test_the_page_runs_its_own_script_and_style_and_no_other(finished: Path) -> None:
+    """By their hashes; a script in a run's files would not run even if it were not escaped."""
+    html = write_report(finished).read_text(encoding="utf-8")
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
+    for kind in ("script", "style"):
+        (content,) = re.findall(rf"<{kind}>(.*?)</{kind}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert " style=" not in html, "the policy forbids it"
+
+
+def test_the_head_says_what_run_it_is(finished: Path) -> None:
+    page = page_of(finished)
+    for name in ("Method", "Model", "Data", "Code", "Command", "Machine", "Versions", "Started", "Finished", "Seed"):
+        assert name in page.words, name
+    assert "Sync-R1" in page.text and "torch" in page.text and "commit " in page.text
 
 
 def test_what_comes_from_data_is_escaped(finished: Path) -> None:
     page = page_of(finished)
     assert HOSTILE in page.text  # as text, to the letter
-    assert "<script" not in (finished / "report.html").read_text(encoding="utf-8")
+    assert page.tags["script"] == 1, "its own"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +125,7 @@ def test_any_file_may_be_missing(finished: Path, tmp_path: Path, missing: str) -
     whole, page = page_of(finished), page_of(folder)
     # Only the metrics have curves: whatever else is missing, they are still there, and without them there are none.
     assert page.tags.get("svg", 0) == (0 if missing == "metrics.jsonl" else whole.tags["svg"])
+    assert page.tags["h1"] == 1
 
 
 def test_an_empty_folder_and_one_step(tmp_path: Path) -> None:
@@ -137,8 +153,8 @@ def test_broken_and_hostile_files_are_left_out(finished: Path, tmp_path: Path) -
     page = page_of(folder)
     assert "no picture" in page.text
     assert len(page.loads) == 2  # the sheets that are whole
-    assert "b" not in page.tags or "<b>" in page.text
-    assert "not finite in 1 steps" in page.text
+    assert "rewards/<b>" not in (folder / "report.html").read_text(encoding="utf-8")
+    assert "not finite in 1 " in page.text
 
 
 def test_large_pictures_are_embedded_smaller(finished: Path, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_report_is_written_even_when_the_run_breaks(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), RunLog(tmp_path / "r", SyncR1Config(max_steps=80)) as log:
         log.metrics(make_metrics(0))
         raise KeyboardInterrupt
-    assert "stopped after 1 of 80 steps" in (log.folder / "report.html").read_text(encoding="utf-8")
+    assert "interrupted after 1 of 80 steps" in (log.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
