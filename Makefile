@@ -1,10 +1,12 @@
-# train and test make the environment first; setup does nothing when nothing changed.
+# train and test make the environment first, as far as they need it; nothing is done when nothing changed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
 # Processes that the tests are shared out over.
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+# Written by recipes/install.py, which says what it does: what training needs, and what tests, linters and docs need, too.
+RUNTIME := $(VENV)/.runtime-stamp
 STAMP := $(VENV)/.setup-stamp
 SETUP_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
@@ -18,23 +20,16 @@ export TOKENIZERS_PARALLELISM ?= false
 
 setup: $(STAMP)
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+$(RUNTIME): $(SETUP_INPUTS)
+	@$(PYTHON) recipes/install.py --venv $(VENV)
 
-# With a GPU the pins of torch, torchvision and triton are left out, so that pip takes the build for that machine.
-$(STAMP): $(SETUP_INPUTS) | $(BIN)/python
-	@mkdir -p build
-	@if nvidia-smi >/dev/null 2>&1; then grep -vE '^(torch|torchvision|triton)==' constraints.txt; else cat constraints.txt; fi \
-		> build/constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c build/constraints.txt -e ".[dev]"
-	@test -f kernels/libsyncr1_native.so || echo "syncr1: the C++ library was not built (cmake or a C++17 compiler is" \
-		"missing, see build/native/*.log); the reference backend (plain PyTorch) will serve every op."
-	@touch $@
+$(STAMP): $(SETUP_INPUTS)
+	@$(PYTHON) recipes/install.py --venv $(VENV) --dev
 
-train: setup
+train: $(RUNTIME)
 	$(BIN)/python recipes/sync_r1.py $(ARGS)
 
-corl: setup
+corl: $(RUNTIME)
 	$(BIN)/python recipes/corl.py $(ARGS)
 
 # What CUDA builds of torch 2.10 to 2.15 bring; the tests compile for the first and the last. Before the rules: make
@@ -47,8 +42,7 @@ test: setup $(TRITONS_IN_CI:%=build/triton/%)
 	$(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal $(ARGS)
 
 build/triton/%: | setup
-	@echo "syncr1: Triton $* for the tests (200 MB)"
-	@rm -rf $@.part && $(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$* && mv $@.part $@
+	@$(PYTHON) recipes/install.py --venv $(VENV) --triton $* $@
 
 # Every launch at the sizes of real models, on every Triton, for sm_80, sm_90 and sm_100: 17 minutes beside
 # other work, 5 where most is compiled already. A fault on one Triton leaves the others; what does not compile on one
@@ -142,4 +136,4 @@ bench: setup
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find kernels engine recipes bench tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
-	rm -f kernels/*.so $(STAMP)
+	rm -f kernels/*.so $(RUNTIME) $(STAMP)

@@ -5,7 +5,7 @@
 
 Each seed trains its own tiny base and its own RL run (`recipes/`, as a user would); a variant changes settings of the
 RL run only, so variants are compared on the same bases.
-Results go to bench/results/ablations.json, the table to stdout.
+Results go to bench/results/ablations.json, the tables to stdout (`bench/score_tables.py` makes them again).
 Higher is better; scores are shares of held-out items.
 """
 
@@ -21,6 +21,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from score_tables import task_table, variants_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
@@ -33,16 +35,6 @@ VARIANTS: dict[str, list[str]] = {
     "credit_image_only": ["--credit", "image_only"],
     "no_anchors": ["--anchor_fraction", "0"],
 }
-SUMMARY = (
-    "understanding/sampled",
-    "understanding/greedy",
-    "image/checker",
-    "image/cnn",
-    "general_vqa/sampled",
-    "general_vqa/greedy",
-    "general_image/checker",
-    "general_image/cnn",
-)
 
 
 def run_recipe(name: str, arguments: list[str], log: Path) -> float:
@@ -83,7 +75,7 @@ def read_run(folder: Path) -> dict[str, float]:
         f"{when}/{name}": value
         for when in ("before", "after")
         for name, value in scores[when].items()
-        if value is not None
+        if isinstance(value, int | float)  # what is said of single items stays in the run's folder
     }
     found["seconds"] = sum(step["step_time"] for step in steps)
     found["update_seconds"] = sum(step["seconds/update"] + step["seconds/score"] for step in steps)
@@ -93,50 +85,15 @@ def read_run(folder: Path) -> dict[str, float]:
     return found
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: mean before -> after, change with its standard deviation over seeds, and the smallest change."""
-    lines = ["| variant | score | before | after | change | worst seed |", "|---|---|---|---|---|---|"]
-    for variant, runs in results.items():
-        for name in SUMMARY:
-            before = [run[f"before/summary/{name}"] for run in runs]
-            after = [run[f"after/summary/{name}"] for run in runs]
-            change = [a - b for a, b in zip(after, before, strict=True)]
-            spread = statistics.stdev(change) if len(change) > 1 else 0.0
-            mean = statistics.mean
-            lines.append(
-                f"| {variant} | {name} | {mean(before):.3f} | {mean(after):.3f} "
-                f"| {mean(change):+.3f} ± {spread:.3f} | {min(change):+.3f} |"
-            )
-    lines += ["", "| variant | tokens trained | saved | RL seconds | update seconds |", "|---|---|---|---|---|"]
+def costs_table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: what each variant trained on and how long it took, means over seeds."""
+    lines = ["| variant | tokens trained | saved | RL seconds | update seconds |", "|---|---|---|---|---|"]
     for variant, runs in results.items():
         cells = [
             statistics.mean(run[key] for run in runs)
             for key in ("trained_tokens", "tokens_saved", "seconds", "update_seconds")
         ]
         lines.append(f"| {variant} | {cells[0]:.0f} | {cells[1]:.1%} | {cells[2]:.0f} | {cells[3]:.0f} |")
-    return "\n".join(lines)
-
-
-def tasks_table(runs: list[dict[str, float]]) -> str:
-    """Markdown: every task's main scores, mean ± standard deviation over seeds."""
-    names = sorted(key.removeprefix("before/") for key in runs[0] if key.startswith("before/") and "summary" not in key)
-    main = [
-        n
-        for n in names
-        if n.split("/", 1)[1] in ("score/greedy", "score/sampled", "attributes/checker", "attributes/cnn")
-    ]
-    lines = ["| task | score | before | after | change |", "|---|---|---|---|---|"]
-    for name in main:
-        task, score = name.split("/", 1)
-        if score == "score/sampled" and f"{task}/attributes/checker" in names:
-            continue
-        before, after = ([run[f"{when}/{name}"] for run in runs] for when in ("before", "after"))
-        change = [a - b for a, b in zip(after, before, strict=True)]
-        cells = [
-            f"{statistics.mean(x):.3f} ± {statistics.stdev(x) if len(x) > 1 else 0.0:.3f}"
-            for x in (before, after, change)
-        ]
-        lines.append(f"| {task} | {score} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -226,9 +183,9 @@ def main() -> None:
         jobs = {v: [pool.submit(make_run, arguments.work, v, seed, extra) for seed in seeds] for v in variants}
         results = {variant: [job.result() for job in mine] for variant, mine in jobs.items()}
     write_results(arguments.output, results)
-    print(table(results))
+    print("\n".join(variants_table(results)), costs_table(results), sep="\n\n")
     if "default" in results:
-        print("\n" + tasks_table(results["default"]))
+        print("", *task_table(results["default"]), sep="\n")
 
 
 if __name__ == "__main__":

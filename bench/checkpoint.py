@@ -86,7 +86,7 @@ class Training:
         self.trainer = Trainer(config, learner, sampler, given, rewards, preview)
         self.checkpoints = Checkpoints(replace(config, zero_stage=0), folder, learner, stream)
         self.step()  # makes the optimizer's state
-        self.bytes = sum(tensor.nbytes for tensor in optimizer_tensors(learner.optimizer).values())
+        self.bytes = sum(tensor.nbytes for tensor in optimizer_tensors(learner.optimizer, policy).values())
         self.saves = 0
 
     def step(self) -> float:

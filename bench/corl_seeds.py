@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -20,16 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from score_tables import CORL, corl_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "corl.json"
-MEASURES = {
-    "t2i/attributes/checker": "drawings show what was asked, by the attribute checker",
-    "t2i/attributes/cnn": "the same by a classifier that no reward uses",
-    "mcq/score/sampled": "multiple choice, an answer drawn at random is right",
-    "mcq/score/greedy": "multiple choice, greedy",
-    "oe/score/sampled": "open questions, drawn",
-    "oe/score/greedy": "open questions, greedy",
-}
+ITEMS = 100
+"""Held-out ones of each task, as recipes/corl_tiny.yaml has it."""
 STRATEGIES = ("unified", "alternating", "separate", "separate_merged")
 BASE = (
     "import sys; from pathlib import Path; "
@@ -66,22 +61,7 @@ def make_run(work: Path, name: str, seed: int, flags: list[str]) -> dict[str, di
         seconds = timed([*recipe, *arguments], work / f"{name}-{seed}.log")
         print(f"{name} seed {seed}: {seconds:.0f} s", flush=True)
     scores = json.loads((folder / "scores.json").read_text())
-    return {when: {m: scores[when][m] for m in MEASURES} for when in ("before", "after")}
-
-
-def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
-    """Markdown: a row per run and measure."""
-    lines = ["| run | held-out score | before | after | change | worst seed |", "|---|---|---|---|---|---|"]
-    for name, runs in results.items():
-        for measure, words in MEASURES.items():
-            before, after = ([run[when][measure] for run in runs] for when in ("before", "after"))
-            changes = [b - a for a, b in zip(before, after, strict=True)]
-            spread = statistics.stdev(changes) if len(changes) > 1 else 0.0
-            lines.append(
-                f"| {name} | {words} | {statistics.mean(before):.3f} | {statistics.mean(after):.3f} "
-                f"| {statistics.mean(changes):+.3f} ± {spread:.3f} | {min(changes):+.3f} |"
-            )
-    return "\n".join(lines)
+    return {when: {m: scores[when][m] for m in CORL} for when in ("before", "after")}
 
 
 def main() -> None:
@@ -107,7 +87,7 @@ def main() -> None:
         results[name].append(scores)
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     RESULTS.write_text(json.dumps(known | results, indent=1) + "\n")
-    print(table(results))
+    print(*corl_table(results, ITEMS), sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 ops.md, notes.md, contributing.md   kernels/README.md, NOTES.md, CONTRIBUTING.md
 flags.md   every setting of every recipe, from its dataclass
 api.md     docs/api.md with every public op in place of its mark
+habits.md  docs/habits.md with every name from elsewhere in place of its mark
 files.md   every file of engine/ and kernels/ with the first line of its docstring
 """
 
@@ -17,8 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.methods.check_data_config import CheckDataConfig
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
+from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.settings.renamed import DIFFUSERS, TRL, VERL
 from syncr1.engine.settings.schema import to_yaml
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = "<!-- every public op -->"
+NAMES = "<!-- every name -->"
 FLAGS_INTRO = """# Flags
 
 Every setting, as the recipes' dataclasses explain it; the value shown is the default. On the command line it is
@@ -57,8 +62,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """The public ops in place of their mark."""
-    return markdown.replace(OPS, "\n\n".join(f"::: syncr1.kernels.api.{name}" for name in public_ops()))
+    """The public ops, and the names from elsewhere, in place of their marks."""
+    ops = "\n\n".join(f"::: syncr1.kernels.api.{name}" for name in public_ops())
+    return markdown.replace(OPS, ops).replace(NAMES, "".join(names()))
+
+
+def names() -> Iterator[str]:
+    """Markdown of what is called otherwise elsewhere, by what to do here."""
+    for title, table in (("TRL and transformers", TRL), ("diffusers", DIFFUSERS), ("verl", VERL)):
+        yield f"\n### {title}\n\n| name there | here |\n|---|---|\n"
+        for remedy in dict.fromkeys(table.values()):
+            theirs = ", ".join(f"`{name}`" for name, told in table.items() if told == remedy)
+            yield f"| {theirs} | {escaped(remedy)} |\n"
 
 
 def included(name: str) -> str:
@@ -79,6 +94,8 @@ def recipes() -> Iterator[tuple[str, Any]]:
     yield "sync_r1.py", SyncR1Config()
     yield "corl.py", CorlConfig()
     yield "evaluate.py", EvaluateConfig()
+    yield "sample.py", SampleConfig()
+    yield "check_data.py", CheckDataConfig(data=Path("your/data"))
     spec = importlib.util.spec_from_file_location("merge_recipe", ROOT / "recipes" / "merge.py")
     assert spec is not None and spec.loader is not None
     merge = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

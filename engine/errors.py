@@ -1,21 +1,38 @@
 """Every error of the engine, the exit code that a process ends with, and how a message shows what it was given.
 
   0  done
-  1  a program's error, with its traceback
-  2  settings, data or a checkpoint that cannot work; nothing of the run is lost
+  1  a fault of this program; crash.txt has the traceback, and what a report of it needs
+  2  what was handed in, or the machine (disk, memory, port, hub), cannot work; one line says what, and what to do
  70  another rank failed, or too many updates in a row were not finite; the newest checkpoint is whole
- 75  stopped by SIGTERM or SIGUSR1 after a checkpoint; start again with --resume_from_checkpoint latest
+ 75  stopped by SIGTERM, SIGUSR1 or SIGHUP, after a checkpoint where training had begun; start again with
+     --resume_from_checkpoint latest
 124  a stage of a step took longer than --stage_timeout; the stacks of all threads were printed
 130  Ctrl-C outside of training
+141  nobody reads what is printed (`| head`)
 """
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+EXIT_CRASHED = 1
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 70  # EX_SOFTWARE of sysexits.h
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: trying again helps
 EXIT_STALLED = 124  # as timeout(1)
 EXIT_INTERRUPTED = 130  # as a shell tells it
+EXIT_NO_READER = 141  # as a shell tells SIGPIPE
+
+FINAL = (EXIT_BAD_INPUT, EXIT_PREEMPTED)
+"""After these a launcher does not start again: it would not help, or is not wanted."""
+
+PYTHON = (3, 11)
+if tuple(sys.version_info) < PYTHON:  # this is the first file that a recipe reads: the next ones would be a traceback
+    print(f"syncr1: Python: expected 3.11 or 3.12, got {sys.version.split()[0]}; run .venv/bin/python", file=sys.stderr)
+    raise SystemExit(EXIT_BAD_INPUT)
 
 MOST_CHARACTERS = 8_000
 """Of a message. It names the place first and the remedy last, so what is left out is in between."""
@@ -45,6 +62,10 @@ class DataError(Refused):
     """Something in the data folder cannot be used; the message names the file, the entry and the remedy."""
 
 
+class NoSplitError(DataError):
+    """The source is there, and has no such split."""
+
+
 class PictureError(Refused):
     """A picture that cannot be used; the message names the file and the reason."""
 
@@ -57,7 +78,11 @@ class EvaluationError(Refused):
     """An evaluation cannot go on; the message says what was found and what to do."""
 
 
-class RewardSpecError(ValueError):
+class MachineError(Refused):
+    """Disk, memory, a port, the hub or a library is not as a run needs it; the message says what to do."""
+
+
+class RewardSpecError(Refused):
     """A reward that cannot be loaded; the message names the spec, the reason and the remedy."""
 
 
@@ -102,8 +127,10 @@ class RolloutTooLarge(RuntimeError):
 # How a run ends early -----------------------------------------------------------------------------------------------
 
 
-class RunEnded(Exception):
-    """A run that cannot go on, in words for people; `code` is what the process ends with."""
+class RunEnded(BaseException):
+    """A run that cannot go on, in words for people; `code` is what the process ends with.
+
+    No `Exception`: what a signal raises while a picture or a plug-in is read passes whatever catches their faults."""
 
     code = EXIT_FAILED
     together = True
@@ -123,9 +150,19 @@ class Preempted(RunEnded):
 class RankFailed(RunEnded):
     """Another rank is gone or failed, so that this one cannot continue."""
 
+    def __init__(self, words: str, code: int = EXIT_FAILED) -> None:
+        super().__init__(words)
+        self.code = code
+
 
 class NotFinite(RunEnded):
     """Update after update came out NaN or infinite."""
+
+
+class RewardsFailed(RunEnded):
+    """A reward that works for nobody: the run would train on what is left of its rewards, or on nothing."""
+
+    code = EXIT_BAD_INPUT
 
 
 # What messages show -------------------------------------------------------------------------------------------------
@@ -152,3 +189,30 @@ def shown(value: object, longest: int = 80) -> str:
 def shown_end(code: int) -> str:
     """How a process ended, in words, by its return code as `subprocess` has it."""
     return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def one_line(text: object) -> str:
+    """A library's message of several lines as one."""
+    return " ".join(str(text).split())
+
+
+def refuse(error: Refused, *, by_all: bool = False) -> NoReturn:
+    """Ends the process with exit code 2, the message on stderr: a line for each thing that is wrong, with the program's
+    name; indented lines, commands to paste, as they are.
+
+    Args:
+        error: what is wrong.
+        by_all: every rank of a machine says it; else one, as all found the same.
+    """
+    if by_all or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(*told(error), sep="\n", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_BAD_INPUT)
+
+
+def told(error: BaseException) -> list[str]:
+    """The lines that `refuse` prints."""
+    program = Path(sys.argv[0]).name or "syncr1"
+    lines = str(error).splitlines() if isinstance(error, ConfigError) else [one_line(error)]
+    if isinstance(error, RewardError):  # it says what a function gave, wherever it ran
+        lines[-1] += "; docs/rewards.md says what a reward gives, correct the function"
+    return [line if line.startswith(" ") else f"{program}: {line}" for line in lines if line.strip()]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -70,15 +71,41 @@ def open_picture(ref: ImageRef) -> Image.Image:
     Raises:
         PictureError: missing, empty, truncated, of an unknown format, or above MAX_PIXELS.
     """
+    with _opened(ref) as picture:
+        picture.load()
+        return _rgb(ImageOps.exif_transpose(picture))
+
+
+def check_picture(ref: ImageRef, *, whole: bool = True, contents: bytes | None = None) -> tuple[int, int]:
+    """Width and height of a picture that can be read; nothing is kept of it.
+
+    Args:
+        ref: which one.
+        whole: decode all of it, so that one which was cut off is found; else its header alone.
+        contents: the encoded file, where it is at hand.
+
+    Raises:
+        PictureError: as for `open_picture`.
+    """
+    with _opened(ref, contents) as picture:
+        size = picture.size
+        if whole:
+            picture.draft("RGB", (SMALL, SMALL))  # a JPEG is read to its end, but made no larger than this
+            picture.load()
+        return size
+
+
+@contextmanager
+def _opened(ref: ImageRef, contents: bytes | None = None) -> Iterator[Image.Image]:
+    """The picture, its size checked and not yet decoded; whatever goes wrong inside becomes a PictureError."""
     name = ref if isinstance(ref, Path) else ref.name
     try:
-        with _undecoded(ref) as picture:
+        with _undecoded(ref) if contents is None else Image.open(io.BytesIO(contents), formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise PictureError(
                     f"{name}: {picture.width}x{picture.height} pixels; at most {MAX_PIXELS} are read; shrink it"
                 )
-            picture.load()
-            return _rgb(ImageOps.exif_transpose(picture))
+            yield picture
     except PictureError:
         raise
     except Exception as error:  # a malformed file leads Pillow's parsers to almost any exception

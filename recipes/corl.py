@@ -11,7 +11,6 @@ python recipes/corl.py --help                               every setting
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 # Two processes that spin for each other's threads are many times slower than two that sleep; read when torch loads.
@@ -20,26 +19,33 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
+from syncr1.engine.methods.preflight import check_start
 from syncr1.engine.processes.launch import launch
 from syncr1.engine.settings.flags import parse
 
 TINY = Path(__file__).with_name("corl_tiny.yaml")
-"""Settings of the embedded default; the dataclass's own defaults are the paper's, for Janus-Pro."""
+"""Settings of the tiny model; the dataclass's own defaults are the paper's, for Janus-Pro."""
 
 
 def main() -> None:
-    given = [argument.split("=", 1)[0] for argument in sys.argv[1:]]
-    embedded = not {"--model", "--data", "--config", "--help", "-h"} & set(given)
-    config = parse(CorlConfig, description=__doc__, default_yaml=TINY if embedded else None)
-    config = launch(config, __file__)
-    if embedded:
-        print(f"syncr1: no --model and no --data: the tiny world, settings from recipes/{TINY.name}")
-    print("syncr1: loading torch and transformers ...", flush=True)
-    from syncr1.engine.corl.run import run
+    config = parse(CorlConfig, description=__doc__, default_yaml=TINY)
+    check_start(config)
+    run_to_exit(train, launch(config, __file__))
 
-    run_to_exit(run, config)
+
+def train(config: CorlConfig) -> None:
+    if config.model is None and config.stage != "merge":
+        print(f"syncr1: no --model: the tiny one, and recipes/{TINY.name} for what is not set", flush=True)
+    if config.model is None and config.data is not None:
+        print(f"syncr1: it knows a rendered world alone: {config.data} is tried with it, not learnt", flush=True)
+    with loading():
+        from syncr1.engine.corl.run import run
+
+    run(config)
 
 
 if __name__ == "__main__":
-    main()
+    with unix_habits():
+        main()

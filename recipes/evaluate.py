@@ -10,7 +10,6 @@ python recipes/evaluate.py --help                              every setting
 from __future__ import annotations
 
 import os
-import sys
 
 # As in sync_r1.py; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -18,31 +17,32 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
+from syncr1.engine.methods.exit import run_to_exit
+from syncr1.engine.methods.preflight import check_start
 from syncr1.engine.settings.flags import parse
 
 
 def main() -> None:
     config = parse(EvaluateConfig, description=__doc__)
-    print("syncr1: loading torch and transformers ...", flush=True)
-    import syncr1.engine.compat  # noqa: F401  # before transformers
+    check_start(config)
+    run_to_exit(evaluate, config, interrupted="stopped; the same command goes on from here")
 
-    from transformers.utils import logging
 
-    from syncr1.engine.errors import DataError, EvaluationError, PictureError
-    from syncr1.engine.methods.evaluation import run_evaluation
+def evaluate(config: EvaluateConfig) -> None:
+    with loading():
+        import syncr1.engine.compat  # noqa: F401  # before transformers
+
+        from transformers.utils import logging
+
+        from syncr1.engine.methods.evaluation import run_evaluation
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    try:
-        run_evaluation(config)
-    except (EvaluationError, DataError, PictureError) as error:
-        print(f"syncr1: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("syncr1: stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_evaluation(config)
 
 
 if __name__ == "__main__":
-    main()
+    with unix_habits():
+        main()

@@ -10,12 +10,16 @@ compute is written atop engine/checkpoints/merge.py.
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from syncr1.engine.checkpoints.model_card import is_hub_name, write_model_card
+from syncr1.engine.errors import CheckpointError, one_line
+from syncr1.engine.methods.early import loading, unix_habits
+from syncr1.engine.methods.exit import run_to_exit
+from syncr1.engine.methods.preflight import check_weights
+from syncr1.engine.reasons import reason_of
 from syncr1.engine.settings.flags import parse
 from syncr1.engine.settings.schema import Range, Rule, Settings
 
@@ -23,14 +27,16 @@ from syncr1.engine.settings.schema import Range, Rule, Settings
 def _problems(config: Any) -> list[str]:
     problems = []
     if config.base is None:
-        problems.append("base: expected the folder that all models were trained from, got none; there is no default")
+        problems.append(
+            "base: expected the folder that all models were trained from, got none; name it, there is no default"
+        )
     if len(config.models) < 2:
         problems.append(f"models: expected two or more folders, got {len(config.models)}; list them after --models")
     for name, folder in [("base", config.base), *(("models", model) for model in config.models)]:
         if folder is not None and not os.path.isdir(folder) and not is_hub_name(folder):
             problems.append(f"{name}: expected a folder or a hub name, got {folder}, which is neither; check the path")
     if config.output is None:
-        problems.append("output: expected a folder for the result, got none")
+        problems.append("output: expected a folder for the result, got none; name one")
     elif config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
         problems.append(f"output: expected a new or empty folder, got {config.output}; choose another name")
     return problems
@@ -61,8 +67,13 @@ class MergeConfig(Settings):
 
 def main() -> None:
     config = parse(MergeConfig, description=__doc__)
-    from syncr1.engine.checkpoints.merge import merge_checkpoints
-    from syncr1.engine.errors import CheckpointError
+    check_weights({"base": config.base or "", **{f"models {model}": model for model in config.models}})
+    run_to_exit(merge, config, interrupted="stopped; nothing was written")
+
+
+def merge(config: MergeConfig) -> None:
+    with loading("torch"):
+        from syncr1.engine.checkpoints.merge import merge_checkpoints
 
     assert config.base is not None and config.output is not None  # MergeConfig saw to it
     tenth = [0]
@@ -83,9 +94,8 @@ def main() -> None:
             say,
             max_shard_bytes=int(config.max_shard_gb * 1e9),
         )
-    except (CheckpointError, OSError) as error:
-        print(f"merge.py: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except OSError as error:  # of the files that the settings name
+        raise CheckpointError(reason_of(error, "merging") or f"merge: {one_line(error)}") from error
     method = f"{config.method} merge"
     write_model_card(config.output, base_model=config.base, method=method, config=config, merged_from=config.models)
     for index, model in enumerate(report.models):
@@ -97,4 +107,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with unix_habits():
+        main()

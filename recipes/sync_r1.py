@@ -16,7 +16,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
+from syncr1.engine.methods.preflight import check_start
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.processes.launch import launch
 from syncr1.engine.settings.flags import parse
@@ -24,12 +26,17 @@ from syncr1.engine.settings.flags import parse
 
 def main() -> None:
     config = parse(SyncR1Config, description=__doc__)
-    config = launch(config, __file__)
-    print("syncr1: loading torch and transformers ...", flush=True)
-    from syncr1.engine.methods.sync_r1 import run
+    check_start(config)
+    run_to_exit(train, launch(config, __file__))
 
-    run_to_exit(run, config)
+
+def train(config: SyncR1Config) -> None:
+    with loading():
+        from syncr1.engine.methods.sync_r1 import run
+
+    run(config)
 
 
 if __name__ == "__main__":
-    main()
+    with unix_habits():
+        main()

@@ -27,7 +27,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +38,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..whole_files import whole_folder
 from .model_card import is_hub_name, model_name
 from .safetensors_stream import INDEX, MAX_SHARD_BYTES, MappedCheckpoint, SafetensorsWriter, TensorInfo
 
@@ -48,7 +48,7 @@ PIECE = 1 << 18
 """Elements at a time: two megabytes in float64, which the processor's cache holds."""
 RECORD = "merge.json"
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-NOT_COPIED = (INDEX, RECORD, "trainer_state.json")
+NOT_COPIED = (INDEX, RECORD, "trainer_state.json", "best.json")
 
 Progress = Callable[[int, int, str], None]
 
@@ -149,9 +149,8 @@ def merge_checkpoints(
     opened = MappedCheckpoint(_folder(base)), [MappedCheckpoint(_folder(model)) for model in models]
     plan = _plan(*opened)
     _check_space(output, plan)
-    draft = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    draft.mkdir(parents=True)
-    try:
+    with whole_folder(output) as draft:
+        draft.mkdir()
         metadata = {"merge_method": method, "merge_base": names[0]}
         with SafetensorsWriter(draft, plan, max_shard_bytes=max_shard_bytes, metadata=metadata) as writer:
             totals = _write(writer, *opened, plan, method, width, report)
@@ -171,10 +170,6 @@ def merge_checkpoints(
             seconds=round(time.perf_counter() - started, 3),
         )
         (draft / RECORD).write_text(json.dumps(asdict(done), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, output)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return done
 
 

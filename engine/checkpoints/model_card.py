@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..show.scores import Scores, measures_in, score_rows, show_change, show_score
+from ..show.scores import Scores, measures_in, score_rows, show_change, show_interval, show_score
 from ..whole_files import write_atomically
 
 CARD = "README.md"
@@ -59,12 +59,14 @@ def write_model_card(
     merged_from: Sequence[str | Path] | None = None,
     adapter: bool = False,
     license: str | None = None,
+    base_words: str = "weights drawn at random",
+    title: str | None = None,
 ) -> Path:
     """Writes README.md into a saved model's folder, over one that is there, and returns its path.
 
     Args:
         folder: the model's; its config.json names the class that loads it.
-        base_model: hub name or folder that training, or a merge, started from; None: trained from scratch.
+        base_model: hub name or folder that training, or a merge, started from; None: what `base_words` says.
         method: what was done, in a few words: `Sync-R1`, `gaussian merge`.
         config: any dataclass of settings; shown as a table.
         data: hub name or folder of the training data, or a few words.
@@ -72,15 +74,17 @@ def write_model_card(
         merged_from: the models of a merge.
         adapter: the folder holds a peft adapter, not whole weights.
         license: a licence's identifier on the hub, where it is known; the base's usually binds.
+        base_words: a base that has no name.
+        title: the model's name; None: its folder's.
     """
     folder = Path(folder)
-    title = checkpoint_label(folder)
+    title = title or checkpoint_label(folder)
     model_class = _model_class(Path(base_model or folder) if adapter else folder)
     draws = not model_class.endswith(TEXT_ONLY)
     matter = _front_matter(base_model, data, merged_from, adapter, license, draws)
     sections = [
         f"# {_plain(title)}",
-        _summary(base_model, method, data, merged_from, adapter, draws),
+        _summary(base_model, method, data, merged_from, adapter, draws, base_words),
         _loading(folder, model_class, base_model, adapter),
         _score_section(before, after),
         _settings_section(config),
@@ -160,9 +164,10 @@ def _summary(
     merged_from: Sequence[str | Path] | None,
     adapter: bool,
     draws: bool,
+    base_words: str,
 ) -> str:
     """What it is, in one paragraph."""
-    base = "weights drawn at random" if base_model is None else _code(model_name(base_model))
+    base = _plain(base_words) if base_model is None else _code(model_name(base_model))
     if merged_from:
         models = ", ".join(_code(model_name(model)) for model in merged_from)
         words = f"A merge ({_plain(method)}) of {models}, relative to their common base {base}."
@@ -205,9 +210,18 @@ def _score_section(before: Scores | None, after: Scores | None) -> str:
     rows = score_rows(before, after)
     if not rows:
         return ""
-    lines = ["## Scores", "", "| task | measure | before | after | change |", "|---|---|---:|---:|---:|"]
+    lines = ["## Scores", "", "On held-out items that training never saw; in brackets 95 % intervals."]
+    lines += [
+        "",
+        "| task | measure | unit | items | before | after | change | |",
+        "|---|---|---|---:|---:|---:|---:|---|",
+    ]
     for row in rows:
-        cells = (row.label, row.measure, show_score(row.before), show_score(row.after), show_change(row))
+        sides = ((row.before, row.before_interval), (row.after, row.after_interval))
+        old, new = (f"{show_score(value, row.unit)} {show_interval(interval, row.unit)}" for value, interval in sides)
+        change = f"{show_change(row)} {show_interval(row.change_interval, row.unit, signed=True)}"
+        items = str(row.num_items or "–")
+        cells = (row.label, row.measure, row.unit, items, old, new, change, ", ".join(row.marks))
         lines.append("| " + " | ".join(_plain(cell) for cell in cells) + " |")
     words = [f"- {name}: {meaning}" for name, meaning in measures_in(rows).items()]
     return "\n".join([*lines, *([""] if words else []), *words])

@@ -1,7 +1,13 @@
-"""An optimizer's state as plain tensors, out of DeepSpeed's wrappers and back: what exact resuming needs.
+"""An optimizer's state as plain tensors by parameter, out of DeepSpeed's wrappers: what exact resuming needs.
 
-    master.i          float32 weights that AdamW steps on: a parameter (ZeRO 0), or this rank's share of a flat group
-    step.i, exp_avg.i, exp_avg_sq.i      AdamW's state of it
+    master/NAME                   float32 weights that AdamW steps on
+    exp_avg/NAME, exp_avg_sq/NAME its moments, once it has stepped
+    step/NAME                     its count of steps
+
+Of each parameter a rank has the elements that its part of the optimizer steps on, flattened.  Ranks hold them in their
+order, whatever the ZeRO stage: 0 keeps all of them on every rank, 1 and 2 cut a group's flat vector into equal parts, 3
+cuts each parameter.  So a whole parameter is what the ranks hold of it, one after the other, without what fills parts
+up, and no description of the cuts is needed to cut it again for other ranks or another stage (recut.py).
 
 Weights in the compute dtype are the masters rounded, so they are not kept: they are made again when a state is loaded.
 Frozen weights belong to the starting model.  DeepSpeed's own files would do as well, but they are pickles.
@@ -11,76 +17,89 @@ Source: the attributes and the order of loading are those of DeepSpeed 0.19's `l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..processes.group import place
 
-MASTER = "master"
-STATES = ("step", "exp_avg", "exp_avg_sq")
+MASTER, STEP = "master", "step"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
-    """Everything that the next updates depend on, not copied.
+class Piece(NamedTuple):
+    """What this rank's optimizer holds of a parameter: `length` elements from `start` on in the flattened parameter,
+    from `offset` on in the flattened master."""
+
+    name: str
+    numel: int
+    """Of the whole parameter."""
+    master: int
+    offset: int
+    start: int
+    length: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """[length] a view of this piece of a master or of one of its moments; DeepSpeed's are contiguous."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.length)
+
+
+def optimizer_tensors(optimizer: Any, model: nn.Module) -> dict[str, Tensor]:
+    """Everything of this rank that the next updates depend on, not copied.
 
     Args:
         optimizer: what `deepspeed.initialize` returned: a wrapper of any ZeRO stage, or torch's own AdamW.
+        model: whose parameters it trains; they are named as there.
     """
-    states = _adamw(optimizer).state
+    masters, states = masters_of(optimizer), states_of(optimizer)
     tensors: dict[str, Tensor] = {}
-    for index, master in enumerate(_masters(optimizer)):
-        tensors[f"{MASTER}.{index}"] = master
-        for name, value in states.get(master, {}).items():
-            tensors[f"{name}.{index}"] = value
+    for piece in pieces_of(optimizer, model):
+        master = masters[piece.master]
+        for kind, value in {MASTER: master, **states.get(master, {})}.items():
+            tensors[f"{kind}/{piece.name}"] = value if kind == STEP else piece.of(value)
     return tensors
 
 
-def check_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError when `tensors` are not of this model, these ranks or this ZeRO stage."""
-    masters = _masters(optimizer)
-    wanted = {f"{MASTER}.{index}": master.shape for index, master in enumerate(masters)}
-    got = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(f"{MASTER}.")}
-    if got != wanted:
-        odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))[0]
-        raise CheckpointError(
-            f"the checkpoint's weights are not this run's: {odd} is {_shown(got.get(odd))} there, "
-            f"{_shown(wanted.get(odd))} here; resume with the model and settings that it was saved with"
-        )
-    for name, tensor in tensors.items():
-        kind, index = _split(name)
-        if kind not in (MASTER, *STATES) or not 0 <= index < len(masters):
-            raise CheckpointError(f"the checkpoint's optimizer is not this run's: it has {name!r}; start a new run")
-        shape = torch.Size() if kind == "step" else masters[index].shape
-        if tensor.shape != shape:
-            raise CheckpointError(f"the checkpoint's {name} is {_shown(tensor.shape)}, expected {_shown(shape)}")
+def pieces_of(optimizer: Any, model: nn.Module) -> list[Piece]:
+    """What this rank holds of each trained parameter; those that it holds nothing of are left out.
+
+    Raises:
+        CheckpointError: the optimizer holds something that is no parameter of `model`.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    pieces = []
+    for parameter, *where in _places(optimizer):
+        if id(parameter) not in names:
+            raise CheckpointError(
+                f"{type(optimizer).__name__}: expected masters that are the model's parameters or made of them, got "
+                f"one of shape {list(parameter.shape)}; use the version of DeepSpeed that constraints.txt names"
+            )
+        piece = Piece(names[id(parameter)], numel_of(parameter), *where)
+        if piece.length > 0:
+            pieces.append(piece)
+    return pieces
 
 
-@torch.no_grad()
-def load_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Puts tensors that were checked back and makes the model's weights from them. Collective: they are gathered."""
-    masters, states = _masters(optimizer), _adamw(optimizer).state
-    for name, value in tensors.items():
-        kind, index = _split(name)
-        master = masters[index]
-        if kind == MASTER:
-            master.data.copy_(value)
-        elif kind in states[master]:
-            states[master][kind].copy_(value)  # in place: DeepSpeed may hold views of it
-        else:  # AdamW keeps its count of steps on the CPU
-            states[master][kind] = value.clone() if kind == "step" else value.to(master.device, copy=True)
-    _spread(optimizer)
+def numel_of(parameter: Tensor) -> int:
+    """Elements of the whole parameter, also where ZeRO 3 has taken it apart."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _split(name: str) -> tuple[str, int]:
-    kind, _, index = name.rpartition(".")
-    return kind, int(index) if index.isascii() and index.isdigit() else -1
+def masters_of(optimizer: Any) -> list[Tensor]:
+    """What AdamW steps on, on this rank."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
+        return list(optimizer.fp32_partitioned_groups_flat)
+    # ZeRO 1 and 2 and bf16 without ZeRO put their masters into AdamW's own groups.
+    return [master for group in _adamw(optimizer).param_groups for master in group["params"]]
 
 
-def _shown(shape: Any) -> str:
-    return "absent" if shape is None else str(list(shape))
+def states_of(optimizer: Any) -> dict[Tensor, dict[str, Tensor]]:
+    """AdamW's state of each master; empty before its first step."""
+    states: dict[Tensor, dict[str, Tensor]] = _adamw(optimizer).state
+    return states
 
 
 def _adamw(optimizer: Any) -> torch.optim.Optimizer:
@@ -88,20 +107,51 @@ def _adamw(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _masters(optimizer: Any) -> list[Tensor]:
-    return list(_find_masters(optimizer))
+def _places(optimizer: Any) -> Iterator[tuple[Tensor, int, int, int, int]]:
+    """(parameter, master, offset, start, length) of every trained parameter; a length below 1: not here."""
+    rank, _ = place()
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3: each parameter in equal parts
+        for index, group in enumerate(optimizer.fp16_groups):
+            offset = 0
+            for parameter in group:
+                share = parameter.partition_numel()
+                yield parameter, index, offset, share * rank, min(share, numel_of(parameter) - share * rank)
+                offset += share
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2: each group's flat vector in equal parts
+        for index, group in enumerate(optimizer.bit16_groups):
+            flat = optimizer.bit16_groups_flat[index]
+            parts = [part.numel() for part in optimizer.parallel_partitioned_bit16_groups[index]]
+            begin, end = sum(parts[:rank]), sum(parts[: rank + 1])
+            for parameter in group:  # each is a view of the flat vector, whatever was put between them
+                at = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+                first, last = max(at, begin), min(at + parameter.numel(), end)
+                yield parameter, index, first - begin, first - at, last - first
+    else:  # without ZeRO: each parameter its own master (float32), or one beside it (bf16)
+        groups = getattr(optimizer, "fp16_groups", None) or [g["params"] for g in optimizer.param_groups]
+        for index, parameter in enumerate(parameter for group in groups for parameter in group):
+            yield parameter, index, 0, 0, parameter.numel()
 
 
-def _find_masters(optimizer: Any) -> Iterator[Tensor]:
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
-        yield from optimizer.fp32_partitioned_groups_flat
-    else:  # ZeRO 1 and 2 and the bf16 wrappers put their masters into AdamW's own groups
-        for group in _adamw(optimizer).param_groups:
-            yield from group["params"]
+@torch.no_grad()
+def begin(optimizer: Any) -> None:
+    """AdamW's state as it makes it before its first step."""
+    states = states_of(optimizer)
+    for master in masters_of(optimizer):
+        states[master].setdefault(STEP, torch.zeros(()))  # on the CPU, as AdamW keeps it
+        for kind in MOMENTS:
+            states[master].setdefault(kind, torch.zeros_like(master))
 
 
-def _spread(optimizer: Any) -> None:
-    """Rounds the masters to the compute dtype, and gives every rank the parts that others hold."""
+@torch.no_grad()
+def put(target: Tensor, offset: int, values: Tensor) -> None:
+    """Writes `values` [n] over `target`, flattened, from element `offset` on."""
+    target.data.view(-1).narrow(0, offset, values.numel()).copy_(values)
+
+
+@torch.no_grad()
+def spread(optimizer: Any) -> None:
+    """Makes the model's weights from the masters: rounds them to the compute dtype, and gives every rank the parts that
+    others hold. Collective."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for index, master in enumerate(optimizer.fp32_partitioned_groups_flat):
             flat = optimizer.fp16_partitioned_groups_flat[index]

@@ -23,7 +23,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -41,7 +42,9 @@ Result = TypeVar("Result")
 Warn = Callable[[str], None]
 Group = dist.ProcessGroup | None
 
-FORMAT = 1
+FORMAT = 2
+"""Of what is written. In format 1 an optimizer's tensors have numbers, in 2 the names of parameters."""
+READABLE = (1, FORMAT)
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 MAX_JSON_BYTES = 64 << 20
 _NAME = re.compile(r"step_(\d{6,12})")
@@ -57,16 +60,24 @@ class Checkpoint:
     folder: Path
     step: int
     world_size: int
+    format: int
 
     def state(self) -> dict[str, Any]:
         """The plain part."""
         return _read_json(self.folder / STATE)
 
-    def tensors(self, rank: int) -> dict[str, Tensor]:
-        """What `rank` saved, on the CPU."""
+    def tensors(self, rank: int, prefix: str = "") -> dict[str, Tensor]:
+        """What `rank` saved under names that begin with `prefix`, on the CPU, without the prefix."""
+        with self.shard(rank) as shard:
+            names = [name for name in shard.keys() if name.startswith(prefix)]  # noqa: SIM118  # not a dict
+            return {name.removeprefix(prefix): shard.get_tensor(name) for name in names}
+
+    @contextmanager
+    def shard(self, rank: int) -> Iterator[Any]:
+        """What `rank` saved, read when it is asked for: safetensors' own `keys`, `get_slice` and `get_tensor`."""
         try:
             with safe_open(self.folder / shard_name(rank), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+                yield file
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{self.folder / shard_name(rank)}: not a complete safetensors file ({error})"
@@ -262,7 +273,7 @@ def _verify(folder: Path) -> Checkpoint:
     rank, world_size = place()
     for name in sorted(manifest["files"])[rank::world_size]:
         _check_file(folder / name, manifest["files"][name])
-    return Checkpoint(folder, manifest["step"], manifest["world_size"])
+    return Checkpoint(folder, manifest["step"], manifest["world_size"], manifest["format"])
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -271,9 +282,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     told = manifest.pop("sha256", None)
     if told != _digest(manifest):
         raise CheckpointError(f"{folder / MANIFEST}: damaged: its SHA-256 is not what it says")
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in READABLE:
         raise CheckpointError(
-            f"{folder}: expected format {FORMAT}, got {manifest.get('format')!r}; use its own version"
+            f"{folder}: expected format {FORMAT} or older, got {manifest.get('format')!r}; use its own version"
         )
     step, world_size, files = (manifest.get(name) for name in ("step", "world_size", "files"))
     if type(step) is not int or folder.name != step_name(step):

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..evaluate.held_out import Evaluation
-from ..methods.training import table_of
 from ..show.runlog import NullRunLog, RunLog
 from ..show.scores import score_rows
 from .config import CorlConfig
@@ -56,7 +55,7 @@ class Account:
         """A model is there, with its scores where it has any; a training that Ctrl-C ended is not finished."""
         if name in self._parts:
             self._parts[name]["state"] = "done" if finished else "stopped"
-        rows = [] if scores is None else score_rows(None, table_of(scores))
+        rows = [] if scores is None else score_rows(None, scores.table)
         self._models[name] = {"title": TITLES.get(name, name), "table": [row._asdict() for row in rows]}
         self._write(finished=TITLES.get(name, name))
 

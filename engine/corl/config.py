@@ -93,7 +93,7 @@ class CorlConfig(TrainConfig):
     learning_rate: LearningRate = 4e-6
     """AdamW's peak in the first stage."""
     warmup_steps: WarmupSteps = 0
-    """Linear warm-up; afterwards the rate falls linearly to a tenth."""
+    """Steps over which the rate rises linearly to its peak; then it follows lr_scheduler_type."""
     beta: KLWeight = 0.0
     """Weight of the k3 KL in the first stage, which has none."""
     epsilon: ClipRange = 0.2
@@ -174,6 +174,9 @@ class CorlConfig(TrainConfig):
     """--stage merge: folders of the models to merge."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (*TRAINING, corl_problems)
+    GOES_WITH: ClassVar[dict[str, str]] = {"reward_weights": "reward_funcs"}
+    """A list that says nothing about others than those of the embedded default."""
+    REWARDS: ClassVar[tuple[str, ...]] = (*IMAGE_REWARDS[:2], *TEXT_REWARDS[:2], *IMAGE_REWARDS[2:], *TEXT_REWARDS[2:])
 
     def for_stage(self, training: Training, num_samples: int, **changes: Any) -> CorlConfig:
         """The settings of one training: the second stage's in place of the first's, epochs turned into steps.

@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from ..evaluate.drawing import by_task
-from ..evaluate.held_out import Evaluator, Read, Scores, grouped
+from ..evaluate.held_out import Evaluator, Parts, Read, Scores, TaskScores, grouped
 from ..evaluate.measures import attribute_metrics
 from ..evaluate.tasks import tagged_scores
 from ..learn.from_settings import held_out_sampling
@@ -21,6 +21,7 @@ from ..rewards.ensemble import RewardSet
 from ..rewards.judge.attribute_judge import AttributeScorer
 from ..rewards.reward import RewardFunction
 from ..rewards.scoring import score
+from ..show.measured import Measured
 from .config import CorlConfig
 
 MAX_ROLLOUTS = 256
@@ -62,49 +63,55 @@ def scores_of(
     readers: Mapping[str, AttributeScorer],
     judges: Mapping[str, RewardFunction],
     timeout: float,
-) -> Scores:
-    """Of each task: `score` and `format` of answers, `attributes/<reader>` and `reward/<judge>` of drawings."""
+) -> dict[str, TaskScores]:
+    """Of each task: `score` and `format` of answers, `all_right/<reader>`, `attributes/<reader>` and `reward/<judge>`
+    of drawings."""
     answered = grouped(greedy, lambda rollout: rollout.prompt.task)
-    scores: Scores = {}
+    tasks: dict[str, TaskScores] = {}
     for task, group in grouped(sampled, lambda rollout: rollout.prompt.task).items():
-        found = {"num_items": float(len(group))}
         if task in answered:
-            found |= _answers(group, "sampled") | _answers(answered[task], "greedy")
+            measures = _answers(group, "sampled") | _answers(answered[task], "greedy")
         else:
-            found |= _attributes(group, readers) | _rewards(group, judges, timeout)
-        scores[task] = found
-    return scores
+            measures = _attributes(group, readers) | _rewards(group, judges, timeout)
+        tasks[task] = TaskScores(num_items=len(group), measures=measures)
+    return tasks
 
 
-def summary(scores: Scores) -> dict[str, float]:
-    """Understanding over mcq and oe, images by each reader or reward."""
-    kept: dict[str, list[float]] = {}
-    for metrics in scores.values():
-        for name, value in metrics.items():
+def summary(scores: Scores) -> Parts:
+    """Understanding over mcq and oe; drawings that are right as a whole, their attributes, and each reward."""
+    parts: Parts = {}
+    for task, metrics in scores.items():
+        for name in metrics:
             head, _, how = name.partition("/")
             if head in ("score", "format"):
-                kept.setdefault(f"{'understanding' if head == 'score' else head}/{how}", []).append(value)
+                parts.setdefault(f"{'understanding' if head == 'score' else head}/{how}", []).append(f"{task}/{name}")
             elif head in ("attributes", "reward"):
-                kept.setdefault(f"image/{how}", []).append(value)
-    return {name: sum(values) / len(values) for name, values in kept.items()}
+                parts.setdefault(f"image/{how}", []).append(f"{task}/{name}")
+            elif head == "all_right":
+                parts.setdefault(f"image/{name}", []).append(f"{task}/{name}")
+    return parts
 
 
-def _answers(rollouts: Sequence[Rollout], how: str) -> dict[str, float]:
+def _ids(rollouts: Sequence[Rollout]) -> list[str]:
+    return [rollout.prompt.id for rollout in rollouts]
+
+
+def _answers(rollouts: Sequence[Rollout], how: str) -> dict[str, Measured]:
     found = tagged_scores([rollout.prompt for rollout in rollouts], [rollout.text for rollout in rollouts])
     return {f"{name}/{how}": found[name] for name in ("score", "format") if name in found}
 
 
-def _attributes(rollouts: Sequence[Rollout], readers: Mapping[str, AttributeScorer]) -> dict[str, float]:
-    pictures: list[Tensor] = [rollout.image for rollout in rollouts if rollout.image is not None]
-    wanted = [rollout.prompt.attributes or {} for rollout in rollouts]
-    return attribute_metrics(readers, pictures, wanted) if all(wanted) else {}
+def _attributes(rollouts: Sequence[Rollout], readers: Mapping[str, AttributeScorer]) -> dict[str, Measured]:
+    drawn = [rollout for rollout in rollouts if rollout.image is not None]
+    pictures: list[Tensor] = [rollout.image for rollout in drawn if rollout.image is not None]
+    wanted = [rollout.prompt.attributes or {} for rollout in drawn]
+    return attribute_metrics(_ids(drawn), readers, pictures, wanted) if all(wanted) else {}
 
 
-def _rewards(rollouts: Sequence[Rollout], judges: Mapping[str, RewardFunction], timeout: float) -> dict[str, float]:
+def _rewards(rollouts: Sequence[Rollout], judges: Mapping[str, RewardFunction], timeout: float) -> dict[str, Measured]:
     if not judges:
         return {}
     table = score(rollouts, judges, timeout=timeout)
-    columns = zip(table.names, table.values.unbind(1), strict=True)
-    return {
-        f"reward/{name}": float(column[~column.isnan()].mean()) for name, column in columns if not column.isnan().all()
-    }
+    columns = zip(table.names, table.values.double().unbind(1), strict=True)
+    found = {f"reward/{name}": Measured.of(_ids(rollouts), column.tolist()) for name, column in columns}
+    return {name: one for name, one in found.items() if one.by_item}

@@ -1,13 +1,14 @@
-"""The table at the end of a CoRL run: a row per model, a column per measure."""
+"""The table at the end of a CoRL run: a column per model, a row per measure, its 95 % interval below each score."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from rich.table import Table
 from rich.text import Text
 
-from ..show.scores import MEASURES, SUMMARY, TASKS, Scores, flatten_scores, headline, show_score
+from ..show.scores import ScoreRow, Scores, measures_in, score_rows, show_interval, show_score
 
 NAMES = {
     "base": "before",
@@ -21,38 +22,58 @@ NAMES = {
     "merged": "mcq + oe merged",
 }
 """Models of a run in the words of the table."""
-LEFT_OUT = "form greedy"
-"""Nearly always kept; scores.json has it."""
+LEFT_OUT = ("form, greedy", "form, sampled")
+"""Nearly always kept; scores.json has them."""
+WIDTH = 80
+
+
+def rows_by_model(scores: Mapping[str, Scores]) -> dict[str, dict[str, ScoreRow]]:
+    """Name of a score -> model -> its row, the summary left out; rows in the order of `score_rows`."""
+    table: dict[str, dict[str, ScoreRow]] = {}
+    for model, of in scores.items():
+        for row in score_rows(None, of):
+            if row.family != "summary" and row.measure not in LEFT_OUT:
+                table.setdefault(row.name, {})[model] = row
+    return table
 
 
 def models_table(scores: Mapping[str, Scores]) -> Table:
-    """Held-out scores of every model of a run; about 100 characters wide with the built-in rewards.
+    """Held-out scores of every model of a run; 80 characters wide up to six models, as a whole run has.
 
     Args:
         scores: model -> {task: {measure: score}}, shares in [0, 1], higher is better.
     """
-    flat = {name: headline(flatten_scores(table)) for name, table in scores.items()}
-    found = dict.fromkeys(column for table in flat.values() for column in table)
-    columns = [column for column in found if not column.startswith(SUMMARY) and not column.endswith(LEFT_OUT)]
-    measures = list(dict.fromkeys(column.partition("/")[2] for column in columns))
-    notes = [f"{task}: {TASKS[task]}" for task in dict.fromkeys(c.partition("/")[0] for c in columns) if task in TASKS]
-    notes += [f"{measure}: {MEASURES[measure]}" for measure in measures if measure in MEASURES]
-    notes.append("in per cent, on held-out items that no training saw; the best of a column is bold")
+    rows = rows_by_model(scores)
+    shown = [row for found in rows.values() for row in found.values()]
+    notes = [f"{name}: {words}" for name, words in measures_in(shown).items()]
+    notes.append("shares in per cent, 95 % intervals below; on held-out items that no training saw; bold: a row's best")
     table = Table(
         title="Every model of the run",
         caption="\n".join(notes),
         caption_justify="left",
         title_style="bold",
-        padding=(0, 0),
+        padding=(0, 0, 0, 1),
+        width=WIDTH if len(scores) <= 6 else None,
+        box=None,
     )
-    table.add_column("model", no_wrap=True)
-    for column in columns:
-        task, _, measure = column.partition("/")
-        table.add_column("\n".join([task, *measure.split()]), justify="right", no_wrap=True)
-    best = {c: max((v for t in flat.values() if (v := t.get(c)) is not None), default=None) for c in columns}
-    for name, row in flat.items():
-        cells = [
-            Text(show_score(row.get(c)).removesuffix(" %"), "bold" if row.get(c) == best[c] else "") for c in columns
-        ]
-        table.add_row(NAMES.get(name, name), *cells)
+    table.add_column("task (items), measure", overflow="fold")
+    for name in scores:
+        table.add_column(NAMES.get(name, name), justify="right", width=8)
+    previous = None
+    for found in rows.values():
+        first = next(iter(found.values()))
+        if first.task != previous:
+            table.add_row(Text(f"{first.label} ({first.num_items})", "bold"))
+        best = max((row.after for row in found.values() if row.after is not None), default=None)
+        table.add_row(Text(f"  {first.measure}"), *(_cell(found.get(model), best) for model in scores))
+        previous = first.task
     return table
+
+
+def _cell(row: ScoreRow | None, best: float | None) -> Text:
+    """The score, its interval and what is to be said of it, on a line each."""
+    if row is None:
+        return Text("–")
+    value = Text(show_score(row.after, row.unit).removesuffix(" %"), "bold" if row.after == best else "")
+    interval = re.sub(r"(?<!\d)0\.", ".", show_interval(row.after_interval, row.unit)).strip("[]").replace(", ", "–")
+    return Text("\n").join([value, *(Text(line, "dim") for line in (interval, *row.marks) if line)])

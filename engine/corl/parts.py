@@ -22,6 +22,7 @@ from ..rewards.ensemble import RewardSet
 from ..world.embedded import corl_base, prepare_x2x
 from .config import CorlConfig, Training
 from .evaluator import evaluator_of
+from .needs import check_needs
 from .reward_parts import RewardParts
 from .training_data import held_out_prompts
 
@@ -46,6 +47,7 @@ class Parts:
     def __init__(self, config: CorlConfig, report: Report) -> None:
         self.config = config
         self.data, self.instruction = data_of(config)
+        check_needs(config, self.data, self.instruction)  # before a base is trained, or a model loaded
         self.base = str(corl_base(report=report)) if config.model is None else config.model
         dtype = torch.bfloat16 if config.bf16 else torch.float32
         self.frozen: Policy = load_policy(self.base, dtype=dtype).requires_grad_(False).eval().to(local_device())

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
 from ..checkpoints.sharded import Warn, agreed, everywhere
 from ..errors import CheckpointError, ConfigError
-from ..methods.resume import FREE, ResumePoint, check_settings, numbered, resume_point
+from ..methods.resume import FREE, ResumePoint, check_settings, resume_point
 from ..processes.group import place
+from ..processes.run_folder import numbered
 from ..whole_files import write_atomically
-from .config import CorlConfig
+from .config import REFINED, CorlConfig, Training
 
 FINISHED = "finished.json"
+FIRST_STAGE = sorted({*get_args(Training)} - {*REFINED})
+"""Trainings that `max_steps` is for."""
 
 
 def interrupted_run(config: CorlConfig, note: Warn) -> ResumePoint | None:
@@ -37,7 +41,9 @@ def interrupted_run(config: CorlConfig, note: Warn) -> ResumePoint | None:
         found = numbered(config.output_dir, is_run) if asked == "latest" else [Path(asked).expanduser()]
         if found:
             before = yaml.safe_load((found[0] / "config.yaml").read_text(encoding="utf-8"))
-            check_settings(before, config, note, FREE - {"max_steps"})  # later trainings begin where earlier ones ended
+            # Later trainings begin where earlier ones ended.
+            first_ended = any((found[0] / name / FINISHED).is_file() for name in FIRST_STAGE)
+            check_settings(before, config, note, FREE - {"max_steps"} if first_ended else FREE)
         return found[0] if found else None
 
     try:

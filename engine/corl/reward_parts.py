@@ -27,9 +27,9 @@ from ..rewards.builtin.spice import FactualParser, Spice, WordNet
 from ..rewards.builtin.text import text_reward
 from ..rewards.builtin.text_similarity import BertScore, SoftJaccard, TextSimilarity
 from ..rewards.builtin.tim import TextImageMatching
-from ..rewards.ensemble import RewardSet
+from ..rewards.ensemble import Column, RewardSet
 from ..rewards.reward import RewardFunction
-from ..rewards.yours.custom import load_reward, reward_name
+from ..rewards.yours.custom import load_reward, own_column
 from ..world.embedded import captioner_folder
 from ..world.scene_graph import parse_captions
 from .config import IMAGE_REWARDS, TEXT_REWARDS, CorlConfig, Training
@@ -71,34 +71,21 @@ class RewardParts:
         """
         config = self.config
         wanted = tuple(kind for kind in SEGMENTS[training] if kind in asked)
-        columns: list[tuple[str, RewardFunction, float, str]] = []
+        columns: list[Column] = []
         for spec in config.reward_funcs:
             weight = config.weight_of(spec, training)
             if spec in IMAGE_REWARDS + TEXT_REWARDS:
                 kind = "image" if spec in IMAGE_REWARDS else "text"
                 if kind in wanted:
-                    columns.append((spec, self._built_in(spec, policy), weight, kind))
-            else:
-                function = self._own(spec)
-                kind = str(getattr(function, "kind", wanted[0]))
-                if kind not in ("text", "image"):
-                    raise ConfigError(f"reward_funcs: {spec} is of kind {kind!r}; expected 'text' or 'image'")
-                if kind in wanted:
-                    columns.append((reward_name(spec), function, weight, kind))
+                    columns.append(Column(spec, self._built_in(spec, policy), weight, kind))
+            elif (own := own_column(spec, self._own(spec), weight, wanted[0])).kind in wanted:
+                columns.append(own)
         if not columns:
             raise ConfigError(
                 f"reward_funcs: none of {', '.join(config.reward_funcs)} judges what training {training} produces "
                 f"({' and '.join(wanted)}); add one that does"
             )
-        names = [name for name, *_ in columns]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ConfigError(f"reward_funcs: two rewards are called {', '.join(repeated)}; rename one of them")
-        return RewardSet(
-            functions={name: function for name, function, _, _ in columns},
-            weights=tuple(weight for _, _, weight, _ in columns),
-            kinds=tuple(kind for *_, kind in columns),
-        )
+        return RewardSet.of(columns)
 
     def _own(self, spec: str) -> RewardFunction:
         if spec not in self._made:

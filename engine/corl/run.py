@@ -25,7 +25,18 @@ from ..evaluate.held_out import Evaluation
 from ..learn.credit import shared_advantages
 from ..learn.from_settings import objective_of
 from ..methods.starting import add_adapters, starting_policy
-from ..methods.training import Session, Summaries, Training, run_method, run_training, table_of, write_scores
+from ..methods.training import (
+    EMBEDDED_BASE,
+    EMBEDDED_DATA,
+    Session,
+    Summaries,
+    Training,
+    result_of,
+    run_method,
+    run_training,
+    try_rewards_on,
+    write_scores,
+)
 from ..processes.group import barrier, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import check_plans
@@ -34,12 +45,22 @@ from .account import Account, planned_parts
 from .config import REFINED, CorlConfig
 from .config import Training as TrainingName
 from .models_table import models_table
+from .needs import check_needs
 from .parts import Parts
 from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
-from .training_data import refined_trainings, stream_of, training_samples
+from .training_data import all_trainings, check_data, refined_trainings, stream_of, training_samples
 
-TABLE_WIDTH = 110
-"""Characters; a log file's lines may be longer than a terminal's 80."""
+MAIN_TASKS: Mapping[TrainingName, frozenset[str]] = {
+    "unified": frozenset(),
+    "generation": frozenset({"t2i"}),
+    "understanding": frozenset({"mcq", "oe"}),
+    **{name: frozenset({name}) for name in REFINED},
+}
+"""Tasks that say which of a training's models is its best."""
+DRAWING = ("t2i", "merged_first", "unified", "generation", "merged", "base")
+"""Models by how well they draw, the best first."""
+ANSWERING = ("merged", "mcq", "oe", "merged_first", "unified", "understanding", "base")
+"""Models by how well they answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +84,18 @@ def every_model(config: CorlConfig, session: Session) -> Summaries:
     display = session.display
     interrupted = interrupted_run(config, display.note)
     with open_run_log(config.output_dir, config, interrupted) as log:
+        session.writes_in(log.folder)
         corl = CorlRun(config, log, session)
         models = corl.models()
         scored = {name: model.scores for name, model in models.items() if model.scores is not None}
         if scored:
-            table = models_table({name: table_of(scores) for name, scores in scored.items()})
-            display.wide(table, TABLE_WIDTH)
+            table = models_table({name: scores.table for name, scores in scored.items()})
+            display.console.print(table)
             if "base" in scored and len(scored) > 1:
                 corl.account.compares("base", best_models(scored))
                 write_scores(log, scored["base"], best_of_both(scored))
+    if not corl.stopped:
+        session.models.update(products(models))
     for name, model in models.items():
         display.note(f"{name}: {model.folder}")
     display.note(f"report {log.folder / 'report.html'}")
@@ -84,6 +108,8 @@ class CorlRun:
     def __init__(self, config: CorlConfig, log: RunLog | NullRunLog, session: Session) -> None:
         self.config, self.log, self.session, self.display = config, log, session, session.display
         self.display.stage("data, starting model and rewards")
+        if config.data is not None and config.stage != "merge":
+            check_data(config, self.display.note)
         self.parts = one_at_a_time(lambda: Parts(config, self.display.note))
         self.refined, note = refined_trainings(config, self.parts.data, self.parts.instruction)
         if note:
@@ -94,6 +120,7 @@ class CorlRun:
     def models(self) -> dict[str, Model]:
         """Every model of the run by name, in order of making; Ctrl-C makes the current one the last."""
         config = self.config
+        self._try_rewards()
         models = {"base": self._scored("base", self.parts.base)}
         start = dict.fromkeys(("drawing", "answering"), models["base"])
         if config.stage in ("all", "unified"):
@@ -111,6 +138,16 @@ class CorlRun:
             base = config.merge_base or start["answering"].folder
             models["merged"] = self._merge("merged", base, [models["mcq"].folder, models["oe"].folder])
         return models
+
+    def _try_rewards(self) -> None:
+        """A trial call of the user's own rewards before the first model is scored; each training makes one, too."""
+        config, parts = self.config, self.parts
+        if set(config.reward_funcs) <= {*config.REWARDS} - {"judge"} or config.stage == "merge":
+            return
+        for name in all_trainings(config, parts.data, parts.instruction):
+            samples = training_samples(config, name, parts.data, parts.instruction)
+            prompts = [prompt for sample in samples for prompt in sample]
+            try_rewards_on(config, parts.rewards(name, parts.frozen, samples), prompts, parts.frozen)
 
     def _first_stage(self, base: Model) -> dict[str, Model]:
         if self.config.strategy in ("unified", "alternating"):
@@ -131,13 +168,14 @@ class CorlRun:
             len(samples),
             model=start.folder,
             output_dir=self.log.folder / name,
+            run_name=f"{self.config.run_name or self.log.folder.name}-{name}",
             resume_from_checkpoint=self.config.resume_from_checkpoint and "latest",
             stage=name if name in REFINED else "unified",
         )
         self.account.begins(name, [start.name])
         if config.resume_from_checkpoint and is_finished(config.output_dir):
             self.display.note(f"training {name}: finished already")
-            return self._scored(name, str(config.output_dir / "checkpoints" / "last"))
+            return self._scored(name, str(result_of(config, config.output_dir)))
         torch.manual_seed(config.seed)  # a training does not depend on those before it that are finished already
         self.display.stage(f"training {name}: {config.max_steps} steps, {len(samples)} samples")
         resumed = interrupted_training(config, self.display.note)
@@ -165,7 +203,8 @@ class CorlRun:
             )
         return Training(
             method=f"CoRL, {name}",
-            data=config.data,
+            data=self.config.data,
+            embedded=self._embedded(start.folder),
             policy=policy,
             reference=reference,
             objective=objective,
@@ -173,6 +212,7 @@ class CorlRun:
             rewards=rewards,
             credit=credit,
             evaluator=self.parts.evaluator,
+            main_tasks=MAIN_TASKS[name],
             before=start.scores,
             alone=False,
         )
@@ -189,14 +229,19 @@ class CorlRun:
         if place()[0] == 0:
             write_model_card(
                 folder,
-                base_model=base,
+                base_model=None if self._embedded(base) else base,
+                base_words=EMBEDDED_BASE,
                 method=f"{config.merge_method} merge",
                 config=config,
-                data=config.data,
-                after=None if model.scores is None else table_of(model.scores),
+                data=config.data or EMBEDDED_DATA,
+                after=None if model.scores is None else model.scores.table,
                 merged_from=sources,
             )
         return model
+
+    def _embedded(self, folder: str) -> bool:
+        """Whether this is the embedded base, whose folder is a name in a cache."""
+        return self.config.model is None and folder == self.parts.base
 
     def _scored(self, name: str, folder: str) -> Model:
         """A saved model with its scores."""
@@ -217,20 +262,24 @@ def model_name(folder: str, run_folder: Path) -> str:
 def best_models(scored: Mapping[str, Evaluation]) -> dict[str, str]:
     """What ULM-R1 reports: drawings by the refined drawing model, answers by the merged one; before that stage, and for
     a single stage, by the last model that was trained on them."""
-    drawing = ("t2i", "merged_first", "unified", "generation", "merged", "base")
-    answering = ("merged", "mcq", "oe", "merged_first", "unified", "understanding", "base")
-    kinds = {"drawings": drawing, "answers": answering}
+    kinds = {"drawings": DRAWING, "answers": ANSWERING}
     return {kind: next(name for name in names if name in scored) for kind, names in kinds.items()}
+
+
+def products(models: Mapping[str, Model]) -> dict[str, Path]:
+    """What a run is for: its last model that draws and its last one that answers, or the one that does both."""
+    chosen = {next((name for name in names if name in models), "base") for names in (DRAWING, ANSWERING)} - {"base"}
+    return {name if len(chosen) > 1 else "": Path(models[name].folder) for name in sorted(chosen)}
 
 
 def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
     """The scores of `best_models`, as those of one."""
     best = best_models(scored)
     drawing, answering = scored[best["drawings"]], scored[best["answers"]]
-    kept = {task: (drawing if task == "t2i" else answering) for task in answering.scores}
+    kept = {task: (drawing if task == "t2i" else answering) for task in answering.tasks}
     return replace(
         answering,
-        scores={task: source.scores[task] for task, source in kept.items()},
+        tasks={task: source.tasks[task] for task, source in kept.items()},
         examples={task: source.examples[task] for task, source in kept.items()},
         readings={task: source.readings.get(task, ()) for task, source in kept.items()},
     )
@@ -246,9 +295,10 @@ def dry_run(config: CorlConfig) -> None:
         print(to_yaml(config, comments=False))
         return
     root, instruction = data_of(config)
-    first: tuple[TrainingName, ...] = ("unified",) if config.stage in ("all", "unified") else ()
-    refined, _ = refined_trainings(config, root, instruction)
-    for training in (*first, *refined):
+    if config.data is not None:
+        check_data(config, print)
+    check_needs(config, root, instruction)
+    for training in all_trainings(config, root, instruction):
         samples = training_samples(config, training, root, instruction)
         settings = config.for_stage(training, len(samples))
         print(f"\n# {training}: {len(samples)} samples of {root}, {settings.max_steps} steps\n")

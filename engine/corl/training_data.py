@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..data.loaded import load_pairs, read_whole
 from ..data.samples import KINDS, Kind, Sample, load_samples
 from ..data.stream import PromptStream, Shuffled
 from ..errors import DataError
+from ..methods.data_checks import Say, check_usable, say_unused
 from ..policies.auto import model_draws
 from ..records import Prompt
 from .config import REFINED, CorlConfig, Training
@@ -73,6 +77,36 @@ def refined_trainings(
         return (), f"nothing {what} in {root}: the first stage is all there is; --stage refined trains each kind apart"
     absent = [training for training in REFINED if training not in there]
     return there, f"nothing of {', '.join(absent)} in {root}: left out" if absent else ""
+
+
+def all_trainings(config: CorlConfig, root: str | Path, instruction: str | None = None) -> tuple[Training, ...]:
+    """The trainings that the settings ask for, of both stages, in their order."""
+    first: tuple[Training, ...] = ()
+    if config.stage in ("all", "unified"):
+        whole = config.strategy in ("unified", "alternating")
+        first = ("unified",) if whole else ("generation", "understanding")
+    return (*first, *refined_trainings(config, root, instruction)[0])
+
+
+def check_data(config: CorlConfig, say: Say) -> None:
+    """Reads the user's data once for all trainings; says what is not used. Collective.
+
+    Raises:
+        DataError: what cannot be used of it; PictureError: pictures that cannot be read.
+        ConfigError: none of the rewards can score it, or there is no model that could learn from it.
+    """
+    assert config.data is not None
+    draws = model_draws(config.model)
+    sources = dict.fromkeys(
+        str(source) for source in (config.data, config.data_t2i, config.data_mcq, config.data_oe) if source is not None
+    )
+    for source in sources:
+        loaded = read_whole(source, partial(load_pairs, source, config.data_split, draws=draws))
+        say_unused(loaded.unused, say)
+        if source == str(config.data) and config.eval_samples:
+            with suppress(DataError):  # said where the evaluation is put together
+                loaded.held_out = held_out_prompts(config, config.data)
+        check_usable(config, loaded, source, say)
 
 
 def held_out_prompts(config: CorlConfig, root: str | Path, instruction: str | None = None) -> dict[str, list[Prompt]]:

@@ -49,10 +49,7 @@ class Mixture:
         self.num_anchors = round(prompts_per_step * anchor_fraction) if anchors else 0
         self.num_prompts = prompts_per_step - self.num_anchors
         if not 0 < self.num_prompts <= len(prompts) or self.num_anchors > len(anchors):
-            raise ConfigError(
-                f"PromptStream: a step of {self.num_prompts} prompts and {self.num_anchors} anchors "
-                f"cannot come from {len(prompts)} prompts and {len(anchors)} anchors; lower prompts_per_step"
-            )
+            raise ConfigError(_too_many(self.num_prompts, self.num_anchors, len(prompts), len(anchors)))
         self.prompts_per_step = prompts_per_step
         self.samples: Sequence[Sample] = tuple((prompt,) for prompt in (*prompts, *anchors))
         self.fingerprint = _fingerprint([*prompts, *anchors])
@@ -74,6 +71,14 @@ class Mixture:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._prompts.load_state_dict(state["prompts"])
         self._anchors.load_state_dict(state["anchors"])
+
+
+def _too_many(prompts: int, anchors: int, prompts_there: int, anchors_there: int) -> str:
+    """A step takes different ones."""
+    step, there = f"{prompts}", f"{prompts_there} prompts"
+    if anchors or anchors_there:
+        step, there = f"{prompts} prompts and {anchors} anchors", f"{there} and {anchors_there} anchors"
+    return f"prompts_per_step: expected a step of at least 1 and at most {there}, got {step}; lower prompts_per_step"
 
 
 class _Mix:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..records import Prompt, SegmentKind
+from .faults import STRICT, Faults
 from .unifybench import Asked, Concept, Request, Requests, Split, read_concepts, read_general
 
 CHAIN: tuple[SegmentKind, ...] = ("text", "image")
@@ -22,18 +23,19 @@ TEXT_ONLY: tuple[SegmentKind, ...] = ("text",)
 IMAGE_ONLY: tuple[SegmentKind, ...] = ("image",)
 
 
-def load_training_prompts(root: Path, *, chain_understanding: bool = True) -> list[Prompt]:
+def load_training_prompts(root: Path, *, chain_understanding: bool = True, faults: Faults = STRICT) -> list[Prompt]:
     """All training prompts of a folder, in a fixed order.
 
     Args:
         root: folder in the UnifyBench++ layout.
         chain_understanding: an answer is followed by an image of the concept (Sync-R1); False leaves it at the answer.
+        faults: where what cannot be used is told of.
 
     Raises:
         DataError: a required file is missing, or an entry cannot be used; names the file, the entry and the remedy.
     """
     prompts = []
-    for concept in read_concepts(root, "train", identities=chain_understanding):
+    for concept in read_concepts(root, "train", identities=chain_understanding, faults=faults):
         drawn: dict[str, Any] = {}
         if chain_understanding:
             drawn = {"segments": CHAIN, "target": f"a photo of <{concept.name}>", "attributes": concept.identity}
@@ -45,7 +47,7 @@ def load_training_prompts(root: Path, *, chain_understanding: bool = True) -> li
     return prompts
 
 
-def load_benchmark(root: Path) -> dict[str, list[Prompt]]:
+def load_benchmark(root: Path, faults: Faults = STRICT) -> dict[str, list[Prompt]]:
     """Held-out prompts by task: rec, vqa, qa, choice, rea, dense_rea, pure_gen, dense_gen, general_vqa, general_image.
 
     `rea` and `dense_rea` draw in the same trajectory: their images are what UnifyBench++ calls rea_gen and
@@ -54,22 +56,28 @@ def load_benchmark(root: Path) -> dict[str, list[Prompt]]:
     Raises:
         DataError: as for `load_training_prompts`; also when no task is left.
     """
-    prompts = _general(root, "test")
-    for concept in read_concepts(root, "test"):
+    tasks = benchmark_prompts(root, faults)
+    if not tasks:
+        raise DataError(
+            f"{root / 'concept' / 'test'}: nothing to evaluate on; add vqa.json, text_only.json or t2i_conditions.json"
+        )
+    return tasks
+
+
+def benchmark_prompts(root: Path, faults: Faults = STRICT) -> dict[str, list[Prompt]]:
+    """As `load_benchmark`; {} for a folder that holds nothing out."""
+    prompts = _general(root, "test", faults)
+    for concept in read_concepts(root, "test", faults=faults):
         where = f"test/{concept.name}"
         prompts += _answers(concept.questions, where, concept=concept.name)
         prompts += _drawings(concept.reasoning, where, CHAIN, **_about(concept))
         prompts += _drawings(concept.drawings, where, IMAGE_ONLY, **_about(concept))
-    if not prompts:
-        raise DataError(
-            f"{root / 'concept' / 'test'}: nothing to evaluate on; add vqa.json, text_only.json or t2i_conditions.json"
-        )
     return by_task(prompts)
 
 
-def load_anchors(root: Path) -> list[Prompt]:
+def load_anchors(root: Path, faults: Faults = STRICT) -> list[Prompt]:
     """General training prompts, unrewarded; none when the folder has no `general/train`."""
-    return [replace(prompt, rewarded=False) for prompt in _general(root, "train")]
+    return [replace(prompt, rewarded=False) for prompt in _general(root, "train", faults)]
 
 
 def by_task(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
@@ -79,8 +87,8 @@ def by_task(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
     return tasks
 
 
-def _general(root: Path, split: Split) -> list[Prompt]:
-    questions, requests = read_general(root, split)
+def _general(root: Path, split: Split, faults: Faults) -> list[Prompt]:
+    questions, requests = read_general(root, split, faults)
     return _answers(questions, split) + _drawings(requests, split, IMAGE_ONLY)
 
 

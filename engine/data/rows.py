@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ..errors import DataError, shown
 from ..pictures import ImageRef
 from ..records import Prompt
+from .faults import STRICT, Faults
 from .questions import options_in, text_of
 from .table import SPLITS, Table
 
@@ -30,13 +31,36 @@ OWN_COLUMNS = frozenset(item.name for item in fields(Prompt)) | {"prompt", "imag
 """What `Prompt` has fields for, and so is not in `extra`."""
 
 
-@contextmanager
-def at(table: Table, index: int) -> Iterator[None]:
-    """Puts source and row in front of a DataError that is raised inside."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{table.source}: {table.where(index)}: {error}") from error
+class Reading:
+    """A table as it is read row by row; rows with a fault are left out, where faults are kept."""
+
+    def __init__(self, table: Table, faults: Faults = STRICT) -> None:
+        self.table, self.faults = table, faults
+        self.bad: set[int] = set()
+        """Rows with a fault."""
+
+    def rows(self) -> list[Row]:
+        """All rows; one whose pictures cannot be used is empty and bad."""
+        found: list[Row] = []
+        for index in range(len(self.table)):
+            try:
+                found.append(self.table.row(index))
+            except DataError as error:
+                self.bad.add(index)
+                self.faults.add(error)
+                found.append({})
+        return found
+
+    @contextmanager
+    def at(self, index: int) -> Iterator[None]:
+        """Puts source and row in front of a DataError that is raised inside, and hands it in."""
+        try:
+            yield
+        except DataError as error:
+            self.bad.add(index)
+            told = DataError(f"{self.table.source}: {self.table.where(index)}: {error}")
+            told.__cause__ = error
+            self.faults.add(told)
 
 
 @dataclass(frozen=True)
@@ -90,18 +114,19 @@ def answer_cell(row: Row, column: str) -> Any:
 
 
 def pictures_of(
-    table: Table, rows: Sequence[Row], columns: Sequence[str], needed: Sequence[bool]
+    reading: Reading, rows: Sequence[Row], columns: Sequence[str], needed: Sequence[bool]
 ) -> list[ImageRef | None]:
     """One picture of each row that needs one, from the first column that has any; all of them have one, or none has."""
     chosen = [row for row, need in zip(rows, needed, strict=True) if need]
     column = next((name for name in columns if any(row.get(name) for row in chosen)), None)
     found: list[ImageRef | None] = []
     for index, (row, need) in enumerate(zip(rows, needed, strict=True)):
-        value = row.get(column) if need and column else None
-        with at(table, index):
-            found.append(single(value, column))
-            if need and column and found[-1] is None:
+        value, picture = row.get(column) if need and column else None, None
+        with reading.at(index):
+            picture = single(value, column)
+            if need and column and picture is None:
                 raise DataError(f"column {column!r} is empty while other rows have pictures; add one or drop the row")
+        found.append(picture)
     return found
 
 

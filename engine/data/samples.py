@@ -25,6 +25,7 @@ from typing import Any, Literal
 from ..errors import DataError, shown
 from ..pictures import ImageRef
 from ..records import Prompt, SegmentKind
+from .faults import STRICT, Faults
 from .prompts import load_training_prompts
 from .questions import (
     THINK_THEN_ANSWER,
@@ -38,11 +39,12 @@ from .questions import (
 from .rows import (
     ANSWER_COLUMNS,
     DRAWN_COLUMNS,
+    QUESTION_COLUMNS,
     SHOWN_COLUMNS,
     Layout,
+    Reading,
     Row,
     answer_cell,
-    at,
     attributes_of,
     extra_of,
     first_of,
@@ -80,6 +82,7 @@ def load_samples(
     instruction: str | None = THINK_THEN_ANSWER,
     image_folder: Path | None = None,
     model_draws: bool = True,
+    faults: Faults = STRICT,
 ) -> list[Sample]:
     """All samples of a source, in its order.
 
@@ -91,6 +94,7 @@ def load_samples(
             `<think>` have their own and stay as they are. None: none.
         image_folder: as for `open_table`.
         model_draws: False: a prompt that shows and asks for no picture is to be answered, without a ground truth.
+        faults: where rows that cannot be used are told of.
 
     Raises:
         DataError: the source cannot be read, a row cannot be used, or nothing of these kinds is there; names the
@@ -102,10 +106,10 @@ def load_samples(
     if instruction is not None and "{question}" not in instruction:
         raise DataError(f"{source}: the instruction must say where the {{question}} goes, got {instruction!r}")
     if os.path.isdir(Path(source) / "concept"):
-        samples: Iterable[Sample] = _of_concepts(Path(source), split, instruction)
+        samples: Iterable[Sample] = _of_concepts(Path(source), split, instruction, faults)
     else:
-        table = open_table(source, split, image_folder=image_folder)
-        samples = samples_of(table, split, instruction, model_draws)
+        table = open_table(source, split, image_folder=image_folder, faults=faults)
+        samples = samples_of(table, split, instruction, model_draws, faults)
     wanted = [tuple(prompt for prompt in sample if prompt.task in kinds) for sample in samples]
     found = [sample for sample in wanted if sample]
     if not found:
@@ -114,38 +118,46 @@ def load_samples(
 
 
 def samples_of(
-    table: Table, split: str = "train", instruction: str | None = THINK_THEN_ANSWER, model_draws: bool = True
+    table: Table,
+    split: str = "train",
+    instruction: str | None = THINK_THEN_ANSWER,
+    model_draws: bool = True,
+    faults: Faults = STRICT,
 ) -> list[Sample]:
     """The samples of a table, one per row; arguments and errors as for `load_samples`."""
-    layout, rows = Layout.of(table), list(table)
+    layout, reading = Layout.of(table), Reading(table, faults)
+    rows = reading.rows()
     names = names_of(table, rows, split)
-    halves = [_halves(table, index, row, layout) for index, row in enumerate(rows)]
-    shown = pictures_of(table, rows, SHOWN_COLUMNS, [asks for _, asks in halves])
-    drawn = pictures_of(table, rows, DRAWN_COLUMNS, [draws for draws, _ in halves])
+    halves = [_halves(reading, index, row, layout) for index, row in enumerate(rows)]
+    shown = pictures_of(reading, rows, SHOWN_COLUMNS, [asks for _, asks in halves])
+    drawn = pictures_of(reading, rows, DRAWN_COLUMNS, [draws for draws, _ in halves])
     samples = []
     for index, (row, (draws, asks)) in enumerate(zip(rows, halves, strict=True)):
         extra = extra_of(row)
         prompts = []
-        with at(table, index):
+        with reading.at(index):
             if draws and not model_draws and not asks and drawn[index] is None:
                 prompts.append(_writing(row, layout, names[index], extra))
             elif draws:
                 prompts.append(_drawing(row, layout, names[index], drawn[index], extra))
             if asks:
                 prompts.append(_asking(row, layout, names[index], shown[index], extra, instruction))
-        samples.append(tuple(prompts))
+        if index not in reading.bad:
+            samples.append(tuple(prompts))
     return samples
 
 
 # Halves ---------------------------------------------------------------------------------------------------------------
 
 
-def _halves(table: Table, index: int, row: Row, layout: Layout) -> tuple[bool, bool]:
-    """Whether the row has something to draw, and a question."""
+def _halves(reading: Reading, index: int, row: Row, layout: Layout) -> tuple[bool, bool]:
+    """Whether the row has something to draw, and a question; neither where it is of no use."""
     draws = layout.drawing is not None and row.get(layout.drawing) is not None
     question = None if layout.question is None else row.get(layout.question)
     answer = None if layout.answer is None else answer_cell(row, layout.answer)
-    with at(table, index):
+    if index in reading.bad:
+        return False, False
+    with reading.at(index):
         if (question is None) != (answer is None):
             missing, other = layout.question, layout.answer
             if question is not None:
@@ -154,7 +166,8 @@ def _halves(table: Table, index: int, row: Row, layout: Layout) -> tuple[bool, b
         if not draws and question is None:
             wanted = [name for name in (layout.drawing, layout.question) if name]
             raise DataError(f"column {' and '.join(map(repr, wanted))} is missing or None; fill it or drop the row")
-    return draws, question is not None
+        return draws, question is not None
+    return False, False
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------
@@ -250,17 +263,27 @@ def load_prompts(
     Raises:
         DataError: as for `load_samples`.
     """
-    table = open_table(source, split, image_folder=image_folder)
+    return chains_of(open_table(source, split, image_folder=image_folder), split, model_draws)
+
+
+def chains_of(table: Table, split: str = "train", model_draws: bool = True, faults: Faults = STRICT) -> list[Prompt]:
+    """The prompts of a table, one per row; as `load_prompts`."""
     if "prompt" not in table.columns:
-        raise DataError(f"{source}: has no column 'prompt'; found {list(table.columns)}; rename the one with the text")
-    rows = list(table)
+        asked = [name for name in QUESTION_COLUMNS if name in table.columns]
+        remedy = "rename the one with the text"
+        if asked:
+            remedy += f", or train on {asked[0]!r} with recipes/corl.py"
+        raise DataError(f"{table.source}: has no column 'prompt'; found {list(table.columns)}; {remedy}")
+    reading = Reading(table, faults)
+    rows = reading.rows()
     names = names_of(table, rows, split)
-    shown = pictures_of(table, rows, ("image", "images"), [_shows(row) for row in rows])
+    shown = pictures_of(reading, rows, ("image", "images"), [_shows(row) for row in rows])
     answers = first_of(ANSWER_COLUMNS, table.columns)
     prompts = []
     for index, row in enumerate(rows):
-        with at(table, index):
-            prompts.append(_chain(row, names[index], shown[index], answers, model_draws))
+        if index not in reading.bad:
+            with reading.at(index):
+                prompts.append(_chain(row, names[index], shown[index], answers, model_draws))
     return prompts
 
 
@@ -319,11 +342,11 @@ def _task(segments: tuple[SegmentKind, ...], picture: ImageRef | None) -> str:
 # Other forms ----------------------------------------------------------------------------------------------------------
 
 
-def _of_concepts(root: Path, split: str, instruction: str | None) -> Iterable[Sample]:
+def _of_concepts(root: Path, split: str, instruction: str | None, faults: Faults) -> Iterable[Sample]:
     """A UnifyBench++ folder's training prompts: drawings from the explicit prompt, and questions, each on its own."""
     if split != "train":
         raise DataError(f"{root}: a folder of concepts trains with split 'train', got {split!r}; use `load_benchmark`")
-    for prompt in load_training_prompts(root, chain_understanding=False):
+    for prompt in load_training_prompts(root, chain_understanding=False, faults=faults):
         extra = {"benchmark_task": prompt.task}
         if "image" in prompt.segments:
             text = prompt.target or prompt.text

@@ -8,11 +8,13 @@ Dims: N samples.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..errors import ConfigError, DataError
 from ..records import Prompt
 from .samples import Sample
 
@@ -51,17 +53,19 @@ class PromptStream:
             rank, world_size: this process's place.
 
         Raises:
-            ValueError: a step cannot be split over the ranks, or ids of prompts are not unique.
+            ConfigError: a step cannot be split over the ranks.
+            DataError: ids of prompts are not unique.
         """
         size = order.prompts_per_step
         if not 0 <= rank < world_size or size < 1 or size % world_size:
-            raise ValueError(
-                f"PromptStream: prompts_per_step must be a multiple of the {world_size} ranks, got {size} "
-                f"(rank {rank}); take {max(1, round(size / world_size)) * world_size}"
+            raise ConfigError(
+                f"prompts_per_step: expected a multiple of the {world_size} ranks, got {size}; take "
+                f"{max(1, round(size / world_size)) * world_size}"
             )
         ids = [prompt.id for sample in order.samples for prompt in sample]
         if len(set(ids)) != len(ids):
-            raise ValueError(f"PromptStream: {len(ids) - len(set(ids))} ids are not unique; load a source only once")
+            repeated, _ = Counter(ids).most_common(1)[0]
+            raise DataError(f"data: expected an id of its own for each prompt, got {repeated!r} twice; rename one")
         self.order, self.rank, self.world_size = order, rank, world_size
 
     def next_step(self) -> list[Prompt]:
@@ -113,12 +117,12 @@ class Shuffled:
             prompts_per_step: samples of a step over all ranks, at most N.
 
         Raises:
-            ValueError: there are fewer samples than a step takes.
+            ConfigError: there are fewer samples than a step takes.
         """
         if prompts_per_step > len(samples):
-            raise ValueError(
-                f"PromptStream: a step of {prompts_per_step} samples cannot come from {len(samples)}; "
-                f"lower prompts_per_step"
+            raise ConfigError(
+                f"prompts_per_step: expected at most {len(samples)}, the samples that there are, got "
+                f"{prompts_per_step}; lower it, or add rows"
             )
         self.samples: Sequence[Sample] = tuple(samples)
         self.seed, self.prompts_per_step = seed, prompts_per_step

@@ -19,9 +19,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, NoSplitError
 from ..pictures import ImageRef
 from .cells import Part, arrow_part, confined, parquet_part
+from .faults import STRICT, Faults
 
 PICTURE_COLUMNS = ("real_image", "image", "images", "image_path", "file_name", "references")
 """Columns of text that are paths of pictures, or lists of paths."""
@@ -82,7 +83,9 @@ def _files(root: Path, value: Any, where: str) -> ImageRef | tuple[ImageRef, ...
     return confined(root, value, where)
 
 
-def open_table(source: str | Path, split: str = "train", *, image_folder: Path | None = None) -> Table:
+def open_table(
+    source: str | Path, split: str = "train", *, image_folder: Path | None = None, faults: Faults = STRICT
+) -> Table:
     """The rows of one split of a source; see above for what a source may be.
 
     Args:
@@ -91,17 +94,19 @@ def open_table(source: str | Path, split: str = "train", *, image_folder: Path |
             `<split>*.parquet`, the last also in `data/` or `<split>/`; a folder that `datasets` saved; or a hub name.
         split: which part of a folder or data set.
         image_folder: what paths of pictures are relative to and confined to; None: the folder of the data file.
+        faults: where lines that cannot be read are told of.
 
     Raises:
-        DataError: there is no such source or split, or it cannot be read; names the file, the line and the remedy.
+        NoSplitError: the source is there and lacks the split.
+        DataError: there is no such source, or it cannot be read; names the file, the line and the remedy.
     """
     name, path = str(source), Path(source).expanduser()
     if os.path.isfile(path):  # unlike Path's, False for a name that no file could have
-        return Table(name, [_file(path, image_folder or path.parent)])
+        return Table(name, [_file(path, image_folder or path.parent, faults)])
     if os.path.isdir(path):
         if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
             return Table(name, [_saved(path, split, image_folder or path)])
-        return Table(name, [_file(file, image_folder or path) for file in _of_split(path, split)])
+        return Table(name, [_file(file, image_folder or path, faults) for file in _of_split(path, split)])
     match = HUB_NAME.fullmatch(name)
     if match is None:
         raise DataError(
@@ -114,11 +119,11 @@ def open_table(source: str | Path, split: str = "train", *, image_folder: Path |
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _file(path: Path, root: Path) -> Part:
+def _file(path: Path, root: Path, faults: Faults) -> Part:
     if path.suffix == ".parquet":
         return parquet_part(path, root, _stamp(path))
     if path.suffix in (".jsonl", ".json"):
-        return _json_part(path, root)
+        return _json_part(path, root, faults)
     raise DataError(f"{path}: the suffix {path.suffix!r} is not understood; expected .jsonl, .json or .parquet")
 
 
@@ -143,12 +148,22 @@ def _of_split(folder: Path, split: str) -> list[Path]:
         mine = shards
     if not mine:
         have = sorted({file.stem for file in folder.glob("*.json*")} | {str(_split_of(file)) for file in told})
-        raise DataError(
-            f"{folder}: has nothing for the split {split!r}; found {have or 'no data file'}; "
-            f"add {split}.jsonl or {split}.parquet"
+        raise NoSplitError(
+            f"{folder}: has nothing for the split {split!r}; found {have or 'no data file'}; {_instead(folder, split)}"
         )
     _check_complete(mine)
     return mine
+
+
+def _instead(folder: Path, split: str) -> str:
+    """What may be meant by a folder without a table."""
+    above = next((parent for parent in folder.resolve().parents if (parent / "concept" / "train").is_dir()), None)
+    if above is not None:
+        return f"did you mean the UnifyBench++ folder {above}?"
+    return (
+        f"add {split}.jsonl or {split}.parquet, or lay photos of concepts out as concept/train/<name>/0.png, … "
+        "(docs/data.md has an example of each)"
+    )
 
 
 def _split_of(file: Path) -> str | None:
@@ -167,24 +182,30 @@ def _check_complete(shards: Sequence[Path]) -> None:
         )
 
 
-def _json_part(path: Path, root: Path) -> Part:
+def _json_part(path: Path, root: Path, faults: Faults) -> Part:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as UTF-8 text ({error}); rewrite it in UTF-8") from error
+    found: list[tuple[int, Any]] = []
     if path.suffix == ".json" and text.lstrip()[:1] == "[":
-        found = list(enumerate(_parsed(text, str(path))))
         unit = "entry"
+        found += enumerate(_parsed(text, str(path)))
     else:  # a .json of one object per line is what some tools write
-        lines = text.split("\n")
-        found = [(i, _parsed(line, f"{path}, line {i}")) for i, line in enumerate(lines, 1) if line.strip()]
         unit = "line"
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                with faults.here():
+                    found.append((number, _parsed(line, f"{path}, line {number}")))
+    usable: list[tuple[int, Mapping[str, Any]]] = []
     for number, row in found:
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, {unit} {number}: expected an object of columns, got {type(row).__name__}")
-    rows: list[Mapping[str, Any]] = [row for _, row in found]
+        with faults.here():
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, {unit} {number}: expected an object of columns, got {type(row).__name__}")
+            usable.append((number, row))
+    rows = [row for _, row in usable]
     columns = tuple(dict.fromkeys(name for row in rows for name in row))
-    return Part(path.name, _stamp(path), root, columns, rows, unit, [number for number, _ in found])
+    return Part(path.name, _stamp(path), root, columns, rows, unit, [number for number, _ in usable])
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -206,7 +227,7 @@ def _saved(folder: Path, split: str, root: Path) -> Part:
         raise DataError(f"{folder}: not readable as a saved data set ({error}); save it again") from error
     splits = found if isinstance(found, DatasetDict) else {str(found.split or split): found}
     if split not in splits:
-        raise DataError(f"{folder}: has no split {split!r}; it has {sorted(map(str, splits))}")
+        raise NoSplitError(f"{folder}: has no split {split!r}; it has {sorted(map(str, splits))}")
     return _arrow(splits[split], folder.name, root)
 
 
@@ -216,6 +237,8 @@ def _from_hub(match: re.Match[str], split: str, image_folder: Path | None) -> Pa
     try:
         found = load_dataset(match["name"], match["config"], split=split, revision=match["revision"])
     except Exception as error:  # of the network, the hub, its builder or its files
+        if isinstance(error, ValueError) and "nknown split" in str(error):
+            raise NoSplitError(f"{match[0]}: has no split {split!r} ({error})") from error
         raise DataError(
             f"{match[0]}: no such file or folder here, and as a data set on the hub, split {split!r}, it could not be "
             f"loaded ({type(error).__name__}: {error}); check the name, or download it where there is a network and "

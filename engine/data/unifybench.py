@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, shown
+from .faults import STRICT, Faults
 from .unifybench_files import (
+    PICTURE_SUFFIXES,
     Question,
     captions,
     lists_of_texts,
@@ -77,39 +79,66 @@ class Concept:
     """What is drawn at once."""
 
 
-def read_concepts(root: Path, split: Split, *, identities: bool = False) -> list[Concept]:
+def read_concepts(root: Path, split: Split, *, identities: bool = False, faults: Faults = STRICT) -> list[Concept]:
     """One side of every concept; `identities`: with what its training photos show alike.
 
     Raises:
         DataError: a required file is missing, or an entry cannot be used; names the file, the entry and the remedy.
     """
-    folders, training = _folders(root), split == "train"
-    albums = {folder.name: photos(root, folder.train if training else folder.test) for folder in folders}
+    folders, training = _folders(root, faults), split == "train"
+    albums: dict[str, tuple[Path, ...]] = {}
+    for folder in folders:
+        albums[folder.name] = ()
+        with faults.here():
+            albums[folder.name] = photos(root, folder.train if training else folder.test)
     found = []
     for folder in folders:
-        if training and not albums[folder.name]:
-            raise DataError(f"{folder.train}: has no pictures; add the concept's photos as 0.png, 1.png, …")
-        lists, place = folder.conditions(held_out=not training)
-        concept = Concept(
-            name=folder.name,
-            kind=folder.kind,
-            photos=albums[folder.name],
-            reasoning=_reasoning(lists, place),
-            questions=_training_questions(folder, albums) if training else _held_out_questions(folder, albums),
-            identity=folder.identity() if identities else None,
-            drawings=_drawings(lists, place, [] if training else folder.shared_prompts()),
-        )
-        if training and not any((*concept.reasoning.values(), concept.questions, *concept.drawings.values())):
-            raise DataError(f"{folder.train}: nothing to train on; add conversations.json or t2i_conditions.json")
-        found.append(concept)
+        with faults.here():
+            found.append(_concept(folder, albums, training, identities))
     return found
 
 
-def read_general(root: Path, split: Split) -> tuple[list[Asked], Requests]:
+def _concept(folder: _Folder, albums: Mapping[str, tuple[Path, ...]], training: bool, identities: bool) -> Concept:
+    if training and not albums[folder.name]:
+        raise DataError(f"{folder.train}: has no pictures; {folder.photos_wanted()}")
+    num_faults = len(folder.faults.found)
+    lists: Mapping[str, list[str]] = {}
+    place = folder.train
+    with folder.faults.here():
+        lists, place = folder.conditions(held_out=not training)
+    shared: list[str] = []
+    with folder.faults.here():
+        shared = [] if training else folder.shared_prompts()
+    concept = Concept(
+        name=folder.name,
+        kind=folder.kind,
+        photos=albums[folder.name],
+        reasoning=_reasoning(lists, place),
+        questions=_training_questions(folder, albums) if training else _held_out_questions(folder, albums),
+        identity=folder.identity() if identities else None,
+        drawings=_drawings(lists, place, shared),
+    )
+    empty = training and not any((*concept.reasoning.values(), concept.questions, *concept.drawings.values()))
+    if empty and len(folder.faults.found) == num_faults:
+        raise DataError(
+            f"{folder.train}: nothing to train on; add conversations.json, or t2i_conditions.json with the list "
+            f"{PAIRS['rea'][0]!r} and its 'explicit_' one{_lists_found(lists)}"
+        )
+    return concept
+
+
+def _lists_found(lists: Mapping[str, list[str]]) -> str:
+    return f"; found lists {sorted(lists)}" if lists else ""
+
+
+def read_general(root: Path, split: Split, faults: Faults = STRICT) -> tuple[list[Asked], Requests]:
     """Questions about pictures that show no concept, and captions to draw: `general/<split>/{vqa,captions}.json`."""
     folder = root / "general" / split
-    asked, shows = questions(root, folder / "vqa.json"), picture_attributes(folder)
-    requests = [Request(said, said, shows.get(name)) for said, name in captions(folder / "captions.json")]
+    asked = questions(root, folder / "vqa.json", faults=faults)
+    requests: list[Request] = []
+    with faults.here():
+        shows = picture_attributes(folder)
+        requests = [Request(said, said, shows.get(name)) for said, name in captions(folder / "captions.json", faults)]
     return [("general_vqa", question) for question in asked], {"general_image": requests}
 
 
@@ -123,6 +152,13 @@ class _Folder:
     root: Path
     name: str
     info: Mapping[str, Any]
+    faults: Faults
+
+    def photos_wanted(self) -> str:
+        """The remedy for a folder without photos: what lies there instead is named."""
+        other = sorted(path.name for path in self.train.iterdir() if path.suffix.lower() not in ("", ".json"))
+        found = f"found {', '.join(other[:3])}, whose suffix is not one of {' '.join(sorted(PICTURE_SUFFIXES))}; "
+        return (found if other else "") + "add the concept's photos as 0.png, 1.png, …"
 
     @property
     def train(self) -> Path:
@@ -131,6 +167,9 @@ class _Folder:
     @property
     def test(self) -> Path:
         return self.root / "concept" / "test" / self.name
+
+    def questions(self, path: Path, base: Path | None = None) -> list[Question]:
+        return questions(self.root, path, base=base, faults=self.faults)
 
     @property
     def kind(self) -> str | None:
@@ -184,7 +223,7 @@ class _Folder:
         return num_items - held_out
 
 
-def _folders(root: Path) -> list[_Folder]:
+def _folders(root: Path, faults: Faults) -> list[_Folder]:
     """The concepts of a folder: those that concepts_list.json names, else every folder in concept/train."""
     parent, listed = root / "concept" / "train", root / "concepts_list.json"
     if not parent.is_dir():
@@ -194,14 +233,20 @@ def _folders(root: Path) -> list[_Folder]:
         raise DataError(f"{listed if listed.is_file() else parent}: names no concept; add one folder per concept")
     found = []
     for name in names:
-        if Path(name).name != name or name in ("", ".", "..") or not os.path.isdir(parent / name):
-            raise DataError(f"{listed}: there is no folder {shown(str(parent / name), 300)}; add it or drop the name")
-        info = parent / name / "info.json"
-        contents = read_json(info) if info.is_file() else {}
-        if not isinstance(contents, Mapping):
-            raise DataError(f"{info}: expected an object, got {type(contents).__name__}")
-        found.append(_Folder(root, name, contents))
+        with faults.here():
+            found.append(_Folder(root, name, _info(parent, name, listed), faults))
     return found
+
+
+def _info(parent: Path, name: str, listed: Path) -> Mapping[str, Any]:
+    """What a concept's info.json says; {} without one."""
+    if Path(name).name != name or name in ("", ".", "..") or not os.path.isdir(parent / name):
+        raise DataError(f"{listed}: there is no folder {shown(str(parent / name), 300)}; add it or drop the name")
+    info = parent / name / "info.json"
+    contents = read_json(info) if info.is_file() else {}
+    if not isinstance(contents, Mapping):
+        raise DataError(f"{info}: expected an object, got {type(contents).__name__}")
+    return contents
 
 
 # What is to be drawn --------------------------------------------------------------------------------------------------
@@ -248,17 +293,17 @@ def _requests(folder: Path, name: str, texts: Sequence[str], targets: Sequence[s
 
 
 def _training_questions(folder: _Folder, albums: Mapping[str, tuple[Path, ...]]) -> list[Asked]:
-    found = [(task, q) for task, name in TRAINING_FILES.items() for q in questions(folder.root, folder.train / name)]
+    found = [(task, q) for task, name in TRAINING_FILES.items() for q in folder.questions(folder.train / name)]
     found = [("qa" if q.image is None else task, q) for task, q in found]
     return found + [("rec", q) for q in _recognition_training(folder, albums)]
 
 
 def _held_out_questions(folder: _Folder, albums: Mapping[str, tuple[Path, ...]]) -> list[Asked]:
     root = folder.root
-    found = [("vqa" if q.image else "qa", q) for q in questions(root, folder.test / "vqa.json")]
-    found += [("qa", q) for q in questions(root, folder.test / "text_only.json")]
-    found += [("rec", q) for q in questions(root, folder.test / "rec.json")]
-    generated = questions(root, root / "test_data" / f"{folder.name}.json", base=root)
+    found = [("vqa" if q.image else "qa", q) for q in folder.questions(folder.test / "vqa.json")]
+    found += [("qa", q) for q in folder.questions(folder.test / "text_only.json")]
+    found += [("rec", q) for q in folder.questions(folder.test / "rec.json")]
+    generated = folder.questions(root / "test_data" / f"{folder.name}.json", base=root)
     have = {task for task, _ in found}
     found += [(task, q) for q in generated if (task := TEST_KINDS.get(q.kind, "choice")) not in have]
     if all(task != "rec" for task, _ in found):
@@ -298,7 +343,7 @@ def _recognition_test(folder: _Folder, albums: Mapping[str, tuple[Path, ...]]) -
 
 
 def _recognitions(folder: _Folder, kind: str) -> list[Question]:
-    return questions(folder.root, folder.train / f"{kind}_recognitions.json")
+    return folder.questions(folder.train / f"{kind}_recognitions.json")
 
 
 def _others(folder: _Folder, albums: Mapping[str, tuple[Path, ...]]) -> Sequence[Path]:

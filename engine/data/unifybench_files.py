@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, shown
+from .faults import STRICT, Faults
 
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def _picture(root: Path, folder: Path, name: Any, where: str) -> Path:
     return inside(root, folder / name, where)  # raises, naming what is wrong
 
 
-def questions(root: Path, path: Path, *, base: Path | None = None) -> list[Question]:
+def questions(root: Path, path: Path, *, base: Path | None = None, faults: Faults = STRICT) -> list[Question]:
     """Every question of a file, in order; an absent file has none.
 
     Understood: `{image: [{query, answer}]}` with the key `text_only` for those without a picture, `[{image?, query,
@@ -90,10 +91,16 @@ def questions(root: Path, path: Path, *, base: Path | None = None) -> list[Quest
     """
     if not path.is_file():
         return []
-    return [_question(root, base or path.parent, image, entry, where) for image, entry, where in _entries(path)]
+    found = []
+    with faults.here():
+        for image, entry, where in _entries(path):
+            with faults.here():
+                found.append(_question(root, base or path.parent, image, entry, where))
+    return found
 
 
-def _entries(path: Path) -> Iterator[tuple[Any, Mapping[str, Any], str]]:
+def _entries(path: Path) -> Iterator[tuple[Any, Any, str]]:
+    """Picture's name, entry, and where it stands."""
     contents = read_json(path)
     if isinstance(contents, Mapping):
         rows = [(image, entry) for image, value in contents.items() for entry in _as_list(value)]
@@ -101,17 +108,16 @@ def _entries(path: Path) -> Iterator[tuple[Any, Mapping[str, Any], str]]:
     else:
         rows = [(entry.get("image") if isinstance(entry, Mapping) else None, entry) for entry in _as_list(contents)]
     for index, (image, entry) in enumerate(rows):
-        where = f"{path}, entry {index}"
-        if not isinstance(entry, Mapping):
-            raise DataError(f"{where}: expected an object with 'query' and 'answer', got {type(entry).__name__}")
-        yield image, entry, where
+        yield image, entry, f"{path}, entry {index}"
 
 
 def _as_list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _question(root: Path, folder: Path, image: Any, entry: Mapping[str, Any], where: str) -> Question:
+def _question(root: Path, folder: Path, image: Any, entry: Any, where: str) -> Question:
+    if not isinstance(entry, Mapping):
+        raise DataError(f"{where}: expected an object with 'query' and 'answer', got {type(entry).__name__}")
     turns = entry.get("conversations")
     if isinstance(turns, list) and len(turns) >= 2 and all(isinstance(turn, Mapping) for turn in turns):
         entry = {**entry, "query": turns[0].get("value"), "answer": turns[1].get("value")}
@@ -155,7 +161,7 @@ def lists_of_texts(path: Path, alone: str) -> dict[str, list[str]]:
     return dict(contents)
 
 
-def captions(path: Path) -> list[tuple[str, str]]:
+def captions(path: Path, faults: Faults = STRICT) -> list[tuple[str, str]]:
     """Caption and picture's name (`None` where it has none) of each entry; an absent file has none."""
     entries = read_json(path) if path.is_file() else []
     if not isinstance(entries, list):
@@ -163,9 +169,10 @@ def captions(path: Path) -> list[tuple[str, str]]:
     found = []
     for index, entry in enumerate(entries):
         caption = entry.get("caption") if isinstance(entry, Mapping) else None
-        if not isinstance(caption, str) or not caption.strip():
-            raise DataError(f"{path}, entry {index}: column 'caption' must be text, got {shown(caption)}")
-        found.append((caption, str(entry.get("image"))))
+        with faults.here():
+            if not isinstance(caption, str) or not caption.strip():
+                raise DataError(f"{path}, entry {index}: column 'caption' must be text, got {shown(caption)}")
+            found.append((caption, str(entry.get("image"))))
     return found
 
 

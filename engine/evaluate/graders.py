@@ -39,8 +39,8 @@ AT_ONCE = 32
 """Images or questions between two writes to the disk."""
 
 Entry = TypeVar("Entry")
-Values = dict[str, dict[str, list[float | None]]]
-"""task -> metric -> one value per item; None where the grader had no answer."""
+Values = dict[str, dict[str, list[tuple[str, float | None]]]]
+"""task -> metric -> an item's id and its value, of each trajectory; None where the grader had no answer."""
 
 
 class Clip(Protocol):
@@ -164,7 +164,7 @@ def grade(items: Sequence[Item], folder: Path, graders: Graders) -> tuple[Values
             left_out[metric] = missing or str(error)
             continue
         for item, task in wanted:
-            values.setdefault(task, {}).setdefault(metric, []).append(found[item.key])
+            values.setdefault(task, {}).setdefault(metric, []).append((item.prompt.id, found[item.key]))
     return values, left_out
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -17,9 +17,11 @@ from ..records import Prompt, Rollout
 from ..rewards.judge.attribute_judge import AttributeScorer
 from ..rewards.reward import columns_for
 from ..rollout.sampler import RolloutEngine, Sampling
+from ..show.measured import PER_ITEM, Measured
+from ..show.scores import GENERAL, SUMMARY, shown_as
 from .drawing import Draw, drawer, texts_alone
-from .measures import attribute_metrics, mean
-from .tasks import GENERAL, image_task, needs_image, needs_text, text_scores
+from .measures import attribute_metrics
+from .tasks import image_task, needs_image, needs_text, text_scores
 
 Identity = Callable[..., Sequence[float | None]]
 """`IdentityReward`, or anything with its keyword signature."""
@@ -42,47 +44,100 @@ class Made(Protocol):
 One = TypeVar("One", bound=Made)
 Read = Callable[[Tensor], Sequence[Mapping[str, str]]]
 """Images [n, 3, H, W] in [0, 1] to what each shows, attribute -> value."""
-Score = Callable[[Sequence[Rollout], Sequence[Rollout]], Scores]
+Score = Callable[[Sequence[Rollout], Sequence[Rollout]], "dict[str, TaskScores]"]
 """Greedy and sampled trajectories to what is measured of them."""
+Parts = dict[str, list[str]]
+"""A number of the summary -> the scores, `task/metric`, that it is the mean of."""
 
 
-def summary(scores: Scores) -> dict[str, float]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScores:
+    """What was measured of one task, item by item."""
+
+    num_items: int
+    """That were asked; a measure may apply to fewer."""
+    measures: dict[str, Measured]
+    """By metric; `score/greedy` and `score/sampled` are the main ones, in [0, 1]."""
+
+
+def values_of(tasks: Mapping[str, TaskScores]) -> Scores:
+    """task -> metric -> mean over items, and `num_items`."""
+    return {
+        task: {"num_items": float(of.num_items), **{name: one.value for name, one in of.measures.items()}}
+        for task, of in tasks.items()
+    }
+
+
+def summary(scores: Scores) -> Parts:
     """A dozen numbers from a hundred: means of main scores over tasks, every task counting once.
 
-    `understanding/{greedy,sampled}`: tasks scored by their text.  `image/<scorer>`: share of attributes right, over
-    tasks scored by their image; `image/{identity,clip_t,clip_i,clauses}` likewise.  General tasks are kept apart, as
-    `general_vqa/…` and `general_image/…`.  What cannot be computed is absent.
+    `understanding/{greedy,sampled}`: tasks scored by their text, recognition among them.  `image/all_right/<scorer>`:
+    share of whole drawings right, over tasks scored by their image; `image/<scorer>`: share of attributes right;
+    `image/{identity,clip_t,clip_i,clauses}` likewise.  General tasks are kept apart, as `general_vqa/…` and
+    `general_image/…`.  What cannot be computed is absent.
     """
-    kept: dict[str, list[float]] = {}
+    parts: dict[str, list[str]] = {}
     for task, metrics in scores.items():
         is_text = "score/greedy" in metrics or "accuracy/sampled" in metrics
         family = task if task in GENERAL else ("understanding" if is_text else "image")
-        for name, value in metrics.items():
+        for name in metrics:
             head, _, how = name.partition("/")
             if (is_text and head == "score") or head == "attributes":
-                kept.setdefault(f"{family}/{how}", []).append(value)
-            elif name in ("identity", "clip_t", "clip_i", "clauses"):
-                kept.setdefault(f"{family}/{name}", []).append(value)
-    finite = {name: [value for value in values if math.isfinite(value)] for name, values in kept.items()}
-    return {name: sum(values) / len(values) for name, values in sorted(finite.items()) if values}
+                parts.setdefault(f"{family}/{how}", []).append(f"{task}/{name}")
+            elif head == "all_right" or name in ("identity", "clip_t", "clip_i", "clauses"):
+                parts.setdefault(f"{family}/{name}", []).append(f"{task}/{name}")
+    return dict(sorted(parts.items()))
+
+
+def means(scores: Scores, parts: Parts) -> dict[str, float]:
+    """The mean of the finite scores that `parts` names; what has none is absent."""
+    flat = {f"{task}/{name}": value for task, metrics in scores.items() for name, value in metrics.items()}
+    finite = {name: [flat[part] for part in some if math.isfinite(flat[part])] for name, some in parts.items()}
+    return {name: math.fsum(values) / len(values) for name, values in finite.items() if values}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """Scores of one model, and some of what it said and drew."""
 
-    scores: Scores
-    """By task; `score/greedy` and `score/sampled` are the main ones, in [0, 1]; `num_items` is how many were asked."""
+    tasks: dict[str, TaskScores]
+    """By task."""
     examples: dict[str, list[Rollout]]
     """By prompt task: some of the sampled rollouts (texts and images)."""
     readings: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
     """By prompt task: what each example's image shows, attribute -> value; {} where nothing reads it."""
-    summarise: Callable[[Scores], dict[str, float]] = summary
+    summarise: Callable[[Scores], Parts] = summary
+
+    @property
+    def scores(self) -> Scores:
+        """Every metric's mean over items; `num_items` is how many were asked."""
+        return values_of(self.tasks)
 
     @property
     def summary(self) -> dict[str, float]:
         """Means over tasks, see `summary`."""
-        return self.summarise(self.scores)
+        scores = self.scores
+        return means(scores, self.summarise(scores))
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """Scores and summary under flat names, and what scores.json keeps of single items: `show.scores.Scores`."""
+        return table_of(self.tasks, self.summarise)
+
+
+def table_of(tasks: Mapping[str, TaskScores], summarise: Callable[[Scores], Parts] = summary) -> dict[str, Any]:
+    """`Evaluation.table` of what was measured; of single items it keeps what a table shows."""
+    scores = values_of(tasks)
+    parts = summarise(scores)
+    flat: dict[str, Any] = {f"{task}/{name}": v for task, metrics in scores.items() for name, v in metrics.items()}
+    flat |= {f"{SUMMARY}/{name}": value for name, value in means(scores, parts).items()}
+    measured = {f"{task}/{name}": one for task, of in tasks.items() for name, one in of.measures.items()}
+    kept = {name: one.to_json() for name, one in measured.items() if one.by_item and shown_as(name, flat)}
+    for name, some in parts.items():
+        finite = [part for part in some if part in kept]
+        if finite and f"{SUMMARY}/{name}" in flat:
+            kept[f"{SUMMARY}/{name}"] = {"mean_of": finite}
+    return {**flat, PER_ITEM: kept}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +152,7 @@ class Evaluator:
     """What is measured."""
     asked: Callable[[Prompt], bool] = needs_text
     """Whether an item's text is also drawn greedily."""
-    summarise: Callable[[Scores], dict[str, float]] = summary
+    summarise: Callable[[Scores], Parts] = summary
     num_examples: int = 4
     """Rollouts that are kept of a task."""
     read: Read | None = None
@@ -122,7 +177,7 @@ class Evaluator:
         # Spread over the group, which is in the order of concepts.
         examples = {task: group[:: max(1, len(group) // most)][:most] for task, group in groups.items()}
         return Evaluation(
-            scores=self.score(greedy, sampled),
+            tasks=self.score(greedy, sampled),
             examples=examples,
             readings={task: self._readings(group) for task, group in examples.items()},
             summarise=self.summarise,
@@ -162,47 +217,52 @@ def score_rollouts(
     *,
     image_scorers: Mapping[str, AttributeScorer] | None = None,
     identity: Identity | None = None,
-) -> Scores:
+) -> dict[str, TaskScores]:
     """Every metric that needs no other model, by task.
 
     Args:
         greedy: trajectories whose text was drawn greedily, for the metrics `…/greedy`; their images do not count.
         sampled: trajectories for the texts' metrics `…/sampled` and for the images' metrics.
-        image_scorers: readers of attributes by name, most trusted first, e.g. `{"checker": …, "cnn": …}`.
+        image_scorers: readers of attributes by name, e.g. `{"checker": …, "cnn": …}`.
         identity: similarity to the concept's held-out photos.
     """
-    scores: Scores = {}
+    tasks: dict[str, TaskScores] = {}
     for task, group in grouped([*sampled, *greedy], lambda rollout: rollout.prompt.task).items():
-        scores.setdefault(task, {})["num_items"] = float(len({rollout.prompt.id for rollout in group}))
-    _add_texts(scores, greedy, "greedy")
-    _add_texts(scores, [rollout for rollout in sampled if needs_text(rollout.prompt)], "sampled")
+        tasks[task] = TaskScores(num_items=_count(group), measures={})
+    _add_texts(tasks, greedy, "greedy")
+    _add_texts(tasks, [rollout for rollout in sampled if needs_text(rollout.prompt)], "sampled")
     drawn = [rollout for rollout in sampled if needs_image(rollout.prompt)]
     for task, group in grouped(drawn, lambda rollout: image_task(rollout.prompt)).items():
-        count = float(len({rollout.prompt.id for rollout in group}))
-        scores.setdefault(task, {"num_items": count}).update(_image_scores(group, image_scorers or {}, identity))
-    return scores
+        of = tasks.setdefault(task, TaskScores(num_items=_count(group), measures={}))
+        of.measures.update(_image_scores(group, image_scorers or {}, identity))
+    return tasks
 
 
-def _add_texts(scores: Scores, rollouts: Sequence[Made], how: str) -> None:
+def _count(rollouts: Sequence[Made]) -> int:
+    return len({rollout.prompt.id for rollout in rollouts})
+
+
+def _add_texts(tasks: Mapping[str, TaskScores], rollouts: Sequence[Made], how: str) -> None:
     for task, group in grouped(rollouts, lambda rollout: rollout.prompt.task).items():
         found = text_scores(task, [rollout.prompt for rollout in group], [rollout.text for rollout in group])
-        scores[task].update({f"{name}/{how}": value for name, value in found.items()})
+        tasks[task].measures.update({f"{name}/{how}": one for name, one in found.items()})
 
 
 def _image_scores(
     rollouts: Sequence[Made], scorers: Mapping[str, AttributeScorer], identity: Identity | None
-) -> dict[str, float]:
+) -> dict[str, Measured]:
     """Metrics of one task's images; the main score is the first scorer's attributes, else identity."""
     readable = [rollout for rollout in rollouts if rollout.image is not None and rollout.prompt.attributes]
     found = attribute_metrics(
+        [rollout.prompt.id for rollout in readable],
         scorers,
         [rollout.image for rollout in readable if rollout.image is not None],
         [rollout.prompt.attributes or {} for rollout in readable],
     )
     if identity is not None:
         prompts, texts, images = zip(*((one.prompt, one.text, one.image) for one in rollouts), strict=True)
-        likeness = mean(identity(**columns_for(prompts, texts, images)))
-        if likeness is not None:
+        likeness = Measured.of([prompt.id for prompt in prompts], identity(**columns_for(prompts, texts, images)))
+        if likeness.by_item:
             found["identity"] = likeness
     main = next(
         (found[f"attributes/{name}"] for name in scorers if f"attributes/{name}" in found), found.get("identity")

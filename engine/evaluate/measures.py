@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..rewards.builtin.text import normalise
 from ..rewards.judge.attribute_judge import AttributeScorer
+from ..show.measured import Measured
 
 
 def accuracy(answer: str, text: str) -> float:
@@ -36,50 +37,48 @@ def verdict(text: str) -> str | None:
     )
 
 
-def weighted_recall(answers: Sequence[str], texts: Sequence[str]) -> float:
+def weighted_recall(ids: Sequence[str], answers: Sequence[str], texts: Sequence[str]) -> Measured:
     """(yes-recall + no-recall) / 2, so that always saying yes scores .5; the recall of one kind where only it is
     asked."""
-    recalls = []
-    for kind in ("yes", "no"):
-        said = [verdict(text) for answer, text in zip(answers, texts, strict=True) if verdict(answer) == kind]
-        if said:
-            recalls.append(sum(word == kind for word in said) / len(said))
-    return sum(recalls) / len(recalls) if recalls else float("nan")
+    kinds = [verdict(answer) for answer in answers]
+    said = [float(verdict(text) == kind) for kind, text in zip(kinds, texts, strict=True)]
+    return Measured.of(ids, said, kinds, chance=0.5)
 
 
 def attribute_metrics(
-    scorers: Mapping[str, AttributeScorer], images: Sequence[Tensor], wanted: Sequence[Mapping[str, str]]
-) -> dict[str, float]:
-    """`attributes/<scorer>`: mean share of named attributes that are right; `all_right/<scorer>`: share of images where
-    all are; `<attribute>/<scorer>`: share right of each.
+    ids: Sequence[str],
+    scorers: Mapping[str, AttributeScorer],
+    images: Sequence[Tensor],
+    wanted: Sequence[Mapping[str, str]],
+) -> dict[str, Measured]:
+    """`attributes/<scorer>`: share of a drawing's named attributes that are right; `all_right/<scorer>`: 1 where all
+    are; `<attribute>/<scorer>`: 1 where that one is.
 
     Args:
+        ids: n items that the images are of; an item may have several.
         scorers: by name, e.g. `checker` and an independent `cnn`.
         images: n of [3, H, W] in [0, 1].
         wanted: n mappings, none of them empty.
     """
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Measured] = {}
     if not images:
         return metrics
     names = sorted({name for attributes in wanted for name in attributes})
     for scorer_name, scorer in scorers.items():
         hits_nA = _hits(scorer_name, scorer, images, wanted)
-        metrics[f"attributes/{scorer_name}"] = float(hits_nA.nanmean(1).mean())
-        metrics[f"all_right/{scorer_name}"] = float((hits_nA.nan_to_num(nan=1.0) == 1.0).all(1).float().mean())
+        whole_n = (hits_nA.nan_to_num(nan=1.0) == 1.0).all(1).double()
+        metrics[f"attributes/{scorer_name}"] = Measured.of(ids, hits_nA.nanmean(1).tolist())
+        metrics[f"all_right/{scorer_name}"] = Measured.of(ids, whole_n.tolist())
         for name in names:  # asked for one at a time, since the order of a scorer's columns is its own
             only = [{name: attributes[name]} if name in attributes else {} for attributes in wanted]
-            metrics[f"{name}/{scorer_name}"] = float(_hits(scorer_name, scorer, images, only).nanmean())
+            metrics[f"{name}/{scorer_name}"] = Measured.of(
+                ids, _hits(scorer_name, scorer, images, only).nanmean(1).tolist()
+            )
     return metrics
 
 
 def _hits(name: str, scorer: AttributeScorer, images: Sequence[Tensor], wanted: Sequence[Mapping[str, str]]) -> Tensor:
-    hits_nA = scorer(torch.stack(list(images)), wanted).float().cpu()
+    hits_nA = scorer(torch.stack(list(images)), wanted).double().cpu()
     if hits_nA.ndim != 2 or hits_nA.shape[0] != len(images):
         raise ValueError(f"evaluate: scorer {name!r} must give [{len(images)}, attributes], got {tuple(hits_nA.shape)}")
     return hits_nA
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of what is there; None when nothing is."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

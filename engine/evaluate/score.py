@@ -9,31 +9,36 @@ A metric that could not be computed is named as left out; it is never 0.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from ..errors import EvaluationError
 from ..pictures import open_picture, to_tensor
 from ..records import Prompt
 from ..rewards.judge.attribute_judge import AttributeScorer
-from ..show.scores import TASKS, show_score
+from ..show.intervals import Interval, intervals_of
+from ..show.measured import PER_ITEM, Measured, dumps
+from ..show.scores import INDEPENDENT, TASKS, chance_mark, show_interval, show_score
 from ..whole_files import write_atomically
 from .graders import Graders, grade
-from .held_out import Scores, score_rollouts, summary
+from .held_out import Scores, TaskScores, means, score_rollouts, summary, table_of, values_of
 from .manifest import read_manifest
-from .measures import mean
 from .store import Item, Store
 from .tasks import PUBLISHED, needs_text
 
 SCORES, TABLE = "scores.json", "scores.md"
+INTERVALS = "in brackets: 95 % intervals, Wilson's for shares of whole items, else by bootstrap over items"
 
 LABELS = {
+    "all_right": "all attributes right",
+    "attributes": "share of attributes right",
     "score": "main score",
     "recall": "weighted recall",
     "bleu": "character BLEU",
@@ -44,24 +49,32 @@ LABELS = {
     "clip_t": "CLIP-T",
     "clip_i": "CLIP-I",
     "clauses": "share of clauses (judge)",
-    "attributes": "attributes right",
+    "identity": "likeness (own tower)",
 }
-"""Metrics in words; another name is shown as it is."""
-ORDER = (*LABELS, "identity")
+"""Metrics in words, whole drawings before their attributes; another name is shown as it is."""
+
+
+MAIN = ("recall", "words", "accuracy", "bleu")
+"""What a text task's main score may be (tasks.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What stage 2 found."""
 
-    scores: Scores
-    """task -> metric -> value; text metrics as `bleu/greedy`, `bleu/sampled`."""
+    tasks: dict[str, TaskScores]
+    """task -> metric -> value of each item; text metrics as `bleu/greedy`, `bleu/sampled`."""
     left_out: dict[str, str]
     """`task/metric` or metric -> why it is not there."""
 
     @property
+    def scores(self) -> Scores:
+        """task -> metric -> mean over items."""
+        return values_of(self.tasks)
+
+    @property
     def summary(self) -> dict[str, float]:
-        return summary(self.scores)
+        return means(self.scores, summary(self.scores))
 
 
 def score_folder(
@@ -79,20 +92,22 @@ def score_folder(
     """
     graders = graders or Graders()
     items = read_complete(folder)
-    scores = score_rollouts(*read_items(items, folder, with_images=bool(image_scorers)), image_scorers=image_scorers)
+    tasks = score_rollouts(*read_items(items, folder, with_images=bool(image_scorers)), image_scorers=image_scorers)
     values, left_out = grade(items, folder, graders)
     for task, metrics in values.items():
         for metric, found in metrics.items():
-            value = mean(found)
-            if value is not None:
-                scores.setdefault(task, {})[metric] = value
-            lost = sum(one is None for one in found)
+            names, graded = [name for name, _ in found], [value for _, value in found]
+            of = tasks.setdefault(task, TaskScores(num_items=len(set(names)), measures={}))
+            one = Measured.of(names, graded)
+            if one.by_item:
+                of.measures[metric] = one
+            lost = sum(value is None for value in graded)
             if lost:
                 left_out[f"{task}/{metric}"] = f"no verdict for {lost} of {len(found)} items; score again to ask again"
-    for known in scores.values():
-        if "clip_i" in known and not any(name.startswith("score/") for name in known):
-            known["score/sampled"] = known["clip_i"]
-    result = Result(scores=scores, left_out=left_out)
+    for of in tasks.values():
+        if "clip_i" in of.measures and not any(name.startswith("score/") for name in of.measures):
+            of.measures["score/sampled"] = of.measures["clip_i"]
+    result = Result(tasks=tasks, left_out=left_out)
     write_atomically(folder / SCORES, _as_json(result))
     write_atomically(folder / TABLE, markdown(result))
     return result
@@ -139,12 +154,20 @@ def read_items(items: Sequence[Item], folder: Path, *, with_images: bool) -> tup
 
 
 def _as_json(result: Result) -> str:
+    scores, names = result.scores, _shown_names(result)
     finite = {
         task: {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        for task, metrics in result.scores.items()
+        for task, metrics in scores.items()
     }
-    contents = {"scores": finite, "summary": result.summary, "left_out": result.left_out}
-    return json.dumps(contents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    intervals = {name: interval for name, interval in _intervals(result, names).items() if interval is not None}
+    contents = {
+        "scores": finite,
+        "summary": result.summary,
+        "left_out": result.left_out,
+        "intervals": intervals,
+        PER_ITEM: table_of(result.tasks)[PER_ITEM],
+    }
+    return dumps(contents)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -156,44 +179,83 @@ Row = tuple[str, str, str, str, str]
 def rows_of(result: Result) -> list[Row]:
     """Every task's main score and published metrics; a metric that is left out says so."""
     rows = []
-    for task, metrics in result.scores.items():
-        names = {name.partition("/")[0] for name in metrics}
-        told = names | {name.removeprefix(f"{task}/") for name in result.left_out}
-        published = [name for name in PUBLISHED.get(task, ()) if name in told]
-        shown = [name for name in ORDER if name in published or name in ("score", "attributes", *names & _ALWAYS)]
-        for name in shown:
-            for head, greedy, sampled in _values(name, metrics):
-                rows.append((task, f"{metrics.get('num_items', 0):.0f}", _label(head), greedy, sampled))
-            if name in published and name not in names:
-                rows.append((task, f"{metrics.get('num_items', 0):.0f}", _label(name), "left out", "left out"))
+    intervals = _intervals(result, _shown_names(result))
+    for task, of in result.tasks.items():
+        for label, greedy, sampled in _metrics(task, of.measures, result.left_out):
+            cells = [_cell(task, name, of.measures, intervals) for name in (greedy, sampled)]
+            marks = {_mark(of.measures[name], intervals.get(f"{task}/{name}")) for name in (greedy, sampled) if name}
+            if not (greedy or sampled):
+                cells, marks = ["left out", "left out"], set()
+            told = "".join(f" ({mark})" for mark in sorted(marks - {""}))
+            rows.append((task, str(of.num_items), label + told, cells[0], cells[1]))
     return rows
 
 
-_ALWAYS = {"clip_t", "clip_i", "clauses", "judge", "identity"}
+def _metrics(
+    task: str, measures: Mapping[str, Measured], left_out: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    """(label, greedy metric, sampled metric) of what a table shows of a task; neither of what is left out."""
+    names = {name.partition("/")[0] for name in measures}
+    told = names | {name.removeprefix(f"{task}/") for name in left_out}
+    published = [name for name in PUBLISHED.get(task, ()) if name in told]
+    repeats = bool(names & {"all_right", "identity", "clip_i"})  # a drawing's main score is one of them
+    main = _main(measures)
+    always = names & {"all_right", "attributes", "clip_t", "clip_i", "clauses", "judge", "identity"}
+    for name in LABELS:
+        pair = [key if (key := f"{name}/{how}") in measures else "" for how in ("greedy", "sampled")]
+        if name == "score" and name in names and not repeats:
+            yield (f"{_label(name)}: {_label(main)}" if main else _label(name)), pair[0], pair[1]
+        elif name == main:
+            continue
+        elif name in ("all_right", "attributes"):
+            readers = sorted(measures, key=lambda key: not key.endswith(INDEPENDENT))
+            yield from ((_label(key), "", key) for key in readers if key.startswith(f"{name}/"))
+        elif name in published or name in always:
+            if name in measures:
+                # The judge reads the greedy text where there is one.
+                asked = name == "judge" and any(key.endswith("/greedy") for key in measures)
+                pair = [name, ""] if asked else ["", name]
+            yield _label(name), pair[0], pair[1]
 
 
-def _values(name: str, metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """(label, greedy, sampled) of a metric; attributes by each of their readers."""
-    if name == "attributes":
-        return [(key, "", _show(key, metrics)) for key in metrics if key.startswith("attributes/")]
-    if name == "judge" and any(
-        key.endswith("/greedy") for key in metrics
-    ):  # it reads the greedy text where there is one
-        return [(name, _show(name, metrics), "")] if name in metrics else []
-    if name in metrics:
-        return [(name, "", _show(name, metrics))]
-    pair = [_show(f"{name}/{how}", metrics) for how in ("greedy", "sampled")]
-    return [(name, pair[0], pair[1])] if any(pair) else []
+def _main(measures: Mapping[str, Measured]) -> str:
+    """The metric that a text task's main score is; "" where it is none of them."""
+    of = {how: measures[f"score/{how}"] for how in ("greedy", "sampled") if f"score/{how}" in measures}
+    same = (name for name in MAIN if of and all(measures.get(f"{name}/{how}") == one for how, one in of.items()))
+    return next(same, "")
 
 
-def _show(name: str, metrics: Mapping[str, float]) -> str:
-    """A share in per cent, a cosine as it is; "" for what is not there."""
-    if name not in metrics:
+def _shown_names(result: Result) -> list[str]:
+    """`task/metric` of every score that the table shows."""
+    return [
+        f"{task}/{name}"
+        for task, of in result.tasks.items()
+        for _, *pair in _metrics(task, of.measures, result.left_out)
+        for name in pair
+        if name
+    ]
+
+
+def _intervals(result: Result, names: Sequence[str]) -> dict[str, Interval | None]:
+    """95 % of each."""
+    measured = [result.tasks[task].measures[metric] for task, _, metric in (name.partition("/") for name in names)]
+    pairs: list[tuple[list[Measured], list[Measured]]] = [([], [one]) for one in measured]
+    return {name: found.after for name, found in zip(names, intervals_of(pairs), strict=True)}
+
+
+def _cell(task: str, name: str, measures: Mapping[str, Measured], intervals: Mapping[str, Interval | None]) -> str:
+    """A share in per cent, a cosine as it is, with its interval; "" for what is not there."""
+    if not name:
         return ""
-    value = metrics[name]
+    value, unit = measures[name].value, "cosine" if name in ("clip_t", "clip_i") else "%"
     if not math.isfinite(value):
         return show_score(None)
-    return f"{value:.3f}" if name in ("clip_t", "clip_i") else show_score(value)
+    shown = f"{value:.3f}" if unit == "cosine" else show_score(value, unit)
+    return f"{shown} {show_interval(intervals.get(f'{task}/{name}'), unit)}".strip()
+
+
+def _mark(measured: Measured, interval: Interval | None) -> str:
+    return chance_mark(measured.chance, interval) or ""
 
 
 def _label(name: str) -> str:
@@ -207,21 +269,34 @@ def markdown(result: Result) -> str:
     lines += ["| " + " | ".join(row) + " |" for row in rows_of(result)]
     lines += ["", "| mean over tasks | |", "|---|---:|"]
     lines += [f"| {name} | {show_score(value)} |" for name, value in result.summary.items()]
+    lines += ["", INTERVALS]
     if result.left_out:
         lines += ["", "Left out:", ""] + [f"- {name}: {reason}" for name, reason in result.left_out.items()]
     return "\n".join(lines) + "\n"
 
 
-def rich_table(result: Result) -> Table:
-    """The same rows for a terminal."""
-    table = Table(
-        title="scores", caption="\n".join(f"left out: {name}: {why}" for name, why in result.left_out.items())
-    )
-    for column in ("task", "items", "metric", "greedy", "sampled"):
-        table.add_column(column, justify="right" if column in ("items", "greedy", "sampled") else "left")
+WIDTHS = (42, 18, 18)
+"""Of the terminal's columns: with the gaps between them, 80 characters."""
+
+
+def rich_table(result: Result) -> Group:
+    """The same rows for a terminal, the metrics of each task below its name; 80 characters wide."""
+    under = _lines()
+    under.add_row(*(Text(name, "dim") for name in ("metric", "greedy", "sampled")))
+    lines: list[Text | Table] = [Text("Scores", "bold"), under]
     before = ""
-    for task, count, metric, greedy, sampled in rows_of(result):
-        label = TASKS.get(task, task.replace("_", " "))
-        table.add_row(label if task != before else "", count if task != before else "", metric, greedy, sampled)
+    for task, count, *cells in rows_of(result):
+        if task != before:
+            under = _lines()
+            lines += [Text(f"{TASKS.get(task, task.replace('_', ' '))} ({count} items)", "bold"), under]
+        under.add_row(Text(f"  {cells[0]}"), *map(Text, cells[1:]))
         before = task
+    notes = [INTERVALS, *(f"left out: {name}: {why}" for name, why in result.left_out.items())]
+    return Group(*lines, *(Text(note, "dim") for note in notes))
+
+
+def _lines() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0), width=sum(WIDTHS) + 2)
+    for place, width in enumerate(WIDTHS):
+        table.add_column(justify="right" if place else "left", width=width, no_wrap=bool(place))
     return table

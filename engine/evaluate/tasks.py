@@ -20,13 +20,12 @@ from collections.abc import Mapping, Sequence
 from ..records import Prompt, SegmentKind
 from ..rewards.builtin.accuracy import AccuracyReward
 from ..rewards.builtin.format import format_reward
-from ..rewards.builtin.text import char_bleu
-from .measures import accuracy, mean, weighted_recall, words_in_place
+from ..rewards.builtin.text import char_bleu, normalise
+from ..show.measured import Measured
+from .measures import accuracy, weighted_recall, words_in_place
 
 IMAGE_OF = {"rea": "rea_gen", "dense_rea": "dense_rea_gen"}
 """Chained tasks: the name that their images are scored under."""
-GENERAL = frozenset({"general_vqa", "general_image"})
-"""Kept out of the two summaries of personalised skill, and reported beside them."""
 SHORT_ANSWER = 3
 """Words up to which an answer is expected to come back exactly."""
 
@@ -68,7 +67,21 @@ def image_task(prompt: Prompt) -> str:
     return IMAGE_OF.get(prompt.task, prompt.task)
 
 
-def text_scores(task: str, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
+def chance_of(prompts: Sequence[Prompt]) -> float | None:
+    """The share of answers that guessing gets right: one of the options that are shown, yes or no; None where some
+    answers are open."""
+    shares = [_chance(prompt) for prompt in prompts]
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known and len(known) == len(shares) else None
+
+
+def _chance(prompt: Prompt) -> float | None:
+    if prompt.options and (prompt.qa_type == "MC" or all(option in prompt.text for option in prompt.options)):
+        return 1.0 / len(prompt.options)
+    return 0.5 if normalise(prompt.answer or "") in ("yes", "no") else None
+
+
+def text_scores(task: str, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, Measured]:
     """Metrics of one task's texts: `accuracy`, `bleu`, what the task adds, and `score`, the main one.
 
     Args:
@@ -78,26 +91,26 @@ def text_scores(task: str, prompts: Sequence[Prompt], texts: Sequence[str]) -> d
     """
     if all(prompt.qa_type is not None for prompt in prompts):
         return tagged_scores(prompts, texts)
-    answers = [prompt.answer or "" for prompt in prompts]
+    ids, answers = [prompt.id for prompt in prompts], [prompt.answer or "" for prompt in prompts]
     pairs = list(zip(answers, texts, strict=True))
     metrics = {
-        "accuracy": sum(accuracy(*pair) for pair in pairs) / len(pairs),
-        "bleu": sum(char_bleu(*pair) for pair in pairs) / len(pairs),
+        "accuracy": Measured.of(ids, [accuracy(*pair) for pair in pairs], chance=chance_of(prompts)),
+        "bleu": Measured.of(ids, [char_bleu(*pair) for pair in pairs]),
     }
     if task == "rec":
-        metrics["recall"] = weighted_recall(answers, texts)
+        metrics["recall"] = weighted_recall(ids, answers, texts)
         main = "recall"
     elif task in IMAGE_OF:
-        metrics["words"] = sum(words_in_place(*pair) for pair in pairs) / len(pairs)
+        metrics["words"] = Measured.of(ids, [words_in_place(*pair) for pair in pairs])
         main = "words" if all(prompt.attributes for prompt in prompts) else "bleu"
     else:
         main = "accuracy" if all(len(answer.split()) <= SHORT_ANSWER for answer in answers) else "bleu"
     return {**metrics, "score": metrics[main]}
 
 
-def tagged_scores(prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
-    """CoRL's questions: `accuracy`, the share of right answers, read from the tags, `format`, that of texts in the
-    asked form, and `score`, the main one. Without any question (a `qa_type` or an answer) only `format` is there.
+def tagged_scores(prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, Measured]:
+    """CoRL's questions: `accuracy`, 1 for right answers, read from the tags, `format`, 1 for texts in the asked form,
+    and `score`, the main one. Without any question (a `qa_type` or an answer) only `format` is there.
 
     Args:
         prompts: n items, n >= 1.
@@ -108,7 +121,8 @@ def tagged_scores(prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, 
     """
     columns = {name: [getattr(prompt, name) for prompt in prompts] for name in ("answer", "options", "qa_type", "id")}
     asked: list[tuple[SegmentKind, ...]] = [("text",)] * len(prompts)
-    right = mean(AccuracyReward()(completions=list(texts), segments=asked, **columns))
-    formed = mean(format_reward(completions=list(texts), segments=asked))
-    found = {"accuracy": right, "format": formed, "score": right}
-    return {name: value for name, value in found.items() if value is not None}
+    right = AccuracyReward()(completions=list(texts), segments=asked, **columns)
+    formed = format_reward(completions=list(texts), segments=asked)
+    accurate = Measured.of(columns["id"], right, chance=chance_of(prompts))
+    found = {"accuracy": accurate, "format": Measured.of(columns["id"], formed), "score": accurate}
+    return {name: measured for name, measured in found.items() if measured.by_item}

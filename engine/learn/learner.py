@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from ..forward.objective import Objective, PolicyForward
 from ..policies.base import Policy
 from ..policies.lora import adapter_disabled, base_of, has_lora, save_adapter
 from ..processes.group import local_device
+from ..processes.watchdog import gathering
 from ..records import MODALITY_NAMES, PackedBatch
 from ..stopwatch import Stopwatch
 from .optimizer import ClippedAdamW, LearnerSettings, clips_here, deepspeed_config
@@ -250,9 +251,15 @@ class Learner:
         dist.all_gather(parts, mine)
         return [json.loads(bytes(part.cpu().tolist())) for part in parts]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, add: Callable[[Path], object] = lambda draft: None) -> None:
         """The policy in transformers' format, adapters added to its weights, and beside it in peft's; every rank must
-        call it.  The folder appears whole, in place of one that is there."""
+        call it.  The folder appears whole, with what `add` writes into it, in place of one that is there.
+
+        Raises:
+            CheckpointError: under ZeRO-3, where not all ranks did.
+        """
+        if self.settings.zero_stage == 3:  # which gathers the weights: the others would be waited for
+            gathering("saving the model")()
         with self.sampling() as policy:
             if self.rank == 0:
                 draft, old = (folder.with_name(f".draft-{name}-{folder.name}") for name in ("new", "old"))
@@ -261,6 +268,7 @@ class Learner:
                 policy.save(draft)
                 if has_lora(policy):
                     save_adapter(policy, draft / "adapter")
+                add(draft)
                 sync_tree(draft)
                 if folder.exists():
                     os.rename(folder, old)

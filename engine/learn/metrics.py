@@ -68,8 +68,24 @@ def of_rewards(table: RewardTable, total_S: Tensor, num_generations: int) -> dic
         "reward": _mean(total_S),
         **_group_spread(total_S, num_generations),
         **table.means(),
+        **_spreads(table),
         "reward_failures": float(sum(table.failures.values())),
     }
+
+
+def _spreads(table: RewardTable) -> dict[str, float]:
+    """`rewards/<name>/std` over the trajectories that have it (over ranks: the mean of theirs); 0 of a single one."""
+    columns = {name: column[~column.isnan()] for name, column in zip(table.names, table.values.unbind(1), strict=True)}
+    return {f"rewards/{name}/std": float(c.double().std(correction=0)) for name, c in columns.items() if c.numel()}
+
+
+def of_guidance(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """How far guidance moves the log-probabilities of the image tokens that were drawn with it, nats; none without."""
+    images = [segment for rollout in rollouts for segment in rollout.segments if segment.kind == "image"]
+    if not images:
+        return {}
+    gap = torch.cat([segment.logp_mixed - segment.logp for segment in images])
+    return {"rollout/guidance_logp_mean_abs": float(gap.abs().mean())}
 
 
 def of_rollouts(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from syncr1.kernels.api import dgs_select
 
+from ..errors import RewardError, RewardsFailed
 from ..forward.packing import pack
 from ..policies.base import Policy
 from ..records import PackedBatch, Prompt, Rollout, StepMetrics
@@ -26,8 +27,10 @@ from ..rollout.sampler import RolloutEngine, Sampling
 from ..settings.train_config import TrainConfig
 from ..stopwatch import Stopwatch, split
 from .credit import Credit, CreditRule, credited_rewards, over_deviation
+from .failing import Failing
 from .learner import Learner
-from .metrics import merged, of_rewards, of_rollouts, of_savings, trl_names
+from .metrics import merged, of_guidance, of_rewards, of_rollouts, of_savings, trl_names
+from .schedule import learning_rate
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
 """Called after each step with its metrics, its trajectories and their total rewards [S] (NaN: unrewarded)."""
@@ -76,9 +79,14 @@ class Trainer:
         self.credit = credit or partial(credited_rewards, rewards=rewards, credit=config.credit)
         self.on_stage = on_stage
         self.step, self._time = 0, Stopwatch()
+        self._failing, self._ended = Failing(rewards.names), ""
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Runs to `max_steps`, or until `stop`, asked between steps, says so; all ranks must get one answer."""
+        """Runs to `max_steps`, or until `stop`, asked between steps, says so; all ranks must get one answer.
+
+        Raises:
+            RewardsFailed: a reward works for nobody (failing.py); on all ranks, after the same step.
+        """
         while self.step < self.config.max_steps and not stop():
             self.train_step()
 
@@ -91,7 +99,7 @@ class Trainer:
         with stage("rollout"), learner.sampling() as policy:
             rollouts = self.rollouts.generate(prompts, self._sampling(), self.preview)
         with stage("reward"):
-            table = score(rollouts, self.rewards.functions, timeout=config.reward_timeout, step=self.step)
+            table = self._scored(rollouts)
         with stage("pack"):
             credit = self.credit(table.values, rollouts)
             keep_S = self._keep(rollouts, credit)
@@ -103,6 +111,8 @@ class Trainer:
         metrics = self._metrics(rollouts, table, credit, keep_S, batches, learned)
         self.step += 1
         self.on_step(metrics, rollouts, credit.total_S)
+        if self._ended:
+            raise RewardsFailed(f"step {self.step}: {self._ended}")
         return metrics
 
     @contextmanager
@@ -110,6 +120,13 @@ class Trainer:
         self.on_stage(name, self.step)
         with self._time(name):
             yield
+
+    def _scored(self, rollouts: Sequence[Rollout]) -> RewardTable:
+        """The rewards of the step; NaN all over where a function broke its contract, which ends the run after it."""
+        try:
+            return score(rollouts, self.rewards.functions, timeout=self.config.reward_timeout, step=self.step + 1)
+        except RewardError as error:
+            return self._failing.broken(error, len(rollouts))
 
     def _sampling(self) -> Sampling:
         c = self.config
@@ -164,6 +181,8 @@ class Trainer:
         values = trl_names(learned)
         if c.replay_check_steps == 0 or self.step % c.replay_check_steps:
             values.pop("rollout/replay_logp_max_abs", None)
+        elif c.cfg_weight != 1.0:
+            values |= of_guidance(rollouts)
         values |= {
             **of_rewards(table, credit.total_S, c.num_generations),
             "learning_rate": learning_rate(c, self.step),
@@ -177,7 +196,10 @@ class Trainer:
         if self.preview is not None:
             values["rollout/preview_threshold"] = math.nan if self.preview.threshold is None else self.preview.threshold
             values["rollout/preview_acceptance"] = self._adapt_preview(self.preview)
-        return StepMetrics(step=self.step, values=merged(self.learner.gathered(values)), seconds=seconds)
+        shown = sum(rollout.prompt.rewarded and not rollout.dropped for rollout in rollouts)
+        ranks = self.learner.gathered(values | self._failing.told(table, shown))
+        self._ended = self._failing.heard(ranks)
+        return StepMetrics(step=self.step, values=merged(ranks), seconds=seconds)
 
     def _adapt_preview(self, preview: PreviewGate) -> float:
         """One threshold for all ranks: each took its own from its first previews, and all count for the next move."""
@@ -185,11 +207,3 @@ class Trainer:
         accepted, tried, total, known = self.learner.all_reduce(torch.cat([preview.counts, own])).tolist()
         preview.threshold = total / known if known else None
         return preview.adapt(int(accepted), int(tried))
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up over `warmup_steps`, then linearly down to a tenth at `max_steps`."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    left = 1.0 - (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.learning_rate * (0.1 + 0.9 * left)

@@ -72,12 +72,9 @@ def show(
     say(f"plan: {start.nodes} nodes, {start.ranks} ranks, ZeRO stage {config.zero_stage}")
     for line in lines:
         say(f"  {line}")
-    try:
-        prompts = prompts_of(start.ranks)
-        policy = policy_without_weights(config.model)
-        check_batch(config, policy, prompts)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    prompts = prompts_of(start.ranks)
+    policy = policy_without_weights(config.model)
+    check_batch(config, policy, prompts)
     say("memory of a rank on a GPU, estimated (reward models, CUDA itself and NCCL apart):")
     for line in memory_of(config, policy, prompts, start.ranks).lines():
         say(f"  {line}")

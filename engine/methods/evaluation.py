@@ -6,8 +6,6 @@ Ranks (torchrun) share out the items; rank 0 scores and exports.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,12 +49,12 @@ def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Re
         how = export(
             items, folder, kind, out, model=str(read_manifest(folder)["model"]["name"]), name=config.export_name
         )
-        console.print(f"  {kind}: {out}\n  to score it: {how}", markup=False)
+        console.print(f"  {kind}: {out}\n  to score it: {how}", markup=False, soft_wrap=True)
     if config.stage == "generate":
         return None
     result = score_folder(folder, graders_of(config), world_scorers(folder))
     console.print(rich_table(result))
-    console.print(f"  {folder / 'scores.json'}, {folder / 'scores.md'}", markup=False)
+    console.print(f"  {folder / 'scores.json'}, {folder / 'scores.md'}", markup=False, soft_wrap=True)
     return result
 
 
@@ -74,7 +72,9 @@ def generate(config: EvaluateConfig, console: Console) -> None:
         batch_size=config.batch_size,
     )
     count = sum(map(len, items.values()))
-    console.print(f"  {count} items of {len(items)} tasks from {source}, into {config.output_dir}", markup=False)
+    console.print(
+        f"  {count} items of {len(items)} tasks from {source}, into {config.output_dir}", markup=False, soft_wrap=True
+    )
 
     with console.status("generating") as status:
         try:
@@ -109,11 +109,10 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     items = select(found, config.tasks, config.num_items)
 
     def say(line: str) -> None:
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}", markup=False, soft_wrap=True)
 
     model = config.model or str(tiny_base(BaseSettings(), say))
-    with told("model"):
-        policy = load_policy(model, dtype=torch.bfloat16 if config.bf16 else torch.float32)
+    policy = load_policy(model, dtype=torch.bfloat16 if config.bf16 else torch.float32)
     policy.eval().requires_grad_(False)
     limit_threads(policy)
     return items, policy.to(own_device()), model, source
@@ -125,13 +124,11 @@ def graders_of(config: EvaluateConfig) -> Graders:
     if config.clip is not None:
         from ..rewards.builtin.clip import ClipScorer
 
-        with told("clip"):
-            clip = ClipScorer.from_pretrained(config.clip, device=own_device())
+        clip = ClipScorer.from_pretrained(config.clip, device=own_device())
     if config.judge_url is not None and config.judge_model is not None:
         from ..rewards.judge.llm_judge import LLMJudge
 
-        with told("judge_url"):
-            judge = LLMJudge(config.judge_url, config.judge_model, api_key_env=config.judge_key_env)
+        judge = LLMJudge(config.judge_url, config.judge_model, api_key_env=config.judge_key_env)
     return Graders(
         clip=clip,
         clip_name=config.clip or "",
@@ -154,12 +151,3 @@ def world_scorers(folder: Path) -> dict[str, AttributeScorer]:
 
     vq = load_vq()
     return world_readers(AttributeChecker.from_round_trip(lambda images: round_trip(vq, images)))
-
-
-@contextmanager
-def told(setting: str) -> Iterator[None]:
-    """What cannot be loaded is the user's to mend: an error that names the setting, without a traceback."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{setting}: {error}") from error

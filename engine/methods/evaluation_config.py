@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from ..settings.renamed import OF_EVALUATION
 from ..settings.rules import evaluation_problems, judge_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
 from ..settings.train_config import Guidance, MaxTokens, Seed
@@ -76,10 +78,4 @@ class EvaluateConfig(Settings):
     """What lmms-eval or VLMEvalKit calls the task or data set. None: the tasks' names here."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (path_problems, judge_problems, evaluation_problems)
-    RENAMED: ClassVar[dict[str, str]] = {
-        "model_name_or_path": "set model",
-        "dataset_name": "set data",
-        "limit": "set num_items",
-        "eval_samples": "set num_items",
-        "eval_cfg_weight": "set cfg_weight",
-    }
+    RENAMED: ClassVar[Mapping[str, str]] = OF_EVALUATION

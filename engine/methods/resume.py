@@ -2,29 +2,28 @@
 
 A step's random numbers are keyed by (seed, step, prompt, member), and a checkpoint is taken between steps, when every
 rollout was used: the resumed run samples, learns and writes what the uninterrupted one would have, to the last bit.
+
+Another number of ranks, or another ZeRO stage, goes on from the same state to the last bit; gradients are then summed
+in another order, so what follows is the same within rounding.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
 
-from ..checkpoints.optimizer_state import (
-    check_optimizer_tensors,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from ..checkpoints.frozen_weights import fingerprint_of_format_1, frozen_fingerprint
+from ..checkpoints.optimizer_state import optimizer_tensors, spread
+from ..checkpoints.random_states import load_random_state, random_state
+from ..checkpoints.recut import OPTIMIZER, check_saved, load_saved
 from ..checkpoints.saver import Saver
 from ..checkpoints.sharded import (
     Checkpoint,
@@ -40,35 +39,33 @@ from ..checkpoints.sharded import (
 )
 from ..errors import CheckpointError, ConfigError
 from ..learn.learner import Learner
+from ..learn.schedule import learning_rate
 from ..learn.trainer import Prompts, Trainer
 from ..processes.group import place
-from ..settings.schema import to_yaml
+from ..processes.run_folder import numbered
+from ..processes.watchdog import gathering
+from ..settings.schema import at_defaults, to_yaml
 from ..settings.train_config import TrainConfig
 
 FREE = frozenset(
     {
         *("max_steps", "output_dir", "resume_from_checkpoint", "checkpointing_steps", "save_total_limit", "dry_run"),
-        *(
-            "eval_samples",
-            "eval_cfg_weight",
-            "report_to",
-            "logging_steps",
-            "replay_check_steps",
-            "sample_steps",
-            "report_steps",
-        ),
-        *("nodes", "ranks_per_node", "hostfile", "launcher", "max_restarts"),
+        *("eval_samples", "eval_cfg_weight", "report_to", "logging_steps", "replay_check_steps", "sample_steps"),
+        *("nodes", "ranks_per_node", "hostfile", "launcher", "max_restarts", "zero_stage"),
+        *("eval_steps", "metric_for_best_model", "load_best_model_at_end", "log_completions", "run_name"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo"),
+        *("report_steps",),
         *("reward_timeout", "stage_timeout", "shutdown_timeout", "max_skipped_updates", "judge_url", "judge_key_env"),
     }
 )
-"""Settings that may differ from those of the checkpoint."""
+"""Settings that may differ from those of the checkpoint; of another `zero_stage`, as of other ranks, a note tells."""
 ROUNDING = frozenset(
     {
         *("max_tokens_per_microbatch", "gradient_checkpointing", "use_liger_kernel", "cuda_graphs", "compile_decode"),
     }
 )
 """These may differ as well, but other rounding makes the resumed run another one than the uninterrupted."""
-OPTIMIZER, RANDOM = "optimizer/", "random/"
+RANDOM = "random/"
 Made = TypeVar("Made")
 
 
@@ -103,7 +100,7 @@ def resume_point(config: TrainConfig, note: Warn) -> ResumePoint | None:
     where there is none yet, the run is a new one, so that a launcher may pass it at every start.
 
     Raises:
-        ConfigError: no such checkpoint, another world size, or settings that differ where they must not.
+        ConfigError: no such checkpoint, or settings that differ where they must not.
     """
     asked = config.resume_from_checkpoint
     if asked is None:
@@ -112,8 +109,9 @@ def resume_point(config: TrainConfig, note: Warn) -> ResumePoint | None:
         found = _latest(config.output_dir, note) if asked == "latest" else _named(Path(asked).expanduser(), note)
         checkpoint = None if found is None else found.checkpoint
         if checkpoint is None:
-            note(f"no checkpoint below {config.output_dir} yet: a new run")
-            return None
+            where = config.output_dir if found is None else found.run_folder
+            note(f"no checkpoint below {where} yet: {'a new run' if found is None else 'from the beginning'}")
+            return found
         agreed(lambda: _check_fits(config, checkpoint, note), f"resuming from {checkpoint.folder}")
     except CheckpointError as error:
         raise ConfigError(f"resume_from_checkpoint: {error}") from error
@@ -130,22 +128,14 @@ def _latest(output_dir: Path, note: Warn) -> ResumePoint | None:
     return ResumePoint(checkpoint, runs[0])
 
 
-def numbered(output_dir: Path, is_run: Callable[[Path], bool]) -> list[Path]:
-    """The runs that `RunLog` has made for `output_dir`: itself and `-2`, `-3`, … beside it, the last first."""
-    runs = {1: output_dir} if is_run(output_dir) else {}
-    for folder in output_dir.parent.glob("*") if output_dir.parent.is_dir() else ():
-        number = folder.name.removeprefix(f"{output_dir.name}-")
-        if number != folder.name and number.isdecimal() and is_run(folder):
-            runs[int(number)] = folder
-    return [runs[number] for number in sorted(runs, reverse=True)]
-
-
 def _has_checkpoints(folder: Path) -> bool:
     return bool(folders(folder / "checkpoints"))
 
 
 def _named(folder: Path, note: Warn) -> ResumePoint:
-    """One checkpoint, which must be whole; or the newest of a run's folder."""
+    """One checkpoint, which must be whole; or the newest of a run's folder, which begins again where it has none."""
+    if (folder / "config.yaml").is_file() and not _has_checkpoints(folder):
+        return ResumePoint(None, folder)
     if (folder / "checkpoints").is_dir():
         checkpoint = newest(folder / "checkpoints", note)
         if checkpoint is None:
@@ -158,12 +148,7 @@ def _named(folder: Path, note: Warn) -> ResumePoint:
 
 
 def _check_fits(config: TrainConfig, checkpoint: Checkpoint, note: Warn) -> None:
-    """Raises CheckpointError for what an exact continuation cannot be had with."""
-    _, world_size = place()
-    if checkpoint.world_size != world_size:
-        raise CheckpointError(
-            f"saved by {checkpoint.world_size} ranks, this run has {world_size}; start {checkpoint.world_size}"
-        )
+    """Raises CheckpointError for what a continuation cannot be had with."""
     try:
         before = yaml.safe_load(_entry(checkpoint.state(), "config", str))
     except (yaml.YAMLError, RecursionError) as error:
@@ -171,6 +156,43 @@ def _check_fits(config: TrainConfig, checkpoint: Checkpoint, note: Warn) -> None
     if not isinstance(before, dict) or not all(isinstance(name, str) for name in before):
         raise CheckpointError(f"state.json: expected config to be settings by name, got {type(before).__name__}")
     check_settings(before, config, note)
+    _check_cut(before.get("zero_stage"), config.zero_stage, checkpoint, note)
+    _tell_schedule(before.get("max_steps"), config, checkpoint.step, note)
+
+
+def _check_cut(stage_before: Any, stage: int, checkpoint: Checkpoint, note: Warn) -> None:
+    """Says that other ranks, or another ZeRO stage, go on; CheckpointError where the checkpoint is too old for it."""
+    _, world_size = place()
+    before, now = _cut(checkpoint.world_size, stage_before), _cut(world_size, stage)
+    if before == now:
+        return
+    if checkpoint.format == 1:
+        raise CheckpointError(
+            f"saved by {before} in an older format, which fits those alone, this run has {now}; start {before} for one "
+            "more step: what that saves goes on with any"
+        )
+    note(
+        f"saved by {before}, going on with {now}: weights, moments and prompts are as saved to the last bit; sums run "
+        "in another order from here, so not the same run to the last bit"
+    )
+
+
+def _cut(world_size: int, stage: Any) -> str:
+    return f"{world_size} rank{'s' * (world_size > 1)} (zero_stage {stage})"
+
+
+def _tell_schedule(steps_before: Any, config: TrainConfig, step: int, note: Warn) -> None:
+    """The learning rate falls until `max_steps`: says how far it jumps where that is another one now."""
+    if type(steps_before) is not int or steps_before == config.max_steps or step >= config.max_steps:
+        return
+    before, now = (learning_rate(replace(config, max_steps=steps), step) for steps in (steps_before, config.max_steps))
+    if before == now:  # a constant one
+        return
+    note(
+        f"max_steps is {steps_before} in the checkpoint, {config.max_steps} now: the learning rate of step {step} is "
+        f"{now:.3g} instead of {before:.3g}; from there on it is as lr_scheduler_type {config.lr_scheduler_type} says "
+        "for the new end"
+    )
 
 
 def _entry(state: Mapping[str, Any], name: str, kind: type[Made]) -> Made:
@@ -184,7 +206,8 @@ def _entry(state: Mapping[str, Any], name: str, kind: type[Made]) -> Made:
 def check_settings(before: Mapping[str, Any], config: TrainConfig, note: Warn, free: frozenset[str] = FREE) -> None:
     """Raises CheckpointError for settings that are not those of `before`, where they must be."""
     now, problems = yaml.safe_load(to_yaml(config, comments=False)), []
-    for name in sorted(before.keys() | now.keys()):
+    younger = at_defaults(config) - before.keys()  # than the checkpoint: at their defaults they change nothing
+    for name in sorted((before.keys() | now.keys()) - younger):
         if name in free or before.get(name) == now.get(name):
             continue
         change = f"{name} is {before.get(name)!r} in the checkpoint, {now.get(name)!r} now"
@@ -216,6 +239,7 @@ class Checkpoints:
     def __init__(self, config: TrainConfig, root: Path, learner: Learner, prompts: ResumablePrompts) -> None:
         self.config, self.root, self.learner, self.prompts = config, root, learner, prompts
         self._at: int | None = None
+        self._frozen = frozen_fingerprint(learner.policy)
         self._saver = Saver(timeout=config.stage_timeout + 60)
         self._copies: dict[str, Tensor] = {}
 
@@ -230,7 +254,7 @@ class Checkpoints:
         It is saved when `wait` returns, and may be changed as soon as this does.  First waits for the save before.
 
         Raises:
-            CheckpointError: the save before failed.
+            CheckpointError: the save before failed, on any rank, or this rank alone had begun it.
         """
         self.wait()
         if self._at == trainer.step:
@@ -238,7 +262,8 @@ class Checkpoints:
         rank, _ = place()
         tensors = {f"{RANDOM}{name}": value for name, value in random_state().items()}
         if rank == 0 or self.learner.settings.zero_stage > 0:  # without ZeRO all ranks have the same
-            tensors |= {OPTIMIZER + name: value for name, value in optimizer_tensors(self.learner.optimizer).items()}
+            mine = optimizer_tensors(self.learner.optimizer, self.learner.policy)
+            tensors |= {OPTIMIZER + name: value for name, value in mine.items()}
         state = {
             "step": trainer.step,
             "prompts": copy.deepcopy(self.prompts.state_dict()),
@@ -246,7 +271,13 @@ class Checkpoints:
             **self._constant,
         }
         copies, step, keep, group = self._copied(tensors), trainer.step, self.config.save_total_limit, self._saver.group
-        self._saver.start(lambda: save(self.root, step, copies, state, keep, group))
+        all_here = gathering("saving a checkpoint")
+
+        def job() -> None:
+            all_here()  # else this step's shard would meet the others' of a later one
+            save(self.root, step, copies, state, keep, group)
+
+        self._saver.start(job)
         self._at = step
 
     @property
@@ -272,7 +303,7 @@ class Checkpoints:
         """What no step changes."""
         return {
             "config": to_yaml(self.config, comments=False),
-            "frozen": frozen_fingerprint(self.learner.policy),
+            "frozen": self._frozen,
         }
 
     @torch.no_grad()
@@ -289,33 +320,36 @@ class Checkpoints:
         return dict(self._copies)
 
     def restore(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
-        """Puts the state back. Collective.
+        """Puts the state back, cut for this run's ranks and ZeRO stage. Collective.
 
         Raises:
-            CheckpointError: the checkpoint is of another model or of other data.
+            CheckpointError: the checkpoint is of another model or of other data, or cannot be read.
         """
         self.wait()
-        doing = f"resuming from {checkpoint.folder}"
-        step, mine, optimizer = agreed(lambda: self._read(trainer, checkpoint), doing)
-        load_optimizer_tensors(self.learner.optimizer, optimizer)
-        trainer.step = self._at = step
-        agreed(lambda: load_random_state(_under(RANDOM, mine)), doing)
-        agreed(lambda: set_aside(self.root, step) if place()[0] == 0 else None, doing)
-
-    def _read(self, trainer: Trainer, checkpoint: Checkpoint) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
-        """The step, this rank's tensors and its optimizer's, all checked; prompts and preview are put back already."""
+        doing, optimizer = f"resuming from {checkpoint.folder}", self.learner.optimizer
         rank, _ = place()
-        state, mine = checkpoint.state(), checkpoint.tensors(rank)
+        generators = agreed(lambda: self._read(trainer, checkpoint), doing)
+        agreed(lambda: load_saved(optimizer, self.learner.policy, checkpoint), doing)
+        spread(optimizer)
+        trainer.step = self._at = checkpoint.step
+        agreed(lambda: load_random_state(generators), doing)
+        agreed(lambda: set_aside(self.root, checkpoint.step) if rank == 0 else None, doing)
+
+    def _read(self, trainer: Trainer, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """This rank's random states; all else is checked, and prompts and preview are put back."""
+        rank, _ = place()
+        state, policy = checkpoint.state(), self.learner.policy
         if _entry(state, "step", int) != checkpoint.step:
             raise CheckpointError(f"state.json: expected step {checkpoint.step}, got {state['step']}")
-        if rank == 0 and state.get("frozen") != self._constant["frozen"]:
+        frozen = fingerprint_of_format_1(policy) if checkpoint.format == 1 else self._frozen
+        if rank == 0 and state.get("frozen") != frozen:
             raise CheckpointError("the starting model's frozen weights are others now; resume with the model as it was")
-        owner = mine if rank == 0 or self.learner.settings.zero_stage > 0 else checkpoint.tensors(0)
-        optimizer = _under(OPTIMIZER, owner)
-        check_optimizer_tensors(self.learner.optimizer, optimizer)
-        absent = sorted(random_state().keys() - {"cuda"} - _under(RANDOM, mine).keys())
+        check_saved(self.learner.optimizer, policy, checkpoint)
+        saved_by = rank % checkpoint.world_size  # a rank that was not there begins as one that was
+        generators = checkpoint.tensors(saved_by, RANDOM)
+        absent = sorted(random_state().keys() - {"cuda"} - generators.keys())
         if absent:
-            raise CheckpointError(f"{shard_name(rank)}: expected the random states {absent}, which are absent")
+            raise CheckpointError(f"{shard_name(saved_by)}: expected the random states {absent}, which are absent")
         try:
             self.prompts.load_state_dict(_entry(state, "prompts", dict))
             if trainer.preview is not None and state.get("preview") is not None:
@@ -323,46 +357,4 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             told = str(error) if isinstance(error, ValueError) else f"state.json: {type(error).__name__} {error}"
             raise CheckpointError(told) from error
-        return checkpoint.step, mine, optimizer
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def frozen_fingerprint(policy: torch.nn.Module) -> str:
-    """Of the model's shape and of some of every frozen weight: enough to tell another model, cheap for a large one."""
-    digest = hashlib.sha256()
-    for name, parameter in policy.named_parameters():
-        held = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3, this rank's share
-        digest.update(f"{name} {list(held.shape)} {parameter.requires_grad}\n".encode())
-        if not parameter.requires_grad:
-            flat = held.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // 64)].cpu().contiguous()
-            digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def random_state() -> dict[str, Tensor]:
-    """The generators of Python, NumPy, torch and the GPU, as tensors."""
-    _, words, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=True)
-    state = {
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([int(word) for word in (*legacy[1], legacy[2], legacy[3])], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([legacy[4]], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-    }
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def load_random_state(state: Mapping[str, Tensor]) -> None:
-    """What `random_state` told; a GPU's is left out where there is none."""
-    gauss = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
-    *words, position, has_gauss = state["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(words, np.uint32), position, has_gauss, float(state["numpy_gauss"])))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        return generators

@@ -7,7 +7,9 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,12 +19,17 @@ from ..policies.auto import load_policy
 from ..policies.base import Policy
 from ..policies.fused import use_liger_kernels
 from ..policies.lora import add_lora, base_of
-from ..processes.group import init_distributed, local_device, one_at_a_time
-from ..processes.interrupts import preemptible
+from ..processes.group import join, local_device, one_at_a_time
+from ..processes.interrupts import ending_once, preemptible
+from ..processes.launch import requeued, restarted
+from ..processes.meeting import START_SECONDS, Meeting, meet
 from ..processes.watchdog import Watchdog
 from ..settings.train_config import TrainConfig
 from ..show.display import Display
 
+Config = TypeVar("Config", bound=TrainConfig)
+RUN_FOLDER = "folder"
+"""What the first start leaves to later ones: where this run writes."""
 SMALL_MODEL = 5_000_000
 """Parameters below which a second thread costs more than it does (measured on the tiny Janus of 2 million)."""
 
@@ -40,15 +47,28 @@ def quieten() -> None:
 
 
 @contextmanager
-def supervised(config: TrainConfig) -> Iterator[Watchdog]:
+def supervised(config: TrainConfig) -> Iterator[tuple[Watchdog, Meeting]]:
     """Joins the process group; inside nothing hangs unnoticed, and SIGTERM ends the run in order."""
-    init_distributed(config.stage_timeout + 60)  # the watchdog, which says more, comes first
-    torch.manual_seed(config.seed)
-    with (
-        Watchdog(config.stage_timeout) as watchdog,
-        preemptible("stopped outside of training; what was saved is whole"),
-    ):
-        yield watchdog
+    with preemptible("stopped outside of training; what was saved is whole"):
+        meeting = meet()
+        with Watchdog(config.stage_timeout, meeting) as watchdog:
+            watchdog.mark("joining the process group", within=START_SECONDS)
+            join(meeting, config.stage_timeout + 60)  # the watchdog, which says more, comes first
+            watchdog.mark("loading")
+            torch.manual_seed(config.seed)
+            with ending_once():
+                yield watchdog, meeting
+
+
+def going_on(config: Config, meeting: Meeting) -> Config:
+    """The settings of a rank that replaces a lost one: it goes on in the run's folder, from its newest checkpoint, or
+    from the beginning where there is none yet."""
+    folder = meeting.left(RUN_FOLDER)
+    if folder is not None:
+        return replace(config, resume_from_checkpoint=folder)
+    # Without a store that outlives a start, or with a job of Slurm's that came back: the newest run of that name.
+    again = meeting.world_size > 1 and (requeued() or (restarted() and meeting.kept is None))
+    return replace(config, resume_from_checkpoint=config.resume_from_checkpoint or "latest") if again else config
 
 
 def starting_policy(config: TrainConfig, model: str | Path, display: Display) -> Policy:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
 from ..data.mixture import Mixture
-from ..data.prompts import by_task, load_anchors, load_benchmark, load_training_prompts
-from ..data.samples import load_prompts
 from ..data.stream import PromptStream
-from ..errors import DataError
 from ..learn.from_settings import objective_of
-from ..policies.auto import model_draws
 from ..processes.group import local_device, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import check_plans
+from .data_checks import checked_chains
 from .resume import resume_point
 from .starting import add_adapters, starting_policy
 from .sync_r1_config import SyncR1Config
-from .sync_r1_parts import build_reward_set, evaluator_of, prepare_data, prepare_model
+from .sync_r1_parts import build_reward_set, evaluator_of, own_rewards, prepare_data, prepare_model
 from .training import Session, Summaries, Training, run_method, run_training
 
 
@@ -33,16 +28,18 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     display = session.display
     resumed = resume_point(config, display.note)
     display.stage("data and starting model")
-    model = one_at_a_time(lambda: prepare_model(config, display.note))
-    policy = starting_policy(config, model, display)
     root = one_at_a_time(lambda: prepare_data(config))
-    prompts, anchors, benchmark = load_data(root, config.model, scored=config.eval_samples > 0)
+    loaded = checked_chains(config, root, display.note)
+    prompts, anchors, benchmark = loaded.prompts, loaded.anchors, loaded.held_out
+    stream, own = stream_of(config, prompts, anchors, *place()), own_rewards(config)
+    model = one_at_a_time(lambda: prepare_model(config, display.note))  # last: a base may be trained for minutes
+    policy = starting_policy(config, model, display)
     check_plans(policy, prompts)
     if not anchors and config.anchor_fraction > 0:
         display.note("no general/train in the data: training without anchors")
     display.note(f"{len(prompts)} training prompts, {len(anchors)} anchors, from {root}")
-    if config.eval_samples and not benchmark:
-        display.note("no held-out part in the data: nothing is scored")
+    if loaded.no_scores:
+        display.note(loaded.no_scores)
     frozen = add_adapters(config, policy).to(local_device())
     anchor_beta = config.anchor_beta if config.anchor_fraction > 0 else 0.0
     training = Training(
@@ -51,26 +48,11 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
         policy=policy,
         reference=frozen,
         objective=objective_of(config, policy.num_image_tokens, anchor_beta),
-        prompts=stream_of(config, prompts, anchors, *place()),
-        rewards=build_reward_set(config, frozen, prompts),
+        prompts=stream,
+        rewards=build_reward_set(config, frozen, prompts, own),
         evaluator=one_at_a_time(lambda: evaluator_of(config, frozen, benchmark)) if benchmark else None,
     )
     return run_training(config, training, session, resumed).summaries
-
-
-def load_data(
-    root: Path, model: str | None, *, scored: bool
-) -> tuple[list[Prompt], list[Prompt], dict[str, list[Prompt]]]:
-    """Training prompts, anchors, and (where they are wanted) held-out prompts by task, of a UnifyBench++ folder or of
-    a table of prompts, which a model that draws nothing is to answer."""
-    if (root / "concept").is_dir():
-        return load_training_prompts(root), load_anchors(root), load_benchmark(root) if scored else {}
-    held_out: dict[str, list[Prompt]] = {}
-    draws = model_draws(model)
-    if scored and not root.is_file():  # a file has one split
-        with suppress(DataError):  # a table may be all for training
-            held_out = by_task(load_prompts(root, "test", model_draws=draws))
-    return load_prompts(root, "train", model_draws=draws), [], held_out
 
 
 def stream_of(
@@ -93,8 +75,8 @@ def dry_run(config: SyncR1Config) -> None:
 
     def prompts_of(world_size: int) -> list[Prompt]:
         root = prepare_data(config)
-        prompts, anchors, _ = load_data(root, config.model, scored=False)
-        print(f"data: {root}: {len(prompts)} prompts, {len(anchors)} anchors")
-        return stream_of(config, prompts, anchors, 0, world_size).next_step()
+        loaded = checked_chains(config, root, print)
+        print(f"data: {root}: {len(loaded.prompts)} prompts, {len(loaded.anchors)} anchors")
+        return stream_of(config, loaded.prompts, loaded.anchors, 0, world_size).next_step()
 
     show(config, prompts_of)

@@ -21,8 +21,16 @@ class SyncR1Config(TrainConfig):
     data: Path | None = None
     """Folder in the UnifyBench++ layout, or prompts: parquet, JSONL, a folder of them, a hub data set's name, with the
     columns that engine/data/samples.py lists. None: the rendered world."""
+    eval_data: Path | None = None
+    """What the table before and after is made on, in any of these forms. None: the held-out part of `data`; without one
+    nothing is scored."""
 
     # --- rewards ---
+    reward_funcs: tuple[str, ...] = ("identity", "judge", "text")
+    """identity, judge, text (the paper's three), or your own: `module:function`, `file.py:function`,
+    `verl@file.py:function` (docs/rewards.md)."""
+    reward_weights: tuple[float, ...] = ()
+    """One for each of reward_funcs. None given: identity_weight, judge_weight and text_weight, and 1 for your own."""
     clip: str | None = None
     """CLIP whose features tell likeness to the concept's photos: folder or hub name. None: the frozen vision
     tower's."""
@@ -41,3 +49,13 @@ class SyncR1Config(TrainConfig):
     from 0.5 to 10, general drawing fell by .05 to .00 and a fifth of the gains went with it (measured)."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (*TRAINING, sync_r1_problems)
+    REWARDS: ClassVar[tuple[str, ...]] = ("identity", "judge", "text")
+
+    def weight_of(self, name: str) -> float:
+        """The weight of one of reward_funcs; 0 for a name that is not among them."""
+        if name not in self.reward_funcs:
+            return 0.0
+        if self.reward_weights:
+            return self.reward_weights[self.reward_funcs.index(name)]
+        weights = {"identity": self.identity_weight, "judge": self.judge_weight, "text": self.text_weight}
+        return weights.get(name, 1.0)

@@ -14,12 +14,14 @@ from ..evaluate.drawing import together
 from ..evaluate.held_out import Evaluator, score_rollouts
 from ..learn.from_settings import held_out_sampling
 from ..policies.base import Policy
-from ..records import Prompt
+from ..records import MODALITY_NAMES, Prompt
 from ..rewards.builtin.caption import CaptionLikelihood
 from ..rewards.builtin.clip import ClipScorer
 from ..rewards.builtin.identity import IdentityReward
-from ..rewards.ensemble import RewardSet, build_rewards
+from ..rewards.ensemble import Column, RewardSet, build_rewards
 from ..rewards.judge.attribute_judge import posterior_scorer
+from ..rewards.reward import RewardFunction
+from ..rewards.yours.custom import load_reward, own_column
 from ..settings.train_config import TrainConfig
 from ..world.attributes import VALUES
 from ..world.base_model import BaseSettings
@@ -38,17 +40,40 @@ def prepare_model(config: TrainConfig, report: Callable[[str], None] | None = No
     return config.model or tiny_base(BaseSettings(), report)
 
 
-def build_reward_set(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt]) -> RewardSet:
-    """The ensemble reward: identity by a frozen vision tower, judge by attributes or by likelihood, text by BLEU.
+def own_rewards(config: SyncR1Config) -> dict[str, RewardFunction]:
+    """The user's own functions by their names in `reward_funcs`; RewardSpecError where one cannot be loaded."""
+    return {spec: load_reward(spec) for spec in config.reward_funcs if spec not in config.REWARDS}
+
+
+def build_reward_set(
+    config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt], own: Mapping[str, RewardFunction] | None = None
+) -> RewardSet:
+    """The rewards that `reward_funcs` names, in this order: the ensemble's, then the user's own.
 
     Args:
-        config: weights.
+        config: which, and their weights.
         frozen: the policy as training begins (`Policy.frozen_copy`); it judges and does not change.
-        prompts: what will be trained on; decides whether attributes can be read. Where nothing is drawn, text is judged
-            alone.
+        prompts: what will be trained on; decides which rewards apply.
+        own: what `own_rewards` loaded; None: they are loaded now.
+
+    Raises:
+        ConfigError: one judges neither texts nor images, or two have one name.
     """
-    if not any("image" in prompt.segments for prompt in prompts):
-        return build_rewards(text_weight=config.text_weight)
+    kinds = [kind for kind in MODALITY_NAMES if any(kind in prompt.segments for prompt in prompts)]
+    loaded = own_rewards(config) if own is None else own
+    brought = [own_column(spec, function, config.weight_of(spec), kinds[0]) for spec, function in loaded.items()]
+    return RewardSet.of([*_ensemble(config, frozen, prompts), *brought])
+
+
+def _ensemble(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt]) -> list[Column]:
+    """The paper's rewards, as far as they have a weight: identity by a frozen vision tower, judge by attributes or by
+    likelihood, text by BLEU. Where nothing is drawn, text is judged alone."""
+    weights = {f"{name}_weight": config.weight_of(name) for name in config.REWARDS}
+    draws = any("image" in prompt.segments for prompt in prompts)
+    if not any(weights.values()) or not (draws or weights["text_weight"]):
+        return []
+    if not draws:
+        return build_rewards(text_weight=weights["text_weight"]).columns()
     named = all(prompt.attributes for prompt in prompts if "image" in prompt.segments)
     features, size = frozen.vision_features, frozen.image_size
     if config.clip is not None:
@@ -62,10 +87,8 @@ def build_reward_set(config: SyncR1Config, frozen: Policy, prompts: Sequence[Pro
         if any(prompt.attributes for prompt in prompts)
         else None,
         caption_logp=None if named else CaptionLikelihood(frozen),
-        identity_weight=config.identity_weight,
-        judge_weight=config.judge_weight,
-        text_weight=config.text_weight,
-    )
+        **weights,
+    ).columns()
 
 
 def evaluator_of(config: TrainConfig, frozen: Policy, benchmark: Mapping[str, Sequence[Prompt]]) -> Evaluator:

@@ -12,13 +12,16 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
 
+from ..checkpoints.hub import problems_with_hub, push, repository_of
 from ..checkpoints.model_card import write_model_card
+from ..errors import ConfigError, RewardsFailed, RewardSpecError
 from ..evaluate.held_out import Evaluation, Evaluator
 from ..forward.objective import Objective
 from ..learn.credit import CreditRule
@@ -26,32 +29,49 @@ from ..learn.from_settings import sampler_of, settings_of
 from ..learn.learner import Learner
 from ..learn.trainer import Trainer
 from ..policies.base import Policy
-from ..processes.group import place
+from ..processes.group import of_all_ranks, place
 from ..processes.interrupts import Interrupts
+from ..processes.launch import restarted
+from ..processes.meeting import Meeting
 from ..processes.watchdog import Watchdog
-from ..records import Rollout, StepMetrics
+from ..records import Prompt, Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
 from ..rewards.preview_scorer import build_preview
+from ..rewards.trial import try_rewards
 from ..settings.train_config import TrainConfig
 from ..show.display import Display
 from ..show.runlog import NullRunLog, RunLog, open_run_log
+from .best import BEST, HeldOut
 from .resume import Checkpoints, ResumablePrompts, ResumePoint
-from .starting import quieten, supervised
+from .starting import RUN_FOLDER, going_on, quieten, starting_policy, supervised
 from .stopping import StopRequests
 
 Config = TypeVar("Config", bound=TrainConfig)
 Summaries = dict[str, dict[str, float]]
 """Model -> the means of its scores; empty where nothing was scored."""
+EMBEDDED_BASE = "the tiny base, a small Janus that syncr1 trains on its rendered world before any RL"
+EMBEDDED_DATA = "the rendered world of syncr1"
+LAST = "last"
+"""Folder of the last step's model, below `checkpoints/`."""
 EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "general_image", "t2i", "rec", "vqa", "qa", "mcq", "oe")
 """Tasks of which examples are shown before and after, where the data has them: drawings, then answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What goes with a run from its start to its end: who tells the user, and who watches that nothing hangs."""
+    """What goes with a run from its start to its end: who tells the user, who watches that nothing hangs, its ranks,
+    and what is left of it."""
 
     display: Display
     watchdog: Watchdog
+    meeting: Meeting
+    models: dict[str, Path] = field(default_factory=dict)
+    """Those that the run was for, by what sets their names apart; `push_to_hub` uploads them. None of a run that
+    Ctrl-C ended: it shall not replace a better one."""
+
+    def writes_in(self, folder: Path) -> None:
+        """The run's folder, where a later start of the same launcher goes on; the first one that is told counts."""
+        self.meeting.keep(RUN_FOLDER, str(folder.resolve()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +82,8 @@ class Training:
     """Its name in the model's card."""
     data: str | Path | None
     """What it is trained on, for the card; None: the embedded data."""
+    embedded: bool = False
+    """It starts from the embedded base, whose folder is a name in a cache; always so without a `model`."""
     policy: Policy
     """What is trained, on its device, with its adapters."""
     objective: Objective
@@ -74,6 +96,8 @@ class Training:
     """Rewards to what tokens answer for; None: as `config.credit` says."""
     evaluator: Evaluator | None = None
     """None: nothing is scored."""
+    main_tasks: frozenset[str] = frozenset()
+    """Tasks whose held-out scores say which model is the best; none: all that are trained."""
     before: Evaluation | None = None
     """The starting model's scores, where they are known already."""
     alone: bool = True
@@ -87,7 +111,7 @@ class Trained:
     folder: Path
     """Of its log."""
     model: Path
-    """The checkpoint, in that folder."""
+    """The checkpoint, in that folder: the last step's, or the best one where the settings ask for it."""
     finished: bool
     """False when Ctrl-C ended it early."""
     before: Evaluation | None
@@ -106,18 +130,27 @@ def run_method(
 ) -> Summaries:
     """A whole run of `method`, on a rank of the process group; `num_stages`: how many it will announce."""
     quieten()
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not restarted() and (problems := problems_with_hub(config)):  # hours of work do not wait for a hub
+        raise ConfigError.of(problems)
     if config.dry_run:  # joins no group, so that the plan is made in the environment that a run would find
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             dry_run(config)
         return {}
-    with supervised(config) as watchdog:
+    with supervised(config) as (watchdog, meeting):
+        config = going_on(config, meeting)
         display = Display(
             max_steps=config.max_steps,
             num_stages=num_stages,
             logging_steps=config.logging_steps,
             quiet=place()[0] != 0,
         )
-        return method(config, Session(display, watchdog))
+        session = Session(display, watchdog, meeting)
+        with display:
+            summaries = method(config, session)
+    if config.push_to_hub and place()[0] == 0:  # watched by nobody: a large model takes as long as it takes
+        push(session.models, repository_of(config), config.hub_private_repo, display.note)
+    return summaries
 
 
 def run_training(
@@ -134,28 +167,66 @@ def run_training(
     Raises:
         Preempted: SIGTERM or SIGUSR1 came to any rank; a checkpoint is saved.
         NotFinite: update after update was skipped.
+        RewardSpecError, RewardsFailed: a reward fails in a trial call, or for everyone while it trains.
     """
+    try_out(config, training)
     display, evaluator, before = session.display, training.evaluator, training.before
     announce: Callable[[str], None] = display.stage if training.alone else lambda title: None
     learner = Learner(training.policy, training.objective, settings_of(config), training.reference)
     with open_run_log(config.output_dir, config, resumed) as log:
+        session.writes_in(log.folder)
         announce("scores before training")
         before = before or evaluate(evaluator, learner)
         write_scores(log, before)
         announce("training")
-        finished = train(config, training, learner, log, session, resumed)
-        model = log.folder / "checkpoints" / "last"
-        learner.save(model)
+
+        def card(folder: Path, scores: Evaluation | None) -> None:
+            write_card(config, training, folder, before, scores)
+
+        root = log.folder / "checkpoints"
+        held_out = HeldOut(config, learner, evaluator, before, training.main_tasks, root, card, display.note)
+        num_steps = train(config, training, learner, log, session, held_out, resumed)
+        learner.save(root / LAST)
         announce("scores after training")
-        after = evaluate(evaluator, learner)
+        after = held_out.at_the_end(num_steps)
+        card(root / LAST, after)
+        model, after = held_out.result(root / LAST, after, partial(score_saved, config, evaluator, display))
         write_scores(log, before, after)
-        write_card(config, training, model, before, after)
         if training.alone and before is not None and after is not None:
-            display.before_after(table_of(before), table_of(after))
+            display.before_after(before.table, after.table)
+    finished = num_steps >= config.max_steps
     if training.alone:
+        session.models.update({"": model} if finished else {})
         display.note(f"model {model}")
         display.note(f"report {log.folder / 'report.html'}")
     return Trained(folder=log.folder, model=model, finished=finished, before=before, after=after)
+
+
+def try_out(config: TrainConfig, training: Training) -> None:
+    """A trial call of the user's own rewards, on prompts of the first step; raises as `try_rewards_on`."""
+    prompts = training.prompts
+    begin = prompts.state_dict()
+    first = prompts.next_step()
+    prompts.load_state_dict(begin)
+    try_rewards_on(config, training.rewards, first, training.policy)
+
+
+def try_rewards_on(config: TrainConfig, rewards: RewardSet, prompts: Sequence[Prompt], policy: Policy) -> None:
+    """Calls the user's own rewards once, before anything is trained. Collective.
+
+    Raises:
+        RewardSpecError: any of them fails, on any rank; a line for each.
+    """
+    problems = try_rewards(
+        rewards.functions,
+        prompts,
+        image_size=policy.image_size,
+        encode=lambda text: policy.encode(text).tolist(),
+        timeout=config.reward_timeout,
+    )
+    told = [line for words in of_all_ranks("\n".join(problems)) for line in words.splitlines()]
+    if told:
+        raise RewardSpecError("\n".join(dict.fromkeys(told)))
 
 
 def train(
@@ -164,13 +235,17 @@ def train(
     learner: Learner,
     log: RunLog | NullRunLog,
     session: Session,
+    held_out: HeldOut,
     resumed: ResumePoint | None,
-) -> bool:
-    """The loop, watched: metrics, samples, checkpoints and the terminal's bar, from the start or from where a
-    checkpoint left it. False when Ctrl-C ended it early. Raises as `run_training`."""
+) -> int:
+    """The loop, watched: metrics, samples, scores, checkpoints and the terminal's bar, from the start or from where a
+    checkpoint left it. Returns how many steps are done: fewer than asked for after Ctrl-C. Raises as `run_training`."""
     display, watchdog = session.display, session.watchdog
 
     def on_step(metrics: StepMetrics, rollouts: Sequence[Rollout], totals: Tensor) -> None:
+        if held_out.due(trainer.step):
+            watchdog.mark("evaluation", metrics.step)
+            metrics = held_out.with_scores(metrics, trainer.step)
         log.metrics(metrics)
         display.step(metrics)
         ends = metrics.step == config.max_steps - 1 or interrupts.stop
@@ -193,8 +268,24 @@ def train(
         display.training(config.max_steps, trainer.step),
         Interrupts(display.note, watchdog.hurry) as interrupts,
     ):
-        stop = StopRequests(trainer, checkpoints, interrupts, log, display.note)
-        trainer.train(stop)
+        requests = StopRequests(trainer, checkpoints, interrupts, log, display.note)
+
+        def stop() -> bool:
+            watchdog.mark("between steps", trainer.step)
+            return requests()
+
+        first = trainer.step + 1
+        try:
+            trainer.train(stop)
+        except RewardsFailed:
+            if trainer.step > first:  # what was learnt until then
+                log.sync()
+                checkpoints.save(trainer)
+                checkpoints.wait()
+                display.note(
+                    f"saved what {trainer.step} steps learnt; --resume_from_checkpoint latest goes on from there"
+                )
+            raise
         stop()  # what the last step was asked for
     watchdog.mark("after training")
     log.sync()
@@ -202,7 +293,7 @@ def train(
     checkpoints.wait()
     if trainer.step < config.max_steps:
         display.note(f"stopped at step {trainer.step}; scoring what there is")
-    return trainer.step >= config.max_steps
+    return trainer.step
 
 
 @contextmanager
@@ -227,16 +318,28 @@ def evaluate(evaluator: Evaluator | None, learner: Learner) -> Evaluation | None
         return evaluator(policy)
 
 
+def score_saved(config: TrainConfig, evaluator: Evaluator | None, display: Display, folder: Path) -> Evaluation:
+    """Scores of a saved model. Collective."""
+    assert evaluator is not None
+    return evaluator(starting_policy(config, folder, display).eval())
+
+
+def result_of(config: TrainConfig, folder: Path) -> Path:
+    """The model that a finished training left in its run's `folder`."""
+    best = folder / "checkpoints" / BEST
+    return best if config.load_best_model_at_end and best.is_dir() else folder / "checkpoints" / LAST
+
+
 def write_scores(log: RunLog | NullRunLog, before: Evaluation | None, after: Evaluation | None = None) -> None:
     """Scores before training alone, or before and after with examples of both."""
     if before is None:
         return
     if after is None:
-        log.scores(before=table_of(before))
+        log.scores(before=before.table)
         return
     log.scores(
-        before=table_of(before),
-        after=table_of(after),
+        before=before.table,
+        after=after.table,
         examples_before=examples_of(before),
         examples_after=examples_of(after),
         read_before=readings_of(before),
@@ -251,18 +354,15 @@ def write_card(
     if place()[0] == 0:
         write_model_card(
             folder,
-            base_model=config.model,
+            base_model=None if training.embedded else config.model,
+            base_words=EMBEDDED_BASE,
             method=training.method,
             config=config,
-            data=training.data,
-            before=None if before is None else table_of(before),
-            after=None if after is None else table_of(after),
+            data=training.data or EMBEDDED_DATA,
+            title=config.run_name,
+            before=None if before is None else before.table,
+            after=None if after is None else after.table,
         )
-
-
-def table_of(evaluation: Evaluation) -> Mapping[str, Mapping[str, float]]:
-    """Scores by task with the summary as one more task: what the table and scores.json hold."""
-    return {**evaluation.scores, "summary": evaluation.summary}
 
 
 def examples_of(evaluation: Evaluation) -> list[Rollout]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import ConfigError
+from ..reasons import reading
 from .base import Policy
 from .causal_lm import CausalLMPolicy
 from .emu3 import Emu3Policy
@@ -27,10 +28,8 @@ def policy_class(name: str | Path) -> type[Policy]:
     Raises:
         ConfigError: there is no configuration, or no policy is known for its `model_type`.
     """
-    try:  # the file alone: transformers refuses types that it does not know with an error of its own
+    with reading("model", name):  # the file alone: transformers refuses types that it does not know with its own error
         settings, _ = PreTrainedConfig.get_config_dict(str(name))
-    except OSError as error:
-        raise _not_there(name, error) from error
     kind = settings.get("model_type")
     if kind in KNOWN:
         return KNOWN[kind]
@@ -59,13 +58,4 @@ def load_policy(name: str | Path, *, dtype: torch.dtype = torch.float32) -> Poli
     Raises:
         ConfigError: no policy is known for it, its own policy refuses it, or a file is missing.
     """
-    policy = policy_class(name)
-    try:
-        return policy.from_pretrained(name, dtype=dtype)
-    except OSError as error:
-        raise _not_there(name, error) from error
-
-
-def _not_there(name: str | Path, error: OSError) -> ConfigError:
-    """transformers raises OSError for absent files, and for names that the hub does not have."""
-    return ConfigError(f"model: {name} could not be loaded: {error}")
+    return policy_class(name).from_pretrained(name, dtype=dtype)

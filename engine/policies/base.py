@@ -27,6 +27,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from ..errors import ConfigError
 from ..pictures import ImageRef, load_pictures
+from ..reasons import reading
 from ..records import Prompt, SegmentKind
 from .attention_interface import AttentionLayout
 from .cache import CacheShape
@@ -199,13 +200,17 @@ class Policy(nn.Module, ABC):
 
         `settings` are the class's own keywords.
         """
-        model = cls.model_class.from_pretrained(str(name), dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        with reading("model", name):
+            model = cls.model_class.from_pretrained(
+                str(name), dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
         return cls(model, cls._processor(name), **settings)
 
     @classmethod
     def without_weights(cls, name: str | Path) -> Self:
         """The policy of a checkpoint on the device `meta`: shapes, tokenizer and sizes, and no numbers."""
-        config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+        with reading("model", name):
+            config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
         make = getattr(cls.model_class, "from_config", cls.model_class)
         with torch.device("meta"):
             model = make(config)
@@ -215,7 +220,8 @@ class Policy(nn.Module, ABC):
 
     @classmethod
     def _processor(cls, name: str | Path) -> Any:
-        return cls.processor_class.from_pretrained(str(name), trust_remote_code=False)
+        with reading("model", name):
+            return cls.processor_class.from_pretrained(str(name), trust_remote_code=False)
 
     def save(self, folder: Path) -> None:
         """Writes weights (safetensors), config and processor in transformers' format."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Emu3ForConditionalGeneration, Emu3Processor
 
+from ..errors import ConfigError, DataError
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
@@ -100,7 +101,7 @@ class Emu3Policy(Policy):
         size = self.model.config.vq_config.codebook_size
         missing = [code for code in range(size) if code not in mapping.img2bpe]
         if missing or mapping.eol_token_id is None:
-            raise ValueError(
+            raise ConfigError(
                 f"Emu3Policy: expected a vocabulary_map with {size} visual tokens and an end of row (<|extra_200|>), "
                 f"got {size - len(missing)} of them and end of row {mapping.eol_token_id}; use a converted checkpoint "
                 "(…-hf), whose configuration names its vocabulary"
@@ -149,7 +150,7 @@ class Emu3Policy(Policy):
     def _turn(self, words: str, *, shows_image: bool) -> Tensor:
         """[L] int64: a user's turn through the chat template, and the opening of the answer."""
         if self.processor.chat_template is None:
-            raise ValueError("Emu3Policy: the processor has no chat template; expected one for answers, set it there")
+            raise ConfigError("Emu3Policy: expected a chat template for answers, got a processor without; set it there")
         tokenizer = self.tokenizer
         content = [{"type": "image"}] if shows_image else []
         content.append({"type": "text", "text": words})
@@ -165,7 +166,9 @@ class Emu3Policy(Policy):
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
         """The drawn image is closed and not shown again: Emu3 understands the very tokens that it drew."""
         if prompt.follow_up is None:
-            raise ValueError(f"prompt {prompt.id}: text after the image needs a follow_up question, got none")
+            raise DataError(
+                f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
+            )
         ids = self._turn(self._escape(prompt.follow_up), shows_image=False)
         ids = ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
         tokenizer = self.tokenizer

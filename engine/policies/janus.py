@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
+from ..errors import DataError
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
@@ -74,7 +75,9 @@ class JanusPolicy(Policy):
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
         """The drawn image is closed and shown again: Janus understands through its vision tower, not its VQ codes."""
         if prompt.follow_up is None:
-            raise ValueError(f"prompt {prompt.id}: text after the image needs a follow_up question, got none")
+            raise DataError(
+                f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
+            )
         ids = self._turn(prompt.follow_up, shows_image=True)
         ids = ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
         end_of_image = int(self.tokenizer.convert_tokens_to_ids(self.tokenizer.eoi_token))

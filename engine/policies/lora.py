@@ -28,6 +28,8 @@ import syncr1.engine.compat  # noqa: F401  (before transformers and peft: see th
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
+
 if TYPE_CHECKING:
     from .base import Policy
 
@@ -62,7 +64,8 @@ def add_lora(
         seed: of A, so that all ranks start alike.
 
     Raises:
-        ValueError: a bad rank or name, dropout, or a policy that has adapters.
+        ValueError: a bad rank, dropout, or a policy that has adapters.
+        ConfigError: the decoder has no layers of such names.
     """
     if dropout:
         raise ValueError(
@@ -79,7 +82,10 @@ def add_lora(
     known = {name.rpartition(".")[2] for name, m in policy.decoder().named_modules() if type(m) is nn.Linear}
     chosen = sorted(known if target_modules is None else set(target_modules))
     if not chosen or set(chosen) - known:
-        raise ValueError(f"add_lora: expected target_modules among {sorted(known)}, got {chosen}")
+        raise ConfigError(
+            f"lora_target_modules: expected some of {', '.join(sorted(known))}, got {', '.join(chosen) or 'none'}; "
+            "take ends of the decoder's linear layers, or leave it out for all"
+        )
     places = rf"{re.escape(prefix)}(.*\.)?({'|'.join(map(re.escape, chosen))})"
     config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), lora_dropout=0.0, target_modules=places)
     config.base_model_name_or_path = getattr(container, "name_or_path", None) or None

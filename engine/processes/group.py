@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from .meeting import Meeting, meet
 
 Made = TypeVar("Made")
 
@@ -19,18 +20,26 @@ def init_distributed(timeout: float = 1800.0) -> None:
 
     Args:
         timeout: seconds after which a collective that another rank has not joined is an error.
+
+    Raises:
+        RankFailed: not all ranks have come.
     """
-    if dist.is_initialized():
-        return
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
+    if not dist.is_initialized():
+        join(meet(), timeout)
+
+
+def join(meeting: Meeting, timeout: float) -> None:
+    """The process group of the ranks that have met; `timeout` as above."""
     device = own_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives of Python objects use the current one
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    backend, seconds = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
+    if meeting.store is None:
+        dist.init_process_group(backend, timeout=seconds)
+        return
+    meeting.store.set_timeout(seconds)
+    store = dist.PrefixStore("group", meeting.store)
+    dist.init_process_group(backend, timeout=seconds, store=store, rank=meeting.rank, world_size=meeting.world_size)
 
 
 def place() -> tuple[int, int]:
@@ -52,6 +61,16 @@ def one_at_a_time(make: Callable[[], Made]) -> Made:
     return make() if made is None else made
 
 
+def of_all_ranks(words: str) -> list[str]:
+    """What each rank has to say, in order of ranks. Collective."""
+    _, world_size = place()
+    if world_size == 1:
+        return [words]
+    said: list[str] = [""] * world_size
+    dist.all_gather_object(said, words)
+    return said
+
+
 def local_device() -> torch.device:
     """This process's device, once it has joined the group."""
     init_distributed()
@@ -63,10 +82,3 @@ def own_device() -> torch.device:
     if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

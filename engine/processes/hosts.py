@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 
 DEFAULT_HOSTFILE = Path("/job/hostfile")
 """Where DeepSpeed looks."""
@@ -62,7 +62,10 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
             raise ConfigError(f"hostfile: {path} is over {MAX_BYTES} bytes, so it is no hostfile")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"hostfile: expected a text file with lines `name slots=n`, got {path}: {error}") from error
+        raise ConfigError(
+            f"hostfile: expected a text file with lines `name slots=n`, got {path} "
+            f"({one_line(error)}); correct the path"
+        ) from error
     return parse_hostfile(text, str(path))
 
 

@@ -24,10 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from ..errors import ConfigError, Preempted
+from ..errors import ConfigError, Preempted, refuse
 from .hosts import DEFAULT_HOSTFILE, Host, check_host, check_launcher, executor, read_hostfile
 from .interrupts import preemptible
 from .nodes import passed_environment, run_nodes
+from .restarts import Restarts
+from .run_folder import check_free, numbered, unused_folder
 
 Config = TypeVar("Config")
 How = Literal["here", "rank", "torchrun", "hosts", "srun", "srun_task"]
@@ -65,6 +67,8 @@ class Request:
     launcher: str
     max_restarts: int
     shutdown_timeout: int
+    output_dir: Path | None = None
+    """Where its checkpoints will be."""
 
     @classmethod
     def of(cls, config: Any, recipe: str | Path, argv: Sequence[str]) -> Request:
@@ -78,6 +82,7 @@ class Request:
             launcher=config.launcher,
             max_restarts=config.max_restarts,
             shutdown_timeout=config.shutdown_timeout,
+            output_dir=_written_to(config),
         )
 
     def program(self) -> list[str]:
@@ -86,14 +91,14 @@ class Request:
     def torchrun(self, nodes: int, ranks: int, restarts: int, *more: str) -> list[str]:
         """A node's torchrun; `more` says where nodes meet."""
         flags = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *more]
-        return [sys.executable, "-m", "syncr1.engine.processes.torchrun", *flags, *self.program()]
+        watched = [f"--output_dir={self.output_dir}"] if restarts and self.output_dir else []
+        return [sys.executable, "-m", "syncr1.engine.processes.torchrun", *watched, *flags, *self.program()]
 
 
 def launch(config: Config, recipe: str | Path, argv: Sequence[str] | None = None) -> Config:
     """The settings with which this process runs the recipe itself, alone or as a rank; else it does not return.
 
-    A rank that replaces a lost one goes on from the last checkpoint. For nodes that cannot be had it prints what is
-    wrong and what to do, and exits with code 2.
+    For nodes that cannot be had it prints what is wrong and what to do, and exits with code 2.
     """
     settings: Any = config
     if settings.dry_run:  # tells the plan instead
@@ -102,9 +107,10 @@ def launch(config: Config, recipe: str | Path, argv: Sequence[str] | None = None
         request = Request.of(settings, recipe, sys.argv[1:] if argv is None else argv)
         start = decide(request, os.environ)
         resumes = settings.resume_from_checkpoint is not None
+        if resumes and start.how != "rank":
+            _check_free(settings)
         if start.how in ("here", "rank"):
-            goes_on = start.how == "rank" and restarted() and not resumes
-            return replace(settings, resume_from_checkpoint="latest") if goes_on else config
+            return config
         print(f"syncr1: {start.words}", file=sys.stderr, flush=True)
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(request.shutdown_timeout)
         if not resumes and not restarted():
@@ -113,7 +119,27 @@ def launch(config: Config, recipe: str | Path, argv: Sequence[str] | None = None
             raise SystemExit(_run_on_hosts(request, start, _key_names(settings)))
         _become(start.command)
     except ConfigError as error:
-        _refuse(error)
+        refuse(error, by_all=True)
+
+
+def _written_to(config: Any) -> Path:
+    """The folder of the run, or that of which it is a numbered neighbour."""
+    asked: str | None = config.resume_from_checkpoint
+    if asked in (None, "latest"):
+        return Path(config.output_dir).absolute()
+    named = Path(str(asked)).expanduser().absolute()
+    return named.parent.parent if named.parent.name == "checkpoints" else named
+
+
+def _check_free(config: Any) -> None:
+    """Refuses to resume a run that still goes on, before anything is loaded."""
+    folder = _written_to(config)
+    runs = (
+        numbered(folder, lambda run: (run / "config.yaml").is_file())
+        if config.resume_from_checkpoint == "latest"
+        else []
+    )
+    check_free(runs[0] if runs else folder)
 
 
 def _become(command: Sequence[str]) -> NoReturn:
@@ -130,18 +156,14 @@ def _pinned(start: Start, request: Request, output_dir: Path) -> tuple[Start, Re
     return replace(start, command=(*start.command, *more)), replace(request, argv=(*request.argv, *more))
 
 
-def unused_folder(wanted: Path) -> Path:
-    """`wanted`, or the first of `wanted-2`, `-3`, … without a run in it, as runlog.py would choose it."""
-    for number in range(1, 10_000):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        if not any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "report.html", "checkpoints")):
-            return folder
-    raise ConfigError(f"output_dir: expected a free name near {wanted}, got 10000 runs; choose another one")
-
-
 def restarted(environ: Mapping[str, str] = os.environ) -> bool:
     """This process replaces one of a run that had begun: torchrun started it again, or Slurm its job."""
-    return any(_count(environ, name) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return _count(environ, "TORCHELASTIC_RESTART_COUNT") > 0 or requeued(environ)
+
+
+def requeued(environ: Mapping[str, str] = os.environ) -> bool:
+    """Slurm has started this process's job again."""
+    return _count(environ, "SLURM_RESTART_COUNT") > 0
 
 
 def decide(request: Request, environ: Mapping[str, str]) -> Start:
@@ -290,7 +312,7 @@ def _run_on_hosts(request: Request, start: Start, secret_names: Sequence[str]) -
                 [executor(request.launcher, host, agent) for host in start.hosts],
                 folder=Path.cwd(),
                 environment=passed_environment(os.environ, secret_names),
-                max_restarts=request.max_restarts,
+                restarts=Restarts(request.max_restarts, request.output_dir),
                 grace=request.shutdown_timeout + 10,  # torchrun's comes first
                 say=lambda line: print(f"syncr1: {line}", file=sys.stderr, flush=True),
             )
@@ -343,15 +365,16 @@ def _no_nodes(request: Request, environ: Mapping[str, str]) -> str:
     slots = shlex.join(f"host{number} slots={ranks}" for number in range(1, nodes + 1))
     by_hostfile = shlex.join([sys.executable, *request.program(), "--hostfile", "hostfile"])
     lines = [
-        f"{nodes} machines are asked for, but torchrun did not start this process, it is in no Slurm allocation, and",
-        f"there is no hostfile ({DEFAULT_HOSTFILE}). It does not become a run on one machine by itself. One of:",
+        f"nodes: expected {nodes} machines, got none that are known: torchrun did not start this process, it is in no "
+        f"Slurm allocation, and there is no hostfile ({DEFAULT_HOSTFILE}); it does not become a run on one machine by "
+        "itself, start one of:",
         f"  {_sbatch(request, nodes, ranks)}",
         f"  {shlex.join(program)}",
         f"    (on each machine; {here} is one of them)",
         f"  printf '%s\\n' {slots} > hostfile && {by_hostfile}",
     ]
     if request.ranks_per_node is None and ranks == 1:
-        lines.append("No GPU is seen here, so these start 1 rank per machine; --ranks_per_node 8 makes it 8.")
+        lines.append("  (no GPU is seen here, so these start 1 rank per machine; --ranks_per_node 8 makes it 8)")
     return "\n".join(lines)
 
 
@@ -362,9 +385,3 @@ def _sbatch(request: Request, nodes: int, ranks: int) -> str:
     nodes_of = [f"--nodes={nodes}", "--ntasks-per-node=1", *gpus, "--exclusive"]
     again = ["--requeue", "--open-mode=append", f"--chdir={Path.cwd()}"]
     return shlex.join(["sbatch", *nodes_of, *again, f"--wrap={program}"])
-
-
-def _refuse(error: ConfigError) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name or 'syncr1'}: this run cannot start", file=sys.stderr)
-    print(*(f"  {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-    raise SystemExit(2)

@@ -11,9 +11,11 @@ input ends: nothing is left behind on a machine whose launcher is gone.  Only th
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,10 +25,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import EXIT_PREEMPTED, shown_end
+from ..errors import FINAL, MachineError, refuse, shown_end
+from .restarts import Restarts
 
-FINAL = (2, EXIT_PREEMPTED)
-"""Exit codes after which starting again does not help, or is not wanted."""
 _SUBREAPER, _PDEATHSIG = 36, 1  # of linux/prctl.h
 
 _PASSED = (
@@ -55,7 +56,7 @@ def run_nodes(
     *,
     folder: Path,
     environment: Mapping[str, str],
-    max_restarts: int,
+    restarts: Restarts,
     grace: float,
     say: Callable[[str], None],
 ) -> int:
@@ -67,14 +68,14 @@ def run_nodes(
         executors: for each node, what starts its agent there.
         folder: working directory on the nodes.
         environment: variables for what the nodes run.
-        max_restarts: how often all of them are restarted at most.
+        restarts: whether all of them are restarted once more.
         grace: seconds that a node has to end by itself before it is killed.
         say: takes lines for people.
     """
-    for restarts in range(max_restarts + 1):
+    for attempt in itertools.count():
         jobs = [
             {"folder": str(folder), "command": list(command), "environment": dict(environment), "grace": grace}
-            for command in commands(restarts)
+            for command in commands(attempt)
         ]
         lost, code = _attempt(executors, jobs, grace)
         if code == 0:
@@ -82,9 +83,10 @@ def run_nodes(
         say(f"node {names[lost]} ended with {shown_end(code)}")
         if code in FINAL:
             return code
-        if restarts < max_restarts:
-            say(f"starting all {len(names)} nodes again ({restarts + 1} of {max_restarts} restarts)")
-    say(f"giving up after {max_restarts} restarts")
+        if not restarts.again():
+            break
+        say(f"starting all {len(names)} nodes again: {restarts.words()}")
+    say(f"giving up after {restarts.most} restarts without a new checkpoint")
     return code if code > 0 else 128 - code
 
 
@@ -130,7 +132,7 @@ def _end(nodes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
 
 def agent() -> int:
     """A node's side: runs what the first line of standard input says, until it ends or standard input does."""
-    job = json.loads(sys.stdin.buffer.readline())
+    job = _job()
     libc = ctypes.CDLL(None, use_errno=True)
     # Ranks whose torchrun was killed become children of this process, which ends them below.
     libc.prctl(_SUBREAPER, 1, 0, 0, 0)
@@ -138,13 +140,19 @@ def agent() -> int:
     def follow_parent() -> None:
         libc.prctl(_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
-    child = subprocess.Popen(
-        job["command"],
-        cwd=job["folder"],
-        env={**os.environ, **job["environment"]},
-        stdin=subprocess.DEVNULL,
-        preexec_fn=follow_parent,
-    )
+    try:
+        child = subprocess.Popen(
+            job["command"],
+            cwd=job["folder"],
+            env={**os.environ, **job["environment"]},
+            stdin=subprocess.DEVNULL,
+            preexec_fn=follow_parent,
+        )
+    except (FileNotFoundError, PermissionError) as error:
+        raise MachineError(
+            f"nodes: expected {error.filename} on {socket.gethostname()}, as on the machine that starts the run, got "
+            f"{error.strerror}; every machine needs the program and its folder at the same place"
+        ) from error
 
     def stop_with_launcher() -> None:
         while sys.stdin.buffer.read(1 << 16):
@@ -165,6 +173,21 @@ def agent() -> int:
     return code if code >= 0 else 128 - code
 
 
+def _job() -> dict[str, Any]:
+    """What the launcher writes; MachineError where it was not the launcher that started this process."""
+    line = b"" if sys.stdin.isatty() else sys.stdin.buffer.readline()
+    try:
+        job = json.loads(line)
+        if job.keys() >= {"command", "folder", "environment", "grace"}:
+            return dict(job)
+    except (ValueError, AttributeError):
+        pass
+    raise MachineError(
+        f"nodes: expected a job from the launcher on standard input, got {len(line)} bytes that are none; this runs on "
+        "the machines of a hostfile, start a recipe with --hostfile FILE instead"
+    )
+
+
 def _end_children() -> None:
     """Kills what is left below this process, generation by generation."""
     for _ in range(100):
@@ -182,7 +205,10 @@ def _end_children() -> None:
 
 
 if __name__ == "__main__":
-    code = agent()
+    try:
+        code = agent()
+    except MachineError as error:
+        refuse(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # the thread that reads standard input never ends by itself

@@ -11,11 +11,14 @@ Dims: S trajectories, K rewards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from .builtin.identity import Features, IdentityReward
 from .builtin.text import text_reward
 from .judge.attribute_judge import AttributeScorer, CaptionLogp, Judge
@@ -23,6 +26,16 @@ from .reward import RewardFunction
 
 IDENTITY_WEIGHT, JUDGE_WEIGHT, TEXT_WEIGHT = 0.26, 0.39, 0.35
 """Of 1: .65 x .4, .65 x .6 and .35."""
+
+
+class Column(NamedTuple):
+    """One reward of a set."""
+
+    name: str
+    function: RewardFunction
+    weight: float
+    kind: str
+    """`text` or `image`: what it judges."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +48,26 @@ class RewardSet:
     kinds: tuple[str, ...]
     """[K] `text` or `image`: the segment that a reward judges, for `credit="per_segment"`."""
 
+    @classmethod
+    def of(cls, columns: Sequence[Column]) -> RewardSet:
+        """Raises ConfigError: two of them have one name."""
+        names = [column.name for column in columns]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"reward_funcs: two rewards are called {', '.join(repeated)}; rename one of them")
+        return cls(
+            functions={column.name: column.function for column in columns},
+            weights=tuple(column.weight for column in columns),
+            kinds=tuple(column.kind for column in columns),
+        )
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.functions)
+
+    def columns(self) -> list[Column]:
+        """What `of` made it of."""
+        parts = zip(self.functions.items(), self.weights, self.kinds, strict=True)
+        return [Column(name, function, weight, kind) for (name, function), weight, kind in parts]
 
     def weight_tensor(self) -> Tensor:
         """[K] float32."""
@@ -70,13 +100,14 @@ def build_rewards(
         RewardSet with columns `identity`, `judge`, `text`, those that apply.
 
     Raises:
-        ValueError: a weight is negative, or nothing is left.
+        ValueError: a weight is negative.
+        ConfigError: nothing is left.
     """
     weights = {"identity_weight": identity_weight, "judge_weight": judge_weight, "text_weight": text_weight}
     for name, weight in weights.items():
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"build_rewards: expected {name} >= 0, got {weight}")
-    columns: list[tuple[str, RewardFunction, float, str]] = []
+    columns: list[Column] = []
     if judge is None and (scorer is not None or caption_logp is not None):
         judge = Judge(scorer, caption_logp)
     has_judge = judge is not None and judge_weight > 0
@@ -85,19 +116,18 @@ def build_rewards(
     if has_identity:
         assert features is not None
         weight = identity_weight if has_judge else bracket
-        columns.append(("identity", IdentityReward(features, image_size), weight, "image"))
+        columns.append(Column("identity", IdentityReward(features, image_size), weight, "image"))
     if has_judge:
         assert judge is not None
-        columns.append(("judge", judge, judge_weight if has_identity else bracket, "image"))
+        columns.append(Column("judge", judge, judge_weight if has_identity else bracket, "image"))
     if text_weight > 0:
-        columns.append(("text", text_reward, text_weight, "text"))
+        columns.append(Column("text", text_reward, text_weight, "text"))
     if not columns:
-        raise ValueError("build_rewards: nothing is left to reward; give features, a judge, or a positive text_weight")
-    return RewardSet(
-        functions={name: function for name, function, _, _ in columns},
-        weights=tuple(weight for _, _, weight, _ in columns),
-        kinds=tuple(kind for _, _, _, kind in columns),
-    )
+        raise ConfigError(
+            "identity_weight, judge_weight, text_weight: expected a positive one for what the data ask for, got none; "
+            "raise it"
+        )
+    return RewardSet.of(columns)
 
 
 def combine(values: Tensor, weights: Tensor, *, renormalise: bool = False) -> Tensor:

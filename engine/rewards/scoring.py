@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import RewardError
 from ..records import Rollout
 from .calling import call_all
+from .places import told
 from .reward import Columns, RewardFunction, columns_of
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class RewardTable:
     """[K] column names."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Calls that raised or ran late, by name; 0 for the others."""
+    errors: Mapping[str, str] = field(default_factory=dict)
+    """Why they did, with the line of the user's file."""
 
     def means(self) -> dict[str, float]:
         """`rewards/<name>/mean` over the trajectories that have it; a reward that nobody has is absent."""
@@ -90,7 +93,7 @@ def score_columns(
     """`score` of the trajectories [n] that `columns` describe, all of which are shown."""
     ids = columns["id"]
     values = torch.full((len(ids), len(reward_functions)), math.nan)
-    failures = dict.fromkeys(reward_functions, 0)
+    failures, errors = dict.fromkeys(reward_functions, 0), {}
     outcomes = call_all(reward_functions, columns, timeout) if ids else {}
     for column, (name, outcome) in enumerate(outcomes.items()):
         error = outcome.error
@@ -101,12 +104,12 @@ def score_columns(
             values[:, column] = torch.tensor([math.nan if v is None else float(v) for v in outcome.values])
             continue
         failures[name] += 1
-        said = f"{type(error).__name__}: {error}"
+        said = errors[name] = told(error)
         logger.warning(
             "reward %r failed (%s) and is None for all %d trajectories: %s", name, _where(step), len(ids), said
         )
     values[_incomplete(ids, values)] = math.nan
-    return RewardTable(values=values, names=tuple(reward_functions), failures=failures)
+    return RewardTable(values=values, names=tuple(reward_functions), failures=failures, errors=errors)
 
 
 def _where(step: int | None, ids: Sequence[str] = (), index: int | None = None) -> str:

@@ -108,8 +108,9 @@ def check_fits(
         return
     per_token = shape.num_bytes(1)
     raise RolloutTooLarge(
-        f"generate: keys and values need {_gib(needed)}, but {_gib(free)} may be used ({prefix_columns} prompt tokens, "
-        f"{own_columns} tokens of members and their guidance, {per_token / 1024:.0f} KiB each); lower "
+        f"generate: expected keys and values of at most {_gib(free)}, which may be used, got {_gib(needed)} "
+        f"({prefix_columns} prompt tokens, {own_columns} tokens of members and their guidance, "
+        f"{per_token / 1024:.0f} KiB each); lower "
         f"prompts_per_step, num_generations ({num_generations}) or max_completion_length, or use more ranks"
     )
 

@@ -1,24 +1,27 @@
 """Flags and a YAML file to a settings dataclass: `--config run.yaml` gives defaults, flags override them.
 
-Works for any dataclass that `schema.py` can read, so every recipe has the same command line.
-Whatever is wrong is said on stderr with exit code 2 before torch is imported.
+Works for any dataclass that `schema.py` can read, so every recipe has the same command line and one style of message.
+Whatever is wrong is said on stderr, all of it at once, with exit code 2 before torch is imported.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from ..errors import ConfigError
-from .schema import read_yaml, settings_of, to_yaml, unknown_name
+from ..errors import ConfigError, refuse, shown
+from .flags_help import help_text
+from .habits import of_override
+from .schema import Setting, coerce, out_of_range, read_yaml, settings_of, to_yaml, unknown_name, wrong_type
 
 Config = TypeVar("Config")
 
-_CONFIG_HELP = "YAML file with settings (such as a run's own config.yaml); flags override what it says."
+YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+"""What may stand behind a flag that is on or off; nothing is on."""
 
 
 def parse(
@@ -33,21 +36,43 @@ def parse(
         config_type: flat dataclass, its `__post_init__` raising ConfigError for values that cannot work.
         argv: flags without the program's name; None: `sys.argv[1:]`.
         description: the first lines of `--help`; None: the dataclass's docstring.
-        default_yaml: settings file that is read when no `--config` is given; must exist.
+        default_yaml: settings file of the embedded default, which counts where neither a flag nor `--config` names a
+            `model`; must exist.
 
-    Precedence: flag, then `--config` (or `default_yaml`), then the dataclass.  The values are checked once, together,
+    Precedence: flag, then `--config`, then `default_yaml`, then the dataclass.  The values are checked once, together,
     so a flag may complete a file.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(config_type, description or config_type.__doc__ or "", Path(sys.argv[0]).name))
+        raise SystemExit(0)
+    flags = _Flags(config_type).read(arguments)
+    problems, values = flags.problems, dict[str, Any]()
+    if flags.config_file is not None:
+        try:
+            values = read_yaml(config_type, flags.config_file)
+        except ConfigError as error:
+            problems += str(error).splitlines()
+    values |= flags.values
+    if default_yaml is not None and values.get("model") is None:
+        values = _beneath(config_type, read_yaml(config_type, Path(default_yaml)), values)
+    if problems:  # rules over several settings would complain of what a misspelt flag was to give
+        refuse(ConfigError.of(problems + _of_range(config_type, flags.values)))
     try:
-        config_file, arguments = _take_config(arguments)
-        _refuse_unknown_flags(arguments, config_type)
-        source = config_file if config_file is not None else default_yaml
-        from_file = {} if source is None else read_yaml(config_type, Path(source))
-        values = _parse_flags(config_type, arguments, from_file, description or config_type.__doc__ or "")
         return config_type(**values)
     except ConfigError as error:
-        _refuse(error)
+        refuse(error)
+
+
+def _of_range(config_type: type, values: dict[str, Any]) -> list[str]:
+    given = [setting for setting in settings_of(config_type) if setting.name in values]
+    return [problem for setting in given for problem in out_of_range(setting, values[setting.name])]
+
+
+def _beneath(config_type: type, lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """Both, the upper ones first; a list that goes with another one (weights with their functions) goes as it does."""
+    pairs: dict[str, str] = getattr(config_type, "GOES_WITH", {})
+    return {name: value for name, value in lower.items() if pairs.get(name) not in upper} | upper
 
 
 def write_default_yaml(config_type: type, path: str | Path) -> None:
@@ -62,83 +87,95 @@ def write_default_yaml(config_type: type, path: str | Path) -> None:
     )
 
 
-def _take_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Splits `--config FILE` or `--config=FILE` off: its values must be known before the flags are read."""
-    rest: list[str] = []
-    found: list[str] = []
-    pending = iter(arguments)
-    for argument in pending:
-        if argument == "--config":
-            value = next(pending, None)
-            if value is None or value.startswith("--"):
-                raise ConfigError("--config: expected a YAML file after it, got nothing")
-            found.append(value)
-        elif argument.startswith("--config="):
-            found.append(argument.removeprefix("--config="))
-        else:
-            rest.append(argument)
-    if len(found) > 1:
-        raise ConfigError(f"--config: given {len(found)} times ({', '.join(found)}); pass one file")
-    return (Path(found[0]).expanduser() if found else None), rest
+@dataclass
+class _Flags:
+    """A command line, read: `--name value`, `--name=value`, `--on`, `--no_on`, `--list a b c`; hyphens as underscores.
+
+    A flag that comes twice counts the last time."""
+
+    config_type: type
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    config_file: Path | None = None
+
+    def read(self, arguments: Sequence[str]) -> _Flags:
+        settings = {setting.name: setting for setting in settings_of(self.config_type)}
+        files: list[str] = []
+        pending = list(arguments)
+        while pending:
+            word = pending.pop(0)
+            if not word.startswith("--") or word == "--":
+                self._stray(word, settings)
+                continue
+            name, equals, inline = word[2:].partition("=")
+            name = name.replace("-", "_")
+            given = [inline] if equals else _behind(pending)
+            if name == "config":
+                files += self._config(given, pending, bool(equals))
+            elif name in settings:
+                self._set(settings[name], given, pending, bool(equals))
+            elif name.startswith("no_") and name[3:] in settings and settings[name[3:]].type is bool:
+                self._set(settings[name[3:]], given, pending, bool(equals))
+                self.values[name[3:]] = not self.values.get(name[3:], False)
+            else:
+                told = unknown_name(name, self.config_type)
+                self.problems.append("--" + told.replace("did you mean ", "did you mean --"))
+                del pending[: 0 if equals else len(given)]
+        if len(files) > 1:
+            self.problems.append(f"--config: expected one file, got it given {len(files)} times; pass one")
+        self.config_file = Path(files[0]).expanduser() if len(files) == 1 else None
+        return self
+
+    def _config(self, given: list[str], pending: list[str], inline: bool) -> list[str]:
+        if not given or not given[0]:
+            self.problems.append("--config: expected a YAML file after it, got nothing; name one, or leave it out")
+            return []
+        del pending[: 0 if inline else 1]
+        return given[:1]
+
+    def _set(self, setting: Setting, given: list[str], pending: list[str], inline: bool) -> None:
+        """Takes as many words as the setting has values."""
+        if setting.type is bool and not given:
+            self.values[setting.name] = True
+            return
+        is_list = get_origin(setting.type) is tuple
+        words = given if is_list else given[:1]
+        del pending[: 0 if inline else len(words)]
+        if not words and not is_list:
+            self.problems.append(f"{setting.name}: expected a value after --{setting.name}, got nothing; give one")
+            return
+        try:
+            value = tuple(_value(word, get_args(setting.type)[0]) for word in words) if is_list else words[0]
+            self.values[setting.name] = coerce(value if is_list else _value(words[0], setting.type), setting.type)
+        except ValueError:
+            self.problems.append(wrong_type(setting, " ".join(words)))
+
+    def _stray(self, word: str, settings: dict[str, Setting]) -> None:
+        bare = word.lstrip("-–—−").partition("=")[0].replace("-", "_")
+        remedy = f"did you mean --{bare}?" if bare in settings else "--help lists all settings"
+        theirs = of_override(word, self.config_type)
+        if theirs is not None:
+            self.problems.append(theirs)
+            return
+        self.problems.append(f"{shown(word)}: expected --setting value, got a word without a setting; {remedy}")
 
 
-def _refuse_unknown_flags(arguments: list[str], config_type: type) -> None:
-    """Names every unknown flag with the nearest one, or with what TRL's name is called here."""
-    known = {setting.name for setting in settings_of(config_type)} | {"help"}
-    problems = []
-    for argument in arguments:
-        if not argument.startswith("--"):
-            continue
-        name = argument[2:].split("=", 1)[0].replace("-", "_")
-        if name not in known and name.removeprefix("no_") not in known:
-            problems.append("--" + unknown_name(name, config_type).replace("did you mean ", "did you mean --"))
-    if problems:
-        raise ConfigError.of(problems)
+def _behind(pending: Sequence[str]) -> list[str]:
+    """The words up to the next flag."""
+    end = next((at for at, word in enumerate(pending) if word.startswith(("--", "–", "—"))), len(pending))
+    return list(pending[:end])
 
 
-def _parse_flags(
-    config_type: type, arguments: list[str], from_file: dict[str, Any], description: str
-) -> dict[str, Any]:
-    """Field -> value, by tyro, which also writes the help.  Tyro groups by nested dataclass, so each section of the
-    flat dataclass becomes one; that also keeps `config_type` from being built before all values are known."""
-    import tyro  # here, so that reading YAML alone does not need it
-
-    config_file = Annotated[Path | None, tyro.conf.arg(help=_CONFIG_HELP)]
-    sections: dict[str, list[tuple[str, Any, Any]]] = {
-        "settings_file": [("config", config_file, dataclasses.field(default=None))]
-    }
-    for setting in settings_of(config_type):
-        default = from_file.get(setting.name, setting.default)
-        argument = tyro.conf.arg(help=setting.doc, help_behavior_hint="(default: nothing)" if default == () else None)
-        sections.setdefault(_group(setting.section), []).append(
-            (setting.name, Annotated[setting.type, argument], dataclasses.field(default=default))
-        )
-    groups = {name: dataclasses.make_dataclass(name, fields) for name, fields in sections.items()}
-    everything = dataclasses.make_dataclass(
-        config_type.__name__, [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in groups.items()]
-    )
-    for made in (everything, *groups.values()):
-        made.__doc__ = ""  # dataclasses writes a signature there, which tyro would print
-    parsed: Any = tyro.cli(
-        everything,
-        args=arguments,
-        prog=Path(sys.argv[0]).name,
-        description=description,
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    return {s.name: getattr(getattr(parsed, _group(s.section)), s.name) for s in settings_of(config_type)}
-
-
-def _group(section: str) -> str:
-    """A section's title as a name in Python: what `--help` calls the group."""
-    return re.sub(r"\W+", "_", section)
-
-
-def _refuse(error: ConfigError) -> NoReturn:
-    program = Path(sys.argv[0]).name or "syncr1"
-    lines = str(error).splitlines()
-    heading = "this setting cannot work" if len(lines) == 1 else f"{len(lines)} settings cannot work"
-    print(f"{program}: {heading}", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
-    print(f"All settings, explained: {program} --help", file=sys.stderr)
-    raise SystemExit(2)
+def _value(word: str, annotation: Any) -> Any:
+    """A word of the command line as a plain value for `coerce`; ValueError where it is none."""
+    if get_origin(annotation) in (Union, UnionType):
+        if word == "None":
+            return None
+        return _value(word, next(part for part in get_args(annotation) if part is not type(None)))
+    if get_origin(annotation) is Literal:
+        return next((option for option in get_args(annotation) if str(option) == word), word)
+    if annotation is bool:
+        if word.lower() not in YES + NO:
+            raise ValueError
+        return word.lower() in YES
+    return int(word) if annotation is int else word

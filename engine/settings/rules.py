@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..errors import shown
 from .schema import Rule
 
 
@@ -19,8 +20,8 @@ def objective_problems(c: Any) -> list[str]:
     problems = []
     if c.importance_sampling_level == "sequence" and c.loss_type in ("cispo", "sapo", "vespo"):
         problems.append(
-            f"importance_sampling_level: sequence is not defined for loss_type {c.loss_type}; "
-            "take token, or one of grpo, bnpo, dr_grpo, dapo, luspo"
+            f"importance_sampling_level: expected token for loss_type {c.loss_type}, got sequence; take token, or "
+            "grpo, bnpo, dr_grpo, dapo, luspo"
         )
     if c.loss_type == "cispo" and (c.epsilon_high is None or c.epsilon_high < 1):
         problems.append(
@@ -30,13 +31,15 @@ def objective_problems(c: Any) -> list[str]:
     if c.delta is not None:
         upper = 1 + (c.epsilon if c.epsilon_high is None else c.epsilon_high)
         if c.loss_type in ("cispo", "sapo", "vespo"):
-            problems.append(f"delta: loss_type {c.loss_type} has no such bound, got {c.delta}; leave it out")
+            problems.append(
+                f"delta: expected none, as loss_type {c.loss_type} has no such bound, got {c.delta}; drop it"
+            )
         elif c.delta <= upper:
             problems.append(f"delta: expected more than 1 + epsilon_high = {upper:g}, got {c.delta}; raise it")
     if c.image_loss_weight == 0 and (c.text_loss_weight == 0 or c.credit == "image_only"):
         problems.append(
-            f"image_loss_weight: 0 leaves nothing to learn with text_loss_weight {c.text_loss_weight:g} and credit "
-            f"{c.credit}; give a modality that has credit a positive weight"
+            f"image_loss_weight: expected a positive one with text_loss_weight {c.text_loss_weight:g} and credit "
+            f"{c.credit}, got 0, which leaves nothing to learn; give a modality that has credit a positive weight"
         )
     return problems
 
@@ -46,30 +49,59 @@ def judge_problems(c: Any) -> list[str]:
     if problems or (c.judge_url is None) == (c.judge_model is None):
         return problems
     given, missing = ("judge_url", "judge_model") if c.judge_url is not None else ("judge_model", "judge_url")
-    return [f"{missing}: expected beside {given} ({getattr(c, given)}), got none; a judge needs both"]
+    return [f"{missing}: expected beside {given} ({getattr(c, given)}), got none; give both, or neither"]
+
+
+def reward_problems(c: Any) -> list[str]:
+    """What can be known of reward functions before their files are run."""
+    problems = []
+    if c.reward_weights and len(c.reward_weights) != len(c.reward_funcs):
+        problems.append(
+            f"reward_weights: expected {len(c.reward_funcs)}, one per reward_funcs, got {len(c.reward_weights)}; "
+            "list one for each name"
+        )
+    for weight in c.reward_weights:
+        if not weight >= 0:
+            problems.append(f"reward_weights: expected numbers of at least 0, got {weight:g}; leave that reward out")
+    if c.reward_weights and not any(c.reward_weights):
+        problems.append("reward_weights: expected a positive one, got 0 for all, so that nothing is learnt; raise one")
+    if not c.reward_funcs and c.REWARDS:
+        problems.append(f"reward_funcs: expected at least one, got none; try {' '.join(c.REWARDS[:4])}")
+    for name in sorted({name for name in c.reward_funcs if c.reward_funcs.count(name) > 1}):
+        problems.append(f"reward_funcs: expected each reward once, got {name} twice; name it once")
+    called = [spec.rpartition(":")[2].removesuffix("()") for spec in dict.fromkeys(c.reward_funcs)]
+    for name in sorted({name for name in called if called.count(name) > 1}):
+        problems.append(f"reward_funcs: expected names that differ, as columns have them, got {name} twice; rename one")
+    return problems
 
 
 def address_problems(c: Any) -> list[str]:
     """A secret in an address would stand in the run's config.yaml; the message does not repeat it."""
-    try:
-        url = urlsplit(c.judge_url or "")
-        plain = "@" not in url.netloc and not url.query and not url.fragment
-    except ValueError:
-        plain = False
-    if plain:
+    if c.judge_url is None:
         return []
-    remedy = "name the variable that holds the key in judge_key_env"
-    return [f"judge_url: expected an address without user, password, query and fragment; {remedy}"]
+    form = "judge_url: expected an address like https://host/v1"
+    try:
+        url = urlsplit(c.judge_url)
+        port = url.port
+    except ValueError:
+        return [f"{form}, got one with no host or port that there can be; correct it"]
+    if "@" in url.netloc or url.query or url.fragment:
+        remedy = "name the variable that holds the key in judge_key_env"
+        return [f"{form}, got one with a user, password, query or fragment; {remedy}"]
+    if url.scheme not in ("http", "https") or not url.hostname or port == 0:
+        return [f"{form}, got {shown(c.judge_url)}; give an OpenAI-compatible server's, up to and with /v1"]
+    return []
 
 
 def dgs_problems(c: Any) -> list[str]:
     problems = []
     if c.dgs in ("max_variance", "top_k") and c.dgs_keep is None:
         problems.append(
-            f"dgs_keep: {c.dgs} needs a number of trajectories, got none; try {max(1, c.num_generations // 2)}"
+            f"dgs_keep: expected a number of trajectories for dgs {c.dgs}, got none; try "
+            f"{max(1, c.num_generations // 2)}"
         )
     if c.dgs == "max_variance" and c.dgs_keep == 1:
-        problems.append("dgs_keep: one trajectory has no variance, got 1 for max_variance; give at least 2")
+        problems.append("dgs_keep: expected at least 2 for max_variance, got 1, which has no variance; raise it")
     if c.dgs_keep is not None and c.dgs_keep > c.num_generations:
         problems.append(f"dgs_keep: expected at most num_generations = {c.num_generations}, got {c.dgs_keep}; lower it")
     return problems
@@ -82,11 +114,11 @@ def path_problems(c: Any) -> list[str]:
     problems = []
     if c.model is not None:
         folder = os.path.expanduser(c.model)
-        if os.path.isdir(folder):  # unlike Path's, False for a name that no file could have
-            if not os.path.isfile(os.path.join(folder, "config.json")):
-                problems.append(f"model: expected transformers' format, but {c.model} has no config.json")
-        elif os.path.exists(folder) or not may_be_hub_name(c.model):
-            problems.append(f"model: expected a checkpoint folder or a hub name, got {c.model}, which is not a folder")
+        # `isdir`, unlike Path's, is False for a name that no file could have.
+        if not os.path.isdir(folder) and (os.path.exists(folder) or not may_be_hub_name(c.model)):
+            problems.append(
+                f"model: expected a checkpoint folder or a hub name, got {c.model}, which is not a folder; correct it"
+            )
     if c.output_dir.exists() and not c.output_dir.is_dir():
         problems.append(f"output_dir: expected a folder, got the file {c.output_dir}; choose another name")
     return problems
@@ -108,17 +140,52 @@ def run_problems(c: Any) -> list[str]:
     asked = c.resume_from_checkpoint
     if asked not in (None, "latest") and not os.path.isdir(os.path.expanduser(asked)):
         problems.append(
-            f"resume_from_checkpoint: expected latest, a checkpoint or a run's folder, got {asked}, which is no folder"
+            f"resume_from_checkpoint: expected latest, a checkpoint or a run's folder, got {asked}, no folder; correct "
+            "the path"
         )
     for tracker in sorted(set(c.report_to)):
         if c.report_to.count(tracker) > 1:
-            problems.append(f"report_to: {tracker} is given twice; name it once")
-        if importlib.util.find_spec(tracker) is None:
-            problems.append(f"report_to: {tracker} is not installed; run `pip install {tracker}`, or leave it out")
+            problems.append(f"report_to: expected each tracker once, got {tracker} twice; name it once")
+        if tracker in ("none", "all"):
+            if len(set(c.report_to)) > 1:
+                problems.append(f"report_to: expected {tracker} alone, got {' '.join(c.report_to)}; take it out")
+        elif importlib.util.find_spec(tracker) is None:
+            problems.append(
+                f"report_to: expected an installed tracker, got {tracker}, which is not; run "
+                f"`pip install {tracker}`, or leave it out"
+            )
     return problems
 
 
-TRAINING: tuple[Rule, ...] = (objective_problems, judge_problems, dgs_problems, path_problems, run_problems)
+def held_out_problems(c: Any) -> list[str]:
+    problems = []
+    if c.eval_steps and not c.eval_samples:
+        problems.append(f"eval_samples: expected items to score every {c.eval_steps} steps, got 0; 192 is usual")
+    for name in ("load_best_model_at_end", "metric_for_best_model"):
+        if getattr(c, name) and not c.eval_steps:
+            problems.append(f"eval_steps: expected some for {name}, which needs scores on the way, got 0; give one")
+    return problems
+
+
+_REPOSITORY = re.compile(r"(?:\w(?:[\w.-]*\w)?/)?\w(?:[\w.-]*\w)?", re.ASCII)
+
+
+def hub_problems(c: Any) -> list[str]:
+    """A repository's name that the hub's own library refuses; before anything is imported for it."""
+    name = c.hub_model_id
+    if name is None or (
+        _REPOSITORY.fullmatch(name)
+        and all(len(part) <= 96 for part in name.split("/"))
+        and not re.search(r"--|\.\.|\.git$", name)
+    ):
+        return []
+    return [f"hub_model_id: expected name or organisation/name of letters, digits, - _ and ., got {name!r}; rename it"]
+
+
+TRAINING: tuple[Rule, ...] = (
+    *(objective_problems, judge_problems, reward_problems, dgs_problems, path_problems, run_problems),
+    *(held_out_problems, hub_problems),
+)
 """What every training's settings must keep."""
 
 
@@ -127,52 +194,46 @@ TRAINING: tuple[Rule, ...] = (objective_problems, judge_problems, dgs_problems, 
 
 def sync_r1_problems(c: Any) -> list[str]:
     problems = []
-    if c.data is not None and not c.data.exists() and not ("/" in str(c.data) and may_be_hub_name(str(c.data))):
+    held_out = c.eval_data
+    if held_out is not None and not held_out.exists() and not ("/" in str(held_out) and may_be_hub_name(str(held_out))):
         problems.append(
-            f"data: expected a folder in the UnifyBench++ layout, a table of prompts or a hub name, got {c.data}, "
-            "which is not there; leave it out for the rendered world"
+            "eval_data: expected a folder in the UnifyBench++ layout, a table of prompts or a hub name, got "
+            f"{held_out}, which is not there; leave it out for that of data"
         )
-    if c.identity_weight == c.judge_weight == c.text_weight == 0:
-        problems.append("identity_weight, judge_weight, text_weight: all are 0; give one of them a positive weight")
+    if c.reward_funcs and not c.reward_weights and not any(map(c.weight_of, c.reward_funcs)):
+        problems.append("identity_weight, judge_weight, text_weight: expected a positive one, got 0 for all; raise one")
     if c.anchor_fraction > 0 and c.anchor_beta == 0:
         problems.append(
-            f"anchor_fraction: anchors learn from the KL term alone, so {c.anchor_fraction:g} is pointless with "
-            "anchor_beta 0; set --anchor_fraction 0, or a positive anchor_beta"
+            f"anchor_fraction: expected 0 with anchor_beta 0, as anchors learn from the KL term alone, got "
+            f"{c.anchor_fraction:g}; set --anchor_fraction 0, or a positive anchor_beta"
         )
     return problems
 
 
 def corl_problems(c: Any) -> list[str]:
     problems = []
-    if c.reward_weights and len(c.reward_weights) != len(c.reward_funcs):
-        problems.append(
-            f"reward_weights: expected {len(c.reward_funcs)}, one per reward_funcs, got {len(c.reward_weights)}; "
-            "list one for each name"
-        )
-    for weight in c.reward_weights:
-        if not weight >= 0:
-            problems.append(f"reward_weights: expected numbers of at least 0, got {weight:g}; leave that reward out")
-    if not c.reward_funcs:
-        problems.append("reward_funcs: expected at least one, got none; try cycle tim accuracy format")
-    for name in sorted({name for name in c.reward_funcs if c.reward_funcs.count(name) > 1}):
-        problems.append(f"reward_funcs: {name} is given twice; name it once")
     if c.cycle_image == c.cycle_text == "none" and "cycle" in c.reward_funcs:
-        problems.append("cycle_image, cycle_text: both are none, so cycle compares nothing; leave it out or give one")
+        problems.append("cycle_image, cycle_text: expected one for cycle to compare by, got none for both; give one")
     if "judge" in c.reward_funcs and c.judge_url is None:
-        problems.append("reward_funcs: judge needs a judge_url, got none; give one, or leave judge out")
+        problems.append("judge_url: expected an address for reward_funcs judge, got none; give one, or leave judge out")
     if c.stage == "merge" and len(c.merge_models) < 2:
-        problems.append(f"merge_models: --stage merge needs at least 2 checkpoints, got {len(c.merge_models)}")
+        problems.append(
+            f"merge_models: expected at least 2 checkpoints for stage merge, got {len(c.merge_models)}; list them"
+        )
     if c.stage == "merge" and c.merge_base is None:
-        problems.append("merge_base: --stage merge needs the model that both were trained from, got none")
+        problems.append("merge_base: expected the model that both were trained from for stage merge, got none; name it")
     if c.stage == "merge" and c.merge_method == "gaussian" and len(c.merge_models) > 2:
         problems.append(
-            f"merge_models: gaussian merges 2 models, got {len(c.merge_models)}; take fnorm or mean for more"
+            f"merge_models: expected 2 for merge_method gaussian, got {len(c.merge_models)}; take fnorm or mean"
         )
     if c.max_steps == 0 or c.refined_max_steps == 0:
-        problems.append("max_steps, refined_max_steps: expected at least 1, or -1 for num_train_epochs, got 0")
+        problems.append(
+            "max_steps, refined_max_steps: expected at least 1, or -1 for num_train_epochs, got 0; raise it"
+        )
     if c.tim_policy == "live" and c.zero_stage == 3 and "tim" in c.reward_funcs:
         problems.append(
-            "tim_policy: under zero_stage 3 the trained weights are not whole while rewards run, got live; take frozen"
+            "tim_policy: expected frozen under zero_stage 3, where weights are not whole while rewards run, got live; "
+            "take frozen"
         )
     return problems
 
@@ -184,16 +245,19 @@ def evaluation_problems(c: Any) -> list[str]:
         and c.data_form in ("unifybench", "geneval", "dpg")
         and not os.path.exists(os.path.expanduser(c.data))
     ):
-        problems.append(f"data: expected a folder or file in the form {c.data_form}, got {c.data}, which is not there")
+        problems.append(
+            f"data: expected a folder or file in the form {c.data_form}, got {c.data}, which is not there; correct it"
+        )
     if c.stage == "score" and not (c.output_dir / "manifest.json").is_file():
         problems.append(
-            f"output_dir: {c.output_dir} holds nothing generated (no manifest.json); run --stage generate first"
+            f"output_dir: expected what stage generate has written (manifest.json), got {c.output_dir} without; run "
+            "--stage generate first"
         )
     if not (c.greedy_texts or c.sampled_texts):
-        problems.append("greedy_texts, sampled_texts: both are off, so nothing would be answered; leave one on")
+        problems.append("greedy_texts, sampled_texts: expected one to answer by, got both off; leave one on")
     if "dpg" in c.export and c.images_per_prompt > 4:
-        problems.append(f"images_per_prompt: DPG-Bench's grid holds 4 images, got {c.images_per_prompt}; lower it")
+        problems.append(f"images_per_prompt: expected at most 4, DPG-Bench's grid, got {c.images_per_prompt}; lower it")
     for kind in sorted(set(c.export)):
         if c.export.count(kind) > 1:
-            problems.append(f"export: {kind} is given twice; name it once")
+            problems.append(f"export: expected each kind once, got {kind} twice; name it once")
     return problems

@@ -17,14 +17,15 @@ import math
 import re
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, one_line, shown
+from .renamed import remedy_of, remedy_of_value
 
 Config = TypeVar("Config")
 Rule = Callable[[Any], list[str]]
@@ -36,8 +37,8 @@ MAX_YAML_BYTES = 1 << 15
 MAX_PROBLEMS = 20
 """Told at once."""
 
-MAX_DEPTH = 4
-"""Of lists and mappings within each other; settings need two."""
+MAX_DEPTH = 8
+"""Of lists and mappings within each other; settings need two, and a file of verl's, which gets its remedies, seven."""
 
 _SECTION = re.compile(r"^\s*# --- (?P<title>.+?) ---\s*$")
 
@@ -88,7 +89,7 @@ class Settings:
 
     RULES: ClassVar[tuple[Rule, ...]] = ()
     """What is checked beside types and ranges, once those hold."""
-    RENAMED: ClassVar[dict[str, str]] = {}
+    RENAMED: ClassVar[Mapping[str, str]] = {}
     """Names that people bring from elsewhere, and what to set instead."""
 
     def __post_init__(self) -> None:
@@ -117,6 +118,13 @@ def settings_of(config_type: type) -> tuple[Setting, ...]:
         found.append(Setting(field.name, hint, limits, default, doc, section))
     order = list(dict.fromkeys(setting.section for setting in found))
     return tuple(sorted(found, key=lambda setting: order.index(setting.section)))
+
+
+def at_defaults(config: Any) -> set[str]:
+    """The settings that are as they would be if nobody had named them."""
+    return {
+        setting.name for setting in settings_of(config.__class__) if getattr(config, setting.name) == setting.default
+    }
 
 
 def _field_docs(part: type) -> dict[str, tuple[str, str]]:
@@ -160,7 +168,7 @@ def describe(annotation: Any) -> str:
 
 def coerce(value: Any, annotation: Any) -> Any:
     """`value` as `annotation`, or ValueError.  Only changes that cannot lose anything are made: an integer where a
-    number is due, `1e-4` (text to YAML 1.1, as it has no dot), a list for a tuple, text for a path."""
+    number is due, `1e-4` (text to YAML 1.1, as it has no dot), a list or one text for a tuple, text for a path."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         if type(None) in args and (value is None or value == "None"):  # `None` is text to YAML
@@ -171,6 +179,8 @@ def coerce(value: Any, annotation: Any) -> Any:
         if any(value == option and type(value) is type(option) for option in args):
             return value
         raise ValueError
+    if origin is tuple and isinstance(value, str):
+        value = [value]  # one item may stand alone, as for argparse and in transformers' files
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(coerce(item, args[0]) for item in value)
     if annotation is float and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -217,24 +227,44 @@ def problems_of(config: Any) -> list[str]:
         try:
             value = coerce(value, setting.type)
         except ValueError:
-            problems.append(_wrong_type(setting, value))
+            problems.append(wrong_type(setting, value))
             rules = ()  # they compare values of the right type
             continue
         object.__setattr__(config, setting.name, value)
-        if setting.range is not None and value is not None and not setting.range.holds(value):
-            problems.append(f"{setting.name}: expected {setting.range}, got {value}; {setting.range.remedy}")
+        problems += out_of_range(setting, value)
     return problems + [problem for rule in rules for problem in rule(config)]
 
 
-def _wrong_type(setting: Setting, value: Any) -> str:
+def out_of_range(setting: Setting, value: Any) -> list[str]:
+    """What is wrong with a value of the right type, by its field's own range."""
+    if setting.range is None or value is None or setting.range.holds(value):
+        return []
+    return [f"{setting.name}: expected {setting.range}, got {value}; {setting.range.remedy}"]
+
+
+def wrong_type(setting: Setting, value: Any) -> str:
+    """What is wrong with a value that `coerce` does not take."""
     wanted = describe(setting.type)
     if isinstance(value, int) and abs(value) >= 2**63:  # Python does not write integers of 4300 digits at all
         return f"{setting.name}: expected {wanted}, got an integer of {value.bit_length()} bits; take a smaller one"
     if str(value).lower().strip("+-.") in ("nan", "inf", "infinity"):
         wanted = wanted.replace("a number", "a finite number")
+    if "a number" in wanted and _is_too_large(value):
+        wanted, got = wanted.replace("a number", "a number of at most 1.8e308"), str(value)
+        return f"{setting.name}: expected {wanted}, got {shown(got)}; default: {in_yaml(setting.default)}"
     nearest = difflib.get_close_matches(str(value)[:80], [str(choice) for choice in choices(setting.type)], n=1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"default: {_scalar(setting.default)}"
-    return f"{setting.name}: expected {wanted}, got {shown(value)} ({type(value).__name__}); {remedy}"
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"default: {in_yaml(setting.default)}"
+    remedy = remedy_of_value(setting.name, value.split() if isinstance(value, str) else value) or remedy
+    kind = "" if isinstance(value, str) else f" ({type(value).__name__})"  # the quotes of a text say so
+    return f"{setting.name}: expected {wanted}, got {shown(value)}{kind}; {remedy}"
+
+
+def _is_too_large(value: Any) -> bool:
+    """`1e400`: a number to people, infinity to a computer."""
+    try:
+        return "inf" not in str(value).lower() and math.isinf(float(str(value)))
+    except ValueError:
+        return False
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -246,11 +276,11 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             line = self.peek_event().start_mark.line + 1
-            raise ConfigError(f"line {line}: aliases (*name) are not read; write the value out")
+            raise ConfigError(f"line {line}: expected plain values, got an alias (*name); write the value out")
         self._depth += 1
         if self._depth > MAX_DEPTH:
             line = self.peek_event().start_mark.line + 1
-            raise ConfigError(f"line {line}: lists within lists within lists are no setting; take brackets out")
+            raise ConfigError(f"line {line}: expected a setting, got lists within lists; take brackets out")
         try:
             return super().compose_node(parent, index)
         finally:
@@ -260,7 +290,8 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                raise ConfigError(f"{key.value}: given twice (line {key.start_mark.line + 1}); remove one of them")
+                line = key.start_mark.line + 1
+                raise ConfigError(f"{key.value}: expected once, got it given twice (line {line}); remove one of them")
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
@@ -270,11 +301,20 @@ def unknown_name(name: str, config_type: type) -> str:
     known = [setting.name for setting in settings_of(config_type)]
     renamed: Mapping[str, str] = getattr(config_type, "RENAMED", {})
     name = name if len(name) <= 80 else f"{name[:77]}..."
-    if name in renamed:
-        return f"{name}: unknown here; {renamed[name]}"
+    if (remedy := remedy_of(name.replace("-", "_"), renamed)) is not None:
+        return f"{name}: expected a setting's name, got one that is unknown here; {remedy}"
     nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all settings"
-    return f"{name}: unknown setting; {hint}"
+    return f"{name}: expected a setting's name, got an unknown setting; {hint}"
+
+
+def _paths(name: str, value: Any) -> Iterator[str]:
+    """The dotted paths in a nested mapping, as verl's files have them; `name` itself for anything else."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _paths(f"{name}.{key}", inner)
+    else:
+        yield name
 
 
 def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
@@ -284,7 +324,9 @@ def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
     """
     where, text = ("YAML", source) if isinstance(source, str) else (str(source), _read(source))
     if len(text) > MAX_YAML_BYTES:
-        raise ConfigError(f"{where}: is over {MAX_YAML_BYTES} characters, so these are no settings")
+        raise ConfigError(
+            f"{where}: expected settings of at most {MAX_YAML_BYTES} characters, got {len(text)}; pass a settings file"
+        )
     try:
         # _StrictLoader is a SafeLoader: it builds plain values only.
         loaded = yaml.load(text, Loader=_StrictLoader)
@@ -292,25 +334,34 @@ def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{where}: {error}") from None
     # PyYAML reads `2001-99-99`, `!!bool x` and `!!int ''` with errors that are none of its own.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
-        raise ConfigError(f"{where}: not plain YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"{where}: expected `setting: value` lines, got what is not plain YAML: {one_line(error)}; correct it"
+        ) from error
+    if loaded is None and not isinstance(source, str):
+        raise ConfigError(
+            f"{where}: expected `setting: value` lines, got a file without any; write some, or leave --config out"
+        )
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{where}: expected `setting: value` lines, got {type(loaded).__name__}")
+        raise ConfigError(
+            f"{where}: expected `setting: value` lines, got {type(loaded).__name__}; recipes/sync_r1.yaml is an example"
+        )
     known = {setting.name: setting for setting in settings_of(config_type)}
     values: dict[str, Any] = {}
     problems: list[str] = []
     for number, (name, value) in enumerate(loaded.items(), 1):
-        if len(problems) == MAX_PROBLEMS:
+        if len(problems) >= MAX_PROBLEMS:
             problems.append(f"{len(loaded) - number + 1} more settings were not looked at")
             break
         if name not in known:
-            problems.append(unknown_name(str(name), config_type))
+            theirs = [path for path in _paths(str(name), value) if path in getattr(config_type, "RENAMED", {})]
+            problems += [unknown_name(path, config_type) for path in theirs[:MAX_PROBLEMS] or [str(name)]]
             continue
         try:
             values[name] = coerce(value, known[name].type)
         except ValueError:
-            problems.append(_wrong_type(known[name], value))
+            problems.append(wrong_type(known[name], value))
     if problems:
         raise ConfigError.of([f"{where}: {problem}" for problem in problems])
     return values
@@ -318,13 +369,20 @@ def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
 
 def _read(path: Path) -> str:
     if not path.is_file():
-        raise ConfigError(f"--config: expected a YAML file, got {path}, which does not exist or is not a file")
+        raise ConfigError(
+            f"--config: expected a YAML file, got {path}, which does not exist or is not a file; correct the path"
+        )
     if path.stat().st_size > MAX_YAML_BYTES:
-        raise ConfigError(f"--config: {path} is over {MAX_YAML_BYTES} bytes, so it is no settings file")
+        raise ConfigError(
+            f"--config: expected a YAML file of at most {MAX_YAML_BYTES} bytes, got {path}, which is no settings file; "
+            "correct the path"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: cannot read {path} as UTF-8 text: {error}") from error
+        raise ConfigError(
+            f"--config: expected UTF-8 text, got {path}, which cannot be read as that ({one_line(error)}); correct it"
+        ) from error
 
 
 def from_yaml(config_type: type[Config], source: str | Path) -> Config:
@@ -344,11 +402,11 @@ def to_yaml(config: Any, *, comments: bool = True) -> str:
             options = choices(setting.type)
             doc = setting.doc + (f" [{' | '.join(map(str, options))}]" if options else "")
             lines += [f"# {line}" for line in textwrap.wrap(doc, 98, break_on_hyphens=False)]
-        lines.append(f"{setting.name}: {_scalar(getattr(config, setting.name))}")
+        lines.append(f"{setting.name}: {in_yaml(getattr(config, setting.name))}")
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _scalar(value: Any) -> str:
+def in_yaml(value: Any) -> str:
     """`value` in YAML on one line."""
     if isinstance(value, tuple):
         value = list(value)

@@ -7,15 +7,21 @@ docstring under a field is its flag's help and its comment in `recipes/*.yaml`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from .renamed import RENAMED
 from .rules import TRAINING
 from .schema import Range, Rule, Settings
 
 Credit = Literal["shared", "per_segment", "image_only"]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+LRScheduler = Literal[
+    "linear_with_min_lr", "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"
+]
+Tracker = Literal["tensorboard", "trackio", "wandb", "all", "none"]
 DGSRule = Literal["variance_mass", "max_variance", "top_k", "random", "none"]
 
 # Fields of several recipes, or of several stages of one.
@@ -41,6 +47,8 @@ class TrainConfig(Settings):
     alone): a folder or a hub name. None: the tiny base, trained on first use."""
     output_dir: Path = Path("runs/sync_r1")
     """The run's folder; a number is appended when it already holds a run."""
+    run_name: str | None = None
+    """Name of the run in trackers, in the report and on the model's card. None: the folder's name."""
     seed: Seed = 0
     """Seeds sampling, prompt order and dropout; the same seed gives the same run."""
 
@@ -70,7 +78,10 @@ class TrainConfig(Settings):
     learning_rate: LearningRate = 5e-4
     """AdamW's peak. The default suits the tiny base; for Janus-Pro start near 1e-6."""
     warmup_steps: WarmupSteps = 5
-    """Linear warm-up; afterwards the rate falls linearly to a tenth."""
+    """Steps over which the rate rises linearly to its peak; then it follows lr_scheduler_type."""
+    lr_scheduler_type: LRScheduler = "linear_with_min_lr"
+    """How the rate falls until max_steps: to a tenth (…_with_min_lr), to 0 (linear, cosine), or not at all; constant
+    has no warm-up either."""
     weight_decay: Annotated[float, Range("0 switches it off", ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Range("0 switches clipping off", ge=0)] = 1.0
@@ -99,6 +110,11 @@ class TrainConfig(Settings):
     """Weight of image tokens in the loss."""
 
     # --- rewards ---
+    reward_funcs: tuple[str, ...] = ()
+    """Rewards: the recipe's own by name, and yours: `module:function`, `file.py:function`, `verl@file.py:function`
+    (docs/rewards.md)."""
+    reward_weights: tuple[float, ...] = ()
+    """One for each of reward_funcs. None given: 1 for each."""
     judge_url: str | None = None
     """Address of an OpenAI-compatible server that judges drawings, e.g. http://127.0.0.1:8000/v1; https, or this
     machine. Sync-R1's judge is then this one; CoRL names it `judge` in reward_funcs."""
@@ -163,21 +179,32 @@ class TrainConfig(Settings):
     launcher: str = "ssh"
     """What reaches a hostfile's machines: ssh, or a command with {host} in it that runs its last words there."""
     max_restarts: Annotated[int, Range("0 gives up at the first loss", ge=0)] = 3
-    """How often all ranks start again, from the last checkpoint, when a rank or a machine is lost; not for one
-    process."""
+    """How often in a row, without a new checkpoint in between, all ranks start again from the last one when a rank or a
+    machine is lost; not for one process."""
     stage_timeout: Annotated[float, Range("more than the longest rollout takes; 1800 is the default", gt=0)] = 1800.0
     """Seconds that a stage of a step (rollout, reward, update, ...) may take before the run ends with the stacks of the
     rank that holds it up."""
     shutdown_timeout: Annotated[int, Range("more than a step and a checkpoint take; 120 is the default", ge=1)] = 120
-    """Seconds that ranks have, once SIGTERM or SIGUSR1 asks a launcher to end, to finish their step and to save."""
+    """Seconds that ranks have, once SIGTERM or SIGUSR1 asks a launcher to end, to finish their step, with its scores
+    where eval_steps asks for them, and to save."""
     max_skipped_updates: Annotated[int, Range("0 ends the run at the first one", ge=0)] = 10
     """Updates in a row whose gradients are NaN or infinite, and which all ranks skip, before the run ends."""
 
     # --- what is written and shown ---
     eval_samples: Annotated[int, Range("0 skips the evaluation", ge=0)] = 192
     """Held-out items per task in the before/after table; 0 skips the evaluation."""
-    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """Trackers beside metrics.jsonl and report.html, which are always written."""
+    eval_steps: Annotated[int, Range("0 scores only before and after", ge=0)] = 0
+    """Every this many steps the held-out items are scored, into metrics.jsonl as eval/…, and the best model so far is
+    kept whole in checkpoints/best; 0: only before and after."""
+    metric_for_best_model: str | None = None
+    """The score that says which model is best, higher is better: `score`, or a name in scores.json such as
+    summary/understanding/greedy. None: score, the mean over trained tasks of each task's main score."""
+    load_best_model_at_end: bool = False
+    """The run's result (scores, card, what is pushed or trained on) is checkpoints/best; off: the last step's model."""
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers beside metrics.jsonl and report.html, which are always written. all: those that are installed."""
+    log_completions: bool = True
+    """Trackers get tables of prompts, texts, pictures and rewards, every sample_steps."""
     logging_steps: Annotated[int, Range("1 logs every step", ge=1)] = 1
     """Every this many steps a line is printed (where there is no terminal) and sent to the trackers."""
     report_steps: Annotated[int, Range("0 writes report.html at the end alone", ge=0)] = 1
@@ -192,6 +219,12 @@ class TrainConfig(Settings):
     0: only at the end."""
     save_total_limit: Annotated[int | None, Range("leave it out to keep all", ge=1)] = 2
     """Checkpoints to resume from that are kept, the newest ones. None: all."""
+    push_to_hub: bool = False
+    """Upload the saved model and its card to the hub at the end, with the token of HF_TOKEN or `hf auth login`."""
+    hub_model_id: str | None = None
+    """`name` or `organisation/name` on the hub. None: run_name, or the folder's name, under your own."""
+    hub_private_repo: bool = True
+    """A repository that the upload makes is private."""
     resume_from_checkpoint: str | None = None
     """Go on from a checkpoint, in its own run's folder: `latest` (of output_dir; a new run where there is none yet), a
     run's folder, or one checkpoint."""
@@ -200,16 +233,6 @@ class TrainConfig(Settings):
     needed."""
 
     RULES: ClassVar[tuple[Rule, ...]] = TRAINING
-    RENAMED: ClassVar[dict[str, str]] = {
-        "model_name_or_path": "set model",
-        "dataset_name": "set data, a folder",
-        "per_device_train_batch_size": "set prompts_per_step (groups) and max_tokens_per_microbatch (memory)",
-        "gradient_accumulation_steps": "accumulation follows from max_tokens_per_microbatch",
-        "generation_batch_size": "set prompts_per_step, which counts groups",
-        "num_train_epochs": "set max_steps",
-        "epsilon_low": "set epsilon",
-        "reward_weights": "set identity_weight, judge_weight and text_weight",
-        "reward_funcs": "recipes/corl.py takes reward functions, of your own too, and prompts that ask for text alone",
-        "vllm_mode": "rollouts are the engine's own",
-        "use_vllm": "rollouts are the engine's own",
-    }
+    REWARDS: ClassVar[tuple[str, ...]] = ()
+    """What reward_funcs may name beside functions of a user's own."""
+    RENAMED: ClassVar[Mapping[str, str]] = RENAMED

@@ -1,6 +1,7 @@
 """What a run says on the terminal: its stages, one live bar while it trains, and the before/after table.
 
-Where stdout is not a terminal (a log file, CI) the bar becomes a plain line every `logging_steps` steps.
+Where stdout is not a terminal (a log file, CI) the bar becomes a plain line every `logging_steps` steps. In between a
+`Pulse` shows that the run lives.
 """
 
 from __future__ import annotations
@@ -9,16 +10,31 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from ..records import StepMetrics
-from .names import duration
-from .scores import SUMMARY, ScoreRow, Scores, measures_in, score_rows, show_change, show_score
+from . import recent
+from .intervals import Interval
+from .pulse import Pulse, duration
+from .scores import (
+    SUMMARY,
+    UNTRAINED,
+    ScoreRow,
+    Scores,
+    measures_in,
+    score_rows,
+    show_change,
+    show_interval,
+    show_score,
+)
+from .warnings import Watch, of_scores
 
 
 class Display:
@@ -46,8 +62,11 @@ class Display:
         self._stage = self._done = self._before = 0
         self._first_step_at = math.nan
         self._live: Live | None = None
+        self._pulse: Pulse | None = None
+        self._entered = False
         self._progress = Progress(
             TextColumn("  training"),
+            SpinnerColumn("line"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[eta]}"),
@@ -56,16 +75,32 @@ class Display:
         )
         self._task = self._progress.add_task("training", total=max_steps, eta="")
         self._started = time.monotonic()
+        self._watch = Watch()
+
+    def __enter__(self) -> Self:
+        """Inside, a stage that takes long shows that it lives."""
+        self._entered = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._show_pulse(None)
+        self._entered = False
 
     def stage(self, title: str) -> None:
         """Announces what happens next: `2/4 training the tiny base`."""
+        self._show_pulse(None)
+        recent.begins(title)
         self._stage += 1
         number = f"{self._stage}/{self.num_stages} " if self.num_stages else ""
-        self.console.print(Text.assemble((number, "bold cyan"), (title, "bold")))
+        self.console.print(Text.assemble((number, "bold cyan"), (title, "bold")), soft_wrap=True)
+        self._show_pulse(title)
 
     def note(self, text: str) -> None:
         """A line of plain text; above the bar while it runs."""
-        self.console.print(Text(f"  {text}"))
+        recent.said(text)
+        self.console.print(Text(f"  {text}"), soft_wrap=True)  # a path that is wrapped cannot be copied
 
     @contextmanager
     def training(self, max_steps: int | None = None, done: int = 0) -> Iterator[Display]:
@@ -73,20 +108,28 @@ class Display:
         resumed one those that are `done`."""
         self.max_steps = self.max_steps if max_steps is None else max_steps
         self._done = self._before = done
+        self._watch = Watch()
         self._progress.reset(self._task, total=self.max_steps, completed=done, eta="")
         self._started = time.monotonic()
         if not self.console.is_terminal or self.console.quiet:
+            self._show_pulse("the first step, which also warms up")
             yield self
-            return
-        with Live(self._progress, console=self.console, refresh_per_second=4, transient=False) as self._live:
-            try:
-                yield self
-            finally:
-                self._live = None
+        else:
+            self._show_pulse(None)
+            with Live(self._progress, console=self.console, refresh_per_second=4, transient=False) as self._live:
+                try:
+                    yield self
+                finally:
+                    self._live = None
+        self._show_pulse("saving and scoring")
 
     def step(self, metrics: StepMetrics) -> None:
-        """One step is done: moves the bar, or prints a line when one is due."""
+        """One step is done: moves the bar, or prints a line when one is due; tells each warning when it first holds."""
         self._done += 1
+        if self._live is None:
+            self._show_pulse(None)  # from here on there are the steps' lines
+        for warned in [] if self.console.quiet else self._watch.see(metrics.values, self._done):
+            self.console.print(Text(f"  warning: {warned.text}", "yellow"), soft_wrap=True)
         line = summary_line(metrics.values)
         if self._live is not None:
             self._progress.update(self._task, completed=self._done, eta=self._time_left())
@@ -97,15 +140,18 @@ class Display:
             self.console.print(Text(text), soft_wrap=True)
 
     def before_after(self, before: Scores, after: Scores) -> None:
-        """Prints the table that the run was for."""
+        """Prints the table that the run was for, and below it what fell and what is guessed."""
         self.console.print(before_after_table(before, after))
+        for warned in of_scores(score_rows(before, after)):
+            self.console.print(Text(f"  warning: {warned.text}", "yellow"), soft_wrap=True)
 
-    def wide(self, table: Table, width: int) -> None:
-        """Prints a table that needs more than the 80 characters that a log file is taken to have."""
-        room = self.console.width if self.console.is_terminal else max(width, self.console.width)
-        before, self.console.width = self.console.width, room
-        self.console.print(table)
-        self.console.width = before
+    def _show_pulse(self, words: str | None) -> None:
+        """Shows `words` until the next call; None: nothing any more."""
+        if self._pulse is not None:
+            self._pulse.stop()
+        self._pulse = Pulse(self.console, words) if words is not None and self._entered else None
+        if self._pulse is not None:
+            self._pulse.start()
 
     def _time_left(self) -> str:
         """From the pace after the first step, which also pays for compiling and warming up."""
@@ -147,36 +193,62 @@ def number(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "n/a"
 
 
-def before_after_table(before: Scores, after: Scores) -> Table:
-    """What the model could do before and after training: a row per task and measure, the summary last.
+WIDTHS = (28, 15, 15, 19)
+"""Of the table's columns: with the gaps between them, 80 characters."""
+
+
+def before_after_table(before: Scores, after: Scores) -> Group:
+    """What the model could do before and after training: the measures of each task below its name, the summary last.
+
+    80 characters wide; what was found to be worse, or no better than guessing, is marked.
 
     Args:
         before, after: {`task/measure`: score} or {task: {measure: score}}; shares in [0, 1], higher is better.
     """
     rows = score_rows(before, after)
-    notes = [f"{name}: {words}" for name, words in measures_in(rows).items()]
-    notes.append("on held-out items that training never saw; change in percentage points")
-    table = Table(
-        title="Before and after training", caption="\n".join(notes), caption_justify="left", title_style="bold"
-    )
-    table.add_column("what the model is asked to do", overflow="fold")
-    table.add_column("measured by")
-    for name in ("before", "after", "change"):
-        table.add_column(name, justify="right", no_wrap=True)
+    under = _lines()
+    under.add_row(*(Text(name, "dim") for name in ("measure", "before", "after", "change")))
+    lines: list[Text | Table] = [Text("Before and after training", "bold"), under]
     previous = None
     for row in rows:
-        if previous is not None and row.task != previous and row.task == SUMMARY:
-            table.add_section()
-        style = "bold" if row.task == SUMMARY else ""
-        label = row.label if row.task != previous else ""
-        table.add_row(
-            Text(label), Text(row.measure), show_score(row.before), show_score(row.after), _coloured(row), style=style
+        if row.task != previous:
+            items = f" ({row.num_items} items)" if row.num_items and row.task != SUMMARY else ""
+            untrained = f", {UNTRAINED}" if UNTRAINED in row.marks else ""
+            under = _lines()
+            lines += [Text(row.label + items + untrained, "bold"), under]
+        under.add_row(
+            _measure(row),
+            _score(row.before, row.before_interval, row.unit),
+            _score(row.after, row.after_interval, row.unit),
+            _coloured(row),
         )
         previous = row.task
+    notes = [f"{name}: {words}" for name, words in measures_in(rows).items() if name != UNTRAINED]
+    notes.append("on held-out items that training never saw; shares in per cent, in brackets 95 % intervals")
+    return Group(*lines, *(Text(note, "dim") for note in notes))
+
+
+def _lines() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0), width=sum(WIDTHS) + 3)
+    for place, width in enumerate(WIDTHS):
+        table.add_column(justify="right" if place else "left", width=width, no_wrap=bool(place), overflow="fold")
     return table
 
 
+def _measure(row: ScoreRow) -> Text:
+    marks = "".join(f" ! {mark}" for mark in row.marks if mark != UNTRAINED)
+    name = f"{row.measure}, {row.unit}" if row.measure in ("greedy", "sampled") and row.unit else row.measure
+    apart = "" if len(name) + len(marks) + 2 <= WIDTHS[0] else "\n "
+    return Text.assemble(f"  {name}", apart, (marks, "bold red"))
+
+
+def _score(value: float | None, interval: Interval | None, unit: str) -> str:
+    return f"{show_score(value, unit).removesuffix(' %')} {show_interval(interval, unit)}".strip()
+
+
 def _coloured(row: ScoreRow) -> Text:
-    """The sign says which way as well as the colour."""
-    change = row.change or 0.0
-    return Text(show_change(row), "green" if change > 0 else "red" if change < 0 else "")
+    """The sign says which way as well as the colour, which only a change that is sure gets."""
+    sure = row.change_interval is None or not row.change_interval[0] <= 0 <= row.change_interval[1]
+    change = (row.change or 0.0) if sure else 0.0
+    shown = f"{show_change(row)} {show_interval(row.change_interval, row.unit, signed=True)}".strip()
+    return Text(shown, "green" if change > 0 else "red" if change < 0 else "")

@@ -54,13 +54,3 @@ def training_task_words(task: str, *, drawn: bool = False, rewarded: bool = True
 def reward_words(name: str) -> str:
     """A reward in words, its own name behind them where they differ."""
     return f"{REWARDS[name]} ({name})" if name in REWARDS and name != "reward" else REWARDS.get(name, name)
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

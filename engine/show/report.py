@@ -23,7 +23,7 @@ from .outcome import outcome_of
 from .report_cost import cost
 from .report_curves import curves
 from .report_heading import data_of, heading, model_of
-from .report_parts import compared, models_section, parts_cost, parts_of, parts_section, what_was_trained
+from .report_parts import compared, models_section, parts_cost, parts_of, parts_section, warned_of, what_was_trained
 from .report_pictures import cards, sheets
 from .report_scores import score_section
 from .report_story import story
@@ -59,7 +59,7 @@ def body_of(run: Run) -> str:
     blocks = [
         _part_of(run),
         heading(run),
-        story(run, trained, pair),
+        story(run, trained, pair, warned_of(parts)),
         cards(run),
         score_section(run),
         *middle,

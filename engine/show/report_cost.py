@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .markup import cell, facts, section, table, words
-from .names import duration
+from .pulse import duration
 from .report_curves import stages
 from .run_files import Rows, Run, number_of, points, table_of, values_of
 

@@ -7,8 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from .markup import facts, words
-from .names import duration
 from .outcome import Outcome, outcome_of
+from .pulse import duration
 from .report_cost import total_seconds
 from .run_files import Run, number_of, table_of, texts_of
 

@@ -17,8 +17,8 @@ from typing import Any
 from urllib.parse import quote
 
 from .markup import cell, section, table, words
-from .names import duration
 from .outcome import Outcome, outcome_of
+from .pulse import duration
 from .report_cost import COST_COLUMNS, cost_line, total_seconds
 from .report_curves import CURVES, line_of, reward_chart
 from .report_heading import state
@@ -26,6 +26,7 @@ from .report_pictures import sheet, step_of
 from .report_scores import models_table, rows_in, rows_of
 from .run_files import Run, read_run, table_of, texts_of, trainings_in, values_of
 from .scores import ScoreRow
+from .warnings import warnings_of
 
 
 class Part:
@@ -99,6 +100,16 @@ def compared(run: Run, parts: list[Part]) -> str:
 def models_section(run: Run, parts: list[Part]) -> str:
     lead = "Held-out scores of every model that the run made, on the same items."
     return section("Every model of the run", models_table(models_of(run, parts)), "models", lead)
+
+
+def warned_of(parts: list[Part]) -> list[str]:
+    """What is to be warned of in each training, its name first."""
+    return [
+        f"{part.title}: {warned.text}"
+        for part in parts
+        if part.run is not None
+        for warned in warnings_of(part.run.rows)
+    ]
 
 
 def parts_cost(parts: list[Part]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import scores as of_scores
+from .intervals import Interval
 from .markup import cell, section, table, words
 from .run_files import Run, is_number, table_of, texts_of
-from .scores import SUMMARY, ScoreRow, measures_in, score_rows, show_change, show_score
+from .scores import SUMMARY, ScoreRow, measures_in, score_rows, show_change, show_interval, show_score
 
 HELD_OUT = "On held-out items that training never saw; changes in percentage points."
 WITH_INTERVALS = " In brackets: 95 % intervals."
@@ -84,11 +84,10 @@ def score_table(rows: Sequence[ScoreRow], before: str = "Before", after: str = "
 
 def _line(row: ScoreRow, head: Sequence[str]) -> str:
     way = {"better": "up", "worse": "down", "unclear": ""}[direction(row)]
-    marks = "".join(f' <span class="mark">{words(mark)}</span>' for mark in marks_of(row))
-    items = getattr(row, "num_items", 0)
+    marks = "".join(f' <span class="mark">{words(mark)}</span>' for mark in row.marks)
     cells = [
         cell(head[0], f"{words(row.measure)}{marks}", "", "th"),
-        cell(head[1], str(items) if items else "–"),
+        cell(head[1], str(row.num_items) if row.num_items else "–"),
         cell(head[2], shown(row, "before")),
         cell(head[3], shown(row, "after")),
         cell(head[4], f"{words(show_change(row))}{_interval(row, 'change')}", f"number {way}"),
@@ -98,37 +97,24 @@ def _line(row: ScoreRow, head: Sequence[str]) -> str:
 
 def direction(row: ScoreRow) -> str:
     """better or worse where the interval of the change leaves 0 out (or there is none), else unclear."""
-    low, high = interval_of(row, "change") or (row.change or 0.0, row.change or 0.0)
+    low, high = row.change_interval or (row.change or 0.0, row.change or 0.0)
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
 
 def shown(row: ScoreRow, when: str) -> str:
     """A score with its interval, as HTML."""
     value = row.before if when == "before" else row.after
-    unit = getattr(row, "unit", "")
-    text = show_score(value, unit) if unit else show_score(value)  # type: ignore[call-arg]
-    return f"{words(text)}{_interval(row, when)}"
+    return f"{words(show_score(value, row.unit))}{_interval(row, when)}"
 
 
-def interval_of(row: ScoreRow, when: str) -> tuple[float, float] | None:
-    found = getattr(row, f"{when}_interval", None)
-    return found if isinstance(found, tuple) else None
-
-
-def interval_words(row: ScoreRow, when: str) -> str:
-    """`[37, 60]`, or nothing."""
-    found = interval_of(row, when)
-    show = getattr(of_scores, "show_interval", None)
-    return str(show(found, getattr(row, "unit", "%"), signed=when == "change")) if found and show else ""
+def interval_of(row: ScoreRow, when: str) -> Interval | None:
+    """Of `before`, `after` or `change`."""
+    return {"before": row.before_interval, "after": row.after_interval, "change": row.change_interval}[when]
 
 
 def _interval(row: ScoreRow, when: str) -> str:
-    said = interval_words(row, when)
+    said = show_interval(interval_of(row, when), row.unit, signed=when == "change")
     return f' <span class="interval">{words(said)}</span>' if said else ""
-
-
-def marks_of(row: ScoreRow) -> tuple[str, ...]:
-    return tuple(getattr(row, "marks", ()))
 
 
 def models_table(models: Mapping[str, tuple[str, Sequence[ScoreRow]]]) -> str:

@@ -5,31 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .markup import section, words
-from .names import duration
 from .outcome import outcome_of
+from .pulse import duration
 from .report_cost import dgs_words, total_seconds
 from .report_heading import data_of, method_of, model_of
-from .report_scores import direction, interval_of, interval_words, marks_of, rows_of_run
+from .report_scores import direction, rows_of_run
 from .run_files import Rows, Run, ends, number_of, values_of
-from .scores import SUMMARY, ScoreRow, measures_in, show_change, show_score
+from .scores import SUMMARY, ScoreRow, measures_in, show_change, show_interval, show_score
+from .warnings import warnings_of
 
 BETTER_WORSE = ("What got better", "What got worse")
 MAX_LINES = 12
 """Of better or worse; the table has all."""
 
 
-def story(run: Run, trained: str = "", compared: str = "") -> str:
+def story(run: Run, trained: str = "", compared: str = "", warned: Sequence[str] = ()) -> str:
     """The first thing to read.
 
     Args:
         run: whose story.
         trained: sentences on what was trained, where the settings alone do not tell it.
         compared: which two models the scores before and after are of, where that is not plain.
+        warned: what its trainings are to be warned of, where it has several.
     """
     rows = [row for row in rows_of_run(run) if row.task != SUMMARY]
     parts = [f"<p>{words(trained or what_was_trained(run))} {words(_reward(run.rows))}</p>"]
     parts.append(changes(rows, compared))
-    found = warnings(run, rows)
+    found = [*(one.text for one in warnings_of(run.rows, rows)), *warned]
     if found:
         items = "".join(f"<li>{words(line)}</li>" for line in found)
         parts.append(f'<h3>Worth a look</h3><ul class="warnings">{items}</ul>')
@@ -53,8 +55,9 @@ def _reward(rows: Rows) -> str:
     if len(values) < 2:
         return ""
     first, last = ends(values)
-    way = "rose" if last > first else "fell" if last < first else "stayed"
-    return f"The mean reward in training {way} from {first:.2f} to {last:.2f} (first and last tenth of the steps)."
+    way = "rose" if last > first else "fell"
+    moved = f"{way} from {first:.2f} to {last:.2f}" if f"{first:.2f}" != f"{last:.2f}" else f"stayed at {last:.2f}"
+    return f"The mean reward in training {moved} (first and last tenth of the steps)."
 
 
 def changes(rows: Sequence[ScoreRow], compared: str = "", heads: tuple[str, str] = BETTER_WORSE) -> str:
@@ -74,7 +77,7 @@ def changes(rows: Sequence[ScoreRow], compared: str = "", heads: tuple[str, str]
     sorted_in: dict[str, list[ScoreRow]] = {"better": [], "worse": [], "unclear": []}
     for row in firsts.values():
         sorted_in[direction(row)].append(row)
-    sure = any(interval_of(row, "change") for row in firsts.values())
+    sure = any(row.change_interval for row in firsts.values())
     parts = [f"<p>{words(compared)}</p>" if compared else ""]
     nothing = "Nothing, as far as the intervals tell." if sure else "Nothing."
     for kind, sign, head in (("better", "↑", heads[0]), ("worse", "↓", heads[1])):
@@ -93,49 +96,11 @@ def changes(rows: Sequence[ScoreRow], compared: str = "", heads: tuple[str, str]
 
 def in_words(row: ScoreRow) -> str:
     """`Draw the concept: 11.1 % → 48.6 % (+37.5, 95 % interval [+25, +50]), all right, by cnn, 72 items`."""
-    interval = interval_words(row, "change")
+    interval = show_interval(row.change_interval, row.unit, signed=True)
     change = show_change(row) + (f", 95 % interval {interval}" if interval else "")
-    items = getattr(row, "num_items", 0)
     tail = f", {row.measure}" if row.measure else ""
-    tail += f", {items} items" if items else ""
-    return f"{row.label}: {_score(row, row.before)} → {_score(row, row.after)} ({change}){tail}"
-
-
-def _score(row: ScoreRow, value: float | None) -> str:
-    unit = getattr(row, "unit", "")
-    return show_score(value, unit) if unit else show_score(value)  # type: ignore[call-arg]
-
-
-def warnings(run: Run, table: Sequence[ScoreRow]) -> list[str]:
-    """What a practitioner would look at twice, with the remedy."""
-    rows, found = run.rows, []
-    for row in table:
-        found += [f"{row.label} ({row.measure}): {mark}." for mark in marks_of(row) if mark != "not trained on"]
-    failures = sum(values_of(rows, "reward_failures"))
-    if failures:
-        found.append(f"Rewards that failed and were left out: {failures:.0f}. The run's output says why.")
-    for name, limit, said in (
-        (
-            "frac_reward_zero_std",
-            0.5,
-            "of the groups had equal rewards and taught nothing: raise temperature, or mix in harder prompts.",
-        ),
-        ("clip_ratio/region_mean", 0.3, "of the tokens were clipped: lower learning_rate or num_iterations."),
-        ("completions/clipped_ratio", 0.3, "of the texts ran into their length limit: raise max_completion_length."),
-    ):
-        values = values_of(rows, name)
-        if values and ends(values)[1] > limit:
-            found.append(f"Towards the end {100 * ends(values)[1]:.0f} % {said}")
-    replay = values_of(rows, "rollout/replay_logp_max_abs")
-    if replay and max(replay) > 0.5:
-        found.append(
-            f"The sampler's and the trainer's log-probabilities differed by up to {max(replay):.2f} nats: "
-            "expect that in bf16 with guidance; in float32 it is a fault."
-        )
-    broken = sum(1 for row in rows if "loss" in row and row["loss"] is None)
-    if broken:
-        found.append(f"The loss was not finite in {broken} steps: lower learning_rate.")
-    return found
+    tail += f", {row.num_items} items" if row.num_items else ""
+    return f"{row.label}: {show_score(row.before, row.unit)} → {show_score(row.after, row.unit)} ({change}){tail}"
 
 
 def _cost(run: Run) -> str:

@@ -35,18 +35,21 @@ from torch import Tensor
 from syncr1.kernels.api import attention_provider
 from syncr1.kernels.dispatch import available
 
-from ..errors import Preempted
+from ..errors import ConfigError, Preempted
+from ..processes.launch import restarted
+from ..processes.run_folder import LONG_PATIENCE, PATIENCE, FolderLock
 from ..records import Rollout, StepMetrics
 from ..settings.schema import to_yaml
 from ..whole_files import write_atomically
-from . import sheets
+from . import recent, sheets
 from .examples import Reading, write_examples
 from .live_page import LivePage
+from .measured import PER_ITEM, dumps
 from .run_files import read_jsonl
 from .run_status import RunStatus, State
-from .scores import Scores, flatten_scores
+from .scores import Scores, flatten_scores, score_rows
 from .sheets import Rewards, as_rewards
-from .trackers import Trackers
+from .trackers import Trackers, completions_of
 
 PACKAGES = ("syncr1", "torch", "transformers", "deepspeed", "triton", "tokenizers", "safetensors", "numpy", "pillow")
 MAX_FOLDERS = 10_000
@@ -72,10 +75,20 @@ def open_run_log(output_dir: Path, config: Any, resumed: Resumed | None = None) 
     if not (dist.is_available() and dist.is_initialized()):
         first = int(os.environ.get("RANK", "0")) == 0
         return RunLog(output_dir, config, resumed) if first else NullRunLog(output_dir)
-    log = RunLog(output_dir, config, resumed) if dist.get_rank() == 0 else None
-    box = [str(log.folder) if log else ""]
+    log, box = None, ["", ""]
+    if dist.get_rank() == 0:
+        try:
+            log = RunLog(output_dir, config, resumed)
+            box = [str(log.folder), ""]
+        except ConfigError as error:  # then no rank begins
+            box = ["", str(error)]
     dist.broadcast_object_list(box, src=0)
-    return log or NullRunLog(Path(box[0]))
+    folder, refused = box
+    if refused:
+        raise ConfigError(refused)
+    if log is None:
+        recent.writes_to(Path(folder))
+    return log or NullRunLog(Path(folder))
 
 
 class RunLog:
@@ -88,51 +101,69 @@ class RunLog:
             output_dir: where the run should go.
             config: the recipe's settings, a dataclass of the kind that `settings/schema.py` reads.
             resumed: go on in this run's folder instead; `cut` is then to be called before the first step.
+
+        Raises:
+            ConfigError: another process writes to the folder that is to be gone on in.
         """
         if getattr(config, "resume_from_checkpoint", None) is not None:
             config = dataclasses.replace(config, resume_from_checkpoint=None)  # config.yaml repeats the run
         if resumed is None:
             self.folder = _claim_folder(Path(output_dir), to_yaml(config))
+            self._lock = FolderLock(self.folder)
             _write_json(self.folder / "environment.json", environment())
         else:
             self.folder = resumed.run_folder
+            self._lock = FolderLock(self.folder, LONG_PATIENCE if restarted() else PATIENCE)
             write_atomically(self.folder / "config.yaml", CONFIG_HEADING + to_yaml(config))
             _write_json(self.folder / "environment.json", environment() | {"resumed_at_step": resumed.step})
+        recent.writes_to(self.folder)
         self._metrics: TextIO | None = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._logging_steps = max(1, getattr(config, "logging_steps", 1))
         settings = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-        self._trackers = Trackers(getattr(config, "report_to", ()), self.folder, settings)
+        self._log_completions = getattr(config, "log_completions", False)
+        run_name = getattr(config, "run_name", None)
+        self._trackers = Trackers(getattr(config, "report_to", ()), self.folder, settings, run_name)
         self._status = RunStatus(self.folder, resumed is not None)
         self._page = LivePage(self.folder, self._status, getattr(config, "report_steps", 1))
         self._page.write()
 
     def metrics(self, metrics: StepMetrics) -> None:
-        """Appends one line to metrics.jsonl: `step`, the values, and `seconds/<stage>`; NaN and infinities as null."""
+        """Appends one line to metrics.jsonl: `step`, counted from 1 as on the terminal, the values, and
+        `seconds/<stage>`; NaN and infinities as null."""
         if self._metrics is None:
             raise RuntimeError("RunLog.metrics: the log is closed; open another run's log to write on")
         values = {name: float(value) for name, value in metrics.values.items()}
         values |= {f"seconds/{stage}": float(value) for stage, value in metrics.seconds.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        row = {"step": metrics.step, **{name: finite.get(name) for name in values}}
+        step = metrics.step + 1
+        row = {"step": step, **{name: finite.get(name) for name in values}}
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         self._metrics.flush()
         self._status.lap("training")
         self._page.step()
-        if metrics.step % self._logging_steps == 0:
-            self._trackers.log(metrics.step, finite)
+        if step > 1 and step % self._logging_steps:
+            finite = {name: value for name, value in finite.items() if name.startswith("eval/")}  # as rare as they are
+        if finite:
+            self._trackers.log(step, finite)
 
     def cut(self, num_steps: int) -> None:
-        """Removes metrics and samples of steps from `num_steps` on, which come again, and a line that a crash cut."""
+        """Removes metrics and samples of steps after the first `num_steps`, which come again, and a line that a crash
+        cut. A folder of an older version, which counted from 0, is counted from 1 from then on."""
         path = self.folder / "metrics.jsonl"
-        rows = [row for row in read_jsonl(path) if row.get("step", num_steps) < num_steps]
+        known = [row for row in read_jsonl(path) if isinstance(row.get("step"), int)]
+        older = int(min((row["step"] for row in known), default=1) == 0)
+        rows = [row | {"step": row["step"] + older} for row in known]
+        rows = [row for row in rows if row["step"] <= num_steps]
         if self._metrics is not None:
             self._metrics.close()
         write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         self._metrics = path.open("a", encoding="utf-8")
-        for sample in (self.folder / "samples").glob("step_*"):
+        for sample in sorted((self.folder / "samples").glob("step_*"), reverse=True):
             number = sample.stem.removeprefix("step_")
-            if number.isdecimal() and int(number) >= num_steps:
+            if number.isdecimal() and int(number) + older > num_steps:
                 sample.unlink()
+            elif number.isdecimal() and older:
+                sample.rename(sample.with_stem(f"step_{int(number) + older:06d}"))
 
     def sync(self) -> None:
         """Metrics so far are on the disk, not only on their way, when this returns: a checkpoint counts on them."""
@@ -143,12 +174,12 @@ class RunLog:
         """Writes a step's trajectories as a picture to look at and a JSONL file to search in.
 
         Args:
-            step: step that they come from.
+            step: that they come from, counted from 0; files and the sheet say one more, as metrics.jsonl does.
             rollouts: whole groups look best; at most 24 prompts and 8 members each are drawn, all are written.
             rewards: reward name -> one value per rollout, None or NaN where it did not apply; `reward` is the total.
                 A tensor [S] is the total alone.
         """
-        known = as_rewards(rewards, len(rollouts))
+        known, step = as_rewards(rewards, len(rollouts)), step + 1
         if not rollouts:
             return
         folder = self.folder / "samples"
@@ -161,6 +192,8 @@ class RunLog:
         ]
         _write_jsonl(folder / f"step_{step:06d}.jsonl", rows)
         self._trackers.picture(step, "samples", picture)
+        if self._log_completions and self._trackers.active:
+            self._trackers.table(step, "completions", completions_of(rollouts, known))
 
     def scores(
         self,
@@ -174,9 +207,16 @@ class RunLog:
     ) -> None:
         """Writes scores.json and, for examples of the same prompts, before/after pictures.
 
-        May be called twice: with `before` alone ahead of training, so that an interrupted run has it, and with both."""
+        May be called twice: with `before` alone ahead of training, so that an interrupted run has it, and with both.
+        The file holds the flat scores of each, with the values of single items that `score_rows` makes intervals from,
+        and `table`, the rows themselves."""
         flat = {"before": flatten_scores(before), "after": flatten_scores(after)}
-        _write_json(self.folder / "scores.json", flat)
+        kept = {
+            when: flat[when] | ({PER_ITEM: scores[PER_ITEM]} if scores and PER_ITEM in scores else {})
+            for when, scores in (("before", before), ("after", after))
+        }
+        table = [row._asdict() | {"change": row.change} for row in score_rows(before, after)]
+        write_atomically(self.folder / "scores.json", dumps({**kept, "table": table}))
         finite = {
             f"{when}/{name}": value
             for when, scores in flat.items()
@@ -214,7 +254,10 @@ class RunLog:
         self._metrics.close()
         self._metrics = None
         self._trackers.close()
-        self._page.close(state, reason)
+        try:
+            self._page.close(state, reason)
+        finally:
+            self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -290,7 +333,7 @@ def _claim_folder(wanted: Path, config_yaml: str) -> Path:
         except FileExistsError:
             continue
         return folder
-    raise RuntimeError(f"RunLog: expected a free name near {wanted}, got {MAX_FOLDERS} runs; choose another output_dir")
+    raise ConfigError(f"output_dir: expected a free name near {wanted}, got {MAX_FOLDERS} runs; choose another one")
 
 
 def environment() -> dict[str, Any]:

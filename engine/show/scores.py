@@ -1,24 +1,35 @@
 """Scores of an evaluation as flat names (`task/measure`) and as rows of a before/after table, in words for a newcomer.
 
-Imports nothing heavy: the terminal's table, the run's log and the report share it.
+A row says what was measured, in what unit, of how many items, and how sure it is; whole drawings come before their
+attributes, a classifier that no reward uses before the checker that also gave rewards.  Imports nothing heavy: the
+terminal's table, the run's log, the card and the report share it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .intervals import Interval, Intervals, intervals_of
+from .measured import PER_ITEM, Measured, measured_in
+
 Scores = Mapping[str, Any]
-"""`task/measure` -> score, or nested: {task: {measure: score}}.  Higher is better; shares lie in [0, 1]."""
+"""`task/measure` -> score, or nested: {task: {measure: score}}; beside them `per_item` (measured.py), without which
+rows have no intervals. Higher is better; shares lie in [0, 1]."""
 
 SUMMARY = "summary"
 """Task whose rows come last and stand out."""
+RECOGNITION = "rec"
+GENERAL = frozenset({"general_vqa", "general_image"})
+"""Tasks that no training sees: do other skills stay?"""
 
 TASKS = {
-    "rec": "Is the concept in the photo?",
+    RECOGNITION: "Recognition: is the concept in the photo?",
     "vqa": "Questions about a photo of the concept",
     "qa": "Questions about the concept, no photo",
+    "choice": "Multiple choice",
     "rea": "Infer what an indirect request means",
     "dense_rea": "Infer what a long request means",
     "gen": "Draw the concept",
@@ -26,45 +37,88 @@ TASKS = {
     "dense_gen": "Draw the concept, long requests",
     "rea_gen": "Infer what is meant, then draw it",
     "dense_rea_gen": "Infer it from a long request, draw it",
-    "general_vqa": "Questions about photos of nobody in particular (not trained on)",
-    "general_image": "Draw a caption without a concept (not trained on)",
+    "general_vqa": "Questions about photos of nobody in particular",
+    "general_image": "Draw a caption without a concept",
     "t2i": "Draw a caption",
     "mcq": "Multiple choice",
     "oe": "Open questions",
     "geneval": "GenEval's prompts",
     "dpg": "DPG-Bench's prompts",
-    SUMMARY: "All tasks",
+    SUMMARY: "All tasks: means",
 }
 """Tasks of UnifyBench++ and of CoRL in words; another name is shown as it is."""
 
+INDEPENDENT = "cnn"
+READERS = {INDEPENDENT: "a classifier that no reward uses", "checker": "the checker that also gave rewards"}
+"""Who says what a drawing shows, the independent one first."""
 MEASURES = {
-    "greedy": "the single most likely answer is right",
+    "greedy": "the most likely answer is right",
     "sampled": "an answer drawn at random, as in training, is right",
-    "checker": "the picture shows what was asked, by the checker that also gave rewards",
-    "cnn": "the same by a network that training never saw",
-    "cycle": "like the real picture, and captioned back to the prompt",
-    "tim": "words and patches match in the starting model's own features",
-    "clip_text": "CLIP: picture and prompt",
-    "clip_image": "CLIP: picture and real picture",
-    "form greedy": "the answer keeps the form <think>…</think><answer>…</answer>",
-    "form sampled": "the same, drawn at random",
+    "all right": "share of drawings in which every attribute that was asked for is right",
+    "attributes": "mean share of a drawing's attributes that are right",
+    **{f"by {reader}": words for reader, words in READERS.items()},
+    "likeness": "how like the concept's photos a drawing is, from 0 to 1; that does not make it right",
+    "by own tower": "the starting model's own frozen vision tower",
+    "cycle": "reward: like the real picture, and captioned back to the prompt",
+    "tim": "reward: words and patches match in the starting model's own features",
+    "clip_text": "reward: CLIP's likeness of picture and prompt",
+    "clip_image": "reward: CLIP's likeness of picture and real picture",
+    "CLIP-T": "cosine of picture and prompt by CLIP",
+    "CLIP-I": "cosine of picture and photos of the concept by CLIP",
+    "form, greedy": "the answer keeps the form <think>…</think><answer>…</answer>",
+    "form, sampled": "an answer drawn at random keeps the form <think>…</think><answer>…</answer>",
 }
-"""What the columns' scores mean; shown under the table for those that occur."""
+"""What the measures' names, or parts of them, mean; shown under the table for those that occur."""
 
+AT_CHANCE, BELOW_CHANCE, FELL, UNTRAINED = "at chance", "below chance", "fell", "not trained on"
+MARKS = {
+    UNTRAINED: "no training saw this task",
+    AT_CHANCE: "guessing scores as much: its level lies within the interval",
+    BELOW_CHANCE: "guessing scores more",
+    FELL: "worse than before: the interval of the change lies below 0",
+}
 
-SHOWN = ("score", "attributes", "reward", "format")
-"""Families of measures that the table shows, by the name behind the slash."""
-DETAILS = ("num_items", "identity")
-"""Measures that scores.json has and the table leaves out."""
+PER_CENT = "% of "
+UNITS = {
+    "recall": "% recall",
+    "words": PER_CENT + "words",
+    "accuracy": PER_CENT + "answers",
+    "bleu": "character BLEU, 0 to 1",
+}
+"""Of the measures that may be a task's main score."""
+OF_DRAWINGS = {
+    "identity": ("likeness, by own tower", "likeness, 0 to 1"),
+    "clip_t": ("CLIP-T", "cosine"),
+    "clip_i": ("CLIP-I", "cosine"),
+}
+"""What else is said of drawings: its name in a table and its unit."""
 
 
 class ScoreRow(NamedTuple):
-    """A line of the table; None where there is no score."""
+    """A line of the table; None where there is no score, or where it cannot be told."""
 
     task: str
     measure: str
+    """Short, in words: `all right, by cnn`; MEASURES explains its parts."""
     before: float | None
     after: float | None
+    num_items: int = 0
+    """Held-out items behind it."""
+    unit: str = ""
+    """Of the value; what begins with `%` is a share in [0, 1] and shown in per cent. Empty: not known."""
+    before_interval: Interval | None = None
+    """95 %."""
+    after_interval: Interval | None = None
+    change_interval: Interval | None = None
+    """95 % of after - before, over the items that both have (paired)."""
+    marks: tuple[str, ...] = ()
+    """Of MARKS."""
+    family: str = "answers"
+    """answers, recognition, drawings, or summary."""
+    name: str = ""
+    """As scores.json calls it: `pure_gen/all_right/cnn`."""
+    chance: float | None = None
+    """What guessing scores, where that is known."""
 
     @property
     def label(self) -> str:
@@ -76,7 +130,7 @@ class ScoreRow(NamedTuple):
 
 
 def flatten_scores(scores: Scores | None, prefix: str = "") -> dict[str, float | None]:
-    """{task: {measure: score}} as {`task/measure`: score}; NaN as None.
+    """{task: {measure: score}} as {`task/measure`: score}; NaN as None, without what is said of single items.
 
     >>> flatten_scores({"gen": {"checker": 0.5}, "summary": 0.7})
     {'gen/checker': 0.5, 'summary': 0.7}
@@ -84,63 +138,189 @@ def flatten_scores(scores: Scores | None, prefix: str = "") -> dict[str, float |
     flat: dict[str, float | None] = {}
     for name, value in (scores or {}).items():
         if isinstance(value, Mapping):
-            flat |= flatten_scores(value, f"{prefix}{name}/")
+            flat |= flatten_scores(value, f"{prefix}{name}/") if prefix or name != PER_ITEM else {}
         else:
-            flat[f"{prefix}{name}"] = float(value) if value is not None and math.isfinite(value) else None
+            flat[f"{prefix}{name}"] = _finite(value)
     return flat
 
 
-def headline(flat: Mapping[str, float | None]) -> dict[str, float | None]:
-    """What a table shows of an evaluation: each task's main scores by their short names, without the details.
+def _finite(value: Any) -> float | None:
+    try:
+        number = math.nan if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):  # a file that was changed by hand
+        return None
+    return number if math.isfinite(number) else None
 
-    `task/score/greedy` becomes `task/greedy` and `task/attributes/cnn` becomes `task/cnn`; where a task has readings of
-    attributes, its `score/sampled` repeats one of them and is left out. Other names pass, except known details.
 
-    >>> headline({"qa/score/greedy": 0.5, "qa/bleu/greedy": 0.6, "qa/num_items": 9.0, "summary/image/cnn": 0.7})
-    {'qa/greedy': 0.5, 'summary/image/cnn': 0.7}
+class Shown(NamedTuple):
+    """How a score is shown: its place among its task's rows, its name there, and its unit."""
+
+    place: int
+    measure: str
+    unit: str
+    family: str
+
+
+def shown_as(name: str, flat: Mapping[str, float | None]) -> Shown | None:
+    """What a table says for a score of `flat`; None for details, and for scores that repeat another.
+
+    >>> shown_as("gen/all_right/cnn", {}).measure, shown_as("gen/hat/cnn", {}), shown_as("qa/score/greedy", {}).measure
+    ('all right, by cnn', None, 'greedy')
     """
-    readable = {name.partition("/")[0] for name in flat if "/attributes/" in name}
-    shown: dict[str, float | None] = {}
-    for name, value in flat.items():
-        task, _, measure = name.partition("/")
-        head, _, how = measure.partition("/")
-        if task == SUMMARY or not (how or measure in DETAILS):
-            shown[name] = value
-        elif head in SHOWN and not (head == "score" and how == "sampled" and task in readable):
-            shown[f"{task}/{f'form {how}' if head == 'format' else how}"] = value
-    return shown
+    task, _, measure = name.partition("/")
+    head, _, how = measure.partition("/")
+    if task == SUMMARY:
+        return _summary_shown(measure, flat)
+    family = "recognition" if task == RECOGNITION else "answers"
+    read = any(other.startswith(f"{task}/attributes/") for other in flat)
+    drawn = read or f"{task}/identity" in flat or f"{task}/clip_i" in flat
+    if head in ("all_right", "attributes"):
+        unit = "drawings" if head == "all_right" else "attributes"
+        place = 2 * (head == "attributes") + (how != INDEPENDENT)
+        return Shown(place, f"{head.replace('_', ' ')}, by {how}", PER_CENT + unit, "drawings")
+    if measure in OF_DRAWINGS:
+        return None if read and measure == "identity" else Shown(4, *OF_DRAWINGS[measure], "drawings")
+    if head == "reward":
+        return Shown(6, how, "reward", "drawings")
+    if head == "score" and how in ("greedy", "sampled"):
+        return None if drawn else Shown(how == "sampled", how, _unit_of(task, how, flat), family)
+    if head == "format" and how:
+        return Shown(8 + (how == "sampled"), f"form, {how}", PER_CENT + "answers", family)
+    if how or measure in ("num_items", "judge", "clauses"):
+        return None
+    return Shown(7, measure, "", family)
+
+
+def _unit_of(task: str, how: str, flat: Mapping[str, float | None]) -> str:
+    """Of a task's main score: the unit of the measure that it is (evaluate/tasks.py)."""
+    main = flat.get(f"{task}/score/{how}")
+    units = (unit for name, unit in UNITS.items() if main is not None and flat.get(f"{task}/{name}/{how}") == main)
+    return next(units, PER_CENT + "answers")
+
+
+def _summary_shown(measure: str, flat: Mapping[str, float | None]) -> Shown | None:
+    """Means over tasks; those over a single task, which has its own rows, are left out."""
+    family, _, how = measure.partition("/")
+    read = any(name.startswith(f"{SUMMARY}/image/all_right/") for name in flat)
+    if family in GENERAL or (read and measure == "image/identity"):
+        return None
+    if family == "image" and how.startswith("all_right/"):
+        reader = how.partition("/")[2]
+        return Shown(2 + (reader != INDEPENDENT), f"all right, by {reader}", PER_CENT + "drawings", SUMMARY)
+    if family == "image" and how in READERS:
+        return Shown(4 + (how != INDEPENDENT), f"attributes, by {how}", PER_CENT + "attributes", SUMMARY)
+    if family == "image":
+        word, unit = OF_DRAWINGS.get(how, (how, "reward"))
+        return Shown(6, f"drawings: {word}", unit, SUMMARY)
+    if family == "understanding":
+        return Shown(how == "sampled", f"answers, {how}", PER_CENT + "answers", SUMMARY)
+    if not measure:
+        return Shown(7, "", "", SUMMARY)
+    return Shown(7, measure.replace("format/", "form, "), PER_CENT + "answers", SUMMARY)
 
 
 def score_rows(before: Scores | None, after: Scores | None) -> list[ScoreRow]:
-    """The headlines of both, in order of appearance, tasks together and the summary last."""
-    old, new = headline(flatten_scores(before)), headline(flatten_scores(after))
-    names = [name.partition("/") for name in {**old, **new}]
-    tasks = list(dict.fromkeys(task for task, _, _ in names))
-    tasks.sort(key=lambda task: task == SUMMARY)
+    """What a table shows of both: tasks in the order of TASKS, then those of other names, then what is not trained on,
+    the summary last.
+
+    Args:
+        before, after: of two models on the same items, as an evaluation gives them or as scores.json keeps them; None
+            where there is none. Two runs are compared by giving the `after` of each.
+    """
+    old, new = flatten_scores(before), flatten_scores(after)
+    flat = {**old, **new}
+    found = [(name, shown) for name in flat if (shown := shown_as(name, flat)) is not None]
+    tasks = {name.partition("/")[0]: None for name, _ in found}
+    known = {task: place for place, task in enumerate(TASKS)}
+    order = {
+        task: (task == SUMMARY, task in GENERAL, known.get(task, len(known)), place) for place, task in enumerate(tasks)
+    }
+    found.sort(key=lambda entry: (*order[entry[0].partition("/")[0]], entry[1].place))
+    items = [measured_in(scores or {}) for scores in (before, after)]
+    pairs = [(items[0].get(name, []), items[1].get(name, [])) for name, _ in found]
     return [
-        ScoreRow(task, measure, old.get(task + slash + measure), new.get(task + slash + measure))
-        for wanted in tasks
-        for task, slash, measure in names
-        if task == wanted
+        _row(name, shown, old.get(name), new.get(name), pair, intervals)
+        for (name, shown), pair, intervals in zip(found, pairs, intervals_of(pairs), strict=True)
     ]
 
 
-def measures_in(rows: list[ScoreRow]) -> dict[str, str]:
-    """Explanations of the measures that `rows` have."""
-    return {name: words for name, words in MEASURES.items() if any(row.measure == name for row in rows)}
+def _row(
+    name: str,
+    shown: Shown,
+    before: float | None,
+    after: float | None,
+    pair: tuple[Sequence[Measured], Sequence[Measured]],
+    intervals: Intervals,
+) -> ScoreRow:
+    task = name.partition("/")[0]
+    newest = pair[1] or pair[0]
+    chance = newest[0].chance if len(newest) == 1 else None
+    return ScoreRow(
+        task=task,
+        measure=shown.measure,
+        before=before,
+        after=after,
+        num_items=sum(len(one.by_item) for one in newest),
+        unit=shown.unit,
+        before_interval=intervals.before if before is not None else None,
+        after_interval=intervals.after if after is not None else None,
+        change_interval=intervals.change if before is not None and after is not None else None,
+        marks=_marks(task, chance, intervals),
+        family=shown.family,
+        name=name,
+        chance=chance,
+    )
 
 
-def show_score(value: float | None) -> str:
-    """`62.5 %` for a share, three digits for another number, a dash for none."""
+def _marks(task: str, chance: float | None, intervals: Intervals) -> tuple[str, ...]:
+    marks = [UNTRAINED] if task in GENERAL else []
+    marks += [mark] if (mark := chance_mark(chance, intervals.after or intervals.before)) else []
+    if intervals.change is not None and intervals.change[1] < 0:
+        marks.append(FELL)
+    return tuple(marks)
+
+
+def chance_mark(chance: float | None, interval: Interval | None) -> str | None:
+    """Of MARKS, for a score that guessing reaches; None where it does not, or where either is not known."""
+    if chance is None or interval is None or interval[0] > chance:
+        return None
+    return AT_CHANCE if chance <= interval[1] else BELOW_CHANCE
+
+
+def measures_in(rows: Sequence[ScoreRow]) -> dict[str, str]:
+    """Explanations of the measures that `rows` have, and of their marks."""
+    names = {part for row in rows for part in (row.measure, *re.split(", |: ", row.measure))}
+    marks = {mark for row in rows for mark in row.marks}
+    return {name: words for name, words in (MEASURES | MARKS).items() if name in names | marks}
+
+
+# Numbers in words -----------------------------------------------------------------------------------------------------
+
+
+def show_score(value: float | None, unit: str = "") -> str:
+    """`62.5 %` for a share, three digits for another number, a dash for none; without a unit, what lies in [0, 1] is
+    taken for a share."""
     if value is None:
         return "–"
-    return f"{100 * value:.1f} %" if 0 <= value <= 1 else f"{value:.3g}"
+    is_share = unit.startswith("%") if unit else 0 <= value <= 1
+    return f"{100 * value:.1f} %" if is_share else f"{value:.3g}"
+
+
+def show_interval(interval: Interval | None, unit: str = "%", *, signed: bool = False) -> str:
+    """`[37, 60]` in per cent, or in the unit's own numbers; nothing for none."""
+    if interval is None:
+        return ""
+    sign = "+" if signed else ""
+    if unit.startswith("%"):
+        return f"[{100 * interval[0]:{sign}.0f}, {100 * interval[1]:{sign}.0f}]"
+    return f"[{interval[0]:{sign}.2f}, {interval[1]:{sign}.2f}]"
 
 
 def show_change(row: ScoreRow) -> str:
     """The change with its sign, in percentage points for shares."""
     if row.change is None:
         return "–"
-    if all(value is not None and 0 <= value <= 1 for value in (row.before, row.after)):
+    in_range = all(value is not None and 0 <= value <= 1 for value in (row.before, row.after))
+    if row.unit.startswith("%") if row.unit else in_range:
         return f"{100 * row.change:+.1f}"
     return f"{row.change:+.3g}"

@@ -165,20 +165,51 @@ def sample_sheet(step: int, rollouts: Sequence[Rollout], rewards: Rewards | Tens
         rows.append([_header(prompt, training_task_words(prompt.task, drawn=drawn, rewarded=prompt.rewarded)), *cells])
     hidden = len(by_prompt) - len(rows)
     note = f", {hidden} more prompts not shown" if hidden else ""
-    # Counted from 1, as the terminal and the report count; metrics.jsonl and file names count from 0.
-    return _compose(f"Step {step + 1}: {len(rollouts)} trajectories of {len(by_prompt)} prompts{note}", rows)
+    return _compose(f"Step {step}: {len(rollouts)} trajectories of {len(by_prompt)} prompts{note}", rows)
 
 
 def before_after_sheet(before: Sequence[Rollout], after: Sequence[Rollout]) -> Image.Image:
     """A row per example: what was asked, what the model made of it before training, and after."""
-    width = _cell_width([rollout.image for rollout in [*before, *after]])
+    return sheet_of_models("The same prompts before and after training", {"before": before, "after": after})
+
+
+def sheet_of_models(title: str, models: Mapping[str, Sequence[Rollout]]) -> Image.Image:
+    """A row per prompt (its photo, task and words on the left), in it what each model made of it, under its name.
+
+    Args:
+        title: of the sheet.
+        models: name -> trajectories; all models' are of the same prompts.
+
+    Raises:
+        ValueError: the models were asked different things.
+    """
+    groups = {name: grouped_by_prompt(rollouts) for name, rollouts in models.items()}
+    asked = [list(group) for group in groups.values()]
+    if any(ids != asked[0] for ids in asked):
+        raise ValueError(f"sheet_of_models: expected the same prompts of {', '.join(models)}, got different ones")
+    width = _cell_width([rollout.image for rollouts in models.values() for rollout in rollouts])
     rows = []
-    for old, new in list(zip(before, after, strict=True))[:MAX_ROWS]:
-        cells = []
-        for title, rollout in (("before", old), ("after", new)):
-            cells.append(_draw_rollout(Block(width).text(title, bold=True, colour=MUTED), rollout))
-        rows.append([_header(old.prompt, task_words(old.prompt.task, drawn=old.image is not None)), *cells])
-    return _compose("The same prompts before and after training", rows)
+    for prompt_id in asked[0][:MAX_ROWS]:
+        cells = [
+            _draw_rollout(_titled(width, name if len(models) > 1 else ""), rollout)
+            for name, group in groups.items()
+            for rollout in group[prompt_id][:MAX_COLUMNS]
+        ]
+        first = next(iter(groups.values()))[prompt_id][0]
+        rows.append([_header(first.prompt, task_words(first.prompt.task, drawn=first.image is not None)), *cells])
+    return _compose(title, rows)
+
+
+def grouped_by_prompt(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
+    """Prompt id -> its trajectories, in their order."""
+    groups: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.prompt.id, []).append(rollout)
+    return groups
+
+
+def _titled(width: int, title: str) -> Block:
+    return Block(width).text(title, 12, bold=True, colour=MUTED, max_lines=2)
 
 
 def _cell_width(images: Sequence[Tensor | None]) -> int:

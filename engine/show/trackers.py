@@ -7,27 +7,47 @@ and wandb runs offline unless `WANDB_MODE` says otherwise.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
+from ..records import Rollout
+from . import sheets
+
 PROJECT = "syncr1"
+MAX_ROWS = 32
+"""Of a table; a run's own samples/ hold all."""
+
+
+class Completion(NamedTuple):
+    """A trajectory as a row of a table."""
+
+    prompt: str
+    text: str
+    picture: Image.Image | None
+    rewards: Mapping[str, float | None]
+    """By name; `reward` is the total."""
 
 
 class Tracker(Protocol):
-    """Where scalars and pictures go, beside the run's own files."""
+    """Where scalars, pictures and tables go, beside the run's own files."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Sends scalars of a step; all of them are finite."""
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Sends a picture from the run's folder."""
+
+    def table(self, step: int, name: str, rows: Sequence[Completion]) -> None:
+        """Sends trajectories of a step, as TRL's `log_completions` does."""
 
     def close(self) -> None:
         """Ends the tracker's run."""
@@ -36,8 +56,11 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in `<run>/tensorboard`."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        # TensorBoard shows a run by the path to its events.
+        below = "" if name == folder.name else re.sub(r"[^\w.-]+", "-", name).lstrip(".")
+        self.writer = writer(str(folder / "tensorboard" / below))
         self.writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -48,6 +71,20 @@ class TensorBoard:
         with Image.open(path) as picture:
             self.writer.add_image(name, np.array(picture.convert("RGB")), step, dataformats="HWC")
 
+    def table(self, step: int, name: str, rows: Sequence[Completion]) -> None:
+        """A table in Markdown, which has no room for pictures, and those beside it, numbered alike."""
+        head = ["#", "prompt", "text", *_rewards(rows)]
+        lines = [head, ["---"] * len(head)]
+        for number, row in enumerate(rows):
+            lines.append([str(number), row.prompt, row.text, *(_shown(row.rewards.get(n)) for n in _rewards(rows))])
+        cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines]
+        self.writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+        for number, row in enumerate(rows):
+            if row.picture is not None:
+                self.writer.add_image(
+                    f"{name}/{number:02d}", np.array(row.picture.convert("RGB")), step, dataformats="HWC"
+                )
+
     def close(self) -> None:
         self.writer.close()
 
@@ -55,7 +92,7 @@ class TensorBoard:
 class Trackio:
     """Hugging Face's trackio: a local database, or the Space that `TRACKIO_SPACE_ID` names."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
         self.trackio = importlib.import_module("trackio")
         private: dict[str, Any] = {}
         if "private" in inspect.signature(self.trackio.init).parameters:
@@ -63,13 +100,17 @@ class Trackio:
         elif os.environ.get("TRACKIO_SPACE_ID"):
             # An older trackio would make the Space public.
             raise RuntimeError("report_to trackio: this version cannot make a Space private; pip install -U trackio")
-        self.trackio.init(project=PROJECT, name=folder.name, config=dict(settings), **private)
+        self.trackio.init(project=PROJECT, name=name, config=dict(settings), **private)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.trackio.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
         self.trackio.log({name: self.trackio.Image(str(path), caption=f"step {step}")}, step=step)
+
+    def table(self, step: int, name: str, rows: Sequence[Completion]) -> None:
+        made = self.trackio.Table(columns=_columns(rows), data=_cells(step, rows, self.trackio.Image))
+        self.trackio.log({name: made}, step=step)
 
     def close(self) -> None:
         self.trackio.finish()
@@ -78,11 +119,11 @@ class Trackio:
 class Wandb:
     """Weights & Biases, offline unless `WANDB_MODE` says otherwise; `wandb sync` uploads later."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
         self.wandb = importlib.import_module("wandb")
         self.run = self.wandb.init(
             project=PROJECT,
-            name=folder.name,
+            name=name,
             dir=str(folder),
             config=dict(settings),
             mode=os.environ.get("WANDB_MODE", "offline"),
@@ -94,8 +135,54 @@ class Wandb:
     def picture(self, step: int, name: str, path: Path) -> None:
         self.run.log({name: self.wandb.Image(str(path))}, step=step)
 
+    def table(self, step: int, name: str, rows: Sequence[Completion]) -> None:
+        made = self.wandb.Table(columns=_columns(rows), data=_cells(step, rows, self.wandb.Image))
+        self.run.log({name: made}, step=step)
+
     def close(self) -> None:
         self.run.finish()
+
+
+def completions_of(rollouts: Sequence[Rollout], known: Mapping[str, Sequence[float | None]]) -> list[Completion]:
+    """Of the first trajectories of a step.
+
+    Args:
+        rollouts: its trajectories.
+        known: reward name -> one value per trajectory, None where it did not apply.
+    """
+    return [
+        Completion(
+            prompt=rollout.prompt.text,
+            text=rollout.text,
+            picture=None if rollout.image is None else sheets.to_picture(rollout.image),
+            rewards={name: values[index] for name, values in known.items()},
+        )
+        for index, rollout in enumerate(rollouts[:MAX_ROWS])
+    ]
+
+
+def _rewards(rows: Sequence[Completion]) -> list[str]:
+    """Names of all rewards, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.rewards))
+
+
+def _columns(rows: Sequence[Completion]) -> list[str]:
+    return ["step", "prompt", "text", "image", *_rewards(rows)]
+
+
+def _cells(step: int, rows: Sequence[Completion], image: Any) -> list[list[Any]]:
+    """The rows under `_columns`; `image` makes a tracker's own picture."""
+    return [
+        [
+            *(step, row.prompt, row.text, None if row.picture is None else image(row.picture)),
+            *(row.rewards.get(name) for name in _rewards(rows)),
+        ]
+        for row in rows
+    ]
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 TRACKERS: dict[str, type[TensorBoard] | type[Trackio] | type[Wandb]] = {
@@ -105,18 +192,31 @@ TRACKERS: dict[str, type[TensorBoard] | type[Trackio] | type[Wandb]] = {
 }
 
 
+def wanted(names: Sequence[str]) -> tuple[str, ...]:
+    """The trackers that `report_to` names; `all` are those that are installed."""
+    if "all" in names:
+        return tuple(name for name in TRACKERS if importlib.util.find_spec(name) is not None)
+    return tuple(name for name in names if name != "none")
+
+
 class Trackers:
     """All trackers that `report_to` names, as one.  One that fails to start is an error, since the user asked for it;
     one that fails later is reported on stderr and left out from there on, since the run's own files hold everything."""
 
-    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
-        self.active: dict[str, Tracker] = {name: TRACKERS[name](folder, settings) for name in names}
+    def __init__(
+        self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], run_name: str | None = None
+    ) -> None:
+        name = run_name or folder.name
+        self.active: dict[str, Tracker] = {kind: TRACKERS[kind](folder, name, settings) for kind in wanted(names)}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._each("log", step, values)
 
     def picture(self, step: int, name: str, path: Path) -> None:
         self._each("picture", step, name, path)
+
+    def table(self, step: int, name: str, rows: Sequence[Completion]) -> None:
+        self._each("table", step, name, rows[:MAX_ROWS])
 
     def close(self) -> None:
         self._each("close")

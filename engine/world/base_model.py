@@ -36,6 +36,7 @@ from .attributes import (
 )
 from .checker import AttributeChecker
 from .items import TASKS, Item
+from .kept import Kept
 from .supervised import fit, given, one_thread, slipped
 from .texts import VOCABULARY, fact
 from .tiny_janus import build_policy
@@ -209,15 +210,20 @@ def corpus() -> list[str]:
 
 
 @one_thread()
-def train_base(settings: BaseSettings, report: Callable[[int, float], None] | None = None) -> JanusPolicy:
+def train_base(
+    settings: BaseSettings, report: Callable[[int, float], None] | None = None, kept: Kept | None = None
+) -> JanusPolicy:
     """Trains the base from scratch; the same settings give the same weights on the same machine.
 
     Args:
         settings: see BaseSettings.
-        report: called with (step, loss) now and then.
+        report: called with (step, loss) after every step.
+        kept: where it goes on after it was cut off, to the same weights.
     """
     torch.manual_seed(settings.seed)
     policy = build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=settings.seed)
     teacher = NoisyTeacher(policy, settings)
-    fit(policy, teacher.batch, steps=settings.steps, learning_rate=settings.learning_rate, report=report)
+    if kept is not None:
+        kept.watch(teacher.rng)
+    fit(policy, teacher.batch, steps=settings.steps, learning_rate=settings.learning_rate, report=report, kept=kept)
     return policy

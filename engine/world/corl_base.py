@@ -32,6 +32,7 @@ from ..records import Prompt, Rollout
 from .attributes import ATTRIBUTES, LOOK_INDEX, TRAIN_LOOKS, VALUES, Look
 from .checker import AttributeChecker
 from .items import pick
+from .kept import Kept
 from .supervised import fit, given, one_thread, slipped
 from .texts import VOCABULARY
 from .tiny_janus import build_policy
@@ -104,7 +105,8 @@ class NoisyTutor:
         self.policy, self.settings = policy, settings
         self.rng = np.random.default_rng([settings.seed, 2])
         self.confused = confusions(settings)
-        self._num_batches = 0
+        self.num_batches = 0
+        """How many were drawn: the noise begins late."""
         self.noisy = True
         self._codes = policy.image_tokens(AttributeChecker.raw_table())
         self._encoded: dict[tuple[str, bool], Tensor] = {}
@@ -114,8 +116,8 @@ class NoisyTutor:
     def batch(self) -> list[Rollout]:
         """The next supervised trajectories."""
         s = self.settings
-        self.noisy = self._num_batches >= s.noise_start * s.steps
-        self._num_batches += 1
+        self.noisy = self.num_batches >= s.noise_start * s.steps
+        self.num_batches += 1
         draws = self.rng.random(s.batch)
         return [self._drawing() if draw < s.drawing_share else self._understanding() for draw in draws]
 
@@ -189,15 +191,21 @@ def corl_corpus() -> list[str]:
 
 
 @one_thread()
-def train_corl_base(settings: CorlBaseSettings, report: Callable[[int, float], None] | None = None) -> JanusPolicy:
+def train_corl_base(
+    settings: CorlBaseSettings, report: Callable[[int, float], None] | None = None, kept: Kept | None = None
+) -> JanusPolicy:
     """Trains the base from scratch; the same settings give the same weights on the same machine.
 
     Args:
         settings: see CorlBaseSettings.
-        report: called with (step, loss) now and then.
+        report: called with (step, loss) after every step.
+        kept: where it goes on after it was cut off, to the same weights.
     """
     torch.manual_seed(settings.seed)
     policy = build_policy(corl_corpus(), [], seed=settings.seed, tags=TAGS)
     tutor = NoisyTutor(policy, settings)
-    fit(policy, tutor.batch, steps=settings.steps, learning_rate=settings.learning_rate, report=report)
+    if kept is not None:
+        kept.watch(tutor.rng)
+        tutor.num_batches = kept.steps
+    fit(policy, tutor.batch, steps=settings.steps, learning_rate=settings.learning_rate, report=report, kept=kept)
     return policy

@@ -1,20 +1,26 @@
-"""The embedded default: what a run uses without `--model` and `--data`, each made on first use and kept in a cache."""
+"""The embedded default: what a run uses without `--model` and `--data`, each made on first use and kept in a cache.
+
+Making says what is made, why, and where it is kept, and shows how far it is; cut off, it goes on at the next start.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from ..show.pulse import pulse
 from ..whole_files import cache_dir, made_once
 from .base_model import BaseSettings, train_base
 from .corl_base import CorlBaseSettings, train_corl_base
 from .disk import write_world
 from .general import write_general
 from .judge_cnn import JudgeCNN, train_judge
+from .kept import Kept
 from .tiny_blip import BlipSettings, save_blip, train_blip
 from .vq import load_vq
 from .x2x import write_x2x
@@ -23,6 +29,8 @@ Report = Callable[[str], None]
 
 CORL_FILES = frozenset({"corl_base.py", "scene_graph.py", "tiny_blip.py", "x2x.py"})
 """Of CoRL's embedded default alone: what else is made does not depend on them."""
+HOW_FILES = frozenset({"embedded.py", "kept.py"})
+"""How things are made and kept, not what they are."""
 
 
 def fingerprint(*parts: object, corl: bool = False) -> str:
@@ -30,7 +38,7 @@ def fingerprint(*parts: object, corl: bool = False) -> str:
     digest = hashlib.blake2b(digest_size=6)
     world = Path(__file__).parent
     kinds = ("*.py", "*.safetensors", "*.json")
-    files = sorted(path for kind in kinds for path in world.glob(kind) if path != Path(__file__))
+    files = sorted(path for kind in kinds for path in world.glob(kind) if path.name not in HOW_FILES)
     for path in files if corl else [path for path in files if path.name not in CORL_FILES]:
         digest.update(path.name.encode() + path.read_bytes())
     digest.update(repr(parts).encode())
@@ -44,16 +52,29 @@ def world_folder() -> Path:
     """Folder of the rendered world in UnifyBench++'s layout."""
 
     def write(folder: Path) -> None:
-        write_world(folder)
-        write_general(folder)
+        with pulse("drawing the rendered world"):
+            write_world(folder)
+            write_general(folder)
 
     return made_once(cache_dir() / f"world-{fingerprint('world')}", write)
 
 
 def tiny_base(settings: BaseSettings, report: Report | None = None) -> Path:
-    """Folder of the tiny base in transformers' format; trained when the cache has none for these settings."""
+    """Folder of the tiny base in transformers' format; trained when the cache has none for these settings.
+
+    Args:
+        settings: of the training.
+        report: takes lines for people; None: nothing is said, and no progress shown.
+    """
     folder = cache_dir() / f"tiny_base-{fingerprint(asdict(settings))}"
-    return made_once(folder, lambda draft: train_base(settings, _spoken(report, settings.steps)).save(draft))
+    what = "the tiny starting model, a Janus of a million parameters that learns the rendered world from noisy labels"
+    return _trained(
+        folder,
+        what,
+        settings.steps,
+        report,
+        lambda draft, told, kept: train_base(settings, told, kept).save(draft),
+    )
 
 
 def judge_cnn() -> JudgeCNN:
@@ -61,7 +82,8 @@ def judge_cnn() -> JudgeCNN:
 
     def make(draft: Path) -> None:
         draft.mkdir()
-        save_file(train_judge(load_vq()).state_dict(), draft / "judge.safetensors")
+        with pulse("training the classifier that scores drawings"):
+            save_file(train_judge(load_vq()).state_dict(), draft / "judge.safetensors")
 
     folder = made_once(cache_dir() / f"judge-{fingerprint('judge')}", make)
     judge = JudgeCNN()
@@ -74,30 +96,85 @@ def judge_cnn() -> JudgeCNN:
 
 def prepare_x2x(seed: int = 0) -> Path:
     """Folder of the rendered world in x2x_rft_22k's columns."""
-    return made_once(cache_dir() / f"x2x-{fingerprint(seed, corl=True)}", lambda draft: write_x2x(draft, seed))
+
+    def write(folder: Path) -> None:
+        with pulse("drawing the rendered world"):
+            write_x2x(folder, seed)
+
+    return made_once(cache_dir() / f"x2x-{fingerprint(seed, corl=True)}", write)
 
 
 def corl_base(report: Report | None = None, settings: CorlBaseSettings | None = None) -> Path:
     """Folder of the tiny base in transformers' format; trained in about two minutes when the cache has none.
 
     Args:
-        report: called with a line of progress now and then.
+        report: as of `tiny_base`.
         settings: of the training.
     """
     s = settings or CorlBaseSettings()
     folder = cache_dir() / f"corl_base-{fingerprint(asdict(s), corl=True)}"
-    return made_once(folder, lambda draft: train_corl_base(s, _spoken(report, s.steps)).save(draft))
+    what = (
+        "the tiny starting model, a Janus of a million parameters that learns to draw and to answer from noisy labels"
+    )
+    return _trained(folder, what, s.steps, report, lambda draft, told, kept: train_corl_base(s, told, kept).save(draft))
 
 
 def captioner_folder(report: Report | None = None, settings: BlipSettings | None = None) -> Path:
-    """Folder of the tiny BLIP in transformers' format; trained in under a minute when the cache has none."""
+    """Folder of the tiny BLIP in transformers' format; trained in under a minute when the cache has none.
+
+    Args:
+        report, settings: as of `corl_base`.
+    """
     s = settings or BlipSettings()
     folder = cache_dir() / f"tiny_blip-{fingerprint(asdict(s), corl=True)}"
-    return made_once(folder, lambda draft: save_blip(draft, *train_blip(s, _spoken(report, s.steps))))
+    what = "the captioner, a tiny BLIP that tells the cycle reward what a drawing shows"
+    return _trained(
+        folder, what, s.steps, report, lambda draft, told, kept: save_blip(draft, *train_blip(s, told, kept))
+    )
 
 
-def _spoken(report: Report | None, steps: int) -> Callable[[int, float], None] | None:
+# Both's -------------------------------------------------------------------------------------------------------------
+
+Told = Callable[[int, float], None]
+"""(step, loss) after a step."""
+
+
+def _trained(
+    folder: Path, what: str, steps: int, report: Report | None, make: Callable[[Path, Told | None, Kept], object]
+) -> Path:
+    """`folder`, trained by `make(draft, told, kept)` on first use.
+
+    Args:
+        what: is made, for people.
+        steps: of the training.
+        report: as of `tiny_base`.
+    """
+    if folder.is_dir():
+        return folder
+    say = report or (lambda line: None)
+
+    def make_it(draft: Path) -> None:
+        kept = Kept(folder.with_name(f"{folder.name}.unfinished"))
+        say(f"making, once, {what}")
+        say(f"kept in {folder}" + (f"; going on after {kept.steps} of {steps} steps" if kept.steps else ""))
+        try:
+            with _told(report, steps, kept.steps) as told:
+                make(draft, told, kept)
+        except BaseException:
+            if kept.steps:
+                say(f"{kept.steps} of {steps} steps are kept; the next start goes on from there")
+            raise
+
+    made_once(folder, make_it, lambda: say(f"another process is making {what}; waiting for it"))
+    folder.with_name(f"{folder.name}.unfinished").unlink(missing_ok=True)
+    return folder
+
+
+@contextmanager
+def _told(report: Report | None, steps: int, done: int) -> Iterator[Told | None]:
+    """A bar, for those who are spoken to."""
     if report is None:
-        return None
-    say = report
-    return lambda step, loss: say(f"step {step + 1}/{steps}  loss {loss:.2f}")
+        yield None
+        return
+    with pulse("  training", steps, done) as moved:
+        yield lambda step, loss: moved(step + 1, f"loss {loss:.2f}")

@@ -15,6 +15,7 @@ from ..forward.packing import pack
 from ..policies.base import Policy
 from ..records import PackedBatch, Rollout, Segment, SegmentKind
 from .attributes import ATTRIBUTES, VALUES, Look
+from .kept import Kept
 
 
 def given(kind: SegmentKind, tokens: Tensor) -> Segment:
@@ -77,6 +78,7 @@ def fit(
     steps: int,
     learning_rate: float,
     report: Callable[[int, float], None] | None = None,
+    kept: Kept | None = None,
 ) -> None:
     """AdamW with a short warm-up and a linear decay to almost zero; leaves the policy in eval mode.
 
@@ -85,13 +87,15 @@ def fit(
         next_batch: the next supervised trajectories.
         steps: updates.
         learning_rate: at the peak.
-        report: called with (step, loss) now and then.
+        report: called with (step, loss) after every step.
+        kept: takes up what an earlier one left, and leaves its own.
     """
     forward = PolicyForward(policy, Objective())
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     policy.train()
-    for step in range(steps):
+    first = 0 if kept is None else kept.restore(trained, optimizer)
+    for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / 20, 1.02 - step / steps)
         loss = supervised_loss(forward, next_batch())
@@ -99,6 +103,8 @@ def fit(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        if report is not None and (step % 25 == 0 or step + 1 == steps):
+        if kept is not None:
+            kept.save(step + 1, trained, optimizer)
+        if report is not None:
             report(step, loss.item())
     policy.eval()

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from .attributes import LOOK_INDEX, LOOKS, TRAIN_LOOKS, VALUES, Look
+from .kept import Kept
 from .render import SIZE, canonical_table
 from .supervised import one_thread
 from .texts import fill, split_words
@@ -150,13 +151,14 @@ class _Pictures:
 
 @one_thread()
 def train_blip(
-    settings: BlipSettings, report: Callable[[int, float], None] | None = None
+    settings: BlipSettings, report: Callable[[int, float], None] | None = None, kept: Kept | None = None
 ) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
     """Trains the captioner from scratch; the same settings give the same weights on the same machine.
 
     Args:
         settings: see BlipSettings.
-        report: called with (step, loss) now and then.
+        report: called with (step, loss) after every step.
+        kept: where it goes on after it was cut off, to the same weights.
     """
     model, processor = build_blip(settings.seed)
     tokens = processor.tokenizer([caption(look) for look in TRAIN_LOOKS], padding=True, return_tensors="pt")
@@ -167,8 +169,12 @@ def train_blip(
     labels_LA = torch.tensor([look.indices() for look in TRAIN_LOOKS])
     trained = [*model.parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    first = 0
+    if kept is not None:
+        kept.watch(pictures.generator)
+        first = kept.restore(trained, optimizer)
     model.train()
-    for step in range(settings.steps):
+    for step in range(first, settings.steps):
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / 20, 1.02 - step / settings.steps)
             group["lr"] = settings.learning_rate * warm
@@ -181,7 +187,9 @@ def train_blip(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        if report is not None and (step % 25 == 0 or step + 1 == settings.steps):
+        if kept is not None:
+            kept.save(step + 1, trained, optimizer)
+        if report is not None:
             report(step, out.loss.item())
     return model.eval(), processor
 

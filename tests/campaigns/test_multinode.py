@@ -89,7 +89,7 @@ def dies_and_comes_back(num_nodes: int, base: Path, cache_dir: Path, root: Path,
             out = finish(process)
         assert "ended with signal 9" in out and "(1 of 3 restarts)" in out and "going on after 2 steps" in out
         assert [nodes.pids(index) for index in range(num_nodes)] == [[]] * num_nodes
-    assert [row["step"] for row in rows_of(root / "killed")] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows_of(root / "killed")] == [1, 2, 3, 4]
     assert sorted(path.name for path in root.iterdir()) == ["hostfile", "killed", "whole"]
     assert weights(root / "killed") == weights(root / "whole")
 

@@ -391,7 +391,7 @@ def test_a_sum_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
 
 def test_an_interrupted_merge_leaves_nothing(folders: list[Path], tmp_path: Path) -> None:
     def stop(*_: object) -> None:
-        assert list(tmp_path.glob(".out.partial-*/*")), "it was under way"
+        assert list(tmp_path.glob(".out.draft-*/*/*")), "it was under way"
         raise KeyboardInterrupt
 
     before = sorted(tmp_path.rglob("*"))

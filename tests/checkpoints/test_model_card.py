@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,6 @@ from typing import Any
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
-import torch
 import yaml
 from helpers import same_bits, sharp_policy
 from huggingface_hub import ModelCard
@@ -66,15 +67,19 @@ def code_of(card: Path) -> str:
     return block
 
 
-def test_its_code_loads_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_its_code_loads_the_model_as_it_is_printed(tmp_path: Path) -> None:
+    """In an interpreter of its own: nothing that the card does not import is there, `engine/compat.py` least of all."""
     policy = sharp_policy()
     policy.save(tmp_path / "my model")
     card = write_model_card(tmp_path / "my model", base_model=None, method="Sync-R1", config=SyncR1Config())
-    monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {}
-    exec(compile(code_of(card), "README.md", "exec"), scope)
-    assert type(scope["model"]) is type(policy.model) and type(scope["processor"]) is type(policy.processor)
-    assert torch.equal(scope["model"].lm_head.weight, policy.model.lm_head.weight)
+    shown = "\nprint(type(model).__name__, type(processor).__name__, model.lm_head.weight.double().sum().item())"
+    done = subprocess.run(
+        [sys.executable, "-c", code_of(card) + shown], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"`make setup` mends a torchvision that does not fit its torch\n{done.stderr}"
+    weight = policy.model.lm_head.weight.double().sum().item()
+    assert done.stdout.split() == [type(policy.model).__name__, type(policy.processor).__name__, str(weight)]
 
 
 def test_an_adapters_code_loads_it_onto_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +110,9 @@ def test_code_without_a_known_class(tmp_path: Path, content: str) -> None:
 def test_scores_before_and_after(tmp_path: Path) -> None:
     text = write_model_card(tmp_path, base_model=None, method="x", before={"rea": {"sampled": 0.125}}, after=SCORES)
     rows = [line for line in text.read_text().splitlines() if line.startswith("| ")]
-    assert "| Infer what an indirect request means | sampled | 12.5 % | 25.0 % | +12.5 |" in rows
-    assert "| Infer what an indirect request means | greedy | – | 50.0 % | – |" in rows
-    assert "not evaluated" not in text.read_text() and "- greedy: the single most" in text.read_text()
+    assert "| Infer what an indirect request means | sampled |  | – | 12.5 % | 25.0 % | +12.5 |  |" in rows
+    assert "| Infer what an indirect request means | greedy |  | – | – | 50.0 % | – |  |" in rows
+    assert "not evaluated" not in text.read_text() and "- greedy: the most likely" in text.read_text()
     text = write_model_card(tmp_path, base_model=None, method="x")
     assert "not evaluated" in text.read_text() and "## Scores" not in text.read_text()
 

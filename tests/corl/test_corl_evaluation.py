@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
 from helpers import sharp_policy
+from rich.console import Console
 from torch import Tensor
 
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.corl.evaluator import evaluator_of, summary
+from syncr1.engine.corl.models_table import models_table
+from syncr1.engine.evaluate.held_out import TaskScores, means, table_of
 from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.builtin.format import format_reward
 from syncr1.engine.rewards.ensemble import RewardSet
+from syncr1.engine.show.measured import Measured
+
+BY = ("checker", "cnn")
 
 
 def redness(*, images: list[Tensor | None], **_: object) -> list[float | None]:
@@ -73,11 +82,42 @@ def test_the_summary_averages_over_tasks() -> None:
     scores = {
         "mcq": {"score/greedy": 1.0, "format/greedy": 0.5, "num_items": 8.0},
         "oe": {"score/greedy": 0.0, "format/greedy": 1.0},
-        "t2i": {"attributes/checker": 0.25, "reward/tim": 0.5},
+        "t2i": {"attributes/checker": 0.25, "all_right/checker": 0.125, "reward/tim": 0.5},
     }
-    assert summary(scores) == {
+    assert means(scores, summary(scores)) == {
         "understanding/greedy": 0.5,
         "format/greedy": 0.75,
         "image/checker": 0.25,
         "image/tim": pytest.approx(0.5),
+        "image/all_right/checker": 0.125,
     }
+
+
+def test_the_table_of_all_models_fits_80_characters() -> None:
+    """Six models, as a whole run has; whole drawings first, an interval below every score, what is guessed by name."""
+    ids = [str(i) for i in range(100)]
+
+    def model(right: float) -> dict[str, Any]:
+        hits = [float(i < 100 * right) for i in range(100)]
+        answers = {f"score/{how}": Measured.of(ids, hits, chance=0.25) for how in ("greedy", "sampled")}
+        whole, share = Measured.of(ids, hits), Measured.of(ids, [0.5 + hit / 2 for hit in hits])
+        drawings = {f"{name}/{by}": one for name, one in (("attributes", share), ("all_right", whole)) for by in BY}
+        drawings["reward/tim"] = Measured.of(ids, [0.3] * 100)
+        measures = {"t2i": drawings, "mcq": answers, "oe": answers}
+        tasks = {task: TaskScores(num_items=100, measures=of) for task, of in measures.items()}
+        return table_of(tasks, summary)
+
+    names = ("base", "unified", "t2i", "mcq", "oe", "merged")
+    models = {name: model(right) for name, right in zip(names, (0.25, 0.4, 0.5, 0.6, 0.99, 0.0), strict=True)}
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(models_table(models))
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    assert sum(line.split() == [".30–.30"] * 6 for line in lines) == 1, "a reward has no per cent"
+    drawn = lines.index(" Draw a caption (100)")
+    assert lines[drawn + 1].split("cnn")[1].split() == ["25.0", "40.0", "50.0", "60.0", "99.0", "0.0"]
+    assert lines[drawn + 2].split() == ["18–34", "31–50", "40–60", "50–69", "95–100", "0–4"]
+    assert [line.split(",")[0].strip() for line in lines[drawn + 1 : drawn + 9 : 2]] == [
+        *("all right", "all right", "attributes", "attributes"),
+    ]
+    assert "at chance" in stream.getvalue() and "below" in stream.getvalue()

@@ -81,7 +81,8 @@ def test_the_whole_recipe_from_a_users_checkpoints_and_photographs(
         "--max_steps", "1", "--refined_max_steps", "1", "--prompts_per_step", "2", "--num_generations", "2",
         "--refined_num_generations", "2", "--refined_t2i_prompts_per_step", "2", "--refined_text_prompts_per_step", "2",
         "--max_completion_length", "6", "--learning_rate", "1e-3", "--refined_learning_rate", "1e-3",
-        "--eval_samples", "2", "--gradient_checkpointing",
+        "--eval_samples", "2", "--gradient_checkpointing", "--eval_steps", "1", "--load_best_model_at_end", "True",
+        "--run_name", "photographs",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, RECIPE, *map(str, flags)],
@@ -104,8 +105,13 @@ def test_the_whole_recipe_from_a_users_checkpoints_and_photographs(
         assert {key.split("/")[1] for key in row if key.startswith("rewards/")} == expected
         assert row["reward_failures"] == 0 and row["rollout/replay_logp_max_abs"] <= 1e-4
         assert (row["kl"] is not None) and row["loss"] is not None
-    assert (folder / "report.html").is_file() and "mcq + oe merged" in done.stdout
+        best = json.loads((folder / name / "checkpoints" / "best" / "best.json").read_text())
+        assert best["step"] == 1 and best["value"] == row["eval/score"]
+        assert f"# photographs-{name}\n" in card
+    assert (folder / "report.html").is_file() and "Every model of the run" in done.stdout
     record = json.loads((folder / "merged" / "merge.json").read_text())
+    assert {Path(model["name"]).name for model in record["models"]} == {"best"}
+    assert not (folder / "merged" / "best.json").exists()
     assert record["method"] == "gaussian" and load_policy(folder / "merged").image_size == 32
     frozen = ("vision_model", "vqmodel", "model.aligner")
     moved = changed(janus, folder / "merged")
@@ -164,7 +170,7 @@ def test_strategies_of_the_pilot_study(
 def test_what_halves_share(unify: str, photographs: Path, base: Path, tmp_path: Path) -> None:
     config = small_config(photographs, base, tmp_path, unify=unify, stage="unified", sample_steps=1, num_generations=3)
     run(config)
-    rows = [json.loads(line) for line in (tmp_path / "run/unified/samples/step_000000.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "run/unified/samples/step_000001.jsonl").read_text().splitlines()]
     by_half: dict[str, dict[int, float]] = {"t2i": {}, "mm2t": {}}
     first = rows[0]["id"].rpartition("/")[0]
     for row in rows:
@@ -240,13 +246,13 @@ def test_one_refined_stage_and_a_merge_stand_alone(photographs: Path, base: Path
 
 
 def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    photographs: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """In this process; test_security.py starts the recipe's in another."""
     monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
     out, _ = recipe_here(
-        capsys, "corl.py", "--dry_run", "--data", photographs, "--output_dir", tmp_path / "run",
+        capsys, "corl.py", "--dry_run", "--model", base, "--data", photographs, "--output_dir", tmp_path / "run",
         "--prompts_per_step", 2, "--refined_t2i_prompts_per_step", 2, "--refined_text_prompts_per_step", 2,
         "--max_completion_length", 16,
     )  # fmt: skip

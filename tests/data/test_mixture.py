@@ -113,12 +113,12 @@ def test_a_state_of_other_prompts_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": []}, "cannot come from 0 prompts"),
+        ({"prompts": []}, "at most 0 prompts, got 8"),
         ({"prompts_per_step": 99}, "lower prompts_per_step"),
         ({"prompts_per_step": 7, "world_size": 2}, "multiple of the 2 ranks"),
-        ({"rank": 2, "world_size": 2}, "rank 2"),
+        ({"rank": 2, "world_size": 2}, "multiple of the 2 ranks"),
         ({"anchors": ANCHORS, "prompts_per_step": 30, "anchor_fraction": 0.5}, "anchors"),
-        ({"prompts": [*MIXED, MIXED[0]]}, "not unique"),
+        ({"prompts": [*MIXED, MIXED[0]]}, "an id of its own"),
     ],
 )
 def test_numbers_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:

@@ -139,11 +139,11 @@ def test_a_state_of_other_numbers_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts_per_step": 9}, "lower prompts_per_step"),
+        ({"prompts_per_step": 9}, "at most 8, .* got 9"),
         ({"prompts_per_step": 0}, "multiple of the 1 ranks"),
         ({"prompts_per_step": 3, "world_size": 2}, "take 4"),
-        ({"rank": 2, "world_size": 2}, "rank 2"),
-        ({"items": [*samples(4), sample("s1")]}, "2 ids are not unique"),
+        ({"rank": 2, "world_size": 2}, "multiple of the 2 ranks"),
+        ({"items": [*samples(4), sample("s1")]}, "got 's1.*' twice"),
     ],
 )
 def test_numbers_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:

@@ -16,13 +16,14 @@ import torch
 
 from syncr1.engine.data.prompts import load_benchmark
 from syncr1.engine.evaluate.drawing import by_task, choose, together
-from syncr1.engine.evaluate.held_out import Evaluator, score_rollouts, summary
-from syncr1.engine.evaluate.measures import accuracy, attribute_metrics, mean, verdict, weighted_recall, words_in_place
-from syncr1.engine.evaluate.tasks import tagged_scores, text_scores
+from syncr1.engine.evaluate.held_out import Evaluator, means, score_rollouts, summary
+from syncr1.engine.evaluate.measures import accuracy, attribute_metrics, verdict, weighted_recall, words_in_place
+from syncr1.engine.evaluate.tasks import chance_of, tagged_scores, text_scores
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.builtin.identity import IdentityReward
 from syncr1.engine.rewards.judge.attribute_judge import index_scorer
 from syncr1.engine.rollout.sampler import Sampling
+from syncr1.engine.show.scores import AT_CHANCE, FELL, UNTRAINED, score_rows
 from syncr1.engine.world.attributes import LOOK_INDEX, LOOKS, VALUES, Look
 from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.disk import write_world
@@ -50,36 +51,39 @@ def test_verdict_looks_for_words(text: str, expected: str | None) -> None:
 
 
 def test_weighted_recall_does_not_reward_always_yes() -> None:
-    answers = ["yes"] * 3 + ["no"]
-    assert weighted_recall(answers, ["yes"] * 4) == 0.5
-    assert weighted_recall(answers, ["Yes."] * 3 + ["No."]) == 1.0
-    assert weighted_recall(["yes", "yes"], ["yes", "maybe"]) == 0.5
-    assert math.isnan(weighted_recall(["perhaps"], ["yes"]))
+    ids, answers = list("abcd"), ["yes"] * 3 + ["no"]
+    assert weighted_recall(ids, answers, ["yes"] * 4).value == weighted_recall(ids, answers, ["yes"] * 4).chance == 0.5
+    assert weighted_recall(ids, answers, ["Yes."] * 3 + ["No."]).value == 1.0
+    assert weighted_recall(ids[:2], ["yes", "yes"], ["yes", "maybe"]).value == 0.5
+    assert math.isnan(weighted_recall(["a"], ["perhaps"], ["yes"]).value)
 
 
 def test_attribute_metrics_by_hand() -> None:
     look = LOOKS[0]
     images = [CHECKER.table[0], CHECKER.table[0]]
     other_hat = next(hat for hat in VALUES["hat"] if hat != look.hat)
-    metrics = attribute_metrics(SCORERS, images, [look.to_dict(), {"hat": other_hat, "shape": look.shape}])
+    wanted = [look.to_dict(), {"hat": other_hat, "shape": look.shape}]
+    measured = attribute_metrics(["a", "b"], SCORERS, images, wanted)
+    metrics = {name: one.value for name, one in measured.items()}
     assert metrics["attributes/checker"] == 0.75 and metrics["all_right/checker"] == 0.5
     assert metrics["hat/checker"] == 0.5 and metrics["shape/checker"] == metrics["place/checker"] == 1.0
-    assert attribute_metrics(SCORERS, [], []) == {}
+    assert measured["attributes/checker"].by_item == {"a": 1.0, "b": 0.5} and "place/checker" in measured
+    assert measured["place/checker"].by_item == {"a": 1.0}, "what was not asked for does not count"
+    assert attribute_metrics([], SCORERS, [], []) == {}
     with pytest.raises(ValueError, match="checker"):
-        attribute_metrics({"checker": lambda images, wanted: torch.zeros(3)}, images, [look.to_dict()] * 2)
-    assert mean([1.0, None, 0.0]) == 0.5 and mean([None]) is None
+        attribute_metrics(["a", "b"], {"checker": lambda images, wanted: torch.zeros(3)}, images, wanted)
 
 
 def test_main_scores_follow_the_task() -> None:
     long = Prompt(id="0", task="vqa", text="?", answer="It is looking at the camera.")
-    assert text_scores("vqa", [long], ["It is looking at a camera."])["score"] > 0.8
+    assert text_scores("vqa", [long], ["It is looking at a camera."])["score"].value > 0.8
     short = replace(long, answer="red")
-    assert text_scores("vqa", [short], ["read"])["score"] == 0.0
+    assert text_scores("vqa", [short], ["read"])["score"].value == 0.0
     described = Prompt(id="1", task="rea", text="?", answer="round red", attributes={"shape": "round"})
-    assert text_scores("rea", [described], ["round blue"])["score"] == 0.5
-    assert text_scores("rea", [replace(described, attributes=None)], ["round red"])["score"] == pytest.approx(1.0)
+    assert text_scores("rea", [described], ["round blue"])["score"].value == 0.5
+    assert text_scores("rea", [replace(described, attributes=None)], ["round red"])["score"].value == pytest.approx(1.0)
     recognised = [Prompt(id=a, task="rec", text="?", answer=a) for a in ("yes", "no")]
-    assert text_scores("rec", recognised, ["yes", "yes"])["score"] == 0.5
+    assert text_scores("rec", recognised, ["yes", "yes"])["score"].value == 0.5
 
 
 def test_choice_of_items_is_fixed_by_the_seed() -> None:
@@ -96,10 +100,12 @@ def test_choice_of_items_is_fixed_by_the_seed() -> None:
 def test_questions_with_tags_are_read_from_the_tags_alone() -> None:
     said = ["<think>x</think><answer>B</answer>", "so <answer>(b) dog</answer>", "B", "<answer>A</answer>"]
     question = Prompt(id="0", task="mcq", text="?", answer="B", options=("cat", "dog"), qa_type="MC")
-    expected = {"accuracy": 0.5, "format": 0.25, "score": 0.5}
-    assert tagged_scores([question] * 4, said) == text_scores("mcq", [question] * 4, said) == expected
-    nothing_asked = replace(question, answer=None, qa_type=None)
-    assert tagged_scores([nothing_asked] * 4, said) == {"format": 0.25}
+    asked = [replace(question, id=str(place)) for place in range(4)]
+    found = tagged_scores(asked, said)
+    assert {name: one.value for name, one in found.items()} == {"accuracy": 0.5, "format": 0.25, "score": 0.5}
+    assert found == text_scores("mcq", asked, said) and found["score"].chance == 0.5 and found["format"].chance is None
+    nothing_asked = [replace(one, answer=None, qa_type=None) for one in asked]
+    assert {name: one.value for name, one in tagged_scores(nothing_asked, said).items()} == {"format": 0.25}
 
 
 # A whole evaluation ---------------------------------------------------------------------------------------------------
@@ -123,9 +129,11 @@ def evaluator(benchmark: Mapping[str, Sequence[Prompt]], num_items: int = 96, **
 
 
 class Speaker:
-    """Knows every answer when greedy; at temperature 1 says nothing to each second item, and gives it a wrong hat."""
+    """Knows every answer when greedy; at temperature 1 knows each `nth` item alone, says nothing to the others, and
+    gives them a wrong hat."""
 
-    def __init__(self) -> None:
+    def __init__(self, nth: int = 2) -> None:
+        self.nth = nth
         self.calls: list[tuple[float, list[Prompt]]] = []
 
     def __call__(self, prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
@@ -134,7 +142,7 @@ class Speaker:
         rollouts = []
         for prompt in prompts:
             turn = seen[prompt.task] = seen.get(prompt.task, -1) + 1
-            rollouts.append(self._answer(prompt, knows=temperature == 0 or turn % 2 == 0))
+            rollouts.append(self._answer(prompt, knows=temperature == 0 or turn % self.nth == 0))
         return rollouts
 
     def _answer(self, prompt: Prompt, knows: bool) -> Rollout:
@@ -186,11 +194,64 @@ def test_summary_keeps_general_tasks_apart(held_out: dict[str, list[Prompt]]) ->
     assert set(found) == {
         *("understanding/greedy", "understanding/sampled", "image/checker", "image/cnn"),
         *("general_vqa/greedy", "general_vqa/sampled", "general_image/checker", "general_image/cnn"),
+        *(f"{family}/all_right/{reader}" for family in ("image", "general_image") for reader in readers),
     }
+    assert found["image/all_right/cnn"] == 0.5
     assert found["understanding/greedy"] == 1.0 and found["image/checker"] == pytest.approx(0.9)
     tasks = {"a": {"score/greedy": 1.0}, "b": {"score/greedy": 0.0}, "general_vqa": {"score/greedy": 0.25}}
-    assert summary(tasks) == {"understanding/greedy": 0.5, "general_vqa/greedy": 0.25}
-    assert summary({"rec": {"score/greedy": math.nan}}) == summary({}) == {}
+    assert means(tasks, summary(tasks)) == {"understanding/greedy": 0.5, "general_vqa/greedy": 0.25}
+    nothing = {"rec": {"score/greedy": math.nan}}
+    assert means(nothing, summary(nothing)) == summary({}) == {}
+
+
+def test_the_table_of_an_evaluation_that_got_worse(held_out: dict[str, list[Prompt]]) -> None:
+    """Every task once, recognition among them; what fell is marked, and the same evaluation twice changes nothing."""
+    score = evaluator(held_out, 12, image_scorers=SCORERS | {"cnn": SCORERS["checker"]})
+    before, after = (score.of(Speaker(nth)).table for nth in (1, 2))
+    rows = {row.name: row for row in score_rows(before, after)}
+    assert {row.task for row in rows.values()} == {*held_out, "rea_gen", "dense_rea_gen", "summary"}
+    assert [row.family for row in rows.values()][:2] == ["recognition"] * 2
+    fell = {name for name, row in rows.items() if FELL in row.marks}
+    assert fell == {name for name in rows if "greedy" not in name}
+    assert rows["general_image/all_right/cnn"].marks == (UNTRAINED, FELL)
+    assert rows["pure_gen/all_right/cnn"].change == -0.5 and rows["pure_gen/attributes/cnn"].change == pytest.approx(
+        -0.1
+    )
+    for row in rows.values():
+        assert row.num_items == 12 or row.family == "summary"
+    for task in ("pure_gen", "rea_gen", "general_image"):
+        whole, share = (rows[f"{task}/{name}/checker"] for name in ("all_right", "attributes"))
+        assert whole.after is not None and share.after is not None and whole.after < share.after
+    assert {row.change for row in score_rows(after, after)} == {0.0}
+    assert {row.change_interval for row in score_rows(after, after)} == {None}
+
+
+def test_guessing_is_marked(held_out: dict[str, list[Prompt]]) -> None:
+    """Always yes, about photos of which half show the creature."""
+
+    def yes(prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
+        return [replace(rollout, text="yes") for rollout in Speaker()(prompts, temperature)]
+
+    rows = score_rows(None, evaluator({"rec": held_out["rec"]}, 40).of(yes).table)
+    assert [(row.after, row.marks, row.chance) for row in rows if row.task == "rec"] == [(0.5, (AT_CHANCE,), 0.5)] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "chance"),
+    [
+        ([{"options": ("a", "b"), "qa_type": "MC"}, {"options": ("a", "b", "c", "d"), "qa_type": "MC"}], 0.375),
+        ([{"answer": "Yes."}, {"answer": "no"}], 0.5),
+        ([{"answer": "yes"}, {"answer": "red"}], None),
+        ([{"options": ("left", "right"), "text": "left or right?"}], 0.5),
+        ([{"options": ("left", "right"), "text": "where?"}], None),
+        ([{"answer": "red"}], None),
+        ([], None),
+    ],
+)
+def test_what_guessing_scores(prompts: list[dict[str, Any]], chance: float | None) -> None:
+    """One of the options that are shown, yes or no; where one answer is open, nobody knows."""
+    made = [Prompt(**({"id": str(i), "task": "t", "text": "?", "answer": "x"} | row)) for i, row in enumerate(prompts)]
+    assert chance_of(made) == chance
 
 
 def test_without_attributes_there_is_bleu_and_identity(held_out: dict[str, list[Prompt]]) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from syncr1.engine.errors import EvaluationError
 from syncr1.engine.evaluate.graders import Graders
-from syncr1.engine.evaluate.held_out import score_rollouts
+from syncr1.engine.evaluate.held_out import score_rollouts, table_of
 from syncr1.engine.evaluate.score import markdown, read_complete, read_items, rich_table, rows_of, score_folder
 from syncr1.engine.evaluate.store import ITEMS, Item
 from syncr1.engine.pictures import MemoryImage
@@ -80,7 +80,8 @@ def test_images_by_hand(tmp_path: Path) -> None:
     found = score_folder(tmp_path, image_scorers=SCORERS)
     assert found.scores["t2i"]["attributes/checker"] == pytest.approx((1 + shared) / 2)
     assert found.scores["t2i"]["num_items"] == 1
-    assert found.summary == {"image/checker": pytest.approx((1 + shared) / 2)}
+    assert found.summary == {"image/checker": pytest.approx((1 + shared) / 2), "image/all_right/checker": 0.5}
+    assert found.tasks["t2i"].measures["all_right/checker"].by_item == {"0": 0.5}
     assert found.left_out == {"clip_t": "no CLIP model was given (--clip)"}
     stored = json.loads((tmp_path / "scores.json").read_text())
     assert stored["scores"] == found.scores and stored["left_out"] == found.left_out
@@ -110,7 +111,7 @@ def test_missing_verdicts_are_told_and_do_not_count(tmp_path: Path) -> None:
     found = score_folder(tmp_path, Graders(judge=Silent(), judge_name="silent"))
     assert found.scores["vqa"]["judge"] == 1.0
     assert found.left_out == {"vqa/judge": "no verdict for 1 of 3 items; score again to ask again"}
-    assert ("vqa", "3", "judge (0, .5, 1)", "100.0 %", "") in rows_of(found)
+    assert ("vqa", "3", "judge (0, .5, 1)", "100.0 % [34, 100]", "") in rows_of(found)
 
 
 def test_a_metric_without_any_verdict_is_left_out_of_the_table_by_name(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_metric_without_any_verdict_is_left_out_of_the_table_by_name(tmp_path:
 def test_nothing_said_is_nan_and_shown_as_a_dash(tmp_path: Path) -> None:
     written(tmp_path, [(asked("1", "rec", "perhaps", "yes", "yes"), None)])
     found = score_folder(tmp_path)
-    assert ("rec", "1", "weighted recall", "–", "–") in rows_of(found)
+    assert ("rec", "1", "main score: weighted recall", "–", "–") in rows_of(found)
     assert json.loads((tmp_path / "scores.json").read_text())["scores"]["rec"]["recall/greedy"] is None
 
 
@@ -136,12 +137,42 @@ def test_tables_name_every_task_and_what_is_left_out(tmp_path: Path) -> None:
     written(tmp_path, [(asked("1", "vqa", "red", "red", "red"), None), (asked("2", "other", "a", "a", "b"), None)])
     found = score_folder(tmp_path)
     shown = markdown(found)
-    assert "| vqa | 1 | judge (0, .5, 1) | left out | left out |" in shown and "| other | 1 | main score |" in shown
+    assert (
+        "| vqa | 1 | judge (0, .5, 1) | left out | left out |" in shown
+        and "| other | 1 | main score: accuracy | 100.0 % [21, 100] | 0.0 % [0, 79] |" in shown
+    )
     assert "- judge: no judge was given" in shown
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(rich_table(found))
     text = console.export_text()
     assert "Questions about a photo of the concept" in text and "no judge was given" in text
+
+
+def test_the_table_fits_80_characters_and_says_how_sure_it_is(tmp_path: Path) -> None:
+    """Whole drawings before their attributes, intervals beside scores, what is guessed by name; no number is cut."""
+    wanted = LOOKS[0].to_dict()
+    shown = [CHECKER.table[0] if i % 3 else CHECKER.table[1] for i in range(12)]
+    rows: list[tuple[Item, Any]] = [
+        (asked(f"r{i}", "rec", ("yes", "no")[i % 2], "yes", "yes"), None) for i in range(12)
+    ]
+    rows += [(drawn(i, attributes=wanted), image) for i, image in enumerate(shown)]
+    written(tmp_path, rows)
+    readers = {"checker": SCORERS["checker"], "cnn": SCORERS["checker"]}
+    found = score_folder(tmp_path, image_scorers=readers)
+    stream = io.StringIO()
+    Console(width=80, file=stream).print(rich_table(found))
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert [row[2] for row in rows_of(found)] == [
+        "main score: weighted recall (at chance)",
+        *("all attributes right, by cnn", "all attributes right, by checker"),
+        *("share of attributes right, by cnn", "share of attributes right, by checker"),
+        "CLIP-T",
+    ]
+    assert text.count("66.7 % [39, 86]") == 2, "8 of 12: Wilson's"
+    stored = json.loads((tmp_path / "scores.json").read_text())
+    assert stored["intervals"]["t2i/all_right/cnn"] == pytest.approx([0.391, 0.862], abs=1e-3)
+    assert stored["scores"]["t2i"]["all_right/cnn"] == pytest.approx(2 / 3)
 
 
 def test_an_interrupted_stage_1_is_not_scored(tmp_path: Path) -> None:
@@ -168,5 +199,12 @@ def test_stage_2_scores_as_the_trainer_does(tmp_path: Path) -> None:
     assert len(greedy) == 4 and len(sampled) == 10 and all(r.image is not None for r in sampled if r.prompt.attributes)
     expected = score_rollouts(*whole, image_scorers=SCORERS)
     found = score_folder(folder, image_scorers=SCORERS)
-    assert found.scores == expected
+    assert found.tasks == expected and table_of(found.tasks) == table_of(expected)
+    stored = json.loads((folder / "scores.json").read_text())
+    assert stored["per_item"] == json.loads(json.dumps(table_of(expected)["per_item"]))
+    drawn = [row for row in rows_of(found) if row[0] == "pure_gen"]
+    assert [row[2] for row in drawn][:2] == [
+        "all attributes right, by checker",
+        "share of attributes right, by checker",
+    ]
     assert set(found.left_out) == {"clip_t", "clip_i", "judge"}

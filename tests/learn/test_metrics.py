@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncr1.engine.learn.metrics import merged, of_rewards, of_rollouts, trl_names
+from syncr1.engine.learn.metrics import merged, of_guidance, of_rewards, of_rollouts, trl_names
 from syncr1.engine.records import Prompt, Rollout, Segment, SegmentKind
 from syncr1.engine.rewards.scoring import RewardTable
 
@@ -80,6 +80,7 @@ def test_rewards_by_hand() -> None:
             "reward_std": 2**0.5 / 2,
             "frac_reward_zero_std": 0.5,
             "rewards/a/mean": 2.0,
+            "rewards/a/std": 0.5**0.5,
             "reward_failures": 2.0,
         }
     )
@@ -121,6 +122,22 @@ def test_rollouts_by_hand() -> None:
         }
     )
     assert math.isnan(of_rollouts([rollout(segment("image", 4))])["completions/mean_length"])
+
+
+def test_guidance_is_how_far_it_moves_image_tokens() -> None:
+    """Over all image tokens, of all trajectories; texts are drawn without, and where nothing is drawn there is none."""
+
+    def drawn(kind: SegmentKind, gaps: list[float]) -> Rollout:
+        logp = torch.full((len(gaps),), -2.0)
+        segment = Segment(
+            kind=kind, tokens=logp.long(), logp=logp, logp_mixed=logp + torch.tensor(gaps), entropy=torch.zeros(1)
+        )
+        prompt = Prompt(id="p", task="t", text="x")
+        return Rollout(prompt=prompt, member=0, prompt_tokens=logp.long(), prompt_image=None, segments=(segment,))
+
+    rollouts = [drawn("image", [0.5, -0.5]), drawn("image", [0.2]), drawn("text", [9.0])]
+    assert of_guidance(rollouts) == {"rollout/guidance_logp_mean_abs": pytest.approx(0.4)}
+    assert of_guidance(rollouts[2:]) == of_guidance([]) == {}
 
 
 def test_totals_over_both_modalities_count_by_tokens() -> None:

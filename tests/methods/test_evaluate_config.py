@@ -44,9 +44,9 @@ def test_flags(tmp_path: Path) -> None:
     [
         ({"judge_url": "https://x/v1"}, "judge_model: expected beside judge_url"),
         ({"judge_model": "x"}, "judge_url: expected beside judge_model"),
-        ({"greedy_texts": False, "sampled_texts": False}, "both are off"),
+        ({"greedy_texts": False, "sampled_texts": False}, "got both off"),
         ({"export": ("dpg",), "images_per_prompt": 5}, "grid holds 4"),
-        ({"export": ("dpg", "dpg")}, "dpg is given twice"),
+        ({"export": ("dpg", "dpg")}, "got dpg twice"),
         ({"num_items": 0}, "num_items: expected at least 1"),
         ({"batch_size": 0}, "batch_size"),
         ({"temperature": -1.0}, "temperature"),

@@ -98,7 +98,7 @@ def test_checkpoints_that_do_not_fit_end_with_one_message(
     with pytest.raises(SystemExit) as caught:
         run(recipe, monkeypatch, "--base", folders[0], "--models", *folders[1:], "--output", str(tmp_path / "out"))
     said = capsys.readouterr().err
-    assert caught.value.code == 1 and "w: float32 [20, 3]" in said and "Traceback" not in said
+    assert caught.value.code == 2 and "w: float32 [20, 3]" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
 
 

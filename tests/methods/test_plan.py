@@ -86,7 +86,7 @@ def test_nodes_that_cannot_be_had_are_part_of_the_plan(tmp_path: Path) -> None:
 
 def test_what_would_stop_the_run_stops_the_plan() -> None:
     def refuse(ranks: int) -> Any:
-        raise ValueError(f"not for {ranks} ranks")
+        raise ConfigError(f"not for {ranks} ranks")
 
     with pytest.raises(ConfigError, match="not for 1 ranks"):
         show(SyncR1Config(), refuse, lambda _: None)

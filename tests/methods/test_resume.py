@@ -22,17 +22,21 @@ import torch
 import warm
 from helpers import ROOT, everything_partitioned, own_process_group, rows_of, sharp_policy
 from made import world_folder as make_world
-from resume_cases import FullDisk, Training, assert_same, config_of
+from resume_cases import FullDisk, Training, assert_same, config_of, differences, leave
 
 from syncr1.engine.checkpoints import sharded as checkpoint
+from syncr1.engine.checkpoints.random_states import load_random_state, random_state
 from syncr1.engine.checkpoints.sharded import folders, save, verified
 from syncr1.engine.data.prompts import load_training_prompts
 from syncr1.engine.errors import CheckpointError, ConfigError
-from syncr1.engine.methods.resume import load_random_state, random_state, resume_point
+from syncr1.engine.learn.schedule import learning_rate
+from syncr1.engine.methods.resume import _check_fits, resume_point
 from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.engine.show.runlog import RunLog
 
+NORM = "model.model.language_model.norm.weight"
+"""A small trained parameter."""
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 
 
@@ -162,16 +166,39 @@ def test_a_failed_save_is_told_and_the_next_works(
     assert [verified(folder).step for folder in folders(tmp_path)] == [2, 1]
 
 
-def test_two_ranks(world: Path, rewards: RewardSet, tmp_path: Path) -> None:
-    """ZeRO 0, 2 and 3 on two ranks, resumed exactly; one rank's full disk ends both with the same error; and one rank
-    cannot go on with what two have saved."""
+def test_two_ranks(whole: Training, world: Path, rewards: RewardSet, tmp_path: Path) -> None:
+    """ZeRO 0, 2 and 3 on two ranks, resumed exactly; one rank's full disk ends both with the same error.  One rank goes
+    on with what two have saved, and two with what one has, under another stage: the same tokens, and the same weights
+    but for rounding; tests/campaigns/test_elastic.py has every pair."""
     shutil.copytree(world, tmp_path / "world")
+    shutil.copytree(whole.checkpoints.root / "step_000003", tmp_path / "one" / "step_000003")
     warm.run(str(ROOT / "tests" / "support" / "resume_cases.py"), str(tmp_path), ranks=2)
     assert json.loads((tmp_path / "done.json").read_text()) == {"ranks": 2}
-    folder = folders(tmp_path / "zero_2")[0]
-    config = config_of(zero_stage=2, num_iterations=2, resume_from_checkpoint=str(folder))
-    with pytest.raises(ConfigError, match="saved by 2 ranks, this run has 1; start 2"):
-        resume_point(config, print)
+    leave(whole, tmp_path / "one")
+    pairs = {"one_on_two": "one"}
+    for before, now in ((2, 0), (3, 2)):
+        config = config_of(zero_stage=now, num_iterations=2 if before == 2 else 1)
+        training = Training(config, world, tmp_path / f"zero_{before}", rewards).resume(1).to(3)
+        leave(training, tmp_path / f"zero_{before}_on_one")
+        pairs[f"zero_{before}_on_one"] = f"after_zero_{before}"
+    for one, other in pairs.items():
+        found = differences(tmp_path / one, tmp_path / other)
+        assert found["trajectories"] == 2 * 16 and found["others"] == 0, found
+        assert found["reward"] < 1e-6 and found["weight"] < 1e-5, found
+
+
+def test_other_ranks_and_stages_are_said(whole: Training, run_folder: Path) -> None:
+    """In one line, which names both; a checkpoint of the older format says what to do."""
+    said: list[str] = []
+    point = resume_point(asked(whole, run_folder, zero_stage=3), said.append)
+    assert point is not None and point.step == 5 and len(said) == 1
+    assert said[0].startswith("saved by 1 rank (zero_stage 0), going on with 1 rank (zero_stage 3): ")
+    older = replace(verified(point.checkpoint.folder), format=1)
+    with pytest.raises(
+        CheckpointError, match=r"saved by 1 rank \(zero_stage 0\) in an older format.*for one more step"
+    ):
+        _check_fits(asked(whole, run_folder, zero_stage=3), older, silent)
+    _check_fits(asked(whole, run_folder), older, silent)
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -232,7 +259,6 @@ def test_a_damaged_checkpoint_is_passed_over_but_not_when_named(whole: Training,
         ({"seed": 7}, "seed is 0 in the checkpoint, 7 now"),
         ({"learning_rate": 0.5}, "learning_rate is 0.001 in the checkpoint, 0.5 now"),
         ({"prompts_per_step": 8, "num_generations": 2}, "num_generations is 4 .*; prompts_per_step is 4"),
-        ({"zero_stage": 2}, "zero_stage is 0"),
         ({"lora_rank": 4}, "lora_rank is 0"),
     ],
 )
@@ -279,11 +305,17 @@ def test_a_state_without_settings_is_refused(
         ({"frozen": None}, "frozen weights are others"),
         ({"random/torch": None}, "expected the random states ..torch.., which are absent"),
         ({"random/torch": torch.zeros(3)}, "RuntimeError|TypeError"),
-        ({"optimizer/exp_avg.0": torch.zeros(1)}, "exp_avg.0 is .1., expected"),
-        ({"optimizer/master.0": None}, "master.0 is absent there"),
-        ({"optimizer/momentum.0": torch.zeros(1)}, "it has 'momentum.0'"),
-        ({"optimizer/exp_avg.x": torch.zeros(1)}, "it has 'exp_avg.x'"),
-        ({"optimizer/step.99999": torch.zeros(())}, "it has 'step.99999'"),
+        ({f"optimizer/exp_avg/{NORM}": torch.zeros(1)}, f"exp_avg of {NORM} has 1 elements there, 128 here"),
+        ({f"optimizer/exp_avg/{NORM}": torch.zeros(129)}, f"exp_avg of {NORM} has 129 elements there, 128 here"),
+        ({f"optimizer/exp_avg/{NORM}": torch.zeros(8, 8)}, "expected float32 of one dimension, got F32 .8, 8."),
+        ({f"optimizer/master/{NORM}": torch.zeros(128).half()}, "expected float32 of one dimension, got F16 .128."),
+        ({f"optimizer/master/{NORM}": None}, f"master of {NORM} has 0 elements there, 128 here"),
+        ({f"optimizer/exp_avg_sq/{NORM}": None}, f"exp_avg_sq of {NORM} has 0 elements there, 128 here"),
+        ({f"optimizer/step/{NORM}": None}, f"exp_avg of {NORM} has 128 elements there, 0 here"),
+        ({"optimizer/master/other": torch.zeros(1)}, "master of other has 1 elements there, 0 here"),
+        ({f"optimizer/momentum/{NORM}": torch.zeros(1)}, "it has 'optimizer/momentum/"),
+        ({"optimizer/master.0": torch.zeros(1)}, "it has 'optimizer/master.0'"),
+        ({f"optimizer/step/{NORM}": torch.zeros(1)}, "expected float32 of a number, got F32 .1."),
     ],
     ids=str,
 )
@@ -337,25 +369,41 @@ def test_what_may_differ(whole: Training, run_folder: Path) -> None:
     assert len(said) == 1 and "other rounding" in said[0]
 
 
+def test_a_longer_run_says_how_its_learning_rate_jumps(whole: Training, run_folder: Path) -> None:
+    """At step 5 of 5 nothing but a tenth of the rate was left; of 9, half of the way is still to go."""
+    said: list[str] = []
+    point = resume_point(asked(whole, run_folder, max_steps=9), said.append)
+    assert point is not None and point.step == 5
+    config = whole.trainer.config
+    before, now = (learning_rate(replace(config, max_steps=steps), 5) for steps in (5, 9))
+    (told,) = said
+    assert "max_steps is 5 in the checkpoint, 9 now" in told and f"{now:.3g} instead of {before:.3g}" in told
+    assert now == pytest.approx(0.55e-3) and before == pytest.approx(1e-4)
+    assert resume_point(asked(whole, run_folder, max_steps=5), said.append) is not None and len(said) == 1
+
+
 # The run's folder -----------------------------------------------------------------------------------------------------
 
 
-def test_the_log_goes_on_in_its_folder(whole: Training, run_folder: Path) -> None:
-    """Metrics and samples of later steps, and half a line, are cut; config.yaml is a new run's, not a resumed one's."""
-    lines = [json.dumps({"step": step, "loss": step / 3}) for step in range(5)]
-    (run_folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 5, "lo']))
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_log_goes_on_in_its_folder(whole: Training, run_folder: Path, first: int) -> None:
+    """Metrics and samples of later steps, and half a line, are cut; config.yaml is a new run's, not a resumed one's. A
+    folder in which steps counted from 0 goes on counting from 1."""
+    lines = [json.dumps({"step": first + step, "loss": step / 3}) for step in range(5)]
+    (run_folder / "metrics.jsonl").write_text("\n".join([*lines, f'{{"step": {first + 5}, "lo']))
     (run_folder / "samples").mkdir()
-    for name in ("step_000001.png", "step_000001.jsonl", "step_000002.png", "step_000004.jsonl", "notes.txt"):
-        (run_folder / "samples" / name).touch()
+    for step, kind in ((0, "png"), (1, "png"), (1, "jsonl"), (2, "png"), (4, "jsonl")):
+        (run_folder / "samples" / f"step_{first + step:06d}.{kind}").touch()
+    (run_folder / "samples" / "notes.txt").touch()
     point = resume_point(asked(whole, run_folder, str(run_folder / "checkpoints" / "step_000002")), silent)
     with RunLog(run_folder, asked(whole, run_folder), point) as log:
         assert log.folder == run_folder and len((run_folder / "metrics.jsonl").read_text().splitlines()) == 6
         log.cut(2)
         log.metrics(replace(whole.steps[0][0], step=2))
     rows = rows_of(run_folder)
-    assert [row["step"] for row in rows] == [0, 1, 2] and rows[1]["loss"] == 1 / 3
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[1]["loss"] == 1 / 3
     assert sorted(p.name for p in (run_folder / "samples").iterdir()) == [
-        *("notes.txt", "step_000001.jsonl", "step_000001.png"),
+        *("notes.txt", "step_000001.png", "step_000002.jsonl", "step_000002.png"),
     ]
     assert "resume_from_checkpoint: null" in (run_folder / "config.yaml").read_text()
     assert json.loads((run_folder / "environment.json").read_text())["resumed_at_step"] == 2

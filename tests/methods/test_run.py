@@ -114,7 +114,7 @@ def test_an_unknown_flag_ends_at_once(cache_dir: Path) -> None:
     ("flags", "said"),
     [
         (["--num_generations", "1"], "num_generations"),
-        (["--data", "ABSENT"], "data: expected a folder"),
+        (["--data", "ABSENT"], "data: expected a UnifyBench++ folder"),
         (["--nodes", "2"], "does not become a run on one machine"),
         (["--zero_stage", "4"], "zero_stage"),
     ],
@@ -164,17 +164,17 @@ def test_a_run_leaves_everything_that_it_promises(finished: tuple[Path, str]) ->
     } <= names
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["max_steps"] == 2 and config["seed"] == 3 and config["num_generations"] == 4
-    assert {"step_000000.png", "step_000000.jsonl", "step_000001.png"} <= {
+    assert {"step_000001.png", "step_000001.jsonl", "step_000002.png"} <= {
         p.name for p in (folder / "samples").iterdir()
     }
-    with Image.open(folder / "samples" / "step_000000.png") as sheet:
+    with Image.open(folder / "samples" / "step_000001.png") as sheet:
         assert min(sheet.size) > 64
 
 
 @pytest.mark.slow
 def test_metrics_are_complete_and_finite(finished: tuple[Path, str]) -> None:
     rows = rows_of(finished[0])
-    assert [row["step"] for row in rows] == [0, 1]
+    assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         for name in (
             *("reward", "reward_std", "loss", "grad_norm", "learning_rate", "kl", "entropy", "num_tokens", "step_time"),
@@ -183,15 +183,19 @@ def test_metrics_are_complete_and_finite(finished: tuple[Path, str]) -> None:
         ):
             assert isinstance(row[name], float | int), name
         assert 0 < row["reward"] < 1 and row["grad_norm"] > 0 and row["reward_failures"] == 0
-    assert rows[0]["rollout/replay_logp_max_abs"] <= 1e-4
+        assert all(row[f"rewards/{name}/std"] > 0 for name in ("identity", "judge", "text"))
+    assert rows[0]["rollout/replay_logp_max_abs"] <= 1e-4 and "rollout/guidance_logp_mean_abs" not in rows[1]
+    assert rows[0]["rollout/guidance_logp_mean_abs"] > 0.01
 
 
 @pytest.mark.slow
 def test_scores_before_and_after(finished: tuple[Path, str]) -> None:
     scores = json.loads((finished[0] / "scores.json").read_text())
     assert set(scores["before"]) == set(scores["after"]) and len(scores["before"]) > 10
-    for name, value in (*scores["before"].items(), *scores["after"].items()):
-        assert name.endswith("/num_items") or (value is not None and 0 <= value <= 1), name
+    for side in (scores["before"], scores["after"]):
+        assert all(0 <= row["values"][0] <= 1 for row in side.pop("per_item").values() if "values" in row)
+        for name, value in side.items():
+            assert name.endswith("/num_items") or (value is not None and 0 <= value <= 1), name
     assert scores["before"] != scores["after"]
 
 
@@ -329,6 +333,9 @@ def test_two_ranks_under_zero_3(cache_dir: Path, base: Path, tmp_path: Path) -> 
         "2",
         "--zero_stage",
         "3",
+        "--eval_steps",
+        "1",
+        "--load_best_model_at_end",
         "--output_dir",
         str(folder),
         *SMALL,
@@ -339,6 +346,12 @@ def test_two_ranks_under_zero_3(cache_dir: Path, base: Path, tmp_path: Path) -> 
     assert (
         len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows) and rows[0]["rollout/replay_logp_max_abs"] <= 1e-4
     )
+    best = json.loads((folder / "checkpoints" / "best" / "best.json").read_text())
+    found = [row["eval/score"] for row in rows]
+    assert best["value"] == max(found) and best["step"] == 1 + found.index(max(found))
+    assert JanusPolicy.from_pretrained(folder / "checkpoints" / "best").num_image_tokens > 0
+    scores = json.loads((folder / "scores.json").read_text())["after"]
+    assert scores["summary/understanding/greedy"] == rows[best["step"] - 1]["eval/summary/understanding/greedy"]
     loaded, before = (JanusPolicy.from_pretrained(p) for p in (folder / "checkpoints" / "last", base))
     assert loaded.model.lm_head.weight.shape == before.model.lm_head.weight.shape
     assert not torch.equal(loaded.model.lm_head.weight, before.model.lm_head.weight)

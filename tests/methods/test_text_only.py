@@ -31,7 +31,7 @@ from pathlib import Path
 
 def short(*, completions, topic, **_):
     wanted = Path(__file__).with_name("machine_is_wanted")
-    if wanted.exists():
+    if wanted.exists() and len(completions) == 8:  # a step's, not the trial call before training
         wanted.unlink()
         os.kill(os.getpid(), signal.SIGTERM)
     return [1 / (1 + len(text)) + len(word) for text, word in zip(completions, topic)]
@@ -126,7 +126,7 @@ def test_prompts_alone_in_one_file_with_rewards_of_ones_own(
     assert "no held-out part" in " ".join(capfd.readouterr().out.split())
     (row,) = rows_of(tmp_path / "run" / "unified")
     assert row["rewards/short/mean"] > 4 and row["reward_std"] > 0 and row["grad_norm"] > 0
-    said = [json.loads(line) for line in (tmp_path / "run/unified/samples/step_000000.jsonl").read_text().splitlines()]
+    said = [json.loads(line) for line in (tmp_path / "run/unified/samples/step_000001.jsonl").read_text().splitlines()]
     assert {sample["prompt"] for sample in said} <= {row["prompt"] for row in rows(4)}
 
 

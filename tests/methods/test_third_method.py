@@ -19,7 +19,9 @@ import torch
 from helpers import ROOT, own_process_group, rows_of, sharp_policy
 
 from syncr1.engine.errors import Preempted
+from syncr1.engine.forward.objective import Objective
 from syncr1.engine.learn.trainer import Trainer
+from syncr1.engine.methods.training import Training, write_card
 from syncr1.engine.policies.janus import JanusPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -60,7 +62,7 @@ def test_a_third_method_is_one_short_file(config: plain_grpo.PlainConfig) -> Non
     summaries = plain_grpo.run(config)
     assert set(summaries) == {"before", "after"} and set(summaries["after"]) >= {"understanding/greedy"}
     rows = rows_of(folder)
-    assert [row["step"] for row in rows] == [0, 1] and all(math.isfinite(row["loss"]) for row in rows)
+    assert [row["step"] for row in rows] == [1, 2] and all(math.isfinite(row["loss"]) for row in rows)
     assert any(row["grad_norm"] > 0 for row in rows) and {"rewards/brevity/mean"} <= rows[0].keys()
     assert "plain GRPO" in (folder / "checkpoints" / "last" / "README.md").read_text()
     assert json.loads((folder / "scores.json").read_text())["after"] and (folder / "report.html").is_file()
@@ -68,7 +70,29 @@ def test_a_third_method_is_one_short_file(config: plain_grpo.PlainConfig) -> Non
     assert any(not torch.equal(p, q) for p, q in zip(trained.parameters(), start.parameters(), strict=True))
 
     plain_grpo.run(replace(config, max_steps=3, eval_samples=0, resume_from_checkpoint="latest"))
-    assert rows_of(folder)[:2] == rows and [row["step"] for row in rows_of(folder)] == [0, 1, 2]
+    assert rows_of(folder)[:2] == rows and [row["step"] for row in rows_of(folder)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("named", "embedded", "said"),
+    [(False, False, "from the tiny base, "), (True, True, "from the tiny base, "), (True, False, "from `model`")],
+)
+def test_the_card_says_what_was_trained(
+    config: plain_grpo.PlainConfig, tmp_path: Path, named: bool, embedded: bool, said: str
+) -> None:
+    """The embedded base has no name, and is no weights drawn at random."""
+    training = Training(
+        method="plain GRPO",
+        data=None,
+        policy=sharp_policy(),
+        objective=Objective(),
+        prompts=plain_grpo.stream_of(config, 0, 1),
+        rewards=plain_grpo.rewards_of(config),
+        embedded=embedded,
+    )
+    write_card(config if named else replace(config, model=None), training, tmp_path / "model", None, None)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert said in card and "the rendered world" in card and "at random" not in card
 
 
 def test_a_file_save_and_a_dry_run(config: plain_grpo.PlainConfig, capfd: pytest.CaptureFixture[str]) -> None:
@@ -96,5 +120,5 @@ def test_sigterm_saves_and_ends_after_the_step(config: plain_grpo.PlainConfig, m
         plain_grpo.run(config)
     assert len(rows_of(config.output_dir)) == 1 and not (config.output_dir / "checkpoints" / "last").exists()
     plain_grpo.run(config)
-    assert [row["step"] for row in rows_of(config.output_dir)] == [0, 1]
+    assert [row["step"] for row in rows_of(config.output_dir)] == [1, 2]
     assert (config.output_dir / "checkpoints" / "last").is_dir()

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from syncr1.engine.errors import EXIT_PREEMPTED, Preempted
+from syncr1.engine.pictures import open_picture
+from syncr1.engine.processes import interrupts
 from syncr1.engine.processes.interrupts import PREEMPTING, Interrupts, preemptible
 
 
 @pytest.fixture(autouse=True)
-def _as_in_a_terminal() -> Iterator[None]:
+def _as_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A shell's background jobs ignore Ctrl-C from the start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in PREEMPTING}  # `nohup make test` ignores one
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(interrupts, "leave_terminal", lambda: None)  # these tests' own
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def interrupt() -> None:
@@ -84,6 +93,49 @@ def test_outside_of_training_they_end_at_once(number: signal.Signals) -> None:
         signal.pause()
     assert ended.value.code == EXIT_PREEMPTED and not ended.value.together
     assert signal.getsignal(number) == before
+
+
+class Struck:
+    """A signal comes while it is destroyed."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(10):  # it is heard between two steps of the interpreter
+            pass
+
+
+def test_one_that_a_destructor_forgets_is_raised_again(capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    with pytest.raises(Preempted), preemptible("nothing to save"):
+        struck = Struck()
+        del struck
+        time.sleep(20)
+    assert time.monotonic() - start < 10 and "Exception ignored" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("swallows", [Exception, BaseException])
+def test_one_that_is_caught_is_not_lost(swallows: type[BaseException]) -> None:
+    """Whoever catches all faults of a plug-in does not catch it; who catches everything has it until the end."""
+    passed = []
+    with pytest.raises(Preempted), preemptible("nothing to save"):
+        with contextlib.suppress(swallows):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        passed.append(swallows)
+    assert passed == ([BaseException] if swallows is BaseException else [])
+
+
+def test_a_picture_that_is_being_read_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    load = Image.Image.load
+
+    def struck(picture: Image.Image) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(picture)
+
+    monkeypatch.setattr(Image.Image, "load", struck)
+    with pytest.raises(Preempted), preemptible("nothing to save"):
+        open_picture(tmp_path / "a.png")
 
 
 def test_inside_training_they_wait() -> None:

@@ -27,8 +27,8 @@ from syncr1.engine.processes.launch import (
     host_commands,
     launch,
     restarted,
-    unused_folder,
 )
+from syncr1.engine.processes.run_folder import unused_folder
 
 RECIPE = ROOT / "recipes" / "sync_r1.py"
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "4"}
@@ -299,17 +299,6 @@ def test_a_runs_folder_is_named_before_it_starts(become: list[tuple[str, ...]], 
     with pytest.raises(SystemExit):
         launch(replace(config, resume_from_checkpoint="latest"), RECIPE, [])
     assert "--output_dir" not in become[-1]
-
-
-def test_a_rank_that_started_again_resumes(become: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SyncR1Config()
-    assert launch(config, RECIPE, []) is config
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
-    assert launch(config, RECIPE, []) is config
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert launch(config, RECIPE, []) == replace(config, resume_from_checkpoint="latest")
-    assert become == []
 
 
 def test_started_again() -> None:

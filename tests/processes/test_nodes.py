@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from syncr1.engine.processes.nodes import FINAL, passed_environment, run_nodes
+from syncr1.engine.errors import FINAL
+from syncr1.engine.processes.nodes import passed_environment, run_nodes
+from syncr1.engine.processes.restarts import Restarts
 
 AGENT = [sys.executable, "-m", "syncr1.engine.processes.nodes"]
 
@@ -26,7 +28,7 @@ def nodes(folder: Path, scripts: list[str], *, max_restarts: int = 0) -> tuple[i
         [AGENT] * len(scripts),
         folder=folder,
         environment={"NCCL_X": "passed"},
-        max_restarts=max_restarts,
+        restarts=Restarts(max_restarts),
         grace=20,
         say=said.append,
     )
@@ -46,13 +48,16 @@ def test_a_lost_node_starts_all_again(tmp_path: Path) -> None:
     start = time.monotonic()
     code, said = nodes(tmp_path, [other, lost], max_restarts=2)
     assert code == 0 and time.monotonic() - start < 15
-    assert said == ["node n1 ended with signal 9", "starting all 2 nodes again (1 of 2 restarts)"]
+    assert said == [
+        "node n1 ended with signal 9",
+        "starting all 2 nodes again: restart 1 of 2 without a new checkpoint",
+    ]
     assert {path.name for path in tmp_path.iterdir()} >= {"other1"}
 
 
 def test_restarts_end(tmp_path: Path) -> None:
     code, said = nodes(tmp_path, ["open(f'try{ATTEMPT}', 'w'); raise SystemExit(7)"], max_restarts=2)
-    assert code == 7 and said[-1] == "giving up after 2 restarts"
+    assert code == 7 and said[-1] == "giving up after 2 restarts without a new checkpoint"
     assert len(list(tmp_path.glob("try*"))) == 3
 
 
@@ -73,7 +78,7 @@ def test_an_executor_that_cannot_start_is_an_error(tmp_path: Path) -> None:
             [["no-such-program"]],
             folder=tmp_path,
             environment={},
-            max_restarts=3,
+            restarts=Restarts(3),
             grace=20,
             say=print,
         )

@@ -31,12 +31,28 @@ time.sleep(120)
 """
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
-    (folder / "rank.py").write_text(RANK)
+LOST = """
+import os, pathlib, signal, sys, time
+attempt, ends = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), [int(word) for word in sys.argv[2].split(",")]
+if os.environ["RANK"] == "0":
+    pathlib.Path(sys.argv[1], f"attempt_{attempt}").touch()
+end = ends[min(attempt, len(ends) - 1)]
+if os.environ["RANK"] == "1" and end < 0:
+    os.kill(os.getpid(), -end)
+if os.environ["RANK"] == "1" and end:
+    raise SystemExit(end)
+time.sleep(0.1 if end == 0 else 120)
+"""
+"""Rank 1 ends as told, attempt by attempt; torchrun ends the other one with SIGTERM."""
+
+
+def start(folder: Path, *more: str, flags: tuple[str, ...] = (), script: str = RANK) -> subprocess.Popen[str]:
+    (folder / "rank.py").write_text(script)
     command = [
         sys.executable,
         "-m",
         "syncr1.engine.processes.torchrun",
+        *flags,
         "--standalone",
         "--nproc-per-node=2",
         str(folder / "rank.py"),
@@ -71,3 +87,24 @@ def test_a_ranks_exit_code_is_its_own(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 7 and "local rank 1 ended with exit code 7" in err
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "attempts", "told"),
+    [
+        ("2", 2, 1, "local rank 1 ended with exit code 2"),
+        ("75", EXIT_PREEMPTED, 1, "local rank 1 ended with exit code 75"),
+        ("-9,70,0", 0, 3, "local rank 1 ended with exit code 70, first of all here; starting again, restart 2 of 2"),
+        ("-9,70,9,0", 9, 3, "local rank 1 ended with exit code 9"),
+    ],
+)
+def test_starts_again_what_that_helps(tmp_path: Path, ends: str, code: int, attempts: int, told: str) -> None:
+    """A lost rank, so many times in a row; never what was refused, or asked to end."""
+    flags = (f"--output_dir={tmp_path / 'run'}", "--max-restarts=2")
+    process = start(tmp_path, ends, flags=flags, script=LOST)
+    try:
+        _, err = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == code, err[-2000:]
+    assert len(list(tmp_path.glob("attempt_*"))) == attempts and told in err

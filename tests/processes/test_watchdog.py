@@ -26,7 +26,7 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 def watched(timeout: float = 0.1) -> tuple[Watchdog, list[str], list[int]]:
     said: list[str] = []
     ends: list[int] = []
-    return Watchdog(timeout, said.append, ends.append), said, ends
+    return Watchdog(timeout, say=said.append, end=ends.append), said, ends
 
 
 def waits(ends: list[int], seconds: float = 5) -> None:

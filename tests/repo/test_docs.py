@@ -20,7 +20,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import warm
 import yaml
+from helpers import end_process_group, environment
+from made import cache_folder, short_base, world_folder
 
 from syncr1.engine.settings.flags import parse
 from syncr1.engine.settings.schema import to_yaml
@@ -64,10 +67,17 @@ def settings() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", [page for page in with_blocks("python") if "syncr1.kernels.trl" not in text_of(page)])
-def test_python_runs(page: str) -> None:
+def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "syncr1.engine.api" in "".join(blocks(page, "python")):  # trains: from a base that takes seconds to make
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
+        monkeypatch.setattr("syncr1.engine.methods.sync_r1_parts.tiny_base", lambda *_: short_base())
     scope: dict[str, object] = {}
-    for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), scope)  # blocks build on those before them
+    try:
+        for block in blocks(page, "python"):
+            exec(compile(block, page, "exec"), scope)  # blocks build on those before them
+    finally:
+        end_process_group()
 
 
 @pytest.mark.slow
@@ -165,43 +175,51 @@ def test_every_public_op_is_in_the_reference() -> None:
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
-ROWS = {
-    "questions about a photo of a creature": "vqa",
-    "questions about a creature, no photo": "qa",
-    "what an indirect request means (share of its words)": "rea",
-    "what a long indirect request means (share of its words)": "dense_rea",
-    "**recognition**: is this creature in the photo? (.5 is chance)": "rec",
-    "*not trained on:* questions about photos of nobody in particular": "general_vqa",
-    "a creature at its place": "pure_gen",
-    "the same, asked at length": "dense_gen",
-    "what an indirect request means": "rea_gen",
-    "what a long indirect request means": "dense_rea_gen",
-    "*not trained on:* captions without a creature": "general_image",
-}
+
+@cache
+def score_tables() -> ModuleType:
+    """bench/score_tables.py, which makes the tables from what was measured."""
+    spec = importlib.util.spec_from_file_location("score_tables", ROOT / "bench" / "score_tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_readme_s_table_is_what_was_measured() -> None:
-    """Every held-out task of a run is in it; means and standard deviations over the seeds of ablations.json."""
+def test_the_pages_tables_are_what_was_measured() -> None:
+    """As `python bench/score_tables.py --write` leaves them."""
+    for (page, mark), table in score_tables().tables().items():
+        assert score_tables().between(text_of(page), mark).group() == table, (
+            f"{page}: run bench/score_tables.py --write"
+        )
+
+
+def test_every_held_out_task_of_a_run_is_in_the_readme() -> None:
+    """Recognition and what is not trained on among them, marked where they fell or are guessed."""
     runs = json.loads((ROOT / "bench" / "results" / "ablations.json").read_text())["default"]
-    table = re.search(r"<!-- results -->(.*)<!-- /results -->", text_of("README.md"), re.DOTALL)
-    assert table is not None
-    rows = {cells[0]: cells[1:] for line in table[1].splitlines() if len(cells := re.findall(r"[^|]+", line)) == 4}
-    rows = {
-        name.strip(): [cell.strip() for cell in cells] for name, cells in rows.items() if cells[0].strip().isdigit()
-    }
-    assert {name.split("/")[1] for name in runs[0] if "/num_items" in name and "before" in name} == set(ROWS.values())
-    assert rows.keys() == ROWS.keys()
-    for name, task in ROWS.items():
-        is_drawn = f"before/{task}/attributes/checker" in runs[0]
-        measures = ("all_right/checker", "attributes/checker") if is_drawn else ("score/sampled", "score/greedy")
-        assert rows[name] == [f"{runs[0][f'before/{task}/num_items']:.0f}", *(cell(runs, task, m) for m in measures)]
+    known = {name.split("/")[1] for name in runs[0] if "/num_items" in name and "before" in name}
+    assert known == {*score_tables().ANSWERS, *score_tables().DRAWINGS}
+    table = score_tables().between(text_of("README.md"), "results").group()
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines() if "|" in line}
+    recognition = next(row for name, row in rows.items() if "recognition" in name)
+    assert (
+        recognition.count("**at chance**") == 2 and "**fell**" in rows["*not trained on:* captions without a creature"]
+    )
+    captions = [run[f"{when}/general_image/all_right/cnn"] for when in ("before", "after") for run in runs]
+    assert all(after < before for before, after in zip(captions[:5], captions[5:], strict=True))
 
 
-def cell(runs: list[dict[str, float]], task: str, measure: str) -> str:
-    before, after = ([run[f"{when}/{task}/{measure}"] for run in runs] for when in ("before", "after"))
-    spread = statistics.stdev(b - a for a, b in zip(before, after, strict=True))
-    numbers = statistics.mean(before), statistics.mean(after), spread
-    return "{} → {} ± {}".format(*(f"{number:.3f}".removeprefix("0") for number in numbers))
+def test_changes_over_seeds_by_hand() -> None:
+    """Student's interval of five changes; a fall, a score at chance and one below it are marked."""
+    tables = score_tables()
+    found = tables.change_of([0.5, 0.6, 0.7, 0.6, 0.6], [0.4, 0.5, 0.5, 0.5, 0.5])
+    half = 2.7764451 * statistics.stdev([-0.1, -0.1, -0.2, -0.1, -0.1]) / 5**0.5
+    assert (found.low, found.high) == pytest.approx((-0.12 - half, -0.12 + half))
+    assert found.mark == "fell" and found.worst == pytest.approx(-0.2) and tables.signed(found.change) == "−.120"
+    assert tables.change_of([0.4, 0.5, 0.6], [0.5, 0.6, 0.7]).mark == "" == tables.change_of([0.5], [0.1]).mark
+    chance = [tables.change_of([0.5] * 3, after, 0.5).mark for after in ([0.45, 0.5, 0.55], [0.1, 0.2, 0.1], [0.9] * 3)]
+    assert chance == ["at chance", "below chance", ""]
+    assert [tables.share(value) for value in (0.0, 0.5, 1.0)] == [".000", ".500", "1.000"]
 
 
 def test_the_readme_is_of_one_sitting() -> None:
@@ -229,3 +247,29 @@ def test_the_site_is_built_and_needs_nobody(tmp_path: Path) -> None:
     for config in settings().values():
         names = yaml.safe_load(to_yaml(config, comments=False))
         assert [name for name in names if f"<code>--{name}</code>" not in pages["flags.html"]] == []
+
+
+# The one run with names -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_run_with_names_runs(tmp_path: Path) -> None:
+    """docs/models.md's command for Janus-Pro, on one rank, with a Janus of random weights and the world's folder."""
+    (words,) = (words for words in commands("docs/models.md") if "--ranks_per_node" in words)
+    flags = words[words.index("recipes/sync_r1.py") + 1 :]
+    here = {
+        "--model": str(saved_janus(tmp_path)),
+        "--data": str(world_folder()),
+        "--ranks_per_node": "1",
+        "--prompts_per_step": "4",
+    }
+    flags = [here.get(before, flag) for before, flag in zip(["", *flags], flags, strict=False)]
+    shorter = ["--max_steps", "1", "--eval_samples", "0", "--output_dir", str(tmp_path / "run")]
+    warm.run(str(ROOT / "recipes" / "sync_r1.py"), *flags, *shorter, env=environment(cache_folder()))
+    assert (tmp_path / "run" / "checkpoints" / "last" / "config.json").is_file()
+
+
+def saved_janus(folder: Path) -> Path:
+    from small_models import small_janus
+
+    return small_janus(folder / "janus")

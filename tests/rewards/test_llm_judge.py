@@ -126,11 +126,15 @@ def test_four_scores_for_nine_images_are_none_and_never_a_constant(
     assert "no answer for 9 of 10" in caplog.text
 
 
-def test_a_busy_server_is_asked_again_and_a_dead_one_gives_none(server: JudgeServer) -> None:
+def test_a_busy_server_is_asked_again_and_a_dead_one_is_an_error(server: JudgeServer) -> None:
     server.answer = lambda content, call: (503 if call < 2 else 200, json.dumps(reds(content)))
     assert judge(server)(prompts=["p"], images=[red(1.0)]) == [1.0]
     server.answer = lambda *_: (500, "")
-    assert judge(server)(prompts=["p"], images=[red(1.0)]) == [None]
+    with pytest.raises(ChatError, match="HTTP 500"):  # counted, and the run ends where it stays so
+        judge(server)(prompts=["p"], images=[red(1.0)])
+    server.answer = lambda _, call: (200, "[100]") if call >= 3 else (500, "")
+    server.calls.clear()
+    assert judge(server, max_concurrency=1)(prompts=["p", "q"], images=[red(1.0)] * 2).count(None) == 1
 
 
 def test_what_misses_the_budget_is_none_and_the_rest_is_kept(server: JudgeServer) -> None:

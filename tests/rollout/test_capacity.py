@@ -52,7 +52,7 @@ def test_a_batch_that_does_not_fit_says_what_to_lower() -> None:
     with pytest.raises(RolloutTooLarge) as error:
         check_fits(SHAPE, 1000, 100_000, 8, 10 * 2**30)
     told = str(error.value)
-    assert "need 18.49 GiB, but 10.00 GiB may be used (1000 prompt tokens, 100000 tokens of members" in told
+    assert "at most 10.00 GiB, which may be used, got 18.49 GiB (1000 prompt tokens, 100000 tokens of" in told
     for name in ("prompts_per_step", "num_generations (8)", "max_completion_length"):
         assert name in told
 

@@ -129,7 +129,7 @@ def test_a_wrong_flag_is_refused_in_seconds_and_without_torch() -> None:
 def test_help_is_grouped_and_explained() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for words in ("Trains.", "dynamic_group_scaling", "--config", "--learning_rate", "AdamW's peak", "--no_dry_run"):
+    for words in ("Trains.", "dynamic group scaling", "--config", "--learning_rate", "AdamW's peak", "--no_dry_run"):
         assert words in done.stdout
 
 

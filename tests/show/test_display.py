@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from run_records import SCORES_AFTER, SCORES_BEFORE, make_metrics
+from score_cases import model
 
 from syncr1.engine.show.display import Display, before_after_table, duration, summary_line
+from syncr1.engine.show.measured import PER_ITEM, Measured
 from syncr1.engine.show.scores import ScoreRow, flatten_scores, score_rows, show_change, show_score
 
 
@@ -71,25 +76,63 @@ def test_summary_line_with_little_and_with_failures() -> None:
     assert summary_line({"reward": 0.5, "reward_failures": 1.0}).endswith("1 failed reward")
 
 
-def test_table_shows_tasks_in_words_and_the_summary_last() -> None:
+def printed(before: Any, after: Any, width: int = 80, terminal: bool = False) -> str:
     stream = io.StringIO()
-    before = {"summary": 0.6, **SCORES_BEFORE}
-    Console(file=stream, width=100).print(before_after_table(before, SCORES_AFTER))
-    text = stream.getvalue()
+    console = Console(file=stream, width=width, force_terminal=terminal, color_system=None)
+    console.print(before_after_table(before, after))
+    return stream.getvalue()
+
+
+def test_table_shows_tasks_in_words_and_the_summary_last() -> None:
+    text = printed(SCORES_BEFORE, SCORES_AFTER)
     assert text.index("Questions about the concept") < text.index("Infer what is meant") < text.index("All tasks")
-    assert "80.0 %" in text
-    assert "+33.0" in text
-    assert "-2.0" in text
-    assert "greedy: the single most likely answer" in text
-    assert max(len(line) for line in text.splitlines()) <= 100
+    assert re.search(r"greedy +80.0 +78.0 +-2.0$", text, re.MULTILINE)
+    assert re.search(r"sampled +55.0 +88.0 +\+33.0$", text, re.MULTILINE)
+    assert "greedy: the most likely answer is right" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_table_of_a_real_run_fits_80_characters(terminal: bool) -> None:
+    """Each number on its line with its interval, nothing cut off; what fell and what is guessed is said there."""
+    text = printed(model(0, 0.6, general=0.9), model(1, 0.85, general=0.7), terminal=terminal)
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert max(map(len, lines)) <= 80 and "…" not in text.replace("<think>…</think><answer>…</answer>", "")
+    rows = [line for line in lines if re.search(r"\d \[.*\d \[.*[+-]\d.* \[", line)]
+    assert len(rows) == 4 * 2 + 3 * 4 + 6
+    task = lines.index("Draw a caption without a concept (192 items), not trained on")
+    assert re.match(r"  all right, by cnn ! fell +\d+\.\d \[\d+, \d+\] ", lines[task + 1]), lines[task + 1]
+    task = lines.index("Recognition: is the concept in the photo? (120 items)")
+    assert all("! at chance" in "".join(lines[task + i : task + i + 2]) for i in (1, 2))
+
+
+def test_the_whole_width_of_numbers_fits() -> None:
+    """From nothing to everything, the widest that a share's line can be."""
+    ids = [str(i) for i in range(300)]
+    measured = [Measured.of(ids, [value] * 300).to_json() for value in (0.0, 1.0)]
+    none, all_ = ({"qa/score/greedy": i, PER_ITEM: {"qa/score/greedy": one}} for i, one in enumerate(measured))
+    for before, after in ((none, all_), (all_, none)):
+        line = next(line for line in printed(before, after).splitlines() if "greedy" in line)
+        assert len(line.rstrip()) <= 80 and line.count("[") == 3 and "100.0 [99, 100]" in line
 
 
 def test_table_of_an_interrupted_run() -> None:
     rows = score_rows(SCORES_BEFORE, None)
     assert all(row.after is None and row.change is None for row in rows)
     assert show_change(rows[0]) == "–"
-    assert before_after_table(SCORES_BEFORE, {}).row_count == len(rows)
-    assert before_after_table({}, {}).row_count == 0
+    assert printed(SCORES_BEFORE, {}).count("–") == 2 * len(rows)
+    assert "items" in printed({}, {})
+
+
+def test_paths_are_not_wrapped(tmp_path: Path) -> None:
+    """In a log file a path of 120 characters is on one line, and on a terminal the terminal wraps it."""
+    path = str(tmp_path / ("long name " * 12))
+    for terminal in (False, True):
+        stream = io.StringIO()
+        console = Console(file=stream, width=80, force_terminal=terminal, color_system=None)
+        display = Display(max_steps=1, console=console)
+        display.stage(f"scores of {path}")
+        display.note(f"model {path}")
+        assert f"  model {path}\n" in stream.getvalue() and f"scores of {path}\n" in stream.getvalue()
 
 
 def test_headlines_are_the_main_scores_only() -> None:
@@ -104,28 +147,28 @@ def test_headlines_are_the_main_scores_only() -> None:
         "attributes/checker": 0.7,
         "attributes/cnn": 0.6,
         "all_right/cnn": 0.2,
+        "hat/cnn": 0.9,
         "score/sampled": 0.7,
         "identity": 0.3,
     }
-    rows = score_rows({"qa": flat, "rea_gen": drawn, "summary": {"image/cnn": 0.6}}, None)
+    rows = score_rows({"qa": flat, "rea_gen": drawn, "summary": {"image/cnn": 0.6, "general_vqa/greedy": 0.1}}, None)
     assert [(row.task, row.measure, row.before) for row in rows] == [
         ("qa", "greedy", 0.5),
         ("qa", "sampled", 0.4),
-        ("rea_gen", "checker", 0.7),
-        ("rea_gen", "cnn", 0.6),
-        ("summary", "image/cnn", 0.6),
+        ("rea_gen", "all right, by cnn", 0.2),
+        ("rea_gen", "attributes, by cnn", 0.6),
+        ("rea_gen", "attributes, by checker", 0.7),
+        ("summary", "attributes, by cnn", 0.6),
     ]
-    photographs = score_rows({"pure_gen": {"identity": 0.3, "score/sampled": 0.3, "num_items": 2.0}}, None)
-    assert [(row.task, row.measure) for row in photographs] == [("pure_gen", "sampled")]
 
 
 def test_score_rows_join_flat_and_nested_names() -> None:
     rows = score_rows({"b/greedy": 0.5, "summary": 0.1, "a": 1}, {"a": 2.0, "b": {"greedy": 0.75, "cnn": math.nan}})
-    assert rows == [
-        ScoreRow("b", "greedy", 0.5, 0.75),
-        ScoreRow("b", "cnn", None, None),
-        ScoreRow("a", "", 1.0, 2.0),
-        ScoreRow("summary", "", 0.1, None),
+    assert [row[:4] for row in rows] == [
+        ("b", "greedy", 0.5, 0.75),
+        ("b", "cnn", None, None),
+        ("a", "", 1.0, 2.0),
+        ("summary", "", 0.1, None),
     ]
     assert flatten_scores(None) == {}
 

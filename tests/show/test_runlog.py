@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,7 +23,10 @@ from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.settings.schema import from_yaml
 from syncr1.engine.show import sheets
 from syncr1.engine.show.runlog import NullRunLog, RunLog, environment, open_run_log
-from syncr1.engine.show.trackers import Trackers
+from syncr1.engine.show.trackers import Completion, Trackers, wanted
+
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+ROOT = SUPPORT.parents[1]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -66,7 +70,7 @@ def test_metrics_are_json_at_once_with_null_for_nan(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "r", SyncR1Config())
     log.metrics(make_metrics(0, grad_norm=math.inf))
     row = read_lines(log.folder / "metrics.jsonl")[0]  # not closed: flushed
-    assert row["step"] == 0
+    assert row["step"] == 1, "as the terminal counts"
     assert row["rewards/text/mean"] is None
     assert row["grad_norm"] is None
     assert row["seconds/rollout"] == 0.3
@@ -93,20 +97,20 @@ def test_samples_are_a_picture_and_lines(tmp_path: Path) -> None:
     rollouts = [*make_group(make_prompt("bobo", tmp_path)), *make_group(make_prompt("mimi", draws=False))]
     rewards = {"reward": torch.tensor([0.1, 0.2, math.nan, 0.4, 0.5, 0.6]), "text": [None, 1.0, 1.0, 0.0, 0.5, 1.0]}
     log.samples(20, rollouts, rewards)
-    rows = read_lines(log.folder / "samples" / "step_000020.jsonl")
+    rows = read_lines(log.folder / "samples" / "step_000021.jsonl")
     assert [row["member"] for row in rows] == [0, 1, 2, 0, 1, 2]
     assert rows[0]["rewards"] == {"reward": pytest.approx(0.1), "text": None}
     assert rows[2]["rewards"]["reward"] is None
     assert [row["has_image"] for row in rows] == [True] * 3 + [False] * 3
-    with Image.open(log.folder / "samples" / "step_000020.png") as picture:
+    with Image.open(log.folder / "samples" / "step_000021.png") as picture:
         assert picture.width > 3 * 128
         assert picture.height > 128
     log.samples(40, rollouts, torch.arange(6.0))  # the total alone, as the trainer hands it over
-    assert read_lines(log.folder / "samples" / "step_000040.jsonl")[5]["rewards"] == {"reward": 5.0}
+    assert read_lines(log.folder / "samples" / "step_000041.jsonl")[5]["rewards"] == {"reward": 5.0}
     with pytest.raises(ValueError, match="expected 6 values of reward"):
         log.samples(60, rollouts, torch.arange(5.0))
     log.samples(80, [], {})
-    assert not (log.folder / "samples" / "step_000080.png").exists()
+    assert not (log.folder / "samples" / "step_000081.png").exists()
 
 
 def test_scores_before_alone_then_both(tmp_path: Path) -> None:
@@ -238,8 +242,11 @@ class FakeTracker(types.ModuleType):
     def finish(self) -> None:
         self.calls.append(("finish", None))
 
-    def Image(self, path: str, caption: str = "") -> str:
-        return f"image {Path(path).name}"
+    def Image(self, picture: Any, caption: str = "") -> str:
+        return f"image {picture.size if isinstance(picture, Image.Image) else Path(picture).name}"
+
+    def Table(self, columns: list[str], data: list[list[Any]]) -> list[dict[str, Any]]:
+        return [dict(zip(columns, row, strict=True)) for row in data]
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
@@ -249,17 +256,21 @@ def test_trackers_are_private_offline_and_see_pictures(
     module = FakeTracker(name)
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    trackers = Trackers((name,), tmp_path, {"seed": 0})
+    trackers = Trackers((name,), tmp_path, {"seed": 0}, "my run")
     trackers.log(3, {"reward": 0.5})
     trackers.picture(3, "samples", tmp_path / "a.png")
+    trackers.table(3, "completions", [Completion("draw", "red", Image.new("RGB", (4, 2)), {"reward": 0.5})])
     trackers.close()
     settings = module.calls[0][1]
+    assert settings["name"] == "my run"
     assert settings["private"] is (name == "trackio")
     assert settings["mode"] == ("offline" if name == "wandb" else "")
     assert settings["config"] == {"seed": 0}
+    row = {"step": 3, "prompt": "draw", "text": "red", "image": "image (4, 2)", "reward": 0.5}
     assert module.calls[1:] == [
         ("log", (3, {"reward": 0.5})),
         ("log", (3, {"samples": "image a.png"})),
+        ("log", (3, {"completions": [row]})),
         ("finish", None),
     ]
 
@@ -276,16 +287,86 @@ def test_a_tracker_that_fails_is_reported_and_left_out(
     assert capsys.readouterr().err.count("trackio: log failed") == 1
 
 
-def test_tensorboard_gets_scalars_every_logging_steps_and_pictures(tmp_path: Path) -> None:
+def test_tensorboard_gets_scalars_scores_pictures_and_completions(tmp_path: Path) -> None:
+    """Scalars every `logging_steps` steps, held-out scores whenever they are there."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with RunLog(tmp_path / "r", SyncR1Config(report_to=("tensorboard",), logging_steps=2)) as log:
+    with RunLog(tmp_path / "r", SyncR1Config(report_to=("tensorboard",), logging_steps=2, run_name="a/b")) as log:
         for step in range(4):
-            log.metrics(make_metrics(step))
-        log.samples(2, make_group(make_prompt("bobo")), torch.zeros(3))
+            log.metrics(make_metrics(step, **({"eval/score": 0.5} if step % 2 else {})))
+        rollouts = [*make_group(make_prompt("bobo")), *make_group(make_prompt("what|is\nit", draws=False))]
+        log.samples(2, rollouts, torch.arange(6.0))
+    assert [path.name for path in (log.folder / "tensorboard").iterdir()] == ["a-b"]
+    events = EventAccumulator(str(log.folder / "tensorboard" / "a-b"), {"tensors": 0, "images": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("reward")] == [1, 2, 4]
+    assert [event.step for event in events.Scalars("eval/score")] == [2, 4]
+    assert "rewards/text/mean" not in events.Tags()["scalars"]  # NaN
+    images = [name for name in events.Tags()["images"] if name.startswith("completions/")]
+    assert {"samples"} <= {*events.Tags()["images"]} and images == [f"completions/{row:02d}" for row in range(3)]
+    assert (events.Images(images[0])[0].width, events.Images(images[0])[0].step) == (24, 2)
+    (text,) = events.Tensors("completions/text_summary")
+    lines = text.tensor_proto.string_val[0].decode().splitlines()
+    assert lines[0] == "| # | prompt | text | reward |" and len(lines) == 2 + 6
+    assert lines[3].endswith("| red | 1.000 |") and "<what\\|is it>" in lines[5]
+
+
+def test_no_completions_where_nobody_wants_them(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLog(tmp_path / "r", SyncR1Config(report_to=("tensorboard",), log_completions=False)) as log:
+        log.samples(0, make_group(make_prompt("bobo")), torch.zeros(3))
     events = EventAccumulator(str(log.folder / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("reward")] == [0, 2]
-    assert "rewards/text/mean" not in events.Tags()["scalars"]  # NaN
-    assert "samples" in events.Tags()["images"]
+    assert events.Tags()["images"] == ["samples"] and "completions/text_summary" not in events.Tags()["tensors"]
+
+
+def test_none_and_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
+    assert wanted(("none",)) == wanted(()) == ()
+    assert wanted(("all",)) == ("tensorboard", "trackio") and wanted(("wandb",)) == ("wandb",)
+
+
+def test_wandb_itself_takes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: its files have the table, and its store the artifact with the pictures, for `wandb sync`."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with RunLog(tmp_path / "r", SyncR1Config(report_to=("wandb",), run_name="short answers")) as log:
+        log.metrics(make_metrics(0))
+        log.samples(0, make_group(make_prompt("bobo")), torch.arange(3.0))
+    (table,) = (log.folder / "wandb").rglob("completions*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["step", "prompt", "text", "image", "reward"]
+    assert [row[4] for row in content["data"]] == [0.0, 1.0, 2.0]
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes()[:4] == b"\x89PNG"]
+    assert len([path for path in kept if not path.is_relative_to(log.folder)]) >= 3, kept
+
+
+def test_trackio_itself_takes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a database on this machine; its place is read when it is imported."""
+    pytest.importorskip("trackio")
+    program = f"""
+import torch
+from pathlib import Path
+from run_records import make_group, make_metrics, make_prompt
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.show.runlog import RunLog
+with RunLog(Path({str(tmp_path / "r")!r}), SyncR1Config(report_to=("trackio",), run_name="short answers")) as log:
+    log.metrics(make_metrics(0))
+    log.samples(0, make_group(make_prompt("bobo")), torch.arange(3.0))
+"""
+    known = {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **known}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "left out" not in done.stderr, done.stderr
+    assert len([*(tmp_path / "trackio").rglob("*.png")]) >= 3
+    (database,) = (tmp_path / "trackio").rglob("syncr1.db")
+    with sqlite3.connect(database) as connection:
+        logged = "".join(str(row) for row in connection.execute("select * from metrics"))
+    assert "trackio.table" in logged and "short answers" in logged and "trackio.image" in logged

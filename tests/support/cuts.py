@@ -31,7 +31,8 @@ from syncr1.engine.data.prompts import load_training_prompts
 from syncr1.engine.learn import trainer
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.sync_r1_parts import build_reward_set
-from syncr1.engine.processes.group import free_port, init_distributed
+from syncr1.engine.processes.group import init_distributed
+from syncr1.engine.processes.meeting import free_port
 from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.engine.rollout import decode
 

@@ -76,8 +76,8 @@ def inject(faults: Sequence[Fault], rank: int, told: Path) -> None:
     """From now on the faults will happen in this process, where it is their rank."""
     mark, left = Watchdog.mark, [fault for fault in faults if fault.rank == rank]
 
-    def mark_and_fail(watchdog: Watchdog, stage: str, step: int | None = None) -> None:
-        mark(watchdog, stage, step)
+    def mark_and_fail(watchdog: Watchdog, stage: str, step: int | None = None, **more: float) -> None:
+        mark(watchdog, stage, step, **more)
         for fault in [fault for fault in left if (fault.stage, fault.step) == (stage, step)]:
             left.remove(fault)
             told.touch()
@@ -282,7 +282,7 @@ def _check_fatal(fault: Fault, ended: Ended) -> None:
 
 
 def _check_benign(faults: Sequence[Fault], ended: Ended) -> None:
-    assert ended.codes == [0, 0] and [row["step"] for row in ended.rows] == list(range(STEPS)), ended.codes
+    assert ended.codes == [0, 0] and [row["step"] for row in ended.rows] == list(range(1, STEPS + 1)), ended.codes
     assert "Traceback" not in "".join(ended.said)
     skipped = {fault.step: fault.rank for fault in faults if fault.kind == "nan"}
     assert [row["updates_skipped"] for row in ended.rows] == [float(step in skipped) for step in range(STEPS)]

@@ -35,7 +35,7 @@ from syncr1.engine.learn.credit import shared_within_samples
 from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.processes.group import free_port
+from syncr1.engine.processes.meeting import free_port
 from syncr1.engine.records import PackedBatch, Prompt, Rollout
 from syncr1.engine.rollout.sampler import Sampling, generate
 from syncr1.engine.world import tiny_janus

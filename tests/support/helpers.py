@@ -328,7 +328,8 @@ def state_of(learner: Any) -> dict[str, Tensor]:
 
     with learner.sampling() as policy:
         tensors = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    return tensors | {f"optimizer {n}": t.clone() for n, t in optimizer_tensors(learner.optimizer).items()}
+    held = optimizer_tensors(learner.optimizer, learner.policy)
+    return tensors | {f"optimizer {name}": tensor.clone() for name, tensor in held.items()}
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ import torch
 
 from syncr1.engine.checkpoints.saver import Saver
 from syncr1.engine.checkpoints.sharded import LATEST, Checkpoint, folders, newest, save, verified
-from syncr1.engine.processes.group import free_port
+from syncr1.engine.processes.meeting import free_port
 
 TOLD = struct.Struct("qq")
 """The step whose save has begun, and the last one that is known to be saved."""
@@ -187,7 +187,7 @@ class LearnerSaving:
     def __init__(self, root: Path, zero_stage: Literal[0, 1, 2, 3]) -> None:
         from helpers import everything_partitioned, sharp_policy
 
-        from syncr1.engine.checkpoints.optimizer_state import STATES, load_optimizer_tensors, optimizer_tensors
+        from syncr1.engine.checkpoints.optimizer_state import begin, masters_of, optimizer_tensors
         from syncr1.engine.forward.objective import Objective
         from syncr1.engine.learn.learner import Learner
         from syncr1.engine.learn.optimizer import LearnerSettings
@@ -199,20 +199,12 @@ class LearnerSaving:
         with everything_partitioned():
             settings = LearnerSettings(learning_rate=1e-3, zero_stage=zero_stage)
             learner = Learner(sharp_policy(), Objective(), settings)
-        masters = {name.split(".")[1]: value for name, value in optimizer_tensors(learner.optimizer).items()}
-        load_optimizer_tensors(
-            learner.optimizer,
-            {
-                f"{kind}.{i}": torch.zeros(()) if kind == "step" else value.detach().clone()
-                for i, value in masters.items()
-                for kind in STATES
-            },
-        )
+        begin(learner.optimizer)
         config = SyncR1Config(zero_stage=zero_stage, save_total_limit=2)
         self.position = Position()
         self.checkpoints = Checkpoints(config, root, learner, self.position)
-        self.state = optimizer_tensors(learner.optimizer)
-        assert len(self.state) == 4 * len(masters)
+        self.state = optimizer_tensors(learner.optimizer, learner.policy)
+        assert len(self.state) >= 4 * len(masters_of(learner.optimizer))
 
     def _fill(self, value: float) -> None:
         for tensor in self.state.values():

@@ -1,11 +1,12 @@
 """A small training that can be stopped and resumed anywhere; as a script, one rank of two that does so.
 
-`resume_cases.py OUT` on two ranks is the worker of `test_resume.py`.
+`resume_cases.py OUT` on two ranks is the worker of `test_resume.py`; `elastic_cases.py` has more of other ranks.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import torch
 import torch.distributed as dist
 from helpers import everything_partitioned, same_bits, sharp_policy, state_of
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from syncr1.engine.checkpoints import sharded as checkpoint
@@ -117,6 +119,45 @@ class Training:
         return state_of(self.learner)
 
 
+def of_all_ranks(training: Training) -> dict[str, Any]:
+    """What all ranks sampled and were rewarded for, by step and trajectory, as JSON; collective."""
+    own = {
+        f"{metrics.step} {rollout.uid}": [rollout.text, [s.tokens.tolist() for s in rollout.segments], repr(total)]
+        for metrics, rollouts, totals in training.steps
+        for rollout, total in zip(rollouts, totals.tolist(), strict=True)
+    }
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return {name: told for part in found for name, told in part.items()}
+
+
+def leave(training: Training, path: Path) -> None:
+    """What came of a training, for `differences`; collective."""
+    told, weights = of_all_ranks(training), weights_of(training)
+    if dist.get_rank() == 0:
+        save_file(weights, path.with_suffix(".safetensors"))
+        path.with_suffix(".json").write_text(json.dumps(told))
+
+
+def weights_of(training: Training) -> dict[str, Tensor]:
+    return {name: value for name, value in training.state().items() if not name.startswith("optimizer ")}
+
+
+def differences(one: Path, other: Path) -> dict[str, float]:
+    """Between two trainings that were left: of the steps in both, trajectories that are others, the largest difference
+    of a reward, and of a weight after the last step."""
+    told = [json.loads(path.with_suffix(".json").read_text()) for path in (one, other)]
+    weights = [load_file(path.with_suffix(".safetensors")) for path in (one, other)]
+    both = told[0].keys() & told[1].keys()
+    rewards = [abs(float(told[0][name][2]) - float(told[1][name][2])) for name in both]
+    return {
+        "trajectories": len(both),
+        "others": sum(told[0][name][:2] != told[1][name][:2] for name in both),
+        "reward": max((r for r in rewards if not math.isnan(r)), default=math.nan),
+        "weight": max(float((weights[0][n].float() - weights[1][n].float()).abs().max()) for n in weights[0]),
+    }
+
+
 def assert_same(resumed: Training, whole: Training) -> None:
     """The resumed training did what the whole one did after the cut, bit by bit."""
     got, expected = resumed.record(), whole.record()
@@ -156,7 +197,8 @@ def fails_together(training: Training) -> None:
 
 
 def main(folder: Path) -> None:
-    """Under ZeRO 0, 2 and 3: three steps at a stretch, and the last two again from a checkpoint."""
+    """Under ZeRO 0, 2 and 3: three steps at a stretch, and the last two again from a checkpoint; then what one rank has
+    left in `one`, under ZeRO 3."""
     torch.set_num_threads(1)
     init_distributed()
     world = folder / "world"
@@ -167,6 +209,9 @@ def main(folder: Path) -> None:
         resumed = Training(config, world, root, rewards).resume(1).to(3)
         assert_same(resumed, whole)
         fails_together(resumed)
+        leave(whole, folder / f"after_zero_{stage}")
+    there = Training(config_of(zero_stage=3, num_iterations=2, max_steps=5), world, folder / "one", rewards)
+    leave(there.resume(3).to(5), folder / "one_on_two")
     if dist.get_rank() == 0:
         (folder / "done.json").write_text(json.dumps({"ranks": dist.get_world_size()}))
 

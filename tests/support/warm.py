@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from syncr1.engine.processes.group import free_port
+from syncr1.engine.processes.meeting import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
@@ -31,6 +31,11 @@ IMPORTED = (
     *("syncr1.engine.methods.dry_run", "syncr1.engine.data.samples", "syncr1.engine.world.embedded"),
     *("gradient_cases", "resume_cases", "deepspeed.runtime.zero.stage3"),
 )
+
+
+LIGHT = ("syncr1.engine.corl.config", "syncr1.engine.methods.evaluation_config", "syncr1.engine.methods.preflight")
+"""What a recipe imports before torch."""
+NO_TORCH = "no-torch"
 
 
 def environment(cache_dir: Path | None = None) -> dict[str, str]:
@@ -44,7 +49,10 @@ def environment(cache_dir: Path | None = None) -> dict[str, str]:
 class Program:
     """A script that runs, as one process or as several ranks; like `subprocess.Popen`."""
 
-    def __init__(self, script: str, *flags: str, env: dict[str, str], ranks: int = 1, cwd: Path = ROOT) -> None:
+    def __init__(
+        self, script: str, *flags: str, env: dict[str, str], ranks: int = 1, cwd: Path = ROOT, torch: bool = True
+    ) -> None:
+        """`torch` False: where it fails to be imported, and starts in a hundredth of a second."""
         self._folder, port = tempfile.TemporaryDirectory(), free_port()
         self._paths = [Path(self._folder.name, str(rank)) for rank in range(ranks)]
         for rank, path in enumerate(self._paths):
@@ -58,7 +66,7 @@ class Program:
             }
             more = {name: str(value) for name, value in launcher.items()} if ranks > 1 else {}
             asked = {"argv": [script, *flags], "env": env | more, "cwd": str(cwd), "path": str(path)}
-            _forks().write(json.dumps(asked) + "\n")
+            _forks(torch).write(json.dumps(asked) + "\n")
         self.pids = [int(_awaited(path.with_suffix(".pid"))) for path in self._paths]
 
     def poll(self) -> int | None:
@@ -107,12 +115,11 @@ def run(
 
 
 @cache
-def _forks() -> Any:
+def _forks(torch: bool = True) -> Any:
     """Where the one process that is forked reads what to run; it ends with this one."""
     offline = environment() | {"HF_HUB_OFFLINE": "1"}  # read when its library is imported
-    process = subprocess.Popen(
-        [sys.executable, __file__], cwd=ROOT, env=offline, text=True, bufsize=1, stdin=subprocess.PIPE
-    )
+    command = [sys.executable, __file__, *[NO_TORCH] * (not torch)]
+    process = subprocess.Popen(command, cwd=ROOT, env=offline, text=True, bufsize=1, stdin=subprocess.PIPE)
     assert process.stdin is not None
     atexit.register(process.stdin.close)
     return process.stdin
@@ -137,9 +144,12 @@ def main() -> None:
     os.setpgrp()
     sys.path.insert(0, str(Path(__file__).parent))
     before = set(os.environ)
-    for name in IMPORTED:
+    if NO_TORCH in sys.argv:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # `import torch` then raises ImportError
+    for name in LIGHT if NO_TORCH in sys.argv else IMPORTED:
         importlib.import_module(name)
-    importlib.import_module("kills").preload()
+    if NO_TORCH not in sys.argv:
+        importlib.import_module("kills").preload()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a guard ended
     set_by_imports = {name: value for name, value in os.environ.items() if name not in before}
     for line in sys.stdin:

@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from ...pictures import ImageRef
+from ...reasons import reading
 from .batches import Kept, by_shape, check_images, picture_pixels, stretched
 
 ImageSimilarity = Callable[[Sequence[Tensor], Sequence[ImageRef]], list[float]]
@@ -158,19 +160,21 @@ def _load_trunk(trunk: nn.Module, net: Net, weights: str | Path) -> None:
         from torchvision import models
 
         source = getattr(models, _TORCHVISION[net]).IMAGENET1K_V1
-        found = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        with reading("lpips_weights", weights):
+            found = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
     else:
         from safetensors.torch import load_file
 
-        found = load_file(weights)
+        with reading("lpips_weights", weights):
+            found = load_file(weights)
     own = {}
     for name, value in trunk.state_dict().items():
         theirs = "features." + name.split(".", 1)[1]  # lpips cuts `features` into slices and keeps the numbers
         if theirs not in found or found[theirs].shape != value.shape:
             shape = tuple(found[theirs].shape) if theirs in found else "nothing"
-            raise ValueError(
-                f"lpips: {weights} is not torchvision's state dict for {net!r}: {theirs} should be "
-                f"{tuple(value.shape)}, found {shape}"
+            raise ConfigError(
+                f"lpips_weights: expected torchvision's state dict for {net!r}, got {weights}: {theirs} should be "
+                f"{tuple(value.shape)}, found {shape}; give that of lpips_net"
             )
         own[name] = found[theirs]
     trunk.load_state_dict(own)

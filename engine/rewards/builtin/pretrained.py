@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from ...errors import ConfigError
+from ...reasons import reading
+
 
 class Pretrained:
     """What is made of a checkpoint: its constructor takes the model, the tokenizer, where pictures are prepared a
@@ -46,14 +49,19 @@ class Pretrained:
             more: settings of the constructor.
 
         Raises:
-            OSError: nothing there, or no safetensors.
-            ValueError: an image processor with settings that `Preparation` cannot follow.
+            ConfigError: nothing there, no safetensors, or an image processor with settings that `Preparation` cannot
+                follow.
         """
         where = {"revision": revision or "main", "trust_remote_code": False}
-        model = cls.model_class.from_pretrained(name_or_folder, dtype=dtype, use_safetensors=True, **where)
-        parts = [model.to(device), AutoTokenizer.from_pretrained(name_or_folder, **where)]
-        if cls.processor_class is not None:
-            parts.append(Preparation.of(cls.processor_class.from_pretrained(name_or_folder, **where)))
+        processor = None
+        with reading(f"reward model {cls.__name__}", name_or_folder):
+            model = cls.model_class.from_pretrained(name_or_folder, dtype=dtype, use_safetensors=True, **where)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **where)
+            if cls.processor_class is not None:
+                processor = cls.processor_class.from_pretrained(name_or_folder, **where)
+        parts = [model.to(device), tokenizer]
+        if processor is not None:
+            parts.append(Preparation.of(processor))
         return cls(*parts, **more)
 
 
@@ -83,20 +91,25 @@ class Preparation:
         """From a `CLIPImageProcessor`, a `BlipImageProcessor`, or another that only resizes, crops and normalises.
 
         Raises:
-            ValueError: it has settings that this cannot follow; the message has them.
+            ConfigError: it has settings that this cannot follow; the message has them.
         """
         settings = processor.to_dict()
         size, crop = settings["size"], settings.get("crop_size")
         mode = _MODES.get(int(settings.get("resample", 3)))
         whole = "shortest_edge" in size or {"height", "width"} <= set(size)
         if not (whole and mode and settings.get("do_normalize", True) and settings.get("do_resize", True)):
-            raise ValueError(f"image processor: expected one that resizes and normalises, got {settings}")
+            raise ConfigError(
+                f"image processor: expected one that resizes and normalises, got {settings}; take another checkpoint"
+            )
         edge = size.get("shortest_edge")
         target = int(edge) if edge else (int(size["height"]), int(size["width"]))
         cut = (int(crop["height"]), int(crop["width"])) if crop and settings.get("do_center_crop") else None
         smallest = (target, target) if isinstance(target, int) else target
         if cut is not None and (cut[0] > smallest[0] or cut[1] > smallest[1]):
-            raise ValueError(f"image processor: crop {cut} is larger than size {size}; padding is not supported")
+            raise ConfigError(
+                f"image processor: expected a crop within size {size}, got {cut}, which needs padding, which is not "
+                "supported; take another checkpoint"
+            )
         return cls(
             size=target,
             crop=cut,

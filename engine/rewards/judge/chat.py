@@ -86,11 +86,13 @@ class ChatClient:
         url = urlsplit(base_url)
         if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment or "@" in url.netloc:
             raise ValueError(
-                "chat client: expected base_url like https://host/v1, without user, password, query or fragment"
+                "chat client: expected base_url like https://host/v1, got one of another form, or with user, password, "
+                "query or fragment; correct it"
             )
         if url.scheme == "http" and not (allow_http or _is_loopback(url.hostname)):
             raise ValueError(
-                f"chat client: {url.hostname} over plain http; use https, or allow_http=True on a network you trust"
+                f"chat client: expected https, or this machine, got {url.hostname} over plain http; use https, or "
+                "forward its port to this machine (in code, on a network that you trust: allow_http=True)"
             )
         if not (timeout > 0 and retries >= 0 and backoff >= 0 and max_bytes > 0):
             raise ValueError(
@@ -145,9 +147,14 @@ class ChatClient:
             return None
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
-            raise ValueError(f"chat client: environment variable {self.api_key_env} is empty; put the API key there")
+            raise ValueError(
+                f"chat client: expected a key in the environment variable {self.api_key_env}, got nothing; put it there"
+            )
         if not (key.isascii() and key.isprintable()):  # http.client would quote it in its error
-            raise ValueError(f"chat client: the key in {self.api_key_env} has characters that no header can carry")
+            raise ValueError(
+                f"chat client: expected a key that a header can carry, got other characters in {self.api_key_env}; "
+                "copy it again"
+            )
         return key
 
     def _post(self, body: bytes, seconds: float) -> bytes:

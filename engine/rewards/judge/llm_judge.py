@@ -125,7 +125,7 @@ class LLMJudge:
         """Score / top of each image; None without an image, or where the judge gave no answer that can be used.
 
         Raises:
-            ChatError: nothing was scored, because the server refuses such requests (key, address, model).
+            ChatError: nothing was scored: a reward that failed, and is counted as one.
             PictureError: a reference photo cannot be read.
         """
         count = len(images)
@@ -157,7 +157,7 @@ class LLMJudge:
             if not isinstance(result, ChatError):
                 for row, value in zip(rows, result, strict=True):
                     rewards[row] = value / self.top
-        self._count(results, [len(rows) for rows in calls])
+        self._count(results, [len(rows) for rows in calls], raises=True)
         return rewards
 
     def ask(self, text: str, image: Tensor | None = None, *, deadline: float | None = None) -> str:
@@ -192,15 +192,16 @@ class LLMJudge:
         with ThreadPoolExecutor(min(self.max_concurrency, len(items)), thread_name_prefix="judge") as pool:
             return list(pool.map(function, items))
 
-    def _count(self, results: Sequence[Any], sizes: Sequence[int]) -> None:
-        """Counts and reports what failed; raises where nothing else happened and trying again would not help."""
+    def _count(self, results: Sequence[Any], sizes: Sequence[int], *, raises: bool = False) -> None:
+        """Counts and reports what failed; raises where nothing else happened and trying again would not help, or
+        `raises`."""
         errors = [result for result in results if isinstance(result, ChatError)]
         if not errors:
             return
         lost = sum(size for result, size in zip(results, sizes, strict=True) if isinstance(result, ChatError))
         with self._lock:
             self.num_failed += lost
-        if len(errors) == len(results) and all(error.permanent for error in errors):
+        if len(errors) == len(results) and (raises or all(error.permanent for error in errors)):
             raise errors[0]
         logger.warning("llm judge: no answer for %d of %d; the first: %s", lost, sum(sizes), errors[0])
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...errors import RewardError
 from ..builtin.batches import by_shape
+from ..places import defined_at
 from ..reward import RewardFunction, RewardValues
 
 Foreign = Callable[..., Any]
@@ -233,6 +234,7 @@ def _like(function: Foreign, kind: str | None = None) -> Callable[[Callable[...,
 
     def named(reward: Callable[..., Any]) -> RewardFunction:
         reward.__name__ = getattr(function, "__name__", type(function).__name__)
+        reward.defined = defined_at(function)  # type: ignore[attr-defined]
         if kind is not None:
             reward.kind = kind  # type: ignore[attr-defined]
         return reward

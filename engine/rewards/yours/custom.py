@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ...errors import IsolatedError, RewardSpecError
+from ...errors import ConfigError, IsolatedError, RewardSpecError
+from ..ensemble import Column
 from ..reward import RewardFunction
 from .adapters import ADAPTERS
 from .isolated import IsolatedReward
@@ -26,6 +27,18 @@ FORM = "expected [adapter@]package.module:function or [adapter@]path/to/file.py:
 def reward_name(spec: str) -> str:
     """The column's name: what stands behind the last colon, `brightness` for `verl@my.py:brightness`."""
     return spec.rpartition(":")[2].removesuffix("()")
+
+
+def own_column(spec: str, function: RewardFunction, weight: float, otherwise: str) -> Column:
+    """What `load_reward` made of `spec`, as one of a set; `otherwise`: what it judges where its `kind` does not say.
+
+    Raises:
+        ConfigError: it judges neither texts nor images.
+    """
+    kind = str(getattr(function, "kind", otherwise))
+    if kind not in ("text", "image"):
+        raise ConfigError(f"reward_funcs: {spec} is of kind {kind!r}; expected 'text' or 'image'")
+    return Column(reward_name(spec), function, weight, kind)
 
 
 def load_reward(spec: str) -> RewardFunction:

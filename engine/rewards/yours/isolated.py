@@ -45,7 +45,7 @@ class IsolatedReward:
         self._lock = threading.Lock()
         self._worker, self._is_loaded, self._is_given_up = _start(spec), False, False
         about = self._load()
-        self.__name__ = str(about["name"])
+        self.__name__, self.defined = str(about["name"]), str(about["defined"])
         if about["kind"] is not None:
             self.kind = str(about["kind"])
 

@@ -8,8 +8,9 @@ import signal
 import sys
 from typing import Any
 
-from ...errors import RewardError, RewardSpecError
+from ...errors import RewardError, RewardSpecError, refuse, shown
 from ..calling import Outcome, call
+from ..places import defined_at, told
 from ..reward import RewardFunction
 from .custom import load_reward
 from .wire import receive, send, unpacked
@@ -17,7 +18,12 @@ from .wire import receive, send, unpacked
 
 def serve(spec: str) -> None:
     """The worker: answers until its input ends."""
-    for asked_to_end in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the run finishes its step, and needs this
+    for asked_to_end in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGHUP,
+    ):  # the run finishes its step, and needs this
         signal.signal(asked_to_end, signal.SIG_IGN)
     # What the function prints or reads is neither a reply nor a request.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -29,7 +35,8 @@ def serve(spec: str) -> None:
         send(replies, json.dumps({"error": str(error)}))
         return
     name = getattr(function, "__name__", type(function).__name__)
-    send(replies, json.dumps({"name": name, "kind": getattr(function, "kind", None)}))
+    about = {"name": name, "kind": getattr(function, "kind", None), "defined": defined_at(function)}
+    send(replies, json.dumps(about))
     while (request := receive(requests)) is not None:
         _die_with_the_run(requests.fileno(), True)
         reply = _answer(name, function, unpacked(*request))
@@ -45,7 +52,7 @@ def _answer(name: str, function: RewardFunction, columns: dict[str, Any]) -> dic
         return {"values": [None if value is None else float(value) for value in outcome.values]}
     if isinstance(error, RewardError):
         return {"is_contract": True, "index": error.index, "error": error.problem}
-    return {"is_contract": False, "error": f"{type(error).__name__}: {error}"}
+    return {"is_contract": False, "error": told(error)}
 
 
 def _die_with_the_run(descriptor: int, on: bool) -> None:
@@ -59,6 +66,19 @@ def _die_with_the_run(descriptor: int, on: bool) -> None:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
 
 
+def main() -> None:
+    try:
+        spec, path = sys.argv[1], json.loads(sys.argv[2])
+    except (IndexError, ValueError):
+        refuse(
+            RewardSpecError(
+                f"worker: expected a reward and Python's path in JSON, as isolated.py gives them, got "
+                f"{shown(sys.argv[1:])}; name the reward as isolated@FILE:FUNCTION in reward_funcs instead"
+            )
+        )
+    sys.path[:] = path
+    serve(spec)
+
+
 if __name__ == "__main__":
-    sys.path[:] = json.loads(sys.argv[2])
-    serve(sys.argv[1])
+    main()

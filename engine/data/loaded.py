@@ -1,0 +1,127 @@
+"""All that a run reads of a source: what it trains on, what it is scored by, and what of the data it does not use.
+
+Every loader hands its faults in, so that they are told together; a run ends where there is one (`read_whole`),
+recipes/check_data.py lists them all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import NoSplitError
+from ..records import Prompt
+from .faults import Faults
+from .prompts import benchmark_prompts, by_task, load_anchors, load_training_prompts
+from .samples import Sample, chains_of, load_samples, samples_of
+from .table import Table, open_table
+from .unused import unused_columns, unused_files
+
+Read = TypeVar("Read")
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What one source has for one method."""
+
+    samples: list[Sample] = field(default_factory=list)
+    """To train on; Sync-R1's hold one prompt each."""
+    anchors: list[Prompt] = field(default_factory=list)
+    held_out: dict[str, list[Prompt]] = field(default_factory=dict)
+    """By task."""
+    unused: list[str] = field(default_factory=list)
+    """What is there and not used, in words."""
+    no_scores: str = ""
+    """Why nothing is held out, where nothing is."""
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [prompt for sample in self.samples for prompt in sample]
+
+    def everything(self) -> list[Prompt]:
+        """To train on, anchors and held out."""
+        return [*self.prompts, *self.anchors, *(prompt for some in self.held_out.values() for prompt in some)]
+
+
+def read_whole(data: object, read: Callable[..., Read]) -> Read:
+    """What `read`, which takes `faults`, reads, if it is without fault.
+
+    Raises:
+        DataError: the first of the faults, and how many more there are.
+    """
+    faults = Faults(keep=True)
+    found = None
+    with faults.here():
+        found = read(faults=faults)
+    faults.raise_first(data)
+    assert found is not None  # else there was a fault
+    return found
+
+
+def load_chains(
+    source: Path, *, draws: bool = True, scored: bool = True, eval_data: Path | None = None, faults: Faults
+) -> Loaded:
+    """What Sync-R1 reads.
+
+    Args:
+        source: a UnifyBench++ folder, or a table of prompts.
+        draws: whether the model draws; one that does not answers.
+        scored: whether held-out prompts are wanted.
+        eval_data: where they come from; None: the held-out part of `source`.
+        faults: where what cannot be used is told of.
+    """
+    loaded = Loaded()
+    if is_folder_of_concepts(source):
+        loaded.samples = [(prompt,) for prompt in load_training_prompts(source, faults=faults)]
+        loaded.anchors = load_anchors(source, faults)
+        loaded.unused = unused_files(source)
+    else:
+        table = open_table(source, "train", faults=faults)
+        loaded.samples = [(prompt,) for prompt in chains_of(table, "train", draws, faults)]
+        loaded.unused = unused_columns(table, _good_rows(table), loaded.prompts, "sync_r1")
+    if not scored:
+        return loaded
+    if eval_data is not None:
+        loaded.held_out = _held_out_chains(eval_data, draws, faults)
+    elif not os.path.isfile(source):
+        with suppress(NoSplitError):  # a table may be all for training
+            loaded.held_out = _held_out_chains(source, draws, faults)
+    if not loaded.held_out:
+        what = "a file has no held-out part" if os.path.isfile(source) else f"{source} has no held-out part"
+        loaded.no_scores = f"no table before and after: {what}; give one by --eval_data, or --eval_samples 0"
+    return loaded
+
+
+def load_pairs(
+    source: str | Path, split: str, *, draws: bool = True, instruction: str | None = None, faults: Faults
+) -> Loaded:
+    """What CoRL's first stage reads of one split, drawings and questions; Sync-R1's arguments otherwise."""
+    if is_folder_of_concepts(source):
+        samples = load_samples(source, split, instruction=instruction, model_draws=draws, faults=faults)
+        return Loaded(samples, unused=unused_files(Path(source)))
+    table = open_table(source, split, faults=faults)
+    samples = samples_of(table, split, instruction, draws, faults)
+    return Loaded(samples, unused=unused_columns(table, _good_rows(table), [], "corl"))
+
+
+def is_folder_of_concepts(source: str | Path) -> bool:
+    """A UnifyBench++ folder, however incomplete."""
+    return os.path.isdir(Path(source) / "concept")
+
+
+def _held_out_chains(source: Path, draws: bool, faults: Faults) -> dict[str, list[Prompt]]:
+    if is_folder_of_concepts(source):
+        return benchmark_prompts(source, faults)
+    return by_task(chains_of(open_table(source, "test", faults=faults), "test", draws, faults))
+
+
+def _good_rows(table: Table) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = []
+    for index in range(len(table)):
+        with Faults(keep=True).here():  # told where prompts are made
+            found.append(table.row(index))
+    return found

@@ -1,0 +1,44 @@
+"""Settings of recipes/check_data.py."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ..settings.rules import may_be_hub_name
+from ..settings.schema import Rule, Settings
+
+
+def check_problems(c: Any) -> list[str]:
+    problems = []
+    if c.data is None:
+        problems.append("data: expected a folder, a file or a hub name, got none; name what is to be checked")
+    for name in ("data", "eval_data"):
+        path = getattr(c, name)
+        if path is not None and not os.path.exists(path) and not ("/" in str(path) and may_be_hub_name(str(path))):
+            problems.append(f"{name}: expected a folder, a file or a hub name, got {path}, which is not there")
+    return problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckDataConfig(Settings):
+    """What is checked, and for which recipe."""
+
+    # --- data ---
+    data: Path | None = None
+    """What is to be trained on, as the recipes take it."""
+    recipe: Literal["sync_r1", "corl"] = "sync_r1"
+    """Which recipe is to train on it; they read different columns."""
+    eval_data: Path | None = None
+    """What is to be scored on. None: the held-out part of `data`."""
+    data_split: str = "train"
+    """CoRL: split that is trained on."""
+    eval_split: str = "test"
+    """CoRL: split that is held out."""
+    model_draws: bool = True
+    """Whether the model draws; one that does not (Llama, Qwen, …) answers prompts without a picture."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (check_problems,)
+    RENAMED: ClassVar[dict[str, str]] = {"method": "set recipe", "split": "set data_split"}

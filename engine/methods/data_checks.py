@@ -1,0 +1,79 @@
+"""What a run makes sure of before a model is loaded: its data are without fault, can be learnt from and be rewarded.
+
+`--dry_run` and recipes/check_data.py make the same checks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from ..data.loaded import Loaded, load_chains, read_whole
+from ..data.opened import check_pictures, pictures_of
+from ..errors import PictureError
+from ..policies.auto import model_draws
+from ..processes.group import of_all_ranks
+from ..rewards.scorable import check_scorable
+from ..settings.train_config import TrainConfig
+from .foreign import check_own_world
+from .sync_r1_config import SyncR1Config
+
+Say = Callable[[str], None]
+
+
+def checked_chains(config: SyncR1Config, source: Path, say: Say) -> Loaded:
+    """What Sync-R1 reads of `source`; the user's own data are checked, and `say` is told what is not used. Collective.
+
+    Raises:
+        DataError: what cannot be used of it; PictureError: pictures that cannot be read.
+        ConfigError: none of the rewards can score it, or there is no model that could learn from it.
+    """
+    draws, scored = model_draws(config.model), config.eval_samples > 0
+    reading = partial(load_chains, source, draws=draws, scored=scored, eval_data=config.eval_data)
+    loaded = read_whole(source, reading)
+    if config.data is not None:
+        say_unused(loaded.unused, say)
+        check_usable(config, loaded, config.data, say)
+    return loaded
+
+
+def check_usable(config: TrainConfig, loaded: Loaded, data: object, say: Say, names: Sequence[str] = ()) -> None:
+    """Refuses data of a user's that this run cannot train on; raises as `checked_chains`. Collective.
+
+    Args:
+        config: model and rewards.
+        loaded: what was read.
+        data: its name.
+        say: takes lines about what has no reward, and about progress.
+        names: of the rewards where they are not those of the settings.
+    """
+    if config.model is None:
+        check_own_world(data, loaded.prompts, pictures_of(loaded.prompts))
+    names = names or config.reward_funcs
+    remote = config.judge_url is not None
+    for line in check_scorable(["remote_judge" if remote and n == "judge" else n for n in names], loaded.prompts, data):
+        say(line)
+    open_all(loaded, say)
+
+
+def open_all(loaded: Loaded, say: Say) -> None:
+    """Opens every picture, on one rank of each machine; all ranks raise the PictureError of any. Collective."""
+    problem = ""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            check_pictures(pictures_of(loaded.everything()), say)
+        except PictureError as error:
+            problem = str(error)
+    told = next(filter(None, of_all_ranks(problem)), "")
+    if told:
+        raise PictureError(told)
+
+
+def say_unused(unused: Sequence[str], say: Say, most: int = 8) -> None:
+    """A line for each thing of the data that is not used, as far as they fit."""
+    for line in unused[:most]:
+        say(f"not used: {line}")
+    if len(unused) > most:
+        say(f"not used: {len(unused) - most} more; recipes/check_data.py lists them")

@@ -1,0 +1,97 @@
+"""Where data are said to be, looked at before torch is loaded: there, of a known form, enough rows for a step.
+
+What stands in the rows is looked at when they are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+from ..settings.rules import may_be_hub_name
+
+FORMS = "a UnifyBench++ folder (with concept/), .jsonl, .json, .parquet, a folder of these, or a hub name"
+SUFFIXES = (".jsonl", ".json", ".parquet")
+SETTINGS = ("data", "data_t2i", "data_mcq", "data_oe", "eval_data")
+COUNTED = 1 << 28
+"""Bytes of a file whose lines are counted."""
+
+
+def data_problems(config: Any) -> list[str]:
+    """What is wrong with the data that settings name, in words."""
+    found = []
+    for setting in SETTINGS:
+        source = getattr(config, setting, None)
+        if source is not None:
+            found += [f"{setting}: {problem}" for problem in [_problem(str(source))] if problem]
+    return found or _too_few(config)
+
+
+def _problem(source: str) -> str:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder_problem(path)
+    if not os.path.exists(path):
+        if "/" in source and may_be_hub_name(source.partition(":")[0].partition("@")[0]):
+            return ""
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], n=1)
+        remedy = f"did you mean {path.with_name(near[0])}?" if near else "correct the path"
+        return f"expected {FORMS}, got {source}, which is not there; {remedy}"
+    if path.suffix not in SUFFIXES:
+        return f"expected {FORMS}, got {source} with the suffix {path.suffix!r}; rewrite it as .jsonl"
+    try:
+        with path.open("rb") as file:
+            head = file.read(100)
+    except OSError as error:
+        return f"expected {FORMS}, got {source}, which cannot be read ({error.strerror}); change its permissions"
+    if head.startswith(b"version https://git-lfs"):
+        return f"expected {FORMS}, got {source}, a pointer of git-lfs; `git lfs pull` fetches the file"
+    return "" if head.strip() else f"expected rows in {source}, got an empty file; add one JSON object per line"
+
+
+def _folder_problem(folder: Path) -> str:
+    if (folder / "concept").is_dir() or _has_tables(folder):
+        return ""
+    inside = [child for child in sorted(folder.iterdir())[:200] if child.is_dir()]
+    meant = next((child for child in inside if (child / "concept").is_dir()), None)
+    if meant is None and folder.name in ("concept", "train", "test"):
+        meant = next((above for above in folder.parents[:2] if (above / "concept").is_dir()), None)
+    remedy = f"did you mean {meant}?" if meant else "docs/data.md shows how each looks"
+    return f"expected {FORMS}, got {folder}, a folder without any of these; {remedy}"
+
+
+def _has_tables(folder: Path) -> bool:
+    """Something that a table or the evaluation's own forms are read from; pictures alone are none."""
+    kinds = ("*.jsonl", "*.json", "*.parquet", "*.txt", "*/*.jsonl", "*/*.json", "*/*.parquet", "*/*.arrow", "*.arrow")
+    return any(next(folder.glob(kind), None) is not None for kind in kinds)
+
+
+def _too_few(config: Any) -> list[str]:
+    """Fewer rows than a step takes; of a file, as a folder's splits are told apart by reading it."""
+    wanted, source = getattr(config, "prompts_per_step", None), getattr(config, "data", None)
+    if wanted is None or source is None or getattr(config, "stage", "all") not in ("all", "unified"):
+        return []
+    count = _rows(Path(source).expanduser())
+    if count is None or count >= wanted:
+        return []
+    return [f"prompts_per_step: expected at most {count}, the rows of {source}, got {wanted}; lower it, or add rows"]
+
+
+def _rows(path: Path) -> int | None:
+    """Rows of a file; None where counting them takes more than a moment."""
+    if not path.is_file() or path.stat().st_size > COUNTED:
+        return None
+    if path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    if path.suffix != ".parquet":
+        return None
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
+
+    try:
+        return int(read_metadata(path).num_rows)
+    except (ArrowException, OSError):  # reading the rows says it better
+        return None

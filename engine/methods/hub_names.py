@@ -1,0 +1,178 @@
+"""Names on the hub, looked at before torch is loaded: in the cache, reachable, there, allowed, safetensors among them.
+
+An unreachable hub costs transformers most of a minute of retries for every file; here it costs seconds, once, and what
+is in the cache is used without asking again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from ..errors import one_line
+from ..reasons import reason_of
+
+Kind = Literal["model", "dataset"]
+REACH = 4.0
+"""Seconds that looking a name up and connecting may take."""
+ANSWER = 10.0
+"""Seconds that the hub may take to tell about a repository."""
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A repository that a run needs, and the setting that names it."""
+
+    setting: str
+    name: str
+    kind: Kind = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What will be fetched before the run can begin."""
+
+    wanted: Wanted
+    num_bytes: int
+    """0 where the hub did not tell."""
+
+
+def look_up(wanted: list[Wanted]) -> tuple[list[str], list[Download]]:
+    """What is wrong with names on the hub, in words, and what has yet to be fetched.
+
+    Where the hub does not answer and all is in the cache, it is not asked again in this process.
+    """
+    absent = [one for one in wanted if not is_cached(one)]
+    if is_offline():
+        return [_absent(one, "offline is set (HF_HUB_OFFLINE)") for one in absent], []
+    unreachable = why_unreachable() if wanted else ""
+    if unreachable and not absent:
+        stay_offline()
+    if unreachable:
+        return [_absent(one, unreachable) for one in absent], []
+    problems, downloads = [], []
+    for one in absent:
+        told = _ask(one)
+        if isinstance(told, str):
+            problems.append(told)
+        else:
+            downloads.append(told)
+    return problems + _space(downloads), downloads
+
+
+def is_offline() -> bool:
+    """The user has said that there is no network."""
+    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _OFFLINE)
+
+
+def stay_offline() -> None:
+    """The libraries, which are not imported yet, use their caches without asking."""
+    os.environ.update(dict.fromkeys(_OFFLINE, "1"))
+
+
+def cache_folder() -> Path:
+    """Where repositories are kept."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def is_cached(wanted: Wanted) -> bool:
+    """A snapshot with weights, or any of a data set, is there."""
+    name, revision = wanted.name.partition(":")[0].partition("@")[::2]
+    folder = cache_folder() / f"{wanted.kind}s--{name.replace('/', '--')}" / "snapshots"
+    snapshots = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    if revision and len(revision) == 40:
+        snapshots = [path for path in snapshots if path.name == revision]
+    kinds = ("*.safetensors",) if wanted.kind == "model" else ("*", "*/*")
+    return any(next(path.glob(kind), None) is not None for path in snapshots for kind in kinds)
+
+
+def why_unreachable(address: str = "") -> str:
+    """Empty where an address (the hub's), or the proxy that leads to it, takes a connection; else why not."""
+    endpoint = urlsplit(address or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    proxies = getproxies()
+    proxy = proxies.get(endpoint.scheme) or proxies.get("all")
+    through = urlsplit(proxy) if proxy and not proxy_bypass(endpoint.hostname or "") else endpoint
+    host, port = through.hostname or "", through.port or (443 if through.scheme == "https" else 80)
+    answer: list[str] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), REACH).close()
+            answer.append("")
+        except OSError as error:
+            answer.append(f"{host}:{port} does not answer ({one_line(error)})")
+
+    thread = threading.Thread(target=connect, daemon=True)  # looking up a name has no timeout of its own
+    thread.start()
+    thread.join(REACH)
+    return answer[0] if answer else f"{host}:{port} does not answer within {REACH:g} s"
+
+
+def _absent(wanted: Wanted, why: str) -> str:
+    what = "files" if wanted.kind == "model" else "rows"
+    return (
+        f"{wanted.setting}: expected a folder, or a name whose {what} are in the cache, got {wanted.name}, which is "
+        f"neither, and {why}; correct the name or path, or fetch it where there is a network (`hf download "
+        f"{'--repo-type dataset ' if wanted.kind == 'dataset' else ''}{wanted.name}`)"
+    )
+
+
+def _ask(wanted: Wanted) -> Download | str:
+    """What the hub tells about a repository."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    name, revision = wanted.name.partition(":")[0].partition("@")[::2]
+    api = HfApi()
+    ask = api.model_info if wanted.kind == "model" else api.dataset_info
+    try:
+        info: Any = ask(name, revision=revision or None, timeout=ANSWER, files_metadata=True)
+    except HFValidationError as error:
+        return f"{wanted.setting}: expected a name on the hub, got {wanted.name} ({one_line(error)}); correct it"
+    except Exception as error:  # of its client, which has one class for each status and each layer
+        reason = reason_of(error)
+        if reason is None:
+            raise
+        return f"{wanted.setting}: {wanted.name}: {reason}"
+    sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+    if wanted.kind == "dataset":
+        return Download(wanted, sum(sizes.values()))
+    if not any(name.endswith(".safetensors") for name in sizes):
+        others = next((name for name in sizes if name.endswith((".bin", ".pt", ".pth", ".gguf"))), "no weights")
+        remedy = "take another revision (many have refs/pr/… with safetensors), or convert it where you trust it"
+        return f"{wanted.setting}: expected safetensors, got {wanted.name} with {others}; {remedy}"
+    return Download(wanted, _fetched(sizes))
+
+
+def _fetched(sizes: Mapping[str, int]) -> int:
+    """Bytes of the files that transformers takes."""
+    kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
+    return sum(size for name, size in sizes.items() if name.endswith(kinds) and "/" not in name)
+
+
+def _space(downloads: list[Download]) -> list[str]:
+    needed = sum(download.num_bytes for download in downloads)
+    folder = cache_folder()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed <= free:
+        return []
+    names = ", ".join(download.wanted.name for download in downloads)
+    return [
+        f"{downloads[0].wanted.setting}: expected {gib(needed)} of free space for {names}, got {gib(free)} at "
+        f"{folder}; free some, or let HF_HOME name another disk"
+    ]
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

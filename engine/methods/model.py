@@ -1,0 +1,135 @@
+"""A checkpoint to talk to from Python: it answers, draws, and reasons before it draws.
+
+    model = Model.load("runs/sync_r1/checkpoints/last")
+    model.draw("draw <bobo> at the place it likes.").save("bobo.png")
+
+It samples with the engine that trains: the same templates, the same heads, the same random numbers for a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+
+from ..errors import ConfigError
+from ..pictures import ImageRef
+from ..policies.auto import load_policy
+from ..policies.base import Policy
+from ..processes.group import own_device
+from ..records import Prompt, Rollout, SegmentKind
+from ..rollout.sampler import RolloutEngine, Sampling
+from ..show.sheets import to_picture
+from .starting import limit_threads, quieten
+
+
+class Model:
+    """A policy in eval mode, ready to be sampled from.
+
+    Args:
+        policy: on its device, with whole weights.
+        name: how it is called, in messages and tables.
+    """
+
+    def __init__(self, policy: Policy, name: str) -> None:
+        self.policy, self.name = policy.eval().requires_grad_(False), name
+        self._engine = RolloutEngine(self.policy)
+
+    @classmethod
+    def load(
+        cls, name: str | Path | None = None, *, bf16: bool = False, device: str | torch.device | None = None
+    ) -> Self:
+        """Loads a checkpoint.
+
+        Args:
+            name: folder or hub name in transformers' format; None: the tiny base of the rendered world, which is
+                trained on first use (minutes) and kept.
+            bf16: weights and computation in bfloat16.
+            device: where; None: the first GPU, else the CPU.
+
+        Raises:
+            ConfigError: there is no such checkpoint, or no policy for it.
+        """
+        quieten()
+        if name is None:
+            from ..world.base_model import BaseSettings
+            from ..world.embedded import tiny_base
+
+            name = tiny_base(BaseSettings(), print)
+        policy = load_policy(name, dtype=torch.bfloat16 if bf16 else torch.float32)
+        limit_threads(policy)
+        return cls(policy.to(own_device() if device is None else device), str(name))
+
+    @property
+    def draws(self) -> bool:
+        """Whether it has an image vocabulary."""
+        return self.policy.num_image_tokens > 0
+
+    def sample(self, prompts: Sequence[Prompt], num: int = 1, **sampling: Any) -> list[Rollout]:
+        """`num` trajectories of each prompt, those of a prompt adjacent, in the order of the prompts.
+
+        Args:
+            prompts: with unique ids, which key the random numbers.
+            num: of each prompt.
+            sampling: further fields of `Sampling`: temperature, max_text_tokens, cfg_weight, seed.
+
+        Raises:
+            ConfigError: a prompt that the model cannot take.
+            RolloutTooLarge: the keys and values do not fit into memory.
+        """
+        try:
+            return self._engine.generate(prompts, Sampling(num_generations=num, **sampling))
+        except ValueError as error:
+            if not str(error).startswith("generate: "):
+                raise
+            raise ConfigError(str(error)) from error
+
+    def answer(
+        self,
+        question: str,
+        image: ImageRef | None = None,
+        *,
+        temperature: float = 0.0,
+        max_text_tokens: int = 128,
+        seed: int = 0,
+    ) -> str:
+        """What the model says to a question, about `image` where one is shown; greedily but for a `temperature`."""
+        asked = prompt_of(question, ("text",), image)
+        (made,) = self.sample([asked], temperature=temperature, max_text_tokens=max_text_tokens, seed=seed)
+        return made.text
+
+    def draw(self, text: str, *, cfg_weight: float = 1.5, temperature: float = 1.0, seed: int = 0) -> Image.Image:
+        """The picture that the model draws of `text`, with guidance `cfg_weight` (Janus-Pro: 5)."""
+        asked = prompt_of(text, ("image",))
+        (made,) = self.sample([asked], cfg_weight=cfg_weight, temperature=temperature, seed=seed)
+        return picture_of(made)
+
+    def reason_and_draw(
+        self,
+        text: str,
+        *,
+        cfg_weight: float = 1.5,
+        temperature: float = 1.0,
+        max_text_tokens: int = 128,
+        seed: int = 0,
+    ) -> tuple[str, Image.Image]:
+        """Sync-R1's chain, one trajectory: what the model says about the request, and what it then draws."""
+        asked = prompt_of(text, ("text", "image"))
+        (made,) = self.sample(
+            [asked], cfg_weight=cfg_weight, temperature=temperature, max_text_tokens=max_text_tokens, seed=seed
+        )
+        return made.text, picture_of(made)
+
+
+def prompt_of(text: str, segments: tuple[SegmentKind, ...], image: ImageRef | None = None, number: int = 0) -> Prompt:
+    """A prompt that somebody typed; `number` tells those of one session apart."""
+    return Prompt(id=f"prompt/{number:04}", task="prompt", text=text, segments=segments, image=image)
+
+
+def picture_of(rollout: Rollout) -> Image.Image:
+    """The drawn image of a trajectory that has one."""
+    assert rollout.image is not None
+    return to_picture(rollout.image)

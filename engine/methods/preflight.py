@@ -1,0 +1,183 @@
+"""What can be known before torch is loaded: versions, the model's files, names on the hub, data, rewards, the disk.
+
+A start that cannot come to anything ends here, in seconds and before any work, with a line for each thing that is
+wrong; `--dry_run` goes through the same.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, refuse
+from ..rewards.judge.chat import ChatClient
+from . import hub_names
+from .data_names import data_problems
+from .hub_names import Wanted, gib
+from .mistyped import mistyped_run
+from .model_files import folder_problems, num_weights, positions, settings_in, weight_problems
+from .reward_names import reward_problems
+
+NEEDED = {"torch": (2, 10), "transformers": (5, 12, 1), "deepspeed": (0, 19, 8), "peft": (0, 18), "datasets": (4, 0)}
+"""Versions that pyproject.toml asks for: an environment of another project's is told before it fails somewhere."""
+TOY_POSITIONS = 512
+"""Longest sequence of the tiny base."""
+STATE_BYTES = 12
+"""A checkpoint to resume from holds so much for each trained weight."""
+
+
+def check_start(config: Any) -> None:
+    """Ends the process with exit code 2 where a run with these settings could not come to anything.
+
+    Args:
+        config: a recipe's settings, which are right by themselves.
+    """
+    problems = version_problems()
+    models, names = models_of(config)
+    for setting, folder in models.items():
+        problems += folder_problems(setting, folder, trained=setting == "model")
+    problems += [] if problems else length_problems(config, models.get("model"))
+    problems += judge_problems(config)
+    problems += reward_problems("reward_funcs", getattr(config, "reward_funcs", ()), getattr(config, "REWARDS", ()))
+    problems += data_problems(config)
+    problems += output_problems(config.output_dir, 0 if problems else space_needed(config, models.get("model")))
+    problems += mistyped_run(config)
+    if not problems and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a machine asks for all
+        problems, downloads = hub_names.look_up([*names, *_data_sets(config)])
+        for download in downloads:
+            size = gib(download.num_bytes) if download.num_bytes else "of unknown size"
+            print(f"syncr1: to download: {download.wanted.setting} {download.wanted.name}, {size}", flush=True)
+    if problems:
+        refuse(ConfigError.of(list(dict.fromkeys(problems))))
+
+
+def check_weights(folders: Mapping[str, str]) -> None:
+    """Ends the process with exit code 2 where one of the folders, by setting, holds no whole safetensors; other names
+    are taken to be the hub's."""
+    there = {setting: Path(folder).expanduser() for setting, folder in folders.items()}
+    if problems := [
+        f"{setting}: expected whole safetensors, got {problem}"
+        for setting, folder in there.items()
+        if folder.is_dir()
+        for problem in weight_problems(folder)
+    ]:
+        refuse(ConfigError.of(problems))
+
+
+def models_of(config: Any) -> tuple[dict[str, Path], list[Wanted]]:
+    """Checkpoints that a run needs whatever its data: folders by setting, and names on the hub."""
+    folders, names = dict[str, Path](), list[Wanted]()
+    for setting in ("model", "clip"):
+        name = getattr(config, setting, None)
+        if name is None or (setting == "clip" and not _uses_clip(config)):
+            continue
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            folders[setting] = folder
+        else:
+            names.append(Wanted(setting, name))
+    return folders, names
+
+
+def _uses_clip(config: Any) -> bool:
+    """CoRL names one by default, for rewards that it may not have been asked for."""
+    asked = getattr(config, "reward_funcs", None)
+    return not hasattr(config, "cycle_text") or bool({"clip_text", "clip_image"} & set(asked or ()))
+
+
+def _data_sets(config: Any) -> list[Wanted]:
+    found = []
+    for setting in ("data", "data_t2i", "data_mcq", "data_oe", "eval_data"):
+        source = getattr(config, setting, None)
+        if source is not None and not os.path.exists(os.path.expanduser(source)):
+            found.append(Wanted(setting, str(source), "dataset"))
+    return found
+
+
+def version_problems() -> list[str]:
+    """Libraries that are not there, or older than what this program was written for."""
+    found = []
+    for package, needed in NEEDED.items():
+        wanted = ".".join(map(str, needed))
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            if importlib.util.find_spec(package) is None:
+                found.append(
+                    f"{package}: expected at least {wanted}, got none; run `pip install .`, or .venv/bin/python"
+                )
+            continue
+        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+        if numbers < needed:
+            found.append(
+                f"{package}: expected at least {wanted}, got {version}; `pip install -U '{package}>={wanted}'`"
+            )
+    return found
+
+
+def length_problems(config: Any, folder: Path | None) -> list[str]:
+    """A text that alone is longer than the model's positions; that of a prompt is known once it is read."""
+    if not hasattr(config, "max_completion_length") or (getattr(config, "model", None) is not None and folder is None):
+        return []
+    told = {} if folder is None else settings_in(folder / "config.json")
+    reach = TOY_POSITIONS if folder is None else positions(told) if isinstance(told, dict) else None
+    if reach is None or config.max_completion_length < reach:
+        return []
+    return [
+        f"max_completion_length: expected less than the {reach} positions of {folder or 'the tiny model'}, got "
+        f"{config.max_completion_length}; lower it, the prompt needs some as well"
+    ]
+
+
+def judge_problems(config: Any) -> list[str]:
+    """An address or a key that no request could be made with."""
+    if getattr(config, "judge_url", None) is None or config.judge_model is None:
+        return []
+    try:
+        ChatClient(config.judge_url, config.judge_model, api_key_env=config.judge_key_env)
+    except ValueError as error:
+        setting = "judge_key_env" if config.judge_key_env and config.judge_key_env in str(error) else "judge_url"
+        return [f"{setting}: {str(error).removeprefix('chat client: ')}"]
+    return []
+
+
+def output_problems(output_dir: Path, needed: int) -> list[str]:
+    """A place where nothing can be written, or not enough.
+
+    Args:
+        output_dir: which need not be there.
+        needed: bytes that the run will write there at least.
+    """
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        return [f"output_dir: expected a folder, got {output_dir}, where {there} is a file; choose another name"]
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".syncr1-", dir=there))
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        return [
+            f"output_dir: expected a folder that can be written, got {output_dir} ({there}: {error.strerror}); change "
+            "its permissions, or choose another one"
+        ]
+    if needed <= free:
+        return []
+    return [
+        f"output_dir: expected {gib(needed)} of free space for the model and a checkpoint, got {gib(free)} at {there}; "
+        "free some, choose another disk, or train with lora_rank"
+    ]
+
+
+def space_needed(config: Any, folder: Path | None) -> int:
+    """Bytes of the saved model and of one checkpoint, by the headers of the weights; 0 where nothing is trained, or
+    where the model is not here yet."""
+    if folder is None or not hasattr(config, "checkpointing_steps"):
+        return 0
+    count = num_weights(folder)
+    state = 0 if config.lora_rank else STATE_BYTES * count
+    return count * (2 if config.bf16 else 4) + state

@@ -1,0 +1,119 @@
+"""Settings of `recipes/sample.py`.  Nothing heavy is imported: a mistyped flag is refused before torch is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from ..settings.rules import path_problems
+from ..settings.schema import Range, Rule, Settings
+from ..settings.train_config import Guidance, MaxTokens, Seed
+
+MOST_PROMPTS_BYTES = 1 << 20
+"""Of a file of prompts; anything larger is a table, for `data`."""
+
+
+def sampling_problems(c: Any) -> list[str]:
+    """What `recipes/sample.py` cannot do, in words."""
+    problems = []
+    if c.compare and c.model is not None:
+        problems.append(f"model, compare: both name checkpoints ({c.model}; {' '.join(c.compare)}); put all in compare")
+    if len(c.compare) == 1:
+        problems.append(f"compare: expected at least 2 checkpoints, got {c.compare[0]} alone; pass it as --model")
+    for name in sorted({name for name in c.compare if c.compare.count(name) > 1}):
+        problems.append(f"compare: {name} is given twice; name it once")
+    asked = [name for name, value in (("prompt", c.prompt), ("prompts_file", c.prompts_file)) if value]
+    if asked and c.data is not None:
+        problems.append(f"data, {asked[0]}: both say what is asked; give one of them")
+    if c.prompts_file is not None and not c.prompts_file.is_file():
+        problems.append(f"prompts_file: expected a text file with a prompt a line, got {c.prompts_file}, which is none")
+    elif c.prompts_file is not None and c.prompts_file.stat().st_size > MOST_PROMPTS_BYTES:
+        problems.append(f"prompts_file: {c.prompts_file} is over {MOST_PROMPTS_BYTES} bytes; pass a table with --data")
+    if c.image is not None and not c.image.is_file():
+        problems.append(f"image: expected a picture's file, got {c.image}, which is not there")
+    if c.image is not None and not asked:
+        problems.append("image: expected a prompt to show it with, got none; pass --prompt")
+    if c.produce and not asked:
+        problems.append("produce: items of data say themselves what is made of them; pass --prompt, or leave it out")
+    if any(a == b for a, b in zip(c.produce, c.produce[1:], strict=False)) or len(c.produce) > 2:
+        problems.append(f"produce: expected text, image, or text image, got {' '.join(c.produce)}")
+    return problems
+
+
+def compared_problems(c: Any) -> list[str]:
+    """Each of the compared checkpoints as `model` would be checked."""
+    found = []
+    for name in c.compare:
+        one = _Model(model=name, output_dir=c.output_dir)
+        found += [p.replace("model:", "compare:") for p in path_problems(one) if p.startswith("model")]
+    return found
+
+
+@dataclass(frozen=True)
+class _Model:
+    model: str
+    output_dir: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleConfig(Settings):
+    """Settings of `recipes/sample.py`. Without any, the tiny base is asked items of the rendered world."""
+
+    # --- who is asked ---
+    model: str | None = None
+    """Checkpoint in transformers' format (Janus, Emu3, a text decoder): a folder or a hub name. None: the tiny base."""
+    compare: tuple[str, ...] = ()
+    """Two or more checkpoints side by side, drawn with the same random numbers; instead of model."""
+
+    # --- what is asked ---
+    prompt: tuple[str, ...] = ()
+    """What the user says; each one is a prompt of its own."""
+    prompts_file: Path | None = None
+    """Text file with a prompt on each line, asked behind those of prompt."""
+    image: Path | None = None
+    """Photo that the user shows with every prompt."""
+    produce: tuple[Literal["text", "image"], ...] = ()
+    """What is made of a prompt, in order; `text image` reasons first and then draws. None given: text where a photo is
+    shown or the model draws nothing, else image."""
+    data: str | None = None
+    """Instead of prompts: items of a UnifyBench++ folder, of GenEval's or DPG-Bench's prompts, or of a table (JSONL,
+    parquet, saved data set, hub name). None, and no prompt: the rendered world's."""
+    split: str = "test"
+    """Of a table."""
+    tasks: tuple[str, ...] = ()
+    """Only these tasks of the data, by name; none given: all."""
+    num_items: Annotated[int | None, Range("leave it out for all", ge=1)] = 2
+    """At most this many items of each task, always the same ones. None: all."""
+
+    # --- sampling ---
+    num_generations: Annotated[int, Range("4 is usual", ge=1)] = 4
+    """Samples of each prompt."""
+    temperature: Annotated[float, Range("1 samples the model's own distribution, 0 is greedy", ge=0)] = 1.0
+    """Of texts and images; 0 is greedy."""
+    max_completion_length: MaxTokens = 32
+    """Text tokens at most."""
+    cfg_weight: Guidance = 1.5
+    """Classifier-free guidance w of image tokens: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
+    seed: Seed = 0
+    """With a prompt's place, what its random numbers come from."""
+    batch_size: Annotated[int, Range("8 is the default", ge=1)] = 8
+    """Prompts that are sampled together; lower it when memory runs out."""
+    bf16: bool = False
+    """Compute in bfloat16."""
+
+    # --- what is written ---
+    output_dir: Path = Path("runs/sample")
+    """Folder for samples.jsonl, grid.png and pictures/; a number is appended when it already holds samples."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (path_problems, sampling_problems, compared_problems)
+    RENAMED: ClassVar[dict[str, str]] = {
+        "model_name_or_path": "set model",
+        "pretrained_model_name_or_path": "set model",
+        "prompts": "set prompt, or prompts_file",
+        "guidance_scale": "set cfg_weight",
+        "num_images_per_prompt": "set num_generations",
+        "num_samples": "set num_generations",
+        "max_new_tokens": "set max_completion_length",
+        "dataset_name": "set data",
+    }

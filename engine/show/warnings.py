@@ -1,0 +1,289 @@
+"""What a practitioner would look at twice: found in a run's metrics and held-out scores, with the limit and the remedy.
+
+`Watch` sees a run step by step and tells each warning once, for the terminal; `warnings_of` sees all of it, for the
+report.  Both are one set of checks, whose limits stand here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .scores import AT_CHANCE, BELOW_CHANCE, FELL, ScoreRow, show_change, show_interval, show_score
+
+WINDOW = 10
+"""Steps that a mean is over, the newest ones: single steps are noisy."""
+LEAST = 3
+"""Steps before a mean is judged."""
+
+CONSTANT_REWARD = 0.01
+"""A reward's spread within a step, as a share of the largest reward's: below, it decides nothing."""
+DEAD_GROUPS = 0.5
+"""Share of groups in which all rewards are equal."""
+LOST_ENTROPY = 0.1
+"""Of a kind of token's entropy, as a share of its first `LEAST` steps'."""
+NO_GUIDANCE = 0.01
+"""Nats that guidance moves an image token's log-probability by, on average."""
+CLIPPED = 0.3
+"""Share of tokens whose change was cut off."""
+TRUNCATED = 0.3
+"""Share of texts that ran into their length limit."""
+REPLAY = 0.5
+"""Nats between the sampler's and the trainer's log-probability of a token: float32 has below .001, bf16 below .5."""
+
+MODALITIES = ("text", "image")
+Row = Mapping[str, Any]
+"""A step's metrics by their names; None or NaN where there was nothing to measure."""
+
+
+class Warned(NamedTuple):
+    """Something to look at."""
+
+    name: str
+    """Of the check, and what it is about: `constant reward: judge`."""
+    threshold: float
+    words: str
+    """What was found."""
+    remedy: str
+    first: int = 0
+    """Step, counted from 1, at which it held first, and last; 0: it is about the held-out scores."""
+    last: int = 0
+
+    @property
+    def text(self) -> str:
+        """A sentence or two for a person."""
+        span = f"step {self.first}" if self.first == self.last else f"first at step {self.first}, last at {self.last}"
+        return f"{self.words}{f' ({span})' if self.first else ''}: {self.remedy}."
+
+
+def warnings_of(rows: Sequence[Row], scores: Sequence[ScoreRow] = ()) -> list[Warned]:
+    """Every warning of a run, in the order in which they came up.
+
+    Args:
+        rows: metrics.jsonl's, from the first step on.
+        scores: `score_rows` before and after.
+    """
+    watch = Watch()
+    for step, row in enumerate(rows, 1):
+        watch.see(row, step)
+    return [*watch.found.values(), *of_scores(scores)]
+
+
+class Watch:
+    """Sees a run's steps in their order."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Warned] = {}
+        """By name: as it was last told, with the first and the last step at which it held."""
+        self._window: deque[Row] = deque(maxlen=WINDOW)
+        self._first: list[Row] = []
+        self._failed = self._skipped = 0.0
+
+    def see(self, row: Row, step: int) -> list[Warned]:
+        """Takes a step, counted from 1; returns what it has to warn of that it did not before."""
+        self._window.append(row)
+        if len(self._first) < LEAST:
+            self._first.append(row)
+        self._failed += number(row, "reward_failures") or 0.0
+        skipped = number(row, "updates_skipped")
+        self._skipped += float("loss" in row and number(row, "loss") is None) if skipped is None else skipped
+        seen = Seen(list(self._window), self._first, self._failed, self._skipped)
+        new = []
+        for warned in (warned for check in CHECKS for warned in check(seen)):
+            known = self.found.get(warned.name)
+            self.found[warned.name] = warned._replace(first=known.first if known else step, last=step)
+            if known is None:
+                new.append(self.found[warned.name])
+        return new
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a check may look at."""
+
+    window: list[Row]
+    """The newest steps."""
+    first: list[Row]
+    """The run's first."""
+    failed: float
+    """Calls of rewards that failed, so far."""
+    skipped: float
+    """Updates that were not finite, so far."""
+
+    def mean(self, name: str) -> float | None:
+        """Over the window; None before there is enough to judge."""
+        return _mean(self.window, name)
+
+
+Check = Callable[[Seen], Iterator[Warned]]
+
+
+def number(row: Row, name: str) -> float | None:
+    """A finite metric; None for what is not there."""
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < 1e300 else None  # not NaN, and no overflow
+
+
+def _mean(rows: Sequence[Row], name: str) -> float | None:
+    values = [value for row in rows if (value := number(row, name)) is not None]
+    return math.fsum(values) / len(values) if len(values) >= LEAST else None
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _constant_rewards(seen: Seen) -> Iterator[Warned]:
+    """A reward that says the same of every trajectory, or next to nothing beside the others."""
+    names = dict.fromkeys(n.split("/")[1] for row in seen.window for n in row if n.startswith("rewards/"))
+    spreads = {name: seen.mean(f"rewards/{name}/std") for name in names}
+    known = {name: spread for name, spread in spreads.items() if spread is not None}
+    for name, spread in known.items():
+        level = seen.mean(f"rewards/{name}/mean") or 0.0
+        if spread <= 1e-6 * abs(level) or spread < CONSTANT_REWARD * max(known.values()):
+            yield Warned(
+                f"constant reward: {name}",
+                CONSTANT_REWARD,
+                f"The reward {name!r} says the same of every trajectory, {level:.2f} on average with a spread of "
+                f"{spread:.2g}, and decides nothing",
+                "look at what it is given (samples/), or give it the weight 0",
+            )
+
+
+def _failed_rewards(seen: Seen) -> Iterator[Warned]:
+    if seen.failed > 0:
+        yield Warned(
+            "reward failed",
+            0.0,
+            f"Rewards that failed and were left out: {seen.failed:.0f}",
+            "the run's output says why",
+        )
+
+
+def _no_reward(seen: Seen) -> Iterator[Warned]:
+    newest = seen.window[-LEAST:]
+    if len(newest) == LEAST and all("reward" in row and number(row, "reward") is None for row in newest):
+        yield Warned(
+            "no reward",
+            0.0,
+            f"No trajectory had a reward for {LEAST} steps, so nothing was learnt",
+            "look at which prompts a reward applies to, and at what failed",
+        )
+
+
+def _dead_groups(seen: Seen) -> Iterator[Warned]:
+    share = seen.mean("frac_reward_zero_std")
+    if share is not None and share > DEAD_GROUPS:
+        yield Warned(
+            "dead groups",
+            DEAD_GROUPS,
+            f"{100 * share:.0f} % of the groups had equal rewards and taught nothing",
+            "raise temperature or num_generations, or mix in prompts that are sometimes right and sometimes wrong",
+        )
+
+
+def _lost_entropy(seen: Seen) -> Iterator[Warned]:
+    for kind in MODALITIES:
+        # Steps that trained on such tokens: of none the entropy is 0.
+        first, window = (
+            [row for row in rows if number(row, f"tokens/{kind}") != 0] for rows in (seen.first, seen.window)
+        )
+        start, now = _mean(first, f"entropy/{kind}"), _mean(window, f"entropy/{kind}")
+        # As many steps again before it is judged, so that the beginning is not compared with itself.
+        if start is not None and now is not None and len(seen.window) > LEAST and now < LOST_ENTROPY * start:
+            yield Warned(
+                f"entropy collapsed: {kind}",
+                LOST_ENTROPY,
+                f"The entropy of {kind} tokens fell from {start:.3f} to {now:.3f} nats; the model stopped exploring",
+                "lower learning_rate, or raise beta or temperature",
+            )
+
+
+def _no_guidance(seen: Seen) -> Iterator[Warned]:
+    gap = number(seen.window[-1], "rollout/guidance_logp_mean_abs")
+    if gap is not None and gap < NO_GUIDANCE:
+        yield Warned(
+            "guidance without effect",
+            NO_GUIDANCE,
+            f"Guidance moves image tokens by {gap:.2g} nats; the model draws alike with the prompt and without",
+            "set cfg_weight 1, which halves the time of drawing, or start from a model that follows its prompts",
+        )
+
+
+def _clipped(seen: Seen) -> Iterator[Warned]:
+    share = seen.mean("clip_ratio/region_mean")
+    if share is not None and share > CLIPPED:
+        words, remedy = f"{100 * share:.0f} % of the tokens were clipped", "lower learning_rate or num_iterations"
+        yield Warned("clipped tokens", CLIPPED, words, remedy)
+
+
+def _truncated(seen: Seen) -> Iterator[Warned]:
+    share = seen.mean("completions/clipped_ratio")
+    if share is not None and share > TRUNCATED:
+        words, remedy = f"{100 * share:.0f} % of the texts ran into their length limit", "raise max_completion_length"
+        yield Warned("truncated texts", TRUNCATED, words, remedy)
+
+
+def _replay(seen: Seen) -> Iterator[Warned]:
+    gap = number(seen.window[-1], "rollout/replay_logp_max_abs")
+    if gap is not None and gap > REPLAY:
+        yield Warned(
+            "sampler and trainer differ",
+            REPLAY,
+            f"The sampler's and the trainer's log-probabilities of a token differed by {gap:.2f} nats",
+            "expect that in bf16 with guidance; in float32 it is a fault",
+        )
+
+
+def _not_finite(seen: Seen) -> Iterator[Warned]:
+    if seen.skipped > 0:
+        yield Warned(
+            "updates that were not finite",
+            0.0,
+            f"The loss or a gradient was not finite in {seen.skipped:.0f} updates, which were skipped",
+            "lower learning_rate or max_grad_norm",
+        )
+
+
+CHECKS: tuple[Check, ...] = (
+    *(_no_reward, _failed_rewards, _constant_rewards, _dead_groups, _lost_entropy, _no_guidance),
+    *(_clipped, _truncated, _replay, _not_finite),
+)
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
+def of_scores(rows: Sequence[ScoreRow]) -> list[Warned]:
+    """Tasks that fell, and tasks at which the model still guesses; the summary repeats them and is left out."""
+    found = []
+    for row in rows:
+        if row.family == "summary":
+            continue
+        what = f"{row.label} ({row.measure}, {row.num_items} items)"
+        before, after = (show_score(value, row.unit) for value in (row.before, row.after))
+        if FELL in row.marks:
+            change = f"{show_change(row)} {show_interval(row.change_interval, row.unit, signed=True)}"
+            found.append(
+                Warned(
+                    f"fell: {row.name}",
+                    0.0,
+                    f"{what} fell from {before} to {after}, by {change}",
+                    "look at its examples; more anchors, a larger beta or a smaller learning_rate hold what is known",
+                )
+            )
+        if row.after is not None and (AT_CHANCE in row.marks or BELOW_CHANCE in row.marks):
+            found.append(
+                Warned(
+                    f"at chance: {row.name}",
+                    row.chance or 0.0,
+                    f"{what} is at {after} {show_interval(row.after_interval, row.unit)}, where guessing scores "
+                    f"{show_score(row.chance, row.unit)}",
+                    "the starting model may not hold what RL could make more likely; look at its examples",
+                )
+            )
+    return found

@@ -1,0 +1,258 @@
+"""What is looked at before torch is loaded: what passes, and what the table of mistakes has no room for."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
+import pytest
+from made import short_base
+from mistakes import REWARD, model, text
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.corl.needs import reward_models
+from syncr1.engine.methods import hub_names
+from syncr1.engine.methods.data_names import data_problems
+from syncr1.engine.methods.hub_names import Wanted, look_up
+from syncr1.engine.methods.mistyped import distance, mistyped_run
+from syncr1.engine.methods.model_files import (
+    UNIFIED,
+    folder_problems,
+    num_weights,
+    positions,
+    settings_in,
+    text_decoders,
+)
+from syncr1.engine.methods.preflight import NEEDED, TOY_POSITIONS, space_needed, version_problems
+from syncr1.engine.methods.reward_names import reward_problems
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.policies.auto import KNOWN, load_policy
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# What passes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_has_no_problems() -> None:
+    assert folder_problems("model", short_base(), trained=True) == []
+    policy = load_policy(short_base())
+    assert num_weights(short_base()) == sum(w.numel() for w in policy.model.state_dict().values())
+    assert policy.max_positions == TOY_POSITIONS == positions(dict(settings_in(short_base() / "config.json")))
+    config = SyncR1Config(model=str(short_base()))
+    assert space_needed(config, short_base()) == 16 * num_weights(short_base())
+
+
+def test_versions_are_those_of_the_project() -> None:
+    """Of this environment, none is too old; and the numbers are pyproject.toml's."""
+    import tomllib
+
+    assert version_problems() == []
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    given = {line.partition(">=")[0]: line.partition(">=")[2] for line in wanted}
+    assert {name: ".".join(map(str, numbers)) for name, numbers in NEEDED.items()} == {
+        name: given[name] for name in NEEDED
+    }
+
+
+def test_an_old_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.9.1+cpu" if name == "torch" else "99.0")
+    (told,) = version_problems()
+    assert told.startswith("torch: expected at least 2.10, got 2.9.1+cpu; ")
+
+
+def test_kinds_of_models_are_those_that_are_loaded() -> None:
+    assert set(UNIFIED) == KNOWN.keys()
+    assert text_decoders() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+
+
+@pytest.mark.parametrize(
+    ("spec", "source"),
+    [
+        ("r.py:good", REWARD),
+        ("verl@r.py:good", REWARD),
+        ("isolated@verl@r.py:good", REWARD),
+        ("r.py:made()", f"{REWARD}\n\ndef made():\n    return good\n"),
+        ("r.py:Thing.judge", "class Thing:\n    judge = staticmethod(len)\n"),
+        ("r.py:alias", f"{REWARD}\nalias = good\n"),
+        ("r.py:join", "from os.path import join\n"),
+        ("r.py:late", "try:\n    import no_such_package\nexcept ImportError:\n    late = len\n"),
+        ("r.py:written", "globals()['written'] = len\n"),
+        ("r.py:star", "from os.path import *\n"),
+        ("r.py:beside", "from helper import beside\n"),
+        ("json:dumps", ""),
+        ("os.path:join", ""),
+    ],
+)
+def test_rewards_that_load_are_let_pass(
+    spec: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text(r__py=source, helper__py="beside = len\n")(tmp_path)
+    assert reward_problems("reward_funcs", [spec], ("accuracy",)) == []
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "d", "unify", "org/name", "org/name@main:config"])
+def test_data_of_every_form_are_let_pass(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text(rows__jsonl='{"prompt": "a"}\n', rows__parquet="PAR1", d___train__jsonl="{}", unify___concept___x="")(tmp_path)
+    assert data_problems(CorlConfig(data=name, prompts_per_step=1)) == []
+
+
+# Names of runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "is_slip"),
+    [
+        ("runs/snyc_r1", "runs/sync_r1", True),
+        ("runs/sync_rl", "runs/sync_r1", True),
+        ("run/sync_r1", "runs/sync_r1", True),
+        ("runs/seed_2", "runs/seed_1", False),
+        ("runs/lr1e-5", "runs/lr3e-5", False),
+        ("runs/arm-b", "runs/arm-a", False),
+        ("runs/dapo", "runs/grpo", False),
+        ("runs/sync_r1_long", "runs/sync_r1", False),
+    ],
+)
+def test_a_slip_is_told_from_names_in_a_row(
+    wanted: str, there: str, is_slip: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text(**{f"{there.replace('/', '___')}___checkpoints___latest": "step_000001"})(tmp_path)
+    config = SyncR1Config(output_dir=tmp_path / wanted, resume_from_checkpoint="latest")
+    told = mistyped_run(config)
+    assert (len(told) == 1 and f"did you mean {tmp_path / there}?" in told[0]) is is_slip, told
+    assert is_slip or "a new one begins" in capsys.readouterr().out
+
+
+def test_a_run_that_is_there_is_no_slip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor is a folder that was made for it, one with a number behind, or a start that resumes nothing."""
+    text(sync___checkpoints___latest="", snyc___x="", snic_2___x="")(tmp_path)
+    (tmp_path / "snic-2" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "snic-2" / "checkpoints" / "latest").write_text("")
+    for name in ("sync", "snyc", "snic"):
+        assert mistyped_run(SyncR1Config(output_dir=tmp_path / name, resume_from_checkpoint="latest")) == []
+    assert mistyped_run(SyncR1Config(output_dir=tmp_path / "synk")) == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "apart"), [("ab", "ab", 0), ("ab", "ba", 1), ("abc", "ac", 1), ("", "ab", 2), ("kitten", "sitting", 3)]
+)
+def test_distance(a: str, b: str, apart: int) -> None:
+    assert distance(a, b) == distance(b, a) == apart
+
+
+# The hub --------------------------------------------------------------------------------------------------------------
+
+FILES = {
+    "org/whole": [{"rfilename": "model.safetensors", "size": 3 << 20}, {"rfilename": "config.json", "size": 9}],
+    "org/pickled": [{"rfilename": "pytorch_model.bin", "size": 5}],
+    "org/huge": [{"rfilename": "model.safetensors", "size": 1 << 60}],
+}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the hub answers about repositories, on this machine."""
+
+    def do_GET(self) -> None:
+        name = self.path.partition("/api/models/")[2].partition("?")[0].removesuffix("/revision/main")
+        if name in FILES:
+            siblings = [{**file, "blobId": "0", "lfs": None} for file in FILES[name]]
+            self._answer(200, {"id": name, "sha": "0" * 40, "siblings": siblings, "tags": [], "private": False})
+            return
+        kind = {"org/gated": (403, "GatedRepo"), "org/broken": (500, "")}.get(name, (404, "RepoNotFound"))
+        self._answer(kind[0], {"error": "no"}, kind[1])
+
+    def _answer(self, status: int, body: object, code: str = "") -> None:
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        for name in hub_names._OFFLINE:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("org/pickled", "model: expected safetensors, got org/pickled with pytorch_model.bin; "),
+        ("org/gated", "org/gated: hub: expected access to a gated repository"),
+        ("org/nothing", "org/nothing: hub: expected a repository's name"),
+        ("org/broken", "org/broken: hub: expected an answer"),
+        ("org/huge", "GiB of free space for org/huge"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_what_the_hub_says_is_a_line(name: str, words: str) -> None:
+    (told,), _ = look_up([Wanted("model", name)])
+    assert words in told and "\n" not in told and "; " in told
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_must_be_downloaded_is_listed() -> None:
+    problems, (download,) = look_up([Wanted("model", "org/whole")])
+    assert problems == [] and download.num_bytes == (3 << 20) + 9
+
+
+def test_what_is_in_the_cache_needs_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And is then not asked for in this process, which would take a minute."""
+    for name in hub_names._OFFLINE:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    text(models____org____name___snapshots___0___model__safetensors="")(tmp_path)
+    (tmp_path / "models--org--name" / "snapshots" / "0").mkdir(parents=True)
+    (tmp_path / "models--org--name" / "snapshots" / "0" / "model.safetensors").write_text("")
+    assert look_up([Wanted("model", "org/name")]) == ([], [])
+    assert hub_names.is_offline()
+    (told,), _ = look_up([Wanted("model", "org/other")])
+    assert "org/other" in told and "offline" in told
+
+
+# Models of rewards ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        ({}, ["captioner", "spice_parser"]),
+        ({"cycle_text": "bertscore"}, ["captioner", "bert"]),
+        ({"captioner": "policy", "spice_parser": "world"}, []),
+        ({"cycle_text": "none"}, []),
+        ({"reward_funcs": ("clip_text", "accuracy")}, ["clip"]),
+        ({"reward_funcs": ("accuracy",)}, []),
+    ],
+)
+def test_only_models_that_are_asked_are_wanted(changed: dict[str, object], wanted: list[str]) -> None:
+    assert [one.setting for one in reward_models(CorlConfig(**changed))] == wanted  # type: ignore[arg-type]
+
+
+def test_half_a_checkpoint_is_found_in_each_of_its_files(tmp_path: Path) -> None:
+    model(weights="whole")(tmp_path)
+    (tmp_path / "m" / "tokenizer_config.json").write_text("{")
+    assert len(folder_problems("model", tmp_path / "m", trained=True)) == 1
