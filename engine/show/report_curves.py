@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .charts import SMOOTH_FROM, line_chart, stacked_chart
 from .markup import section
 from .names import STAGES, reward_words, task_words
-from .run_files import Points, Rows, Run, points
+from .run_files import Points, Rows, Run, metrics_in, points
 
 SHARE = "share"
 MAX_LINES = 6
@@ -88,7 +88,7 @@ def curves(run: Run) -> str:
 
 def reward_chart(rows: Rows, title: str = "Reward") -> str:
     """The total and each reward, by their names in words."""
-    parts = dict.fromkeys(n for row in rows for n in row if n.startswith("rewards/") and n.endswith("/mean"))
+    parts = metrics_in(rows, "rewards/", "/mean")
     metrics = {"reward": "total"} | {name: reward_words(name.split("/")[1]) for name in parts}
     note = "Mean over the step's trajectories; higher is better."
     return line_chart(title, _lines(rows, metrics), unit="reward", note=note)
@@ -96,8 +96,11 @@ def reward_chart(rows: Rows, title: str = "Reward") -> str:
 
 def held_out_chart(rows: Rows) -> str:
     """Scores that were made on the way: the mean of the main ones, or what there is of them."""
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval/"))
-    shown = [name for name in names if name == "eval/score" or "/score/" in name or "/all_right/cnn" in name]
+    shown = [
+        name
+        for name in metrics_in(rows, "eval/")
+        if name == "eval/score" or "/score/" in name or "/all_right/cnn" in name
+    ]
     metrics = {name: _eval_words(name.removeprefix("eval/")) for name in shown[:MAX_LINES]}
     note = "Held-out items, scored every eval_steps steps; training never sees them."
     return line_chart("Held-out scores on the way", _lines(rows, metrics), unit="share right", note=note)
@@ -143,7 +146,7 @@ def sampled_chart(rows: Rows) -> str:
 def stages(rows: Rows) -> dict[str, Points]:
     """Stage of a step -> its seconds; `rollout/prefill` and its like are summed as `rollout`."""
     totals: dict[str, dict[float, float]] = {}
-    for name in dict.fromkeys(name for row in rows for name in row if name.startswith("seconds/")):
+    for name in metrics_in(rows, "seconds/"):
         code = name.split("/")[1]
         stage = totals.setdefault(STAGES.get(code, code), {})
         for step, value in points(rows, name):
@@ -159,11 +162,7 @@ def overlaid(runs: Sequence[tuple[str, Run]], title: str = "Curves of both", anc
         title, anchor: of the section.
     """
     metrics = dict.fromkeys(
-        name
-        for _, run in runs
-        for row in run.rows
-        for name in row
-        if name == "reward" or (name.startswith("rewards/") and name.endswith("/mean"))
+        ["reward", *(name for _, run in runs for name in metrics_in(run.rows, "rewards/", "/mean"))]
     )
     charts = [
         Curve("Reward, total" if m == "reward" else f"Reward: {_reward_of(m)}", {m: ""}, "reward", "", False)

@@ -24,9 +24,9 @@ from .report_curves import CURVES, line_of, reward_chart
 from .report_heading import state
 from .report_pictures import sheet, step_of
 from .report_scores import models_table, rows_in, rows_of
+from .report_story import warnings_in
 from .run_files import Run, read_run, table_of, texts_of, trainings_in, values_of
 from .scores import ScoreRow
-from .warnings import warnings_of
 
 
 class Part:
@@ -104,12 +104,7 @@ def models_section(run: Run, parts: list[Part]) -> str:
 
 def warned_of(parts: list[Part]) -> list[str]:
     """What is to be warned of in each training, its name first."""
-    return [
-        f"{part.title}: {warned.text}"
-        for part in parts
-        if part.run is not None
-        for warned in warnings_of(part.run.rows)
-    ]
+    return [f"{part.title}: {line}" for part in parts if part.run is not None for line in warnings_in(part.run)]
 
 
 def parts_cost(parts: list[Part]) -> str:

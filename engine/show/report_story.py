@@ -12,9 +12,11 @@ from .report_heading import data_of, method_of, model_of
 from .report_scores import direction, rows_of_run
 from .run_files import Rows, Run, ends, number_of, values_of
 from .scores import SUMMARY, ScoreRow, measures_in, show_change, show_interval, show_score
-from .warnings import warnings_of
+from .warnings import LEAST, Watch, of_scores, warnings_of
 
 BETTER_WORSE = ("What got better", "What got worse")
+NEWEST = 500
+"""Steps that are looked at for warnings while a run goes on."""
 MAX_LINES = 12
 """Of better or worse; the table has all."""
 
@@ -31,12 +33,24 @@ def story(run: Run, trained: str = "", compared: str = "", warned: Sequence[str]
     rows = [row for row in rows_of_run(run) if row.task != SUMMARY]
     parts = [f"<p>{words(trained or what_was_trained(run))} {words(_reward(run.rows))}</p>"]
     parts.append(changes(rows, compared))
-    found = [*(one.text for one in warnings_of(run.rows, rows)), *warned]
+    found = [*warnings_in(run, rows), *warned]
     if found:
         items = "".join(f"<li>{words(line)}</li>" for line in found)
         parts.append(f'<h3>Worth a look</h3><ul class="warnings">{items}</ul>')
     parts.append(f"<p>{words(' '.join([_cost(run), *dgs_words(run.rows)]))}</p>")
     return section("In short", "".join(parts), "story")
+
+
+def warnings_in(run: Run, table: Sequence[ScoreRow] = ()) -> list[str]:
+    """What is to be warned of. While a long run goes on its beginning and its newest steps are looked at: all of them
+    would take seconds, for a page that is soon written anew."""
+    count = len(run.rows)
+    if count <= NEWEST or outcome_of(run).kind != "running":
+        return [one.text for one in warnings_of(run.rows, table)]
+    watch = Watch()
+    for index in (*range(LEAST), *range(max(LEAST, count - NEWEST), count)):
+        watch.see(run.rows[index], index + 1)
+    return [one.text for one in (*watch.found.values(), *of_scores(table))]
 
 
 def what_was_trained(run: Run) -> str:

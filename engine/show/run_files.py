@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,12 @@ def points(rows: Rows, name: str) -> Points:
     """(step, value) where the metric has a finite value; steps are counted from 1."""
     found: list[tuple[int, Any]] = [(step, row[name]) for step, row in enumerate(rows, 1) if name in row]
     return [(float(step), float(value)) for step, value in found if is_number(value)]
+
+
+def metrics_in(rows: Rows, prefix: str, suffix: str = "") -> list[str]:
+    """Names of metrics that begin and end so, in order of appearance."""
+    names = dict.fromkeys(chain.from_iterable(rows))
+    return [name for name in names if name.startswith(prefix) and name.endswith(suffix)]
 
 
 def values_of(rows: Rows, name: str) -> list[float]:
