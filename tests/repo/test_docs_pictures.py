@@ -41,7 +41,7 @@ def test_pictures_of_a_run(script: ModuleType, tmp_path: Path) -> None:
             read_before=[ASKED, *[WRONG] * 4],  # the first was right before
             read_after=[ASKED] * 5,
         )
-    whole = Image.open(log.folder / "samples" / "step_000000.png").convert("RGB")
+    whole = Image.open(log.folder / "samples" / "step_000001.png").convert("RGB")
     some = script.rows_of(whole, [0, 2])
     assert some.width == whole.width and 0.3 < some.height / whole.height < 0.6
     assert 4 * 128 < script.examples(log.folder).height < 5 * 300, "four of five"
