@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import random
 import re
 import shutil
 from html.parser import HTMLParser
@@ -203,3 +204,39 @@ def test_smoothing_keeps_steps_and_level() -> None:
     smoothed = smooth(points)
     assert [x for x, _ in smoothed] == [x for x, _ in points]
     assert all(0.3 < y < 0.7 for _, y in smoothed[2:-2])
+
+
+ODD: list[object] = [
+    *(None, True, -1, 1e308, 10**400, float("nan"), "", "x", "\ud800", "<script>", "../../x", "\0"),
+    *([], [[]], {}, {"a": 1}, {"parts": [{}]}, ["a", None]),
+]
+
+
+def changed(draw: random.Random, value: object) -> object:
+    """`value` with one part of it replaced by something odd."""
+    if isinstance(value, dict) and value and draw.random() < 0.85:
+        name = draw.choice(list(value))
+        return {**value, name: changed(draw, value[name])}
+    if isinstance(value, list) and value and draw.random() < 0.85:
+        at = draw.randrange(len(value))
+        return [*value[:at], changed(draw, value[at]), *value[at + 1 :]]
+    return draw.choice(ODD)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["status.json", "scores.json", "environment.json", "before_after/examples.jsonl", "metrics.jsonl", "parts.json"],
+)
+def test_whatever_a_file_holds_there_is_a_page(name: str, finished: Path, tmp_path: Path) -> None:
+    draw = random.Random(name)
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("samples"))
+    (folder / "parts.json").write_text('{"parts": [{"name": "r"}], "models": {"a": {"table": [{"task": "qa"}]}}}')
+    lines = (folder / name).read_text().splitlines() if name.endswith("l") else [(folder / name).read_text()]
+    for _ in range(6):
+        damaged = list(lines)
+        at = draw.randrange(len(lines))
+        damaged[at] = json.dumps(changed(draw, json.loads(lines[at])))
+        (folder / name).write_text("\n".join(damaged))
+        text = write_report(folder).read_text(encoding="utf-8")
+        assert text.count("<script") == 1 and text.rstrip().endswith("</html>"), damaged[at]
