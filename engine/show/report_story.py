@@ -103,7 +103,8 @@ def changes(rows: Sequence[ScoreRow], compared: str = "", heads: tuple[str, str]
     if unclear:
         why = "the interval of the change holds 0" if sure else "the same score"
         parts.append(f'<p class="unclear">No clear change ({why}): {words(unclear)}.</p>')
-    explained = "; ".join(f"{name}: {said}" for name, said in measures_in(list(firsts.values())).items())
+    plain = [row._replace(marks=()) for row in firsts.values()]  # the table explains marks
+    explained = "; ".join(f"{name}: {said}" for name, said in measures_in(plain).items())
     parts.append(f'<p class="note">{words(explained[:1].upper() + explained[1:])}</p>' if explained else "")
     return f'<div class="changes">{"".join(parts)}</div>'
 
