@@ -142,7 +142,7 @@ def test_broken_and_hostile_files_are_left_out(finished: Path, tmp_path: Path) -
     (folder / "scores.json").write_text("[1")
     (folder / "environment.json").write_text("[]")
     (folder / "config.yaml").write_text("max_steps: !!python/object/apply:os.getcwd []")
-    (folder / "samples" / "step_000020.png").write_bytes(b"\x89PNG half")
+    (folder / "samples" / "step_000021.png").write_bytes(b"\x89PNG half")
     (tmp_path / "secret.png").write_bytes((finished / "before_after.png").read_bytes())
     row = {"prompt": "p", "before_image": "../secret.png", "after_image": "/etc/hostname"}
     (folder / "before_after" / "examples.jsonl").write_text(json.dumps(row) + "\n7\n")

@@ -305,7 +305,7 @@ def test_tensorboard_gets_scalars_scores_pictures_and_completions(tmp_path: Path
     assert "rewards/text/mean" not in events.Tags()["scalars"]  # NaN
     images = [name for name in events.Tags()["images"] if name.startswith("completions/")]
     assert {"samples"} <= {*events.Tags()["images"]} and images == [f"completions/{row:02d}" for row in range(3)]
-    assert (events.Images(images[0])[0].width, events.Images(images[0])[0].step) == (24, 2)
+    assert (events.Images(images[0])[0].width, events.Images(images[0])[0].step) == (24, 3)
     (text,) = events.Tensors("completions/text_summary")
     lines = text.tensor_proto.string_val[0].decode().splitlines()
     assert lines[0] == "| # | prompt | text | reward |" and len(lines) == 2 + 6
