@@ -87,7 +87,7 @@ def test_page_stands_alone_and_shows_everything(finished: Path) -> None:
     assert "url(" not in css
     assert "prefers-color-scheme: dark" in css
     titles = ["Before and after training", "All tasks", "Reward", "KL", "Entropy", "Sampled tokens", "Seconds per step"]
-    for words in [*titles, "all 30 steps done", "Step 20", "Environment", "learning_rate", "Rewards that failed"]:
+    for words in [*titles, "all 30 steps done", "Step 21", "Environment", "learning_rate", "Rewards that failed"]:
         assert words in page.text, words
     assert page.tags["svg"] >= 8
 
@@ -126,7 +126,7 @@ def test_broken_and_hostile_files_are_left_out(finished: Path, tmp_path: Path) -
     (folder / "scores.json").write_text("[1")
     (folder / "environment.json").write_text("[]")
     (folder / "config.yaml").write_text("max_steps: !!python/object/apply:os.getcwd []")
-    (folder / "samples" / "step_000020.png").write_bytes(b"\x89PNG half")
+    (folder / "samples" / "step_000021.png").write_bytes(b"\x89PNG half")
     (tmp_path / "secret.png").write_bytes((finished / "before_after.png").read_bytes())
     row = {"prompt": "p", "before_image": "../secret.png", "after_image": "/etc/hostname"}
     (folder / "before_after" / "examples.jsonl").write_text(json.dumps(row) + "\n7\n")
