@@ -153,7 +153,7 @@ class Night:
                     return
                 elif time.monotonic() >= next_one:
                     self._happen()
-                    next_one = time.monotonic() + self.chance.expovariate(1 / self.every)
+                    next_one = time.monotonic() + self.chance.gammavariate(2, self.every / 2)
         finally:
             self.launched.end()
 
