@@ -27,6 +27,7 @@ from ..learn.learner import Learner
 from ..learn.trainer import Trainer
 from ..policies.base import Policy
 from ..processes.group import place
+from ..processes.heaps import bound_heaps
 from ..processes.interrupts import Interrupts
 from ..processes.meeting import Meeting
 from ..processes.watchdog import Watchdog
@@ -113,6 +114,7 @@ def run_method(
 ) -> Summaries:
     """A whole run of `method`, on a rank of the process group; `num_stages`: how many it will announce."""
     quieten()
+    bound_heaps()
     if config.dry_run:  # joins no group, so that the plan is made in the environment that a run would find
         if os.environ.get("RANK", "0") == "0":
             dry_run(config)

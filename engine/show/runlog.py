@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -124,11 +125,16 @@ class RunLog:
             self._trackers.log(metrics.step, finite)
 
     def cut(self, num_steps: int) -> None:
-        """Removes metrics and samples of steps from `num_steps` on, which come again, and a line that a crash cut."""
+        """Removes metrics and samples of steps from `num_steps` on, which come again, and a line that a crash cut.
+
+        Metrics of which nothing would be left are renamed."""
         path = self.folder / "metrics.jsonl"
         rows = [row for row in report.read_jsonl(path) if row.get("step", num_steps) < num_steps]
         if self._metrics is not None:
             self._metrics.close()
+        if not rows and path.exists() and path.stat().st_size:  # it begins again: what was stays to be read
+            names = (path.with_name(f"aside_{number}-{path.name}") for number in itertools.count(1))
+            path.rename(next(name for name in names if not name.exists()))
         write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         self._metrics = path.open("a", encoding="utf-8")
         for sample in (self.folder / "samples").glob("step_*"):
