@@ -317,7 +317,7 @@ def test_a_state_without_settings_is_refused(
         ({"optimizer/master.0": torch.zeros(1)}, "it has 'optimizer/master.0'"),
         ({f"optimizer/step/{NORM}": torch.zeros(1)}, "expected float32 of a number, got F32 .1."),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_state_of_another_making_is_refused(
     whole: Training, world: Path, run_folder: Path, change: dict[str, Any], said: str
