@@ -5,8 +5,10 @@ What means the same is respelled as this program's flags; what is called otherwi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from typing import get_origin
 
 from .renamed import remedy_of, remedy_of_value
 from .schema import Setting, describe, settings_of, unknown_name
@@ -28,11 +30,12 @@ def respelled(arguments: Sequence[str], config_type: type) -> tuple[list[str], l
     known = {setting.name: setting for setting in settings_of(config_type)}
     kept: list[str] = []
     problems: list[str] = []
-    pending, takes_values = list(arguments), False
+    pending, values_left = list(arguments), 0.0
     while pending:
         argument = pending.pop(0)
         if not argument.startswith("--"):
-            problem = None if takes_values else of_override(argument, config_type)
+            problem = None if values_left > 0 else of_override(argument, config_type)
+            values_left -= 1
             problems, kept = (problems, [*kept, argument]) if problem is None else ([*problems, problem], kept)
             continue
         name, equals, value = argument[2:].partition("=")
@@ -45,8 +48,13 @@ def respelled(arguments: Sequence[str], config_type: type) -> tuple[list[str], l
         else:
             kept.append(f"--{name}{equals}{value}")
             problems += _of_value(known.get(name), behind)
-        takes_values = name in known and known[name].type is not bool
+        values_left = 0 if equals or name not in known else _num_values(known[name])
     return kept, problems
+
+
+def _num_values(setting: Setting) -> float:
+    """How many words may stand behind its flag."""
+    return 0 if setting.type is bool else math.inf if get_origin(setting.type) is tuple else 1
 
 
 def _switch(kept: list[str], name: str, negated: bool, value: str) -> list[str]:
