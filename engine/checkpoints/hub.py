@@ -123,5 +123,5 @@ def command(repository: str, folder: Path, private: bool) -> str:
 
 
 def _in_a_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split("For more information")[0].split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:299]}…"
