@@ -1,6 +1,6 @@
 """From a starting model to a trained, saved and scored one, the same for every method.
 
-    learner ► run log ► scores before ► the loop ► save ► scores after ► card
+    learner ► run log ► scores before ► the loop, with scores on the way ► save ► scores after ► card ► hub
 
 A method says what is trained on what (`Training`).  Ctrl-C ends the loop after its step; what was learnt is then saved,
 scored and reported like any other result.
