@@ -172,7 +172,7 @@ def test_refusals(policy: Emu3Policy) -> None:
     for size in (0, 36, -8):
         with pytest.raises(ValueError, match="positive multiple of 8 pixels"):
             Emu3Policy(made.model, made.processor, image_size=size)
-    with pytest.raises(ValueError, match="needs a follow_up question"):
+    with pytest.raises(ValueError, match="expected a follow_up question"):
         policy.follow_up_tokens(make_prompt("x", ("image", "text")))
     untemplated = processor()
     untemplated.chat_template = None

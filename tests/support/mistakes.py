@@ -1,7 +1,7 @@
 """What users get wrong, by kind: a command, the files that it finds, and words of the one line that it ends with.
 
 `TABLE` is run by `tests/methods/test_mistakes.py` (each in a process of its own where torch is not needed to know it,
-with a torch that cannot be imported) and, cold and with a clock, by `tests/campaigns/mistakes_cold.py`.
+with a torch that cannot be imported) and, cold and with a clock, by `tests/campaigns/test_mistakes_cold.py`.
 """
 
 from __future__ import annotations
