@@ -177,7 +177,7 @@ def test_refusals(policy: Emu3Policy) -> None:
     untemplated = processor()
     untemplated.chat_template = None
     bare = Emu3Policy(made.model, untemplated)
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="expected a chat template"):
         bare.prompt_tokens(make_prompt("x", ("text",)))
     assert bare.prompt_tokens(make_prompt("x", ("image",))).numel() == 2
     mapping = made.model.model.vocabulary_mapping
