@@ -11,6 +11,7 @@ python recipes/corl.py --help                               every setting
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 # Two processes that spin for each other's threads are many times slower than two that sleep; read when torch loads.
@@ -30,7 +31,7 @@ TINY = Path(__file__).with_name("corl_tiny.yaml")
 
 def main() -> None:
     config = parse(CorlConfig, description=__doc__, default_yaml=TINY)
-    check_start(config, IMAGE_REWARDS + TEXT_REWARDS)
+    run_to_exit(partial(check_start, rewards=IMAGE_REWARDS + TEXT_REWARDS), config)
     run_to_exit(train, launch(config, __file__))
 
 

@@ -25,11 +25,15 @@ from syncr1.engine.settings.flags import parse
 
 def main() -> None:
     config = parse(SyncR1Config, description=__doc__)
-    check_start(config)
+    run_to_exit(check_start, config)
     run_to_exit(train, launch(config, __file__))
 
 
 def train(config: SyncR1Config) -> None:
+    if config.model is None and config.data is not None:
+        print(
+            f"syncr1: no --model: the tiny one knows a rendered world alone; {config.data} is tried with it, not learnt"
+        )
     print("syncr1: loading torch and transformers ...", flush=True)
     from syncr1.engine.methods.sync_r1 import run
 

@@ -105,6 +105,7 @@ def launch(config: Config, recipe: str | Path, argv: Sequence[str] | None = None
         if start.how in ("here", "rank"):
             goes_on = start.how == "rank" and restarted() and not resumes
             return replace(settings, resume_from_checkpoint="latest") if goes_on else config
+        _check_shares(settings, start.ranks)
         print(f"syncr1: {start.words}", file=sys.stderr, flush=True)
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(request.shutdown_timeout)
         if not resumes and not restarted():
@@ -114,6 +115,16 @@ def launch(config: Config, recipe: str | Path, argv: Sequence[str] | None = None
         _become(start.command)
     except ConfigError as error:
         refuse(error, by_all=True)
+
+
+def _check_shares(settings: Any, ranks: int) -> None:
+    """Every rank takes as many prompts of a step; said by one process, before there are so many."""
+    size = settings.prompts_per_step
+    if size % ranks and getattr(settings, "stage", "all") in ("all", "unified"):
+        raise ConfigError(
+            f"prompts_per_step: expected a multiple of the {ranks} ranks, got {size}; take "
+            f"{max(1, round(size / ranks)) * ranks}"
+        )
 
 
 def _become(command: Sequence[str]) -> NoReturn:
