@@ -132,7 +132,10 @@ def _become(command: Sequence[str]) -> NoReturn:
     try:
         os.execvp(command[0], list(command))
     except FileNotFoundError as error:
-        raise ConfigError(f"nodes: {command[0]} is not on this machine's PATH, but is needed") from error
+        raise ConfigError(
+            f"nodes: expected {command[0]}, got none: {command[0]} is not on this machine's PATH; add it there, or start "
+            "without nodes"
+        ) from error
 
 
 def _pinned(start: Start, request: Request, output_dir: Path) -> tuple[Start, Request]:

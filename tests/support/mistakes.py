@@ -315,7 +315,7 @@ PLACES = [
         "merge.py --base m --models m n --output o",
         "the download was cut off",
         both(model(weights="cut"), lambda folder: shutil.copytree(folder / "m", folder / "n")),
-        lines=2,
+        lines=3,
     ),
     Mistake("a result over another", "merge.py --base m --models m m --output m", "expected a new or empty", model()),
     Mistake("a node's agent by hand", "-m syncr1.engine.processes.nodes", "--hostfile FILE"),
