@@ -42,7 +42,7 @@ class TinyBaseConfig(Settings):
 
 def main() -> None:
     config = parse(TinyBaseConfig, description=__doc__)
-    check_start(config)
+    run_to_exit(check_start, config)
     run_to_exit(train, config, interrupted="stopped; the same command goes on from here")
 
 
