@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train corl test test-triton test-faults test-multinode test-processors coverage mutants fuzz check pyright \
+.PHONY: setup train corl test test-triton test-faults soak test-multinode test-processors coverage mutants fuzz check pyright \
 	package docs bench gpu clean
 
 setup: $(STAMP)
@@ -58,6 +58,14 @@ test-triton: $(TRITONS:%=build/triton/%)
 # What takes faults by the dozen: ranks killed, stopped and failed, runs cut off anywhere, nodes lost.
 test-faults: setup
 	$(BIN)/python -m pytest tests/campaigns -n $(JOBS) --dist worksteal $(ARGS)
+
+# Three long nights, under ZeRO 0, 2 and 3: 3,000 steps each, undisturbed and with ranks killed every minute, full disks
+# and slow rewards; the same weights at the end, or it fails. Half an hour each where nothing else runs. Then 30 ranks
+# killed one after the other under each: how long until the next step.
+soak: setup
+	for stage in 0 2 3; do $(BIN)/python tests/support/soak.py build/soak/night_$$stage --zero_stage $$stage $(ARGS) || exit 1; done
+	for stage in 0 2 3; do $(BIN)/python tests/support/soak.py build/soak/kills_$$stage --zero_stage $$stage \
+		--steps 1000000 --kills 30 --kinds killed --every 20 || exit 1; done
 
 # Four machines made of network namespaces, one of which is killed; needs root and iproute2.
 test-multinode: setup

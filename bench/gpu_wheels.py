@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = "3.12"
-WANTED = ("deepspeed", "liger-kernel", "trl", "tyro", "lpips", "nltk", "datasets", "cut-cross-entropy")
+WANTED = ("deepspeed", "liger-kernel", "trl", "lpips", "nltk", "datasets", "cut-cross-entropy")
 """In the order in which they matter."""
 PEERS = {"cut-cross-entropy": "==25.1.1"}
 """Versions of what only the benchmarks compare with."""

@@ -97,8 +97,8 @@ def _memory(error: BaseException) -> Told:
     if not (isinstance(error, MemoryError) or _is(error, "OutOfMemoryError") or system or words):
         return None
     remedy = (
-        "lower prompts_per_step, num_generations, max_completion_length or max_tokens_per_microbatch, or set "
-        "gradient_checkpointing, lora_rank or zero_stage 2 on more ranks; --dry_run estimates what a rank takes"
+        "lower prompts_per_step, num_generations, max_completion_length, max_tokens_per_microbatch or batch_size, or "
+        "set gradient_checkpointing, lora_rank or zero_stage 2 on more ranks; --dry_run estimates what a rank takes"
     )
     return "memory", "room for this step", one_line(error)[:300] or type(error).__name__, remedy
 

@@ -31,15 +31,13 @@ TINY = Path(__file__).with_name("corl_tiny.yaml")
 
 def main() -> None:
     config = parse(CorlConfig, description=__doc__, default_yaml=TINY)
-    check_start(config)
+    run_to_exit(check_start, config)
     run_to_exit(train, launch(config, __file__))
 
 
 def train(config: CorlConfig) -> None:
     if config.model is None and config.stage != "merge":
         print(f"syncr1: no --model: the tiny one, and recipes/{TINY.name} for what is not set", flush=True)
-    if config.model is None and config.data is not None:
-        print(f"syncr1: it knows a rendered world alone: {config.data} is tried with it, not learnt", flush=True)
     with loading():
         from syncr1.engine.corl.run import run
 

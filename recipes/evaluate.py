@@ -26,7 +26,7 @@ from syncr1.engine.settings.flags import parse
 
 def main() -> None:
     config = parse(EvaluateConfig, description=__doc__)
-    check_start(config)
+    run_to_exit(check_start, config)
     run_to_exit(evaluate, config, interrupted="stopped; the same command goes on from here")
 
 

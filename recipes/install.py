@@ -35,7 +35,7 @@ SIZES = {False: (375, 1.7, 2900, 6.0), True: (680, 2.9, 3000, 7.0)}
 """MB to download and GB on disk, with PyTorch's build for CPUs and with the one for CUDA, on x86-64 Linux."""
 GPU_PINS = re.compile(r"(torch|torchvision|triton)==")
 """With a GPU these are left out, so that the build for that machine is taken."""
-BEAT = 4.0
+BEAT = 3.0
 """Seconds between two lines where stdout is no terminal."""
 NO_NATIVE = (
     "syncr1: the C++ library was not built (cmake or a C++17 compiler is missing, see build/native/*.log); the "
@@ -95,7 +95,9 @@ class Progress:
 
     def __init__(self, downloads: Path, packages: Path) -> None:
         self._downloads, self._packages = downloads, packages
-        self._doing, self._found, self._size, self._total, self._there = "starting", 0, 0.0, 0, 0
+        self._doing, self._found, self._size, self._there = "starting", 0, 0.0, 0
+        self._names: list[str] = []
+        """What is unpacked, in that order."""
 
     def read(self, line: str) -> None:
         line = line.strip()
@@ -110,20 +112,18 @@ class Progress:
         elif line.startswith("Building"):
             self._doing, self._size = "building syncr1 and its C++ library", 0.0
         elif line.startswith("Installing collected packages:"):
-            self._total, self._there, self._size = line.count(",") + 1, self._records(), 0.0
+            self._names, self._there = line.partition(":")[2].replace(" ", "").split(","), self._records()
 
     def state(self) -> str:
-        if self._total:
-            return f"unpacking: {self._records() - self._there} of {self._total} packages, {self._packages_size()}"
+        if self._names:
+            done = min(max(0, self._records() - self._there), len(self._names) - 1)
+            return f"unpacking {self._names[done]}, {done + 1} of {len(self._names)} packages"
         if self._size >= 5:
             return f"{self._doing}: {min(self._size, megabytes(self._downloads)):.0f} of {self._size:.0f} MB"
         return self._doing
 
     def _records(self) -> int:
         return len(list(self._packages.glob("*.dist-info")))
-
-    def _packages_size(self) -> str:
-        return f"{megabytes(self._packages) / 1e3:.1f} GB"
 
 
 # The installers -------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def with_pip(python: Path, packages: Path, wanted: list[str]) -> None:
 
 def with_uv(uv: str, python: Path, packages: Path, wanted: list[str]) -> None:
     """The same by uv, whose words are pip's."""
-    with told(lambda: f"uv: {len(list(packages.glob('*.dist-info')))} packages, {megabytes(packages) / 1e3:.1f} GB"):
+    with told(lambda: f"uv is at work, {len(list(packages.glob('*.dist-info')))} packages are there"):
         command = [uv, "pip", "install", "--python", str(python), *wanted]
         run(command, {**os.environ, **sources_of_pip(python)}, lambda line: None)
 

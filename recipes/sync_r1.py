@@ -26,7 +26,7 @@ from syncr1.engine.settings.flags import parse
 
 def main() -> None:
     config = parse(SyncR1Config, description=__doc__)
-    check_start(config)
+    run_to_exit(check_start, config)
     run_to_exit(train, launch(config, __file__))
 
 

@@ -3,7 +3,8 @@
     python recipes/tiny_base.py --output_dir runs/tiny_base
     python recipes/sync_r1.py --model runs/tiny_base
 
-The same settings give the same weights. `sync_r1.py` does this by itself and keeps the result in its cache.
+The same settings give the same weights, also where it was cut off and started again. `sync_r1.py` does this by itself
+and keeps the result in its cache.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
 from syncr1.engine.methods.preflight import check_start
 from syncr1.engine.settings.flags import parse
 from syncr1.engine.settings.schema import Range, Settings
 from syncr1.engine.settings.train_config import Seed
+from syncr1.engine.show.pulse import pulse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,21 +42,31 @@ class TinyBaseConfig(Settings):
 
 def main() -> None:
     config = parse(TinyBaseConfig, description=__doc__)
-    check_start(config)
-    run_to_exit(train, config)
+    run_to_exit(check_start, config)
+    run_to_exit(train, config, interrupted="stopped; the same command goes on from here")
 
 
 def train(config: TinyBaseConfig) -> None:
-    from syncr1.engine.world.base_model import BaseSettings, train_base
+    with loading():
+        from dataclasses import asdict, replace
+
+        from syncr1.engine.world.base_model import BaseSettings, train_base
+        from syncr1.engine.world.embedded import fingerprint
+        from syncr1.engine.world.kept import Kept
 
     settings = BaseSettings(seed=config.seed)
     if config.steps is not None:
         settings = replace(settings, steps=config.steps)
-    train_base(
-        settings, lambda step, loss: print(f"step {step + 1}/{settings.steps}  loss {loss:.3f}", flush=True)
-    ).save(config.output_dir)
-    print(f"saved {config.output_dir}")
+    folder = config.output_dir
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    kept = Kept(folder.with_name(f"{folder.name}.{fingerprint(asdict(settings))}.unfinished"))
+    with pulse("training the tiny base", settings.steps, kept.steps) as moved:
+        policy = train_base(settings, lambda step, loss: moved(step + 1, f"loss {loss:.3f}"), kept)
+    policy.save(folder)
+    kept.path.unlink(missing_ok=True)
+    print(f"saved {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    with unix_habits():
+        main()

@@ -123,5 +123,6 @@ def command(repository: str, folder: Path, private: bool) -> str:
 
 
 def _in_a_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    words = re.sub(r"For more information check: \S+", "", str(error))  # of HTTP's codes; the hub's own words follow
+    text = " ".join(words.split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:299]}…"

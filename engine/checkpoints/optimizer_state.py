@@ -134,12 +134,12 @@ def _places(optimizer: Any) -> Iterator[tuple[Tensor, int, int, int, int]]:
 
 @torch.no_grad()
 def begin(optimizer: Any) -> None:
-    """AdamW's state as it makes it before its first step."""
+    """AdamW's state as it makes it before its first step, of the masters that it has none of."""
     states = states_of(optimizer)
     for master in masters_of(optimizer):
-        states[master].setdefault(STEP, torch.zeros(()))  # on the CPU, as AdamW keeps it
-        for kind in MOMENTS:
-            states[master].setdefault(kind, torch.zeros_like(master))
+        if not states.get(master):
+            states[master] = {STEP: torch.zeros(())}  # on the CPU, as AdamW keeps it
+            states[master] |= {kind: torch.zeros_like(master) for kind in MOMENTS}
 
 
 @torch.no_grad()

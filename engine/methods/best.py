@@ -152,7 +152,7 @@ class HeldOut:
         is_best = self._agreed(value > (-math.inf if self.best is None else self.best.value))
         known = "" if self.metric not in self._before else f" (before {show_score(self._before[self.metric])})"
         told = f"step {num_steps}: held-out {self.metric} {show_score(None if math.isnan(value) else value)}{known}"
-        self._say(told + (f", the best so far: {self.folder}" if is_best else ""))
+        self._say(told + (f", the best so far: checkpoints/{BEST}" if is_best else ""))
         if not is_best:
             return values
         self.best = Best(num_steps, self.metric, value, self._measured())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 from torch import Tensor
 
 from ..policies.base import Policy
@@ -26,9 +28,15 @@ def remote_judge(config: TrainConfig) -> LLMJudge | None:
     )
 
 
+_checkers: WeakKeyDictionary[Policy, AttributeChecker] = WeakKeyDictionary()
+"""Rewards and scores of a run ask for the same one, which takes seconds to make."""
+
+
 def checker_of(policy: Policy) -> AttributeChecker:
-    """The world's attribute reader, as this policy's image tokenizer draws the world."""
-    return AttributeChecker.from_round_trip(lambda images: policy.draw(policy.image_tokens(images)))
+    """The world's attribute reader, as this policy's image tokenizer, which does not change, draws the world."""
+    if policy not in _checkers:
+        _checkers[policy] = AttributeChecker.from_round_trip(lambda images: policy.draw(policy.image_tokens(images)))
+    return _checkers[policy]
 
 
 def world_reader(images: Tensor) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ checkpoints lies, that is more likely a slip, and a new run would leave it behin
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,8 @@ def mistyped_run(config: Any) -> list[str]:
         ]
     others = [str(path) for path in _runs_near(wanted)]
     beside = f"; runs nearby: {', '.join(others[:5])}" if others else ""
-    print(f"syncr1: resume_from_checkpoint latest: no run at {wanted} yet, a new one begins{beside}", flush=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"syncr1: resume_from_checkpoint latest: no run at {wanted} yet, a new one begins{beside}", flush=True)
     return []
 
 

@@ -57,17 +57,19 @@ def check_start(config: Any) -> None:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
 
 
-def check_weights(folders: Mapping[str, str]) -> None:
-    """Ends the process with exit code 2 where one of the folders, by setting, holds no whole safetensors; other names
-    are taken to be the hub's."""
-    there = {setting: Path(folder).expanduser() for setting, folder in folders.items()}
-    if problems := [
-        f"{setting}: expected whole safetensors, got {problem}"
-        for setting, folder in there.items()
-        if folder.is_dir()
-        for problem in weight_problems(folder)
-    ]:
-        refuse(ConfigError.of(problems))
+def check_weights(models: Mapping[str, str]) -> None:
+    """Ends the process with exit code 2 where one of the models, by setting, has no whole safetensors: folders by their
+    headers, other names by what the hub tells."""
+    problems, names = list[str](), list[Wanted]()
+    for setting, model in models.items():
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            problems += [f"{setting}: expected whole safetensors, got {problem}" for problem in weight_problems(folder)]
+        else:
+            names.append(Wanted(setting, model))
+    problems += [] if problems else hub_names.look_up(names)[0]
+    if problems:
+        refuse(ConfigError.of(list(dict.fromkeys(problems))))
 
 
 def models_of(config: Any) -> tuple[dict[str, Path], list[Wanted]]:

@@ -1,6 +1,6 @@
 """From a starting model to a trained, saved and scored one, the same for every method.
 
-    learner ► run log ► scores before ► the loop ► save ► scores after ► card
+    learner ► run log ► scores before ► the loop, with scores on the way ► save ► scores after ► card ► hub
 
 A method says what is trained on what (`Training`).  Ctrl-C ends the loop after its step; what was learnt is then saved,
 scored and reported like any other result.
@@ -30,6 +30,7 @@ from ..learn.learner import Learner
 from ..learn.trainer import Trainer
 from ..policies.base import Policy
 from ..processes.group import of_all_ranks, place
+from ..processes.heaps import bound_heaps
 from ..processes.interrupts import Interrupts
 from ..processes.launch import restarted
 from ..processes.meeting import Meeting
@@ -130,6 +131,7 @@ def run_method(
 ) -> Summaries:
     """A whole run of `method`, on a rank of the process group; `num_stages`: how many it will announce."""
     quieten()
+    bound_heaps()
     first = os.environ.get("RANK", "0") == "0"
     if first and not restarted() and (problems := problems_with_hub(config)):  # hours of work do not wait for a hub
         raise ConfigError.of(problems)

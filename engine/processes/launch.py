@@ -111,6 +111,7 @@ def launch(config: Config, recipe: str | Path, argv: Sequence[str] | None = None
             _check_free(settings)
         if start.how in ("here", "rank"):
             return config
+        _check_shares(settings, start.ranks)
         print(f"syncr1: {start.words}", file=sys.stderr, flush=True)
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(request.shutdown_timeout)
         if not resumes and not restarted():
@@ -142,12 +143,25 @@ def _check_free(config: Any) -> None:
     check_free(runs[0] if runs else folder)
 
 
+def _check_shares(settings: Any, ranks: int) -> None:
+    """Every rank takes as many prompts of a step; said by one process, before there are so many."""
+    size = settings.prompts_per_step
+    if size % ranks and getattr(settings, "stage", "all") in ("all", "unified"):
+        raise ConfigError(
+            f"prompts_per_step: expected a multiple of the {ranks} ranks, got {size}; take "
+            f"{max(1, round(size / ranks)) * ranks}"
+        )
+
+
 def _become(command: Sequence[str]) -> NoReturn:
     sys.stdout.flush()
     try:
         os.execvp(command[0], list(command))
     except FileNotFoundError as error:
-        raise ConfigError(f"nodes: {command[0]} is not on this machine's PATH, but is needed") from error
+        raise ConfigError(
+            f"nodes: expected {command[0]}, got none: {command[0]} is not on this machine's PATH; add it there, or "
+            "start without nodes"
+        ) from error
 
 
 def _pinned(start: Start, request: Request, output_dir: Path) -> tuple[Start, Request]:

@@ -41,6 +41,7 @@ from ..errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
     EXIT_STALLED,
+    FINAL,
     CheckpointError,
     RankFailed,
     Refused,
@@ -302,10 +303,11 @@ class Watchdog:
         self._say(fault)
         if self._over.wait(POLL):
             return
-        self._say(f"is at {self._where}; stacks follow")
-        with suppress(OSError, ValueError):
-            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
-        if not self._over.wait(GRACE):
+        if code not in FINAL:  # what was refused or asked for is not to be looked for in stacks
+            self._say(f"is at {self._where}; stacks follow")
+            with suppress(OSError, ValueError):
+                faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        if not self._over.wait(GRACE if code not in FINAL else min(GRACE, 3 * POLL)):
             self._say("ends")
             sys.stdout.flush()
             self._end(code)

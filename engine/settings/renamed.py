@@ -121,7 +121,6 @@ TRL: dict[str, str] = {
     **_all(WHOLE_VOCABULARY, "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"),
     **_all("set cfg_weight", "guidance_scale", "cfg_scale", "cfg"),
     **_all("set think_instruction of recipes/corl.py", "chat_template_kwargs", "system_prompt", "instruction"),
-    **_all("set identity_weight, judge_weight and text_weight", "reward_weights"),
     **_all("totals are summed, then compared in groups; set scale_rewards", "multi_objective_aggregation"),
     **_all("set judge_url and judge_model, or name it in reward_funcs", "reward_model_name_or_path", "reward_model"),
     **_all("the loss has TRL's default of it; set loss_type", "sapo_temperature_neg", "sapo_temperature_pos"),

@@ -182,8 +182,8 @@ class TrainConfig(Settings):
     """How often in a row, without a new checkpoint in between, all ranks start again from the last one when a rank or a
     machine is lost; not for one process."""
     stage_timeout: Annotated[float, Range("more than the longest rollout takes; 1800 is the default", gt=0)] = 1800.0
-    """Seconds that a stage of a step (rollout, reward, update, ...) may take before the run ends with the stacks of the
-    rank that holds it up."""
+    """Seconds that a stage of a step (rollout, reward, update, the scores of eval_steps, ...) may take before the run
+    ends with the stacks of the rank that holds it up."""
     shutdown_timeout: Annotated[int, Range("more than a step and a checkpoint take; 120 is the default", ge=1)] = 120
     """Seconds that ranks have, once SIGTERM or SIGUSR1 asks a launcher to end, to finish their step, with its scores
     where eval_steps asks for them, and to save."""

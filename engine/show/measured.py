@@ -16,6 +16,8 @@ from typing import Any, Self
 PER_ITEM = "per_item"
 """Where a model's flat scores keep the values of single items, in memory as in scores.json: `task/measure` -> what
 `Measured.to_json` gives. No score is called so: their names have a task and a slash."""
+LARGEST = 1e9
+"""Of a value that a file may hold: of larger ones squares and sums overflow."""
 DIGITS = 6
 """Of a value of one item that is kept."""
 _LIST = re.compile(r"\[\n[^\[\]{}]*\n\s*\]")
@@ -102,7 +104,7 @@ def _short(value: float) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST  # nor NaN
 
 
 def measured_in(scores: Mapping[str, Any]) -> dict[str, list[Measured]]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.text import Text
 
-BEAT = 4.0
+BEAT = 3.0
 """Seconds between the lines of a thing's first minute, where stdout is no terminal."""
 SLOW_BEAT = 60.0
 """Between those that follow."""

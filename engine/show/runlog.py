@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -148,7 +149,9 @@ class RunLog:
 
     def cut(self, num_steps: int) -> None:
         """Removes metrics and samples of steps after the first `num_steps`, which come again, and a line that a crash
-        cut. A folder of an older version, which counted from 0, is counted from 1 from then on."""
+        cut; metrics of which nothing would be left are renamed.
+
+        A folder of an older version, which counted from 0, is counted from 1 from then on."""
         path = self.folder / "metrics.jsonl"
         known = [row for row in read_jsonl(path) if isinstance(row.get("step"), int)]
         older = int(min((row["step"] for row in known), default=1) == 0)
@@ -156,6 +159,9 @@ class RunLog:
         rows = [row for row in rows if row["step"] <= num_steps]
         if self._metrics is not None:
             self._metrics.close()
+        if not rows and path.exists() and path.stat().st_size:  # it begins again: what was stays to be read
+            names = (path.with_name(f"aside_{number}-{path.name}") for number in itertools.count(1))
+            path.rename(next(name for name in names if not name.exists()))
         write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         self._metrics = path.open("a", encoding="utf-8")
         for sample in sorted((self.folder / "samples").glob("step_*"), reverse=True):

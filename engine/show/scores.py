@@ -44,7 +44,7 @@ TASKS = {
     "oe": "Open questions",
     "geneval": "GenEval's prompts",
     "dpg": "DPG-Bench's prompts",
-    SUMMARY: "All tasks: means",
+    SUMMARY: "All tasks but those not trained on: means",
 }
 """Tasks of UnifyBench++ and of CoRL in words; another name is shown as it is."""
 

@@ -259,14 +259,18 @@ CHECKS: tuple[Check, ...] = (
 
 
 def of_scores(rows: Sequence[ScoreRow]) -> list[Warned]:
-    """Tasks that fell, and tasks at which the model still guesses; the summary repeats them and is left out."""
-    found = []
+    """Tasks that fell, and tasks at which the model still guesses, each by the first of its measures that says so; the
+    summary repeats them and is left out."""
+    found: list[Warned] = []
+    told: set[tuple[str, str]] = set()
     for row in rows:
-        if row.family == "summary":
+        new = {mark for mark in row.marks if (row.task, mark) not in told}
+        if row.family == "summary" or not new:
             continue
+        told |= {(row.task, mark) for mark in new}
         what = f"{row.label} ({row.measure}, {row.num_items} items)"
         before, after = (show_score(value, row.unit) for value in (row.before, row.after))
-        if FELL in row.marks:
+        if FELL in new:
             change = f"{show_change(row)} {show_interval(row.change_interval, row.unit, signed=True)}"
             found.append(
                 Warned(
@@ -276,7 +280,7 @@ def of_scores(rows: Sequence[ScoreRow]) -> list[Warned]:
                     "look at its examples; more anchors, a larger beta or a smaller learning_rate hold what is known",
                 )
             )
-        if row.after is not None and (AT_CHANCE in row.marks or BELOW_CHANCE in row.marks):
+        if row.after is not None and new & {AT_CHANCE, BELOW_CHANCE}:
             found.append(
                 Warned(
                     f"at chance: {row.name}",

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, JanusForCo
 
 from syncr1.engine.checkpoints.merge import merge_checkpoints
 from syncr1.engine.checkpoints.safetensors_stream import MappedCheckpoint
-from syncr1.engine.errors import CheckpointError
+from syncr1.engine.errors import CheckpointError, ConfigError
 from syncr1.engine.policies.janus import JanusPolicy
 
 MARKER = "code_of_the_checkpoint_ran"
@@ -98,7 +98,7 @@ def test_shards_load(policy: JanusPolicy, saved: Path, tmp_path: Path) -> None:
     whole = load_file(tmp_path / "whole" / "model.safetensors")
     assert same_bits(whole, load_file(saved / "model.safetensors"))
     shards[1].unlink()
-    with pytest.raises(OSError, match=r"safetensors"):
+    with pytest.raises(ConfigError, match="safetensors"):
         JanusPolicy.from_pretrained(tmp_path / "shards")
 
 
@@ -160,7 +160,7 @@ def test_pickled_weights_are_refused(policy: JanusPolicy, saved: Path, tmp_path:
     (saved / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "training_args.bin"):
         torch.save({"lm_head.weight": Runs()}, saved / name)
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ConfigError, match="safetensors"):
         JanusPolicy.from_pretrained(saved)
     with pytest.raises(CheckpointError, match="pickled"):
         MappedCheckpoint(saved)

@@ -25,7 +25,7 @@ from small_emu3 import sharp_emu3
 from small_models import saved, small_bert, small_blip, small_clip, small_janus
 
 from syncr1.engine.corl.config import CorlConfig
-from syncr1.engine.corl.run import run
+from syncr1.engine.corl.run import Model, products, run
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.policies.auto import load_policy
@@ -256,7 +256,7 @@ def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(
         "--prompts_per_step", 2, "--refined_t2i_prompts_per_step", 2, "--refined_text_prompts_per_step", 2,
         "--max_completion_length", 16,
     )  # fmt: skip
-    assert "a cup of coffee" in out and "learning_rate: 4.0e-06" in out
+    assert "a cup of coffee" in out and "captioner: world" in out and "tried with it, not learnt" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -279,3 +279,23 @@ def test_two_ranks_share_samples_and_write_one_run(photographs: Path, base: Path
     for name in ("unified", "t2i", "mcq", "oe"):
         assert changed(base, tmp_path / "run" / name / "checkpoints" / "last"), name
     assert changed(base, tmp_path / "run" / "merged")
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        ("base unified t2i mcq oe merged", ["merged", "t2i"]),
+        ("base t2i mcq oe merged", ["merged", "t2i"]),
+        ("base unified", [""]),
+        ("base generation understanding", ["generation", "understanding"]),
+        ("base generation understanding merged_first", [""]),
+        ("base mcq", [""]),
+        ("base merged", [""]),
+        ("base", []),
+    ],
+)
+def test_what_a_run_is_for(made: str, expected: list[str]) -> None:
+    """These are uploaded; one alone under the repository's own name."""
+    found = products({name: Model(name, None) for name in made.split()})
+    assert list(found) == expected
+    assert all(str(folder) == name for name, folder in found.items() if name)

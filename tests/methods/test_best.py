@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hub_server import TOKEN, hub_server
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.evaluate.held_out import Evaluation, score_rollouts
 from syncr1.engine.methods import best, training
-from syncr1.engine.methods.best import BEST, RECORD, HeldOut, main_score, metric_of, undisturbed
+from syncr1.engine.methods.best import BEST, RECORD, Best, HeldOut, main_score, metric_of, undisturbed
 from syncr1.engine.methods.resume import random_state
 from syncr1.engine.policies.janus import JanusPolicy
 
@@ -152,7 +152,7 @@ def test_the_best_model_is_the_runs_result_and_outlives_the_process(
 
     config = config_of(inputs, tmp_path / "run", max_steps=2, eval_steps=1, load_best_model_at_end=True)
     config = replace(config, push_to_hub=True, hub_model_id="lab/short", run_name="short answers")
-    scores = Scores(monkeypatch, 0.5, 0.75, 0.25)
+    scores = Scores(monkeypatch, 0.9, 0.75, 0.25)
     with hub_server() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -165,9 +165,11 @@ def test_the_best_model_is_the_runs_result_and_outlives_the_process(
     assert len(scores.on_the_way) == 2 and scores.after is scores.on_the_way[0]
     assert saved["README.md"].decode().count("# short answers\n") == 1
     texts = [path.read_text() for path in (tmp_path / "run").rglob("*") if path.suffix in (".json", ".yaml", ".html")]
-    assert len(texts) > 3 and not any(TOKEN in text for text in texts) and TOKEN not in capfd.readouterr().out
+    out = " ".join(capfd.readouterr().out.split())
+    assert len(texts) > 3 and not any(TOKEN in text for text in [*texts, out])
+    assert "no model was better than the starting one, whose score is 90.0 %" in out
 
-    scores = Scores(monkeypatch, 0.5, 0.3)
+    scores = Scores(monkeypatch, 0.9, 0.3)
     on = replace(config, max_steps=3, push_to_hub=False, resume_from_checkpoint="latest")
     plain_grpo.run(on)
     assert record_of(tmp_path / "run")["step"] == 1 and len(scores.on_the_way) == 1
@@ -175,23 +177,31 @@ def test_the_best_model_is_the_runs_result_and_outlives_the_process(
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == saved
 
 
-def test_another_measure_starts_anew_and_one_that_is_not_there_is_refused(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    config = config_of(inputs, tmp_path / "run", max_steps=1, eval_steps=1)
-    Scores(monkeypatch, 0.5, 0.75)
-    plain_grpo.run(config)
-    on = replace(
-        config, max_steps=2, resume_from_checkpoint="latest", metric_for_best_model="eval_summary/understanding"
-    )
+def test_a_best_model_by_another_measure_counts_no_more(inputs: Path, tmp_path: Path) -> None:
+    """Settings that may change from start to start may make its score another one."""
+    said: list[str] = []
+
+    def held_out(**changes: Any) -> HeldOut:
+        config = config_of(inputs, tmp_path / "run", eval_steps=1, **changes)
+        nothing: Any = None
+        return HeldOut(config, nothing, lambda policy: policy, None, frozenset(), tmp_path, nothing, said.append)  # type: ignore[arg-type]
+
+    measured = held_out()._measured()
+    (tmp_path / BEST).mkdir()
+    kept = Best(40, "score", 0.75, measured)
+    (tmp_path / BEST / RECORD).write_text(json.dumps(asdict(kept)))
+    assert held_out().best == kept and said == []
+    assert held_out(eval_samples=1).best is None and "measured otherwise" in said.pop()
+    for broken in ("", "{}", "[1]", '{"step": 1, "metric": "score", "value": null, "measured": {}}'):
+        (tmp_path / BEST / RECORD).write_text(broken)
+        assert held_out().best is None
+
+
+def test_a_score_that_is_not_there_is_refused_before_training(inputs: Path, tmp_path: Path) -> None:
+    config = config_of(inputs, tmp_path / "run", eval_steps=1, metric_for_best_model="eval_summary/understanding")
     with pytest.raises(ConfigError, match=r"metric_for_best_model: expected one of \d+ held-out scores.*did you mean"):
-        Scores(monkeypatch, 0.5)
-        plain_grpo.run(on)
-    Scores(monkeypatch, 0.5, 0.25)
-    plain_grpo.run(replace(on, metric_for_best_model=None, eval_samples=1))
-    assert (record_of(tmp_path / "run")["value"], record_of(tmp_path / "run")["step"]) == (0.25, 2)
-    out = " ".join(capfd.readouterr().out.split())
-    assert "its score was measured otherwise" in out and "no model was better than the starting one" in out
+        plain_grpo.run(config)
+    assert rows_of(tmp_path / "run") == []
 
 
 def test_all_generators_are_put_back() -> None:

@@ -45,7 +45,7 @@ def test_flags(tmp_path: Path) -> None:
         ({"judge_url": "https://x/v1"}, "judge_model: expected beside judge_url"),
         ({"judge_model": "x"}, "judge_url: expected beside judge_model"),
         ({"greedy_texts": False, "sampled_texts": False}, "got both off"),
-        ({"export": ("dpg",), "images_per_prompt": 5}, "grid holds 4"),
+        ({"export": ("dpg",), "images_per_prompt": 5}, "DPG-Bench's grid, got 5"),
         ({"export": ("dpg", "dpg")}, "got dpg twice"),
         ({"num_items": 0}, "num_items: expected at least 1"),
         ({"batch_size": 0}, "batch_size"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from syncr1.engine.errors import ConfigError, DataError, Preempted, RewardError, RolloutTooLarge
+from syncr1.engine.errors import ConfigError, DataError, Preempted, RewardError, RolloutTooLarge, refuse
 from syncr1.engine.methods.exit import run_to_exit
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.show import recent
@@ -58,6 +58,19 @@ def test_what_a_user_can_mend_is_a_line(
     ended, said = ends(raiser(error), SyncR1Config(output_dir=tmp_path / "run"))
     assert ended == code and words in said and len(said.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_rank_of_a_machine_says_what_all_have_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for rank, by_all in (("0", False), ("1", False), ("1", True)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            refuse(ConfigError("a: expected 1"), by_all=by_all)
+        assert ended.value.code == 2
+        said.append(len(capsys.readouterr().err.splitlines()))
+    assert said == [1, 0, 1]
 
 
 def test_two_settings_are_two_lines(ends: Callable[..., Said], tmp_path: Path) -> None:

@@ -49,6 +49,13 @@ def port_in_use() -> None:
         second.bind(first.getsockname())
 
 
+def port_of_a_group_in_use() -> None:
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        first.listen()
+        torch.distributed.TCPStore("127.0.0.1", first.getsockname()[1], 1, True)
+
+
 @pytest.mark.parametrize(
     ("act", "what", "remedy"),
     [
@@ -59,6 +66,7 @@ def port_in_use() -> None:
             "permissions",
         ),
         (too_many_files, "open files: expected one more, got Too many open files", "ulimit -n"),
+        (port_of_a_group_in_use, "MASTER_PORT: expected a free port", "name another one"),
         (port_in_use, "MASTER_PORT: expected a free port", "name another one"),
         (lambda: torch.empty(1 << 60, dtype=torch.uint8), "memory: expected room", "num_generations"),
         (lambda: bytearray(1 << 60), "memory: expected room", "--dry_run"),

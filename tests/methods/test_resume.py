@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import warm
+import yaml
 from helpers import ROOT, everything_partitioned, own_process_group, rows_of, sharp_policy
 from made import world_folder as make_world
 from resume_cases import FullDisk, Training, assert_same, config_of, differences, leave
@@ -30,9 +31,10 @@ from syncr1.engine.checkpoints.sharded import folders, save, verified
 from syncr1.engine.data.prompts import load_training_prompts
 from syncr1.engine.errors import CheckpointError, ConfigError
 from syncr1.engine.learn.schedule import learning_rate
-from syncr1.engine.methods.resume import _check_fits, resume_point
+from syncr1.engine.methods.resume import _check_fits, check_settings, resume_point
 from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.rewards.ensemble import RewardSet
+from syncr1.engine.settings.schema import to_yaml
 from syncr1.engine.show.runlog import RunLog
 
 NORM = "model.model.language_model.norm.weight"
@@ -317,7 +319,7 @@ def test_a_state_without_settings_is_refused(
         ({"optimizer/master.0": torch.zeros(1)}, "it has 'optimizer/master.0'"),
         ({f"optimizer/step/{NORM}": torch.zeros(1)}, "expected float32 of a number, got F32 .1."),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_state_of_another_making_is_refused(
     whole: Training, world: Path, run_folder: Path, change: dict[str, Any], said: str
@@ -415,3 +417,13 @@ def test_newer_checkpoints_are_set_aside(whole: Training, world: Path, run_folde
     Training(whole.trainer.config, world, root, whole.rewards).resume(3).to(4, saving=True)
     assert [verified(folder).step for folder in folders(root)] == [4, 3, 2, 1]
     assert {path.name for path in root.glob("aside*")} == {"aside_1-step_000004", "aside_1-step_000005"}
+
+
+def test_a_checkpoint_may_be_older_than_a_setting() -> None:
+    """One that it does not know counts as at its default; whoever changed it since is told."""
+    config = config_of()
+    before = yaml.safe_load(to_yaml(config, comments=False))
+    del before["lr_scheduler_type"], before["eval_steps"]
+    check_settings(before, replace(config, eval_steps=5), pytest.fail)
+    with pytest.raises(CheckpointError, match="lr_scheduler_type is None in the checkpoint, 'cosine' now"):
+        check_settings(before, replace(config, lr_scheduler_type="cosine"), pytest.fail)

@@ -31,6 +31,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from syncr1.engine.errors import ConfigError
 from syncr1.engine.forward.objective import Objective, PolicyForward
 from syncr1.engine.policies.attention_interface import PackedLayout
 from syncr1.engine.policies.base import Policy
@@ -323,7 +324,7 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
     made.save(tmp_path)
     torch.save(made.model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ConfigError, match="safetensors"):
         CausalLMPolicy.from_pretrained(tmp_path)
 
 

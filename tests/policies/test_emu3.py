@@ -172,12 +172,12 @@ def test_refusals(policy: Emu3Policy) -> None:
     for size in (0, 36, -8):
         with pytest.raises(ValueError, match="positive multiple of 8 pixels"):
             Emu3Policy(made.model, made.processor, image_size=size)
-    with pytest.raises(ValueError, match="needs a follow_up question"):
+    with pytest.raises(ValueError, match="expected a follow_up question"):
         policy.follow_up_tokens(make_prompt("x", ("image", "text")))
     untemplated = processor()
     untemplated.chat_template = None
     bare = Emu3Policy(made.model, untemplated)
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="expected a chat template"):
         bare.prompt_tokens(make_prompt("x", ("text",)))
     assert bare.prompt_tokens(make_prompt("x", ("image",))).numel() == 2
     mapping = made.model.model.vocabulary_mapping

@@ -318,7 +318,7 @@ def test_srun_that_is_not_there_is_said(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit) as caught:
-        launch(SyncR1Config(nodes=4, output_dir=tmp_path / "run"), RECIPE, ["--nodes", "4"])
+        launch(SyncR1Config(nodes=4, prompts_per_step=32, output_dir=tmp_path / "run"), RECIPE, ["--nodes", "4"])
     assert caught.value.code == 2 and "srun is not on this machine's PATH" in capsys.readouterr().err
 
 

@@ -87,9 +87,9 @@ def test_settings_from_python(trial: Trial, seed: int) -> None:
     trial(seed, make, lambda config, given: config(**given), ConfigError)
 
 
-@pytest.mark.parametrize("depth", [3, 900, 30_000])
+@pytest.mark.parametrize("depth", [7, 900, 30_000])
 def test_deep_settings(depth: int) -> None:
-    """Refused at the fourth bracket, not at the last."""
+    """Refused at the eighth bracket, not at the last."""
     with pytest.raises(ConfigError, match="within lists"):
         from_yaml(SyncR1Config, "beta: " + "[" * (depth + 1))
 
@@ -99,7 +99,7 @@ def test_settings_that_grow(tmp_path: Path) -> None:
     rows = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     rows += [f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]" for i in range(8)]
     start = time.perf_counter()
-    with pytest.raises(ConfigError, match="aliases"):
+    with pytest.raises(ConfigError, match="an alias"):
         from_yaml(SyncR1Config, "\n".join(rows))
     assert time.perf_counter() - start < 1.0
 
@@ -114,7 +114,7 @@ def test_settings_that_are_all_unknown() -> None:
 
 
 def test_a_settings_text_that_is_none() -> None:
-    with pytest.raises(ConfigError, match="over 32768 characters"):
+    with pytest.raises(ConfigError, match="at most 32768 characters"):
         from_yaml(SyncR1Config, "# x\n" * 10_000)
     assert len(to_yaml(CorlConfig())) < 32768 / 2
 

@@ -13,6 +13,7 @@ from small_models import BLIP_SIZE, saved, small_blip
 from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
+from syncr1.engine.errors import ConfigError
 from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.builtin.captioner import QUESTION, BlipCaptioner, PolicyCaptioner
 from syncr1.engine.rewards.builtin.pretrained import Preparation
@@ -88,12 +89,12 @@ def test_images_out_of_range_are_refused(folder: Path, bad: Tensor) -> None:
 
 
 def test_blip_needs_safetensors(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ConfigError, match="nowhere"):
         BlipCaptioner.from_pretrained(tmp_path / "nowhere")
     folder = small_blip(tmp_path / "blip")
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ConfigError, match="safetensors"):
         BlipCaptioner.from_pretrained(folder)
 
 

@@ -154,7 +154,7 @@ def test_images_out_of_range_are_refused(kind: Any, photos: dict[str, Path]) -> 
 def test_what_cannot_be_loaded_says_so(tmp_path: Path, trunks: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="unknown net 'resnet'"):
         LpipsSimilarity("resnet", weights="random")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"not torchvision's state dict for 'vgg'.*features"):
+    with pytest.raises(ValueError, match=r"torchvision's state dict for 'vgg', got .*features"):
         LpipsSimilarity("vgg", weights=trunks["alex"])
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"nothing")

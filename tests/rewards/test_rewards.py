@@ -353,7 +353,7 @@ def test_build_rewards_gives_the_bracket_to_what_is_there() -> None:
     assert build_rewards(features=features).weights == pytest.approx((0.65, 0.35))
     assert build_rewards(caption_logp=likely).weights == pytest.approx((0.65, 0.35))
     assert build_rewards().names == ("text",)
-    with pytest.raises(ValueError, match="nothing is left"):
+    with pytest.raises(ValueError, match="expected a positive one"):
         build_rewards(text_weight=0.0)
     with pytest.raises(ValueError, match="judge_weight"):
         build_rewards(judge_weight=-1.0)

@@ -15,6 +15,7 @@ from small_models import WORDS, saved, small_bert
 from torchmetrics.functional.text.bert import bert_score
 from transformers import AutoModel, AutoTokenizer
 
+from syncr1.engine.errors import ConfigError
 from syncr1.engine.rewards.builtin.accuracy import soft_jaccard
 from syncr1.engine.rewards.builtin.text_similarity import BertScore, SoftJaccard
 
@@ -117,7 +118,7 @@ def test_each_text_is_embedded_once(folder: Path) -> None:
 def test_layers_and_checkpoints_that_are_not_there(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layer 4 is not there.*0 .embeddings. to 3"):
         BertScore.from_pretrained(folder, layer=4)
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ConfigError, match="nowhere"):
         BertScore.from_pretrained(tmp_path / "nowhere")
 
 

@@ -274,7 +274,7 @@ def test_texts_that_ended_free_their_rows(policy: JanusPolicy, prompts: list[Pro
         (("image", "image"), "expected one of"),
         (("text", "text"), "expected one of"),
         ((), "expected one of"),
-        (("image", "text"), "needs a follow_up question"),
+        (("image", "text"), "expected a follow_up question"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(policy: JanusPolicy, segments: Any, problem: str) -> None:

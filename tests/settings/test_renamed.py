@@ -117,6 +117,8 @@ def test_a_name_that_is_ours_needs_no_remedy_and_no_value_is_renamed_that_works(
         (["algorithm/adv_estimator=grpo"], "algorithm.adv_estimator", "there is no critic"),
         (["max_steps=5"], "max_steps", "write --max_steps 5"),
         (["lr=1e-5"], "lr", "set learning_rate"),
+        (["--seed=1", "lr=1e-5"], "lr", "set learning_rate"),
+        (["--seed", "1", "lr=1e-5"], "lr", "set learning_rate"),
         (["--instance_data_dir", "photos"], "--instance_data_dir", "photos of each concept and what is asked of it"),
         (["--train-batch-size", "1"], "--train_batch_size", "max_tokens_per_microbatch (memory)"),
         (["--enable_xformers_memory_efficient_attention"], "--enable_xformers", "the engine's own; leave it out"),

@@ -1,7 +1,7 @@
 """What users get wrong, by kind: a command, the files that it finds, and words of the one line that it ends with.
 
 `TABLE` is run by `tests/methods/test_mistakes.py` (each in a process of its own where torch is not needed to know it,
-with a torch that cannot be imported) and, cold and with a clock, by `tests/campaigns/mistakes_cold.py`.
+with a torch that cannot be imported) and, cold and with a clock, by `tests/campaigns/test_mistakes_cold.py`.
 """
 
 from __future__ import annotations
@@ -295,15 +295,27 @@ PLACES = [
         trained_run("runs___sync"),
     ),
     Mistake("a run that is not there", "sync_r1.py --resume_from_checkpoint nowhere", "no folder"),
+    Mistake(
+        "prompts that three ranks cannot share",
+        "sync_r1.py --ranks_per_node 3",
+        "prompts_per_step: expected a multiple of the 3 ranks, got 16",
+    ),
+    Mistake(
+        "a model to merge out of reach",
+        "merge.py --base org/w --models org/a org/b --output o",
+        "org/a",
+        lines=3,
+        env=OFFLINE,
+    ),
     Mistake("a list of machines", "sync_r1.py --hostfile hosts", "hostfile"),
     Mistake("nothing to score", "evaluate.py --stage score --output_dir e", "run --stage generate first"),
     Mistake("nothing to merge", "merge.py --output o", "expected two or more folders", lines=2),
     Mistake(
         "half a model to merge",
-        "merge.py --base m --models m m --output o",
+        "merge.py --base m --models m n --output o",
         "the download was cut off",
-        model(weights="cut"),
-        lines=2,
+        both(model(weights="cut"), lambda folder: shutil.copytree(folder / "m", folder / "n")),
+        lines=3,
     ),
     Mistake("a result over another", "merge.py --base m --models m m --output m", "expected a new or empty", model()),
     Mistake("a node's agent by hand", "-m syncr1.engine.processes.nodes", "--hostfile FILE"),

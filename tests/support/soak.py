@@ -46,6 +46,8 @@ def short(*, completions, **_):
         time.sleep(float(slow.read_text() or 0))
     return [sum(map(ord, text)) * 7919 % 101 / 100 for text in completions]  # nothing that is ever learnt to the end
 '''
+PLAIN_RESTARTS = 1000
+"""torchrun counts over the whole run."""
 STUCK = 600.0
 """Seconds without a step after which the run is said to hang."""
 
@@ -85,12 +87,17 @@ def flags_of(folder: Path, asked: argparse.Namespace) -> list[str]:
         qwen = made_once(folder, "qwen", lambda path: text_policy("qwen2", max_position_embeddings=512).save(path))
         task = ["--model", str(qwen), "--data", str(folder / "data.jsonl"), "--learning_rate", "1e-3"]
         task += ["--reward_funcs", f"{folder / 'reward.py'}:short"]
+    recipe = str(ROOT / "recipes" / ("sync_r1.py" if asked.draw else "corl.py"))
+    if asked.plain:
+        places = ["--standalone", f"--nproc-per-node={asked.ranks}", f"--max-restarts={PLAIN_RESTARTS}"]
+        start, end = ["-m", "torch.distributed.run", *places, recipe], []
+    else:
+        start, end = [recipe], ["--ranks_per_node", str(asked.ranks), "--max_restarts", "20"]
     return [
-        *(str(ROOT / "recipes" / ("sync_r1.py" if asked.draw else "corl.py")), *task, "--seed", "3"),
+        *(*start, *task, "--seed", "3"),
         *("--zero_stage", str(asked.zero_stage), "--prompts_per_step", "2", "--num_generations", "2"),
         *("--max_completion_length", "4", "--max_steps", str(asked.steps), "--checkpointing_steps", "10"),
-        *("--eval_samples", "0", "--sample_steps", "0", "--logging_steps", "50"),
-        *("--ranks_per_node", str(asked.ranks), "--max_restarts", "20"),
+        *("--eval_samples", "0", "--sample_steps", "0", "--logging_steps", "50", *end),
     ]
 
 
@@ -153,7 +160,7 @@ class Night:
                     return
                 elif time.monotonic() >= next_one:
                     self._happen()
-                    next_one = time.monotonic() + self.chance.expovariate(1 / self.every)
+                    next_one = time.monotonic() + self.chance.gammavariate(2, self.every / 2)
         finally:
             self.launched.end()
 
@@ -228,6 +235,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between two disturbances, on average")
     parser.add_argument("--kills", type=int, default=0, help="end after so many kills instead of after --steps")
+    parser.add_argument("--plain", action="store_true", help="under torchrun itself instead of the recipe's launcher")
     parser.add_argument("--draw", action="store_true", help="Sync-R1 with pictures")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
