@@ -23,6 +23,7 @@ from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.methods.exit import run_to_exit
 from syncr1.engine.processes.launch import launch
 from syncr1.engine.settings.flags import parse
+from syncr1.engine.settings.rewards_given import without_stale_weights
 
 TINY = Path(__file__).with_name("corl_tiny.yaml")
 """Settings of the embedded default; the dataclass's own defaults are the paper's, for Janus-Pro."""
@@ -31,7 +32,9 @@ TINY = Path(__file__).with_name("corl_tiny.yaml")
 def main() -> None:
     given = [argument.split("=", 1)[0] for argument in sys.argv[1:]]
     embedded = not {"--model", "--data", "--config", "--help", "-h"} & set(given)
-    config = parse(CorlConfig, description=__doc__, default_yaml=TINY if embedded else None)
+    config = parse(
+        CorlConfig, without_stale_weights(sys.argv[1:]), description=__doc__, default_yaml=TINY if embedded else None
+    )
     config = launch(config, __file__)
     if embedded:
         print(f"syncr1: no --model and no --data: the tiny world, settings from recipes/{TINY.name}")

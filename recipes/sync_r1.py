@@ -10,6 +10,7 @@ python recipes/sync_r1.py --help                            every setting
 from __future__ import annotations
 
 import os
+import sys
 
 # Two processes that spin for each other's threads are many times slower than two that sleep; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,10 +21,11 @@ from syncr1.engine.methods.exit import run_to_exit
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.processes.launch import launch
 from syncr1.engine.settings.flags import parse
+from syncr1.engine.settings.rewards_given import without_stale_weights
 
 
 def main() -> None:
-    config = parse(SyncR1Config, description=__doc__)
+    config = parse(SyncR1Config, without_stale_weights(sys.argv[1:]), description=__doc__)
     config = launch(config, __file__)
     print("syncr1: loading torch and transformers ...", flush=True)
     from syncr1.engine.methods.sync_r1 import run

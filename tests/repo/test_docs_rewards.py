@@ -9,8 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
 import pytest
 import torch
+from made import cache_folder
+from recipe_cases import recipe_here
 
 from syncr1.engine import rewards
 from syncr1.engine.corl.config import CorlConfig
@@ -21,6 +25,7 @@ from syncr1.engine.rewards.scoring import score
 from syncr1.engine.rewards.yours.adapters import ADAPTERS
 from syncr1.engine.rewards.yours.custom import load_reward, reward_name
 from syncr1.engine.settings.flags import parse
+from syncr1.engine.settings.rewards_given import without_stale_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "rewards.md").read_text()
@@ -52,11 +57,56 @@ def test_the_judge_of_the_page_can_be_named(tmp_path: Path) -> None:
     assert "127.0.0.1" in repr(load_reward(f"{tmp_path}/my_rewards.py:judge()"))
 
 
-def test_commands_name_what_the_page_says() -> None:
-    first = next(line for block in blocks("bash") for line in block.splitlines())
-    config = parse(CorlConfig, shlex.split(first)[2:])
-    assert config.reward_funcs == ("accuracy", "format", "my_rewards.py:brightness")
-    assert config.reward_weights == (0.8, 0.8, 1.0)
+AESTHETICS = """
+def make():
+    def brightness(images, prompts, metadata):
+        return images.mean(dim=(1, 2, 3)), {}
+    return brightness
+"""
+SCORES = """
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    return {"score": float((ground_truth or "") in solution_str), "acc": True}
+"""
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in blocks("bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the page's file, and one for each other codebase."""
+    (tmp_path / "my_rewards.py").write_text(blocks("python")[0])
+    (tmp_path / "scores.py").write_text(SCORES)
+    (tmp_path / "aesthetics.py").write_text(AESTHETICS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "isolated@" not in " ".join(c)], ids=" ".join)
+def test_commands_run(command: list[str], workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As printed, but for training: settings, data, and a trial call of each function. An isolated one is another
+    process, which test_isolated.py starts."""
+    python, script, *flags = command
+    assert python == "python" and script.startswith("recipes/")
+    out, _ = recipe_here(capsys, script.removeprefix("recipes/"), *flags, "--dry_run")
+    own = [flag for flag in flags if ".py:" in flag]
+    assert own and f"rewards: {', '.join(map(reward_name, own))} loaded, and called once" in out
+
+
+def test_weights_go_with_the_names(workplace: Path) -> None:
+    """Those of the tiny world's settings are for its four rewards; a user's choice of others is not bound to them."""
+    flags = ["--reward_funcs", "accuracy", "my_rewards.py:brightness"]
+    tiny = ROOT / "recipes" / "corl_tiny.yaml"
+    assert parse(CorlConfig, without_stale_weights(flags), default_yaml=tiny).reward_weights == ()
+    assert parse(CorlConfig, without_stale_weights([]), default_yaml=tiny).reward_weights == (4.0, 0.3, 0.8, 0.8)
+    given = [*flags, "--reward_weights=.5", "2"]
+    assert without_stale_weights(given) == given
+    assert without_stale_weights(["--reward-funcs", "tim", "--reward-weights", "2"])[-1] == "2"
 
 
 def test_tables_name_what_there_is() -> None:
