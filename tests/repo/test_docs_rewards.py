@@ -18,10 +18,12 @@ from recipe_cases import recipe_here
 
 from syncr1.engine import rewards
 from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.judge.llm_judge import FIELDS
 from syncr1.engine.rewards.reward import columns_of
 from syncr1.engine.rewards.scoring import score
+from syncr1.engine.rewards.trial import try_rewards
 from syncr1.engine.rewards.yours.adapters import ADAPTERS
 from syncr1.engine.rewards.yours.custom import load_reward, reward_name
 from syncr1.engine.settings.flags import parse
@@ -86,16 +88,33 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "isolated@" not in " ".join(c)], ids=" ".join)
-def test_commands_run(command: list[str], workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As printed, but for training: settings, data, and a trial call of each function. An isolated one is another
-    process, which test_isolated.py starts."""
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_name_functions_that_work(command: list[str], workplace: Path) -> None:
+    """As printed: the settings are taken, and each function is loaded and called once. What `isolated@` does besides,
+    in a process of its own, is in test_isolated.py."""
     python, script, *flags = command
-    assert python == "python" and script.startswith("recipes/")
+    kind = {"recipes/corl.py": CorlConfig, "recipes/sync_r1.py": SyncR1Config}[script]
+    default = ROOT / "recipes" / "corl_tiny.yaml" if kind is CorlConfig else None
+    config = parse(kind, without_stale_weights(flags), default_yaml=default)
+    own = [spec.removeprefix("isolated@") for spec in config.reward_funcs if spec not in kind.REWARDS]
+    prompts = [
+        Prompt(id="a", task="t2i", text="a dog", segments=("image",), target="a dog"),
+        Prompt(id="b", task="oe", text="what is it?", segments=("text",), answer="a dog", qa_type="OE"),
+    ]
+    functions = {reward_name(spec): load_reward(spec) for spec in own}
+    assert python == "python" and functions
+    assert try_rewards(functions, prompts, image_size=8, encode=lambda text: [1], timeout=20.0) == []
+
+
+@pytest.mark.slow
+def test_a_dry_run_calls_them_too(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, script, *flags = next(command for command in COMMANDS if "identity" in command)
     out, _ = recipe_here(capsys, script.removeprefix("recipes/"), *flags, "--dry_run")
-    own = [flag for flag in flags if ".py:" in flag]
-    assert own and f"rewards: {', '.join(map(reward_name, own))} loaded, and called once" in out
+    assert "rewards: concise loaded, and called once on made-up trajectories" in out
+    (workplace / "my_rewards.py").write_text("def concise(completions): return completions")
+    sys.modules.pop(load_reward("my_rewards.py:concise").__module__)
+    _, err = recipe_here(capsys, script.removeprefix("recipes/"), *flags, "--dry_run", expected=2)
+    assert "end its parameters with **_" in err
 
 
 def test_weights_go_with_the_names(workplace: Path) -> None:
