@@ -19,7 +19,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from ..checkpoints.model_card import write_model_card
-from ..errors import RewardsFailed, RewardSpecError
+from ..errors import PictureError, RewardsFailed, RewardSpecError
 from ..evaluate.held_out import Evaluation, Evaluator
 from ..forward.objective import Objective
 from ..learn.credit import CreditRule
@@ -224,11 +224,12 @@ def train(
         Interrupts(display.note, watchdog.hurry) as interrupts,
     ):
         stop = StopRequests(trainer, checkpoints, interrupts, log, display.note)
-        first = trainer.step + 1
+        began = trainer.step
         try:
             trainer.train(stop)
-        except RewardsFailed:
-            if trainer.step > first:  # what was learnt until then
+        except (RewardsFailed, PictureError) as error:
+            together = isinstance(error, RewardsFailed)  # a picture that went bad ends one rank in the middle of a step
+            if trainer.step > began + together and (together or place()[1] == 1):
                 log.sync()
                 checkpoints.save(trainer)
                 checkpoints.wait()
