@@ -25,6 +25,7 @@ STAGES = {
     "pack": "packing",
     "score": "log-probabilities",
     "update": "update of the weights",
+    "evaluation": "scoring on held-out items",
 }
 """Stages of a step, as metrics.jsonl names their seconds."""
 PHOTOS = {

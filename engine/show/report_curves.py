@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from .charts import SMOOTH_FROM, line_chart, stacked_chart
 from .markup import section
-from .names import STAGES, reward_words
+from .names import STAGES, reward_words, task_words
 from .run_files import Points, Rows, Run, points
 
 SHARE = "share"
+MAX_LINES = 6
+"""Of one chart: as many as it has colours."""
 
 
 class Curve(NamedTuple):
@@ -77,7 +79,7 @@ SMOOTHED = f" Curves of {SMOOTH_FROM} steps and more are smoothed, over a faint 
 def curves(run: Run) -> str:
     """Every curve that the run has values for."""
     rows = run.rows
-    drawn = reward_chart(rows) + "".join(line_of(curve, rows) for curve in CURVES[:2])
+    drawn = reward_chart(rows) + held_out_chart(rows) + "".join(line_of(curve, rows) for curve in CURVES[:2])
     drawn += sampled_chart(rows) + stacked_chart("Time of a step", stages(rows), unit="seconds")
     drawn += "".join(line_of(curve, rows) for curve in CURVES[2:])
     lead = HOW_TO_READ + (SMOOTHED if len(rows) >= SMOOTH_FROM else "")
@@ -90,6 +92,20 @@ def reward_chart(rows: Rows, title: str = "Reward") -> str:
     metrics = {"reward": "total"} | {name: reward_words(name.split("/")[1]) for name in parts}
     note = "Mean over the step's trajectories; higher is better."
     return line_chart(title, _lines(rows, metrics), unit="reward", note=note)
+
+
+def held_out_chart(rows: Rows) -> str:
+    """Scores that were made on the way: the mean of the main ones, or what there is of them."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval/"))
+    shown = [name for name in names if name == "eval/score" or "/score/" in name or "/all_right/cnn" in name]
+    metrics = {name: _eval_words(name.removeprefix("eval/")) for name in shown[:MAX_LINES]}
+    note = "Held-out items, scored every eval_steps steps; training never sees them."
+    return line_chart("Held-out scores on the way", _lines(rows, metrics), unit="share right", note=note)
+
+
+def _eval_words(name: str) -> str:
+    task, _, measure = name.partition("/")
+    return "mean of main scores" if name == "score" else f"{task_words(task)}, {measure.replace('/', ' ')}"
 
 
 def line_of(curve: Curve, rows: Rows) -> str:

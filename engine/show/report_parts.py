@@ -147,6 +147,8 @@ def _part(part: Part, running: bool) -> str:
         last: Path = part.run.sheets[-1]
         picture = sheet(part.run, last, shrink=not running)
         samples = (
-            f"<details><summary>Samples of step {step_of(last, 0)}</summary>{picture}</details>" if picture else ""
+            f"<details><summary>Samples of step {step_of(part.run, last)}</summary>{picture}</details>"
+            if picture
+            else ""
         )
     return f'<article class="part" id="part-{words(part.name)}">{head}{own}{drawn}{samples}</article>'

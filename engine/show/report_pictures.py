@@ -148,9 +148,7 @@ def sheets(run: Run, running: bool = False) -> str:
         picture = sheet(run, paths[index], shrink=not running)
         is_open = " open" if position == len(chosen) - 1 else ""
         if picture:
-            blocks.append(
-                f"<details{is_open}><summary>Step {step_of(paths[index], index)}</summary>{picture}</details>"
-            )
+            blocks.append(f"<details{is_open}><summary>Step {step_of(run, paths[index])}</summary>{picture}</details>")
     left = len(run.sheets) - len(blocks)
     note = f'<p class="note">{left} more in samples/.</p>' if left and blocks else ""
     lead = "A row for each request, all trajectories of its group beside each other, the best reward first."
@@ -159,12 +157,12 @@ def sheets(run: Run, running: bool = False) -> str:
 
 def sheet(run: Run, path: Path, *, shrink: bool = True) -> str:
     """One sheet, as wide as it is, in a frame that scrolls; `shrink` as for `embed`."""
-    alt = f"Samples of step {step_of(path, 0)}, with requests, texts and rewards"
+    alt = f"Samples of step {step_of(run, path)}, with requests, texts and rewards"
     picture = embed(run.folder, path, alt, shrink=shrink)
     return f'<div class="scroll">{picture}</div>' if picture else ""
 
 
-def step_of(path: Path, otherwise: int) -> int:
-    """The step that a sheet is of, counted from 1."""
+def step_of(run: Run, path: Path) -> str:
+    """The step that a sheet is of, counted from 1 as curves are."""
     number = path.stem.removeprefix("step_")
-    return int(number) if number.isdecimal() else otherwise + 1
+    return str(int(number) + 1 - run.first_step) if number.isdecimal() and len(number) < 19 else number

@@ -83,8 +83,7 @@ def score_table(rows: Sequence[ScoreRow], before: str = "Before", after: str = "
 
 
 def _line(row: ScoreRow, head: Sequence[str]) -> str:
-    change = row.change or 0.0
-    way = "up" if change > 0 else "down" if change < 0 else ""
+    way = {"better": "up", "worse": "down", "unclear": ""}[direction(row)]
     marks = "".join(f' <span class="mark">{words(mark)}</span>' for mark in marks_of(row))
     items = getattr(row, "num_items", 0)
     cells = [
@@ -95,6 +94,12 @@ def _line(row: ScoreRow, head: Sequence[str]) -> str:
         cell(head[4], f"{words(show_change(row))}{_interval(row, 'change')}", f"number {way}"),
     ]
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def direction(row: ScoreRow) -> str:
+    """better or worse where the interval of the change leaves 0 out (or there is none), else unclear."""
+    low, high = interval_of(row, "change") or (row.change or 0.0, row.change or 0.0)
+    return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
 
 def shown(row: ScoreRow, when: str) -> str:

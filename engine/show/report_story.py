@@ -9,9 +9,9 @@ from .outcome import outcome_of
 from .pulse import duration
 from .report_cost import dgs_words, total_seconds
 from .report_heading import data_of, method_of, model_of
-from .report_scores import interval_of, interval_words, rows_of_run
+from .report_scores import direction, interval_of, interval_words, rows_of_run
 from .run_files import Rows, Run, ends, number_of, values_of
-from .scores import SUMMARY, ScoreRow, show_change, show_score
+from .scores import SUMMARY, ScoreRow, measures_in, show_change, show_score
 from .warnings import warnings_of
 
 BETTER_WORSE = ("What got better", "What got worse")
@@ -87,13 +87,9 @@ def changes(rows: Sequence[ScoreRow], compared: str = "", heads: tuple[str, str]
     if unclear:
         why = "the interval of the change holds 0" if sure else "the same score"
         parts.append(f'<p class="unclear">No clear change ({why}): {words(unclear)}.</p>')
+    explained = "; ".join(f"{name}: {said}" for name, said in measures_in(list(firsts.values())).items())
+    parts.append(f'<p class="note">{words(explained[:1].upper() + explained[1:])}</p>' if explained else "")
     return f'<div class="changes">{"".join(parts)}</div>'
-
-
-def direction(row: ScoreRow) -> str:
-    """better or worse where the interval of the change leaves 0 out (or there is none), else unclear."""
-    low, high = interval_of(row, "change") or (row.change or 0.0, row.change or 0.0)
-    return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
 
 def in_words(row: ScoreRow) -> str:

@@ -45,7 +45,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        return str(self.settings.get("run_name") or self.folder.resolve().name)
+        """What the run is called, or its folder."""
+        called = self.settings.get("run_name")
+        return called if isinstance(called, str) and called else self.folder.resolve().name
+
+    @property
+    def first_step(self) -> int:
+        """What its files call the first step: 1, and 0 in folders of older versions."""
+        return 0 if self.rows and self.rows[0].get("step") == 0 else 1
 
     @property
     def planned(self) -> int | None:

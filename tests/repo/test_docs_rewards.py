@@ -122,7 +122,7 @@ def test_weights_go_with_the_names(workplace: Path) -> None:
     tiny = ROOT / "recipes" / "corl_tiny.yaml"
     assert parse(CorlConfig, flags, default_yaml=tiny).reward_weights == ()
     assert parse(CorlConfig, [], default_yaml=tiny).reward_weights == (4.0, 0.3, 0.8, 0.8)
-    assert parse(CorlConfig, [*flags, "--reward_weights=.5", "2"], default_yaml=tiny).reward_weights == (0.5, 2.0)
+    assert parse(CorlConfig, [*flags, "--reward_weights", ".5", "2"], default_yaml=tiny).reward_weights == (0.5, 2.0)
     assert parse(CorlConfig, ["--config", str(tiny), *flags]).reward_weights == ()
 
 
