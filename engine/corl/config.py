@@ -174,8 +174,6 @@ class CorlConfig(TrainConfig):
     """--stage merge: folders of the models to merge."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (*TRAINING, corl_problems)
-    GOES_WITH: ClassVar[dict[str, str]] = {"reward_weights": "reward_funcs"}
-    """A list that says nothing about others than those of the embedded default."""
     REWARDS: ClassVar[tuple[str, ...]] = (*IMAGE_REWARDS[:2], *TEXT_REWARDS[:2], *IMAGE_REWARDS[2:], *TEXT_REWARDS[2:])
 
     def for_stage(self, training: Training, num_samples: int, **changes: Any) -> CorlConfig:

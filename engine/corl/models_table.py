@@ -58,7 +58,7 @@ def models_table(scores: Mapping[str, Scores]) -> Table:
     )
     table.add_column("task (items), measure", overflow="fold")
     for name in scores:
-        table.add_column(NAMES.get(name, name), justify="right", width=8)
+        table.add_column(NAMES.get(name, name), justify="right", width=8, overflow="fold")
     previous = None
     for found in rows.values():
         first = next(iter(found.values()))

@@ -157,7 +157,9 @@ def _of_split(folder: Path, split: str) -> list[Path]:
 
 def _instead(folder: Path, split: str) -> str:
     """What may be meant by a folder without a table."""
-    above = next((parent for parent in folder.resolve().parents if (parent / "concept" / "train").is_dir()), None)
+    here = folder.resolve()
+    concepts = (parent / "concept" for parent in here.parents)
+    above = next((c.parent for c in concepts if here.is_relative_to(c) and (c / "train").is_dir()), None)
     if above is not None:
         return f"did you mean the UnifyBench++ folder {above}?"
     return (

@@ -191,10 +191,15 @@ class _Folder:
         if not path.is_file():
             return []
         contents = read_json(path)
-        listed = contents.get(kind) if isinstance(contents, Mapping) and isinstance(kind, str) else None
+        lists = contents if isinstance(contents, Mapping) else {}
+        if not isinstance(kind, str) or kind not in lists:
+            raise DataError(
+                f"{self.train / 'info.json'}: generation_type must name one of the lists of {path}, "
+                f"{shown(sorted(map(str, lists)))}, got {shown(kind)}; name one, or remove that file"
+            )
+        listed = lists[kind]
         if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
-            told = f"{shown(kind)}, the generation_type in {self.train / 'info.json'}"
-            raise DataError(f"{path}: has no list of texts {told}")
+            raise DataError(f"{path}: {kind!r} must be a list of texts, got {shown(listed)}")
         return [text.replace("<sks>", f"<{self.name}>") for text in listed]
 
     def conditions(self, *, held_out: bool) -> tuple[Mapping[str, list[str]], Path]:

@@ -17,6 +17,8 @@ from .unifybench_files import PICTURE_SUFFIXES, read_json
 Method = Literal["sync_r1", "corl"]
 
 ROOT_NAMES = ("concept", "general", "random_images", "test_data", "concepts_list.json", "prompts_to_eval.json")
+PUBLISHED = ("template.json", "black_512x512.png", "world.json", "train_images.json")
+"""Lie in the published and in the rendered data and hold nothing to train on."""
 TRAIN_NAMES = (
     *("info.json", "conversations.json", "text_only.json", "t2i_conditions.json", "attributes.json"),
     *("positive_recognitions.json", "random_recognitions.json", "negative_example"),
@@ -42,6 +44,8 @@ def unused_files(root: Path) -> list[str]:
     names = _names(root)
     for split, known in (("train", TRAIN_NAMES), ("test", TEST_NAMES)):
         for folder in _inside(concept / split):
+            if folder.name in PUBLISHED:
+                continue
             if folder.name not in names:
                 why = "concepts_list.json does not name it" if split == "train" else f"no {concept / 'train'} beside it"
                 found.append(f"{folder.relative_to(root)}: not used; {why}")
@@ -68,7 +72,7 @@ def _inside(folder: Path) -> list[Path]:
 
 def _strangers(root: Path, folder: Path, known: Sequence[str], *, pictures: bool = True) -> Iterator[str]:
     for path in _inside(folder):
-        if path.name in known or (pictures and path.suffix.lower() in PICTURE_SUFFIXES):
+        if path.name in (*known, *PUBLISHED) or (pictures and path.suffix.lower() in PICTURE_SUFFIXES):
             continue
         where = path.relative_to(root)
         nearest = difflib.get_close_matches(path.name, known, n=1)

@@ -17,6 +17,7 @@ from ..errors import ConfigError, NoSplitError
 from ..records import Prompt
 from ..rewards.scorable import check_scorable
 from .check_data_config import CheckDataConfig
+from .data_checks import check_attributes
 from .sync_r1_config import SyncR1Config
 
 Say = Callable[[str], None]
@@ -37,6 +38,8 @@ def check(config: CheckDataConfig, say: Say = print) -> bool:
     if loaded.anchors:
         say(f"  anchors      {_counts(loaded.anchors)}")
     say(f"  held out     {_counts(p for some in loaded.held_out.values() for p in some)}")
+    with faults.here():
+        check_attributes(loaded.everything(), config.data)
     refs = pictures_of(loaded.everything())
     broken = broken_pictures(refs, say)
     say(f"  pictures     {len(refs)}" + (", all can be read" if refs and not broken else ""))

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from ..data.loaded import Loaded, load_chains, read_whole
 from ..data.opened import check_pictures, pictures_of
-from ..errors import PictureError
+from ..errors import DataError, PictureError
 from ..policies.auto import model_draws
 from ..processes.group import of_all_ranks
+from ..records import Prompt
 from ..rewards.scorable import check_scorable
 from ..settings.train_config import TrainConfig
+from ..world.attributes import VALUES
 from .foreign import check_own_world
 from .sync_r1_config import SyncR1Config
 
@@ -49,6 +51,7 @@ def check_usable(config: TrainConfig, loaded: Loaded, data: object, say: Say, na
         say: takes lines about what has no reward, and about progress.
         names: of the rewards where they are not those of the settings.
     """
+    check_attributes(loaded.everything(), data)
     if config.model is None:
         check_own_world(data, loaded.prompts, pictures_of(loaded.prompts))
     names = names or config.reward_funcs
@@ -56,6 +59,18 @@ def check_usable(config: TrainConfig, loaded: Loaded, data: object, say: Say, na
     for line in check_scorable(["remote_judge" if remote and n == "judge" else n for n in names], loaded.prompts, data):
         say(line)
     open_all(loaded, say)
+
+
+def check_attributes(prompts: Sequence[Prompt], data: object) -> None:
+    """Raises DataError where prompts have attributes that no reader knows: those of the rendered world are read."""
+    for prompt in prompts:
+        for name, value in (prompt.attributes or {}).items():
+            if value not in VALUES.get(name, ()):
+                raise DataError(
+                    f"{data}: prompt {prompt.id}: attributes: expected those of the rendered world "
+                    f"({', '.join(VALUES)}) with its values, got {name}: {value}; leave attributes out, a judge then "
+                    "scores the drawings"
+                )
 
 
 def open_all(loaded: Loaded, say: Say) -> None:

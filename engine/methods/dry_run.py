@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RewardSpecError
 from ..pictures import open_picture
 from ..policies.auto import policy_class
 from ..policies.base import Policy
 from ..processes.launch import Request, Start, count_gpus, decide
 from ..records import Prompt
+from ..rewards.trial import try_rewards
+from ..rewards.yours.custom import load_reward, reward_name
 from ..rollout.capacity import Sizes, check_plans, check_prompts
 from ..settings.schema import to_yaml
 from ..settings.train_config import TrainConfig
@@ -66,6 +68,7 @@ def show(
     Raises:
         ConfigError: a prompt that the model cannot take, or prompts that ranks cannot share.
         DataError, PictureError: data or a picture that cannot be read.
+        RewardSpecError: a reward of the user's own that cannot be loaded or called.
     """
     say(to_yaml(config, comments=False))
     start, lines = start_of(config)
@@ -75,6 +78,7 @@ def show(
     prompts = prompts_of(start.ranks)
     policy = policy_without_weights(config.model)
     check_batch(config, policy, prompts)
+    try_own_rewards(config, policy, prompts, say)
     say("memory of a rank on a GPU, estimated (reward models, CUDA itself and NCCL apart):")
     for line in memory_of(config, policy, prompts, start.ranks).lines():
         say(f"  {line}")
@@ -82,6 +86,22 @@ def show(
     for prompt in prompts:
         shown = f" [{prompt.image.name}]" if prompt.image else ""
         say(f"  {prompt.task:14}{shown} {prompt.text!r} -> {prompt.answer or prompt.target!r}")
+
+
+def try_own_rewards(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], say: Callable[[str], None]) -> None:
+    """Loads the user's own rewards and calls each once, as a run does; RewardSpecError where one fails."""
+    own = {reward_name(spec): load_reward(spec) for spec in config.reward_funcs if spec not in config.REWARDS}
+    problems = try_rewards(
+        own,
+        prompts,
+        image_size=policy.image_size,
+        encode=lambda text: policy.encode(text).tolist(),
+        timeout=config.reward_timeout,
+    )
+    if problems:
+        raise RewardSpecError("\n".join(problems))
+    if own:
+        say(f"rewards: {', '.join(own)} loaded, and called once on made-up trajectories")
 
 
 def check_batch(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> None:

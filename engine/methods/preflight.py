@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.hub import problems_with_hub
 from ..errors import ConfigError, refuse
 from ..rewards.judge.chat import ChatClient
 from . import hub_names
@@ -53,6 +54,7 @@ def check_start(config: Any) -> None:
         for download in downloads:
             size = gib(download.num_bytes) if download.num_bytes else "of unknown size"
             print(f"syncr1: to download: {download.wanted.setting} {download.wanted.name}, {size}", flush=True)
+        problems += problems_with_hub(config) if getattr(config, "push_to_hub", False) else []
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
 

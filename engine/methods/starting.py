@@ -67,7 +67,7 @@ def going_on(config: Config, meeting: Meeting) -> Config:
     if folder is not None:
         return replace(config, resume_from_checkpoint=folder)
     # Without a store that outlives a start, or with a job of Slurm's that came back: the newest run of that name.
-    again = meeting.world_size > 1 and (requeued() or (restarted() and meeting.kept is None))
+    again = meeting.world_size > 1 if requeued() else restarted() and meeting.kept is None
     return replace(config, resume_from_checkpoint=config.resume_from_checkpoint or "latest") if again else config
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checkpoints.hub import problems_with_hub, push, repository_of
 from ..checkpoints.model_card import write_model_card
-from ..errors import ConfigError, RewardsFailed, RewardSpecError
+from ..errors import ConfigError, PictureError, RewardsFailed, RewardSpecError
 from ..evaluate.held_out import Evaluation, Evaluator
 from ..forward.objective import Objective
 from ..learn.credit import CreditRule
@@ -276,11 +276,12 @@ def train(
             watchdog.mark("between steps", trainer.step)
             return requests()
 
-        first = trainer.step + 1
+        began = trainer.step
         try:
             trainer.train(stop)
-        except RewardsFailed:
-            if trainer.step > first:  # what was learnt until then
+        except (RewardsFailed, PictureError) as error:
+            together = isinstance(error, RewardsFailed)  # a picture that went bad ends one rank in the middle of a step
+            if trainer.step > began + together and (together or place()[1] == 1):
                 log.sync()
                 checkpoints.save(trainer)
                 checkpoints.wait()

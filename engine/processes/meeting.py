@@ -72,7 +72,8 @@ def meet(seconds: float = START_SECONDS) -> Meeting:
     """
     _as_one_process(os.environ)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if world_size == 1:
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if world_size == 1 and not agents:
         return Meeting(0, 1)
     deadline, where = time.monotonic() + seconds, f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
@@ -82,8 +83,7 @@ def meet(seconds: float = START_SECONDS) -> Meeting:
     except (dist.DistError, RuntimeError) as error:
         told = f"rank {rank} found no store at {where} within {seconds:g} s of its start ({str(error)[:200]})"
         raise RankFailed(f"{told}: rank 0 or the launcher is gone, or a firewall is between") from error
-    store = dist.PrefixStore(str(start), shared)
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.PrefixStore(str(start), shared) if world_size > 1 else None
     meeting = Meeting(rank, world_size, start, store, shared if agents else None)
     refused = meeting.left(REFUSED)
     if refused is not None:
@@ -96,7 +96,7 @@ def _host(shared: Any, world_size: int, deadline: float) -> int:
     start = int(shared.add("starts", 1))
     here, answered, missing = [f"{start}/here/{rank}" for rank in range(1, world_size)], set[str](), list[str]()
     shared.append("hello", "")
-    while not shared.check(here):
+    while here and not shared.check(here):
         words = {line.partition(" ")[2] for line in shared.get("hello").decode().splitlines()}
         for word in words - answered:
             shared.set(f"welcome/{word}", str(start))

@@ -53,7 +53,7 @@ def parse(
             values = read_yaml(config_type, flags.config_file)
         except ConfigError as error:
             problems += str(error).splitlines()
-    values |= flags.values
+    values = _beneath(config_type, values, flags.values)
     if default_yaml is not None and values.get("model") is None:
         values = _beneath(config_type, read_yaml(config_type, Path(default_yaml)), values)
     if problems:  # rules over several settings would complain of what a misspelt flag was to give

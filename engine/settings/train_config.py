@@ -233,6 +233,8 @@ class TrainConfig(Settings):
     needed."""
 
     RULES: ClassVar[tuple[Rule, ...]] = TRAINING
+    GOES_WITH: ClassVar[dict[str, str]] = {"reward_weights": "reward_funcs"}
+    """A list that says nothing of others than those that it was written with."""
     REWARDS: ClassVar[tuple[str, ...]] = ()
     """What reward_funcs may name beside functions of a user's own."""
     RENAMED: ClassVar[Mapping[str, str]] = RENAMED

@@ -7,6 +7,7 @@ Where stdout is not a terminal (a log file, CI) the bar becomes a plain line eve
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -243,12 +244,22 @@ def _measure(row: ScoreRow) -> Text:
 
 
 def _score(value: float | None, interval: Interval | None, unit: str) -> str:
-    return f"{show_score(value, unit).removesuffix(' %')} {show_interval(interval, unit)}".strip()
+    return _fitting(f"{show_score(value, unit).removesuffix(' %')} {show_interval(interval, unit)}", WIDTHS[1])
 
 
 def _coloured(row: ScoreRow) -> Text:
     """The sign says which way as well as the colour, which only a change that is sure gets."""
     sure = row.change_interval is None or not row.change_interval[0] <= 0 <= row.change_interval[1]
     change = (row.change or 0.0) if sure else 0.0
-    shown = f"{show_change(row)} {show_interval(row.change_interval, row.unit, signed=True)}".strip()
-    return Text(shown, "green" if change > 0 else "red" if change < 0 else "")
+    shown = f"{show_change(row)} {show_interval(row.change_interval, row.unit, signed=True)}"
+    return Text(_fitting(shown, WIDTHS[3]), "green" if change > 0 else "red" if change < 0 else "")
+
+
+def _fitting(text: str, width: int) -> str:
+    """A score and its interval: `.473 [.45, .49]`, the interval on lines of its own where both are too long."""
+    text = text.strip()
+    if len(text) > width:
+        text = re.sub(r"(?<!\d)0\.", ".", text)
+    if len(text) > width:
+        text = text.replace(" [", "\n[")
+    return text if max(map(len, text.split("\n"))) <= width else text.replace(", ", ",\n")

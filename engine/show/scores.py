@@ -313,7 +313,8 @@ def show_interval(interval: Interval | None, unit: str = "%", *, signed: bool = 
     sign = "+" if signed else ""
     if unit.startswith("%"):
         return f"[{100 * interval[0]:{sign}.0f}, {100 * interval[1]:{sign}.0f}]"
-    return f"[{interval[0]:{sign}.2f}, {interval[1]:{sign}.2f}]"
+    form = f"{sign}.2f" if max(map(abs, interval)) < 100 else f"{sign}.3g"
+    return f"[{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
 def show_change(row: ScoreRow) -> str:

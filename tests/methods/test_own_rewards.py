@@ -12,13 +12,20 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import warm
 from helpers import ROOT, own_process_group, rows_of, sharp_policy
+from made import cache_folder
 from PIL import Image
 from recipe_cases import recipe_here
 
+from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.corl.training_data import check_data
 from syncr1.engine.errors import ConfigError, PictureError, RewardsFailed, RewardSpecError
+from syncr1.engine.methods.data_checks import checked_chains
 from syncr1.engine.methods.sync_r1 import run
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.records import Prompt
+from syncr1.engine.rewards.scorable import NEEDS, check_scorable
 from syncr1.engine.settings.flags import parse
+from syncr1.engine.world.embedded import prepare_x2x, world_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 SMALL = ("--prompts_per_step", 2, "--num_generations", 2, "--max_completion_length", 4, "--anchor_fraction", 0)
@@ -168,6 +175,37 @@ def test_broken_photos_are_found_before_anything_is_trained(place: Path, model: 
         sync_r1(place, model, "--dry_run", data="seen.jsonl")
 
 
+def test_a_photo_that_goes_bad_later_leaves_a_checkpoint(place: Path, model: Path) -> None:
+    photos(place, broken=0, count=2)
+    spoils = "from pathlib import Path\ncalls = 0\n\ndef spoils(*, completions, image, **_):\n    global calls\n"
+    spoils += (
+        "    calls += 1\n    [p.write_bytes(b'') for p in image if calls == 3]\n    return [1.0] * len(completions)\n"
+    )
+    (place / "spoils.py").write_text(spoils)
+    flags = ("--max_steps", 5, "--checkpointing_steps", 0, "--reward_funcs", f"{place}/spoils.py:spoils")
+    with pytest.raises(PictureError, match=r"\.jpg: cannot be read"):
+        sync_r1(place, model, *flags, data="seen.jsonl")
+    assert len(rows_of(place / "run")) == 2 and (place / "run" / "checkpoints" / "step_000002").is_dir()
+
+
+def test_needs_are_known_of_every_built_in_reward() -> None:
+    """One that is missing there would pass for a user's own, which may need anything."""
+    assert {*SyncR1Config.REWARDS, *CorlConfig.REWARDS} <= NEEDS.keys()
+
+
+def test_prompts_without_a_reward_are_counted() -> None:
+    """Some of the prompts: said, by task and with what is missing; the judge behind an address needs no target."""
+    prompts = [
+        Prompt(id=str(n), task=task, text="x", segments=(kind,))
+        for n, (task, kind) in enumerate([("qa", "text"), ("qa", "text"), ("t2i", "image")])
+    ]
+    (said,) = check_scorable(["text", "remote_judge"], prompts, "rows")
+    assert said.startswith("2 of 3 prompts have no reward and teach nothing (2 of task qa): text needs a text and an")
+    with pytest.raises(ConfigError, match="any of the 3 prompts of rows"):
+        check_scorable(["text", "judge", "identity"], prompts, "rows")
+    assert check_scorable(["text", "mine.py:f"], prompts, "rows") == []
+
+
 @pytest.mark.parametrize("recipe", ["sync_r1.py", "corl.py"])
 def test_the_tiny_base_refuses_photographs(place: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Before the base is made: no minutes are lost on it."""
@@ -175,6 +213,16 @@ def test_the_tiny_base_refuses_photographs(place: Path, recipe: str, capsys: pyt
     flags = ("--data", place / "seen.jsonl", "--output_dir", place / "run", "--prompts_per_step", 2)
     _, err = recipe_here(capsys, recipe, *flags, expected=2)
     assert "model: none is given, and" in err and "64x48" in err and "Janus-Pro-1B" in err and "Traceback" not in err
+
+
+def test_a_copy_of_the_rendered_world_is_taken_without_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its words, its pictures, no file that nothing reads: nothing to say, by either recipe."""
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
+    said: list[str] = []
+    world, x2x = world_folder(), prepare_x2x()
+    assert len(checked_chains(settings(data=world), world, said.append).prompts) > 1000
+    check_data(CorlConfig(data=str(x2x)), said.append)
+    assert said == []
 
 
 def settings(**changes: Any) -> SyncR1Config:

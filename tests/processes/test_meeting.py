@@ -148,3 +148,16 @@ def test_a_save_by_one_alone_ends_at_once(starts: Starts) -> None:
     assert time.monotonic() - start < 15
     told = "rank 0 came to saving the model at step 1, update, and rank 1 went on without"
     assert told in starts.said(0) and told in starts.said(1)
+
+
+def goes_on_alone(rank: int, folder: Path) -> None:
+    meeting = meet(20)
+    join(meeting, 20)
+    meeting.keep("first", str(meeting.start))
+    (folder / "done_0").write_text(f"{meeting.start} {meeting.left('first')} {dist.get_world_size()}")
+
+
+def test_one_rank_knows_its_starts(tmp_path: Path) -> None:
+    starts = Starts(tmp_path, ranks=1)
+    assert starts.start(goes_on_alone) == starts.start(goes_on_alone) == [0]
+    assert (tmp_path / "done_0").read_text() == "2 1 1"

@@ -115,11 +115,24 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text("{}")
     (tmp_path / "runs" / "evaluate").mkdir()
-    for name in ("prompts.jsonl", "evaluation_metadata.jsonl", "runs/evaluate/manifest.json"):
+    files = ("my_rewards.py", "scores.py", "aesthetics.py")  # what is in them: test_docs_rewards.py
+    for name in ("prompts.jsonl", "evaluation_metadata.jsonl", "runs/evaluate/manifest.json", *files):
         (tmp_path / name).write_text("{}")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize("page", with_blocks("bash"))
+def test_a_shell_reads_the_commands_as_they_stand(page: str) -> None:
+    """Parentheses without quotes, a line that goes on where nothing follows: what shlex lets pass."""
+    for block in blocks(page, "bash"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+def test_commands_are_marked_as_such() -> None:
+    """Under another name no test would find them; inline ones stand in a block, too, or say the recipe alone."""
+    assert [page for page in PAGES if blocks(page, "sh") or blocks(page, "shell") or blocks(page, "console")] == []
 
 
 @pytest.mark.parametrize("page", with_blocks("bash"))

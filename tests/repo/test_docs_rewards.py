@@ -9,15 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
 import pytest
 import torch
+from made import cache_folder
+from recipe_cases import recipe_here
 
 from syncr1.engine import rewards
 from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.judge.llm_judge import FIELDS
 from syncr1.engine.rewards.reward import columns_of
 from syncr1.engine.rewards.scoring import score
+from syncr1.engine.rewards.trial import try_rewards
 from syncr1.engine.rewards.yours.adapters import ADAPTERS
 from syncr1.engine.rewards.yours.custom import load_reward, reward_name
 from syncr1.engine.settings.flags import parse
@@ -52,11 +58,72 @@ def test_the_judge_of_the_page_can_be_named(tmp_path: Path) -> None:
     assert "127.0.0.1" in repr(load_reward(f"{tmp_path}/my_rewards.py:judge()"))
 
 
-def test_commands_name_what_the_page_says() -> None:
-    first = next(line for block in blocks("bash") for line in block.splitlines())
-    config = parse(CorlConfig, shlex.split(first)[2:])
-    assert config.reward_funcs == ("accuracy", "format", "my_rewards.py:brightness")
-    assert config.reward_weights == (0.8, 0.8, 1.0)
+AESTHETICS = """
+def make():
+    def brightness(images, prompts, metadata):
+        return images.mean(dim=(1, 2, 3)), {}
+    return brightness
+"""
+SCORES = """
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    return {"score": float((ground_truth or "") in solution_str), "acc": True}
+"""
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in blocks("bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the page's file, and one for each other codebase."""
+    (tmp_path / "my_rewards.py").write_text(blocks("python")[0])
+    (tmp_path / "scores.py").write_text(SCORES)
+    (tmp_path / "aesthetics.py").write_text(AESTHETICS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_name_functions_that_work(command: list[str], workplace: Path) -> None:
+    """As printed: the settings are taken, and each function is loaded and called once. What `isolated@` does besides,
+    in a process of its own, is in test_isolated.py."""
+    python, script, *flags = command
+    kind = {"recipes/corl.py": CorlConfig, "recipes/sync_r1.py": SyncR1Config}[script]
+    default = ROOT / "recipes" / "corl_tiny.yaml" if kind is CorlConfig else None
+    config = parse(kind, flags, default_yaml=default)
+    own = [spec.removeprefix("isolated@") for spec in config.reward_funcs if spec not in kind.REWARDS]
+    prompts = [
+        Prompt(id="a", task="t2i", text="a dog", segments=("image",), target="a dog"),
+        Prompt(id="b", task="oe", text="what is it?", segments=("text",), answer="a dog", qa_type="OE"),
+    ]
+    functions = {reward_name(spec): load_reward(spec) for spec in own}
+    assert python == "python" and functions
+    assert try_rewards(functions, prompts, image_size=8, encode=lambda text: [1], timeout=20.0) == []
+
+
+@pytest.mark.slow
+def test_a_dry_run_calls_them_too(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, script, *flags = next(command for command in COMMANDS if "identity" in command)
+    out, _ = recipe_here(capsys, script.removeprefix("recipes/"), *flags, "--dry_run")
+    assert "rewards: concise loaded, and called once on made-up trajectories" in out
+    (workplace / "my_rewards.py").write_text("def concise(completions): return completions")
+    sys.modules.pop(load_reward("my_rewards.py:concise").__module__)
+    _, err = recipe_here(capsys, script.removeprefix("recipes/"), *flags, "--dry_run", expected=2)
+    assert "end its parameters with **_" in err
+
+
+def test_weights_go_with_the_names(workplace: Path) -> None:
+    """Those of the tiny world's settings are for its four rewards; a user's choice of others is not bound to them."""
+    flags = ["--reward_funcs", "accuracy", "my_rewards.py:brightness"]
+    tiny = ROOT / "recipes" / "corl_tiny.yaml"
+    assert parse(CorlConfig, flags, default_yaml=tiny).reward_weights == ()
+    assert parse(CorlConfig, [], default_yaml=tiny).reward_weights == (4.0, 0.3, 0.8, 0.8)
+    assert parse(CorlConfig, [*flags, "--reward_weights", ".5", "2"], default_yaml=tiny).reward_weights == (0.5, 2.0)
+    assert parse(CorlConfig, ["--config", str(tiny), *flags]).reward_weights == ()
 
 
 def test_tables_name_what_there_is() -> None:

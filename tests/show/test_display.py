@@ -115,6 +115,30 @@ def test_the_whole_width_of_numbers_fits() -> None:
         assert len(line.rstrip()) <= 80 and line.count("[") == 3 and "100.0 [99, 100]" in line
 
 
+def test_numbers_that_are_no_shares_fit() -> None:
+    """A likeness, and a reward on a scale of its own, whose interval gets a line: nothing is cut."""
+    ids = [str(i) for i in range(40)]
+
+    def side(shift: float) -> dict[str, Any]:
+        values = {
+            "pure_gen/identity": [0.4 + shift / 100 + i / 200 for i in range(40)],
+            "t2i/reward/mine": [-3.2e7 + i * shift for i in range(40)],
+        }
+        kept = {name: Measured.of(ids, some) for name, some in values.items()}
+        flat = {name: one.value for name, one in kept.items()}
+        return {**flat, PER_ITEM: {name: one.to_json() for name, one in kept.items()}}
+
+    lines = [line.rstrip() for line in printed(side(1.0), side(2.0)).splitlines()]
+    likeness = next(line for line in lines if "likeness, by own tower" in line)
+    assert re.search(r"tower +\.\d+ \[\.\d\d, \.\d\d\] +\.\d+ \[\.\d\d, \.\d\d\] +\+", likeness), likeness
+    mine = next(i for i, line in enumerate(lines) if line.startswith("  mine"))
+    assert lines[mine].split() == ["mine", "-3.2e+07", "-3.2e+07", "+19.5"]
+    assert "".join(lines[mine + 1 : mine + 3]).split() == [
+        *("[-3.2e+07,", "[-3.2e+07,", "[+15.61,", "+23.09]", "-3.2e+07]", "-3.2e+07]"),
+    ]
+    assert max(map(len, lines)) <= 80
+
+
 def test_table_of_an_interrupted_run() -> None:
     rows = score_rows(SCORES_BEFORE, None)
     assert all(row.after is None and row.change is None for row in rows)

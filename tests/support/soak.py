@@ -217,7 +217,7 @@ def compare(folder: Path, figures: Figures) -> None:
     """Metrics and weights of both runs, to the last bit."""
     quiet, loud = folder / "quiet", folder / "loud"
     one, other = metrics_of(quiet), metrics_of(loud)
-    if [row["step"] for row in other] != list(range(figures.steps)):
+    if [row["step"] for row in other] != list(range(1, figures.steps + 1)):
         figures.wrong.append(f"{len(other)} rows of metrics for {figures.steps} steps")
     differ = [row["step"] for row, twin in zip(one, other, strict=False) if row != twin]
     if differ:
