@@ -133,7 +133,7 @@ def _become(command: Sequence[str]) -> NoReturn:
         os.execvp(command[0], list(command))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"nodes: expected {command[0]}, got none: {command[0]} is not on this machine's PATH; add it there, or start "
+            f"nodes: expected {command[0]}, got none: {command[0]} is not on this machine's PATH; add it, or start "
             "without nodes"
         ) from error
 
