@@ -16,7 +16,7 @@ from syncr1.engine.errors import ConfigError
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.settings.flags import parse
-from syncr1.engine.settings.habits import respelled
+from syncr1.engine.settings.habits import of_override
 from syncr1.engine.settings.renamed import DIFFUSERS, OF_EVALUATION, RENAMED, TRL, VALUES, VERL
 from syncr1.engine.settings.rules import hub_problems
 from syncr1.engine.settings.schema import choices, from_yaml, settings_of, unknown_name
@@ -72,8 +72,8 @@ def test_every_argument_of_trl_is_ours_or_has_a_remedy() -> None:
 def test_every_argument_of_diffusers_and_verl_is_ours_or_has_a_remedy() -> None:
     assert sorted({*DREAMBOOTH.split(), *TEXT_TO_IMAGE.split()} - OURS.keys() - RENAMED.keys()) == []
     for line in VERL_EXAMPLE.split():
-        _, problems = respelled([line], SyncR1Config)
-        assert len(problems) == 1 and "unknown here; " in problems[0] and "did you mean" not in problems[0], line
+        told = of_override(line, SyncR1Config)
+        assert told is not None and "unknown here; " in told and "did you mean" not in told, line
 
 
 @pytest.mark.parametrize("table", [TRL, DIFFUSERS, VERL, RENAMED], ids=["trl", "diffusers", "verl", "all"])
