@@ -13,7 +13,7 @@ from helpers import PlainJanus, make_prompt, sampled, sharp_policy, world_photo
 from text_models import own_cache
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
-from syncr1.engine.policies.janus import UNCONDITIONAL_PADS, JanusPolicy
+from syncr1.engine.policies.janus import FEWEST_DRAWN, UNCONDITIONAL_PADS, JanusPolicy
 from syncr1.engine.rollout.sampler import Sampling, generate
 from syncr1.engine.world.tiny_janus import ASSISTANT, BOI, BOS, EOI, EOS, IMAGE, PAD
 
@@ -193,3 +193,24 @@ def test_vision_features_tell_pictures_apart(policy: JanusPolicy, tmp_path: Path
     assert features.shape[0] == 2 and features.dtype == torch.float32 and (features[0] - features[1]).abs().max() > 1e-3
     copy = policy.frozen_copy()
     assert not any(p.requires_grad for p in copy.parameters()) and torch.equal(copy.vision_features(images), features)
+
+
+def test_pictures_that_are_alike_are_drawn_once(policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets its own picture, as when all are drawn; the decoder is given no fewer than it rounds alike."""
+    decoder = policy.model.model.vqmodel
+    decode, given = decoder.decode, []
+
+    def counted(tokens: torch.Tensor) -> torch.Tensor:
+        given.append(len(tokens))
+        return decode(tokens)
+
+    monkeypatch.setattr(decoder, "decode", counted)
+    generator = torch.Generator().manual_seed(0)
+    codebook = decoder.quantize.embedding.weight.shape[0]
+    different = torch.randint(codebook, (5, policy.num_image_tokens), generator=generator)
+    which = torch.randint(5, (80,), generator=generator)
+    drawn = policy.draw(different[which])
+    few = policy.draw(different)
+    assert given == [FEWEST_DRAWN, 5]
+    torch.testing.assert_close(drawn, few[which], rtol=0, atol=1e-5)
+    assert len({picture.numpy().tobytes() for picture in drawn}) == 5

@@ -79,6 +79,7 @@ SHELLS = {
         "engine/rewards/yours/isolated.py",
     ),
     "kernels/triton_ops/aot.py",
+    "recipes/install.py",
 }
 """Files that may start programs, with a list of words each."""
 
@@ -116,7 +117,7 @@ def test_modules_that_unpickle_listen_or_unpack_are_not_imported() -> None:
 
 
 def test_programs_are_started_from_words() -> None:
-    """No shell, and only where a run needs it: its commit, a compiler, the other machines."""
+    """No shell, and only where it is needed: a run's commit, a compiler, the other machines, the installer."""
     users = {name for name, tree in sources() for _, module in imports(tree, name) if module == "subprocess"}
     assert {name for name in users if not name.startswith("bench/")} <= SHELLS
     for name, function, call in all_calls():
