@@ -99,7 +99,7 @@ def costs_table(results: dict[str, list[dict[str, float]]]) -> str:
 
 def write_results(output: Path, results: dict[str, list[dict[str, float]]]) -> None:
     """Adds the variants to what the file has, with the versions and the commit that they were measured with."""
-    from syncr1.engine.show.runlog import environment
+    from syncr1.engine.show.environment import environment
 
     known = json.loads(output.read_text()) if output.is_file() else {}
     output.parent.mkdir(parents=True, exist_ok=True)

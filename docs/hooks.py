@@ -23,7 +23,7 @@ from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.settings.renamed import DIFFUSERS, TRL, VERL
-from syncr1.engine.settings.schema import to_yaml
+from syncr1.engine.settings.yaml_files import to_yaml
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig

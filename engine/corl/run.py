@@ -288,7 +288,7 @@ def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
 def dry_run(config: CorlConfig) -> None:
     """Prints each training's settings, plan, memory and first prompts, without loading a model's weights."""
     from ..methods.dry_run import show
-    from ..settings.schema import to_yaml
+    from ..settings.yaml_files import to_yaml
     from .parts import data_of
 
     if config.stage == "merge":

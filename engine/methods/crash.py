@@ -131,7 +131,7 @@ def _last_metrics() -> list[str]:
 
 
 def _settings(config: object) -> list[str]:
-    from ..settings.schema import to_yaml
+    from ..settings.yaml_files import to_yaml
 
     try:
         return to_yaml(config, comments=False).splitlines()

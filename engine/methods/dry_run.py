@@ -18,8 +18,8 @@ from ..records import Prompt
 from ..rewards.trial import try_rewards
 from ..rewards.yours.custom import load_reward, reward_name
 from ..rollout.capacity import Sizes, check_plans, check_prompts
-from ..settings.schema import to_yaml
 from ..settings.train_config import TrainConfig
+from ..settings.yaml_files import to_yaml
 from .memory import memory_of
 
 

@@ -44,8 +44,9 @@ from ..learn.trainer import Prompts, Trainer
 from ..processes.group import place
 from ..processes.run_folder import numbered
 from ..processes.watchdog import gathering
-from ..settings.schema import at_defaults, to_yaml
+from ..settings.schema import at_defaults
 from ..settings.train_config import TrainConfig
+from ..settings.yaml_files import to_yaml
 
 FREE = frozenset(
     {

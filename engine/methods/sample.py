@@ -23,7 +23,7 @@ from ..evaluate.sources import load_items
 from ..policies.auto import model_draws
 from ..processes.launch import unused_folder
 from ..records import Prompt, Rollout
-from ..settings.schema import to_yaml
+from ..settings.yaml_files import to_yaml
 from ..show.sheets import MAX_ROWS, sheet_of_models, to_picture
 from ..world.embedded import world_folder
 from .model import Model, prompt_of

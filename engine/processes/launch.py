@@ -35,8 +35,7 @@ Config = TypeVar("Config")
 How = Literal["here", "rank", "torchrun", "hosts", "srun", "srun_task"]
 PORTS = range(15000, 30000)
 """For the rendezvous: below those that systems hand out by themselves."""
-RENDEZVOUS_SECONDS = 600
-"""How long the nodes wait for each other at the start."""
+RENDEZVOUS_SECONDS = 600  # that the nodes wait for each other at the start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

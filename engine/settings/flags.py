@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from ..errors import ConfigError, refuse, shown
 from .flags_help import help_text
 from .habits import of_override
-from .schema import Setting, coerce, out_of_range, read_yaml, settings_of, to_yaml, unknown_name, wrong_type
+from .schema import Setting, coerce, out_of_range, settings_of, unknown_name, wrong_type
+from .yaml_files import read_yaml, to_yaml
 
 Config = TypeVar("Config")
 

@@ -15,34 +15,26 @@ Everything is on disk as soon as it is known, so an interrupted run can be read 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import math
 import os
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from syncr1.kernels.api import attention_provider
-from syncr1.kernels.dispatch import available
 
 from ..errors import ConfigError, Preempted
 from ..processes.launch import restarted
 from ..processes.run_folder import LONG_PATIENCE, PATIENCE, FolderLock
 from ..records import Rollout, StepMetrics
-from ..settings.schema import to_yaml
+from ..settings.yaml_files import to_yaml
 from ..whole_files import write_atomically
 from . import recent, sheets
+from .environment import environment
 from .examples import Reading, write_examples
 from .live_page import LivePage
 from .measured import PER_ITEM, dumps
@@ -52,7 +44,6 @@ from .scores import Scores, flatten_scores, score_rows
 from .sheets import Rewards, as_rewards
 from .trackers import Trackers, completions_of
 
-PACKAGES = ("syncr1", "torch", "transformers", "deepspeed", "triton", "tokenizers", "safetensors", "numpy", "pillow")
 MAX_FOLDERS = 10_000
 MAX_REASON = 500
 """Characters of an error that the report shows; the terminal has all of it."""
@@ -342,49 +333,12 @@ def _claim_folder(wanted: Path, config_yaml: str) -> Path:
     raise ConfigError(f"output_dir: expected a free name near {wanted}, got {MAX_FOLDERS} runs; choose another one")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, commit, device and command of this process; no environment variables, which may hold secrets."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    cuda = torch.cuda.is_available()
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores",
-        "backends": available(),
-        "attention": attention_provider("cuda" if cuda else "cpu"),
-        "ranks": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file is in, `-dirty` with changes; None without one (an installed wheel)."""
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():
-        return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None  # no git, or no commit yet
-    return done.stdout.strip()
-
-
 def _sample_row(step: int, rollout: Rollout, rewards: Mapping[str, float | None]) -> dict[str, Any]:
     prompt = rollout.prompt
+    asked = {"id": prompt.id, "task": prompt.task, "prompt": prompt.text}
     return {
         "step": step,
-        "id": prompt.id,
-        "task": prompt.task,
-        "prompt": prompt.text,
+        **asked,
         "member": rollout.member,
         "text": rollout.text,
         "answer": prompt.answer,

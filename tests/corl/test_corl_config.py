@@ -10,7 +10,8 @@ import pytest
 
 from syncr1.engine.corl.config import CorlConfig, Training
 from syncr1.engine.errors import ConfigError
-from syncr1.engine.settings.schema import from_yaml, settings_of, to_yaml
+from syncr1.engine.settings.schema import settings_of
+from syncr1.engine.settings.yaml_files import from_yaml, to_yaml
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 

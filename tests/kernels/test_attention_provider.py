@@ -16,7 +16,7 @@ import torch
 from syncr1.engine.methods.starting import fuse_kernels
 from syncr1.engine.settings.train_config import TrainConfig
 from syncr1.engine.show.display import Display
-from syncr1.engine.show.runlog import environment
+from syncr1.engine.show.environment import environment
 from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.tiny_janus import build_policy
 from syncr1.kernels import attention

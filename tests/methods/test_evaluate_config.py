@@ -13,7 +13,8 @@ from helpers import ROOT, environment
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.settings.flags import parse
-from syncr1.engine.settings.schema import from_yaml, settings_of, to_yaml
+from syncr1.engine.settings.schema import settings_of
+from syncr1.engine.settings.yaml_files import from_yaml, to_yaml
 
 
 def test_defaults_work_and_survive_yaml() -> None:

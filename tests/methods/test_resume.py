@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,18 +22,18 @@ import warm
 import yaml
 from helpers import ROOT, everything_partitioned, own_process_group, rows_of, sharp_policy
 from made import world_folder as make_world
-from resume_cases import FullDisk, Training, assert_same, config_of, differences, leave
+from resume_cases import FullDisk, HeldDisk, Training, assert_same, config_of, differences, leave, rewritten
 
 from syncr1.engine.checkpoints import sharded as checkpoint
 from syncr1.engine.checkpoints.random_states import load_random_state, random_state
-from syncr1.engine.checkpoints.sharded import folders, save, verified
+from syncr1.engine.checkpoints.sharded import folders, verified
 from syncr1.engine.data.prompts import load_training_prompts
 from syncr1.engine.errors import CheckpointError, ConfigError
 from syncr1.engine.learn.schedule import learning_rate
 from syncr1.engine.methods.resume import _check_fits, check_settings, resume_point
 from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.rewards.ensemble import RewardSet
-from syncr1.engine.settings.schema import to_yaml
+from syncr1.engine.settings.yaml_files import to_yaml
 from syncr1.engine.show.runlog import RunLog
 
 NORM = "model.model.language_model.norm.weight"
@@ -106,21 +105,6 @@ def test_random_states_come_back() -> None:
 def test_a_save_changes_nothing(world: Path, rewards: RewardSet, tmp_path: Path) -> None:
     saving = Training(config_of(), world, tmp_path / "a", rewards).to(2, saving=True)
     assert_same(saving, Training(config_of(), world, tmp_path / "b", rewards).to(2))
-
-
-class HeldDisk:
-    """`os` on a disk that writes nothing until it is let go."""
-
-    def __init__(self) -> None:
-        self.go, self.asked = threading.Event(), threading.Event()
-
-    def __getattr__(self, name: str) -> Any:
-        return self._write if name == "write" else getattr(os, name)
-
-    def _write(self, *arguments: Any) -> int:
-        self.asked.set()
-        assert self.go.wait(60)
-        return os.write(*arguments)
 
 
 def test_training_goes_on_while_it_is_saved(
@@ -328,19 +312,6 @@ def test_a_state_of_another_making_is_refused(
     training = Training(whole.trainer.config, world, run_folder / "checkpoints", whole.rewards)
     with pytest.raises(CheckpointError, match=f"resuming from .*step_000003: .*({said})"):
         training.resume(3)
-
-
-def rewritten(folder: Path, change: dict[str, Any]) -> Path:
-    """The checkpoint with entries of its state, or with tensors ("kind/…"), changed; None: left out."""
-    before = verified(folder)
-    state, tensors = dict(before.state()), before.tensors(0)
-    for name, value in change.items():
-        into: dict[str, Any] = tensors if "/" in name else state
-        into.pop(name, None)
-        if value is not None:
-            into[name] = value
-    shutil.rmtree(folder)
-    return save(folder.parent, before.step, tensors, state)
 
 
 def test_other_weights_are_refused(whole: Training, world: Path, run_folder: Path) -> None:

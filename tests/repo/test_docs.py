@@ -26,7 +26,7 @@ from helpers import end_process_group, environment
 from made import cache_folder, short_base, world_folder
 
 from syncr1.engine.settings.flags import parse
-from syncr1.engine.settings.schema import to_yaml
+from syncr1.engine.settings.yaml_files import to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "kernels/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))

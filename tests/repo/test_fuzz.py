@@ -44,7 +44,8 @@ from syncr1.engine.rewards.builtin.accuracy import AccuracyReward, soft_jaccard
 from syncr1.engine.rewards.builtin.format import format_reward
 from syncr1.engine.rewards.builtin.tags import answer_of, parse_tagged
 from syncr1.engine.rewards.judge.llm_judge import read_scores
-from syncr1.engine.settings.schema import from_yaml, settings_of, to_yaml
+from syncr1.engine.settings.schema import settings_of
+from syncr1.engine.settings.yaml_files import from_yaml, to_yaml
 
 
 @pytest.fixture

@@ -235,7 +235,7 @@ def test_nothing_unpickles_evaluates_or_runs_a_shell() -> None:
 def test_the_strict_yaml_loader_is_a_safe_one() -> None:
     import yaml
 
-    from syncr1.engine.settings.schema import _StrictLoader
+    from syncr1.engine.settings.yaml_files import _StrictLoader
 
     assert issubclass(_StrictLoader, yaml.SafeLoader)
 

@@ -14,7 +14,7 @@ from children import ChildrenSeconds
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.settings.flags import parse, write_default_yaml
-from syncr1.engine.settings.schema import from_yaml
+from syncr1.engine.settings.yaml_files import from_yaml
 
 PROGRAM = """
 import sys

@@ -13,7 +13,8 @@ from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.settings.schema import from_yaml, settings_of, to_yaml
+from syncr1.engine.settings.schema import settings_of
+from syncr1.engine.settings.yaml_files import from_yaml, to_yaml
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "sync_r1.yaml"
 

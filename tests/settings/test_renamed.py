@@ -19,7 +19,8 @@ from syncr1.engine.settings.flags import parse
 from syncr1.engine.settings.habits import of_override
 from syncr1.engine.settings.renamed import DIFFUSERS, OF_EVALUATION, RENAMED, TRL, VALUES, VERL
 from syncr1.engine.settings.rules import hub_problems
-from syncr1.engine.settings.schema import choices, from_yaml, settings_of, unknown_name
+from syncr1.engine.settings.schema import choices, settings_of, unknown_name
+from syncr1.engine.settings.yaml_files import from_yaml
 
 OURS = {setting.name: setting for config in (CorlConfig, SyncR1Config) for setting in settings_of(config)}
 

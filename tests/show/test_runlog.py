@@ -20,9 +20,10 @@ from PIL import Image
 from run_records import SCORES_AFTER, SCORES_BEFORE, make_group, make_metrics, make_prompt, make_rollout
 
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.settings.schema import from_yaml
+from syncr1.engine.settings.yaml_files import from_yaml
 from syncr1.engine.show import sheets
-from syncr1.engine.show.runlog import NullRunLog, RunLog, environment, open_run_log
+from syncr1.engine.show.environment import environment
+from syncr1.engine.show.runlog import NullRunLog, RunLog, open_run_log
 from syncr1.engine.show.trackers import Completion, Trackers, wanted
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"

@@ -253,8 +253,7 @@ def end_process_group() -> None:
     if dist.is_initialized():
         import deepspeed.comm
 
-        # Where DeepSpeed took the group up, torch's own would leave it with groups that are gone.
-        end = deepspeed.comm if deepspeed.comm.is_initialized() else dist
+        end = deepspeed.comm if deepspeed.comm.is_initialized() else dist  # else its groups would be gone, but not it
         end.destroy_process_group()
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from syncr1.engine.checkpoints import sharded as checkpoint
-from syncr1.engine.checkpoints.sharded import folders, verified
+from syncr1.engine.checkpoints.sharded import folders, save, verified
 from syncr1.engine.data.prompts import load_anchors, load_training_prompts
 from syncr1.engine.errors import CheckpointError
 from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
@@ -163,6 +165,34 @@ def assert_same(resumed: Training, whole: Training) -> None:
     got, expected = resumed.record(), whole.record()
     assert got and all(expected[step] == told for step, told in got.items()), sorted(got)
     assert same_bits(resumed.state(), whole.state())
+
+
+class HeldDisk:
+    """`os` on a disk that writes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        self.go, self.asked = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return self._write if name == "write" else getattr(os, name)
+
+    def _write(self, *arguments: Any) -> int:
+        self.asked.set()
+        assert self.go.wait(60)
+        return os.write(*arguments)
+
+
+def rewritten(folder: Path, change: Mapping[str, Any]) -> Path:
+    """The checkpoint with entries of its state, or with tensors ("kind/…"), changed; None: left out."""
+    before = verified(folder)
+    state, tensors = dict(before.state()), before.tensors(0)
+    for name, value in change.items():
+        into: dict[str, Any] = tensors if "/" in name else state
+        into.pop(name, None)
+        if value is not None:
+            into[name] = value
+    shutil.rmtree(folder)
+    return save(folder.parent, before.step, tensors, state)
 
 
 class FullDisk:
