@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
 from syncr1.kernels.api import attention_provider
 
@@ -53,7 +54,8 @@ def supervised(config: TrainConfig) -> Iterator[tuple[Watchdog, Meeting]]:
         meeting = meet()
         with Watchdog(config.stage_timeout, meeting) as watchdog:
             watchdog.mark("joining the process group", within=START_SECONDS)
-            join(meeting, config.stage_timeout + 60)  # the watchdog, which says more, comes first
+            if not dist.is_initialized():  # else by a run before this one, in the same process
+                join(meeting, config.stage_timeout + 60)  # the watchdog, which says more, comes first
             watchdog.mark("loading")
             torch.manual_seed(config.seed)
             with ending_once():
