@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..errors import EvaluationError, RolloutTooLarge
+from ..errors import ConfigError, EvaluationError, RolloutTooLarge
 from ..evaluate.export import export
 from ..evaluate.generate import generate_items, select
 from ..evaluate.graders import Graders
@@ -124,7 +124,10 @@ def graders_of(config: EvaluateConfig) -> Graders:
     if config.clip is not None:
         from ..rewards.builtin.clip import ClipScorer
 
-        clip = ClipScorer.from_pretrained(config.clip, device=own_device())
+        try:
+            clip = ClipScorer.from_pretrained(config.clip, device=own_device())
+        except ConfigError as error:
+            raise ConfigError(f"clip: {error}") from error
     if config.judge_url is not None and config.judge_model is not None:
         from ..rewards.judge.llm_judge import LLMJudge
 

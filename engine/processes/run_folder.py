@@ -151,6 +151,8 @@ class FolderLock:
 
     def _shut(self) -> None:
         _open.discard(self._file)
+        with suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # a child that has just been forked may still have it open
         os.close(self._file)
 
 

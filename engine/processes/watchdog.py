@@ -138,7 +138,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
         else:
             # Seconds later than the thread, which says more; for when the thread cannot run.
-            faulthandler.dump_traceback_later(limit + 2 * GRACE, exit=True)
+            faulthandler.dump_traceback_later(limit + 2 * GRACE, exit=True, file=sys.__stderr__ or 2)
 
     def hurry(self) -> None:
         """This rank was asked to end, perhaps because another is gone: a few missed beats now mean that it is."""

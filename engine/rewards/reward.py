@@ -87,7 +87,11 @@ def checked(name: str, result: Any, num_expected: int) -> RewardValues:
         )
         raise RewardError(name, None, what)
     if len(result) != num_expected:
-        raise RewardError(name, None, f"expected {num_expected} values, one per trajectory, got {len(result)}")
+        raise RewardError(
+            name,
+            None,
+            f"expected {num_expected} values, one per trajectory, got {len(result)}; return one for each completion",
+        )
     for index, value in enumerate(result):
         if value is None:
             continue

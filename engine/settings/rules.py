@@ -6,6 +6,7 @@ A rule takes the settings and returns what is wrong with them in words: field, w
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -90,7 +91,22 @@ def address_problems(c: Any) -> list[str]:
         return [f"{form}, got one with a user, password, query or fragment; {remedy}"]
     if url.scheme not in ("http", "https") or not url.hostname or port == 0:
         return [f"{form}, got {shown(c.judge_url)}; give an OpenAI-compatible server's, up to and with /v1"]
+    if url.scheme == "http" and not is_this_machine(url.hostname):
+        return [
+            f"judge_url: expected https, or this machine, got {url.hostname} over plain http; use https, or forward "
+            "its port to this machine"
+        ]
     return []
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether nobody else hears what is sent to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def dgs_problems(c: Any) -> list[str]:

@@ -20,7 +20,7 @@ REWARDS = {
 }
 """Built-in rewards; one of a user's own has its own name."""
 STAGES = {
-    "rollout": "sampling texts and pictures",
+    "rollout": "sampling",
     "reward": "rewards",
     "pack": "packing",
     "score": "log-probabilities",

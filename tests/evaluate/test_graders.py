@@ -19,6 +19,7 @@ from syncr1.engine.evaluate.graders import (
     Asker,
     Graders,
     Kept,
+    Values,
     clauses_of,
     grade,
     metrics_of,
@@ -70,15 +71,22 @@ def items(tmp_path: Path) -> list[Item]:
     return written(tmp_path, rows)
 
 
+def by_value(graded: Values) -> dict[str, dict[str, list[float | None]]]:
+    """What items got, without whose it is."""
+    return {task: {name: [value for _, value in of] for name, of in found.items()} for task, found in graded.items()}
+
+
 def test_clip_values_by_hand(items: list[Item], tmp_path: Path) -> None:
-    values, left_out = grade(items, tmp_path, Graders(clip=Colours(), clip_name="colours"))
+    graded, left_out = grade(items, tmp_path, Graders(clip=Colours(), clip_name="colours"))
+    values = by_value(graded)
+    assert [name for name, _ in graded["pure_gen"]["clip_t"]] == ["a", "b"], "by item"
     assert left_out == dict.fromkeys(("judge", "clauses"), "no judge was given (--judge_url, --judge_model)")
     assert values["pure_gen"]["clip_t"] == pytest.approx([1.0, DIAGONAL], abs=1e-6)
     assert values["pure_gen"]["clip_i"] == pytest.approx([1.0, DIAGONAL], abs=1e-6), "one photo, as published"
     assert values["dense_gen"] == {"clip_i": pytest.approx([1.0], abs=1e-6)}
     assert values["t2i"] == {"clip_t": pytest.approx([0.0], abs=1e-6)}
     everything, _ = grade(items, tmp_path, Graders(clip=Colours(), clip_name="colours", clip_references=0))
-    assert everything["pure_gen"]["clip_i"] == pytest.approx([0.5, DIAGONAL], abs=1e-6), "the mean over both"
+    assert by_value(everything)["pure_gen"]["clip_i"] == pytest.approx([0.5, DIAGONAL], abs=1e-6), "the mean over both"
 
 
 def test_what_is_known_is_not_computed_again(items: list[Item], tmp_path: Path) -> None:
@@ -118,7 +126,7 @@ def test_judged_values_by_hand(items: list[Item], tmp_path: Path) -> None:
 
     judge = Judge(rule)
     values, _ = grade(items, tmp_path, Graders(judge=judge, judge_name="rule"))
-    assert values == {
+    assert by_value(values) == {
         "vqa": {"judge": [1.0]},
         "qa": {"judge": [0.5]},
         "dense_rea": {"judge": [0.5]},
@@ -132,11 +140,13 @@ def test_judged_values_by_hand(items: list[Item], tmp_path: Path) -> None:
 
 def test_a_missing_verdict_is_none_and_asked_again(items: list[Item], tmp_path: Path) -> None:
     failing = Judge(lambda question, image: None if "sea" in question or "dog" in question else "1")
-    values, _ = grade(items, tmp_path, Graders(judge=failing, judge_name="rule"))
+    graded, _ = grade(items, tmp_path, Graders(judge=failing, judge_name="rule"))
+    values = by_value(graded)
     assert values["qa"]["judge"] == values["dense_gen"]["clauses"] == [None]
     assert values["vqa"]["judge"] == [1.0]
     mended = Judge(lambda question, image: "1")
-    values, _ = grade(items, tmp_path, Graders(judge=mended, judge_name="rule"))
+    graded, _ = grade(items, tmp_path, Graders(judge=mended, judge_name="rule"))
+    values = by_value(graded)
     assert values["qa"]["judge"] == values["dense_gen"]["clauses"] == [1.0] and len(mended.asked) == 2
 
 
@@ -220,8 +230,8 @@ def test_a_served_judge(items: list[Item], tmp_path: Path) -> None:
 
     with server(reply) as url:
         values, left_out = grade(items, tmp_path, Graders(judge=judge_at(url), judge_name="small"))
-    assert set(left_out) == {"clip_t", "clip_i"} and values["vqa"]["judge"] == [1.0]
-    assert values["dense_gen"]["clauses"] == [pytest.approx(2 / 3)]
+    assert set(left_out) == {"clip_t", "clip_i"} and by_value(values)["vqa"]["judge"] == [1.0]
+    assert by_value(values)["dense_gen"]["clauses"] == [pytest.approx(2 / 3)]
     assert len(seen) == 6 and sum(shown for _, shown in seen) == 3, "clauses are asked about the image, answers are not"
     # The server is gone: everything that is needed is on disk.
     again, _ = grade(items, tmp_path, Graders(judge=judge_at(url), judge_name="small"))

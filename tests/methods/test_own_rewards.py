@@ -20,6 +20,7 @@ from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.corl.training_data import check_data
 from syncr1.engine.errors import ConfigError, PictureError, RewardsFailed, RewardSpecError
 from syncr1.engine.methods.data_checks import checked_chains
+from syncr1.engine.methods.reward_names import reward_problems
 from syncr1.engine.methods.sync_r1 import run
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.records import Prompt
@@ -170,7 +171,7 @@ def test_broken_photos_are_found_before_anything_is_trained(place: Path, model: 
     ):
         sync_r1(place, model, data="seen.jsonl")
     assert not (place / "run").exists()
-    with pytest.raises(ConfigError, match="1 of 10"):
+    with pytest.raises(PictureError, match="1 of 10"):
         photos(place, broken=1)
         sync_r1(place, model, "--dry_run", data="seen.jsonl")
 
@@ -235,15 +236,18 @@ def settings(**changes: Any) -> SyncR1Config:
         (("identiy",), "did you mean identity"),
         (("absent.py:f",), "no file absent.py"),
         (("mine:",), "got 'mine:'"),
-        (("a.b:f", "c.d:f"), "two rewards are called f"),
-        (("text", "text"), "text is given twice"),
+        (("a.b:f", "c.d:f"), "got f twice"),
+        (("text", "text"), "got text twice"),
         ((), "expected at least one"),
     ],
 )
 def test_names_that_cannot_be_are_refused_before_torch(names: tuple[str, ...], said: str) -> None:
-    with pytest.raises(ConfigError, match="reward_funcs: ") as refused:
-        settings(reward_funcs=names)
-    assert said in str(refused.value)
+    """Among settings, or by the look at the files that recipes take before they load anything."""
+    try:
+        problems = reward_problems("reward_funcs", names, settings(reward_funcs=names).REWARDS)
+    except ConfigError as refused:
+        problems = str(refused).splitlines()
+    assert any(problem.startswith("reward_funcs: ") and said in problem for problem in problems), problems
 
 
 def test_weights_are_those_given_or_the_papers() -> None:
@@ -251,5 +255,5 @@ def test_weights_are_those_given_or_the_papers() -> None:
     own = settings(reward_funcs=("judge", "a.b:f"), reward_weights=(3.0, 0.5))
     assert [own.weight_of(name) for name in ("judge", "a.b:f", "text")] == [3.0, 0.5, 0.0]
     assert settings(reward_funcs=("a.b:f",)).weight_of("a.b:f") == 1.0
-    with pytest.raises(ConfigError, match="all are 0"):
+    with pytest.raises(ConfigError, match="got 0 for all"):
         settings(reward_funcs=("a.b:f",), reward_weights=(0.0,))

@@ -23,7 +23,7 @@ from recipe_cases import recipe_here
 from rich.console import Console
 from small_models import saved, small_clip
 
-from syncr1.engine.errors import EvaluationError
+from syncr1.engine.errors import ConfigError
 from syncr1.engine.methods.evaluation import graders_of, run_evaluation
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.world.attributes import CONCEPTS
@@ -155,7 +155,7 @@ def test_what_is_wrong_is_said_without_a_traceback(
     flags = ["--model", model, "--output_dir", tmp_path / "out"]
     recipe = partial(recipe_here, capsys, "evaluate.py")
     _, err = recipe(*flags, "--data", tmp_path, expected=2)
-    assert err.startswith("syncr1: ") and "concept/train: missing" in err
+    assert err.startswith("evaluate.py: ") and "concept/train: missing" in err
     _, err = recipe_here(
         capsys, "evaluate.py", *flags, "--data", dpg(tmp_path / "prompts"), "--tasks", "rec", expected=2
     )
@@ -179,5 +179,5 @@ def test_the_rendered_world_is_read_by_both_readers(model: Path, cache_dir: Path
     [({"clip": "./nowhere"}, "^clip: "), ({"judge_url": "http://example.com/v1", "judge_model": "x"}, "^judge_url: ")],
 )
 def test_graders_that_cannot_be_had(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(EvaluationError, match=said):
+    with pytest.raises(ConfigError, match=said):
         graders_of(EvaluateConfig(**values))

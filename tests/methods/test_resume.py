@@ -334,7 +334,7 @@ def test_other_data_is_refused(whole: Training, world: Path, run_folder: Path) -
 
 
 def test_what_may_differ(whole: Training, run_folder: Path) -> None:
-    free = {"max_steps": 9, "sample_steps": 1, "eval_samples": 3, "logging_steps": 5, "save_total_limit": 1}
+    free = {"sample_steps": 1, "eval_samples": 3, "logging_steps": 5, "save_total_limit": 1}
     point = resume_point(asked(whole, run_folder, **free), silent)
     assert point is not None and point.step == 5
     said: list[str] = []

@@ -47,6 +47,11 @@ def with_blocks(language: str) -> list[str]:
     return [page for page in PAGES if blocks(page, language)]
 
 
+def patches_trl(page: str) -> bool:
+    """Whether its code does, which holds for the whole interpreter."""
+    return "syncr1.kernels.trl" in "".join(blocks(page, "python"))
+
+
 @cache
 def hooks() -> ModuleType:
     """docs/hooks.py, which knows every recipe's settings."""
@@ -66,7 +71,7 @@ def settings() -> dict[str, Any]:
 # Python ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", [page for page in with_blocks("python") if "syncr1.kernels.trl" not in text_of(page)])
+@pytest.mark.parametrize("page", [page for page in with_blocks("python") if not patches_trl(page)])
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "syncr1.engine.api" in "".join(blocks(page, "python")):  # trains: from a base that takes seconds to make
         monkeypatch.chdir(tmp_path)
@@ -84,7 +89,7 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_python_that_patches_trl_runs_as_it_is_printed() -> None:
     """In an interpreter of its own: nothing that the page does not import is there."""
     pytest.importorskip("trl")
-    (page,) = (page for page in with_blocks("python") if "syncr1.kernels.trl" in text_of(page))
+    (page,) = (page for page in with_blocks("python") if patches_trl(page))
     command = [sys.executable, "-c", "\n".join(blocks(page, "python"))]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}, check=False
@@ -168,7 +173,7 @@ def test_files_and_flags_that_a_page_names_exist(page: str) -> None:
     known = {f"--{name}" for config in settings().values() for name in yaml.safe_load(to_yaml(config, comments=False))}
     scripts = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
     named = {flag for code in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"(?<!\S)--[a-z]\w+", code)}
-    others = {"--no", "--max_restarts", "--tool"}
+    others = {"--no", "--max_restarts", "--tool", "--repo", "--local"}
     assert [flag for flag in sorted(named - known - others) if f'"{flag}"' not in scripts] == []
 
 

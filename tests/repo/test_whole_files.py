@@ -147,7 +147,8 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_nothing_is_named_by_a_process_number() -> None:
-    """In a container it is 1, whoever asks."""
+    """In a container it is 1, whoever asks. Here it is sent to, or compared with a process of this machine."""
     files = [path for folder in ("engine", "recipes", "kernels") for path in (ROOT / folder).rglob("*.py")]
     users = [str(path.relative_to(ROOT)) for path in files if "getpid" in path.read_text()]
-    assert users == ["engine/rewards/yours/worker.py"], "F_SETOWN wants it"
+    known = {"engine/rewards/yours/worker.py", "engine/processes/lifetimes.py", "engine/show/outcome.py"}
+    assert set(users) == known

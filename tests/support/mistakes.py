@@ -355,7 +355,7 @@ WITH_A_MODEL = [
     Mistake(
         "a reward of another length",
         f"corl.py {SHORT} --reward_funcs r.py:short --stage unified --cfg_weight 1 --max_completion_length 4",
-        "expected 8",
+        "expected 2 values, one per trajectory",
         both(
             whole_model(), text(r__py="def short(*, completions, **_):\n    return [1.0]\n\n\nshort.kind = 'image'\n")
         ),
