@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,9 @@ def start(folder: Path, *more: str, flags: tuple[str, ...] = (), script: str = R
         str(folder),
         *more,
     ]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stderr=subprocess.PIPE)
+    # What started the tests may have SIGINT ignored, as a shell does for what it puts into the background.
+    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stderr=subprocess.PIPE, preexec_fn=heeded)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])

@@ -338,7 +338,7 @@ def test_no_secret_is_written_or_said(tmp_path: Path) -> None:
         1,
     ]
     cache_dir = cache_folder()
-    with server(lambda request: (200, "50 50")) as url:
+    with server(lambda request: (200, "[50, 50]")) as url:
         said, _ = started(cache_dir, "sync_r1.py", *(url if flag == "{url}" else flag for flag in small))
     assert leaks(said.encode()) == []
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
