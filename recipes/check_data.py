@@ -9,18 +9,25 @@ Ends with 0 where the data can be trained on, and with 2 where they cannot.
 
 from __future__ import annotations
 
-import sys
-
+from syncr1.engine.errors import EXIT_BAD_INPUT
 from syncr1.engine.methods.check_data_config import CheckDataConfig
+from syncr1.engine.methods.early import unix_habits
+from syncr1.engine.methods.exit import run_to_exit
 from syncr1.engine.settings.flags import parse
 
 
 def main() -> None:
     config = parse(CheckDataConfig, description=__doc__)
+    run_to_exit(check_data, config, interrupted="stopped; nothing is written here")
+
+
+def check_data(config: CheckDataConfig) -> None:
     from syncr1.engine.methods.check_data import check
 
-    sys.exit(0 if check(config) else 2)
+    if not check(config):
+        raise SystemExit(EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":
-    main()
+    with unix_habits():
+        main()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from syncr1.engine.errors import EXIT_BAD_INPUT
+from syncr1.engine.methods.early import unix_habits
 from syncr1.engine.show.report import write_report
 from syncr1.engine.show.report_compare import write_comparison
 from syncr1.engine.show.run_files import is_run
@@ -65,4 +66,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with unix_habits():
+        main()

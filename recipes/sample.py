@@ -19,15 +19,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
-from syncr1.engine.methods.preflight import check_weights
+from syncr1.engine.methods.preflight import check_start, check_weights
 from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.settings.flags import parse
 
 
 def main() -> None:
     config = parse(SampleConfig, description=__doc__)
-    named = {f"compare {name}": name for name in config.compare}
-    check_weights(named if config.model is None else {"model": config.model})
+    run_to_exit(check_start, config)
+    run_to_exit(check_weights, {f"compare {name}": name for name in config.compare})
     run_to_exit(sample, config, interrupted="stopped; what was sampled is in output_dir")
 
 

@@ -121,6 +121,8 @@ class _Flags:
             else:
                 told = unknown_name(name, self.config_type)
                 self.problems.append("--" + told.replace("did you mean ", "did you mean --"))
+                if not equals:  # what is verl's is told as well
+                    self.problems += filter(None, (of_override(word, self.config_type) for word in given))
                 del pending[: 0 if equals else len(given)]
         if len(files) > 1:
             self.problems.append(f"--config: expected one file, got it given {len(files)} times; pass one")

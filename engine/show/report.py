@@ -131,7 +131,17 @@ def _settings(run: Run) -> str:
         )
         if lines:
             blocks.append(f'<details><summary>{title}</summary><table class="settings">{lines}</table></details>')
-    return f'<section id="repeat"><h2>To repeat this run</h2>{"".join(blocks)}</section>' if blocks else ""
+    return f'<section id="repeat"><h2>To repeat this run</h2>{_again(run)}{"".join(blocks)}</section>' if blocks else ""
+
+
+def _again(run: Run) -> str:
+    """The command that does the same, where the run's files tell it."""
+    command, commit = run.environment.get("command"), run.environment.get("commit")
+    if not isinstance(command, list) or not command or not run.settings:
+        return ""
+    at = f", of commit {str(commit)[:12]}" if commit else ""
+    config = f"{run.folder.name}/config.yaml"
+    return f"<p><code>python recipes/{words(command[0])} --config {words(config)}</code>{words(at)}</p>"
 
 
 def shown(value: Any) -> str:

@@ -144,3 +144,10 @@ def test_errors_name_the_spec_and_the_remedy(
 )
 def test_reward_name(spec: str, name: str) -> None:
     assert reward_name(spec) == name
+
+
+@pytest.mark.parametrize("ends", ["sys.exit(3)", "argparse.ArgumentParser().parse_args(['--x'])"])
+def test_a_file_that_ends_the_program_is_told(tmp_path: Path, ends: str) -> None:
+    (tmp_path / "r.py").write_text(f"import argparse, sys\ndef f(*, completions, **_): return []\n{ends}\n")
+    with pytest.raises(RewardSpecError, match="ends the program"):
+        load_reward(f"{tmp_path / 'r.py'}:f")

@@ -116,6 +116,16 @@ def _load_module(spec: str, name: str) -> ModuleType:
         raise RewardSpecError(
             f"reward {spec!r}: importing {name} failed with {type(error).__name__}: {error}"
         ) from error
+    except SystemExit as error:
+        raise _exits(spec, name, error) from error
+
+
+def _exits(spec: str, what: str, error: SystemExit) -> RewardSpecError:
+    """A script that reads its own command line, say: it would end the run without a word."""
+    return RewardSpecError(
+        f"reward {spec!r}: expected {what} to define its functions, got one that ends the program (exit "
+        f'{error.code}); put what it does behind `if __name__ == "__main__":`'
+    )
 
 
 def _load_file(spec: str, where: str) -> ModuleType:
@@ -136,4 +146,7 @@ def _load_file(spec: str, where: str) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise RewardSpecError(f"reward {spec!r}: running {path} failed with {type(error).__name__}: {error}") from error
+    except SystemExit as error:
+        del sys.modules[name]
+        raise _exits(spec, str(path), error) from error
     return module
