@@ -15,6 +15,7 @@ from ..data.samples import Sample
 from ..errors import DataError
 from ..evaluate.held_out import Evaluator
 from ..methods.judges import checker_of, world_reader, world_readers
+from ..methods.sync_r1_parts import own_rewards
 from ..policies.auto import load_policy
 from ..policies.base import Policy
 from ..processes.group import local_device
@@ -48,10 +49,11 @@ class Parts:
         self.config = config
         self.data, self.instruction = data_of(config)
         check_needs(config, self.data, self.instruction)  # before a base is trained, or a model loaded
+        own = own_rewards(config)  # as well: a file that cannot be loaded is told at once
         self.base = str(corl_base(report=report)) if config.model is None else config.model
         dtype = torch.bfloat16 if config.bf16 else torch.float32
         self.frozen: Policy = load_policy(self.base, dtype=dtype).requires_grad_(False).eval().to(local_device())
-        self._rewards = RewardParts(config, self.frozen, local_device(), report)
+        self._rewards = RewardParts(config, self.frozen, local_device(), report, own)
         self.evaluator = self._evaluator(report) if config.eval_samples else None
 
     def rewards(self, training: Training, policy: Policy, samples: Sequence[Sample]) -> RewardSet:

@@ -55,13 +55,19 @@ class RewardParts:
         frozen: the starting model, which does not follow the training.
         device: of captioner, LPIPS, BERT and CLIP.
         report: takes lines about what is being made.
+        own: the user's functions by their names in `reward_funcs`, where they are loaded already.
     """
 
     def __init__(
-        self, config: CorlConfig, frozen: Policy, device: torch.device, report: Callable[[str], None] | None = None
+        self,
+        config: CorlConfig,
+        frozen: Policy,
+        device: torch.device,
+        report: Callable[[str], None] | None = None,
+        own: Mapping[str, RewardFunction] | None = None,
     ) -> None:
         self.config, self.frozen, self.device, self.report = config, frozen, device, report
-        self._made: dict[str, RewardFunction] = {}
+        self._made: dict[str, RewardFunction] = dict(own or {})
 
     def of(self, training: Training, policy: Policy, asked: Collection[SegmentKind] = MODALITY_NAMES) -> RewardSet:
         """The rewards that apply to a training of `policy` whose prompts ask for `asked`, with their weights.

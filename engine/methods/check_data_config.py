@@ -18,9 +18,7 @@ def check_problems(c: Any) -> list[str]:
     for name in ("data", "eval_data"):
         path = getattr(c, name)
         if path is not None and not os.path.exists(path) and not ("/" in str(path) and may_be_hub_name(str(path))):
-            problems.append(
-                f"{name}: expected a folder, file or hub name, got {path}, which is not there; correct it"
-            )
+            problems.append(f"{name}: expected a folder, file or hub name, got {path}, which is not there; correct it")
     return problems
 
 

@@ -91,14 +91,16 @@ def _kind_problems(setting: str, folder: Path, config: dict[str, Any]) -> list[s
     """Of the model that is trained: its type, and numbers that are not weights."""
     kind, found = config.get("model_type"), []
     known = text_decoders()
+    kind = kind if isinstance(kind, str) else str(kind)
     if kind not in UNIFIED and known and kind not in known:
-        remedy = ORIGINALS.get(str(kind), "another unified model needs a policy (CONTRIBUTING.md, Add a model)")
+        remedy = ORIGINALS.get(kind, "another unified model needs a policy (CONTRIBUTING.md, Add a model)")
         found.append(
             f"{setting}: expected a checkpoint of {' or '.join(UNIFIED)}, or a text decoder of transformers (llama, "
             f"qwen2, qwen3, gemma, …), got model_type {kind!r} in {folder}; {remedy}"
         )
     if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "some way")
+        settings = config["quantization_config"]
+        method = settings.get("quant_method", "some way") if isinstance(settings, dict) else settings
         found.append(
             f"{setting}: expected weights in bfloat16 or float32, got {folder}, quantised by {method}, which cannot be "
             "trained; take the checkpoint that it was made from"

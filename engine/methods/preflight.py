@@ -18,6 +18,7 @@ from typing import Any
 from ..checkpoints.hub import problems_with_hub
 from ..errors import ConfigError, refuse
 from ..rewards.judge.chat import ChatClient
+from ..whole_files import cache_dir
 from . import hub_names
 from .data_names import data_problems
 from .hub_names import Wanted, gib
@@ -49,6 +50,8 @@ def check_start(config: Any) -> None:
     problems += data_problems(config)
     problems += output_problems(config.output_dir, 0 if problems else space_needed(config, models.get("model")))
     problems += mistyped_run(config)
+    if getattr(config, "model", "") is None or getattr(config, "data", "") is None:  # the embedded ones, which are kept
+        problems += cache_problems()
     if not problems and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a machine asks for all
         problems, downloads = hub_names.look_up([*names, *_data_sets(config)])
         for download in downloads:
@@ -175,6 +178,16 @@ def output_problems(output_dir: Path, needed: int) -> list[str]:
         f"output_dir: expected {gib(needed)} of free space for the model and a checkpoint, got {gib(free)} at {there}; "
         "free some, choose another disk, or train with lora_rank"
     ]
+
+
+def cache_problems() -> list[str]:
+    """What is made on first use has to be kept somewhere."""
+    cache = cache_dir()
+    there = next(path for path in (cache, *cache.absolute().parents) if os.path.lexists(path))
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return []
+    got = f"{cache}, where {there} {'cannot be written' if there.is_dir() else 'is no folder'}"
+    return [f"SYNCR1_CACHE: expected a folder that can be written, got {got}; name another one"]
 
 
 def space_needed(config: Any, folder: Path | None) -> int:

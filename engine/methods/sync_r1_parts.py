@@ -40,7 +40,7 @@ def prepare_model(config: TrainConfig, report: Callable[[str], None] | None = No
     return config.model or tiny_base(BaseSettings(), report)
 
 
-def own_rewards(config: SyncR1Config) -> dict[str, RewardFunction]:
+def own_rewards(config: TrainConfig) -> dict[str, RewardFunction]:
     """The user's own functions by their names in `reward_funcs`; RewardSpecError where one cannot be loaded."""
     return {spec: load_reward(spec) for spec in config.reward_funcs if spec not in config.REWARDS}
 

@@ -207,6 +207,13 @@ MODELS = [
     Mistake("a run's folder", "sync_r1.py --model run", "did you mean run/checkpoints/last?", trained_run("run")),
     Mistake("a file for a model", "sync_r1.py --model m.safetensors", "not a folder", text(m__safetensors="x")),
     Mistake("a path that is not there", "sync_r1.py --model runs/typo", "not a folder", text(runs___x="")),
+    Mistake(
+        "a cache that is a file",
+        "sync_r1.py",
+        "SYNCR1_CACHE: expected a folder",
+        text(afile=""),
+        env=(("SYNCR1_CACHE", "afile"),),
+    ),
     Mistake("the hub out of reach", "sync_r1.py --model org/name", "does not answer", env=OFFLINE),
     Mistake(
         "no network wanted", "sync_r1.py --model org/name", "HF_HUB_OFFLINE", env=(*OFFLINE, ("HF_HUB_OFFLINE", "1"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import ipaddress
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
 from ...errors import ChatError
+from ...settings.rules import is_this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class ChatClient:
                 "chat client: expected base_url like https://host/v1, got one of another form, or with user, password, "
                 "query or fragment; correct it"
             )
-        if url.scheme == "http" and not (allow_http or _is_loopback(url.hostname)):
+        if url.scheme == "http" and not (allow_http or is_this_machine(url.hostname)):
             raise ValueError(
                 f"chat client: expected https, or this machine, got {url.hostname} over plain http; use https, or "
                 "forward its port to this machine (in code, on a network that you trust: allow_http=True)"
@@ -222,15 +222,6 @@ def _hang_up(opened: list[socket.socket], expired: threading.Event) -> None:
     for connected in opened:
         with contextlib.suppress(OSError):  # closed already
             connected.shutdown(socket.SHUT_RDWR)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _seconds_of(retry_after: str | None) -> float:
