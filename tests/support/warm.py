@@ -36,6 +36,8 @@ IMPORTED = (
 LIGHT = ("syncr1.engine.corl.config", "syncr1.engine.methods.evaluation_config", "syncr1.engine.methods.preflight")
 """What a recipe imports before torch."""
 NO_TORCH = "no-torch"
+LAST_WORDS = 20.0
+"""Seconds that ranks have to end by themselves once one of them has failed, as a launcher gives them."""
 
 
 def environment(cache_dir: Path | None = None) -> dict[str, str]:
@@ -70,10 +72,14 @@ class Program:
         self.pids = [int(_awaited(path.with_suffix(".pid"))) for path in self._paths]
 
     def poll(self) -> int | None:
-        """The exit code once all have ended: the first that is not 0, negative for a signal."""
-        codes = [_told(path.with_suffix(".code")) for path in self._paths]
-        failed = [int(code) for code in codes if code and int(code)]
-        return None if "" in codes and not failed else next(iter(failed), 0)
+        """The exit code once all have ended, or one has failed: the first that is not 0, negative for a signal."""
+        codes = self._codes()
+        failed = [code for code in codes if code]
+        return None if None in codes and not failed else next(iter(failed), 0)
+
+    def _codes(self) -> list[int | None]:
+        """Of each rank, None while it runs."""
+        return [int(told) if (told := _told(path.with_suffix(".code"))) else None for path in self._paths]
 
     def seconds(self) -> float:
         """Of a core, that it used until it ended, its imports not counted."""
@@ -84,9 +90,12 @@ class Program:
             os.kill(self.pids[0], number)
 
     def communicate(self, timeout: float) -> tuple[str, str]:
-        """Stdout and stderr, of all ranks one after the other; ends what does not end in time, or whose peer failed."""
+        """Stdout and stderr, of all ranks one after the other; ends what does not end in time, or soon after its peer
+        failed."""
         deadline = time.monotonic() + timeout
-        while self.poll() is None and time.monotonic() < deadline:
+        while None in self._codes() and time.monotonic() < deadline:
+            if self.poll() is not None:
+                deadline = min(deadline, time.monotonic() + LAST_WORDS)
             time.sleep(0.02)
         late = self.poll() is None
         self.kill()
