@@ -124,7 +124,8 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
     from syncr1.engine.methods.sync_r1_parts import build_reward_set, prepare_data
     from syncr1.engine.policies.janus import JanusPolicy
     from syncr1.engine.rewards.scoring import score
-    from syncr1.engine.rollout.sampler import Sampling, generate
+    from syncr1.engine.rollout.sampler import generate
+    from syncr1.engine.rollout.sampling import Sampling
     from syncr1.kernels.api import dgs_select
 
     config = SyncR1Config()

@@ -24,7 +24,8 @@ import torch
 from gpu_report import Report
 from sides import Sides, photo_folder, work_of
 
-from syncr1.engine.rollout.sampler import RolloutEngine, Sampling
+from syncr1.engine.rollout.sampler import RolloutEngine
+from syncr1.engine.rollout.sampling import Sampling
 
 TOP = 12
 """Kernels that are told of."""

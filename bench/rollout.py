@@ -21,7 +21,8 @@ from comparison import OURS, Case, Comparison, Goal, Provider, Told, only_probe,
 from released import Encode, hf_image_rollout, hf_text_rollout
 from sides import Sides, photo_folder, work_of
 
-from syncr1.engine.rollout.sampler import RolloutEngine, Sampling
+from syncr1.engine.rollout.sampler import RolloutEngine
+from syncr1.engine.rollout.sampling import Sampling
 from syncr1.engine.stopwatch import Stopwatch
 
 CASES = ("understanding", "drawing")

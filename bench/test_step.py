@@ -12,7 +12,8 @@ from syncr1.engine.forward.objective import Objective, PolicyForward
 from syncr1.engine.forward.packing import pack
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.tiny_janus import build_policy

@@ -14,7 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from ..records import Prompt, Rollout
-from ..rollout.sampler import RolloutEngine, Sampling
+from ..rollout.sampler import RolloutEngine
+from ..rollout.sampling import Sampling
 
 Draw = Callable[[Sequence[Prompt], float], Sequence[Rollout]]
 """Prompts and a temperature (0: greedy) to the same number of rollouts of each, in their order."""

@@ -20,7 +20,8 @@ from ..errors import EvaluationError
 from ..policies.base import Policy
 from ..processes.group import barrier, place
 from ..records import Prompt
-from ..rollout.sampler import RolloutEngine, Sampling
+from ..rollout.sampler import RolloutEngine
+from ..rollout.sampling import Sampling
 from .drawing import choose, drawer, texts_alone
 from .manifest import Settings, claim, describe
 from .store import Item, Key, Store

@@ -16,7 +16,8 @@ from ..policies.base import Policy
 from ..records import Prompt, Rollout
 from ..rewards.judge.attribute_judge import AttributeScorer
 from ..rewards.reward import columns_for
-from ..rollout.sampler import RolloutEngine, Sampling
+from ..rollout.sampler import RolloutEngine
+from ..rollout.sampling import Sampling
 from ..show.measured import PER_ITEM, Measured
 from ..show.scores import GENERAL, SUMMARY, shown_as
 from .drawing import Draw, drawer, texts_alone

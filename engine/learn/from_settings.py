@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..forward.objective import Objective
 from ..policies.base import Policy
-from ..rollout.sampler import RolloutEngine, Sampling
+from ..rollout.sampler import RolloutEngine
+from ..rollout.sampling import Sampling
 from ..settings.train_config import TrainConfig
 from .optimizer import LearnerSettings
 

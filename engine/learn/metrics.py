@@ -15,7 +15,7 @@ from syncr1.kernels.reference.advantage import SPREAD
 
 from ..records import MODALITY_NAMES, PackedBatch, Rollout
 from ..rewards.scoring import RewardTable
-from ..rollout.sampler import RolloutStats
+from ..rollout.sampling import RolloutStats
 
 SUMS = {"num_tokens", "tokens_per_second", "reward_failures", "pack/tokens", "rollout/prefill_tokens"}
 SUMS |= {f"tokens/{name}" for name in MODALITY_NAMES}

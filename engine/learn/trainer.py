@@ -23,7 +23,8 @@ from ..records import PackedBatch, Prompt, Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
 from ..rewards.scoring import RewardTable, score
 from ..rollout.preview_gate import PreviewGate
-from ..rollout.sampler import RolloutEngine, Sampling
+from ..rollout.sampler import RolloutEngine
+from ..rollout.sampling import Sampling
 from ..settings.train_config import TrainConfig
 from ..stopwatch import Stopwatch, split
 from .credit import Credit, CreditRule, credited_rewards, over_deviation

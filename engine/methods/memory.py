@@ -26,8 +26,8 @@ from ..learn.optimizer import bucket_size
 from ..policies.base import Policy
 from ..policies.lora import add_lora
 from ..records import Prompt
+from ..rollout.batch import DRAWN_AT_ONCE
 from ..rollout.capacity import Sizes
-from ..rollout.sampler import DRAWN_AT_ONCE
 from ..settings.train_config import TrainConfig
 
 

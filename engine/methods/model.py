@@ -21,7 +21,8 @@ from ..policies.auto import load_policy
 from ..policies.base import Policy
 from ..processes.group import own_device
 from ..records import Prompt, Rollout, SegmentKind
-from ..rollout.sampler import RolloutEngine, Sampling
+from ..rollout.sampler import RolloutEngine
+from ..rollout.sampling import Sampling
 from ..show.sheets import to_picture
 from .starting import limit_threads, quieten
 

@@ -13,63 +13,20 @@ Dims: P prompts, G members, B = P*G sequences, N image tokens, D hidden.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from ..policies.base import Policy
-from ..policies.cache import Extend, Prefill, Rows
-from ..records import Prompt, Rollout, Segment, SegmentKind
-from ..stopwatch import Stopwatch
-from .capacity import Sizes, check_fits, check_plans, check_prompts
-from .decode import Phase, Samples, State, Tables, Trunk, advance
-from .draft import Draft
+from ..records import Prompt, Rollout
+from .batch import Batch
+from .decode import Trunk
 from .few_rows import FewRows
-from .preview import Canvas, draw, fill, preview_length
 from .preview_gate import PreviewGate
+from .sampling import RolloutStats, Sampling
 from .stepping import Stepper
-
-IMAGE_OFFSET, FOLLOW_UP_OFFSET = 1 << 20, 1 << 21
-"""Random-number counters of image and follow-up tokens start here, so that they do not depend on the text's length."""
-DRAWN_AT_ONCE = 64
-"""Images that the VQ decoder gets at a time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How trajectories are drawn."""
-
-    num_generations: int = 8
-    temperature: float = 1.0
-    """0 is greedy."""
-    max_text_tokens: int = 16
-    """Of each text segment."""
-    cfg_weight: float = 1.0
-    """Classifier-free guidance of image tokens, u + w (c - u); 1 leaves the branch out."""
-    seed: int = 0
-    step: int = 0
-    """Salts the random numbers, so that each step draws afresh."""
-
-
-@dataclass(slots=True, kw_only=True)
-class RolloutStats:
-    """What one call of `generate` cost."""
-
-    kv_bytes: int = 0
-    """Keys and values held at once, at most."""
-    prefill_tokens: int = 0
-    """Prompt tokens that went through the trunk; a prompt counts once."""
-    text_tokens: int = 0
-    image_tokens: int = 0
-    """Drawn, those of rejected tries included."""
-    image_tokens_saved: int = 0
-    """What the previews saved: tokens that rejected tries and dropped members would have needed to their end."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """By stage: see, prefill, text, image, draw, follow_up."""
 
 
 class RolloutEngine:
@@ -125,13 +82,13 @@ class RolloutEngine:
         self.stats = RolloutStats()
         if not prompts:
             return []
-        batch = _Batch(self, prompts, sampling, preview)
+        batch = Batch(self.stepper, prompts, sampling, preview, self.max_bytes)
         with self._decoding():
             batch.sample_text()
             batch.draw_images()
             batch.sample_follow_ups()
         self.stats = replace(batch.stats, seconds=batch.time.seconds)
-        return [draft.finished() for draft in batch.drafts]
+        return batch.finished()
 
 
 def generate(
@@ -139,238 +96,3 @@ def generate(
 ) -> list[Rollout]:
     """One call of a `RolloutEngine` of its own; see there."""
     return RolloutEngine(policy, cuda_graphs=False).generate(prompts, sampling, preview)
-
-
-def trajectory_key(sampling: Sampling, prompt: Prompt, member: int, attempt: int = 1) -> int:
-    """63-bit key of a trajectory's random numbers."""
-    text = f"{sampling.seed}/{sampling.step}/{prompt.id}/{member}/{attempt}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-class _Batch:
-    """One call of `generate`: the prompts are run when it is made, then phase follows phase."""
-
-    def __init__(
-        self, engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, preview: PreviewGate | None
-    ) -> None:
-        self.engine, self.policy, self.sampling, self.preview = engine, engine.policy, sampling, preview
-        self.stats, self.time = RolloutStats(), Stopwatch()
-        check_plans(self.policy, prompts)
-        tokens = [self.policy.prompt_tokens(prompt) for prompt in prompts]
-        turns = [self.policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
-        sizes = Sizes.of(self.policy, prompts, turns, sampling.max_text_tokens)
-        check_prompts(self.policy, prompts, tokens, sizes)
-        guided = sampling.cfg_weight != 1.0 and any(sizes.images)
-        free_tokens = [self.policy.unconditional_tokens()] if guided else []
-        self._allocate([ids.numel() for ids in (*tokens, *free_tokens)], sizes, guided)
-        with self.time("see"):
-            images = self._see(prompts)
-        with self.time("prefill"):
-            sides = self._prefill(torch.cat([*tokens, *free_tokens]), images, guided)
-        self.tables, self.rows = Tables(prompts=self.prompts, own=self.own, sides=sides), sides[0]
-        self.drafts = [
-            Draft(
-                prompt=prompt,
-                member=member,
-                prompt_tokens=ids,
-                prompt_image=image,
-                follow_up=turn,
-                uid=trajectory_key(sampling, prompt, member),
-            )
-            for prompt, ids, image, turn in zip(prompts, tokens, images, turns, strict=True)
-            for member in range(sampling.num_generations)
-        ]
-
-    def _allocate(self, prefixes: list[int], sizes: Sizes, guided: bool) -> None:
-        """Makes the caches of the prompts, of `prefixes` tokens each, and of what members add to them."""
-        engine, policy, preview, G = self.engine, self.policy, self.preview, self.sampling.num_generations
-        shape, N = policy.cache_shape(), policy.num_image_tokens
-        own = [length for length in sizes.own for _ in range(G)]
-        if guided:
-            own += [N * drawn for drawn in sizes.images for _ in range(G)]
-        columns = sum(own)
-        if preview is not None and preview.max_attempts > 1:
-            columns += sizes.preview_columns(G, preview_length(preview, N, policy.forced_image_tokens()), guided)
-        check_fits(shape, sum(prefixes), columns, G, engine.max_bytes, engine.stepper.held_bytes)
-        self.prompts = engine.stepper.store("prompts", shape, prefixes)
-        self.own = engine.stepper.store("own", shape, own)
-        self.stats.kv_bytes = shape.num_bytes(sum(prefixes) + sum(own))
-        self.stats.prefill_tokens = sum(prefixes)
-
-    def _prefill(self, tokens: Tensor, images: Sequence[Tensor | None], guided: bool) -> list[Rows]:
-        """Runs each prompt once, the classifier-free one last; gives every member's row, and its twin's."""
-        policy, device, P, G = self.policy, self.prompts.keys.device, len(images), self.sampling.num_generations
-        tokens = tokens.to(device)
-        embeddings = policy.embed(tokens, "text")
-        seen = [image for image in images if image is not None]
-        if seen:
-            slots = policy.image_slots(tokens).nonzero().squeeze(1)
-            embeddings = embeddings.index_copy(0, slots, torch.cat(seen).to(embeddings.dtype))
-        layout = Prefill(self.prompts)
-        hidden = policy.trunk(embeddings[None], layout.position_ids[None], layout)[0]
-        bounds = torch.tensor(self.prompts.starts, device=device)
-        own_starts = torch.tensor(self.own.starts, device=device)
-
-        def rows(prefix: Tensor, own_start: Tensor) -> Rows:
-            start, end = bounds[prefix], bounds[prefix + 1]
-            return Rows.behind(start, end - start, own_start, hidden[end - 1])
-
-        owner = torch.arange(P, device=device).repeat_interleave(G)
-        free = torch.full_like(owner, P)
-        twins = [rows(free, own_starts[P * G : 2 * P * G])] if guided else []
-        return [rows(owner, own_starts[: P * G]), *twins]
-
-    def _see(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
-        """Each prompt's image embeddings; a photo that several prompts show is encoded once."""
-        paths = list(dict.fromkeys(prompt.image for prompt in prompts if prompt.image is not None))
-        if not paths:
-            return [None] * len(prompts)
-        seen = dict(zip(paths, self.policy.see(self.policy.load_images(paths)), strict=True))
-        return [None if prompt.image is None else seen[prompt.image] for prompt in prompts]
-
-    # Phases, each over every sequence that has it -------------------------------------------------------------------
-
-    def sample_text(self) -> None:
-        """The text that comes first."""
-        chosen = self._chosen(lambda draft: draft.prompt.segments[0] == "text")
-        goes_on = any(len(self.drafts[i].prompt.segments) > 1 for i in chosen)
-        with self.time("text"):
-            segments = self._sample_text(chosen, first_offset=0, goes_on=goes_on)
-        for i, segment in zip(chosen, segments, strict=True):
-            self.drafts[i].segments.append(segment)
-            self.drafts[i].text = self.policy.decode_text(segment.tokens)
-
-    def draw_images(self) -> None:
-        """Image start and image tokens; a preview may restart or drop sequences on the way."""
-        chosen = self._chosen(lambda draft: "image" in draft.prompt.segments)
-        if not chosen:
-            return
-        policy, sampling, stats = self.policy, self.sampling, self.stats
-        phase = Phase(
-            kind="image",
-            max_tokens=policy.num_image_tokens,
-            temperature=sampling.temperature,
-            cfg_weight=sampling.cfg_weight,
-            first_offset=IMAGE_OFFSET,
-        )
-        index = torch.tensor(chosen, device=self.rows.position.device)
-        start = index.new_tensor([policy.image_start])
-        with self.time("image"):
-            rows = self.rows.take(index)
-            lead = policy.embed(start, "text").expand(len(chosen), -1)
-            advance(self.engine.trunk, self.prompts, self.own, rows, lead)
-            self.rows.put(index, rows)
-            drawing = draw(self._canvas(chosen, phase), self.preview)
-        stats.image_tokens, stats.image_tokens_saved = drawing.num_drawn, drawing.num_saved
-        segments = self._segments(drawing.samples, chosen, phase)
-        with self.time("draw"):
-            # What was dropped is shown as its preview was.
-            forced = policy.forced_image_tokens()
-            tokens = torch.cat([fill(segment.tokens[None], phase.max_tokens, forced) for segment in segments])
-            pictures = torch.cat([policy.draw(part.to(index.device)).cpu() for part in tokens.split(DRAWN_AT_ONCE)])
-        keys = drawing.keys.tolist()
-        for row, i in enumerate(chosen):
-            draft = self.drafts[i]
-            draft.segments.append(replace(segments[row], lead=start.cpu()))
-            draft.image, draft.uid = pictures[row], keys[row]
-            draft.attempts, draft.dropped = drawing.attempts[row], drawing.dropped[row]
-
-    def _canvas(self, chosen: list[int], phase: Phase) -> Canvas:
-        drafts = [self.drafts[i] for i in chosen]
-        most = 1 if self.preview is None else self.preview.max_attempts
-        return Canvas(
-            policy=self.policy,
-            stepper=self.engine.stepper,
-            phase=phase,
-            tables=self.tables,
-            chosen=chosen,
-            drafts=drafts,
-            keys=[self._keys(chosen, attempt) for attempt in range(1, most + 1)],
-            goes_on=any(draft.follow_up is not None for draft in drafts),
-        )
-
-    def sample_follow_ups(self) -> None:
-        """The follow-up turn, which shows the drawn image, and the text that answers it."""
-        chosen = self._chosen(lambda draft: draft.follow_up is not None and not draft.dropped)
-        if not chosen:
-            return
-        with self.time("follow_up"):
-            turns = [turn for i in chosen if (turn := self.drafts[i].follow_up) is not None]
-            seen = None  # where the turn has no room for the image, the model goes on from the tokens that it drew
-            if any(bool(self.policy.image_slots(turn).any()) for turn in turns):
-                images = [image for i in chosen if (image := self.drafts[i].image) is not None]
-                seen = self.policy.see(torch.stack(images))
-            self._extend(chosen, turns, seen)
-            segments = self._sample_text(chosen, first_offset=FOLLOW_UP_OFFSET, goes_on=False)
-        for row, i in enumerate(chosen):
-            lead_image = None if seen is None else seen[row]
-            self.drafts[i].segments.append(replace(segments[row], lead=turns[row], lead_image=lead_image))
-            self.drafts[i].follow_up_text = self.policy.decode_text(segments[row].tokens)
-
-    # ----------------------------------------------------------------------------------------------------------------
-
-    def _chosen(self, which: Callable[[Draft], bool]) -> list[int]:
-        """The rows of the drafts that a phase is for."""
-        return [i for i, draft in enumerate(self.drafts) if which(draft)]
-
-    def _sample_text(self, chosen: list[int], *, first_offset: int, goes_on: bool) -> list[Segment]:
-        if not chosen:
-            return []
-        sampling, policy = self.sampling, self.policy
-        phase = Phase(
-            kind="text",
-            max_tokens=sampling.max_text_tokens,
-            temperature=sampling.temperature,
-            first_offset=first_offset,
-            ends=tuple(sorted(policy.end_tokens)),
-        )
-        samples = self.engine.stepper.samples("text", len(self.drafts), phase.max_tokens)
-        index = torch.tensor(chosen, device=self.rows.position.device)
-        state = State.start([self.rows.take(index)], index, self._keys(chosen))
-        self.engine.stepper.run(phase, state, samples, self.tables, num_steps=phase.max_tokens, feed_last=goes_on)
-        segments = self._segments(samples, chosen, phase)
-        self.stats.text_tokens += sum(segment.tokens.numel() for segment in segments)
-        return segments
-
-    def _extend(self, chosen: list[int], turns: list[Tensor], seen: Tensor | None) -> None:
-        """Runs given turns [n] behind sequences `chosen`, `seen` [n, tokens, D] at their image placeholders if any."""
-        policy, device = self.policy, self.rows.position.device
-        lengths = [turn.numel() for turn in turns]
-        tokens = torch.nn.utils.rnn.pad_sequence(turns, batch_first=True).to(device)
-        new = torch.arange(tokens.shape[1], device=device)[None] < torch.tensor(lengths, device=device)[:, None]
-        embeddings = policy.embed(tokens, "text")
-        if seen is not None:
-            embeddings[policy.image_slots(tokens) & new] = seen.flatten(0, 1).to(embeddings.dtype)
-        rows = self.rows.take(torch.tensor(chosen, device=device))
-        positions = rows.position[:, None] + torch.arange(tokens.shape[1], device=device)
-        positions = torch.where(new, positions, 0)
-        hidden = policy.trunk(embeddings, positions, Extend(self.prompts, self.own, rows.spans, lengths))
-        added = torch.tensor(lengths, device=device)
-        rows.advance(hidden[torch.arange(len(chosen), device=device), added - 1], added)
-        self.rows.put(torch.tensor(chosen, device=device), rows)
-
-    def _keys(self, chosen: Sequence[int], attempt: int = 1) -> Tensor:
-        """[n] int64: keys of the sequences' random numbers."""
-        drafts = [self.drafts[i] for i in chosen]
-        keys = [trajectory_key(self.sampling, draft.prompt, draft.member, attempt) for draft in drafts]
-        return torch.tensor(keys, device=self.rows.position.device)
-
-    def _segments(self, samples: Samples, chosen: list[int], phase: Phase) -> list[Segment]:
-        index = torch.tensor(chosen, device=samples.token.device)
-        token, logp, mixed, entropy, length = (
-            column[index].cpu()
-            for column in (samples.token, samples.logp, samples.logp_mixed, samples.entropy, samples.length)
-        )
-        ended = torch.isin(token.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0], torch.tensor(phase.ends))
-        kind: SegmentKind = phase.kind
-        return [
-            Segment(
-                kind=kind,
-                tokens=token[row, :n],
-                logp=logp[row, :n],
-                logp_mixed=mixed[row, :n],
-                entropy=entropy[row, :n],
-                truncated=kind == "text" and not bool(ended[row]),
-            )
-            for row, n in enumerate(length.tolist())
-        ]

@@ -19,7 +19,8 @@ from torch import Tensor
 from syncr1.engine.forward.objective import Objective, PolicyForward
 from syncr1.engine.forward.packing import pack
 from syncr1.engine.records import Rollout
-from syncr1.engine.rollout.sampler import RolloutEngine, Sampling
+from syncr1.engine.rollout.sampler import RolloutEngine
+from syncr1.engine.rollout.sampling import Sampling
 from syncr1.kernels.api import group_advantages
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"

@@ -19,7 +19,8 @@ from helpers import make_prompt, sharp_policy
 from syncr1.engine.data.table import open_table
 from syncr1.engine.errors import PictureError
 from syncr1.engine.pictures import StoredImage, load_pictures, open_picture
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 
 NUM_ROWS, SIZE = 2000, 20_000
 

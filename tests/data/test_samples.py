@@ -24,7 +24,8 @@ from syncr1.engine.errors import DataError
 from syncr1.engine.pictures import open_picture
 from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.reward import columns_of
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from syncr1.engine.evaluate.tasks import chance_of, tagged_scores, text_scores
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.builtin.identity import IdentityReward
 from syncr1.engine.rewards.judge.attribute_judge import index_scorer
-from syncr1.engine.rollout.sampler import Sampling
+from syncr1.engine.rollout.sampling import Sampling
 from syncr1.engine.show.scores import AT_CHANCE, FELL, UNTRAINED, score_rows
 from syncr1.engine.world.attributes import LOOK_INDEX, LOOKS, VALUES, Look
 from syncr1.engine.world.checker import AttributeChecker

@@ -20,7 +20,8 @@ from syncr1.engine.errors import EvaluationError
 from syncr1.engine.evaluate.generate import generate_items, plan, select
 from syncr1.engine.evaluate.store import ITEMS, Item, Store, file_name
 from syncr1.engine.records import Prompt
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 
 NUM_TRAJECTORIES = 10
 

@@ -21,7 +21,8 @@ from syncr1.engine.forward.objective import Objective, PolicyForward
 from syncr1.engine.learn.learner import Learner
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import IMAGE, PackedBatch, Rollout
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 from syncr1.kernels.api import linear_logp
 
 GROUP = 3

@@ -195,7 +195,8 @@ def test_sizes_that_do_not_fit_are_refused(
 
 def test_the_packed_axis_is_what_was_fed_while_sampling(policy: JanusPolicy, tmp_path: Path) -> None:
     """A truncated text is followed by the hand-over just as an ended one is."""
-    from syncr1.engine.rollout.sampler import Sampling, generate
+    from syncr1.engine.rollout.sampler import generate
+    from syncr1.engine.rollout.sampling import Sampling
 
     (rollout,) = generate(policy, [make_prompt("draw it.", CHAIN)], Sampling(num_generations=1, max_text_tokens=1))
     (batch,) = packed(policy, [rollout], 1)

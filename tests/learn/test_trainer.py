@@ -31,7 +31,8 @@ from syncr1.engine.records import PackedBatch, Prompt, Rollout, StepMetrics
 from syncr1.engine.rewards.ensemble import RewardSet, combine
 from syncr1.engine.rewards.preview_scorer import build_preview
 from syncr1.engine.rewards.scoring import score
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 from syncr1.kernels.api import dgs_select, group_advantages
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]

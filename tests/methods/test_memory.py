@@ -16,7 +16,7 @@ from syncr1.engine.methods.dry_run import policy_without_weights
 from syncr1.engine.methods.memory import Memory, PeakBytes, memory_of
 from syncr1.engine.methods.starting import add_adapters
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.rollout.sampler import Sampling
+from syncr1.engine.rollout.sampling import Sampling
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.tiny_janus import build_policy

@@ -20,7 +20,8 @@ from syncr1.engine.errors import ConfigError
 from syncr1.engine.policies.auto import KNOWN, load_policy, policy_class
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.causal_lm import CausalLMPolicy
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 
 
 @pytest.mark.parametrize(("kind", "make"), [("emu3", sharp_emu3), ("janus", sharp_policy)])

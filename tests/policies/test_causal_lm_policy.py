@@ -38,7 +38,8 @@ from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.cache import Decode, Prefill, Store
 from syncr1.engine.policies.causal_lm import CausalLMPolicy
 from syncr1.engine.policies.tokens import control_tokens
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 from syncr1.kernels.api import SharedPrefixLayout
 
 TEXT = ("text",)

@@ -19,7 +19,8 @@ from transformers import AutoProcessor, Emu3ForConditionalGeneration
 
 from syncr1.engine.pictures import open_picture
 from syncr1.engine.policies.emu3 import Emu3Policy
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from text_models import own_cache
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from syncr1.engine.policies.janus import FEWEST_DRAWN, UNCONDITIONAL_PADS, JanusPolicy
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 from syncr1.engine.world.tiny_janus import ASSISTANT, BOI, BOS, EOI, EOS, IMAGE, PAD
 
 

@@ -34,7 +34,8 @@ from syncr1.engine.policies.lora import (
 )
 from syncr1.engine.records import MODALITY_NAMES, PackedBatch, Rollout
 from syncr1.engine.rollout.compiled import CompiledTrunk
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 RANK, ALPHA = 4, 12.0

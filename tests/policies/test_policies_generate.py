@@ -37,7 +37,8 @@ from transformers import (
 from syncr1.engine.policies.causal_lm import CausalLMPolicy
 from syncr1.engine.policies.emu3 import Emu3Policy
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 
 NEAR = 1e-3
 POSITIONS = 160

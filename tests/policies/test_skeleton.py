@@ -25,7 +25,8 @@ from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.policies.auto import KNOWN, load_policy, policy_class
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.records import Prompt
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 
 
 def blocks() -> BlocksPolicy:

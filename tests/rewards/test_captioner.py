@@ -17,7 +17,8 @@ from syncr1.engine.errors import ConfigError
 from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.builtin.captioner import QUESTION, BlipCaptioner, PolicyCaptioner
 from syncr1.engine.rewards.builtin.pretrained import Preparation
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

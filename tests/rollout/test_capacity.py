@@ -16,7 +16,8 @@ from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.rollout import sampler as rollout_module
 from syncr1.engine.rollout.capacity import Sizes, check_fits, free_bytes
 from syncr1.engine.rollout.preview import preview_length
-from syncr1.engine.rollout.sampler import RolloutEngine, Sampling, generate
+from syncr1.engine.rollout.sampler import RolloutEngine, generate
+from syncr1.engine.rollout.sampling import Sampling
 
 SHAPE = CacheShape(num_layers=24, num_heads=16, head_dim=128, dtype=torch.bfloat16, device=torch.device("cpu"))
 

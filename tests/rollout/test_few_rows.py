@@ -13,7 +13,8 @@ from torch import nn
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.policies.lora import add_lora
 from syncr1.engine.rollout.few_rows import MAX_ROWS, FewRows
-from syncr1.engine.rollout.sampler import RolloutEngine, Sampling, generate
+from syncr1.engine.rollout.sampler import RolloutEngine, generate
+from syncr1.engine.rollout.sampling import Sampling
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from helpers import CHAIN, LONG_CHAIN, Gate, make_prompt, sharp_policy
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rollout.preview import fill
-from syncr1.engine.rollout.sampler import RolloutEngine, Sampling, generate, trajectory_key
+from syncr1.engine.rollout.sampler import RolloutEngine, generate
+from syncr1.engine.rollout.sampling import Sampling, trajectory_key
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_preview_keeps_the_best_try_and_never_exceeds_the_cap(policy: JanusPolic
 
 def _draw_with_key(policy: JanusPolicy, prompt: Prompt, sampling: Sampling, attempt: int) -> list[int]:
     """The image tokens that a single try with this attempt's key draws."""
-    from syncr1.engine.rollout import sampler as module
+    from syncr1.engine.rollout import batch as module
 
     original = module.trajectory_key
     module.trajectory_key = lambda s, p, m, a=1: original(s, p, m, attempt)

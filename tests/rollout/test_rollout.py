@@ -22,7 +22,8 @@ from syncr1.engine.forward.objective import Objective, PolicyForward
 from syncr1.engine.learn.learner import replay_error
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import IMAGE, TEXT, PackedBatch, Prompt, Rollout, Segment
-from syncr1.engine.rollout.sampler import RolloutEngine, Sampling, generate
+from syncr1.engine.rollout.sampler import RolloutEngine, generate
+from syncr1.engine.rollout.sampling import Sampling
 
 REPLAY_TOLERANCE = 1e-4
 """Nats, float32; about 5e-6 is measured."""

@@ -37,7 +37,8 @@ from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.processes.meeting import free_port
 from syncr1.engine.records import PackedBatch, Prompt, Rollout
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 from syncr1.engine.world import tiny_janus
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus

@@ -30,7 +30,8 @@ from syncr1.engine.forward.packing import pack
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout, Segment, SegmentKind
 from syncr1.engine.rollout.preview_gate import PreviewGate
-from syncr1.engine.rollout.sampler import Sampling, generate
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 from syncr1.engine.world.attributes import CONCEPTS, LOOKS
 from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.render import render

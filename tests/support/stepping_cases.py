@@ -17,7 +17,8 @@ from syncr1.engine.policies.base import Policy
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rollout import stepping
 from syncr1.engine.rollout.decode import TokenStep
-from syncr1.engine.rollout.sampler import RolloutEngine, Sampling
+from syncr1.engine.rollout.sampler import RolloutEngine
+from syncr1.engine.rollout.sampling import Sampling
 
 
 class Watch(TorchDispatchMode):

@@ -18,7 +18,8 @@ from transformers import BlipForConditionalGeneration, BlipImageProcessor
 from ...pictures import MemoryImage
 from ...policies.base import Policy
 from ...records import Prompt
-from ...rollout.sampler import Sampling, generate
+from ...rollout.sampler import generate
+from ...rollout.sampling import Sampling
 from .batches import check_images
 from .pretrained import Preparation, Pretrained, frozen
 
