@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..show.names import INTERVALS
 from ..show.scores import Scores, measures_in, score_rows, show_change, show_interval, show_score
 from ..whole_files import write_atomically
 
@@ -210,7 +211,7 @@ def _score_section(before: Scores | None, after: Scores | None) -> str:
     rows = score_rows(before, after)
     if not rows:
         return ""
-    lines = ["## Scores", "", "On held-out items that training never saw; in brackets 95 % intervals."]
+    lines = ["## Scores", "", f"On held-out items, which training never saw; changes of shares in points; {INTERVALS}."]
     lines += [
         "",
         "| task | measure | unit | items | before | after | change | |",

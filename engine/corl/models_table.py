@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from rich.table import Table
 from rich.text import Text
 
+from ..show.names import ANSWERS
 from ..show.scores import ScoreRow, Scores, measures_in, score_rows, show_interval, show_score
 
 NAMES = {
@@ -22,7 +23,7 @@ NAMES = {
     "merged": "mcq + oe merged",
 }
 """Models of a run in the words of the table."""
-LEFT_OUT = ("form, greedy", "form, sampled")
+LEFT_OUT = tuple(f"form, {how}" for how in ANSWERS.values())
 """Nearly always kept; scores.json has them."""
 WIDTH = 80
 
@@ -46,7 +47,12 @@ def models_table(scores: Mapping[str, Scores]) -> Table:
     rows = rows_by_model(scores)
     shown = [row for found in rows.values() for row in found.values()]
     notes = [f"{name}: {words}" for name, words in measures_in(shown).items()]
-    notes.append("shares in per cent, 95 % intervals below; on held-out items that no training saw; bold: a row's best")
+    notes.append(
+        "in the columns: the models of this run, in the order of their making; in brackets: held-out items, which no"
+    )
+    notes.append(
+        "training saw; shares in per cent, below each its 95 % interval; bold: a row's best, which may be by chance"
+    )
     table = Table(
         title="Every model of the run",
         caption="\n".join(notes),
@@ -65,7 +71,9 @@ def models_table(scores: Mapping[str, Scores]) -> Table:
         if first.task != previous:
             table.add_row(Text(f"{first.label} ({first.num_items})", "bold"))
         best = max((row.after for row in found.values() if row.after is not None), default=None)
-        table.add_row(Text(f"  {first.measure}"), *(_cell(found.get(model), best) for model in scores))
+        table.add_row(
+            Text("  " + first.measure.replace(", ", ",\n  ")), *(_cell(found.get(model), best) for model in scores)
+        )
         previous = first.task
     return table
 

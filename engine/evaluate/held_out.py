@@ -19,7 +19,8 @@ from ..rewards.reward import columns_for
 from ..rollout.sampler import RolloutEngine
 from ..rollout.sampling import Sampling
 from ..show.measured import PER_ITEM, Measured
-from ..show.scores import GENERAL, SUMMARY, shown_as
+from ..show.names import GENERAL, SUMMARY
+from ..show.scores import shown_as
 from .drawing import Draw, drawer, texts_alone
 from .measures import attribute_metrics
 from .tasks import image_task, needs_image, needs_text, text_scores

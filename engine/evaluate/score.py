@@ -25,7 +25,8 @@ from ..records import Prompt
 from ..rewards.judge.attribute_judge import AttributeScorer
 from ..show.intervals import Interval, intervals_of
 from ..show.measured import PER_ITEM, Measured, dumps
-from ..show.scores import INDEPENDENT, TASKS, chance_mark, show_interval, show_score
+from ..show.names import ANSWERS, INDEPENDENT, INTERVALS, MEASURES, READ, READERS, TASKS
+from ..show.scores import chance_mark, show_interval, show_score
 from ..whole_files import write_atomically
 from .graders import Graders, grade
 from .held_out import Scores, TaskScores, means, score_rollouts, summary, table_of, values_of
@@ -34,13 +35,11 @@ from .store import Item, Store
 from .tasks import PUBLISHED, needs_text
 
 SCORES, TABLE = "scores.json", "scores.md"
-INTERVALS = "in brackets: 95 % intervals, Wilson's for shares of whole items, else by bootstrap over items"
 
 LABELS = {
-    "all_right": "all attributes right",
-    "attributes": "share of attributes right",
+    **READ,
     "score": "main score",
-    "recall": "weighted recall",
+    "recall": "balanced accuracy",
     "bleu": "character BLEU",
     "accuracy": "accuracy",
     "format": "in the asked form",
@@ -260,16 +259,28 @@ def _mark(measured: Measured, interval: Interval | None) -> str:
 
 def _label(name: str) -> str:
     head, _, reader = name.partition("/")
-    return LABELS.get(head, head) + (f", by {reader}" if reader else "")
+    return LABELS.get(head, head) + (f", {READERS.get(reader, reader)}" if reader else "")
+
+
+def legend(result: Result) -> list[str]:
+    """What the table's columns, and the measures that it has, mean."""
+    shown = [row[2] for row in rows_of(result)]
+    drawn = any(READ[name] in label for name in READ for label in shown)
+    named = [name for name in (*READ.values(), *READERS.values()) if any(name in label for label in shown)]
+    notes = [f"{name}: {MEASURES[name]}" for name in (*ANSWERS.values(), *named)]
+    if any("balanced accuracy" in label for label in shown):
+        notes.append(f"balanced accuracy: {MEASURES['% balanced accuracy']}")
+    notes += ["drawings are sampled, so that theirs stand in the last column"] if drawn else []
+    return [*notes, INTERVALS]
 
 
 def markdown(result: Result) -> str:
     """The table, the summary and what was left out, as Markdown."""
-    lines = ["| task | items | metric | greedy | sampled |", "|---|---:|---|---:|---:|"]
+    lines = [f"| task | items | measure | {' | '.join(ANSWERS.values())} |", "|---|---:|---|---:|---:|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows_of(result)]
     lines += ["", "| mean over tasks | |", "|---|---:|"]
     lines += [f"| {name} | {show_score(value)} |" for name, value in result.summary.items()]
-    lines += ["", INTERVALS]
+    lines += ["", *(f"- {note}" for note in legend(result))]
     if result.left_out:
         lines += ["", "Left out:", ""] + [f"- {name}: {reason}" for name, reason in result.left_out.items()]
     return "\n".join(lines) + "\n"
@@ -282,7 +293,7 @@ WIDTHS = (42, 18, 18)
 def rich_table(result: Result) -> Group:
     """The same rows for a terminal, the metrics of each task below its name; 80 characters wide."""
     under = _lines()
-    under.add_row(*(Text(name, "dim") for name in ("metric", "greedy", "sampled")))
+    under.add_row(*(Text(name, "dim") for name in ("measure", *ANSWERS.values())))
     lines: list[Text | Table] = [Text("Scores", "bold"), under]
     before = ""
     for task, count, *cells in rows_of(result):
@@ -291,7 +302,7 @@ def rich_table(result: Result) -> Group:
             lines += [Text(f"{TASKS.get(task, task.replace('_', ' '))} ({count} items)", "bold"), under]
         under.add_row(Text(f"  {cells[0]}"), *map(Text, cells[1:]))
         before = task
-    notes = [INTERVALS, *(f"left out: {name}: {why}" for name, why in result.left_out.items())]
+    notes = [*legend(result), *(f"left out: {name}: {why}" for name, why in result.left_out.items())]
     return Group(*lines, *(Text(note, "dim") for note in notes))
 
 

@@ -24,7 +24,8 @@ from ..evaluate.held_out import Evaluation, Evaluator, Scores
 from ..learn.learner import Learner
 from ..records import StepMetrics
 from ..settings.train_config import TrainConfig
-from ..show.scores import GENERAL, SUMMARY, flatten_scores, show_score
+from ..show.names import GENERAL, SUMMARY
+from ..show.scores import flatten_scores, show_score
 from .resume import load_random_state, random_state
 
 BEST = "best"

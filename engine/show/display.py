@@ -23,10 +23,9 @@ from rich.text import Text
 from ..records import StepMetrics
 from . import recent
 from .intervals import Interval
+from .names import INTERVALS, SUMMARY, UNTRAINED
 from .pulse import Pulse, duration
 from .scores import (
-    SUMMARY,
-    UNTRAINED,
     ScoreRow,
     Scores,
     measures_in,
@@ -194,7 +193,7 @@ def number(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "n/a"
 
 
-WIDTHS = (28, 15, 15, 19)
+WIDTHS = (30, 15, 15, 17)
 """Of the table's columns: with the gaps between them, 80 characters."""
 
 
@@ -213,10 +212,8 @@ def before_after_table(before: Scores, after: Scores) -> Group:
     previous = None
     for row in rows:
         if row.task != previous:
-            items = f" ({row.num_items} items)" if row.num_items and row.task != SUMMARY else ""
-            untrained = f", {UNTRAINED}" if UNTRAINED in row.marks else ""
             under = _lines()
-            lines += [Text(row.label + items + untrained, "bold"), under]
+            lines += [Text(_heading(row), "bold"), under]
         under.add_row(
             _measure(row),
             _score(row.before, row.before_interval, row.unit),
@@ -225,8 +222,19 @@ def before_after_table(before: Scores, after: Scores) -> Group:
         )
         previous = row.task
     notes = [f"{name}: {words}" for name, words in measures_in(rows).items() if name != UNTRAINED]
-    notes.append("on held-out items that training never saw; shares in per cent, in brackets 95 % intervals")
+    notes.append(f"on held-out items, which training never saw; shares in per cent, changes in points; {INTERVALS}")
     return Group(*lines, *(Text(note, "dim") for note in notes))
+
+
+def _heading(row: ScoreRow) -> str:
+    """A task with its items and, of answers, what they are counted by: `… (24 items, % of words)`; what is counted of
+    drawings stands in each line."""
+    if row.task == SUMMARY:
+        return row.label
+    said = [f"{row.num_items} items"] if row.num_items else []
+    said += [row.unit] if row.unit and row.family != "drawings" else []
+    untrained = f", {UNTRAINED}" if UNTRAINED in row.marks else ""
+    return row.label + (f" ({', '.join(said)})" if said else "") + untrained
 
 
 def _lines() -> Table:
@@ -238,9 +246,8 @@ def _lines() -> Table:
 
 def _measure(row: ScoreRow) -> Text:
     marks = "".join(f" ! {mark}" for mark in row.marks if mark != UNTRAINED)
-    name = f"{row.measure}, {row.unit}" if row.measure in ("greedy", "sampled") and row.unit else row.measure
-    apart = "" if len(name) + len(marks) + 2 <= WIDTHS[0] else "\n "
-    return Text.assemble(f"  {name}", apart, (marks, "bold red"))
+    apart = "" if len(row.measure) + len(marks) + 2 <= WIDTHS[0] else "\n "
+    return Text.assemble(f"  {row.measure}", apart, (marks, "bold red"))
 
 
 def _score(value: float | None, interval: Interval | None, unit: str) -> str:

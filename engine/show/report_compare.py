@@ -8,16 +8,16 @@ from typing import Any
 
 from ..whole_files import write_atomically
 from .markup import cell, section, table, words
+from .names import SUMMARY
 from .outcome import outcome_of
 from .report import page, shown
 from .report_curves import overlaid
 from .report_heading import facts_of
 from .report_parts import parts_of
 from .report_pictures import MAX_CARDS, READ_BY, card
-from .report_scores import rows_of, score_table
+from .report_scores import HOW_TO_READ, rows_of, score_table
 from .report_story import changes
 from .run_files import Run, read_run, table_of
-from .scores import SUMMARY
 
 NOT_COMPARED = frozenset({"output_dir", "resume_from_checkpoint"})
 """Settings that differ between any two runs."""
@@ -64,7 +64,7 @@ def comparison(runs: tuple[Run, Run], names: tuple[str, str]) -> str:
             f"<h1>{words(names[0])} against {words(names[1])}</h1>",
             section("In short", story + (f"<p>{words(missing)}</p>" if missing else ""), "story"),
             _settings(runs, names),
-            section("Scores after training", score_table(rows, names[0], names[1]), "scores"),
+            section("Scores after training", score_table(rows, names[0], names[1]), "scores", HOW_TO_READ),
             _requests(runs, names),
             *_curves(runs, names),
             _facts(runs, names),

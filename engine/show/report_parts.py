@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .markup import cell, section, table, words
+from .names import INTERVALS
 from .outcome import Outcome, outcome_of
 from .pulse import duration
 from .report_cost import COST_COLUMNS, cost_line, total_seconds
@@ -98,7 +99,10 @@ def compared(run: Run, parts: list[Part]) -> str:
 
 
 def models_section(run: Run, parts: list[Part]) -> str:
-    lead = "Held-out scores of every model that the run made, on the same items."
+    lead = (
+        "Held-out scores of every model that the run made, on the same items, which no training saw; a line's best is "
+        f"marked. Shares are in per cent; {INTERVALS}."
+    )
     return section("Every model of the run", models_table(models_of(run, parts)), "models", lead)
 
 

@@ -7,11 +7,14 @@ from typing import Any
 
 from .intervals import Interval
 from .markup import cell, section, table, words
+from .names import INTERVALS, SUMMARY
 from .run_files import Run, is_number, table_of, texts_of
-from .scores import SUMMARY, ScoreRow, measures_in, score_rows, show_change, show_interval, show_score
+from .scores import ScoreRow, measures_in, score_rows, show_change, show_interval, show_score
 
-HELD_OUT = "On held-out items that training never saw; changes in percentage points."
-WITH_INTERVALS = " In brackets: 95 % intervals."
+HOW_TO_READ = (
+    "A line is one measure of the task above it, over so many held-out items, which training never saw. Shares are in "
+    f"per cent, changes in points; {INTERVALS}. Below the table stands what the words mean."
+)
 
 
 def rows_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ScoreRow]:
@@ -76,17 +79,25 @@ def score_table(rows: Sequence[ScoreRow], before: str = "Before", after: str = "
         name = f'<th colspan="{len(head)}" scope="rowgroup">{words(group[0].label)}</th>'
         lines = "".join(_line(row, head) for row in group)
         bodies.append(f'<tbody{kind}><tr class="group">{name}</tr>{lines}</tbody>')
-    intervals = any(interval_of(row, when) for row in rows for when in ("before", "after", "change"))
-    explained = "; ".join(f"{name}: {said}" for name, said in measures_in(list(rows)).items())
-    note = f"{HELD_OUT}{WITH_INTERVALS if intervals else ''} {explained[:1].upper()}{explained[1:]}".strip()
-    return f'{table(head, bodies, "scores")}<p class="note">{words(note)}</p>'
+    return table(head, bodies, "scores") + legend(rows)
+
+
+def legend(rows: Sequence[ScoreRow]) -> str:
+    """What the measures, units and marks of a table mean, a line each."""
+    lines = "".join(f"<li><b>{words(name)}</b>: {words(said)}</li>" for name, said in measures_in(list(rows)).items())
+    return f'<ul class="note">{lines}</ul>' if lines else ""
+
+
+def _unit(row: ScoreRow) -> str:
+    """Behind the measure of an answer, whose name does not say what is counted."""
+    return f' <span class="interval">{words(row.unit)}</span>' if row.unit and row.family != "drawings" else ""
 
 
 def _line(row: ScoreRow, head: Sequence[str]) -> str:
     way = {"better": "up", "worse": "down", "unclear": ""}[direction(row)]
     marks = "".join(f' <span class="mark">{words(mark)}</span>' for mark in row.marks)
     cells = [
-        cell(head[0], f"{words(row.measure)}{marks}", "", "th"),
+        cell(head[0], f"{words(row.measure)}{_unit(row)}{marks}", "", "th"),
         cell(head[1], str(row.num_items) if row.num_items else "–"),
         cell(head[2], shown(row, "before")),
         cell(head[3], shown(row, "after")),
@@ -133,13 +144,14 @@ def models_table(models: Mapping[str, tuple[str, Sequence[ScoreRow]]]) -> str:
         line = [found.get((task, measure)) for found in rows.values()]
         values = [row.after for row in line if row is not None and row.after is not None]
         best = max(values) if len(set(values)) > 1 else None
-        cells = cell(head[0], words(measure), "", "th")
+        cells = cell(head[0], f"{words(measure)}{_unit(known)}", "", "th")
         for column, row in zip(head[1:], line, strict=True):
             top = row is not None and row.after is not None and row.after == best
             said = "–" if row is None else shown(row, "after") + ('<span class="best"> best</span>' if top else "")
             cells += cell(column, said, "number top" if top else "number")
         bodies[task] = bodies.get(task, _group(known, len(head))) + f"<tr>{cells}</tr>"
-    return table(head, [f"<tbody>{lines}</tbody>" for lines in bodies.values()], "scores models")
+    known = [row for found in rows.values() for row in found.values()]
+    return table(head, [f"<tbody>{lines}</tbody>" for lines in bodies.values()], "scores models") + legend(known)
 
 
 def _group(row: ScoreRow, columns: int) -> str:
@@ -147,4 +159,5 @@ def _group(row: ScoreRow, columns: int) -> str:
 
 
 def score_section(run: Run, before: str = "Before", after: str = "After") -> str:
-    return section("Scores before and after training", score_table(rows_of_run(run), before, after), "scores")
+    body = score_table(rows_of_run(run), before, after)
+    return section("Scores before and after training", body, "scores", HOW_TO_READ if body else "")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .markup import section, words
+from .names import SUMMARY
 from .outcome import outcome_of
 from .pulse import duration
 from .report_cost import dgs_words, total_seconds
 from .report_heading import data_of, method_of, model_of
 from .report_scores import direction, rows_of_run
 from .run_files import Rows, Run, ends, number_of, values_of
-from .scores import SUMMARY, ScoreRow, measures_in, show_change, show_interval, show_score
+from .scores import ScoreRow, measures_in, show_change, show_interval, show_score
 from .warnings import LEAST, Watch, of_scores, warnings_of
 
 BETTER_WORSE = ("What got better", "What got worse")

@@ -212,7 +212,7 @@ class RunLog:
             when: flat[when] | ({PER_ITEM: scores[PER_ITEM]} if scores and PER_ITEM in scores else {})
             for when, scores in (("before", before), ("after", after))
         }
-        table = [row._asdict() | {"change": row.change} for row in score_rows(before, after)]
+        table = [row._asdict() | {"label": row.label, "change": row.change} for row in score_rows(before, after)]
         write_atomically(self.folder / "scores.json", dumps({**kept, "table": table}))
         finite = {
             f"{when}/{name}": value

@@ -14,84 +14,29 @@ from typing import Any, NamedTuple
 
 from .intervals import Interval, Intervals, intervals_of
 from .measured import PER_ITEM, Measured, measured_in
+from .names import (
+    ANSWERS,
+    AT_CHANCE,
+    BELOW_CHANCE,
+    FELL,
+    GENERAL,
+    INDEPENDENT,
+    MARKS,
+    MEASURES,
+    OF_DRAWINGS,
+    PER_CENT,
+    READERS,
+    RECOGNITION,
+    SUMMARY,
+    TASKS,
+    UNITS,
+    UNTRAINED,
+    read_words,
+)
 
 Scores = Mapping[str, Any]
 """`task/measure` -> score, or nested: {task: {measure: score}}; beside them `per_item` (measured.py), without which
 rows have no intervals. Higher is better; shares lie in [0, 1]."""
-
-SUMMARY = "summary"
-"""Task whose rows come last and stand out."""
-RECOGNITION = "rec"
-GENERAL = frozenset({"general_vqa", "general_image"})
-"""Tasks that no training sees: do other skills stay?"""
-
-TASKS = {
-    RECOGNITION: "Recognition: is the concept in the photo?",
-    "vqa": "Questions about a photo of the concept",
-    "qa": "Questions about the concept, no photo",
-    "choice": "Multiple choice",
-    "rea": "Infer what an indirect request means",
-    "dense_rea": "Infer what a long request means",
-    "gen": "Draw the concept",
-    "pure_gen": "Draw the concept",
-    "dense_gen": "Draw the concept, long requests",
-    "rea_gen": "Infer what is meant, then draw it",
-    "dense_rea_gen": "Infer it from a long request, draw it",
-    "general_vqa": "Questions about photos of nobody in particular",
-    "general_image": "Draw a caption without a concept",
-    "t2i": "Draw a caption",
-    "mcq": "Multiple choice",
-    "oe": "Open questions",
-    "geneval": "GenEval's prompts",
-    "dpg": "DPG-Bench's prompts",
-    SUMMARY: "All tasks but those not trained on: means",
-}
-"""Tasks of UnifyBench++ and of CoRL in words; another name is shown as it is."""
-
-INDEPENDENT = "cnn"
-READERS = {INDEPENDENT: "a classifier that no reward uses", "checker": "the checker that also gave rewards"}
-"""Who says what a drawing shows, the independent one first."""
-MEASURES = {
-    "greedy": "the most likely answer is right",
-    "sampled": "an answer drawn at random, as in training, is right",
-    "all right": "share of drawings in which every attribute that was asked for is right",
-    "attributes": "mean share of a drawing's attributes that are right",
-    **{f"by {reader}": words for reader, words in READERS.items()},
-    "likeness": "how like the concept's photos a drawing is, from 0 to 1; that does not make it right",
-    "by own tower": "the starting model's own frozen vision tower",
-    "cycle": "reward: like the real picture, and captioned back to the prompt",
-    "tim": "reward: words and patches match in the starting model's own features",
-    "clip_text": "reward: CLIP's likeness of picture and prompt",
-    "clip_image": "reward: CLIP's likeness of picture and real picture",
-    "CLIP-T": "cosine of picture and prompt by CLIP",
-    "CLIP-I": "cosine of picture and photos of the concept by CLIP",
-    "form, greedy": "the answer keeps the form <think>…</think><answer>…</answer>",
-    "form, sampled": "an answer drawn at random keeps the form <think>…</think><answer>…</answer>",
-}
-"""What the measures' names, or parts of them, mean; shown under the table for those that occur."""
-
-AT_CHANCE, BELOW_CHANCE, FELL, UNTRAINED = "at chance", "below chance", "fell", "not trained on"
-MARKS = {
-    UNTRAINED: "no training saw this task",
-    AT_CHANCE: "guessing scores as much: its level lies within the interval",
-    BELOW_CHANCE: "guessing scores more",
-    FELL: "worse than before: the interval of the change lies below 0",
-}
-
-PER_CENT = "% of "
-UNITS = {
-    "recall": "% recall",
-    "words": PER_CENT + "words",
-    "accuracy": PER_CENT + "answers",
-    "bleu": "character BLEU, 0 to 1",
-}
-"""Of the measures that may be a task's main score."""
-OF_DRAWINGS = {
-    "identity": ("likeness, by own tower", "likeness, 0 to 1"),
-    "clip_t": ("CLIP-T", "cosine"),
-    "clip_i": ("CLIP-I", "cosine"),
-}
-"""What else is said of drawings: its name in a table and its unit."""
 
 
 class ScoreRow(NamedTuple):
@@ -99,7 +44,7 @@ class ScoreRow(NamedTuple):
 
     task: str
     measure: str
-    """Short, in words: `all right, by cnn`; MEASURES explains its parts."""
+    """Short, in words: `drawings right, classifier`; MEASURES explains its parts."""
     before: float | None
     after: float | None
     num_items: int = 0
@@ -165,7 +110,7 @@ def shown_as(name: str, flat: Mapping[str, float | None]) -> Shown | None:
     """What a table says for a score of `flat`; None for details, and for scores that repeat another.
 
     >>> shown_as("gen/all_right/cnn", {}).measure, shown_as("gen/hat/cnn", {}), shown_as("qa/score/greedy", {}).measure
-    ('all right, by cnn', None, 'greedy')
+    ('drawings right, classifier', None, 'most likely answer')
     """
     task, _, measure = name.partition("/")
     head, _, how = measure.partition("/")
@@ -177,18 +122,18 @@ def shown_as(name: str, flat: Mapping[str, float | None]) -> Shown | None:
     if head in ("all_right", "attributes"):
         unit = "drawings" if head == "all_right" else "attributes"
         place = 2 * (head == "attributes") + (how != INDEPENDENT)
-        return Shown(place, f"{head.replace('_', ' ')}, by {how}", PER_CENT + unit, "drawings")
+        return Shown(place, read_words(head, how), PER_CENT + unit, "drawings")
     if measure in OF_DRAWINGS:
         return None if read and measure == "identity" else Shown(4, *OF_DRAWINGS[measure], "drawings")
     if head == "reward":
         return Shown(6, how, "reward", "drawings")
-    if head == "score" and how in ("greedy", "sampled"):
-        return None if drawn else Shown(how == "sampled", how, _unit_of(task, how, flat), family)
+    if head == "score" and how in ANSWERS:
+        return None if drawn else Shown(how == "sampled", ANSWERS[how], _unit_of(task, how, flat), family)
     if head == "format" and how:
-        return Shown(8 + (how == "sampled"), f"form, {how}", PER_CENT + "answers", family)
+        return Shown(8 + (how == "sampled"), f"form, {ANSWERS.get(how, how)}", PER_CENT + "answers", family)
     if how or measure in ("num_items", "judge", "clauses"):
         return None
-    return Shown(7, measure, "", family)
+    return Shown(7, ANSWERS.get(measure, measure), "", family)
 
 
 def _unit_of(task: str, how: str, flat: Mapping[str, float | None]) -> str:
@@ -206,17 +151,17 @@ def _summary_shown(measure: str, flat: Mapping[str, float | None]) -> Shown | No
         return None
     if family == "image" and how.startswith("all_right/"):
         reader = how.partition("/")[2]
-        return Shown(2 + (reader != INDEPENDENT), f"all right, by {reader}", PER_CENT + "drawings", SUMMARY)
+        return Shown(2 + (reader != INDEPENDENT), read_words("all_right", reader), PER_CENT + "drawings", SUMMARY)
     if family == "image" and how in READERS:
-        return Shown(4 + (how != INDEPENDENT), f"attributes, by {how}", PER_CENT + "attributes", SUMMARY)
+        return Shown(4 + (how != INDEPENDENT), read_words("attributes", how), PER_CENT + "attributes", SUMMARY)
     if family == "image":
         word, unit = OF_DRAWINGS.get(how, (how, "reward"))
         return Shown(6, f"drawings: {word}", unit, SUMMARY)
     if family == "understanding":
-        return Shown(how == "sampled", f"answers, {how}", PER_CENT + "answers", SUMMARY)
-    if not measure:
-        return Shown(7, "", "", SUMMARY)
-    return Shown(7, measure.replace("format/", "form, "), PER_CENT + "answers", SUMMARY)
+        return Shown(how == "sampled", ANSWERS.get(how, how), PER_CENT + "answers", SUMMARY)
+    if family == "format" and how:
+        return Shown(7, f"form, {ANSWERS.get(how, how)}", PER_CENT + "answers", SUMMARY)
+    return Shown(7, measure, PER_CENT + "answers" if measure else "", SUMMARY)
 
 
 def score_rows(before: Scores | None, after: Scores | None) -> list[ScoreRow]:
@@ -288,8 +233,8 @@ def chance_mark(chance: float | None, interval: Interval | None) -> str | None:
 
 
 def measures_in(rows: Sequence[ScoreRow]) -> dict[str, str]:
-    """Explanations of the measures that `rows` have, and of their marks."""
-    names = {part for row in rows for part in (row.measure, *re.split(", |: ", row.measure))}
+    """Explanations of the measures and units that `rows` have, and of their marks."""
+    names = {part for row in rows for part in (row.measure, row.unit, *re.split(", |: ", row.measure))}
     marks = {mark for row in rows for mark in row.marks}
     return {name: words for name, words in (MEASURES | MARKS).items() if name in names | marks}
 
@@ -307,14 +252,27 @@ def show_score(value: float | None, unit: str = "") -> str:
 
 
 def show_interval(interval: Interval | None, unit: str = "%", *, signed: bool = False) -> str:
-    """`[37, 60]` in per cent, or in the unit's own numbers; nothing for none."""
+    """`[37, 60]` in per cent, or in the unit's own numbers; nothing for none.
+
+    >>> show_interval((-0.004, 0.25), signed=True), show_interval((0.0, 0.14)), show_interval((-0.004, 0.2), "cosine")
+    ('[-0.4, +25]', '[0, 14]', '[-0.004, 0.20]')
+    """
     if interval is None:
         return ""
-    sign = "+" if signed else ""
-    if unit.startswith("%"):
-        return f"[{100 * interval[0]:{sign}.0f}, {100 * interval[1]:{sign}.0f}]"
-    form = f"{sign}.2f" if max(map(abs, interval)) < 100 else f"{sign}.3g"
-    return f"[{interval[0]:{form}}, {interval[1]:{form}}]"
+    share = unit.startswith("%")
+    ends = [100 * end for end in interval] if share else list(interval)
+    large = not share and max(map(abs, ends)) >= 100
+    form = "+.3g" if signed else ".3g"
+    return f"[{', '.join(f'{end:{form}}' if large else _end(end, 0 if share else 2, signed) for end in ends)}]"
+
+
+def _end(value: float, digits: int, signed: bool) -> str:
+    """An interval's end: which side of 0 it lies on is what it is read for, so that it is not rounded to 0 where a
+    digit or two more tell; never `-0`."""
+    finer = next((more for more in range(digits, digits + 3) if round(value, more)), None)
+    if finer is None:
+        return f"{0:.{digits}f}"
+    return f"{value:{'+' if signed else ''}.{finer}f}"
 
 
 def show_change(row: ScoreRow) -> str:
@@ -323,5 +281,5 @@ def show_change(row: ScoreRow) -> str:
         return "–"
     in_range = all(value is not None and 0 <= value <= 1 for value in (row.before, row.after))
     if row.unit.startswith("%") if row.unit else in_range:
-        return f"{100 * row.change:+.1f}"
-    return f"{row.change:+.3g}"
+        return f"{100 * row.change:+.1f}" if round(100 * row.change, 1) else "0.0"
+    return f"{row.change:+.3g}" if row.change else "0"

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .scores import AT_CHANCE, BELOW_CHANCE, FELL, ScoreRow, show_change, show_interval, show_score
+from .names import AT_CHANCE, BELOW_CHANCE, FELL
+from .scores import ScoreRow, show_change, show_interval, show_score
 
 WINDOW = 10
 """Steps that a mean is over, the newest ones: single steps are noisy."""

@@ -110,9 +110,9 @@ def test_code_without_a_known_class(tmp_path: Path, content: str) -> None:
 def test_scores_before_and_after(tmp_path: Path) -> None:
     text = write_model_card(tmp_path, base_model=None, method="x", before={"rea": {"sampled": 0.125}}, after=SCORES)
     rows = [line for line in text.read_text().splitlines() if line.startswith("| ")]
-    assert "| Infer what an indirect request means | sampled |  | – | 12.5 % | 25.0 % | +12.5 |  |" in rows
-    assert "| Infer what an indirect request means | greedy |  | – | – | 50.0 % | – |  |" in rows
-    assert "not evaluated" not in text.read_text() and "- greedy: the most likely" in text.read_text()
+    assert "| Infer what an indirect request means | sampled answer |  | – | 12.5 % | 25.0 % | +12.5 |  |" in rows
+    assert "| Infer what an indirect request means | most likely answer |  | – | – | 50.0 % | – |  |" in rows
+    assert "not evaluated" not in text.read_text() and "- most likely answer: the answer" in text.read_text()
     text = write_model_card(tmp_path, base_model=None, method="x")
     assert "not evaluated" in text.read_text() and "## Scores" not in text.read_text()
 

@@ -115,9 +115,9 @@ def test_the_table_of_all_models_fits_80_characters() -> None:
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     assert sum(line.split() == [".30–.30"] * 6 for line in lines) == 1, "a reward has no per cent"
     drawn = lines.index(" Draw a caption (100)")
-    assert lines[drawn + 1].split("cnn")[1].split() == ["25.0", "40.0", "50.0", "60.0", "99.0", "0.0"]
-    assert lines[drawn + 2].split() == ["18–34", "31–50", "40–60", "50–69", "95–100", "0–4"]
+    assert lines[drawn + 1].split("right,")[1].split() == ["25.0", "40.0", "50.0", "60.0", "99.0", "0.0"]
+    assert lines[drawn + 2].split() == ["classifier", "18–34", "31–50", "40–60", "50–69", "95–100", "0–4"]
     assert [line.split(",")[0].strip() for line in lines[drawn + 1 : drawn + 9 : 2]] == [
-        *("all right", "all right", "attributes", "attributes"),
+        *("drawings right", "drawings right", "attributes right", "attributes right"),
     ]
     assert "at chance" in stream.getvalue() and "below" in stream.getvalue()

@@ -23,7 +23,8 @@ from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.builtin.identity import IdentityReward
 from syncr1.engine.rewards.judge.attribute_judge import index_scorer
 from syncr1.engine.rollout.sampling import Sampling
-from syncr1.engine.show.scores import AT_CHANCE, FELL, UNTRAINED, score_rows
+from syncr1.engine.show.names import AT_CHANCE, FELL, UNTRAINED
+from syncr1.engine.show.scores import score_rows
 from syncr1.engine.world.attributes import LOOK_INDEX, LOOKS, VALUES, Look
 from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.disk import write_world

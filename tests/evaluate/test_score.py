@@ -129,7 +129,7 @@ def test_a_metric_without_any_verdict_is_left_out_of_the_table_by_name(tmp_path:
 def test_nothing_said_is_nan_and_shown_as_a_dash(tmp_path: Path) -> None:
     written(tmp_path, [(asked("1", "rec", "perhaps", "yes", "yes"), None)])
     found = score_folder(tmp_path)
-    assert ("rec", "1", "main score: weighted recall", "–", "–") in rows_of(found)
+    assert ("rec", "1", "main score: balanced accuracy", "–", "–") in rows_of(found)
     assert json.loads((tmp_path / "scores.json").read_text())["scores"]["rec"]["recall/greedy"] is None
 
 
@@ -164,9 +164,9 @@ def test_the_table_fits_80_characters_and_says_how_sure_it_is(tmp_path: Path) ->
     text = stream.getvalue()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     assert [row[2] for row in rows_of(found)] == [
-        "main score: weighted recall (at chance)",
-        *("all attributes right, by cnn", "all attributes right, by checker"),
-        *("share of attributes right, by cnn", "share of attributes right, by checker"),
+        "main score: balanced accuracy (at chance)",
+        *("drawings right, classifier", "drawings right, checker"),
+        *("attributes right, classifier", "attributes right, checker"),
         "CLIP-T",
     ]
     assert text.count("66.7 % [39, 86]") == 2, "8 of 12: Wilson's"
@@ -204,7 +204,7 @@ def test_stage_2_scores_as_the_trainer_does(tmp_path: Path) -> None:
     assert stored["per_item"] == json.loads(json.dumps(table_of(expected)["per_item"]))
     drawn = [row for row in rows_of(found) if row[0] == "pure_gen"]
     assert [row[2] for row in drawn][:2] == [
-        "all attributes right, by checker",
-        "share of attributes right, by checker",
+        "drawings right, checker",
+        "attributes right, checker",
     ]
     assert set(found.left_out) == {"clip_t", "clip_i", "judge"}

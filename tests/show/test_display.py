@@ -86,9 +86,9 @@ def printed(before: Any, after: Any, width: int = 80, terminal: bool = False) ->
 def test_table_shows_tasks_in_words_and_the_summary_last() -> None:
     text = printed(SCORES_BEFORE, SCORES_AFTER)
     assert text.index("Questions about the concept") < text.index("Infer what is meant") < text.index("All tasks")
-    assert re.search(r"greedy +80.0 +78.0 +-2.0$", text, re.MULTILINE)
-    assert re.search(r"sampled +55.0 +88.0 +\+33.0$", text, re.MULTILINE)
-    assert "greedy: the most likely answer is right" in text
+    assert re.search(r"most likely answer +80.0 +78.0 +-2.0$", text, re.MULTILINE)
+    assert re.search(r"sampled answer +55.0 +88.0 +\+33.0$", text, re.MULTILINE)
+    assert "most likely answer: the answer made of each time the likeliest word" in text
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -100,8 +100,9 @@ def test_the_table_of_a_real_run_fits_80_characters(terminal: bool) -> None:
     rows = [line for line in lines if re.search(r"\d \[.*\d \[.*[+-]\d.* \[", line)]
     assert len(rows) == 4 * 2 + 3 * 4 + 6
     task = lines.index("Draw a caption without a concept (192 items), not trained on")
-    assert re.match(r"  all right, by cnn ! fell +\d+\.\d \[\d+, \d+\] ", lines[task + 1]), lines[task + 1]
-    task = lines.index("Recognition: is the concept in the photo? (120 items)")
+    assert re.match(r"  drawings right, classifier +\d+\.\d \[\d+, \d+\] ", lines[task + 1]), lines[task + 1]
+    assert lines[task + 2] == "  ! fell"
+    task = lines.index("Recognition: is the concept in the photo? (120 items, % balanced accuracy)")
     assert all("! at chance" in "".join(lines[task + i : task + i + 2]) for i in (1, 2))
 
 
@@ -111,8 +112,10 @@ def test_the_whole_width_of_numbers_fits() -> None:
     measured = [Measured.of(ids, [value] * 300).to_json() for value in (0.0, 1.0)]
     none, all_ = ({"qa/score/greedy": i, PER_ITEM: {"qa/score/greedy": one}} for i, one in enumerate(measured))
     for before, after in ((none, all_), (all_, none)):
-        line = next(line for line in printed(before, after).splitlines() if "greedy" in line)
-        assert len(line.rstrip()) <= 80 and line.count("[") == 3 and "100.0 [99, 100]" in line
+        lines = printed(before, after).splitlines()
+        row = next(i for i, line in enumerate(lines) if "most likely" in line)
+        assert "100.0 [99, 100]" in lines[row] and re.fullmatch(r" +\[[+-]100, [+-]100\]", lines[row + 1])
+        assert max(map(len, lines)) <= 80
 
 
 def test_numbers_that_are_no_shares_fit() -> None:
@@ -177,19 +180,19 @@ def test_headlines_are_the_main_scores_only() -> None:
     }
     rows = score_rows({"qa": flat, "rea_gen": drawn, "summary": {"image/cnn": 0.6, "general_vqa/greedy": 0.1}}, None)
     assert [(row.task, row.measure, row.before) for row in rows] == [
-        ("qa", "greedy", 0.5),
-        ("qa", "sampled", 0.4),
-        ("rea_gen", "all right, by cnn", 0.2),
-        ("rea_gen", "attributes, by cnn", 0.6),
-        ("rea_gen", "attributes, by checker", 0.7),
-        ("summary", "attributes, by cnn", 0.6),
+        ("qa", "most likely answer", 0.5),
+        ("qa", "sampled answer", 0.4),
+        ("rea_gen", "drawings right, classifier", 0.2),
+        ("rea_gen", "attributes right, classifier", 0.6),
+        ("rea_gen", "attributes right, checker", 0.7),
+        ("summary", "attributes right, classifier", 0.6),
     ]
 
 
 def test_score_rows_join_flat_and_nested_names() -> None:
     rows = score_rows({"b/greedy": 0.5, "summary": 0.1, "a": 1}, {"a": 2.0, "b": {"greedy": 0.75, "cnn": math.nan}})
     assert [row[:4] for row in rows] == [
-        ("b", "greedy", 0.5, 0.75),
+        ("b", "most likely answer", 0.5, 0.75),
         ("b", "cnn", None, None),
         ("a", "", 1.0, 2.0),
         ("summary", "", 0.1, None),

@@ -16,8 +16,9 @@ from score_cases import model
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.show.intervals import MIN_ITEMS, Intervals, intervals_of, wilson
 from syncr1.engine.show.measured import PER_ITEM, Measured, dumps, measured_in
+from syncr1.engine.show.names import AT_CHANCE, BELOW_CHANCE, FELL, UNTRAINED
 from syncr1.engine.show.runlog import RunLog
-from syncr1.engine.show.scores import AT_CHANCE, BELOW_CHANCE, FELL, UNTRAINED, ScoreRow, measures_in, score_rows
+from syncr1.engine.show.scores import ScoreRow, measures_in, score_rows
 
 
 def of(values: list[float], *, start: int = 0, **more: object) -> Measured:
@@ -176,8 +177,8 @@ def test_whole_drawings_come_first_and_the_independent_reader_before_the_reward_
     for task in ("pure_gen", "rea_gen", "general_image"):
         found = [row for row in ROWS.values() if row.task == task]
         assert [row.measure for row in found] == [
-            *("all right, by cnn", "all right, by checker"),
-            *("attributes, by cnn", "attributes, by checker"),
+            *("drawings right, classifier", "drawings right, checker"),
+            *("attributes right, classifier", "attributes right, checker"),
         ]
         for whole, share in ((found[0], found[2]), (found[1], found[3])):
             for a, b in ((whole.before, share.before), (whole.after, share.after)):
@@ -185,7 +186,7 @@ def test_whole_drawings_come_first_and_the_independent_reader_before_the_reward_
         assert {row.unit for row in found} == {"% of drawings", "% of attributes"}
     summary = [row.measure for row in ROWS.values() if row.task == "summary"]
     assert summary[2:] == [
-        f"{name}, by {reader}" for name in ("all right", "attributes") for reader in ("cnn", "checker")
+        f"{name} right, {reader}" for name in ("drawings", "attributes") for reader in ("classifier", "checker")
     ]
 
 
@@ -196,7 +197,7 @@ def test_every_row_has_its_items_unit_and_intervals() -> None:
         for value, interval in ((row.before, row.before_interval), (row.after, row.after_interval)):
             assert interval is not None and interval[0] <= value <= interval[1], row
         assert row.change_interval is not None and row.change_interval[0] < row.change_interval[1]
-    assert ROWS["rec/score/greedy"].unit == "% recall" and ROWS["rea/score/greedy"].unit == "% of words"
+    assert ROWS["rec/score/greedy"].unit == "% balanced accuracy" and ROWS["rea/score/greedy"].unit == "% of words"
 
 
 def test_what_fell_and_what_is_guessed_is_marked() -> None:
@@ -205,7 +206,10 @@ def test_what_fell_and_what_is_guessed_is_marked() -> None:
     assert {row.marks for row in ROWS.values() if row.task in ("vqa", "qa", "pure_gen", "summary")} == {()}
     back = {row.name: row for row in score_rows(AFTER, BEFORE)}
     assert FELL in back["vqa/score/greedy"].marks and FELL in back["summary/understanding/greedy"].marks
-    assert measures_in(list(ROWS.values())).keys() >= {AT_CHANCE, FELL, UNTRAINED, "greedy", "all right", "by cnn"}
+    assert measures_in(list(ROWS.values())).keys() >= {
+        *(AT_CHANCE, FELL, UNTRAINED),
+        *("most likely answer", "drawings right", "classifier", "% balanced accuracy"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -235,7 +239,9 @@ def test_rows_are_the_same_from_the_folder_alone(tmp_path: Path) -> None:
     assert [row._replace(before=None, after=None) for row in again] == [
         row._replace(before=None, after=None) for row in ROWS.values()
     ]
-    assert [ScoreRow(**{k: _tuples(v) for k, v in row.items() if k != "change"}) for row in kept["table"]] == again
+    assert [
+        ScoreRow(**{k: _tuples(v) for k, v in row.items() if k not in ("change", "label")}) for row in kept["table"]
+    ] == again
     assert kept["table"][0]["change"] == pytest.approx(again[0].change)
     assert (log.folder / "scores.json").stat().st_size < 200_000
 
@@ -259,3 +265,30 @@ def test_answers_that_are_graded_by_characters_say_so() -> None:
     flat = {"qa/bleu/greedy": 0.62, "qa/accuracy/greedy": 0.1, "qa/score/greedy": 0.62}
     (row,) = score_rows(flat, None)
     assert row.unit == "character BLEU, 0 to 1"
+
+
+@pytest.mark.parametrize(
+    ("interval", "unit", "signed", "said"),
+    [
+        ((-0.004, 0.12), "% of words", True, "[-0.4, +12]"),
+        ((-0.0004, 0.0004), "% of words", True, "[-0.04, +0.04]"),
+        ((-1e-9, 0.0), "% of words", True, "[0, 0]"),
+        ((0.0, 0.14), "% of words", False, "[0, 14]"),
+        ((0.004, 1.0), "% of words", False, "[0.4, 100]"),
+        ((-0.004, 0.2), "cosine", True, "[-0.004, +0.20]"),
+        ((-0.0, 1e-9), "cosine", True, "[0.00, 0.00]"),
+        ((-250.0, 0.5), "reward", True, "[-250, +0.5]"),
+    ],
+)
+def test_no_end_is_rounded_to_a_zero_with_a_sign(
+    interval: tuple[float, float], unit: str, signed: bool, said: str
+) -> None:
+    """Whether an interval holds 0 is what it is read for."""
+    assert show_interval(interval, unit, signed=signed) == said
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"), [(0.5, 0.4999, "0.0"), (0.5, 0.5, "0.0"), (0.5, 0.4994, "-0.1"), (2.0, 2.0, "0")]
+)
+def test_a_change_of_nothing_has_no_sign(before: float, after: float, said: str) -> None:
+    assert show_change(ScoreRow("qa", "most likely answer", before, after)) == said

@@ -150,7 +150,7 @@ def test_what_fell_and_what_is_guessed_is_warned_of() -> None:
     # Once a task, by its first measure: whole drawings, by the independent classifier.
     assert set(found) == {"fell: general_image/all_right/cnn", "at chance: rec/score/greedy"}
     fell, guessed = found["fell: general_image/all_right/cnn"], found["at chance: rec/score/greedy"]
-    assert fell.words.startswith("Draw a caption without a concept (all right, by cnn, 192 items) fell from ")
+    assert fell.words.startswith("Draw a caption without a concept (drawings right, classifier, 192 items) fell from ")
     assert guessed.threshold == 0.5 and "where guessing scores 50.0 %" in guessed.text
     assert warnings_of([], score_rows(before, None)) == []
 
