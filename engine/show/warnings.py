@@ -151,7 +151,7 @@ def _constant_rewards(seen: Seen) -> Iterator[Warned]:
                 CONSTANT_REWARD,
                 f"The reward {name!r} says the same of every trajectory, {level:.2f} on average with a spread of "
                 f"{spread:.2g}, and decides nothing",
-                "look at what it is given (samples/), or give it the weight 0",
+                "look at what it is given (samples/), or leave it out of --reward_funcs",
             )
 
 
@@ -161,7 +161,7 @@ def _failed_rewards(seen: Seen) -> Iterator[Warned]:
             "reward failed",
             0.0,
             f"Rewards that failed and were left out: {seen.failed:.0f}",
-            "the run's output says why",
+            "the run's output says why; --reward_timeout gives a slow one more seconds",
         )
 
 
@@ -172,7 +172,7 @@ def _no_reward(seen: Seen) -> Iterator[Warned]:
             "no reward",
             0.0,
             f"No trajectory had a reward for {LEAST} steps, so nothing was learnt",
-            "look at which prompts a reward applies to, and at what failed",
+            "name one in --reward_funcs that applies to what the prompts ask for, which recipes/check_data.py lists",
         )
 
 
@@ -183,7 +183,7 @@ def _dead_groups(seen: Seen) -> Iterator[Warned]:
             "dead groups",
             DEAD_GROUPS,
             f"{100 * share:.0f} % of the groups had equal rewards and taught nothing",
-            "raise temperature or num_generations, or mix in prompts that are sometimes right and sometimes wrong",
+            "double --num_generations, set --temperature 1 or above, or train on prompts that are right now and then",
         )
 
 
@@ -200,7 +200,7 @@ def _lost_entropy(seen: Seen) -> Iterator[Warned]:
                 f"entropy collapsed: {kind}",
                 LOST_ENTROPY,
                 f"The entropy of {kind} tokens fell from {start:.3f} to {now:.3f} nats; the model stopped exploring",
-                "lower learning_rate, or raise beta or temperature",
+                "halve --learning_rate, or set --beta 0.02, twice what it is where it is more",
             )
 
 
@@ -211,22 +211,22 @@ def _no_guidance(seen: Seen) -> Iterator[Warned]:
             "guidance without effect",
             NO_GUIDANCE,
             f"Guidance moves image tokens by {gap:.2g} nats; the model draws alike with the prompt and without",
-            "set cfg_weight 1, which halves the time of drawing, or start from a model that follows its prompts",
+            "set --cfg_weight 1, which halves the time of drawing, or start from a --model that follows its prompts",
         )
 
 
 def _clipped(seen: Seen) -> Iterator[Warned]:
     share = seen.mean("clip_ratio/region_mean")
     if share is not None and share > CLIPPED:
-        words, remedy = f"{100 * share:.0f} % of the tokens were clipped", "lower learning_rate or num_iterations"
-        yield Warned("clipped tokens", CLIPPED, words, remedy)
+        words = f"{100 * share:.0f} % of the tokens were clipped"
+        yield Warned("clipped tokens", CLIPPED, words, "halve --learning_rate, or set --num_iterations 1")
 
 
 def _truncated(seen: Seen) -> Iterator[Warned]:
     share = seen.mean("completions/clipped_ratio")
     if share is not None and share > TRUNCATED:
-        words, remedy = f"{100 * share:.0f} % of the texts ran into their length limit", "raise max_completion_length"
-        yield Warned("truncated texts", TRUNCATED, words, remedy)
+        words = f"{100 * share:.0f} % of the texts ran into their length limit"
+        yield Warned("truncated texts", TRUNCATED, words, "double --max_completion_length")
 
 
 def _replay(seen: Seen) -> Iterator[Warned]:
@@ -236,7 +236,7 @@ def _replay(seen: Seen) -> Iterator[Warned]:
             "sampler and trainer differ",
             REPLAY,
             f"The sampler's and the trainer's log-probabilities of a token differed by {gap:.2f} nats",
-            "expect that in bf16 with guidance; in float32 it is a fault",
+            "with --bf16 and guidance that is to be expected; without --bf16 it is a fault of ours, please report it",
         )
 
 
@@ -246,7 +246,7 @@ def _not_finite(seen: Seen) -> Iterator[Warned]:
             "updates that were not finite",
             0.0,
             f"The loss or a gradient was not finite in {seen.skipped:.0f} updates, which were skipped",
-            "lower learning_rate or max_grad_norm",
+            "halve --learning_rate, or halve --max_grad_norm",
         )
 
 
@@ -259,36 +259,40 @@ CHECKS: tuple[Check, ...] = (
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
+HOLD = "halve --learning_rate, or double --beta or (Sync-R1) --anchor_beta; look at its examples"
+"""What keeps a model from losing what it can do."""
+
+
 def of_scores(rows: Sequence[ScoreRow]) -> list[Warned]:
-    """Tasks that fell, and tasks at which the model still guesses, each by the first of its measures that says so; the
-    summary repeats them and is left out."""
+    """Tasks that fell, and tasks at which the model guesses: one warning for each, by the first of its measures that
+    says so; the summary repeats them and is left out."""
     found: list[Warned] = []
-    told: set[tuple[str, str]] = set()
-    for row in rows:
-        new = {mark for mark in row.marks if (row.task, mark) not in told}
-        if row.family == "summary" or not new:
-            continue
-        told |= {(row.task, mark) for mark in new}
-        what = f"{row.label} ({row.measure}, {row.num_items} items)"
-        before, after = (show_score(value, row.unit) for value in (row.before, row.after))
-        if FELL in new:
-            change = f"{show_change(row)} {show_interval(row.change_interval, row.unit, signed=True)}"
-            found.append(
-                Warned(
-                    f"fell: {row.name}",
-                    0.0,
-                    f"{what} fell from {before} to {after}, by {change}",
-                    "look at its examples; more anchors, a larger beta or a smaller learning_rate hold what is known",
-                )
-            )
-        if row.after is not None and new & {AT_CHANCE, BELOW_CHANCE}:
-            found.append(
-                Warned(
-                    f"at chance: {row.name}",
-                    row.chance or 0.0,
-                    f"{what} is at {after} {show_interval(row.after_interval, row.unit)}, where guessing scores "
-                    f"{show_score(row.chance, row.unit)}",
-                    "the starting model may not hold what RL could make more likely; look at its examples",
-                )
-            )
+    for task in dict.fromkeys(row.task for row in rows if row.family != "summary"):
+        mine = [row for row in rows if row.task == task]
+        fell = next((row for row in mine if FELL in row.marks), None)
+        guessed = next((r for r in mine if r.after is not None and {AT_CHANCE, BELOW_CHANCE} & set(r.marks)), None)
+        if fell is not None:
+            change = f"{show_change(fell)} {show_interval(fell.change_interval, fell.unit, signed=True)}"
+            before, after = (show_score(value, fell.unit) for value in (fell.before, fell.after))
+            words = f"{_named(fell)} fell from {before} to {after}, by {change}"
+            tail = f", and is now where guessing is ({show_score(guessed.chance, guessed.unit)})" if guessed else ""
+            found.append(Warned(f"fell: {fell.name}", 0.0, words + tail, HOLD))
+        elif guessed is not None:
+            found.append(_guessed(guessed))
     return found
+
+
+def _guessed(row: ScoreRow) -> Warned:
+    """The remedy depends on what the starting model could do."""
+    after = f"{show_score(row.after, row.unit)} {show_interval(row.after_interval, row.unit)}"
+    words = f"{_named(row)} is at {after}, where guessing scores {show_score(row.chance, row.unit)}"
+    chance = row.chance or 0.0
+    if row.before_interval is not None and row.before_interval[0] > chance:
+        words += f", and was at {show_score(row.before, row.unit)} before"
+        return Warned(f"at chance: {row.name}", chance, words, HOLD)
+    remedy = "the starting model holds nothing here that RL could make more likely; start from a --model that does"
+    return Warned(f"at chance: {row.name}", chance, words, remedy)
+
+
+def _named(row: ScoreRow) -> str:
+    return f"{row.label} ({row.measure}, {row.num_items} items)"

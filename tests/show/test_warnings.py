@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 from run_records import make_metrics
 from score_cases import model
 
+from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.settings.yaml_files import to_yaml
 from syncr1.engine.show import warnings
 from syncr1.engine.show.display import Display
-from syncr1.engine.show.scores import score_rows
+from syncr1.engine.show.names import AT_CHANCE, FELL
+from syncr1.engine.show.scores import ScoreRow, score_rows
 from syncr1.engine.show.warnings import LEAST, WINDOW, Watch, warnings_of
 
 HEALTHY = {
@@ -137,7 +143,7 @@ def test_the_display_says_it_while_it_trains(terminal: bool) -> None:
         for step in range(9):
             display.step(make_metrics(step, frac_reward_zero_std=0.9))
     text = stream.getvalue()
-    assert text.count("warning: 90 % of the groups had equal rewards") == 1 and "raise temperature" in text
+    assert text.count("warning: 90 % of the groups had equal rewards") == 1 and "double --num_generations" in text
     with display.training(3):  # another training of the same run has its own
         for step in range(3):
             display.step(make_metrics(step, frac_reward_zero_std=0.9))
@@ -153,6 +159,60 @@ def test_what_fell_and_what_is_guessed_is_warned_of() -> None:
     assert fell.words.startswith("Draw a caption without a concept (drawings right, classifier, 192 items) fell from ")
     assert guessed.threshold == 0.5 and "where guessing scores 50.0 %" in guessed.text
     assert warnings_of([], score_rows(before, None)) == []
+
+
+FLAGS = {name for config in (SyncR1Config(), CorlConfig()) for name in yaml.safe_load(to_yaml(config, comments=False))}
+
+
+def test_every_remedy_names_flags_that_there_are() -> None:
+    before, after = model(0, 0.6, general=0.9), model(1, 0.85, general=0.7)
+    rows = run(
+        frac_reward_zero_std=0.9,
+        clip_ratio__region_mean=0.9,
+        completions__clipped_ratio=0.9,
+        rewards__text__std=0.0,
+        rollout__replay_logp_max_abs=2.0,
+        rollout__guidance_logp_mean_abs=0.0,
+        reward_failures=1.0,
+        updates_skipped=1.0,
+        entropy__text=lambda step: 1.0 if step < 5 else 0.01,
+    )
+    found = [*warnings_of(rows, score_rows(before, after)), *warnings_of(run(reward=None))]
+    assert len(found) == 12
+    for warned in found:
+        named = re.findall(r"--(\w+)", warned.remedy)
+        assert named and set(named) <= FLAGS, warned
+
+
+def test_a_task_has_one_warning_and_it_does_not_contradict_itself() -> None:
+    """Recognition that fell to chance by one measure and is at chance by another; that was at chance all along; and
+    that was above it, without a fall that is sure."""
+    interval, chance = (0.4, 0.6), 0.5
+
+    def row(how: str, before: tuple[float, float], marks: tuple[str, ...]) -> ScoreRow:
+        return ScoreRow(
+            "rec",
+            how,
+            sum(before) / 2,
+            0.5,
+            120,
+            "% balanced accuracy",
+            before,
+            interval,
+            (-0.3, -0.1),
+            marks,
+            "recognition",
+            f"rec/score/{how}",
+            chance,
+        )
+
+    (fell,) = warnings_of([], [row("a", (0.7, 0.8), (AT_CHANCE,)), row("b", (0.7, 0.8), (FELL,))])
+    assert fell.name.startswith("fell: rec") and "is now where guessing is (50.0 %)" in fell.words
+    assert "halve --learning_rate" in fell.remedy
+    (always,) = warnings_of([], [row("a", interval, (AT_CHANCE,)), row("b", interval, (AT_CHANCE,))])
+    assert "start from a --model" in always.remedy
+    (lost,) = warnings_of([], [row("a", (0.7, 0.8), (AT_CHANCE,))])
+    assert "and was at 75.0 % before" in lost.words and lost.remedy == fell.remedy
 
 
 def test_the_limits_are_named_once() -> None:
