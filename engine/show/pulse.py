@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,9 @@ BEAT = 3.0
 """Seconds between the lines of a thing's first minute, where stdout is no terminal."""
 SLOW_BEAT = 60.0
 """Between those that follow."""
+
+PACED, PACED_A_SECOND, LEAST_PACED = 120, 4, 3
+"""Moves by which what is left is told: the newest 120, at most four a second, once there are more than three."""
 
 Moved = Callable[[int, str], None]
 """Told how much is done, and a word on it."""
@@ -39,7 +43,9 @@ class Pulse:
 
     def __init__(self, console: Console, words: str, total: int | None = None, done: int = 0) -> None:
         self.console, self.words, self.total, self.done, self.note = console, words, total, done, ""
-        self._before, self._began = done, time.monotonic()
+        self._began = time.monotonic()
+        self._paced: deque[tuple[float, int]] = deque(maxlen=PACED)
+        """When so much was done, of the newest moves."""
         self._over = threading.Event()
         self._live: Progress | None = None
         self._thread: threading.Thread | None = None
@@ -74,6 +80,9 @@ class Pulse:
     def move(self, done: int, note: str = "") -> None:
         """So much of `total` is done."""
         self.done, self.note = done, note
+        now = time.monotonic()
+        if not self._paced or now - self._paced[-1][0] >= 1 / PACED_A_SECOND:
+            self._paced.append((now, done))
         if self._live is not None:
             self._live.update(self._live.task_ids[0], completed=done)
 
@@ -86,11 +95,16 @@ class Pulse:
         return duration(time.monotonic() - self._began)
 
     def left(self) -> str:
-        """By the pace so far; nothing where there is none yet."""
-        made = self.done - self._before
-        if self.total is None or made <= 0:
+        """By the pace of the newest moves; nothing before there is one.
+
+        What came before the first of them (loading, drawing pictures, the first step, which warms up) says nothing of
+        the pace, nor does a minute in which the machine was busy, once it is over."""
+        if self.total is None or len(self._paced) <= LEAST_PACED:
             return ""
-        return f"{duration((time.monotonic() - self._began) / made * (self.total - self.done))} left"
+        (began, first), (now, done) = self._paced[0], self._paced[-1]
+        if done <= first:
+            return ""
+        return f"{duration((now - began) / (done - first) * (self.total - self.done))} left"
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT if time.monotonic() - self._began < 60 else SLOW_BEAT):
