@@ -6,8 +6,12 @@ No GPU and no weights are needed: of a checkpoint only the configuration and the
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
 
 from ..errors import ConfigError, RewardSpecError
 from ..pictures import open_picture
@@ -20,6 +24,7 @@ from ..rewards.yours.custom import load_reward, reward_name
 from ..rollout.capacity import Sizes, check_plans, check_prompts
 from ..settings.train_config import TrainConfig
 from ..settings.yaml_files import to_yaml
+from ..show.names import training_task_words
 from .memory import memory_of
 
 
@@ -70,7 +75,8 @@ def show(
         DataError, PictureError: data or a picture that cannot be read.
         RewardSpecError: a reward of the user's own that cannot be loaded or called.
     """
-    say(to_yaml(config, comments=False))
+    for line in settings_lines(config):
+        say(line)
     start, lines = start_of(config)
     say(f"plan: {start.nodes} nodes, {start.ranks} ranks, ZeRO stage {config.zero_stage}")
     for line in lines:
@@ -84,8 +90,40 @@ def show(
         say(f"  {line}")
     say(f"data: the first step's {len(prompts)} prompts of a rank, their pictures opened and their lengths checked:")
     for prompt in prompts:
-        shown = f" [{prompt.image.name}]" if prompt.image else ""
-        say(f"  {prompt.task:14}{shown} {prompt.text!r} -> {prompt.answer or prompt.target!r}")
+        photo = f" [{prompt.image.name}]" if prompt.image else ""
+        wanted = (
+            f"a text: {prompt.answer!r}"
+            if prompt.answer
+            else f"a drawing of {'it' if prompt.target in (None, prompt.text) else repr(prompt.target)}"
+        )
+        if prompt.answer and "image" in prompt.segments:
+            wanted += ", then a drawing"
+        task = training_task_words(prompt.task, drawn="image" in prompt.segments, rewarded=prompt.rewarded)
+        say(f"  {task} ({prompt.task}){photo}: {prompt.text!r} -> {wanted}")
+
+
+def settings_lines(config: TrainConfig) -> list[str]:
+    """What differs from the defaults, a line each, and how many settings do not."""
+    usual, here = (yaml.safe_load(to_yaml(of, comments=False)) for of in (type(config)(), config))
+    del here["dry_run"]
+    changed = {name: value for name, value in here.items() if value != usual[name]}
+    lines = [f"settings that differ from the defaults: {len(changed) or 'none'}"]
+    lines += [f"  {name}: {shown(value)}" for name, value in changed.items()]
+    source = f"recipes/{Path(sys.argv[0]).stem}.yaml" if Path(sys.argv[0]).stem in ("sync_r1", "corl") else ""
+    where = f"{source} and --help explain" if source else "--help explains"
+    return [*lines, f"  {len(here) - len(changed)} more are as they are by default: {where} every one"]
+
+
+def shown(value: object) -> str:
+    """A setting as YAML writes it, on a line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
+
+
+def nothing_trained(say: Callable[[str], None] = print) -> None:
+    """The last line: what this was, and the command that trains."""
+    words = [word for word in sys.argv if word not in ("--dry_run", "--dry-run")]
+    flag = [] if len(words) < len(sys.argv) else ["--no_dry_run"]  # a file for --config asks for it
+    say(f"this was a dry run: nothing was trained; to train: {shlex.join(['python', *words, *flag])}")
 
 
 def try_own_rewards(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], say: Callable[[str], None]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from helpers import all_kinds_of_prompts, environment, make_prompt
 from made import cache_folder, short_base
 from PIL import Image
@@ -98,6 +97,7 @@ def test_dry_run_of_the_recipe_needs_less_than_a_minute(tmp_path: Path) -> None:
     flags = ["--nodes", 4, "--zero_stage", 2, "--judge_key_env", "JUDGE_KEY", "--output_dir", tmp_path / "run"]
     out, seconds = started(cache_folder(), "sync_r1.py", "--dry_run", *flags)
     assert seconds < 50
+    assert out.rstrip().splitlines()[-1].startswith("this was a dry run: nothing was trained; to train: python ")
     for words in ("zero_stage: 2", "plan: 4 nodes, 4 ranks", "sbatch --nodes=4", "in all", "lengths checked"):
         assert words in out
     assert leaks(out.encode()) == [] and not (tmp_path / "run").exists()
@@ -117,9 +117,11 @@ def test_dry_run_shows_settings_and_prompts(
 ) -> None:
     flags = ["--dry_run", "--model", base, "--output_dir", tmp_path / "run", "--max_steps", 7]
     out, _ = recipe_here(capsys, "sync_r1.py", *flags)
-    settings, prompts = out[out.index("model:") : out.index("plan:")], out.rpartition("data: ")[2]
-    assert yaml.safe_load(settings)["max_steps"] == 7
-    assert len(re.findall(r"->", prompts)) == 16 and not (tmp_path / "run").exists()
+    settings, prompts = out[out.index("settings that differ") : out.index("plan:")], out.rpartition("data: ")[2]
+    assert "differ from the defaults: 3\n" in settings and "\n  max_steps: 7\n" in settings
+    assert settings.count("\n") == 5 and re.search(r"  \d+ more are as they are by default", settings)
+    assert len(re.findall(r"->", prompts)) == 16 and "Infer what is meant, then draw it (rea): " in prompts
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
