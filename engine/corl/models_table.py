@@ -71,9 +71,8 @@ def models_table(scores: Mapping[str, Scores]) -> Table:
         if first.task != previous:
             table.add_row(Text(f"{first.label} ({first.num_items})", "bold"))
         best = max((row.after for row in found.values() if row.after is not None), default=None)
-        table.add_row(
-            Text("  " + first.measure.replace(", ", ",\n  ")), *(_cell(found.get(model), best) for model in scores)
-        )
+        label = Text("  " + first.measure.replace(", ", ",\n  "))
+        table.add_row(label, *(_cell(found.get(model), best) for model in scores))
         previous = first.task
     return table
 

@@ -172,6 +172,8 @@ class Learner:
             for name, value in out.items():
                 if name.startswith("metric/"):
                     collected.setdefault(name.removeprefix("metric/"), []).append((float(value), weight))
+                if name.startswith("metric/kl/") and batch.anchor and weight:
+                    collected.setdefault(name.replace("metric/kl/", "kl_anchors/"), []).append((float(value), weight))
         with self._time("optimizer"):
             self.engine.step()
         metrics = {name: _mean(pairs) for name, pairs in collected.items()}

@@ -38,11 +38,14 @@ from ..processes.watchdog import Watchdog
 from ..records import Prompt, Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
 from ..rewards.preview_scorer import build_preview
+from ..rewards.told import told_rewards
 from ..rewards.trial import try_rewards
 from ..settings.train_config import TrainConfig
 from ..show.display import Display
+from ..show.in_words import reward_lines
 from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .best import BEST, HeldOut
+from .dry_run import nothing_trained
 from .resume import Checkpoints, ResumablePrompts, ResumePoint
 from .starting import RUN_FOLDER, going_on, quieten, starting_policy, supervised
 from .stopping import StopRequests
@@ -138,6 +141,7 @@ def run_method(
     if config.dry_run:  # joins no group, so that the plan is made in the environment that a run would find
         if first:
             dry_run(config)
+            nothing_trained()
         return {}
     with supervised(config) as (watchdog, meeting):
         config = going_on(config, meeting)
@@ -171,7 +175,7 @@ def run_training(
         NotFinite: update after update was skipped.
         RewardSpecError, RewardsFailed: a reward fails in a trial call, or for everyone while it trains.
     """
-    try_out(config, training)
+    first = try_out(config, training)
     display, evaluator, before = session.display, training.evaluator, training.before
     announce: Callable[[str], None] = display.stage if training.alone else lambda title: None
     learner = Learner(training.policy, training.objective, settings_of(config), training.reference)
@@ -181,6 +185,10 @@ def run_training(
         before = before or evaluate(evaluator, learner)
         write_scores(log, before)
         announce("training")
+        paid = told_rewards(training.rewards, first)
+        log.rewards(paid)
+        for line in reward_lines(paid):
+            display.note(line)
 
         def card(folder: Path, scores: Evaluation | None) -> None:
             write_card(config, training, folder, before, scores)
@@ -188,6 +196,7 @@ def run_training(
         root = log.folder / "checkpoints"
         held_out = HeldOut(config, learner, evaluator, before, training.main_tasks, root, card, display.note)
         num_steps = train(config, training, learner, log, session, held_out, resumed)
+        display.gradients(config.max_grad_norm)
         learner.save(root / LAST)
         announce("scores after training")
         after = held_out.at_the_end(num_steps)
@@ -204,13 +213,15 @@ def run_training(
     return Trained(folder=log.folder, model=model, finished=finished, before=before, after=after)
 
 
-def try_out(config: TrainConfig, training: Training) -> None:
-    """A trial call of the user's own rewards, on prompts of the first step; raises as `try_rewards_on`."""
+def try_out(config: TrainConfig, training: Training) -> Sequence[Prompt]:
+    """A trial call of the user's own rewards, on prompts of the first step, which are returned; raises as
+    `try_rewards_on`."""
     prompts = training.prompts
     begin = prompts.state_dict()
     first = prompts.next_step()
     prompts.load_state_dict(begin)
     try_rewards_on(config, training.rewards, first, training.policy)
+    return first
 
 
 def try_rewards_on(config: TrainConfig, rewards: RewardSet, prompts: Sequence[Prompt], policy: Policy) -> None:

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from ..records import StepMetrics
 from . import recent
+from .in_words import clipping_words
 from .intervals import Interval
 from .names import INTERVALS, SUMMARY, UNTRAINED
 from .pulse import Pulse, duration
@@ -76,6 +77,7 @@ class Display:
         self._task = self._progress.add_task("training", total=max_steps, eta="")
         self._started = time.monotonic()
         self._watch = Watch()
+        self._norms: list[float] = []
 
     def __enter__(self) -> Self:
         """Inside, a stage that takes long shows that it lives."""
@@ -108,7 +110,7 @@ class Display:
         resumed one those that are `done`."""
         self.max_steps = self.max_steps if max_steps is None else max_steps
         self._done = self._before = done
-        self._watch = Watch()
+        self._watch, self._norms = Watch(), []
         self._progress.reset(self._task, total=self.max_steps, completed=done, eta="")
         self._started = time.monotonic()
         if not self.console.is_terminal or self.console.quiet:
@@ -126,6 +128,8 @@ class Display:
     def step(self, metrics: StepMetrics) -> None:
         """One step is done: moves the bar, or prints a line when one is due; tells each warning when it first holds."""
         self._done += 1
+        if math.isfinite(norm := metrics.values.get("grad_norm", math.nan)):
+            self._norms.append(norm)
         if self._live is None:
             self._show_pulse(None)  # from here on there are the steps' lines
         for warned in [] if self.console.quiet else self._watch.see(metrics.values, self._done):
@@ -138,6 +142,11 @@ class Display:
             left = self._time_left()
             text = f"  step {self._done}/{self.max_steps}  {line}" + (f"  {left}" if left else "")
             self.console.print(Text(text), soft_wrap=True)
+
+    def gradients(self, largest: float) -> None:
+        """Says how long the gradients of this start's steps were, and how many were cut to `largest`."""
+        if said := clipping_words(self._norms, largest):
+            self.note(said)
 
     def before_after(self, before: Scores, after: Scores) -> None:
         """Prints the table that the run was for, and below it what fell and what is guessed."""

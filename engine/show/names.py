@@ -70,7 +70,7 @@ MEASURES = {
     "CLIP-T": "cosine of picture and prompt by CLIP",
     "CLIP-I": "cosine of picture and photos of the concept by CLIP",
     "form": "the answer keeps the form <think>…</think><answer>…</answer>",
-    "% balanced accuracy": "mean of two shares of right answers: where yes is right, and where no is; guessing scores 50 %",
+    "% balanced accuracy": "mean of two shares of right answers, where yes is right and where no is; guessing: 50 %",
     "% of words": "share of the words that belong into the answer which stand at their place, mean over answers",
     "% of answers": "share of the answers that are right",
     "character BLEU, 0 to 1": "how much of the right answer's characters the answer has, in their order",

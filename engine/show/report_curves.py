@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from .charts import SMOOTH_FROM, line_chart, stacked_chart
-from .markup import section
+from .in_words import clipping_words, reward_lines
+from .markup import section, words
 from .names import STAGES, reward_words, task_words
 from .run_files import Points, Rows, Run, metrics_in, points
 
@@ -60,7 +61,13 @@ CURVES = (
         SHARE,
         "Those below the threshold are drawn again.",
     ),
-    Curve("Loss", {"loss": "loss"}, "", "Near 0 by construction: no measure of progress.", False),
+    Curve(
+        "How far training has moved the model on anchors (KL)",
+        {"kl_anchors/text": "text", "kl_anchors/image": "picture"},
+        "nats per token",
+        "On requests that earn nothing and hold in place what is not trained on; part of the KL above.",
+    ),
+    Curve("Loss", {"loss": "loss"}, "", "No measure of progress.", False),
     Curve("Gradient norm", {"grad_norm": "before clipping"}, "", "A spike is a step that would have gone far."),
     Curve(
         "Sampler against trainer",
@@ -81,9 +88,38 @@ def curves(run: Run) -> str:
     rows = run.rows
     drawn = reward_chart(rows) + held_out_chart(rows) + "".join(line_of(curve, rows) for curve in CURVES[:2])
     drawn += sampled_chart(rows) + stacked_chart("Time of a step", stages(rows), unit="seconds")
-    drawn += "".join(line_of(curve, rows) for curve in CURVES[2:])
+    drawn += "".join(line_of(noted(curve, run), rows) for curve in CURVES[2:])
     lead = HOW_TO_READ + (SMOOTHED if len(rows) >= SMOOTH_FROM else "")
-    return section("How training went", f'<div class="charts">{drawn}</div>' if drawn else "", "curves", lead)
+    body = rewards_said(run) + f'<div class="charts">{drawn}</div>' if drawn else ""
+    return section("How training went", body, "curves", lead)
+
+
+def rewards_said(run: Run) -> str:
+    """What the total reward is made of, and who says each part."""
+    lines = reward_lines(run.rewards)
+    items = "".join(f"<li>{words(line)}</li>" for line in lines[1:])
+    return f'<p><b>{words(lines[0][:1].upper() + lines[0][1:])}</b></p><ul class="note">{items}</ul>' if lines else ""
+
+
+def noted(curve: Curve, run: Run) -> Curve:
+    """With what the run's own settings say of it."""
+    if curve.title == "Loss":
+        return curve._replace(note=f"{loss_words(run.settings)} {curve.note}")
+    if curve.title == "Gradient norm":
+        norms = [value for _, value in points(run.rows, "grad_norm")]
+        said = clipping_words(norms, run.settings.get("max_grad_norm"))
+        return curve._replace(note=f"{said[:1].upper()}{said[1:]}. {curve.note}")
+    return curve
+
+
+def loss_words(settings: Mapping[str, object]) -> str:
+    """What the loss is the sum of."""
+    parts = ["the advantages of what was trained on, by token, which sum to about 0 only where nothing is left out"]
+    for name, what in (("beta", "the KL"), ("anchor_beta", "the KL on anchors")):
+        weight = settings.get(name)
+        if isinstance(weight, int | float) and weight:
+            parts.append(f"{name} = {weight:g} times {what}")
+    return f"The sum of {'; '.join(parts)}."
 
 
 def reward_chart(rows: Rows, title: str = "Reward") -> str:

@@ -21,7 +21,7 @@ from .names import INTERVALS
 from .outcome import Outcome, outcome_of
 from .pulse import duration
 from .report_cost import COST_COLUMNS, cost_line, total_seconds
-from .report_curves import CURVES, line_of, reward_chart
+from .report_curves import CURVES, line_of, reward_chart, rewards_said
 from .report_heading import state
 from .report_pictures import sheet, step_of
 from .report_scores import models_table, rows_in, rows_of
@@ -151,7 +151,7 @@ def _part(part: Part, running: bool) -> str:
     own = f'<p><a href="{link}/report.html">The whole page of this training</a></p>' if part.run.rows else ""
     rows = part.run.rows
     charts = reward_chart(rows) + "".join(line_of(curve, rows) for curve in CURVES[:2])
-    drawn = f'<div class="charts">{charts}</div>' if charts else ""
+    drawn = f'{rewards_said(part.run)}<div class="charts">{charts}</div>' if charts else ""
     samples = ""
     if part.run.sheets and (outcome.kind == "running" or not running):
         last: Path = part.run.sheets[-1]

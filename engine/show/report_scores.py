@@ -150,8 +150,8 @@ def models_table(models: Mapping[str, tuple[str, Sequence[ScoreRow]]]) -> str:
             said = "–" if row is None else shown(row, "after") + ('<span class="best"> best</span>' if top else "")
             cells += cell(column, said, "number top" if top else "number")
         bodies[task] = bodies.get(task, _group(known, len(head))) + f"<tr>{cells}</tr>"
-    known = [row for found in rows.values() for row in found.values()]
-    return table(head, [f"<tbody>{lines}</tbody>" for lines in bodies.values()], "scores models") + legend(known)
+    every = [row for found in rows.values() for row in found.values()]
+    return table(head, [f"<tbody>{lines}</tbody>" for lines in bodies.values()], "scores models") + legend(every)
 
 
 def _group(row: ScoreRow, columns: int) -> str:

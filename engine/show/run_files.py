@@ -35,6 +35,8 @@ class Run:
     """environment.json: versions, commit, device, command."""
     scores: Mapping[str, Any]
     """scores.json: `before` and `after`, each {`task/measure`: score}."""
+    rewards: Mapping[str, Any]
+    """rewards.json: what it was paid for (in_words.py)."""
     status: Mapping[str, Any]
     """status.json: whether it goes on, since when, how long each part took."""
     parts: Mapping[str, Any]
@@ -71,6 +73,7 @@ def read_run(folder: Path) -> Run:
         settings=read_settings(folder / "config.yaml"),
         environment=read_json(folder / "environment.json"),
         scores=read_json(folder / "scores.json"),
+        rewards=read_json(folder / "rewards.json"),
         status=read_json(folder / "status.json"),
         parts=read_json(folder / "parts.json"),
         examples=read_jsonl(folder / "before_after" / "examples.jsonl"),

@@ -2,6 +2,7 @@
 
     config.yaml        every setting, readable by `--config`; of the last start, where a run was resumed
     environment.json   versions, commit, device: what it takes to repeat the run
+    rewards.json       what the reward is the weighted sum of, and who says each part of it
     metrics.jsonl      one JSON object per step
     samples/           step_000020.png (pictures, texts, rewards) and step_000020.jsonl
     scores.json        before and after training; before_after.png and before_after/ beside it
@@ -137,6 +138,10 @@ class RunLog:
             finite = {name: value for name, value in finite.items() if name.startswith("eval/")}  # as rare as they are
         if finite:
             self._trackers.log(step, finite)
+
+    def rewards(self, content: Mapping[str, Any]) -> None:
+        """Writes rewards.json: what the training is paid for (in_words.py)."""
+        _write_json(self.folder / "rewards.json", content)
 
     def cut(self, num_steps: int) -> None:
         """Removes metrics and samples of steps after the first `num_steps`, which come again, and a line that a crash
@@ -279,6 +284,9 @@ class NullRunLog:
         self.folder = Path(folder)
 
     def metrics(self, metrics: StepMetrics) -> None:
+        """Does nothing."""
+
+    def rewards(self, content: Mapping[str, Any]) -> None:
         """Does nothing."""
 
     def cut(self, num_steps: int) -> None:

@@ -18,7 +18,7 @@ from syncr1.engine.show.intervals import MIN_ITEMS, Intervals, intervals_of, wil
 from syncr1.engine.show.measured import PER_ITEM, Measured, dumps, measured_in
 from syncr1.engine.show.names import AT_CHANCE, BELOW_CHANCE, FELL, UNTRAINED
 from syncr1.engine.show.runlog import RunLog
-from syncr1.engine.show.scores import ScoreRow, measures_in, score_rows
+from syncr1.engine.show.scores import ScoreRow, measures_in, score_rows, show_change, show_interval
 
 
 def of(values: list[float], *, start: int = 0, **more: object) -> Measured:

@@ -81,6 +81,15 @@ class Judge:
         self.by_caption = None if caption_logp is None else CaptionLikelihoodJudge(caption_logp)
         self.__name__ = "judge"
 
+    @property
+    def who(self) -> str:
+        """Who decides, for people."""
+        reader = "a reader of the attributes that a request names (how sure it is that each is right, their mean)"
+        caption = "the starting model, frozen (how likely it finds the description of what was asked, given the image)"
+        if self.by_attributes is None:
+            return caption
+        return reader if self.by_caption is None else f"{reader}; where it names none by {caption}"
+
     def __call__(
         self,
         *,

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar, Unpack
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -105,6 +106,7 @@ class LLMJudge:
         self.num_failed = 0
         """Images and questions that were given up so far."""
         self.__name__, self.kind = "llm_judge", "image"
+        self.who = f"the model {model} at {urlsplit(base_url).netloc}"
         self._photos: Kept[ImageRef, str] = Kept(self._of_photos, len, MAX_KEPT)
         self._lock = threading.Lock()
 
