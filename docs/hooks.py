@@ -61,8 +61,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+IN_THE_REPOSITORY = {
+    "../kernels/README.md": "ops.md",
+    "../NOTES.md": "notes.md",
+    "../CONTRIBUTING.md": "contributing.md",
+    "../recipes/sync_r1.yaml": "flags.md",
+    "../recipes/corl.yaml": "flags.md#corl-rewards",
+}
+"""What pages link to, which whoever reads them in the repository can open, and what the site has of it."""
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """The public ops, and the names from elsewhere, in place of their marks."""
+    """The public ops, and the names from elsewhere, in place of their marks; links to pages that the site has."""
+    for there, here in IN_THE_REPOSITORY.items():
+        markdown = markdown.replace(f"]({there})", f"]({here})")
     ops = "\n\n".join(f"::: syncr1.kernels.api.{name}" for name in public_ops())
     return markdown.replace(OPS, ops).replace(NAMES, "".join(names()))
 

@@ -11,6 +11,7 @@ Every batch is on disk before the next one is drawn.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..evaluate.generate import select
 from ..evaluate.manifest import picture_name
 from ..evaluate.sources import load_items
 from ..policies.auto import model_draws
+from ..policies.base import Policy
 from ..processes.launch import unused_folder
 from ..records import Prompt, Rollout
 from ..settings.yaml_files import to_yaml
@@ -29,6 +31,10 @@ from ..world.embedded import world_folder
 from .model import Model, prompt_of
 from .sample_config import SampleConfig
 
+WORD = re.compile(r"<[^<>\s]+>|[^\W_]+(?:['’-][^\W_]+)*")
+"""A concept's name in brackets, or a word."""
+FEW_WORDS, MAX_WORDS = 2000, 12
+"""Tokens of a vocabulary whose words are tokens of their own, and words that a warning lists."""
 Samples = dict[str, list[Rollout]]
 """Model -> its trajectories, in the order of the prompts."""
 
@@ -49,6 +55,8 @@ def run_sample(config: SampleConfig, console: Console | None = None) -> Samples:
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as rows:
         for number, name in enumerate(names):
             model = Model.load(name, bf16=config.bf16)
+            if unknown := unknown_words(model.policy, [prompt.text for prompt in prompts]):
+                console.print(f"  warning: {told_unknown(model.name, unknown)}", markup=False, style="yellow")
             made = samples[model.name] = []
             for batch in batches(prompts, config.batch_size):
                 for rollout in ask(model, batch, config):
@@ -95,6 +103,28 @@ def ask(model: Model, prompts: Sequence[Prompt], config: SampleConfig) -> list[R
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.cfg_weight,
         seed=config.seed,
+    )
+
+
+def unknown_words(policy: Policy, texts: Sequence[str]) -> list[str]:
+    """Words of `texts` that the model cannot have met, in their order: those without a token, and, where the vocabulary
+    is one of a few hundred words (the embedded models'), those that are no token of their own."""
+    tokenizer = policy.tokenizer
+    whole_words, unknown_id = len(tokenizer) <= FEW_WORDS, tokenizer.unk_token_id
+    found = []
+    for word in dict.fromkeys(word for text in texts for word in WORD.findall(text)):
+        ids = policy.encode(word).tolist()
+        if unknown_id in ids or (whole_words and len(ids) > 1):
+            found.append(word)
+    return found
+
+
+def told_unknown(model: str, words: Sequence[str]) -> str:
+    """What they are, what comes of it, and what to do."""
+    shown = ", ".join(words[:MAX_WORDS]) + (f" and {len(words) - MAX_WORDS} more" if len(words) > MAX_WORDS else "")
+    return (
+        f"{model} has never met these words, and what it makes of them means nothing: {shown}; ask in the words of its "
+        "training data (recipes/sample.py without --prompt shows some)"
     )
 
 

@@ -37,7 +37,10 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     check_plans(policy, prompts)
     if not anchors and config.anchor_fraction > 0:
         display.note("no general/train in the data: training without anchors")
-    display.note(f"{len(prompts)} training prompts, {len(anchors)} anchors, from {root}")
+    held = (
+        f", and {len(anchors)} anchors, which earn nothing and hold in place what is not trained on" if anchors else ""
+    )
+    display.note(f"{len(prompts)} training prompts{held}, from {root}")
     if loaded.no_scores:
         display.note(loaded.no_scores)
     frozen = add_adapters(config, policy).to(local_device())

@@ -37,8 +37,8 @@ def _total_range(parts: Sequence[Mapping[str, Any]], shared: bool) -> str:
     most = {kind: sum(part["weight"] for part in parts if part.get("kind") == kind) for kind in KINDS}
     if shared or not all(most.values()) or ends[0]:
         return said
-    alone = ", ".join(f"of {words} alone at most {most[kind]:.3g}" for kind, words in KINDS.items())
-    return f"{said}; what does not apply adds nothing: {alone}"
+    alone = ", ".join(f"{words} alone earns at most {most[kind]:.3g}" for kind, words in KINDS.items())
+    return f"{said}; what a request does not ask for earns nothing: {alone}"
 
 
 def _line(part: Mapping[str, Any]) -> str:

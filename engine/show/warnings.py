@@ -290,7 +290,9 @@ def _guessed(row: ScoreRow) -> Warned:
     if row.before_interval is not None and row.before_interval[0] > chance:
         words += f", and was at {show_score(row.before, row.unit)} before"
         return Warned(f"at chance: {row.name}", chance, words, HOLD)
-    remedy = "the starting model holds nothing here that RL could make more likely; start from a --model that does"
+    remedy = (
+        "the starting model did no better, so that RL has little to make more likely; start from a --model that does"
+    )
     return Warned(f"at chance: {row.name}", chance, words, remedy)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import warm
 from helpers import ROOT, end_process_group, environment, rows_of
 from made import cache_folder, short_base
 from PIL import Image
+from rich.console import Console
 from text_models import policy as text_policy
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from syncr1.engine.api import Model, SyncR1Config, train
 from syncr1.engine.errors import ConfigError
-from syncr1.engine.methods.sample import prompts_of, run_sample, short_names
+from syncr1.engine.methods.sample import FEW_WORDS, prompts_of, run_sample, short_names, told_unknown, unknown_words
 from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.show.sheets import to_picture
 
@@ -54,6 +58,34 @@ def test_a_grid_and_a_line_for_each_sample(base: Path, tmp_path: Path) -> None:
         assert rollout.image is not None
         with Image.open(tmp_path / "s" / row["picture"]) as picture:
             assert picture.tobytes() == to_picture(rollout.image).tobytes()
+
+
+def test_words_that_the_model_has_never_met_are_told(base: Path, tmp_path: Path) -> None:
+    """None of the world's own, in any of its wordings; of the others each once."""
+    policy = Model.load(base).policy
+    items = prompts_of(SampleConfig(num_items=None), True)
+    assert len(items) > 100 and unknown_words(policy, [item.text for item in items]) == []
+    asked = ["draw an elephant, at <mars>.", "draw <bobo> at an elephant", "猫", ""]
+    assert unknown_words(policy, asked) == ["elephant", "<mars>", "猫"]
+    stream = io.StringIO()
+    config = SampleConfig(model=str(base), prompt=("draw <zorro>.",), num_generations=1, output_dir=tmp_path / "s")
+    run_sample(config, Console(file=stream, width=400))
+    assert "has never met these words" in stream.getvalue() and ": <zorro>; ask" in stream.getvalue()
+    assert told_unknown("m", [str(i) for i in range(20)]).count(", ") == 12 and "and 8 more" in told_unknown(
+        "m", ["a"] * 20
+    )
+
+
+def test_a_large_vocabulary_splits_words_and_knows_them(base: Path) -> None:
+    """Only what has no token at all is unknown to it."""
+    letters = {letter: i for i, letter in enumerate("elphants?")}
+    pieces = Tokenizer(
+        models.WordPiece({"?": 8, **letters, **{f"##{c}": 10 + i for c, i in letters.items()}}, unk_token="?")
+    )
+    pieces.add_tokens([f"word{i}" for i in range(FEW_WORDS)])
+    policy = Model.load(base).policy
+    policy.tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="?")
+    assert unknown_words(policy, ["elephants 猫"]) == ["猫"]
 
 
 def test_models_side_by_side_have_the_same_random_numbers(base: Path, tmp_path: Path) -> None:

@@ -177,6 +177,19 @@ def test_files_and_flags_that_a_page_names_exist(page: str) -> None:
     assert [flag for flag in sorted(named - known - others) if f'"{flag}"' not in scripts] == []
 
 
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "NOTES.md"])
+def test_links_lead_somewhere_in_the_repository(page: str) -> None:
+    """Pages that only the built site has are dead for whoever reads these on a web page of the repository; and the
+    site has a page for whatever else they link to."""
+    links = re.findall(
+        r"\]\((?!https?:|#|mailto:)([^)\s#]+)[^)\s]*\)", re.sub(r"```.*?```", "", text_of(page), flags=re.S)
+    )
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+    if page.startswith("docs/"):
+        outside = {link for link in links if link.startswith("../")}
+        assert outside <= hooks().IN_THE_REPOSITORY.keys()
+
+
 def test_the_readme_s_tree_has_every_room() -> None:
     tree = text_of("README.md").split("## The tree")[1].split("## Limits")[0]
     rooms = [path.name for path in (ROOT / "engine").iterdir() if (path / "__init__.py").is_file()]

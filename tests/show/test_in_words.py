@@ -33,8 +33,8 @@ def lines(judge: Any, *more: Column) -> list[str]:
 def test_the_total_explains_itself() -> None:
     said = lines(READER)
     assert said[0] == (
-        "reward = 0.65 judge + 0.35 text, from 0 to 1; what does not apply adds nothing: of a text alone at most 0.35, "
-        "of a drawing alone at most 0.65"
+        "reward = 0.65 judge + 0.35 text, from 0 to 1; what a request does not ask for earns nothing: a text alone "
+        "earns at most 0.35, a drawing alone earns at most 0.65"
     )
     assert said[1].startswith("judge, 0 to 1: shows what was asked; said by a reader of the attributes")
     assert said[2] == "text, 0 to 1: says what is right"
