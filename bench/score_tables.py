@@ -26,37 +26,37 @@ Run = Mapping[str, float]
 """One seed's scores: `before/task/measure`, `after/task/measure`."""
 
 ANSWERS = {
-    "rec": "**recognition**: is this creature in the photo? (recall of yes and of no; .5 is chance)",
-    "vqa": "questions about a photo of a creature",
-    "qa": "questions about a creature, no photo",
+    "rec": "**recognition**: is the concept in the photo? (balanced accuracy; .5 is chance)",
+    "vqa": "questions about a photo of the concept",
+    "qa": "questions about the concept, no photo",
     "rea": "what an indirect request means (share of its words)",
     "dense_rea": "what a long indirect request means (share of its words)",
     "general_vqa": "*not trained on:* questions about photos of nobody in particular",
 }
 DRAWINGS = {
-    "pure_gen": "a creature at its place",
-    "dense_gen": "the same, asked at length",
-    "rea_gen": "what an indirect request means",
-    "dense_rea_gen": "what a long indirect request means",
-    "general_image": "*not trained on:* captions without a creature",
+    "pure_gen": "draw the concept",
+    "dense_gen": "draw the concept, long requests",
+    "rea_gen": "infer what is meant, then draw it",
+    "dense_rea_gen": "infer it from a long request, draw it",
+    "general_image": "*not trained on:* draw a caption without a concept",
 }
 CHANCE = {"rec": 0.5}
-HOW = {"score/sampled": "an answer drawn at random", "score/greedy": "the most likely answer"}
+HOW = {"score/sampled": "sampled answer", "score/greedy": "most likely answer"}
 READ = {
-    "all_right/cnn": "all five attributes, by an independent classifier",
-    "all_right/checker": "all five attributes, by the checker that gives rewards",
-    "attributes/cnn": "share of attributes, by the classifier",
-    "attributes/checker": "share of attributes, by the checker",
+    "all_right/cnn": "drawings right, classifier",
+    "all_right/checker": "drawings right, checker",
+    "attributes/cnn": "attributes right, classifier",
+    "attributes/checker": "attributes right, checker",
 }
 CORL = {
-    "t2i/all_right/cnn": "captions: drawings with all attributes right, by an independent classifier",
-    "t2i/all_right/checker": "the same by the attribute checker",
-    "t2i/attributes/cnn": "captions: share of attributes right, by an independent classifier",
-    "t2i/attributes/checker": "the same by the attribute checker",
-    "mcq/score/sampled": "multiple choice, an answer drawn at random",
-    "mcq/score/greedy": "multiple choice, the most likely answer",
-    "oe/score/sampled": "open questions, an answer drawn at random",
-    "oe/score/greedy": "open questions, the most likely answer",
+    "t2i/all_right/cnn": "captions: drawings right, classifier",
+    "t2i/all_right/checker": "captions: drawings right, checker",
+    "t2i/attributes/cnn": "captions: attributes right, classifier",
+    "t2i/attributes/checker": "captions: attributes right, checker",
+    "mcq/score/sampled": "multiple choice, sampled answer",
+    "mcq/score/greedy": "multiple choice, most likely answer",
+    "oe/score/sampled": "open questions, sampled answer",
+    "oe/score/greedy": "open questions, most likely answer",
 }
 
 
@@ -138,11 +138,11 @@ def signed(value: float, digits: int = 3) -> str:
 
 def readme_table(runs: Sequence[Run]) -> Iterator[str]:
     """README's: a row per task."""
-    yield from ("| answers that are right | items | drawn at random | the most likely one |", "|---|--:|--:|--:|")
+    yield from ("| answers that are right | items | sampled answer | most likely answer |", "|---|--:|--:|--:|")
     for task, words in ANSWERS.items():
         yield _readme_row(runs, task, words, HOW)
     yield ""
-    yield "| drawings that show what was asked | items | all five attributes | share of attributes |"
+    yield "| drawings that show what was asked | items | drawings right | attributes right |"
     yield "|---|--:|--:|--:|"
     for task, words in DRAWINGS.items():
         yield _readme_row(runs, task, words, ("all_right/cnn", "attributes/cnn"))
@@ -155,17 +155,17 @@ def _readme_row(runs: Sequence[Run], task: str, words: str, measures: Sequence[s
 
 
 VARIANT_ROWS = (
-    ("answers, drawn at random", ANSWERS, "score/sampled"),
-    ("answers, the most likely one", ANSWERS, "score/greedy"),
-    ("drawings with all attributes right, by an independent classifier", DRAWINGS, "all_right/cnn"),
-    ("the same by the checker that gives rewards", DRAWINGS, "all_right/checker"),
-    ("share of attributes, by the classifier", DRAWINGS, "attributes/cnn"),
-    ("share of attributes, by the checker", DRAWINGS, "attributes/checker"),
-    ("recognition, drawn at random (.5 is chance)", ("rec",), "score/sampled"),
-    ("recognition, the most likely answer", ("rec",), "score/greedy"),
-    ("not trained on: questions, the most likely answer", ("general_vqa",), "score/greedy"),
-    ("not trained on: captions with all attributes right, by the classifier", ("general_image",), "all_right/cnn"),
-    ("not trained on: captions, share of attributes, by the classifier", ("general_image",), "attributes/cnn"),
+    ("sampled answers", ANSWERS, "score/sampled"),
+    ("most likely answers", ANSWERS, "score/greedy"),
+    ("drawings right, classifier", DRAWINGS, "all_right/cnn"),
+    ("drawings right, checker", DRAWINGS, "all_right/checker"),
+    ("attributes right, classifier", DRAWINGS, "attributes/cnn"),
+    ("attributes right, checker", DRAWINGS, "attributes/checker"),
+    ("recognition, sampled answer (.5 is chance)", ("rec",), "score/sampled"),
+    ("recognition, most likely answer", ("rec",), "score/greedy"),
+    ("not trained on: questions, most likely answer", ("general_vqa",), "score/greedy"),
+    ("not trained on: captions, drawings right, classifier", ("general_image",), "all_right/cnn"),
+    ("not trained on: captions, attributes right, classifier", ("general_image",), "attributes/cnn"),
 )
 """What variants of a run are compared by: in words, tasks (of several those that are trained), measure."""
 

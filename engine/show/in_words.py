@@ -2,7 +2,7 @@
 
 `rewards.json` holds what a training is paid for:
 
-    {"rewards": [{"name": "judge", "weight": 0.39, "kind": "image", "who": "…"}, …], "shared": false}
+    {"rewards": [{"name": "judge", "weight": 0.39, "kind": "image", "who": "…", "range": [0, 1]}, …], "shared": false}
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .names import RANGES, REWARDS
+from .names import REWARDS
 from .run_files import is_number
 
 KINDS = {"text": "a text", "image": "a drawing"}
@@ -29,7 +29,7 @@ def reward_lines(content: Mapping[str, Any]) -> list[str]:
 
 def _total_range(parts: Sequence[Mapping[str, Any]], shared: bool) -> str:
     """What the total can be, which is less where not every part applies."""
-    ranges = [RANGES.get(part["name"]) for part in parts]
+    ranges = [_range(part) for part in parts]
     if any(known is None for known in ranges):
         return ""
     ends = [sum(part["weight"] * known[i] for part, known in zip(parts, ranges, strict=True) if known) for i in (0, 1)]
@@ -41,10 +41,16 @@ def _total_range(parts: Sequence[Mapping[str, Any]], shared: bool) -> str:
     return f"{said}; what a request does not ask for earns nothing: {alone}"
 
 
+def _range(part: Mapping[str, Any]) -> tuple[float, float] | None:
+    ends = part.get("range")
+    whole = isinstance(ends, list | tuple) and len(ends) == 2 and all(map(is_number, ends))
+    return (float(ends[0]), float(ends[1])) if whole and ends else None
+
+
 def _line(part: Mapping[str, Any]) -> str:
     """`judge, 0 to 1: shows what was asked; said by …`"""
     name, who = part["name"], part.get("who")
-    known = RANGES.get(name)
+    known = _range(part)
     head = f"{name}, {known[0]:g} to {known[1]:g}" if known else name
     said = [REWARDS.get(name, "a function of yours"), f"said by {who}" if isinstance(who, str) and who else ""]
     return f"{head}: {'; '.join(word for word in said if word)}"

@@ -72,6 +72,7 @@ MEASURES = {
     "form": "the answer keeps the form <think>…</think><answer>…</answer>",
     "% balanced accuracy": "mean of two shares of right answers, where yes is right and where no is; guessing: 50 %",
     "% of words": "share of the words that belong into the answer which stand at their place, mean over answers",
+    "% mean of tasks": "mean of the tasks' scores, each in its own unit",
     "% of answers": "share of the answers that are right",
     "character BLEU, 0 to 1": "how much of the right answer's characters the answer has, in their order",
 }
@@ -93,6 +94,8 @@ UNITS = {
     "bleu": "character BLEU, 0 to 1",
 }
 """Of the measures that may be a task's main score."""
+MEAN_UNIT = "% mean of tasks"
+"""Of the mean of main scores, which are not all of one unit."""
 OF_DRAWINGS = {
     "identity": ("likeness, by own tower", "likeness, 0 to 1"),
     "clip_t": ("CLIP-T", "cosine"),

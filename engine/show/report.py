@@ -140,8 +140,8 @@ def _again(run: Run) -> str:
     if not isinstance(command, list) or not command or not run.settings:
         return ""
     at = f", of commit {str(commit)[:12]}" if commit else ""
-    config = f"{run.folder.name}/config.yaml"
-    return f"<p><code>python recipes/{words(command[0])} --config {words(config)}</code>{words(at)}</p>"
+    config = Path(str(run.settings.get("output_dir") or "")).parent / run.folder.name / "config.yaml"
+    return f"<p><code>python recipes/{words(command[0])} --config {words(str(config))}</code>{words(at)}</p>"
 
 
 def shown(value: Any) -> str:

@@ -46,7 +46,7 @@ CURVES = (
         "Tokens whose change was cut off (clipping)",
         {"clip_ratio/region_mean": "all", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"},
         SHARE,
-        "Always 0 with one update per rollout.",
+        "Share of tokens whose probability changed by more than epsilon allows; always 0 with one update per rollout.",
     ),
     Curve(
         "Differences within groups",
@@ -114,7 +114,7 @@ def noted(curve: Curve, run: Run) -> Curve:
 
 def loss_words(settings: Mapping[str, object]) -> str:
     """What the loss is the sum of."""
-    parts = ["the advantages of what was trained on, by token, which sum to about 0 only where nothing is left out"]
+    parts = ["minus the advantages, token by token, which is about 0 only where no trajectory is left out"]
     for name, what in (("beta", "the KL"), ("anchor_beta", "the KL on anchors")):
         weight = settings.get(name)
         if isinstance(weight, int | float) and weight:

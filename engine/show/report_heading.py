@@ -17,7 +17,7 @@ TINY = {
     "CoRL": "the tiny base (a Janus of two million parameters)",
 }
 WORLD = {
-    "Sync-R1": "the rendered world (twelve creatures with names; made by the run)",
+    "Sync-R1": "the rendered world (pictures of twelve concepts, creatures with names; made by the run)",
     "CoRL": "the rendered world (captions and questions about its pictures; made by the run)",
 }
 VERSIONS = ("syncr1", "torch", "transformers", "deepspeed", "triton")

@@ -13,8 +13,8 @@ from .run_files import Run, table_of
 MAX_SHEETS, MAX_CARDS = 8, 48
 SIDES = {"before": "before", "after": "after"}
 LEAD = (
-    "Held-out requests, the same before and after training. Which ones was fixed before training, by their place in "
-    "the data; none was picked by its result."
+    "Held-out requests, the same before and after training. Which ones they are was fixed before training, "
+    "by their place in the data; none was picked by its result."
 )
 READ_BY = (
     " What a drawing shows is read by a classifier that no reward uses (✓ as asked, ✗ not as asked, and what it shows "

@@ -111,10 +111,11 @@ def changes(rows: Sequence[ScoreRow], compared: str = "", heads: tuple[str, str]
 
 
 def in_words(row: ScoreRow) -> str:
-    """`Draw the concept: 11.1 % → 48.6 % (+37.5, 95 % interval [+25, +50]), all right, by cnn, 72 items`."""
+    """`Draw the concept: 11.1 % → 48.6 % (+37.5, 95 % interval [+25, +50]), drawings right, classifier, 72 items`."""
     interval = show_interval(row.change_interval, row.unit, signed=True)
     change = show_change(row) + (f", 95 % interval {interval}" if interval else "")
     tail = f", {row.measure}" if row.measure else ""
+    tail += f", {row.unit}" if row.unit and row.family != "drawings" else ""
     tail += f", {row.num_items} items" if row.num_items else ""
     return f"{row.label}: {show_score(row.before, row.unit)} → {show_score(row.after, row.unit)} ({change}){tail}"
 

@@ -22,6 +22,7 @@ from .names import (
     GENERAL,
     INDEPENDENT,
     MARKS,
+    MEAN_UNIT,
     MEASURES,
     OF_DRAWINGS,
     PER_CENT,
@@ -158,7 +159,7 @@ def _summary_shown(measure: str, flat: Mapping[str, float | None]) -> Shown | No
         word, unit = OF_DRAWINGS.get(how, (how, "reward"))
         return Shown(6, f"drawings: {word}", unit, SUMMARY)
     if family == "understanding":
-        return Shown(how == "sampled", ANSWERS.get(how, how), PER_CENT + "answers", SUMMARY)
+        return Shown(how == "sampled", ANSWERS.get(how, how), MEAN_UNIT, SUMMARY)
     if family == "format" and how:
         return Shown(7, f"form, {ANSWERS.get(how, how)}", PER_CENT + "answers", SUMMARY)
     return Shown(7, measure, PER_CENT + "answers" if measure else "", SUMMARY)

@@ -297,4 +297,5 @@ def _guessed(row: ScoreRow) -> Warned:
 
 
 def _named(row: ScoreRow) -> str:
-    return f"{row.label} ({row.measure}, {row.num_items} items)"
+    unit = f", {row.unit}" if row.unit and row.family != "drawings" else ""
+    return f"{row.label} ({row.measure}{unit}, {row.num_items} items)"

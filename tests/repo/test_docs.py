@@ -233,7 +233,8 @@ def test_every_held_out_task_of_a_run_is_in_the_readme() -> None:
     rows = {line.split("|")[1].strip(): line for line in table.splitlines() if "|" in line}
     recognition = next(row for name, row in rows.items() if "recognition" in name)
     assert (
-        recognition.count("**at chance**") == 2 and "**fell**" in rows["*not trained on:* captions without a creature"]
+        recognition.count("**at chance**") == 2
+        and "**fell**" in rows["*not trained on:* draw a caption without a concept"]
     )
     captions = [run[f"{when}/general_image/all_right/cnn"] for when in ("before", "after") for run in runs]
     assert all(after < before for before, after in zip(captions[:5], captions[5:], strict=True))

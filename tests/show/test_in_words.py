@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import make_prompt
 from rich.console import Console
 from run_records import make_metrics
 
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.rewards.builtin.cycle import CycleReward
 from syncr1.engine.rewards.builtin.text import text_reward
 from syncr1.engine.rewards.ensemble import Column, RewardSet
 from syncr1.engine.rewards.judge.attribute_judge import Judge
@@ -43,6 +47,25 @@ def test_the_total_explains_itself() -> None:
 def test_a_reward_of_ones_own_has_no_range_and_neither_has_the_total() -> None:
     said = lines(READER, Column("brevity", lambda **_: [], 0.5, "text"))
     assert said[0] == "reward = 0.65 judge + 0.35 text + 0.5 brevity" and said[3] == "brevity: a function of yours"
+
+
+@pytest.mark.parametrize("odd", [5, "ab", (1, "2"), [1, 2, 3], range(2), object()])
+def test_a_range_that_is_none_ends_nothing(odd: object) -> None:
+    def mine(**_: Any) -> list[float]:
+        return []
+
+    mine.range = odd  # type: ignore[attr-defined]
+    assert json.loads(json.dumps(told_rewards(RewardSet.of([Column("mine", mine, 1.0, "text")]), [])))
+    assert lines(READER, Column("mine", mine, 1.0, "text"))[-1] == "mine: a function of yours"
+
+
+def test_a_range_of_its_own_is_told() -> None:
+    columns = [Column("cycle", CycleReward(lambda a, b: []), 4.0, "image"), Column("format", text_reward, 0.8, "text")]
+    said = reward_lines(told_rewards(RewardSet.of(columns), [replace(make_prompt("a"), sample="s")]))
+    assert said[:2] == [
+        "reward = 4 cycle + 0.8 format, from 0 to 4.8",
+        "cycle, 0 to 1: like the real picture, and captioned back",
+    ]
 
 
 def test_who_the_judge_is() -> None:

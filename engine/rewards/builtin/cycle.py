@@ -56,6 +56,7 @@ class CycleReward:
             raise ValueError("CycleReward: a real image is needed, but there is no image similarity to use it")
         self.image_similarity, self.captioner, self.text_similarity = image_similarity, captioner, text_similarity
         self.normalise, self.real_image_needed = normalise, real_image_needed
+        self.range = (0.0, 1.0) if normalise else None
         self.__name__ = "cycle"
 
     def __call__(
