@@ -48,10 +48,8 @@ def models_table(scores: Mapping[str, Scores]) -> Table:
     shown = [row for found in rows.values() for row in found.values()]
     notes = [f"{name}: {words}" for name, words in measures_in(shown).items()]
     notes.append(
-        "in the columns: the models of this run, in the order of their making; in brackets: held-out items, which no"
-    )
-    notes.append(
-        "training saw; shares in per cent, below each its 95 % interval; bold: a row's best, which may be by chance"
+        "a column: a model of this run, in the order of their making; in brackets: held-out items, which no training "
+        "saw; shares in per cent, below each its 95 % interval; bold: a row's best, which may be so by chance"
     )
     table = Table(
         title="Every model of the run",

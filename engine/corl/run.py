@@ -41,7 +41,7 @@ from ..processes.group import barrier, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import check_plans
 from ..show.runlog import NullRunLog, RunLog, open_run_log
-from .account import Account, planned_parts
+from .account import TITLES, Account, planned_parts
 from .config import REFINED, CorlConfig
 from .config import Training as TrainingName
 from .models_table import models_table
@@ -177,7 +177,7 @@ class CorlRun:
             self.display.note(f"training {name}: finished already")
             return self._scored(name, str(result_of(config, config.output_dir)))
         torch.manual_seed(config.seed)  # a training does not depend on those before it that are finished already
-        self.display.stage(f"training {name}: {config.max_steps} steps, {len(samples)} samples")
+        self.display.stage(f"training {name}, {TITLES[name]}: {config.max_steps} steps, {len(samples)} samples")
         resumed = interrupted_training(config, self.display.note)
         trained = run_training(config, self._put_together(config, name, samples, start), self.session, resumed)
         self.stopped = not trained.finished
@@ -247,7 +247,7 @@ class CorlRun:
         """A saved model with its scores."""
         scores: Evaluation | None = None
         if self.parts.evaluator is not None:
-            self.display.stage(f"scores of {name}")
+            self.display.stage(f"scores of {name}, the {TITLES[name]}" if name == "base" else f"scores of {name}")
             scores = self.parts.evaluator(starting_policy(self.config, folder, self.display).eval())
         self.account.made(name, scores)
         return Model(name, folder, scores)

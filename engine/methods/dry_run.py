@@ -107,7 +107,7 @@ def settings_lines(config: TrainConfig) -> list[str]:
     usual, here = (yaml.safe_load(to_yaml(of, comments=False)) for of in (type(config)(), config))
     del here["dry_run"]
     changed = {name: value for name, value in here.items() if value != usual[name]}
-    lines = [f"settings that differ from the defaults: {len(changed) or 'none'}"]
+    lines = [f"settings that differ from the defaults, by flags or a settings file: {len(changed) or 'none'}"]
     lines += [f"  {name}: {shown(value)}" for name, value in changed.items()]
     source = f"recipes/{Path(sys.argv[0]).stem}.yaml" if Path(sys.argv[0]).stem in ("sync_r1", "corl") else ""
     where = f"{source} and --help explain" if source else "--help explains"

@@ -219,7 +219,10 @@ def test_anchors_alone_hold_the_policy_still(world: Path, rewards: RewardSet) ->
         run.learner.policy.model.lm_head.weight.mul_(1.05)  # type: ignore[attr-defined]
         run.learner.policy.model.model.generation_head.vision_head.weight.mul_(1.05)  # type: ignore[attr-defined]
     run.trainer.train_step()
-    assert run.metrics()[1]["grad_norm"] > 1e-2 and run.metrics()[1]["kl"] > 1e-5
+    metrics = run.metrics()[1]
+    assert metrics["grad_norm"] > 1e-2 and metrics["kl"] > 1e-5
+    told = [name.partition("/")[2] for name in metrics if name.startswith("kl_anchors/")]
+    assert told and all(metrics[f"kl_anchors/{kind}"] == metrics[f"kl/{kind}"] for kind in told), "all are anchors"
 
 
 def test_anchors_are_dropped_without_a_kl_term(world: Path, rewards: RewardSet) -> None:

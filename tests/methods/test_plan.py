@@ -118,7 +118,7 @@ def test_dry_run_shows_settings_and_prompts(
     flags = ["--dry_run", "--model", base, "--output_dir", tmp_path / "run", "--max_steps", 7]
     out, _ = recipe_here(capsys, "sync_r1.py", *flags)
     settings, prompts = out[out.index("settings that differ") : out.index("plan:")], out.rpartition("data: ")[2]
-    assert "differ from the defaults: 3\n" in settings and "\n  max_steps: 7\n" in settings
+    assert "a settings file: 3\n" in settings and "\n  max_steps: 7\n" in settings
     assert settings.count("\n") == 5 and re.search(r"  \d+ more are as they are by default", settings)
     assert len(re.findall(r"->", prompts)) == 16 and "Infer what is meant, then draw it (rea): " in prompts
     assert not (tmp_path / "run").exists()
