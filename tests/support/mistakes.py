@@ -7,8 +7,10 @@ with a torch that cannot be imported) and, cold and with a clock, by `tests/camp
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,8 @@ class Mistake:
     needs_torch: bool = False
     """Torch is needed to know it, or to read the data: allowed 15 seconds instead of 5."""
     env: tuple[tuple[str, str], ...] = ()
+    file_size: int = 0
+    """Bytes that a file may have before the system says that there is no room; 0: as many as it likes."""
 
     @property
     def is_module(self) -> bool:
@@ -117,6 +121,18 @@ def trained_run(name: str) -> Callable[[Path], object]:
             f"{name}___config__yaml": "seed: 0\n",
         }
     )
+
+
+HELD = socket.socket()
+"""Listens as long as this process lives."""
+
+
+def taken_port() -> tuple[tuple[str, str], ...]:
+    """A launcher's variables for one rank, which is to listen where this process does."""
+    HELD.bind(("127.0.0.1", 0))
+    HELD.listen()
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    return (*place.items(), ("MASTER_PORT", str(HELD.getsockname()[1])))
 
 
 OFFLINE = (("HF_ENDPOINT", "http://127.0.0.1:9"), ("HF_HUB_CACHE", "hub"))
@@ -248,20 +264,17 @@ DATA = [
         "sync_r1.py --data rows.jsonl --prompts_per_step 1",
         "rows.jsonl, line 2",
         text(rows__jsonl='{"prompt": "a"}\n{"prompt"\n'),
-        needs_torch=True,
     ),
     Mistake(
         "more prompts a step than the world has",
         "sync_r1.py --prompts_per_step 100000",
         "lower prompts_per_step",
-        needs_torch=True,
     ),
     Mistake(
         "a parquet file that is none",
         "sync_r1.py --data rows.parquet",
         "rows.parquet",
         text(rows__parquet="PAR0"),
-        needs_torch=True,
     ),
 ]
 REWARDS = [
@@ -333,7 +346,81 @@ PLACES = [
         needs_torch=True,
     ),
 ]
-TABLE = (*FLAGS, *MODELS, *DATA, *REWARDS, *PLACES)
+GARBAGE = "\x01\x02 no line of it is JSON\n" * 9
+SECRET = "Name: vault\nDriver: disk\nPassword: hunter2\nseed: swordfish\n"
+RECIPES = [
+    Mistake("a list without values", "sample.py --compare", "expected values after --compare"),
+    Mistake("prompts without words", "sample.py --prompt --seed 1", "expected values after --prompt"),
+    Mistake("a folder of prompts", "sample.py --prompts_file d", "got d, a folder", text(d___x="")),
+    Mistake("a photo that is not there", "sample.py --prompt a --image no.png", "got no.png, which is not there"),
+    Mistake("one model to compare", "sample.py --compare a", "expected at least 2 checkpoints"),
+    Mistake("samples into a file", "sample.py --output_dir f", "expected a folder", text(f="")),
+    Mistake("samples where nothing can be written", "sample.py --output_dir /proc/s", "change its permissions"),
+    Mistake("scores where nothing can be written", "evaluate.py --output_dir /proc/e", "change its permissions"),
+    Mistake("a base where nothing can be written", "tiny_base.py --output_dir /proc/b", "change its permissions"),
+    Mistake(
+        "a merge where nothing can be written",
+        "merge.py --base m --models m m --output /proc/o",
+        "output: expected a folder that can be written",
+        model(),
+    ),
+    Mistake(
+        "a merge into a file", "merge.py --base m --models m m --output f", "got f, a file", both(model(), text(f=""))
+    ),
+    Mistake("no data to check", "check_data.py", "data: expected a folder, a file or a hub name"),
+    Mistake("data to check that are not there", "check_data.py --data no.jsonl", "which is not there"),
+    Mistake("no run", "report.py", "runs: expected a run's folder"),
+    Mistake("three runs", "report.py a b c", "got 3"),
+    Mistake("a run that is a file", "report.py f", "got f, a file", text(f="")),
+    Mistake("a folder that is no run", "report.py d", "which is none", text(d___x="")),
+    Mistake(
+        "a slip at a page", "report.py run --outptu x", "did you mean --output?", text(run___config__yaml="a: 1\n")
+    ),
+    Mistake(
+        "a page for one run", "report.py run --output p.html", "expected two runs", text(run___config__yaml="a: 1\n")
+    ),
+    Mistake("garbage for metrics", "report.py g", "metrics.jsonl without a line", text(g___metrics__jsonl=GARBAGE)),
+    Mistake("an installer's flag", "install.py --vnev x", "unrecognized arguments: --vnev"),
+    Mistake("an installer's half", "install.py --triton 3.6", "go together"),
+]
+KINDS = [
+    Mistake("a folder for a reward", "corl.py --reward_funcs r.py:f", "r.py is a folder", text(r__py___x="")),
+    Mistake("a folder for settings", "sync_r1.py --config c.yaml", "got c.yaml, a folder", text(c__yaml___x="")),
+    Mistake("a folder for a hostfile", "sync_r1.py --nodes 2 --hostfile h", "got h, a folder", text(h___x="")),
+    Mistake("a pipe for data", "sync_r1.py --data p.jsonl", "got p.jsonl, a pipe", lambda f: os.mkfifo(f / "p.jsonl")),
+    Mistake("a pipe for a run", "report.py p", "got p, a pipe", lambda folder: os.mkfifo(folder / "p")),
+    Mistake(
+        "a link to nothing",
+        "sample.py --prompts_file l",
+        "a link to what is not there",
+        lambda folder: os.symlink("gone", folder / "l"),
+    ),
+    Mistake("somebody's keys for settings", "sync_r1.py --config s.conf", "none of its", text(s__conf=SECRET)),
+    Mistake("somebody's keys for hosts", "sync_r1.py --nodes 2 --hostfile s", "without slots=", text(s=SECRET)),
+    Mistake(
+        "a key for the name of its variable",
+        "sync_r1.py --judge_url https://h/v1 --judge_model m --judge_key_env sk-swordfish-1",
+        "not shown here",
+    ),
+]
+MACHINE = [
+    Mistake(
+        "a disk that is full while a page is written",
+        "report.py run",
+        "expected free space, got File too large",
+        text(run___config__yaml="seed: 0\n", run___metrics__jsonl='{"reward": 0.5, "loss": 0.1}\n' * 99),
+        file_size=4096,
+    ),
+    Mistake(
+        "a port that somebody has",
+        "sync_r1.py --max_steps 1",
+        "MASTER_PORT: expected a free port",
+        needs_torch=True,
+        env=taken_port(),
+    ),
+]
+"""What the machine has not; what is left of memory, descriptors and disks stands in tests/methods/test_reasons.py."""
+TABLE = (*FLAGS, *MODELS, *DATA, *REWARDS, *PLACES, *RECIPES, *KINDS, *MACHINE)
 
 SHORT = "--model m --data rows.jsonl --prompts_per_step 4 --num_generations 2 --max_steps 1 --eval_samples 0"
 WITH_A_MODEL = [
