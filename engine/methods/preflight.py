@@ -17,6 +17,7 @@ from typing import Any
 
 from ..checkpoints.hub import problems_with_hub
 from ..errors import ConfigError, kind_of, refuse
+from ..processes.launch import restarted
 from ..processes.run_folder import unused_folder
 from ..rewards.judge.chat import key_problem
 from ..whole_files import cache_dir
@@ -61,7 +62,8 @@ def check_start(config: Any) -> None:
         for download in downloads:
             size = gib(download.num_bytes) if download.num_bytes else "of unknown size"
             print(f"syncr1: to download: {download.wanted.setting} {download.wanted.name}, {size}", flush=True)
-        problems += problems_with_hub(config) if getattr(config, "push_to_hub", False) else []
+        if getattr(config, "push_to_hub", False) and not restarted():  # a night's work does not end for a hub
+            problems += problems_with_hub(config)
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
 

@@ -185,7 +185,7 @@ FLAGS = [
         text(a__yaml="betta: 1\n"),
         lines=2,
     ),
-    Mistake("a folder for a file", "sync_r1.py --config .", "not a file"),
+    Mistake("a folder for a file", "sync_r1.py --config .", "got ., a folder"),
     Mistake("the tiny base in no steps", "tiny_base.py --steps 0", "steps: expected at least 1"),
 ]
 MODELS = [
