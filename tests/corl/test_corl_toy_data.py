@@ -1,4 +1,4 @@
-"""`corl.py --data X` without a model: the tiny model's settings, and data of one's own, which it could not learn from."""
+"""`corl.py --data X` without a model: the tiny model's settings, and data that it could not learn from."""
 
 from __future__ import annotations
 
