@@ -12,6 +12,8 @@ from pathlib import Path
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from made import short_base, world_folder
 from mistakes import REWARD, model, text
@@ -106,7 +108,8 @@ def test_rewards_that_load_are_let_pass(
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "d", "unify", "org/name", "org/name@main:config"])
 def test_data_of_every_form_are_let_pass(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text(rows__jsonl='{"prompt": "a"}\n', rows__parquet="PAR1", d___train__jsonl="{}", unify___concept___x="")(tmp_path)
+    text(rows__jsonl='{"prompt": "a"}\n', d___train__jsonl="{}", unify___concept___x="")(tmp_path)
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "rows.parquet")
     assert data_problems(CorlConfig(data=name, prompts_per_step=1)) == []
 
 
