@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .checkpoints.hub import problems_with_hub
 from .corl.config import CorlConfig
+from .errors import ConfigError
 from .methods.model import Model
 from .methods.sync_r1_config import SyncR1Config
 from .processes.launch import unused_folder
@@ -53,6 +55,8 @@ def train(config: SyncR1Config | CorlConfig) -> Result:
     Raises:
         ConfigError, DataError, CheckpointError, …: what cannot work, see errors.py; nothing is lost.
     """
+    if problems := problems_with_hub(config):  # hours of work do not wait for a hub
+        raise ConfigError.of(problems)
     if config.resume_from_checkpoint is None:
         config = replace(config, output_dir=unused_folder(config.output_dir))
     if isinstance(config, CorlConfig):

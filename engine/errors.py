@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -184,6 +185,22 @@ def shown(value: object, longest: int = 80) -> str:
     except (RecursionError, ValueError):
         text = f"{type(value).__name__} that is too deep or too long to show"
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def kind_of(path: str | Path) -> str:
+    """What lies there, in words that go on with `got PATH, `; `a file` for one that can be read as such."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if os.path.islink(path):
+            return "a link to what is not there"
+        return "which is not there" if isinstance(error, FileNotFoundError) else f"which {error.strerror or error}"
+    except ValueError:  # a name that no file can have
+        return "which is not there"
+    if stat.S_ISREG(mode):
+        return "a file" if os.access(path, os.R_OK) else "a file that may not be read"
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def shown_end(code: int) -> str:

@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from .errors import PictureError
+
+if TYPE_CHECKING:  # tables of data, which name pictures, are read before torch is loaded
+    from torch import Tensor
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger pictures are refused before they are decoded (a decompression bomb is a small file)."""
@@ -137,6 +139,8 @@ def to_tensor(picture: Image.Image, size: int) -> Tensor:
     """[3, size, size] float32 in [0, 1]: scaled to cover, then cropped at the centre."""
     if picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+    import torch
+
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0).permute(2, 0, 1)
 
 
@@ -145,9 +149,11 @@ SMALL = 64
 
 
 @lru_cache(maxsize=4096)
-@torch.inference_mode(False)  # what is kept is trained on, too
 def _load_small(ref: ImageRef, size: int, version: tuple[object, ...]) -> Tensor:
-    return to_tensor(open_picture(ref), size)
+    import torch
+
+    with torch.inference_mode(False):  # what is kept is trained on, too
+        return to_tensor(open_picture(ref), size)
 
 
 def version_of(ref: object) -> tuple[object, ...]:
@@ -171,6 +177,8 @@ def load_pictures(refs: Sequence[ImageRef], size: int) -> Tensor:
 
     A `MemoryImage` of that size is taken as it is, without the rounding to 8 bits that a file would mean.
     """
+    import torch
+
     return torch.stack([_load(ref, size) for ref in refs])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .errors import ConfigError, Refused, one_line
 
-RESUME = "what was saved is whole: --resume_from_checkpoint latest goes on from there"
+RESUME = "what was saved before is whole: a training goes on from it by --resume_from_checkpoint latest"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _BROKEN = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)
@@ -114,7 +114,7 @@ def _disk(error: BaseException) -> Told:
     if not (isinstance(error, OSError) or in_words or _is(error, *_FROM_RUST)):
         return None
     if number in _FULL or (in_words and _FULL_WORDS.search(text)):
-        return what, "free space", said, f"free some, or choose another output_dir; {RESUME}"
+        return what, "free space", said, f"free some, or write to another disk; {RESUME}"
     if (number in _FORBIDDEN and path) or (in_words and _FORBIDDEN_WORDS.search(text)):
         return what, "what may be read and written here", said, "change its permissions, or name another place"
     if number in (errno.EMFILE, errno.ENFILE):

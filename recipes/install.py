@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = ROOT / "build" / "install.log"
@@ -42,6 +43,8 @@ NO_NATIVE = (
     "reference backend (plain PyTorch) will serve every op."
 )
 HOOK = "syncr1_torchvision"
+CANNOT = 2
+"""Exit code where the machine, or what was handed in, is in the way; docs/errors.md has all."""
 
 
 class Failed(Exception):
@@ -227,7 +230,8 @@ def constraints_for(gpu: bool) -> Path:
 def announce(venv: Path, dev: bool) -> None:
     """What will come, before anything does."""
     small, on_disk, large, large_on_disk = SIZES[dev]
-    free = shutil.disk_usage(ROOT).free / 1e9
+    place = next(path for path in venv.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(place).free / 1e9
     upgrade = dev and (venv / STAMPS[False]).exists()
     print(f"syncr1: installing into {venv}: {WHAT[dev]}", flush=True)
     if upgrade:
@@ -240,12 +244,34 @@ def announce(venv: Path, dev: bool) -> None:
         )
     wanted = 1.2 if upgrade else on_disk
     if free < wanted:
-        raise Failed(f"expected at least {wanted} GB of free space at {ROOT}, got {free:.1f} GB; make room")
+        raise Failed(
+            f"expected at least {wanted} GB of free space at {place}, got {free:.1f} GB; make room, or name another "
+            "place (--venv, with make: VENV=)"
+        )
 
 
 def packages_of(venv: Path) -> Path:
-    (packages,) = venv.absolute().glob("lib/python*/site-packages")
-    return packages
+    found = list(venv.absolute().glob("lib/python*/site-packages"))
+    if len(found) != 1:
+        raise Failed(
+            f"expected an environment of one Python, got {venv} with {len(found)}; remove it, it is made again"
+        )
+    return found[0]
+
+
+def check_places(*folders: Path) -> None:
+    """Raises Failed where something that will be written to cannot be."""
+    for folder in folders:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise Failed(f"expected a folder, got {folder}, where {there} is none; name another place")
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".syncr1-", dir=there))
+        except OSError as error:
+            raise Failed(
+                f"expected a folder that can be written, got {there} ({error.strerror}); change its permissions, or "
+                "take a copy of the repository that is yours"
+            ) from error
 
 
 def triton_alone(venv: Path, version: str, target: Path) -> None:
@@ -290,23 +316,40 @@ def whole(venv: Path, dev: bool) -> None:
     print(f"syncr1: installed in {duration(time.monotonic() - began)}, {size:.1f} GB in {venv}", flush=True)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"install.py: expected flags of --help, got: {message}; correct them", file=sys.stderr)
+        raise SystemExit(CANNOT)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=Path(".venv"), help="the environment, made where it is missing")
     parser.add_argument("--dev", action="store_true", help="what tests, linters and documentation need, too")
     parser.add_argument("--triton", metavar="VERSION", help="this Triton alone, into the folder TARGET")
     parser.add_argument("target", nargs="?", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    LOG.parent.mkdir(exist_ok=True)
-    LOG.write_text("")
+    if (arguments.triton is None) != (arguments.target is None):
+        parser.error("--triton VERSION and its folder go together")
     try:
+        check_places(LOG.parent, arguments.target or arguments.venv)
+        LOG.parent.mkdir(parents=True, exist_ok=True)
+        LOG.write_text("")
         if arguments.triton is not None:
             triton_alone(arguments.venv, arguments.triton, arguments.target)
         else:
             whole(arguments.venv, arguments.dev)
     except Failed as error:
         print(f"syncr1: {error}", file=sys.stderr)
-        return 1
+        return CANNOT
+    except OSError as error:  # a disk that is full by now
+        remedy = "make room or change permissions; what was downloaded is kept, and the same command goes on"
+        print(
+            f"syncr1: {error.filename or 'disk'}: expected to write it, got {error.strerror}; {remedy}", file=sys.stderr
+        )
+        return CANNOT
     except KeyboardInterrupt:
         print("\nsyncr1: stopped; what was downloaded is kept, and the same command goes on", file=sys.stderr)
         return 130

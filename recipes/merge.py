@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from syncr1.engine.checkpoints.model_card import is_hub_name, write_model_card
-from syncr1.engine.errors import CheckpointError, one_line
+from syncr1.engine.errors import CheckpointError, kind_of, one_line
 from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
 from syncr1.engine.methods.preflight import check_weights
@@ -37,9 +38,20 @@ def _problems(config: Any) -> list[str]:
             problems.append(f"{name}: expected a folder or a hub name, got {folder}, which is neither; check the path")
     if config.output is None:
         problems.append("output: expected a folder for the result, got none; name one")
-    elif config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
-        problems.append(f"output: expected a new or empty folder, got {config.output}; choose another name")
+    elif os.path.lexists(config.output) and not config.output.is_dir():
+        got = f"{config.output}, {kind_of(config.output)}"
+        problems.append(f"output: expected a new or empty folder, got {got}; choose another name")
+    elif _is_full(config.output):
+        problems.append(f"output: expected a new or empty folder, got {config.output} with files; choose another name")
     return problems
+
+
+def _is_full(folder: Path) -> bool:
+    """A folder with anything in it; one that may not be looked into is told of by check_weights."""
+    try:
+        return folder.is_dir() and any(folder.iterdir())
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +79,8 @@ class MergeConfig(Settings):
 
 def main() -> None:
     config = parse(MergeConfig, description=__doc__)
-    check_weights({"base": config.base or "", **{f"models {model}": model for model in config.models}})
+    models = {"base": config.base or "", **{f"models {model}": model for model in config.models}}
+    run_to_exit(partial(check_weights, output=config.output), models)
     run_to_exit(merge, config, interrupted="stopped; nothing was written")
 
 

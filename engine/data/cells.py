@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import DataError, PictureError, shown
+from ..errors import DataError, PictureError, one_line, shown
 from ..pictures import StoredImage
 from .unifybench_files import inside
 
@@ -236,7 +236,8 @@ def parquet_part(path: Path, root: Path, stamp: str) -> Part:
             for name, many in pictures.items()
         }
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as parquet ({error}); write it again") from error
+        got = f"what is not readable as parquet ({one_line(error)})"
+        raise DataError(f"{path}: expected a parquet file, got {got}; write it again") from error
     rows = [{name: value for name, value in row.items() if name not in pictures} for row in read]
     lists = frozenset(name for name, many in pictures.items() if many)
     return Part(path.name, stamp, root, tuple(schema.names), rows, counts=counts, lists=lists, cells=cells)

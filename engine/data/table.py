@@ -214,7 +214,8 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not readable as JSON ({error}); expected one object per line") from error
+        got = f"what is not readable as JSON ({error})"
+        raise DataError(f"{where}: expected a JSON object, got {got}; correct it, one object per line") from error
 
 
 # Through `datasets` ---------------------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import configparser
+import contextlib
 import importlib.metadata
 import logging
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -70,9 +73,32 @@ def crashed(error: BaseException, config: object, log: Iterable[str] = ()) -> in
         where = None
     if where is not None:
         lines.append(f"this is a fault of syncr1: traceback, versions, settings and the last lines are in {where}")
-    lines.append("please report it to its maintainers, with that text; keys and tokens are left out of it")
+    lines.append(f"please report it {report_to()}, with that text; keys and tokens are left out of it")
     print(*(f"{program}: {one_line(line)}" for line in lines), sep="\n", file=sys.stderr, flush=True)
     return EXIT_CRASHED
+
+
+def report_to() -> str:
+    """Where: the address that the project's own files or this checkout give; else in terms of whom it came from."""
+    try:
+        urls = importlib.metadata.metadata("syncr1").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        urls = []
+    named = {name.strip().lower(): url.strip() for name, _, url in (entry.partition(",") for entry in urls)}
+    address = named.get("issues") or named.get("repository") or _origin()
+    return f"at {address}" if address else "where you got syncr1 from (its repository's issues, or who gave it to you)"
+
+
+def _origin() -> str:
+    """Where this checkout was cloned from, when that is an address others can reach; without names and keys in it."""
+    config = configparser.ConfigParser(strict=False, interpolation=None)
+    with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
+        config.read(Path(__file__).resolve().parents[2] / ".git" / "config", encoding="utf-8")
+    url = config.get('remote "origin"', "url", fallback="")
+    found = re.fullmatch(r"(?:https?://|ssh://|git@)(?:[^@/]*@)?(?P<where>[^@]+?)(?:\.git)?/?", url)
+    return (
+        f"https://{found['where'].replace(':', '/', 1) if url.startswith('git@') else found['where']}" if found else ""
+    )
 
 
 def crash_text(error: BaseException, config: object, log: Iterable[str] = ()) -> str:

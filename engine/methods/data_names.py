@@ -1,6 +1,6 @@
-"""Where data are said to be, looked at before torch is loaded: there, of a known form, enough rows for a step.
+"""Where data are said to be, looked at before torch is loaded: there, of a known form, readable, enough for a step.
 
-What stands in the rows is looked at when they are read.
+What stands in the rows is looked at when they are read for good; whether they are JSON or parquet at all, here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError, kind_of
 from ..settings.rules import may_be_hub_name
 
 FORMS = "a UnifyBench++ folder (with concept/), .jsonl, .json, .parquet, a folder of these, or a hub name"
@@ -17,6 +18,10 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 SETTINGS = ("data", "data_t2i", "data_mcq", "data_oe", "eval_data")
 COUNTED = 1 << 28
 """Bytes of a file whose lines are counted."""
+TRIED = 1 << 24
+"""Bytes of a file that is read once before torch is loaded: a tenth of a second."""
+EMBEDDED = (3636, 1024)
+"""Training prompts of the rendered world, and anchors."""
 
 
 def data_problems(config: Any) -> list[str]:
@@ -26,7 +31,7 @@ def data_problems(config: Any) -> list[str]:
         source = getattr(config, setting, None)
         if source is not None:
             found += [f"{setting}: {problem}" for problem in [_problem(str(source))] if problem]
-    return found or _too_few(config)
+    return found or _unreadable(config) or _too_few(config)
 
 
 def _problem(source: str) -> str:
@@ -41,6 +46,8 @@ def _problem(source: str) -> str:
         return f"expected {FORMS}, got {source}, which is not there; {remedy}"
     if path.suffix not in SUFFIXES:
         return f"expected {FORMS}, got {source} with the suffix {path.suffix!r}; rewrite it as .jsonl"
+    if not path.is_file():
+        return f"expected {FORMS}, got {source}, {kind_of(path)}; write what it holds into a file"
     try:
         with path.open("rb") as file:
             head = file.read(100)
@@ -68,15 +75,58 @@ def _has_tables(folder: Path) -> bool:
     return any(next(folder.glob(kind), None) is not None for kind in kinds)
 
 
+def _unreadable(config: Any) -> list[str]:
+    """Files of rows that are not what their suffix says; of a recipe that trains, the others read them at once."""
+    if not hasattr(config, "prompts_per_step"):
+        return []
+    return [
+        f"{setting}: {problem}"
+        for setting in SETTINGS
+        for path in [Path(getattr(config, setting, None) or "").expanduser()]
+        if path.is_file() and path.stat().st_size <= TRIED and (problem := _fault(path))
+    ]
+
+
+def _fault(path: Path) -> str:
+    """The first fault of a file, and how many more there are."""
+    from ..data.faults import Faults
+    from ..data.table import open_table
+
+    faults = Faults(keep=True)
+    try:
+        with faults.here():
+            open_table(path, faults=faults)
+        faults.raise_first(path)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
 def _too_few(config: Any) -> list[str]:
     """Fewer rows than a step takes; of a file, as a folder's splits are told apart by reading it."""
     wanted, source = getattr(config, "prompts_per_step", None), getattr(config, "data", None)
-    if wanted is None or source is None or getattr(config, "stage", "all") not in ("all", "unified"):
+    if wanted is None or getattr(config, "stage", "all") not in ("all", "unified"):
         return []
+    if source is None:
+        return _more_than_the_world(wanted, getattr(config, "anchor_fraction", None))
     count = _rows(Path(source).expanduser())
     if count is None or count >= wanted:
         return []
     return [f"prompts_per_step: expected at most {count}, the rows of {source}, got {wanted}; lower it, or add rows"]
+
+
+def _more_than_the_world(wanted: int, anchor_fraction: float | None) -> list[str]:
+    """Sync-R1's steps are of different prompts of the rendered world; CoRL's samples are numbered by its settings."""
+    if anchor_fraction is None:
+        return []
+    anchors, (prompts, most_anchors) = round(wanted * anchor_fraction), EMBEDDED
+    if wanted - anchors <= prompts and anchors <= most_anchors:
+        return []
+    there = f"{prompts} prompts and {most_anchors} anchors"
+    return [
+        f"prompts_per_step: expected a step of at most {there}, those of the rendered world, got {wanted - anchors} "
+        f"prompts and {anchors} anchors; lower prompts_per_step"
+    ]
 
 
 def _rows(path: Path) -> int | None:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.hub import problems_with_hub
-from ..errors import ConfigError, refuse
-from ..rewards.judge.chat import ChatClient
+from ..errors import ConfigError, kind_of, refuse
+from ..processes.launch import restarted
+from ..processes.run_folder import unused_folder
+from ..rewards.judge.chat import key_problem
 from ..whole_files import cache_dir
 from . import hub_names
 from .data_names import data_problems
@@ -30,6 +32,8 @@ NEEDED = {"torch": (2, 10), "transformers": (5, 12, 1), "deepspeed": (0, 19, 8),
 """Versions that pyproject.toml asks for: an environment of another project's is told before it fails somewhere."""
 TOY_POSITIONS = 512
 """Longest sequence of the tiny base."""
+LEAST_SPACE = 1 << 24
+"""Bytes that must be free where anything is written: a page, pictures, a log."""
 STATE_BYTES = 12
 """A checkpoint to resume from holds so much for each trained weight."""
 
@@ -48,7 +52,8 @@ def check_start(config: Any) -> None:
     problems += judge_problems(config)
     problems += reward_problems("reward_funcs", getattr(config, "reward_funcs", ()), getattr(config, "REWARDS", ()))
     problems += data_problems(config)
-    problems += output_problems(config.output_dir, 0 if problems else space_needed(config, models.get("model")))
+    needed = 0 if problems else space_needed(config, models.get("model"))
+    problems += output_problems("output_dir", written_to(config), needed)
     problems += mistyped_run(config)
     if getattr(config, "model", "") is None or getattr(config, "data", "") is None:  # the embedded ones, which are kept
         problems += cache_problems()
@@ -57,14 +62,15 @@ def check_start(config: Any) -> None:
         for download in downloads:
             size = gib(download.num_bytes) if download.num_bytes else "of unknown size"
             print(f"syncr1: to download: {download.wanted.setting} {download.wanted.name}, {size}", flush=True)
-        problems += problems_with_hub(config) if getattr(config, "push_to_hub", False) else []
+        if getattr(config, "push_to_hub", False) and not restarted():  # a night's work does not end for a hub
+            problems += problems_with_hub(config)
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
 
 
-def check_weights(models: Mapping[str, str]) -> None:
+def check_weights(models: Mapping[str, str], output: Path | None = None) -> None:
     """Ends the process with exit code 2 where one of the models, by setting, has no whole safetensors: folders by their
-    headers, other names by what the hub tells."""
+    headers, other names by what the hub tells; or where `output`, a folder for one of their size, cannot be written."""
     problems, names = list[str](), list[Wanted]()
     for setting, model in models.items():
         folder = Path(model).expanduser()
@@ -72,6 +78,10 @@ def check_weights(models: Mapping[str, str]) -> None:
             problems += [f"{setting}: expected whole safetensors, got {problem}" for problem in weight_problems(folder)]
         else:
             names.append(Wanted(setting, model))
+    if output is not None:
+        last = Path(list(models.values())[-1]).expanduser()
+        size = sum(path.stat().st_size for path in last.glob("*.safetensors")) if last.is_dir() else 0
+        problems += output_problems("output", output.absolute().parent if output.exists() else output, size)
     problems += [] if problems else hub_names.look_up(names)[0]
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
@@ -143,41 +153,45 @@ def length_problems(config: Any, folder: Path | None) -> list[str]:
 
 
 def judge_problems(config: Any) -> list[str]:
-    """An address or a key that no request could be made with."""
-    if getattr(config, "judge_url", None) is None or config.judge_model is None:
+    """A key that no request could be made with; the address is looked at with the settings."""
+    if getattr(config, "judge_key_env", None) is None or config.judge_model is None:
         return []
-    try:
-        ChatClient(config.judge_url, config.judge_model, api_key_env=config.judge_key_env)
-    except ValueError as error:
-        setting = "judge_key_env" if config.judge_key_env and config.judge_key_env in str(error) else "judge_url"
-        return [f"{setting}: {str(error).removeprefix('chat client: ')}"]
-    return []
+    problem = key_problem(config.judge_key_env)
+    return [f"judge_key_env: {problem}"] if problem else []
 
 
-def output_problems(output_dir: Path, needed: int) -> list[str]:
+def written_to(config: Any) -> Path:
+    """The folder that a recipe makes or goes on in: a numbered neighbour where `output_dir` holds another run."""
+    goes_on = getattr(config, "resume_from_checkpoint", None) is not None or not hasattr(config, "num_generations")
+    return config.output_dir if goes_on else unused_folder(config.output_dir)
+
+
+def output_problems(setting: str, folder: Path, needed: int = 0) -> list[str]:
     """A place where nothing can be written, or not enough.
 
     Args:
-        output_dir: which need not be there.
-        needed: bytes that the run will write there at least.
+        setting: that names it.
+        folder: which need not be there.
+        needed: bytes that will be written there at least.
     """
-    there = next(path for path in (output_dir, *output_dir.absolute().parents) if os.path.lexists(path))
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
-        return [f"output_dir: expected a folder, got {output_dir}, where {there} is a file; choose another name"]
+        what = kind_of(there)
+        return [f"{setting}: expected a folder, got {folder}, where {there} is {what}; choose another name"]
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".syncr1-", dir=there))
         free = shutil.disk_usage(there).free
     except OSError as error:
         return [
-            f"output_dir: expected a folder that can be written, got {output_dir} ({there}: {error.strerror}); change "
+            f"{setting}: expected a folder that can be written, got {folder} ({there}: {error.strerror}); change "
             "its permissions, or choose another one"
         ]
-    if needed <= free:
+    if max(needed, LEAST_SPACE) <= free:
         return []
-    return [
-        f"output_dir: expected {gib(needed)} of free space for the model and a checkpoint, got {gib(free)} at {there}; "
-        "free some, choose another disk, or train with lora_rank"
-    ]
+    what = f"{gib(needed)} of free space for the model and a checkpoint" if needed > LEAST_SPACE else "free space"
+    less = ", or train with lora_rank" if setting == "output_dir" and needed > LEAST_SPACE else ""
+    remedy = f"free some, or choose another disk{less}"
+    return [f"{setting}: expected {what}, got {gib(free)} at {there}; {remedy}"]
 
 
 def cache_problems() -> list[str]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from ..errors import shown
+from ..errors import kind_of, shown
 
 FORM = "[adapter@]package.module:function or [adapter@]path/to/file.py:function"
 
@@ -48,6 +48,8 @@ def _file_of(where: str) -> Path | str | None:
         path = Path(where).expanduser()
         if path.is_file():
             return path
+        if path.exists():
+            return f"{path} is {kind_of(path)}; name the file in it that defines the function"
         near = _near(path)
         return f"no file {path}; {f'did you mean {near}?' if near else 'a path is relative to the working directory'}"
     first, *more = where.split(".")
@@ -69,7 +71,7 @@ def _file_of(where: str) -> Path | str | None:
 
 def _near(path: Path) -> str:
     """A Python file beside the one that is not there, with a name like its."""
-    names = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    names = [other.name for other in path.parent.glob("*.py") if other.is_file()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     return str(path.with_name(near[0])) if near else ""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from ..errors import kind_of
 from ..settings.rules import path_problems
 from ..settings.schema import Range, Rule, Settings
 from ..settings.train_config import Guidance, MaxTokens, Seed
@@ -27,11 +28,14 @@ def sampling_problems(c: Any) -> list[str]:
     if asked and c.data is not None:
         problems.append(f"data, {asked[0]}: both say what is asked; give one of them")
     if c.prompts_file is not None and not c.prompts_file.is_file():
-        problems.append(f"prompts_file: expected a text file with a prompt a line, got {c.prompts_file}, which is none")
+        problems.append(
+            f"prompts_file: expected a text file with a prompt a line, got {c.prompts_file}, "
+            f"{kind_of(c.prompts_file)}; correct the path"
+        )
     elif c.prompts_file is not None and c.prompts_file.stat().st_size > MOST_PROMPTS_BYTES:
         problems.append(f"prompts_file: {c.prompts_file} is over {MOST_PROMPTS_BYTES} bytes; pass a table with --data")
     if c.image is not None and not c.image.is_file():
-        problems.append(f"image: expected a picture's file, got {c.image}, which is not there")
+        problems.append(f"image: expected a picture's file, got {c.image}, {kind_of(c.image)}; correct the path")
     if c.image is not None and not asked:
         problems.append("image: expected a prompt to show it with, got none; pass --prompt")
     if c.produce and not asked:

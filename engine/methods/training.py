@@ -19,9 +19,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ..checkpoints.hub import problems_with_hub, push, repository_of
+from ..checkpoints.hub import push, repository_of
 from ..checkpoints.model_card import write_model_card
-from ..errors import ConfigError, PictureError, RewardsFailed, RewardSpecError
+from ..errors import PictureError, RewardsFailed, RewardSpecError
 from ..evaluate.held_out import Evaluation, Evaluator
 from ..forward.objective import Objective
 from ..learn.credit import CreditRule
@@ -32,7 +32,6 @@ from ..policies.base import Policy
 from ..processes.group import of_all_ranks, place
 from ..processes.heaps import bound_heaps
 from ..processes.interrupts import Interrupts
-from ..processes.launch import restarted
 from ..processes.meeting import Meeting
 from ..processes.watchdog import Watchdog
 from ..records import Prompt, Rollout, StepMetrics
@@ -136,8 +135,6 @@ def run_method(
     quieten()
     bound_heaps()
     first = os.environ.get("RANK", "0") == "0"
-    if first and not restarted() and (problems := problems_with_hub(config)):  # hours of work do not wait for a hub
-        raise ConfigError.of(problems)
     if config.dry_run:  # joins no group, so that the plan is made in the environment that a run would find
         if first:
             dry_run(config)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError, one_line
+from ..errors import ConfigError, kind_of
 
 DEFAULT_HOSTFILE = Path("/job/hostfile")
 """Where DeepSpeed looks."""
@@ -57,15 +57,17 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     Raises ConfigError for a file that is not there, a line that is not `name slots=n`, a name that comes twice, a count
     of 0, and a file without hosts.
     """
+    expected = f"hostfile: expected a text file with lines `name slots=n`, got {path},"
+    if not path.is_file():
+        raise ConfigError(f"{expected} {kind_of(path)}; correct the path")
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"hostfile: {path} is over {MAX_BYTES} bytes, so it is no hostfile")
+            raise ConfigError(f"{expected} which is over {MAX_BYTES} bytes; correct the path")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"hostfile: expected a text file with lines `name slots=n`, got {path} "
-            f"({one_line(error)}); correct the path"
-        ) from error
+    except OSError as error:
+        raise ConfigError(f"{expected} which cannot be read ({error.strerror}); change its permissions") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{expected} which holds other bytes than UTF-8; correct the path") from error
     return parse_hostfile(text, str(path))
 
 
@@ -78,7 +80,15 @@ def parse_hostfile(text: str, where: str = "hostfile") -> tuple[Host, ...]:
             continue
         found = _LINE.fullmatch(content)
         if found is None:
-            raise ConfigError(f"{where}, line {number}: expected `name slots=n`, got {content[:80]!r}")
+            words = len(content.split())  # not shown: the file may be one of somebody's keys
+            got = (
+                f"a line of {words} word{'s' * (words != 1)} without slots="
+                if "slots=" not in content
+                else "another form"
+            )
+            raise ConfigError(
+                f"{where}, line {number}: expected `name slots=n`, got {got}; correct the line or the path"
+            )
         host = Host(check_host(found["name"]), int(found["slots"]))
         if host.slots == 0:
             raise ConfigError(f"{where}, line {number}: expected at least 1 slot, got 0; leave {host.name} out")

@@ -30,6 +30,7 @@ def parse(
     argv: Sequence[str] | None = None,
     description: str | None = None,
     default_yaml: str | Path | None = None,
+    positional: str | None = None,
 ) -> Config:
     """The settings that `argv` asks for, checked; prints what is wrong and exits with code 2 otherwise.
 
@@ -39,15 +40,17 @@ def parse(
         description: the first lines of `--help`; None: the dataclass's docstring.
         default_yaml: settings file of the embedded default, which counts where neither a flag nor `--config` names a
             `model`; must exist.
+        positional: the list that takes words without a flag, as `report.py RUN RUN2`; None: there may be none.
 
     Precedence: flag, then `--config`, then `default_yaml`, then the dataclass.  The values are checked once, together,
     so a flag may complete a file.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
-        print(help_text(config_type, description or config_type.__doc__ or "", Path(sys.argv[0]).name))
+        program = f"{Path(sys.argv[0]).name}{'' if positional is None else f' {positional.upper()} ...'}"
+        print(help_text(config_type, description or config_type.__doc__ or "", program))
         raise SystemExit(0)
-    flags = _Flags(config_type).read(arguments)
+    flags = _Flags(config_type, positional).read(arguments)
     problems, values = flags.problems, dict[str, Any]()
     if flags.config_file is not None:
         try:
@@ -95,6 +98,7 @@ class _Flags:
     A flag that comes twice counts the last time."""
 
     config_type: type
+    positional: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     config_file: Path | None = None
@@ -144,8 +148,9 @@ class _Flags:
         is_list = get_origin(setting.type) is tuple
         words = given if is_list else given[:1]
         del pending[: 0 if inline else len(words)]
-        if not words and not is_list:
-            self.problems.append(f"{setting.name}: expected a value after --{setting.name}, got nothing; give one")
+        if not words:
+            few, remedy = ("values", "list some, or leave it out") if is_list else ("a value", "give one")
+            self.problems.append(f"{setting.name}: expected {few} after --{setting.name}, got nothing; {remedy}")
             return
         try:
             value = tuple(_value(word, get_args(setting.type)[0]) for word in words) if is_list else words[0]
@@ -154,6 +159,9 @@ class _Flags:
             self.problems.append(wrong_type(setting, " ".join(words)))
 
     def _stray(self, word: str, settings: dict[str, Setting]) -> None:
+        if self.positional is not None and not word.startswith(("-", "–", "—")):
+            self.values[self.positional] = (*self.values.get(self.positional, ()), word)
+            return
         bare = word.lstrip("-–—−").partition("=")[0].replace("-", "_")
         remedy = f"did you mean --{bare}?" if bare in settings else "--help lists all settings"
         theirs = of_override(word, self.config_type)

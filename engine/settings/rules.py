@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import shown
+from ..errors import kind_of, shown
 from .schema import Rule
 
 
@@ -46,7 +46,13 @@ def objective_problems(c: Any) -> list[str]:
 
 
 def judge_problems(c: Any) -> list[str]:
-    problems = address_problems(c)
+    words = "" if c.judge_url is None else address_problem(c.judge_url)
+    problems = [f"judge_url: {words}"] if words else []
+    if c.judge_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", c.judge_key_env, re.ASCII):
+        problems.append(
+            "judge_key_env: expected the name of an environment variable, got what cannot be one (not shown here: it "
+            "may be the key itself); put the key into a variable, and its name here"
+        )
     if problems or (c.judge_url is None) == (c.judge_model is None):
         return problems
     given, missing = ("judge_url", "judge_model") if c.judge_url is not None else ("judge_model", "judge_url")
@@ -76,27 +82,31 @@ def reward_problems(c: Any) -> list[str]:
     return problems
 
 
-def address_problems(c: Any) -> list[str]:
-    """A secret in an address would stand in the run's config.yaml; the message does not repeat it."""
-    if c.judge_url is None:
-        return []
-    form = "judge_url: expected an address like https://host/v1"
+def address_problem(address: str, *, allow_http: bool = False) -> str:
+    """What is wrong with a server's address, in words; "" where nothing is. A secret in it would stand in the run's
+    config.yaml; the words do not repeat it.
+
+    Args:
+        address: what stands before `/chat/completions`.
+        allow_http: plain http to other hosts than this machine.
+    """
+    form = "expected an address like https://host/v1"
     try:
-        url = urlsplit(c.judge_url)
+        url = urlsplit(address)
         port = url.port
     except ValueError:
-        return [f"{form}, got one with no host or port that there can be; correct it"]
+        return f"{form}, got one with no host or port that there can be; correct it"
     if "@" in url.netloc or url.query or url.fragment:
-        remedy = "name the variable that holds the key in judge_key_env"
-        return [f"{form}, got one with a user, password, query or fragment; {remedy}"]
+        remedy = "name the variable that holds the key (judge_key_env)"
+        return f"{form}, got one with a user, password, query or fragment; {remedy}"
     if url.scheme not in ("http", "https") or not url.hostname or port == 0:
-        return [f"{form}, got {shown(c.judge_url)}; give an OpenAI-compatible server's, up to and with /v1"]
-    if url.scheme == "http" and not is_this_machine(url.hostname):
-        return [
-            f"judge_url: expected https, or this machine, got {url.hostname} over plain http; use https, or forward "
-            "its port to this machine"
-        ]
-    return []
+        return f"{form}, got {shown(address)}; give an OpenAI-compatible server's, up to and with /v1"
+    if url.scheme == "http" and not (allow_http or is_this_machine(url.hostname)):
+        return (
+            f"expected https, or this machine, got {url.hostname} over plain http; use https, or forward its port to "
+            "this machine"
+        )
+    return ""
 
 
 def is_this_machine(host: str) -> bool:
@@ -133,7 +143,8 @@ def path_problems(c: Any) -> list[str]:
         # `isdir`, unlike Path's, is False for a name that no file could have.
         if not os.path.isdir(folder) and (os.path.exists(folder) or not may_be_hub_name(c.model)):
             problems.append(
-                f"model: expected a checkpoint folder or a hub name, got {c.model}, which is not a folder; correct it"
+                f"model: expected a checkpoint folder or a hub name, got {c.model}, which is not a folder"
+                f"{f' but {kind_of(folder)}' if os.path.exists(folder) else ''}; correct it"
             )
     if c.output_dir.exists() and not c.output_dir.is_dir():
         problems.append(f"output_dir: expected a folder, got the file {c.output_dir}; choose another name")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ..errors import ConfigError, one_line
+from ..errors import ConfigError, kind_of
 from .schema import choices, coerce, in_yaml, settings_of, unknown_name, wrong_type
 
 Config = TypeVar("Config")
@@ -22,6 +24,10 @@ MAX_PROBLEMS = 20
 
 MAX_DEPTH = 8
 """Of lists and mappings within each other; settings need two, and a file of verl's, which gets its remedies, seven."""
+
+
+_NAME = re.compile(r"[A-Za-z_][\w./-]{0,60}", re.ASCII)
+"""What a setting's name may look like; nothing else of a file is repeated before it is known for one of settings."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -48,7 +54,8 @@ class _StrictLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if str(key.value) in seen:
                 line = key.start_mark.line + 1
-                raise ConfigError(f"{key.value}: expected once, got it given twice (line {line}); remove one of them")
+                name = key.value if _NAME.fullmatch(str(key.value)) else "a key"
+                raise ConfigError(f"{name}: expected once, got it given twice (line {line}); remove one of them")
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
@@ -80,7 +87,7 @@ def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
     # PyYAML reads `2001-99-99`, `!!bool x` and `!!int ''` with errors that are none of its own.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(
-            f"{where}: expected `setting: value` lines, got what is not plain YAML: {one_line(error)}; correct it"
+            f"{where}: expected `setting: value` lines, got what is not plain YAML: {_reason(error)}; correct it"
         ) from error
     if loaded is None and not isinstance(source, str):
         raise ConfigError(
@@ -93,6 +100,8 @@ def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
             f"{where}: expected `setting: value` lines, got {type(loaded).__name__}; recipes/sync_r1.yaml is an example"
         )
     known = {setting.name: setting for setting in settings_of(config_type)}
+    if not isinstance(source, str):
+        _check_settings(config_type, loaded, where)
     values: dict[str, Any] = {}
     problems: list[str] = []
     for number, (name, value) in enumerate(loaded.items(), 1):
@@ -112,11 +121,33 @@ def read_yaml(config_type: type, source: str | Path) -> dict[str, Any]:
     return values
 
 
+def _reason(error: Exception) -> str:
+    """What is wrong and where, without what stands there: it may be a file of somebody's keys."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
+        return "a character or a value that YAML has not"
+    line = f" (line {error.problem_mark.line + 1})" if error.problem_mark is not None else ""
+    return re.sub(r"'(?!<)[^']{3,}'", "…", " ".join(error.problem.split())) + line
+
+
+def _check_settings(config_type: type, loaded: Mapping[Any, Any], where: str) -> None:
+    """Refuses a file most of whose keys are nobody's settings in a line, so that a slip in a path shows no secrets."""
+    known = [setting.name for setting in settings_of(config_type)]
+    renamed: Mapping[str, str] = getattr(config_type, "RENAMED", {})
+    strange = 0
+    for name, value in loaded.items():
+        word = str(name)[:80].replace("-", "_")
+        theirs = any(path.replace("-", "_") in renamed for path in _paths(str(name), value)) or word in renamed
+        strange += not (word in known or theirs or difflib.get_close_matches(word, known, n=1))
+        if 2 * strange > len(loaded) or (strange > 1 and 2 * strange == len(loaded)):
+            raise ConfigError(
+                f"{where}: expected settings of this recipe, got {len(loaded)} keys, most of which are none of its; "
+                "correct the path, --help lists the settings"
+            )
+
+
 def _read(path: Path) -> str:
     if not path.is_file():
-        raise ConfigError(
-            f"--config: expected a YAML file, got {path}, which does not exist or is not a file; correct the path"
-        )
+        raise ConfigError(f"--config: expected a YAML file, got {path}, {kind_of(path)}; correct the path")
     if path.stat().st_size > MAX_YAML_BYTES:
         raise ConfigError(
             f"--config: expected a YAML file of at most {MAX_YAML_BYTES} bytes, got {path}, which is no settings file; "
@@ -125,9 +156,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--config: expected UTF-8 text, got {path}, which cannot be read as that ({one_line(error)}); correct it"
-        ) from error
+        got = f"which cannot be read ({error.strerror})" if isinstance(error, OSError) else "which holds other bytes"
+        raise ConfigError(f"--config: expected UTF-8 text, got {path}, {got}; correct the path") from error
 
 
 def from_yaml(config_type: type[Config], source: str | Path) -> Config:

@@ -86,6 +86,22 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl", "parts.json", "scores.json"))
 
 
+def unreadable(folder: Path) -> tuple[list[str], bool]:
+    """The files of a run's folder that hold something and nothing of it can be read, and whether no other is there."""
+    run = read_run(folder)
+    parts = {
+        "config.yaml": run.settings,
+        "metrics.jsonl": run.rows,
+        "scores.json": run.scores,
+        "parts.json": run.parts,
+        "status.json": run.status,
+        "environment.json": run.environment,
+    }
+    there = {name: part for name, part in parts.items() if (folder / name).is_file()}
+    damaged = [name for name, part in there.items() if not part and (folder / name).stat().st_size]
+    return damaged, not any(there[name] for name in there) and bool(damaged)
+
+
 def trainings_in(folder: Path) -> list[Path]:
     """The folders of trainings directly below a run of several, in order of their making."""
     found = [path.parent for path in folder.glob("*/config.yaml")] if folder.is_dir() else []

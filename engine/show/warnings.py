@@ -176,15 +176,68 @@ def _no_reward(seen: Seen) -> Iterator[Warned]:
         )
 
 
-def _dead_groups(seen: Seen) -> Iterator[Warned]:
-    share = seen.mean("frac_reward_zero_std")
-    if share is not None and share > DEAD_GROUPS:
-        yield Warned(
-            "dead groups",
-            DEAD_GROUPS,
-            f"{100 * share:.0f} % of the groups had equal rewards and taught nothing",
-            "double --num_generations, set --temperature 1 or above, or train on prompts that are right now and then",
-        )
+class Limit(NamedTuple):
+    """A metric whose mean over the window, or newest value, is to stay on one side of a limit."""
+
+    name: str
+    metric: str
+    limit: float
+    words: str
+    """With `{share:.0f}` in percent, or `{value}`."""
+    remedy: str
+    newest: bool = False
+    """The newest step's value counts, and no mean."""
+    least: bool = False
+    """Below the limit is too little; else above it is too much."""
+
+
+LIMITS = (
+    Limit(
+        "dead groups",
+        "frac_reward_zero_std",
+        DEAD_GROUPS,
+        "{share:.0f} % of the groups had equal rewards and taught nothing",
+        "double --num_generations, set --temperature 1 or above, or train on prompts that are right now and then",
+    ),
+    Limit(
+        "guidance without effect",
+        "rollout/guidance_logp_mean_abs",
+        NO_GUIDANCE,
+        "Guidance moves image tokens by {value:.2g} nats; the model draws alike with the prompt and without",
+        "set --cfg_weight 1, which halves the time of drawing, or start from a --model that follows its prompts",
+        newest=True,
+        least=True,
+    ),
+    Limit(
+        "clipped tokens",
+        "clip_ratio/region_mean",
+        CLIPPED,
+        "{share:.0f} % of the tokens were clipped",
+        "halve --learning_rate, or set --num_iterations 1",
+    ),
+    Limit(
+        "truncated texts",
+        "completions/clipped_ratio",
+        TRUNCATED,
+        "{share:.0f} % of the texts ran into their length limit",
+        "double --max_completion_length",
+    ),
+    Limit(
+        "sampler and trainer differ",
+        "rollout/replay_logp_max_abs",
+        REPLAY,
+        "The sampler's and the trainer's log-probabilities of a token differed by {value:.2f} nats",
+        "with --bf16 and guidance that is to be expected; without --bf16 it is a fault of ours, please report it",
+        newest=True,
+    ),
+)
+
+
+def _limits(seen: Seen) -> Iterator[Warned]:
+    for name, metric, limit, words, remedy, newest, least in LIMITS:
+        value = number(seen.window[-1], metric) if newest else seen.mean(metric)
+        if value is not None and (value < limit if least else value > limit):
+            yield Warned(name, limit, words.format(share=100 * value, value=value), remedy)
 
 
 def _lost_entropy(seen: Seen) -> Iterator[Warned]:
@@ -204,42 +257,6 @@ def _lost_entropy(seen: Seen) -> Iterator[Warned]:
             )
 
 
-def _no_guidance(seen: Seen) -> Iterator[Warned]:
-    gap = number(seen.window[-1], "rollout/guidance_logp_mean_abs")
-    if gap is not None and gap < NO_GUIDANCE:
-        yield Warned(
-            "guidance without effect",
-            NO_GUIDANCE,
-            f"Guidance moves image tokens by {gap:.2g} nats; the model draws alike with the prompt and without",
-            "set --cfg_weight 1, which halves the time of drawing, or start from a --model that follows its prompts",
-        )
-
-
-def _clipped(seen: Seen) -> Iterator[Warned]:
-    share = seen.mean("clip_ratio/region_mean")
-    if share is not None and share > CLIPPED:
-        words = f"{100 * share:.0f} % of the tokens were clipped"
-        yield Warned("clipped tokens", CLIPPED, words, "halve --learning_rate, or set --num_iterations 1")
-
-
-def _truncated(seen: Seen) -> Iterator[Warned]:
-    share = seen.mean("completions/clipped_ratio")
-    if share is not None and share > TRUNCATED:
-        words = f"{100 * share:.0f} % of the texts ran into their length limit"
-        yield Warned("truncated texts", TRUNCATED, words, "double --max_completion_length")
-
-
-def _replay(seen: Seen) -> Iterator[Warned]:
-    gap = number(seen.window[-1], "rollout/replay_logp_max_abs")
-    if gap is not None and gap > REPLAY:
-        yield Warned(
-            "sampler and trainer differ",
-            REPLAY,
-            f"The sampler's and the trainer's log-probabilities of a token differed by {gap:.2f} nats",
-            "with --bf16 and guidance that is to be expected; without --bf16 it is a fault of ours, please report it",
-        )
-
-
 def _not_finite(seen: Seen) -> Iterator[Warned]:
     if seen.skipped > 0:
         yield Warned(
@@ -250,10 +267,7 @@ def _not_finite(seen: Seen) -> Iterator[Warned]:
         )
 
 
-CHECKS: tuple[Check, ...] = (
-    *(_no_reward, _failed_rewards, _constant_rewards, _dead_groups, _lost_entropy, _no_guidance),
-    *(_clipped, _truncated, _replay, _not_finite),
-)
+CHECKS: tuple[Check, ...] = (_no_reward, _failed_rewards, _constant_rewards, _limits, _lost_entropy, _not_finite)
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ prints name, seconds of the clock and of a core, exit code, and the line. The cl
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import time
@@ -43,6 +44,15 @@ def test_every_mistake_cold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def run(mistake: Mistake, folder: Path) -> subprocess.CompletedProcess[str]:
     env = warm.environment(cache_folder()) | {"PYTHONPATH": str(warm.ROOT)} | dict(mistake.env)
     command = [sys.executable, *program(mistake)]
+    limits = (mistake.file_size, mistake.file_size)
     return subprocess.run(
-        command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)) if mistake.file_size else None,
     )

@@ -151,9 +151,9 @@ def test_a_path_inside_data_is_confined_too(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": ', "line 2: not readable as JSON"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": ', "line 2: expected a JSON object, got what is not readable"),
         ("a.jsonl", b'[{"prompt": "a"}]', "line 1: expected an object"),
-        ("a.jsonl", b"[" * 100_000, "line 1: not readable as JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1: expected a JSON object, got what is not readable"),
         ("a.jsonl", b"\xff\xfe", "not readable as UTF-8"),
         ("a.jsonl", b"\n", "has no rows"),
         ("a.json", b'[{"prompt": "a"}, 3]', "entry 1: expected an object"),

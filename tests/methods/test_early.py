@@ -15,6 +15,8 @@ from helpers import ROOT
 
 from syncr1.engine.errors import EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_PREEMPTED
 
+BARE = ("install.py", "grpo_trl.py", "tiny_vq.py")
+"""Recipes that are no part of the engine's: one of Python alone, an example for TRL, and a tool of its makers."""
 IMPORTS = """
 import time
 from syncr1.engine.methods.early import loading, unix_habits
@@ -132,7 +134,9 @@ def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving(tmp_path: Path)
     assert (tmp_path / "file").read_text() == "saved"
 
 
-@pytest.mark.parametrize("recipe", ["sync_r1.py", "merge.py"])
+@pytest.mark.parametrize(
+    "recipe", [path.name for path in sorted((ROOT / "recipes").glob("*.py")) if path.name not in BARE]
+)
 def test_help_that_nobody_reads_on(recipe: str) -> None:
     """`--help | head -3`."""
     reader, writer = os.pipe()

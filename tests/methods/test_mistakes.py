@@ -24,6 +24,7 @@ def check(mistake: Mistake, said: str, code: int | None) -> None:
     assert code == 2, said
     assert len(lines) == mistake.lines and "Traceback" not in said, said
     assert mistake.words in said, said
+    assert "hunter2" not in said and "swordfish" not in said, "what files of keys hold is nobody's to read"
     for line in lines:
         assert re.match(r"\w+\.py: ", line) and re.search(r"; \S|\?$", line), f"no remedy: {line}"
         assert mistake.needs_torch or ("expected" in line and ("got" in line or "is not" in line)), line
@@ -53,7 +54,7 @@ def ended(mistake: Mistake, folder: Path, *, torch: bool) -> tuple[str, int | No
     mistake.files(folder)
     script, *flags = program(mistake)
     env = warm.environment(cache_folder()) | dict(mistake.env)
-    running = warm.Program(script, *flags, env=env, cwd=folder, torch=torch)
+    running = warm.Program(script, *flags, env=env, cwd=folder, torch=torch, file_size=mistake.file_size)
     out, said = running.communicate(timeout=120)
     assert torch or "loading torch" not in out
     return said, running.poll()

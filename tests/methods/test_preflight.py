@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from made import short_base
+from made import short_base, world_folder
 from mistakes import REWARD, model, text
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.corl.needs import reward_models
+from syncr1.engine.data.prompts import load_anchors, load_training_prompts
+from syncr1.engine.errors import kind_of
 from syncr1.engine.methods import hub_names
-from syncr1.engine.methods.data_names import data_problems
+from syncr1.engine.methods.crash import report_to
+from syncr1.engine.methods.data_names import EMBEDDED, data_problems
 from syncr1.engine.methods.hub_names import Wanted, look_up
 from syncr1.engine.methods.mistyped import distance, mistyped_run
 from syncr1.engine.methods.model_files import (
@@ -29,7 +36,7 @@ from syncr1.engine.methods.model_files import (
     settings_in,
     text_decoders,
 )
-from syncr1.engine.methods.preflight import NEEDED, TOY_POSITIONS, space_needed, version_problems
+from syncr1.engine.methods.preflight import NEEDED, TOY_POSITIONS, space_needed, version_problems, written_to
 from syncr1.engine.methods.reward_names import reward_problems
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.policies.auto import KNOWN, load_policy
@@ -101,8 +108,44 @@ def test_rewards_that_load_are_let_pass(
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "d", "unify", "org/name", "org/name@main:config"])
 def test_data_of_every_form_are_let_pass(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text(rows__jsonl='{"prompt": "a"}\n', rows__parquet="PAR1", d___train__jsonl="{}", unify___concept___x="")(tmp_path)
+    text(rows__jsonl='{"prompt": "a"}\n', d___train__jsonl="{}", unify___concept___x="")(tmp_path)
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "rows.parquet")
     assert data_problems(CorlConfig(data=name, prompts_per_step=1)) == []
+
+
+def test_the_world_has_the_prompts_that_are_told() -> None:
+    world = world_folder()
+    assert (len(load_training_prompts(world)), len(load_anchors(world))) == EMBEDDED
+    most = SyncR1Config(prompts_per_step=4096, anchor_fraction=0.125)
+    assert data_problems(most) == [] != data_problems(SyncR1Config(prompts_per_step=4200, anchor_fraction=0.125))
+
+
+def test_what_lies_at_a_path_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("gone", tmp_path / "link")
+    told = {name: kind_of(tmp_path / name) for name in ("", "file", "pipe", "link", "nothing", "file/below", "x" * 300)}
+    assert list(told.values())[:5] == [
+        "a folder",
+        "a file",
+        "a pipe",
+        "a link to what is not there",
+        "which is not there",
+    ]
+    assert "ot a directory" in told["file/below"] and "too long" in told["x" * 300]
+    assert kind_of("/dev/null") == "a device" and kind_of("\0") == "which is not there"
+
+
+def test_a_run_that_is_beside_another_is_written_where_it_can_be(tmp_path: Path) -> None:
+    """A new run gets a numbered folder, so that it is the one above which has to be writable; a resumed one goes on."""
+    text(run___config__yaml="seed: 0\n")(tmp_path)
+    new = SyncR1Config(output_dir=tmp_path / "run")
+    assert written_to(new) == tmp_path / "run-2"
+    assert written_to(replace(new, resume_from_checkpoint="latest")) == tmp_path / "run"
+
+
+def test_a_fault_is_reported_where_the_project_came_from() -> None:
+    assert report_to().startswith(("at https://", "where you got syncr1 from"))
 
 
 # Names of runs --------------------------------------------------------------------------------------------------------

@@ -131,3 +131,39 @@ def test_what_comes_is_said_and_room_for_it_is_asked(
     monkeypatch.setattr(recipe.shutil, "disk_usage", lambda _: usage._replace(free=10**9))
     with pytest.raises(recipe.Failed, match=r"expected at least 1.2 GB of free space .*, got 1.0 GB; make room"):
         recipe.announce(tmp_path, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--venv", "/proc/none/venv"], "a folder that can be written"),
+        (["--venv", "afile/venv"], "where {here}/afile is none"),
+        (["--triton", "3.6"], "go together"),
+    ],
+)
+def test_what_is_in_its_way_is_a_line_and_exit_2(
+    recipe: types.ModuleType,
+    flags: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "afile").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["install.py", *flags])
+    try:
+        code = recipe.main()
+    except SystemExit as ended:
+        code = ended.code
+    told = capsys.readouterr().err
+    assert code == 2 and told.count("\n") == 1 and words.format(here=tmp_path) in told
+
+
+def test_too_little_space_is_told_before_anything_comes(
+    recipe: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recipe, "SIZES", {False: (375, 1e9, 2900, 6.0)})
+    monkeypatch.setattr(sys, "argv", ["install.py", "--venv", str(tmp_path / "venv")])
+    assert recipe.main() == 2 and "GB of free space at" in capsys.readouterr().err
+    assert not (tmp_path / "venv").exists()

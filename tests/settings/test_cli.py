@@ -66,7 +66,7 @@ def test_flags_override_yaml_which_overrides_defaults(tmp_path: Path) -> None:
     assert (config.learning_rate, config.beta, config.seed) == (3e-5, 0.5, 0)
     assert parse(SyncR1Config, [f"--config={path}"]).learning_rate == 1e-4
     assert parse(SyncR1Config, ["--seed", "3"], default_yaml=path).beta == 0.5
-    assert parse(SyncR1Config, ["--config", str(path), "--report_to"]).report_to == ()
+    assert parse(SyncR1Config, ["--config", str(path), "--report_to", "none"]).report_to == ("none",)
 
 
 def test_a_flag_may_complete_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs, one with another rate and fewer steps, and one of several trainings."""
     folder = tmp_path_factory.mktemp("runs")
     finished_run(folder, "one")
+    (folder / "garbage").mkdir()
+    (folder / "garbage" / "metrics.jsonl").write_bytes(b"\x00\xff no JSON\n" * 9)
     finished_run(folder, "two", max_steps=25, learning_rate=1e-3)
     run_of_several(folder)
     return folder
@@ -88,15 +90,17 @@ def test_names_of_runs_differ(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["nowhere"], "nowhere, which is not there"),
-        (["."], "it holds runs: one, several, two"),
+        (["."], "it holds runs: garbage, one, several, two"),
         (["one/samples"], "a run's folder has config.yaml or metrics.jsonl"),
-        (["one/config.yaml"], "which is a file"),
+        (["one/config.yaml"], "one/config.yaml, a file"),
         (["one", "nowhere"], "nowhere, which is not there"),
-        (["one", "two", "one"], "expected one folder, or two to compare, got 3"),
-        (["one", "--output", "p.html"], "--output: is for the comparison"),
-        (["one", "two", "--output", "no/such/folder.html"], "cannot be written"),
-        (["one", "--outptu", "x"], "unrecognized arguments: --outptu"),
-        ([], "required: RUN"),
+        (["one", "two", "one"], "runs: expected a run's folder, or two to compare, got 3"),
+        (["one", "--output", "p.html"], "output: expected two runs"),
+        (["one", "two", "--output", "no/such/folder.html"], "no/such, which is not there; make it first"),
+        (["one", "two", "--output", "."], "got ., a folder"),
+        (["garbage"], "metrics.jsonl without a line of it"),
+        (["one", "--outptu", "x"], "did you mean --output?"),
+        ([], "got 0; name one or two"),
     ],
 )
 def test_what_is_no_run_ends_in_a_line(

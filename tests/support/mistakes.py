@@ -6,134 +6,26 @@ with a torch that cannot be imported) and, cold and with a clock, by `tests/camp
 
 from __future__ import annotations
 
-import json
-import shlex
+import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2048}
-PROMPTS = "".join(json.dumps({"prompt": f"a red square, number {n}"}) + "\n" for n in range(12))
-REWARD = "def good(*, completions, **_):\n    return [1.0 for _ in completions]\n"
+from mistake import (
+    LFS,
+    LLAMA,
+    OFFLINE,
+    PROMPTS,
+    REWARD,
+    Mistake,
+    both,
+    model,
+    program,
+    taken_port,
+    text,
+    trained_run,
+    whole_model,
+)
 
-
-@dataclass(frozen=True, slots=True)
-class Mistake:
-    """One of them."""
-
-    name: str
-    command: str
-    """Recipe and flags; the working directory is the folder that `files` has filled."""
-    words: str
-    """That the line must have, beside what was expected and what came."""
-    files: Callable[[Path], object] = lambda folder: None
-    lines: int = 1
-    """As many as settings are wrong."""
-    needs_torch: bool = False
-    """Torch is needed to know it, or to read the data: allowed 15 seconds instead of 5."""
-    env: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def is_module(self) -> bool:
-        """`python -m …` and no recipe."""
-        return self.command.startswith("-m ")
-
-
-def program(mistake: Mistake) -> list[str]:
-    """What stands behind `python`."""
-    words = shlex.split(mistake.command)
-    return words if mistake.is_module else [str(ROOT / "recipes" / words[0]), *words[1:]]
-
-
-def text(**contents: str) -> Callable[[Path], object]:
-    """Files by name, `__` for a dot, `___` for a slash."""
-
-    def write(folder: Path) -> None:
-        for name, content in contents.items():
-            path = folder / name.replace("___", "/").replace("__", ".")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
-
-    return write
-
-
-def safetensors(path: Path, sizes: dict[str, int], missing: int = 0) -> None:
-    """Weights of float32 by name, zeros; `missing` bytes cut off."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, count in sizes.items():
-        header[name] = {"dtype": "F32", "shape": [count], "data_offsets": [end, end + 4 * count]}
-        end += 4 * count
-    encoded = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(8 + len(encoded) + end - missing)
-
-
-def model(config: object = LLAMA, *, weights: str = "whole", tokenizer: bool = True) -> Callable[[Path], object]:
-    """A folder `m` that looks like a checkpoint, and what is wrong with its weights."""
-
-    def write(folder: Path) -> None:
-        m = folder / "m"
-        m.mkdir()
-        if config is not None:
-            (m / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-        if tokenizer:
-            (m / "tokenizer.json").write_text("{}")
-        if weights == "pickled":
-            (m / "pytorch_model.bin").write_bytes(b"PK")
-        elif weights == "gguf":
-            (m / "m.Q4.gguf").write_bytes(b"GGUF")
-        elif weights == "pointer":
-            (m / "model.safetensors").write_text(LFS)
-        elif weights == "shards":
-            names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-            (m / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": dict(zip("ab", names, strict=True))})
-            )
-            safetensors(m / names[0], {"a": 4})
-        elif weights == "no header":
-            (m / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"not JSON, really")
-        elif weights != "none":
-            safetensors(m / "model.safetensors", {"a": 2**40 if weights == "huge" else 8}, 5 * (weights == "cut"))
-
-    return write
-
-
-def both(*writers: Callable[[Path], object]) -> Callable[[Path], object]:
-    return lambda folder: [write(folder) for write in writers]
-
-
-def trained_run(name: str) -> Callable[[Path], object]:
-    """A run with a checkpoint to resume from and a saved model."""
-    return text(
-        **{
-            f"{name}___checkpoints___latest": "step_000002",
-            f"{name}___checkpoints___last___config__json": json.dumps(LLAMA),
-            f"{name}___config__yaml": "seed: 0\n",
-        }
-    )
-
-
-OFFLINE = (("HF_ENDPOINT", "http://127.0.0.1:9"), ("HF_HUB_CACHE", "hub"))
-"""A port that nobody listens on, and an empty cache."""
-
-
-def whole_model(**changed: str) -> Callable[[Path], object]:
-    """A small Janus that can be loaded, as `m`, and twelve prompts; files of it by name, with other contents."""
-
-    def write(folder: Path) -> None:
-        from made import short_base  # which takes torch
-
-        shutil.copytree(short_base(), folder / "m")
-        text(**{f"m___{name}": content for name, content in changed.items()}, rows__jsonl=PROMPTS)(folder)
-
-    return write
-
+__all__ = ["REWARD", "TABLE", "WITH_A_MODEL", "Mistake", "model", "program", "text"]
 
 FLAGS = [
     Mistake("a misspelt flag", "sync_r1.py --lerning_rate 3", "did you mean --learning_rate?"),
@@ -169,7 +61,7 @@ FLAGS = [
         text(a__yaml="betta: 1\n"),
         lines=2,
     ),
-    Mistake("a folder for a file", "sync_r1.py --config .", "not a file"),
+    Mistake("a folder for a file", "sync_r1.py --config .", "got ., a folder"),
     Mistake("the tiny base in no steps", "tiny_base.py --steps 0", "steps: expected at least 1"),
 ]
 MODELS = [
@@ -248,20 +140,17 @@ DATA = [
         "sync_r1.py --data rows.jsonl --prompts_per_step 1",
         "rows.jsonl, line 2",
         text(rows__jsonl='{"prompt": "a"}\n{"prompt"\n'),
-        needs_torch=True,
     ),
     Mistake(
         "more prompts a step than the world has",
         "sync_r1.py --prompts_per_step 100000",
         "lower prompts_per_step",
-        needs_torch=True,
     ),
     Mistake(
         "a parquet file that is none",
         "sync_r1.py --data rows.parquet",
         "rows.parquet",
         text(rows__parquet="PAR0"),
-        needs_torch=True,
     ),
 ]
 REWARDS = [
@@ -333,7 +222,81 @@ PLACES = [
         needs_torch=True,
     ),
 ]
-TABLE = (*FLAGS, *MODELS, *DATA, *REWARDS, *PLACES)
+GARBAGE = "\x01\x02 no line of it is JSON\n" * 9
+SECRET = "Name: vault\nDriver: disk\nPassword: hunter2\nseed: swordfish\n"
+RECIPES = [
+    Mistake("a list without values", "sample.py --compare", "expected values after --compare"),
+    Mistake("prompts without words", "sample.py --prompt --seed 1", "expected values after --prompt"),
+    Mistake("a folder of prompts", "sample.py --prompts_file d", "got d, a folder", text(d___x="")),
+    Mistake("a photo that is not there", "sample.py --prompt a --image no.png", "got no.png, which is not there"),
+    Mistake("one model to compare", "sample.py --compare a", "expected at least 2 checkpoints"),
+    Mistake("samples into a file", "sample.py --output_dir f", "expected a folder", text(f="")),
+    Mistake("samples where nothing can be written", "sample.py --output_dir /proc/s", "change its permissions"),
+    Mistake("scores where nothing can be written", "evaluate.py --output_dir /proc/e", "change its permissions"),
+    Mistake("a base where nothing can be written", "tiny_base.py --output_dir /proc/b", "change its permissions"),
+    Mistake(
+        "a merge where nothing can be written",
+        "merge.py --base m --models m m --output /proc/o",
+        "output: expected a folder that can be written",
+        model(),
+    ),
+    Mistake(
+        "a merge into a file", "merge.py --base m --models m m --output f", "got f, a file", both(model(), text(f=""))
+    ),
+    Mistake("no data to check", "check_data.py", "data: expected a folder, a file or a hub name"),
+    Mistake("data to check that are not there", "check_data.py --data no.jsonl", "which is not there"),
+    Mistake("no run", "report.py", "runs: expected a run's folder"),
+    Mistake("three runs", "report.py a b c", "got 3"),
+    Mistake("a run that is a file", "report.py f", "got f, a file", text(f="")),
+    Mistake("a folder that is no run", "report.py d", "which is none", text(d___x="")),
+    Mistake(
+        "a slip at a page", "report.py run --outptu x", "did you mean --output?", text(run___config__yaml="a: 1\n")
+    ),
+    Mistake(
+        "a page for one run", "report.py run --output p.html", "expected two runs", text(run___config__yaml="a: 1\n")
+    ),
+    Mistake("garbage for metrics", "report.py g", "metrics.jsonl without a line", text(g___metrics__jsonl=GARBAGE)),
+    Mistake("an installer's flag", "install.py --vnev x", "unrecognized arguments: --vnev"),
+    Mistake("an installer's half", "install.py --triton 3.6", "go together"),
+]
+KINDS = [
+    Mistake("a folder for a reward", "corl.py --reward_funcs r.py:f", "r.py is a folder", text(r__py___x="")),
+    Mistake("a folder for settings", "sync_r1.py --config c.yaml", "got c.yaml, a folder", text(c__yaml___x="")),
+    Mistake("a folder for a hostfile", "sync_r1.py --nodes 2 --hostfile h", "got h, a folder", text(h___x="")),
+    Mistake("a pipe for data", "sync_r1.py --data p.jsonl", "got p.jsonl, a pipe", lambda f: os.mkfifo(f / "p.jsonl")),
+    Mistake("a pipe for a run", "report.py p", "got p, a pipe", lambda folder: os.mkfifo(folder / "p")),
+    Mistake(
+        "a link to nothing",
+        "sample.py --prompts_file l",
+        "a link to what is not there",
+        lambda folder: os.symlink("gone", folder / "l"),
+    ),
+    Mistake("somebody's keys for settings", "sync_r1.py --config s.conf", "none of its", text(s__conf=SECRET)),
+    Mistake("somebody's keys for hosts", "sync_r1.py --nodes 2 --hostfile s", "without slots=", text(s=SECRET)),
+    Mistake(
+        "a key for the name of its variable",
+        "sync_r1.py --judge_url https://h/v1 --judge_model m --judge_key_env sk-swordfish-1",
+        "not shown here",
+    ),
+]
+MACHINE = [
+    Mistake(
+        "a disk that is full while a page is written",
+        "report.py run",
+        "expected free space, got File too large",
+        text(run___config__yaml="seed: 0\n", run___metrics__jsonl='{"reward": 0.5, "loss": 0.1}\n' * 99),
+        file_size=4096,
+    ),
+    Mistake(
+        "a port that somebody has",
+        "sync_r1.py --max_steps 1",
+        "MASTER_PORT: expected a free port",
+        needs_torch=True,
+        env=taken_port(),
+    ),
+]
+"""What the machine has not; what is left of memory, descriptors and disks stands in tests/methods/test_reasons.py."""
+TABLE = (*FLAGS, *MODELS, *DATA, *REWARDS, *PLACES, *RECIPES, *KINDS, *MACHINE)
 
 SHORT = "--model m --data rows.jsonl --prompts_per_step 4 --num_generations 2 --max_steps 1 --eval_samples 0"
 WITH_A_MODEL = [

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -52,9 +53,17 @@ class Program:
     """A script that runs, as one process or as several ranks; like `subprocess.Popen`."""
 
     def __init__(
-        self, script: str, *flags: str, env: dict[str, str], ranks: int = 1, cwd: Path = ROOT, torch: bool = True
+        self,
+        script: str,
+        *flags: str,
+        env: dict[str, str],
+        ranks: int = 1,
+        cwd: Path = ROOT,
+        torch: bool = True,
+        file_size: int = 0,
     ) -> None:
-        """`torch` False: where it fails to be imported, and starts in a hundredth of a second."""
+        """`torch` False: where it fails to be imported, and starts in a hundredth of a second; `file_size`: bytes that
+        a file may have, as on a full disk."""
         self._folder, port = tempfile.TemporaryDirectory(), free_port()
         self._paths = [Path(self._folder.name, str(rank)) for rank in range(ranks)]
         for rank, path in enumerate(self._paths):
@@ -67,7 +76,13 @@ class Program:
                 "MASTER_PORT": port,
             }
             more = {name: str(value) for name, value in launcher.items()} if ranks > 1 else {}
-            asked = {"argv": [script, *flags], "env": env | more, "cwd": str(cwd), "path": str(path)}
+            asked = {
+                "argv": [script, *flags],
+                "env": env | more,
+                "cwd": str(cwd),
+                "path": str(path),
+                "file_size": file_size,
+            }
             _forks(torch).write(json.dumps(asked) + "\n")
         self.pids = [int(_awaited(path.with_suffix(".pid"))) for path in self._paths]
 
@@ -169,11 +184,13 @@ def main() -> None:
     os.killpg(0, signal.SIGKILL)  # who asked has ended: so do the programs that still run
 
 
-def _guard(argv: list[str], env: dict[str, str], cwd: str, path: str) -> None:
+def _guard(argv: list[str], env: dict[str, str], cwd: str, path: str, file_size: int) -> None:
     """Starts the program, and writes how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
     if child == 0:
+        if file_size:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         _become(argv, env, cwd, Path(path))
     _write(Path(path).with_suffix(".pid"), child)
     _, status, used = os.wait4(child, 0)

@@ -24,7 +24,7 @@ from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
 from ...errors import ChatError
-from ...settings.rules import is_this_machine
+from ...settings.rules import address_problem
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,16 @@ class ServerOptions(TypedDict, total=False):
 
 
 _jitter = random.Random()  # its own generator: the global one belongs to the run's seed
+
+
+def key_problem(variable: str) -> str:
+    """What is wrong with the key in an environment variable, in words; "" where nothing is. Never the key."""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        return f"expected a key in the environment variable {variable}, got nothing; put it there"
+    if not (key.isascii() and key.isprintable()):  # http.client would quote it in its error
+        return f"expected a key that a header can carry, got other characters in {variable}; copy it again"
+    return ""
 
 
 class ChatClient:
@@ -83,23 +93,16 @@ class ChatClient:
         Raises:
             ValueError: an address, number or key that cannot work. The text never holds the key.
         """
+        if problem := address_problem(base_url, allow_http=allow_http):
+            in_code = " (in code, on a network that you trust: allow_http=True)" if "plain http" in problem else ""
+            raise ValueError(f"chat client: {problem}{in_code}")
         url = urlsplit(base_url)
-        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment or "@" in url.netloc:
-            raise ValueError(
-                "chat client: expected base_url like https://host/v1, got one of another form, or with user, password, "
-                "query or fragment; correct it"
-            )
-        if url.scheme == "http" and not (allow_http or is_this_machine(url.hostname)):
-            raise ValueError(
-                f"chat client: expected https, or this machine, got {url.hostname} over plain http; use https, or "
-                "forward its port to this machine (in code, on a network that you trust: allow_http=True)"
-            )
         if not (timeout > 0 and retries >= 0 and backoff >= 0 and max_bytes > 0):
             raise ValueError(
                 "chat client: expected timeout > 0, retries >= 0, backoff >= 0 and max_bytes > 0, "
                 f"got {timeout}, {retries}, {backoff} and {max_bytes}"
             )
-        self.host, self.port, self.is_https = url.hostname, url.port, url.scheme == "https"
+        self.host, self.port, self.is_https = url.hostname or "", url.port, url.scheme == "https"
         self.path = url.path.rstrip("/") + "/chat/completions"
         self.model, self.api_key_env = model, api_key_env
         self.timeout, self.retries, self.backoff, self.max_bytes = timeout, retries, backoff, max_bytes
@@ -145,17 +148,9 @@ class ChatClient:
     def _key(self) -> str | None:
         if self.api_key_env is None:
             return None
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not key:
-            raise ValueError(
-                f"chat client: expected a key in the environment variable {self.api_key_env}, got nothing; put it there"
-            )
-        if not (key.isascii() and key.isprintable()):  # http.client would quote it in its error
-            raise ValueError(
-                f"chat client: expected a key that a header can carry, got other characters in {self.api_key_env}; "
-                "copy it again"
-            )
-        return key
+        if problem := key_problem(self.api_key_env):
+            raise ValueError(f"chat client: {problem}")
+        return os.environ[self.api_key_env].strip()
 
     def _post(self, body: bytes, seconds: float) -> bytes:
         """One try: the body of a 200 answer."""
