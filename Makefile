@@ -14,6 +14,9 @@ SETUP_INPUTS := setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcar
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
+# Whatever is set outside: else each of the many processes that tests start compiles every module anew, and each of the
+# suite's rewrites every assert (7 s of a core).
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup train corl test test-triton test-faults soak test-multinode test-processors coverage mutants fuzz check pyright \
 	package docs bench gpu clean

@@ -1,4 +1,7 @@
-"""Settings that all tests share: one thread that does not spin, one seed, memory that shows when it is not written."""
+"""Settings that all tests share: one thread that does not spin, one seed, memory that shows when it is not written.
+
+Torch is imported where it is used: the process that shares the tests out has no need of it, and the others wait for it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
 import pytest
-import torch
 
 hypothesis.settings.register_profile("syncr1", deadline=None, derandomize=True, max_examples=25, database=None)
 # New examples every time, many of them; on failure the smallest is printed with the line that reproduces it.
@@ -43,6 +45,8 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def _threads_and_seed() -> None:
     """One thread, unless a run of the suite asks for more."""
+    import torch
+
     torch.set_num_threads(int(os.environ.get("SYNCR1_TEST_THREADS", "1")))
     torch.manual_seed(0)
 
@@ -54,6 +58,8 @@ def _no_process_group_left() -> Iterator[None]:
         name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     }
     yield
+    import torch
+
     if torch.distributed.is_initialized():
         from helpers import end_process_group
 
@@ -66,6 +72,8 @@ def _no_process_group_left() -> Iterator[None]:
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """torch fills what `empty` returns with NaN (or the largest integer): an output left unwritten becomes visible."""
+    import torch
+
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -66,8 +66,19 @@ def photos(root: Path, folder: Path) -> tuple[Path, ...]:
     return tuple(inside(root, path, str(folder)) for path in found)
 
 
-def _picture(root: Path, folder: Path, name: Any, where: str) -> Path:
-    """A picture named in a question file: relative to that file's folder or to the root, with or without its suffix."""
+def _picture(root: Path, folder: Path, name: Any, where: str, known: dict[str, Path]) -> Path:
+    """A picture named in a question file: relative to that file's folder or to the root, with or without its suffix.
+
+    `known`: those that the file has named before, each of which stands beside many questions.
+    """
+    if isinstance(name, str) and name in known:
+        return known[name]
+    found = _found(root, folder, name, where)
+    known[name] = found
+    return found
+
+
+def _found(root: Path, folder: Path, name: Any, where: str) -> Path:
     if not isinstance(name, str) or not name:
         raise DataError(f"{where}: column 'image' must be a file name, got {shown(name)}")
     if len(name) > 4096:  # resolving it would take quadratic time
@@ -91,11 +102,12 @@ def questions(root: Path, path: Path, *, base: Path | None = None, faults: Fault
     """
     if not path.is_file():
         return []
-    found = []
+    found: list[Question] = []
+    known: dict[str, Path] = {}
     with faults.here():
         for image, entry, where in _entries(path):
             with faults.here():
-                found.append(_question(root, base or path.parent, image, entry, where))
+                found.append(_question(root, base or path.parent, image, entry, where, known))
     return found
 
 
@@ -115,7 +127,7 @@ def _as_list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _question(root: Path, folder: Path, image: Any, entry: Any, where: str) -> Question:
+def _question(root: Path, folder: Path, image: Any, entry: Any, where: str, known: dict[str, Path]) -> Question:
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}: expected an object with 'query' and 'answer', got {type(entry).__name__}")
     turns = entry.get("conversations")
@@ -131,7 +143,7 @@ def _question(root: Path, folder: Path, image: Any, entry: Any, where: str) -> Q
     kind = entry.get("type") or ""
     if not isinstance(kind, str):
         raise DataError(f"{where}: column 'type' must be text, got {shown(kind)}")
-    picture = None if image is None or kind == "text_only" else _picture(root, folder, image, where)
+    picture = None if image is None or kind == "text_only" else _picture(root, folder, image, where, known)
     return Question(text, answer, picture, tuple(options), kind)
 
 

@@ -112,6 +112,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "checkpoints" / BEST / RECORD).read_text())  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_scores_on_the_way_change_nothing_and_the_best_model_is_kept(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +144,7 @@ def test_scores_on_the_way_change_nothing_and_the_best_model_is_kept(
     assert [row["eval/score"] for row in rows_of(tmp_path / "with")] == [0.75, 0.25, 0.625, 0.7, 0.9]
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_runs_result_and_outlives_the_process(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,9 +64,9 @@ def measured(config: SyncR1Config, folder: Path) -> int:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"num_generations": 16}, id="whole"),
+        pytest.param({"num_generations": 8}, id="whole"),
         pytest.param({"num_generations": 16, "gradient_checkpointing": True}, id="checkpointing"),
-        pytest.param({"num_generations": 16, "lora_rank": 8}, id="lora"),
+        pytest.param({"num_generations": 8, "lora_rank": 8}, id="lora"),
         pytest.param({"num_generations": 16, "max_tokens_per_microbatch": 500}, id="micro-batches"),
         pytest.param({"num_generations": 8, "bf16": True}, id="bf16"),
         pytest.param({"num_generations": 8, "zero_stage": 2}, id="zero 2"),

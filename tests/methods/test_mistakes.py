@@ -60,6 +60,7 @@ def ended(mistake: Mistake, folder: Path, *, torch: bool) -> tuple[str, int | No
     return said, running.poll()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", COLD, ids=lambda mistake: mistake.name)
 def test_a_mistake_costs_a_new_process_little(mistake: Mistake, tmp_path: Path) -> None:
     mistake.files(tmp_path)

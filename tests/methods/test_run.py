@@ -19,7 +19,7 @@ import torch
 import warm
 import yaml
 from children import ChildrenSeconds
-from helpers import ROOT, environment, own_process_group, rows_of, torchrun
+from helpers import ROOT, environment, own_process_group, rows_of
 from made import cache_folder, short_base
 from PIL import Image
 from recipe_cases import recipe_here
@@ -321,9 +321,10 @@ def test_a_users_photographs_in_bf16_under_zero_2(cache_dir: Path, base: Path, t
 
 @pytest.mark.slow
 def test_two_ranks_under_zero_3(cache_dir: Path, base: Path, tmp_path: Path) -> None:
-    """torchrun: one folder, written by rank 0; the gathered model is saved whole and has learnt."""
+    """One folder, written by rank 0; the gathered model is saved whole and has learnt. (Ranks under torchrun:
+    tests/campaigns/test_soak.py.)"""
     folder = tmp_path / "run"
-    torchrun(
+    warm.run(
         RECIPE,
         "--model",
         str(base),
@@ -339,7 +340,8 @@ def test_two_ranks_under_zero_3(cache_dir: Path, base: Path, tmp_path: Path) -> 
         "--output_dir",
         str(folder),
         *SMALL,
-        cache_dir=cache_dir,
+        env=environment(cache_dir),
+        ranks=2,
     )
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     rows = rows_of(folder)

@@ -39,6 +39,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Path:
     return short_base()
 
 
+@pytest.mark.slow
 def test_a_grid_and_a_line_for_each_sample(base: Path, tmp_path: Path) -> None:
     """The command as a user types it; the pictures are those that the same seed gives in Python."""
     flags = ["--model", str(base), "--prompt", "draw <bobo>.", "draw <gigi> at the beach.", "--num_generations", "3"]
@@ -88,6 +89,7 @@ def test_a_large_vocabulary_splits_words_and_knows_them(base: Path) -> None:
     assert unknown_words(policy, ["elephants 猫"]) == ["猫"]
 
 
+@pytest.mark.slow
 def test_models_side_by_side_have_the_same_random_numbers(base: Path, tmp_path: Path) -> None:
     other = Model.load(base)
     with torch.no_grad():
@@ -162,6 +164,7 @@ def test_names_are_as_short_as_they_can_be() -> None:
     assert short_names(["org/janus"]) == ["janus"]
 
 
+@pytest.mark.slow
 def test_the_notebook_s_cells_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are printed, but from a base of seconds and for a step."""
     monkeypatch.setattr("syncr1.engine.world.embedded.tiny_base", lambda *_: base)
@@ -182,6 +185,7 @@ def test_the_notebook_s_cells_run(base: Path, tmp_path: Path, monkeypatch: pytes
     assert any("image/png" in output.get("data", {}) for output in outputs), "the pictures are to be seen without a run"
 
 
+@pytest.mark.slow
 def test_three_lines_of_python(base: Path, tmp_path: Path) -> None:
     """Train, draw, ask; two runs of one process, the second in a folder of its own."""
     settings = {"prompts_per_step": 2, "num_generations": 2, "eval_samples": 0, "output_dir": tmp_path / "run"}

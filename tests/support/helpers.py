@@ -9,7 +9,6 @@ import copy
 import gc
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from warm import environment
+from warm import environment as environment
 
 from syncr1.engine.forward.packing import pack
 from syncr1.engine.policies.janus import JanusPolicy
@@ -288,26 +287,6 @@ def everything_partitioned() -> Iterator[None]:
         yield
     finally:
         learner.deepspeed_config = original
-
-
-def torchrun(*arguments: str, cache_dir: Path | None = None, timeout: float = 600) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-        *arguments,
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(cache_dir), capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
 
 
 # The worker -----------------------------------------------------------------------------------------------------------
