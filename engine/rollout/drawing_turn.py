@@ -5,8 +5,8 @@
 What it says is a template's matter (settings/turn_templates.py), the form of a turn the model's (`drawing_tokens`).  The
 keys of the prompt stay the group's; the turn is the member's own, and the lead of its image segment.
 
-How long it may become is known before anything is sampled: the turn around no text, and `max_text_tokens` for the text,
-which is cut where it would need more (a text that is read again need not have the tokens that it was sampled in).
+How long it may become is known before anything is sampled: the turn around no text, and `max_text_tokens` and a seam for
+the text, which is cut where it needs more (read again, it need not have the tokens that it was sampled in).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from ..errors import ConfigError
 from ..policies.base import Policy
 from ..records import Prompt
 from ..settings.turn_templates import filled, template_of, template_problem
+
+SEAM = 4
+"""Tokens more that a turn may take where its text meets what stands around it."""
 
 
 class DrawingTurns:
@@ -60,7 +63,7 @@ class DrawingTurns:
         return self._closing().numel() + self._room(prompt)
 
     def _room(self, prompt: Prompt) -> int:
-        return self._turn(prompt, "").numel() + self.max_text_tokens
+        return self._turn(prompt, "").numel() + SEAM + self.max_text_tokens
 
     def lead(self, prompt: Prompt, text: str, truncated: bool) -> Tensor:
         """[L] int64: what is fed between a member's text and its image, `image_start` last.
