@@ -41,6 +41,7 @@ class Settings:
     """Of the sampled trajectories (texts and images)."""
     max_text_tokens: int = 32
     cfg_weight: float = 1.5
+    drawing_turn: str = "none"
     images_per_prompt: int = 1
     """Trajectories of each prompt that draws."""
     greedy_texts: bool = True

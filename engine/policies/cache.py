@@ -211,12 +211,14 @@ class Extend:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         prompts, own = self._prompts, self._own
-        new = [x.transpose(1, 2)[self._row, self._place] for x in (query, key, value)]
-        for store, x in ((own.keys, new[1]), (own.values, new[2])):
+        q, k, v = (x.transpose(1, 2)[self._row, self._place] for x in (query, key, value))
+        for store, x in ((own.keys, k), (own.values, v)):
             store[layer].index_copy_(1, self._columns, x.transpose(0, 1))
         attended = torch.zeros_like(query.transpose(1, 2))
         attended[self._row, self._place] = prefix_decode_attention(
-            *new,
+            q,
+            k,
+            v,
             prompts.keys[layer],
             prompts.values[layer],
             own.keys[layer],

@@ -168,7 +168,8 @@ class Batch:
             draft.attempts, draft.dropped = drawing.attempts[row], drawing.dropped[row]
 
     def _open_images(self, chosen: list[int]) -> list[Tensor]:
-        """Feeds what stands before an image, and gives it [n]: its start, at the end of a drawing turn if there is one."""
+        """Feeds what stands before an image, and gives it [n]: its start, at the end of a drawing turn where there is
+        one."""
         leads = {}
         for i in chosen:
             draft = self.drafts[i]

@@ -2,11 +2,11 @@
 
     prompt . text . [end of the answer] . turn . image_start . image
 
-What it says is a template's matter (settings/turn_templates.py), the form of a turn the model's (`drawing_tokens`).  The
-keys of the prompt stay the group's; the turn is the member's own, and the lead of its image segment.
+What it says is a template's matter (settings/turn_templates.py), the form of a turn the model's (`drawing_tokens`).
+The keys of the prompt stay the group's; the turn is the member's own, and the lead of its image segment.
 
-How long it may become is known before anything is sampled: the turn around no text, and `max_text_tokens` and a seam for
-the text, which is cut where it needs more (read again, it need not have the tokens that it was sampled in).
+How long it may become is known before anything is sampled: the turn around no text, and `max_text_tokens` and a seam
+for the text, which is cut where it needs more (read again, it need not have the tokens that it was sampled in).
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def dgs_problems(c: Any) -> list[str]:
 
 
 def drawing_problems(c: Any) -> list[str]:
-    problem = template_problem(c.drawing_turn)
+    problem = "" if c.drawing_turn is None else template_problem(c.drawing_turn)
     return [f"drawing_turn: {problem}"] if problem else []
 
 

@@ -15,9 +15,9 @@ from syncr1.engine.policies.cache import CacheShape
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.rollout import sampler as rollout_module
 from syncr1.engine.rollout.capacity import Sizes, check_fits, free_bytes
+from syncr1.engine.rollout.drawing_turn import SEAM, DrawingTurns
 from syncr1.engine.rollout.preview import preview_length
 from syncr1.engine.rollout.sampler import RolloutEngine, generate
-from syncr1.engine.rollout.drawing_turn import SEAM, DrawingTurns
 from syncr1.engine.rollout.sampling import Sampling
 
 SHAPE = CacheShape(num_layers=24, num_heads=16, head_dim=128, dtype=torch.bfloat16, device=torch.device("cpu"))
@@ -48,7 +48,8 @@ def test_sizes_by_hand(policy: JanusPolicy) -> None:
     assert sizes.preview_columns(3, 4, guided=True) == 3 * (9 + 14 + 14)
     assert sizes.preview_columns(3, 0, guided=True) == 0
     turns = DrawingTurns(policy, "again: {text}", 5)
-    turn = 1 + policy.drawing_tokens(prompts[2], "again:").numel() + SEAM + 5  # the answer's end; the turn without, and the text
+    around = policy.drawing_tokens(prompts[2], "again:").numel()
+    turn = 1 + around + SEAM + 5  # the answer's end comes first
     sizes = Sizes.of(policy, prompts, follow_ups, turns)
     assert sizes.before_image == [5, 1, 5 + turn, 5 + turn]
     assert sizes.own == [5, 1 + N, 5 + turn + N, 5 + turn + N + 9 + 5]

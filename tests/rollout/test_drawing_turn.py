@@ -156,7 +156,8 @@ def test_no_text_makes_a_turn_longer_than_was_counted_or_steers_the_model(name: 
 def test_what_cannot_be_is_refused_before_anything_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = sharp_policy()
     monkeypatch.setattr(policy, "trunk", lambda *_: pytest.fail("sampled"))
-    for turn, words in (("{prompt", "close every brace"), ("{answer}", "got {answer}"), ("sync_r2", "correct the name")):
+    wrong = {"{prompt": "close every brace", "{answer}": "got {answer}", "sync_r2": "correct the name"}
+    for turn, words in wrong.items():
         with pytest.raises(ConfigError, match=f"generate: drawing_turn: expected .*{words}"):
             generate(policy, [make_prompt("x")], Sampling(drawing_turn=turn))
     long = make_prompt("draw it", info="red " * policy.max_positions)
@@ -172,7 +173,19 @@ def test_what_cannot_be_is_refused_before_anything_is_sampled(monkeypatch: pytes
 def test_templates() -> None:
     for good in ("none", "sync_r1", "t2i_r1", "{text}", "{{{concept}}} {prompt}"):
         assert template_problem(good) == ""
-    for bad in ("", "{", "}", "{}", "{0}", "{prompt.text}", "{prompt!r}", "{text:>9}", "{prompt[0]}", "{{prompt}}", "None"):
+    for bad in (
+        "",
+        "{",
+        "}",
+        "{}",
+        "{0}",
+        "{prompt.text}",
+        "{prompt!r}",
+        "{text:>9}",
+        "{prompt[0]}",
+        "{{prompt}}",
+        "None",
+    ):
         assert "expected" in template_problem(bad), bad
     values = {"prompt": "a cat.", "text": "{info}", "info": "", "concept": "<bo>"}
     assert filled("{prompt}. {info} {text}", values) == "a cat. {info}"
