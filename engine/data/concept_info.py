@@ -31,7 +31,7 @@ REWRITE = KNOWN + (
     "nothing. Answer with the request alone."
 )
 WORD = re.compile(r"\w{3,}")
-SMALL_WORDS = frozenset("and are for from has have her his its she the their they was were with".split())
+SMALL_WORDS = frozenset(("and", "are", "for", "from", "has", "her", "his", "its", "she", "the", "their", "was", "with"))
 """That say nothing of what is meant, though one item alone may have them."""
 
 
