@@ -37,6 +37,11 @@ class Prompt:
     """UnifyBench++ task: rec, vqa, qa, rea, dense_rea, gen, dense_gen, rea_gen, … ; scores are reported by it."""
     text: str
     """What the user says. The image, if any, comes before it."""
+    request: str | None = None
+    """What is to be drawn, in the user's words, where `text` holds more or something else: a question, what is known of
+    the concept. The drawing turn says it; None: `text`."""
+    info: str = ""
+    """What the data say of the concept's looks (UnifyBench++'s `info`); the drawing turn says it."""
     image: ImageRef | None = None
     """The photo that the user shows; None for a text-only prompt."""
     segments: tuple[SegmentKind, ...] = ("text", "image")
@@ -49,7 +54,8 @@ class Prompt:
     follow_up_answer: str | None = None
     """Ground truth of the text behind the image."""
     options: tuple[str, ...] = ()
-    """Candidate answers, one of which is right (Sync-R1 mode `r`: the concept's `extra_info`)."""
+    """Candidate answers, one of which is right (Sync-R1's mode `r`, where the policy is told of the concept: its
+    `extra_info`, of which the request means `answer`)."""
     qa_type: Literal["MC", "OE"] | None = None
     """CoRL: multiple choice (`options` in the order of their letters, `answer` is the letter) or open-ended."""
     concept: str | None = None
@@ -76,7 +82,8 @@ class Segment:
 
     kind: SegmentKind
     lead: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    """[L'] int64 text ids that were fed and not sampled: the image's start, a follow-up turn."""
+    """[L'] int64 text ids that were fed and not sampled: the image's start, with the drawing turn before it where there
+    is one; a follow-up turn."""
     lead_image: Tensor | None = None
     """[num_image_tokens, D] embeddings at the image placeholders of `lead`: the drawn image, seen."""
     tokens: Tensor

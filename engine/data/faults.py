@@ -23,7 +23,8 @@ class Faults:
         """Raises the error, or keeps it."""
         if not self.keep:
             raise error
-        self.found.append(str(error))
+        if str(error) not in self.found:  # what both halves of the data read
+            self.found.append(str(error))
 
     @contextmanager
     def here(self) -> Iterator[None]:

@@ -7,18 +7,19 @@ recipes/check_data.py lists them all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import NoSplitError
+from ..errors import NoSplitError, shown
 from ..records import Prompt
 from .faults import Faults
 from .prompts import benchmark_prompts, by_task, load_anchors, load_training_prompts
 from .samples import Sample, chains_of, load_samples, samples_of
 from .table import Table, open_table
+from .unifybench import told_of_concepts
 from .unused import unused_columns, unused_files
 
 Read = TypeVar("Read")
@@ -35,6 +36,8 @@ class Loaded:
     """By task."""
     unused: list[str] = field(default_factory=list)
     """What is there and not used, in words."""
+    told: list[str] = field(default_factory=list)
+    """What the policy is told of concepts, in words: a line for all, then one for each concept and request."""
     no_scores: str = ""
     """Why nothing is held out, where nothing is."""
 
@@ -63,7 +66,13 @@ def read_whole(data: object, read: Callable[..., Read]) -> Read:
 
 
 def load_chains(
-    source: Path, *, draws: bool = True, scored: bool = True, eval_data: Path | None = None, faults: Faults
+    source: Path,
+    *,
+    draws: bool = True,
+    scored: bool = True,
+    eval_data: Path | None = None,
+    concept_info: bool = False,
+    faults: Faults,
 ) -> Loaded:
     """What Sync-R1 reads.
 
@@ -72,11 +81,14 @@ def load_chains(
         draws: whether the model draws; one that does not answers.
         scored: whether held-out prompts are wanted.
         eval_data: where they come from; None: the held-out part of `source`.
+        concept_info: the policy is told what info.json has of a concept.
         faults: where what cannot be used is told of.
     """
     loaded = Loaded()
     if is_folder_of_concepts(source):
-        loaded.samples = [(prompt,) for prompt in load_training_prompts(source, faults=faults)]
+        prompts = load_training_prompts(source, concept_info=concept_info, faults=faults)
+        loaded.samples = [(prompt,) for prompt in prompts]
+        loaded.told = _told(source, prompts) if concept_info else []
         loaded.anchors = load_anchors(source, faults)
         loaded.unused = unused_files(source)
     else:
@@ -86,10 +98,10 @@ def load_chains(
     if not scored:
         return loaded
     if eval_data is not None:
-        loaded.held_out = _held_out_chains(eval_data, draws, faults)
+        loaded.held_out = _held_out_chains(eval_data, draws, concept_info, faults)
     elif not os.path.isfile(source):
         with suppress(NoSplitError):  # a table may be all for training
-            loaded.held_out = _held_out_chains(source, draws, faults)
+            loaded.held_out = _held_out_chains(source, draws, concept_info, faults)
     if not loaded.held_out:
         what = "a file has no held-out part" if os.path.isfile(source) else f"{source} has no held-out part"
         loaded.no_scores = f"no table before and after: {what}; give one by --eval_data, or --eval_samples 0"
@@ -113,9 +125,28 @@ def is_folder_of_concepts(source: str | Path) -> bool:
     return os.path.isdir(Path(source) / "concept")
 
 
-def _held_out_chains(source: Path, draws: bool, faults: Faults) -> dict[str, list[Prompt]]:
+def _told(root: Path, prompts: Sequence[Prompt]) -> list[str]:
+    """See `Loaded.told`."""
+    told = told_of_concepts(root)
+    asked = {name: [p for p in prompts if p.concept == name and p.task == "rea"] for name in told}
+    meant = {name: [prompt for prompt in some if prompt.options] for name, some in asked.items()}
+    if not any(told.values()):
+        return ["info.json has neither info nor extra_info of any concept: the policy is told nothing of them"]
+    lines = [
+        f"the policy is told of concepts: info of {sum(bool(one.info) for one in told.values())} and extra_info of "
+        f"{sum(bool(one.facts) for one in told.values())} of {len(told)}; {sum(map(len, meant.values()))} of "
+        f"{sum(map(len, asked.values()))} requests mean one item of it"
+    ]
+    for name, one in told.items():
+        about = f"{'info' if one.info else 'no info'}, {len(one.facts)} items of extra_info"
+        lines.append(f"<{name}>: {about}; {len(meant[name])} of {len(asked[name])} requests mean one of them")
+        lines += [f"  {shown(prompt.request)} means {shown(prompt.answer)}" for prompt in meant[name]]
+    return lines
+
+
+def _held_out_chains(source: Path, draws: bool, concept_info: bool, faults: Faults) -> dict[str, list[Prompt]]:
     if is_folder_of_concepts(source):
-        return benchmark_prompts(source, faults)
+        return benchmark_prompts(source, faults, concept_info=concept_info)
     return by_task(chains_of(open_table(source, "test", faults=faults), "test", draws, faults))
 
 

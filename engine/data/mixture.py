@@ -150,4 +150,5 @@ def _fingerprint(prompts: Iterable[Prompt]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for prompt in prompts:
         digest.update(f"{prompt.id}\0{prompt.text}\0{prompt.answer}\0".encode())
+        digest.update(prompt.info.encode())  # nothing, where nothing is told
     return digest.hexdigest()

@@ -2,6 +2,8 @@
 
 Reasoning (Sync-R1's mode r) turns an implicit prompt into an explicit description and draws it; understanding (mode u)
 answers a question and then draws the concept; both are one trajectory.  Drawing prompts are drawn at once.
+With `concept_info` the policy is told what info.json has (concept_info.py): facts in mode r's questions, which then ask
+for the one that is meant, and looks in the drawing turn of both modes.
 Training sees `concept/train` alone, evaluation `concept/test` alone; anchors are general prompts without a reward, held
 in place by their KL term.
 """
@@ -15,6 +17,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..records import Prompt, SegmentKind
+from .concept_info import question
 from .faults import STRICT, Faults
 from .unifybench import Asked, Concept, Request, Requests, Split, read_concepts, read_general
 
@@ -23,12 +26,15 @@ TEXT_ONLY: tuple[SegmentKind, ...] = ("text",)
 IMAGE_ONLY: tuple[SegmentKind, ...] = ("image",)
 
 
-def load_training_prompts(root: Path, *, chain_understanding: bool = True, faults: Faults = STRICT) -> list[Prompt]:
+def load_training_prompts(
+    root: Path, *, chain_understanding: bool = True, concept_info: bool = False, faults: Faults = STRICT
+) -> list[Prompt]:
     """All training prompts of a folder, in a fixed order.
 
     Args:
         root: folder in the UnifyBench++ layout.
         chain_understanding: an answer is followed by an image of the concept (Sync-R1); False leaves it at the answer.
+        concept_info: the policy is told what info.json has of a concept.
         faults: where what cannot be used is told of.
 
     Raises:
@@ -39,15 +45,16 @@ def load_training_prompts(root: Path, *, chain_understanding: bool = True, fault
         drawn: dict[str, Any] = {}
         if chain_understanding:
             drawn = {"segments": CHAIN, "target": f"a photo of <{concept.name}>", "attributes": concept.identity}
-            drawn["references"] = concept.photos
+            drawn |= {"references": concept.photos, "request": f"A photo of <{concept.name}>."}
+            drawn["info"] = concept.told.info if concept_info else ""
         where = f"train/{concept.name}"
-        prompts += _drawings(concept.reasoning, where, CHAIN, **_about(concept))
+        prompts += _chains(concept, where, concept_info)
         prompts += _answers(concept.questions, where, concept=concept.name, **drawn)
         prompts += _drawings(concept.drawings, where, IMAGE_ONLY, **_about(concept))
     return prompts
 
 
-def load_benchmark(root: Path, faults: Faults = STRICT) -> dict[str, list[Prompt]]:
+def load_benchmark(root: Path, faults: Faults = STRICT, *, concept_info: bool = False) -> dict[str, list[Prompt]]:
     """Held-out prompts by task: rec, vqa, qa, choice, rea, dense_rea, pure_gen, dense_gen, general_vqa, general_image.
 
     `rea` and `dense_rea` draw in the same trajectory: their images are what UnifyBench++ calls rea_gen and
@@ -56,7 +63,7 @@ def load_benchmark(root: Path, faults: Faults = STRICT) -> dict[str, list[Prompt
     Raises:
         DataError: as for `load_training_prompts`; also when no task is left.
     """
-    tasks = benchmark_prompts(root, faults)
+    tasks = benchmark_prompts(root, faults, concept_info=concept_info)
     if not tasks:
         raise DataError(
             f"{root / 'concept' / 'test'}: nothing to evaluate on; add vqa.json, text_only.json or t2i_conditions.json"
@@ -64,13 +71,13 @@ def load_benchmark(root: Path, faults: Faults = STRICT) -> dict[str, list[Prompt
     return tasks
 
 
-def benchmark_prompts(root: Path, faults: Faults = STRICT) -> dict[str, list[Prompt]]:
+def benchmark_prompts(root: Path, faults: Faults = STRICT, *, concept_info: bool = False) -> dict[str, list[Prompt]]:
     """As `load_benchmark`; {} for a folder that holds nothing out."""
     prompts = _general(root, "test", faults)
     for concept in read_concepts(root, "test", faults=faults):
         where = f"test/{concept.name}"
         prompts += _answers(concept.questions, where, concept=concept.name)
-        prompts += _drawings(concept.reasoning, where, CHAIN, **_about(concept))
+        prompts += _chains(concept, where, concept_info)
         prompts += _drawings(concept.drawings, where, IMAGE_ONLY, **_about(concept))
     return by_task(prompts)
 
@@ -105,6 +112,22 @@ def _answers(questions: Sequence[Asked], where: str, **more: Any) -> list[Prompt
         )
         for index, (task, asked) in enumerate(questions)
     ]
+
+
+def _chains(concept: Concept, where: str, concept_info: bool) -> list[Prompt]:
+    """The requests that are reasoned about and then drawn; held-out ones are asked for in full."""
+    prompts = _drawings(concept.reasoning, where, CHAIN, **_about(concept))
+    if not concept_info:
+        return prompts
+    asked = [request for some in concept.reasoning.values() for request in some]
+    return [_told(concept, prompt, request.meant) for prompt, request in zip(prompts, asked, strict=True)]
+
+
+def _told(concept: Concept, prompt: Prompt, meant: str) -> Prompt:
+    told = concept.told
+    text = question(told, concept.name, prompt.text, recall=bool(meant))
+    prompt = replace(prompt, text=text, request=prompt.text, info=told.info)
+    return replace(prompt, answer=meant, options=told.facts) if meant else prompt
 
 
 def _drawings(requests: Requests, where: str, segments: tuple[SegmentKind, ...], **more: Any) -> list[Prompt]:

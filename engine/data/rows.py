@@ -27,7 +27,7 @@ ANSWER_COLUMNS = ("qa_solution", "solution", "answer", "ground_truth", "reward_m
 SHOWN_COLUMNS = ("image", "images", "image_path", "file_name", "real_image")
 DRAWN_COLUMNS = ("real_image", "image", "images", "image_path", "file_name")
 QA_TYPES: Mapping[str, Literal["MC", "OE"]] = {"MC": "MC", "MCQ": "MC", "OE": "OE", "VQA": "OE"}
-OWN_COLUMNS = frozenset(item.name for item in fields(Prompt)) | {"prompt", "images"}
+OWN_COLUMNS = frozenset(item.name for item in fields(Prompt)) - {"info", "request"} | {"prompt", "images"}
 """What `Prompt` has fields for, and so is not in `extra`."""
 
 

@@ -314,6 +314,8 @@ def _chain(row: Row, name: str, picture: ImageRef | None, answer_column: str | N
         follow_up_answer=told["follow_up_answer"],
         options=options_of(row),
         concept=told["concept"],
+        request=row["request"] if isinstance(row.get("request"), str) else None,
+        info=row["info"] if isinstance(row.get("info"), str) else "",
         target=told["target"] or (text if segments == IMAGE_ONLY else None),
         references=references_of(row),
         attributes=attributes_of(row),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, shown
+from .concept_info import Told, meant_by, told_of
 from .faults import STRICT, Faults
 from .unifybench_files import (
     PICTURE_SUFFIXES,
@@ -56,6 +57,8 @@ class Request:
     """What `text` means, in full."""
     attributes: Mapping[str, str] | None
     """What the image must show; None if unknown."""
+    meant: str = ""
+    """The item of its concept's `extra_info` that it means; "" if none is known, and of what is held out."""
 
 
 Requests = Mapping[str, Sequence[Request]]
@@ -69,6 +72,8 @@ class Concept:
     name: str
     kind: str | None
     """What kind of thing it is (`dog` for <bobo>)."""
+    told: Told
+    """What info.json tells of it."""
     photos: tuple[Path, ...]
     reasoning: Requests
     """What is described first and then drawn."""
@@ -98,6 +103,16 @@ def read_concepts(root: Path, split: Split, *, identities: bool = False, faults:
     return found
 
 
+def told_of_concepts(root: Path) -> dict[str, Told]:
+    """What info.json tells of each training concept, by name; its faults are told where concepts are read."""
+    found, quiet = dict[str, Told](), Faults(keep=True)
+    with quiet.here():
+        for folder in _folders(root, quiet):
+            with quiet.here():
+                found[folder.name] = told_of(folder.info, folder.train / "info.json")
+    return found
+
+
 def _concept(folder: _Folder, albums: Mapping[str, tuple[Path, ...]], training: bool, identities: bool) -> Concept:
     if training and not albums[folder.name]:
         raise DataError(f"{folder.train}: has no pictures; {folder.photos_wanted()}")
@@ -106,14 +121,18 @@ def _concept(folder: _Folder, albums: Mapping[str, tuple[Path, ...]], training: 
     place = folder.train
     with folder.faults.here():
         lists, place = folder.conditions(held_out=not training)
+    told = Told()
+    with folder.faults.here():
+        told = told_of(folder.info, folder.train / "info.json")
     shared: list[str] = []
     with folder.faults.here():
         shared = [] if training else folder.shared_prompts()
     concept = Concept(
         name=folder.name,
         kind=folder.kind,
+        told=told,
         photos=albums[folder.name],
-        reasoning=_reasoning(lists, place),
+        reasoning=_reasoning(lists, place, told if training else Told(), by_place=place == folder.test),
         questions=_training_questions(folder, albums) if training else _held_out_questions(folder, albums),
         identity=folder.identity() if identities else None,
         drawings=_drawings(lists, place, shared),
@@ -269,11 +288,15 @@ def _conditions(path: Path) -> dict[str, list[str]]:
     return lists
 
 
-def _reasoning(lists: Mapping[str, list[str]], folder: Path) -> Requests:
-    return {
+def _reasoning(lists: Mapping[str, list[str]], folder: Path, told: Told, by_place: bool) -> Requests:
+    """Only `rea` means a single item of what is told; the dense requests mean several."""
+    found = {
         task: _requests(folder, explicit, lists.get(implicit, []), lists.get(explicit, []))
         for task, (implicit, explicit) in PAIRS.items()
     }
+    meant = meant_by(told, [(asked.text, asked.target) for asked in found["rea"]], by_place=by_place)
+    found["rea"] = [replace(asked, meant=item) for asked, item in zip(found["rea"], meant, strict=True)]
+    return found
 
 
 def _drawings(lists: Mapping[str, list[str]], folder: Path, shared: Sequence[str]) -> Requests:

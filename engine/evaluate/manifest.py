@@ -41,6 +41,7 @@ class Settings:
     """Of the sampled trajectories (texts and images)."""
     max_text_tokens: int = 32
     cfg_weight: float = 1.5
+    drawing_turn: str = "none"
     images_per_prompt: int = 1
     """Trajectories of each prompt that draws."""
     greedy_texts: bool = True
@@ -64,7 +65,7 @@ def describe(
             "fingerprint": prompts_fingerprint([prompt for task in items for prompt in items[task]]),
             "items": {task: len(prompts) for task, prompts in items.items()},
         },
-        "sampling": asdict(settings),
+        "sampling": {k: v for k, v in asdict(settings).items() if (k, v) != ("drawing_turn", "none")},
         "versions": {
             **{name: _version(name) for name in PACKAGES},
             "device": parameter.device.type,
@@ -158,7 +159,9 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     """Of everything that the prompts say, and of the names and sizes of their pictures."""
     digest = hashlib.blake2b(digest_size=12)
     for prompt in prompts:
-        values = [_stable(getattr(prompt, field.name)) for field in fields(Prompt)]
+        told = {field.name: _stable(getattr(prompt, field.name)) for field in fields(Prompt)}
+        # What older prompts did not have, and most have not: folders that they were begun with go on.
+        values = [value for name, value in told.items() if value or name not in ("request", "info")]
         digest.update(json.dumps(values, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 

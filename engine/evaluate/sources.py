@@ -29,7 +29,12 @@ MAX_PROMPT_BYTES = 1 << 16
 
 
 def load_items(
-    source: str | Path, form: Form | None = None, split: str = "test", *, think: bool = True
+    source: str | Path,
+    form: Form | None = None,
+    split: str = "test",
+    *,
+    think: bool = True,
+    concept_info: bool = False,
 ) -> dict[str, list[Prompt]]:
     """Task -> prompts.
 
@@ -38,6 +43,7 @@ def load_items(
         form: how to read it; None: told by its contents.
         split: of a table.
         think: a table's questions get the instruction to think and to answer in tags.
+        concept_info: of a UnifyBench++ folder, the policy is told what info.json has of a concept.
 
     Raises:
         DataError: the source is missing, empty, or an entry cannot be used; names the entry and the remedy.
@@ -45,7 +51,7 @@ def load_items(
     path = Path(source).expanduser()
     form = form or form_of(path)
     if form == "unifybench":
-        return load_benchmark(path)
+        return load_benchmark(path, concept_info=concept_info)
     if form == "geneval":
         return {"geneval": load_geneval(path)}
     if form == "dpg":

@@ -54,6 +54,7 @@ def held_out_sampling(config: TrainConfig) -> Sampling:
         num_generations=1,
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.eval_cfg_weight,
+        drawing_turn=config.drawing_turn,
         seed=config.seed,
         step=-1,
     )

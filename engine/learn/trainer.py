@@ -136,6 +136,7 @@ class Trainer:
             temperature=c.temperature,
             max_text_tokens=c.max_completion_length,
             cfg_weight=c.cfg_weight,
+            drawing_turn=c.drawing_turn,
             seed=c.seed,
             step=self.step,
         )

@@ -55,6 +55,8 @@ def check(config: CheckDataConfig, say: Say = print) -> bool:
         found.append(f"{config.data}: nothing to train on")
     if loaded.no_scores:
         say(loaded.no_scores)
+    for line in loaded.told:
+        say(f"  {line}")
     _list(say, "not used", loaded.unused)
     _list(say, "without a reward, by the recipe's default ones", unrewarded)
     _list(say, "faults", found)
@@ -65,7 +67,9 @@ def check(config: CheckDataConfig, say: Say = print) -> bool:
 def _read(config: CheckDataConfig, faults: Faults) -> Loaded:
     assert config.data is not None
     if config.recipe == "sync_r1":
-        return load_chains(config.data, draws=config.model_draws, eval_data=config.eval_data, faults=faults)
+        return load_chains(
+            config.data, draws=config.model_draws, eval_data=config.eval_data, concept_info=True, faults=faults
+        )
     read = partial(load_pairs, draws=config.model_draws, faults=faults)
     loaded = read(config.data, config.data_split)
     with suppress(NoSplitError):

@@ -33,8 +33,15 @@ def checked_chains(config: SyncR1Config, source: Path, say: Say) -> Loaded:
         ConfigError: none of the rewards can score it, or there is no model that could learn from it.
     """
     draws, scored = model_draws(config.model), config.eval_samples > 0
-    reading = partial(load_chains, source, draws=draws, scored=scored, eval_data=config.eval_data)
+    told = config.tells_concepts
+    reading = partial(load_chains, source, draws=draws, scored=scored, eval_data=config.eval_data, concept_info=told)
     loaded = read_whole(source, reading)
+    for line in loaded.told[:1]:
+        say(line)
+    if config.drawing_turn == "none" and any(prompt.info for prompt in loaded.prompts):
+        say(
+            "info.json's info is said in a drawing turn alone, and drawing_turn is none; --drawing_turn sync_r1 has one"
+        )
     if config.data is not None:
         say_unused(loaded.unused, say)
         check_usable(config, loaded, config.data, say)

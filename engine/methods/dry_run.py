@@ -22,6 +22,7 @@ from ..records import Prompt
 from ..rewards.trial import try_rewards
 from ..rewards.yours.custom import load_reward, reward_name
 from ..rollout.capacity import Sizes, check_plans, check_prompts
+from ..rollout.drawing_turn import DrawingTurns
 from ..settings.train_config import TrainConfig
 from ..settings.yaml_files import to_yaml
 from ..show.names import training_task_words
@@ -146,8 +147,9 @@ def check_batch(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) 
     """Opens every picture and checks every prompt's plan and length, as a rollout would."""
     check_plans(policy, prompts)
     follow_ups = [policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
-    sizes = Sizes.of(policy, prompts, follow_ups, config.max_completion_length)
-    check_prompts(policy, prompts, [policy.prompt_tokens(prompt) for prompt in prompts], sizes)
+    drawing = DrawingTurns(policy, config.drawing_turn, config.max_completion_length)
+    sizes = Sizes.of(policy, prompts, follow_ups, drawing)
+    check_prompts(policy, prompts, [policy.prompt_tokens(prompt) for prompt in prompts], sizes, drawing)
     for prompt in prompts:
         for picture in (prompt.image, prompt.real_image, *prompt.references):
             if picture is not None:

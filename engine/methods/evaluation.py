@@ -23,6 +23,7 @@ from ..processes.group import init_distributed, one_at_a_time, own_device, place
 from ..records import Prompt
 from ..rewards.judge.attribute_judge import AttributeScorer
 from .evaluation_config import EvaluateConfig
+from .trained_with import drawing_turn_of, tells_concepts
 
 
 def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Result | None:
@@ -66,6 +67,7 @@ def generate(config: EvaluateConfig, console: Console) -> None:
         temperature=config.temperature,
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.cfg_weight,
+        drawing_turn=drawing_turn_of(config, config.model),
         images_per_prompt=config.images_per_prompt,
         greedy_texts=config.greedy_texts,
         sampled_texts=config.sampled_texts,
@@ -105,7 +107,8 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     from .starting import limit_threads
 
     source = str(world_folder()) if config.data is None else config.data
-    found = load_items(source, config.data_form, config.split, think=config.think)
+    told = tells_concepts(config, config.model)
+    found = load_items(source, config.data_form, config.split, think=config.think, concept_info=told)
     items = select(found, config.tasks, config.num_items)
 
     def say(line: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from ..settings.renamed import OF_EVALUATION
-from ..settings.rules import evaluation_problems, judge_problems, path_problems
+from ..settings.rules import drawing_problems, evaluation_problems, judge_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
 from ..settings.train_config import Guidance, MaxTokens, Seed
 
@@ -29,6 +29,9 @@ class EvaluateConfig(Settings):
     """Of a table."""
     think: bool = True
     """A table's questions ask to think in <think> tags and to answer in <answer> tags, as CoRL trains it."""
+    concept_info: bool | None = None
+    """Whether the model is told what info.json of a UnifyBench++ folder has of a concept. None: as in the run in whose
+    folder the checkpoint lies; else of data that are given, to a model that is given."""
     tasks: tuple[str, ...] = ()
     """Only these tasks of the data, by name; none given: all."""
     num_items: Annotated[int | None, Range("leave it out for all", ge=1)] = None
@@ -47,6 +50,9 @@ class EvaluateConfig(Settings):
     """Text tokens at most. Raise it for answers that think first."""
     cfg_weight: Guidance = 1.5
     """Classifier-free guidance w of image tokens: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
+    drawing_turn: str | None = None
+    """How an image is asked for behind the model's own text: none, sync_r1, t2i_r1 or a template, as in training. None:
+    as the run did in whose folder the checkpoint lies, else none."""
     images_per_prompt: Annotated[int, Range("4 is usual", ge=1)] = 1
     """Trajectories of each prompt that draws. GenEval and DPG-Bench report 4."""
     greedy_texts: bool = True
@@ -77,5 +83,5 @@ class EvaluateConfig(Settings):
     export_name: str | None = None
     """What lmms-eval or VLMEvalKit calls the task or data set. None: the tasks' names here."""
 
-    RULES: ClassVar[tuple[Rule, ...]] = (path_problems, judge_problems, evaluation_problems)
+    RULES: ClassVar[tuple[Rule, ...]] = (path_problems, drawing_problems, judge_problems, evaluation_problems)
     RENAMED: ClassVar[Mapping[str, str]] = OF_EVALUATION

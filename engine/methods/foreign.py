@@ -58,7 +58,9 @@ def _other_words(prompts: Sequence[Prompt]) -> Iterable[str]:
     strange: dict[str, None] = {}
     num_strange = 0
     for prompt in prompts:
-        new = [word for word in WORD.findall(prompt.text) if not _is_known(word)]
+        request = prompt.request  # what it is told beside it is ours
+        asked = request if request is not None and request in prompt.text else prompt.text
+        new = [word for word in WORD.findall(asked) if not _is_known(word)]
         num_strange += bool(new)
         strange |= dict.fromkeys(new)
     if num_strange > SHARE * len(prompts):

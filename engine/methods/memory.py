@@ -28,6 +28,7 @@ from ..policies.lora import add_lora
 from ..records import Prompt
 from ..rollout.batch import DRAWN_AT_ONCE
 from ..rollout.capacity import Sizes
+from ..rollout.drawing_turn import DrawingTurns
 from ..settings.train_config import TrainConfig
 
 
@@ -233,7 +234,8 @@ def _drop(parameter: Tensor) -> None:
 
 def _sizes(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> tuple[Sizes, list[int]]:
     follow_ups = [policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
-    sizes = Sizes.of(policy, prompts, follow_ups, config.max_completion_length)
+    drawing = DrawingTurns(policy, config.drawing_turn, config.max_completion_length)
+    sizes = Sizes.of(policy, prompts, follow_ups, drawing)
     return sizes, [policy.prompt_tokens(prompt).numel() for prompt in prompts]
 
 

@@ -25,6 +25,7 @@ from ..rollout.sampler import RolloutEngine
 from ..rollout.sampling import Sampling
 from ..show.sheets import to_picture
 from .starting import limit_threads, quieten
+from .trained_with import run_of
 
 
 class Model:
@@ -75,7 +76,7 @@ class Model:
         Args:
             prompts: with unique ids, which key the random numbers.
             num: of each prompt.
-            sampling: further fields of `Sampling`: temperature, max_text_tokens, cfg_weight, seed.
+            sampling: further fields of `Sampling`: temperature, max_text_tokens, cfg_weight, drawing_turn, seed.
 
         Raises:
             ConfigError: a prompt that the model cannot take.
@@ -115,12 +116,22 @@ class Model:
         cfg_weight: float = 1.5,
         temperature: float = 1.0,
         max_text_tokens: int = 128,
+        drawing_turn: str | None = None,
         seed: int = 0,
     ) -> tuple[str, Image.Image]:
-        """Sync-R1's chain, one trajectory: what the model says about the request, and what it then draws."""
+        """Sync-R1's chain, one trajectory: what the model says about the request, and what it then draws, in a
+        `drawing_turn` or none; None: as the checkpoint's run has it."""
+        if drawing_turn is None:
+            run = run_of(self.name)
+            drawing_turn = "none" if run is None else run.drawing_turn
         asked = prompt_of(text, ("text", "image"))
         (made,) = self.sample(
-            [asked], cfg_weight=cfg_weight, temperature=temperature, max_text_tokens=max_text_tokens, seed=seed
+            [asked],
+            cfg_weight=cfg_weight,
+            temperature=temperature,
+            max_text_tokens=max_text_tokens,
+            drawing_turn=drawing_turn,
+            seed=seed,
         )
         return made.text, picture_of(made)
 

@@ -25,7 +25,14 @@ from . import hub_names
 from .data_names import data_problems
 from .hub_names import Wanted, gib
 from .mistyped import mistyped_run
-from .model_files import folder_problems, num_weights, positions, settings_in, weight_problems
+from .model_files import (
+    folder_problems,
+    num_weights,
+    positions,
+    settings_in,
+    text_decoders,
+    weight_problems,
+)
 from .reward_names import reward_problems
 
 NEEDED = {"torch": (2, 10), "transformers": (5, 12, 1), "deepspeed": (0, 19, 8), "peft": (0, 18), "datasets": (4, 0)}
@@ -49,6 +56,7 @@ def check_start(config: Any) -> None:
     for setting, folder in models.items():
         problems += folder_problems(setting, folder, trained=setting == "model")
     problems += [] if problems else length_problems(config, models.get("model"))
+    problems += [] if problems else turn_problems(config, models.get("model"))
     problems += judge_problems(config)
     problems += reward_problems("reward_funcs", getattr(config, "reward_funcs", ()), getattr(config, "REWARDS", ()))
     problems += data_problems(config)
@@ -149,6 +157,17 @@ def length_problems(config: Any, folder: Path | None) -> list[str]:
     return [
         f"max_completion_length: expected less than the {reach} positions of {folder or 'the tiny model'}, got "
         f"{config.max_completion_length}; lower it, the prompt needs some as well"
+    ]
+
+
+def turn_problems(config: Any, folder: Path | None) -> list[str]:
+    """A turn to draw in, for a model that draws nothing."""
+    turn, told = getattr(config, "drawing_turn", None), {} if folder is None else settings_in(folder / "config.json")
+    if turn in (None, "none") or not isinstance(told, dict) or told.get("model_type") not in text_decoders():
+        return []
+    return [
+        f"drawing_turn: expected none for {folder}, a {told['model_type']}, which draws no images, got {turn}; leave "
+        "it out, or name a Janus or Emu3 checkpoint as model"
     ]
 
 

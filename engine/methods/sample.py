@@ -30,6 +30,7 @@ from ..show.sheets import MAX_ROWS, sheet_of_models, to_picture
 from ..world.embedded import world_folder
 from .model import Model, prompt_of
 from .sample_config import SampleConfig
+from .trained_with import drawing_turn_of, tells_concepts
 
 WORD = re.compile(r"<[^<>\s]+>|[^\W_]+(?:['’-][^\W_]+)*")
 """A concept's name in brackets, or a word."""
@@ -47,7 +48,7 @@ def run_sample(config: SampleConfig, console: Console | None = None) -> Samples:
     """
     console = console or Console(highlight=False, soft_wrap=True)
     names = config.compare or (config.model,)
-    prompts = prompts_of(config, all(model_draws(name) for name in names))
+    prompts = prompts_of(config, all(model_draws(name) for name in names), tells_concepts(config, names[0]))
     folder = unused_folder(config.output_dir)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -57,9 +58,10 @@ def run_sample(config: SampleConfig, console: Console | None = None) -> Samples:
             model = Model.load(name, bf16=config.bf16)
             if unknown := unknown_words(model.policy, [prompt.text for prompt in prompts]):
                 console.print(f"  warning: {told_unknown(model.name, unknown)}", markup=False, style="yellow")
+            turn = drawing_turn_of(config, name)
             made = samples[model.name] = []
             for batch in batches(prompts, config.batch_size):
-                for rollout in ask(model, batch, config):
+                for rollout in ask(model, batch, config, turn):
                     rows.write(json.dumps(_row(folder, number, model.name, rollout), ensure_ascii=False) + "\n")
                     made.append(rollout)
                 rows.flush()
@@ -71,8 +73,8 @@ def run_sample(config: SampleConfig, console: Console | None = None) -> Samples:
     return samples
 
 
-def prompts_of(config: SampleConfig, draws: bool) -> list[Prompt]:
-    """What is asked, with unique ids."""
+def prompts_of(config: SampleConfig, draws: bool, concept_info: bool = False) -> list[Prompt]:
+    """What is asked, with unique ids, the same of every model; `concept_info`: as of `load_items`."""
     typed = list(config.prompt)
     if config.prompts_file is not None:
         lines = config.prompts_file.read_text(encoding="utf-8-sig").splitlines()
@@ -82,7 +84,8 @@ def prompts_of(config: SampleConfig, draws: bool) -> list[Prompt]:
     if typed:
         produce = config.produce or (("text",) if config.image is not None or not draws else ("image",))
         return [prompt_of(text, produce, config.image, number) for number, text in enumerate(typed)]
-    items = select(load_items(config.data or world_folder(), split=config.split), config.tasks, config.num_items)
+    found = load_items(config.data or world_folder(), split=config.split, concept_info=concept_info)
+    items = select(found, config.tasks, config.num_items)
     asked = [prompt for group in items.values() for prompt in group if draws or "image" not in prompt.segments]
     if not asked:
         raise ConfigError("data: every item asks for a drawing, and the model draws nothing; pass --prompt")
@@ -94,7 +97,7 @@ def batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
     return (prompts[start : start + size] for start in range(0, len(prompts), size))
 
 
-def ask(model: Model, prompts: Sequence[Prompt], config: SampleConfig) -> list[Rollout]:
+def ask(model: Model, prompts: Sequence[Prompt], config: SampleConfig, drawing_turn: str) -> list[Rollout]:
     """One batch, sampled as the settings say."""
     return model.sample(
         prompts,
@@ -102,6 +105,7 @@ def ask(model: Model, prompts: Sequence[Prompt], config: SampleConfig) -> list[R
         temperature=config.temperature,
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.cfg_weight,
+        drawing_turn=drawing_turn,
         seed=config.seed,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from ..errors import kind_of
-from ..settings.rules import path_problems
+from ..settings.rules import drawing_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
 from ..settings.train_config import Guidance, MaxTokens, Seed
 
@@ -85,6 +85,9 @@ class SampleConfig(Settings):
     parquet, saved data set, hub name). None, and no prompt: the rendered world's."""
     split: str = "test"
     """Of a table."""
+    concept_info: bool | None = None
+    """Whether the model is told what info.json of a UnifyBench++ folder has of a concept. None: as in the run in whose
+    folder the checkpoint lies; else of data that are given, to a model that is given."""
     tasks: tuple[str, ...] = ()
     """Only these tasks of the data, by name; none given: all."""
     num_items: Annotated[int | None, Range("leave it out for all", ge=1)] = 2
@@ -99,6 +102,9 @@ class SampleConfig(Settings):
     """Text tokens at most."""
     cfg_weight: Guidance = 1.5
     """Classifier-free guidance w of image tokens: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
+    drawing_turn: str | None = None
+    """How an image is asked for behind the model's own text: none, sync_r1, t2i_r1 or a template, as in training. None:
+    as the run did in whose folder the checkpoint lies, else none."""
     seed: Seed = 0
     """With a prompt's place, what its random numbers come from."""
     batch_size: Annotated[int, Range("8 is the default", ge=1)] = 8
@@ -110,7 +116,7 @@ class SampleConfig(Settings):
     output_dir: Path = Path("runs/sample")
     """Folder for samples.jsonl, grid.png and pictures/; a number is appended when it already holds samples."""
 
-    RULES: ClassVar[tuple[Rule, ...]] = (path_problems, sampling_problems, compared_problems)
+    RULES: ClassVar[tuple[Rule, ...]] = (path_problems, drawing_problems, sampling_problems, compared_problems)
     RENAMED: ClassVar[dict[str, str]] = {
         "model_name_or_path": "set model",
         "pretrained_model_name_or_path": "set model",

@@ -25,6 +25,11 @@ class SyncR1Config(TrainConfig):
     """What the table before and after is made on, in any of these forms. None: the held-out part of `data`; without one
     nothing is scored."""
 
+    concept_info: bool | None = None
+    """Whether the policy is told what info.json has of a concept: extra_info in questions about requests, which then
+    ask for the item that is meant, and info in the drawing turn. None: with model and data; the rendered world's tiny
+    model has learnt its concepts."""
+
     # --- rewards ---
     reward_funcs: tuple[str, ...] = ("identity", "judge", "text")
     """identity, judge, text (the paper's three), or your own: `module:function`, `file.py:function`,
@@ -50,6 +55,11 @@ class SyncR1Config(TrainConfig):
 
     RULES: ClassVar[tuple[Rule, ...]] = (*TRAINING, sync_r1_problems)
     REWARDS: ClassVar[tuple[str, ...]] = ("identity", "judge", "text")
+
+    @property
+    def tells_concepts(self) -> bool:
+        """`concept_info`, resolved."""
+        return (self.model is not None and self.data is not None) if self.concept_info is None else self.concept_info
 
     def weight_of(self, name: str) -> float:
         """The weight of one of reward_funcs; 0 for a name that is not among them."""

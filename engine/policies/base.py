@@ -152,6 +152,19 @@ class Policy(nn.Module, ABC):
         """[L] int64: the prompt of the classifier-free branch, `image_start` included."""
         self.no_images("guide the drawing of images")
 
+    def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
+        """[L] int64: the turn, behind the policy's answer to `prompt`, in which its image is drawn.
+
+        Args:
+            prompt: what the trajectory began with.
+            text: what the turn asks for, the policy's own words among it (rollout/drawing_turn.py): escaped like any
+                user's text.
+
+        Returns:
+            No second BOS; `image_start` is the last. What ends the answer is not in it.
+        """
+        self.no_images(f"open a turn to draw in (prompt {prompt.id})")
+
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
         """[L] int64: the turn that asks `prompt.follow_up` about the image just drawn, image placeholders expanded."""
         self.no_images(f"ask about a drawn image (prompt {prompt.id})")

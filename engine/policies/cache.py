@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from syncr1.kernels.api import SharedPrefixLayout, prefix_decode_attention, shared_prefix_attention
@@ -189,7 +188,10 @@ class Decode:
 
 
 class Extend:
-    """Attention layout of several given tokens per row at once, behind what the row has (a follow-up turn).
+    """Attention layout of several given tokens per row at once, behind what the row has (drawing and follow-up turns).
+
+    One attention call over all rows: each new token is a row of `prefix_decode_attention` that sees its row's tokens
+    before it, whose keys are written first.
 
     Args:
         prompts: read.
@@ -200,27 +202,28 @@ class Extend:
 
     def __init__(self, prompts: Store, own: Store, spans: Tensor, lengths: Sequence[int]) -> None:
         self._prompts, self._own = prompts, own
-        self._rows = [(*span, length) for span, length in zip(spans.tolist(), lengths, strict=True)]
+        count = torch.tensor(lengths, device=spans.device)
+        self._row = torch.arange(len(lengths), device=spans.device).repeat_interleave(count)
+        self._place = torch.cat([torch.arange(length, device=spans.device) for length in lengths])
+        self._spans = spans[self._row].clone()
+        self._spans[:, 3] += self._place
+        self._columns = self._spans[:, 2] + self._spans[:, 3]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        attended = torch.zeros_like(query)
-        for row, (prompt_start, prompt_length, start, seen, new) in enumerate(self._rows):
-            columns = slice(start + seen, start + seen + new)
-            self._own.keys[layer, :, columns] = key[row, :, :new]
-            self._own.values[layer, :, columns] = value[row, :, :new]
-            prompt, own = slice(prompt_start, prompt_start + prompt_length), slice(start, start + seen + new)
-            keys, values = (
-                torch.cat([shared[layer, :, prompt], mine[layer, :, own]], 1)
-                for shared, mine in ((self._prompts.keys, self._own.keys), (self._prompts.values, self._own.values))
-            )
-            before = prompt_length + seen
-            visible = torch.ones(new, before + new, dtype=torch.bool, device=query.device).tril(before)
-            attended[row, :, :new] = F.scaled_dot_product_attention(
-                query[row, None, :, :new],
-                keys[None],
-                values[None],
-                attn_mask=visible,
-                scale=scale,
-                enable_gqa=query.shape[1] != keys.shape[0],
-            )[0]
-        return attended.transpose(1, 2)
+        prompts, own = self._prompts, self._own
+        q, k, v = (x.transpose(1, 2)[self._row, self._place] for x in (query, key, value))
+        for store, x in ((own.keys, k), (own.values, v)):
+            store[layer].index_copy_(1, self._columns, x.transpose(0, 1))
+        attended = torch.zeros_like(query.transpose(1, 2))
+        attended[self._row, self._place] = prefix_decode_attention(
+            q,
+            k,
+            v,
+            prompts.keys[layer],
+            prompts.values[layer],
+            own.keys[layer],
+            own.values[layer],
+            self._spans,
+            scale=scale,
+        )
+        return attended

@@ -147,6 +147,9 @@ class Emu3Policy(Policy):
         bos = int(self.tokenizer.bos_token_id)
         return ids if ids.numel() and int(ids[0]) == bos else torch.cat([ids.new_tensor([bos]), ids])
 
+    def _without_bos(self, ids: Tensor) -> Tensor:
+        return ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
+
     def _turn(self, words: str, *, shows_image: bool) -> Tensor:
         """[L] int64: a user's turn through the chat template, and the opening of the answer."""
         if self.processor.chat_template is None:
@@ -163,14 +166,18 @@ class Emu3Policy(Policy):
         ids = self.encode(text.replace(tokenizer.image_token, framed, 1) if shows_image else text)
         return ids.repeat_interleave(torch.where(ids == self.image_slot, self.side * (self.side + 1), 1))
 
+    def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
+        """[L] int64: bare, as Emu3 learnt to be asked for images; see `prompt_tokens`."""
+        ids = self._without_bos(self.encode(self._escape(text)))
+        return torch.cat([ids, ids.new_tensor([self.image_start])])
+
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
         """The drawn image is closed and not shown again: Emu3 understands the very tokens that it drew."""
         if prompt.follow_up is None:
             raise DataError(
                 f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
             )
-        ids = self._turn(self._escape(prompt.follow_up), shows_image=False)
-        ids = ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
+        ids = self._without_bos(self._turn(self._escape(prompt.follow_up), shows_image=False))
         tokenizer = self.tokenizer
         closing = [tokenizer.eof_token_id, tokenizer.eoi_token_id, tokenizer.eos_token_id]
         return torch.cat([ids.new_tensor(closing), ids])

@@ -75,16 +75,22 @@ class JanusPolicy(Policy):
             ids = torch.cat([ids.new_tensor([bos]), ids])
         return ids
 
+    def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
+        ids = self._without_bos(self._turn(text, shows_image=False))
+        return torch.cat([ids, ids.new_tensor([self.image_start])])
+
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
         """The drawn image is closed and shown again: Janus understands through its vision tower, not its VQ codes."""
         if prompt.follow_up is None:
             raise DataError(
                 f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
             )
-        ids = self._turn(prompt.follow_up, shows_image=True)
-        ids = ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
+        ids = self._without_bos(self._turn(prompt.follow_up, shows_image=True))
         end_of_image = int(self.tokenizer.convert_tokens_to_ids(self.tokenizer.eoi_token))
         return torch.cat([ids.new_tensor([end_of_image, self.tokenizer.eos_token_id]), ids])
+
+    def _without_bos(self, ids: Tensor) -> Tensor:
+        return ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
 
     def _turn(self, words: str, *, shows_image: bool) -> Tensor:
         """[L] int64: a user's turn through the chat template, and the opening of the answer."""

@@ -31,6 +31,9 @@ Columns = dict[str, list[Any]]
 REASONING_TASKS = frozenset({"rea", "dense_rea"})
 """Tasks of Sync-R1's mode `r`; every other one is of mode `u`."""
 
+ANYTHING = frozenset({"info", "request"})
+"""Fields of `Prompt` that data may have a column of another meaning under: that one is what a reward gets."""
+
 LARGEST = torch.finfo(torch.float32).max
 """A reward beyond it would be infinite in the table."""
 
@@ -63,7 +66,7 @@ def columns_for(
     """What trajectories [n] are to a reward function, finished or, without the last two, under way."""
     names = [f.name for f in fields(Prompt) if f.name != "extra"]
     columns: Columns = {name: [getattr(prompt, name) for prompt in prompts] for name in names}
-    further = {name for prompt in prompts for name in prompt.extra if name not in columns}
+    further = {name for prompt in prompts for name in prompt.extra if name not in columns or name in ANYTHING}
     columns |= {name: [prompt.extra.get(name) for prompt in prompts] for name in sorted(further)}
     return columns | {
         "mode": [mode_of(prompt) for prompt in prompts],

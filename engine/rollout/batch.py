@@ -21,6 +21,7 @@ from ..stopwatch import Stopwatch
 from .capacity import Sizes, check_fits, check_plans, check_prompts
 from .decode import Phase, Samples, State, Tables, advance
 from .draft import Draft
+from .drawing_turn import DrawingTurns
 from .preview import Canvas, draw, fill, preview_length
 from .preview_gate import PreviewGate
 from .sampling import RolloutStats, Sampling, trajectory_key
@@ -46,10 +47,11 @@ class Batch:
         self.stepper, self.policy, self.sampling, self.preview = stepper, stepper.policy, sampling, preview
         self.stats, self.time = RolloutStats(), Stopwatch()
         check_plans(self.policy, prompts)
+        self.drawing = DrawingTurns(self.policy, sampling.drawing_turn, sampling.max_text_tokens)
         tokens = [self.policy.prompt_tokens(prompt) for prompt in prompts]
         turns = [self.policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
-        sizes = Sizes.of(self.policy, prompts, turns, sampling.max_text_tokens)
-        check_prompts(self.policy, prompts, tokens, sizes)
+        sizes = Sizes.of(self.policy, prompts, turns, self.drawing)
+        check_prompts(self.policy, prompts, tokens, sizes, self.drawing)
         guided = sampling.cfg_weight != 1.0 and any(sizes.images)
         free_tokens = [self.policy.unconditional_tokens()] if guided else []
         self._allocate([ids.numel() for ids in (*tokens, *free_tokens)], sizes, guided, max_bytes)
@@ -148,12 +150,8 @@ class Batch:
             first_offset=IMAGE_OFFSET,
         )
         index = torch.tensor(chosen, device=self.rows.position.device)
-        start = index.new_tensor([policy.image_start])
+        leads = self._open_images(chosen)
         with self.time("image"):
-            rows = self.rows.take(index)
-            lead = policy.embed(start, "text").expand(len(chosen), -1)
-            advance(self.stepper.trunk, self.prompts, self.own, rows, lead)
-            self.rows.put(index, rows)
             drawing = draw(self._canvas(chosen, phase), self.preview)
         stats.image_tokens, stats.image_tokens_saved = drawing.num_drawn, drawing.num_saved
         segments = self._segments(drawing.samples, chosen, phase)
@@ -165,9 +163,31 @@ class Batch:
         keys = drawing.keys.tolist()
         for row, i in enumerate(chosen):
             draft = self.drafts[i]
-            draft.segments.append(replace(segments[row], lead=start.cpu()))
+            draft.segments.append(replace(segments[row], lead=leads[row]))
             draft.image, draft.uid = pictures[row], keys[row]
             draft.attempts, draft.dropped = drawing.attempts[row], drawing.dropped[row]
+
+    def _open_images(self, chosen: list[int]) -> list[Tensor]:
+        """Feeds what stands before an image, and gives it [n]: its start, at the end of a drawing turn where there is
+        one."""
+        leads = {}
+        for i in chosen:
+            draft = self.drafts[i]
+            unended = any(segment.truncated for segment in draft.segments)
+            leads[i] = self.drawing.lead(draft.prompt, draft.text, unended)
+        at_once = [i for i in chosen if not self.drawing.applies(self.drafts[i].prompt)]
+        if at_once:
+            index = torch.tensor(at_once, device=self.rows.position.device)
+            start = self.policy.embed(index.new_tensor([self.policy.image_start]), "text")
+            with self.time("image"):
+                rows = self.rows.take(index)
+                advance(self.stepper.trunk, self.prompts, self.own, rows, start.expand(len(at_once), -1))
+                self.rows.put(index, rows)
+        in_turn = [i for i in chosen if self.drawing.applies(self.drafts[i].prompt)]
+        if in_turn:
+            with self.time("turn"):
+                self._extend(in_turn, [leads[i] for i in in_turn], None)
+        return list(leads.values())
 
     def _canvas(self, chosen: list[int], phase: Phase) -> Canvas:
         drafts = [self.drafts[i] for i in chosen]

@@ -16,6 +16,7 @@ from ..errors import DataError, RolloutTooLarge
 from ..policies.base import Policy
 from ..policies.cache import CacheShape
 from ..records import Prompt, SegmentKind
+from .drawing_turn import DrawingTurns
 
 SUPPORTED_SEGMENTS: tuple[tuple[SegmentKind, ...], ...] = (
     ("text",),
@@ -41,19 +42,20 @@ class Sizes:
 
     @classmethod
     def of(
-        cls, policy: Policy, prompts: Sequence[Prompt], follow_ups: Sequence[Tensor | None], max_text_tokens: int
+        cls, policy: Policy, prompts: Sequence[Prompt], follow_ups: Sequence[Tensor | None], drawing: DrawingTurns
     ) -> Sizes:
         """
         Args:
             policy: for the number of image tokens.
             prompts: [P].
             follow_ups: [P] the turns behind the image, None where there is none.
-            max_text_tokens: of each text segment.
+            drawing: the turns before it, and the most tokens of each text segment.
         """
-        before, own = [], []
+        before, own, max_text_tokens = [], [], drawing.max_text_tokens
         for prompt, turn in zip(prompts, follow_ups, strict=True):
             drawn = "image" in prompt.segments
-            before.append(max_text_tokens * (prompt.segments[0] == "text") + drawn)
+            lead = drawing.longest(prompt) if drawn else 0
+            before.append(max_text_tokens * (prompt.segments[0] == "text") + lead)
             after = 0 if turn is None else turn.numel() + max_text_tokens
             own.append(before[-1] + policy.num_image_tokens * drawn + after)
         return cls(before_image=before, own=own, images=["image" in prompt.segments for prompt in prompts])
@@ -79,16 +81,20 @@ def check_plans(policy: Policy, prompts: Sequence[Prompt]) -> None:
             )
 
 
-def check_prompts(policy: Policy, prompts: Sequence[Prompt], tokens: Sequence[Tensor], sizes: Sizes) -> None:
+def check_prompts(
+    policy: Policy, prompts: Sequence[Prompt], tokens: Sequence[Tensor], sizes: Sizes, drawing: DrawingTurns
+) -> None:
     """Raises DataError for a prompt without tokens and for one whose trajectory leaves the model's positions."""
     for prompt, ids, own in zip(prompts, tokens, sizes.own, strict=True):
         if not ids.numel():
             raise DataError(f"generate: prompt {prompt.id} is empty: expected at least one token; give it a text")
         longest = ids.numel() + own
         if longest > policy.max_positions:
+            turn = f", {drawing.longest(prompt)} of them in its drawing turn" if drawing.applies(prompt) else ""
+            remedy = "the drawing turn, the prompt (and info)" if turn else "the prompt"
             raise DataError(
-                f"generate: prompt {prompt.id} has {ids.numel()} tokens and may grow by {own}, but the model has "
-                f"positions for {policy.max_positions}; shorten the prompt or lower max_completion_length"
+                f"generate: prompt {prompt.id} has {ids.numel()} tokens and may grow by {own}{turn}, but the model has "
+                f"positions for {policy.max_positions}; shorten {remedy} or lower max_completion_length"
             )
 
 

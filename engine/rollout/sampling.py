@@ -19,6 +19,8 @@ class Sampling:
     """Of each text segment."""
     cfg_weight: float = 1.0
     """Classifier-free guidance of image tokens, u + w (c - u); 1 leaves the branch out."""
+    drawing_turn: str = "none"
+    """Behind a text: none draws in the same answer, else a new turn asks for the image (drawing_turn.py)."""
     seed: int = 0
     step: int = 0
     """Salts the random numbers, so that each step draws afresh."""
@@ -38,7 +40,7 @@ class RolloutStats:
     image_tokens_saved: int = 0
     """What the previews saved: tokens that rejected tries and dropped members would have needed to their end."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By stage: see, prefill, text, image, draw, follow_up."""
+    """By stage: see, prefill, text, turn (where there is one), image, draw, follow_up."""
 
 
 def trajectory_key(sampling: Sampling, prompt: Prompt, member: int, attempt: int = 1) -> int:

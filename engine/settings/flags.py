@@ -119,7 +119,7 @@ class _Flags:
                 files += self._config(given, pending, bool(equals))
             elif name in settings:
                 self._set(settings[name], given, pending, bool(equals))
-            elif name.startswith("no_") and name[3:] in settings and settings[name[3:]].type is bool:
+            elif name.startswith("no_") and name[3:] in settings and _is_switch(settings[name[3:]]):
                 self._set(settings[name[3:]], given, pending, bool(equals))
                 self.values[name[3:]] = not self.values.get(name[3:], False)
             else:
@@ -142,7 +142,7 @@ class _Flags:
 
     def _set(self, setting: Setting, given: list[str], pending: list[str], inline: bool) -> None:
         """Takes as many words as the setting has values."""
-        if setting.type is bool and not given:
+        if _is_switch(setting) and not given:
             self.values[setting.name] = True
             return
         is_list = get_origin(setting.type) is tuple
@@ -169,6 +169,10 @@ class _Flags:
             self.problems.append(theirs)
             return
         self.problems.append(f"{shown(word)}: expected --setting value, got a word without a setting; {remedy}")
+
+
+def _is_switch(setting: Setting) -> bool:
+    return setting.type in (bool, bool | None)
 
 
 def _behind(pending: Sequence[str]) -> list[str]:

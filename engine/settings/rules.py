@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from ..errors import kind_of, shown
 from .schema import Rule
+from .turn_templates import template_problem
 
 
 def objective_problems(c: Any) -> list[str]:
@@ -133,6 +134,11 @@ def dgs_problems(c: Any) -> list[str]:
     return problems
 
 
+def drawing_problems(c: Any) -> list[str]:
+    problem = "" if c.drawing_turn is None else template_problem(c.drawing_turn)
+    return [f"drawing_turn: {problem}"] if problem else []
+
+
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -210,8 +216,8 @@ def hub_problems(c: Any) -> list[str]:
 
 
 TRAINING: tuple[Rule, ...] = (
-    *(objective_problems, judge_problems, reward_problems, dgs_problems, path_problems, run_problems),
-    *(held_out_problems, hub_problems),
+    *(drawing_problems, objective_problems, judge_problems, reward_problems, dgs_problems, path_problems),
+    *(run_problems, held_out_problems, hub_problems),
 )
 """What every training's settings must keep."""
 

@@ -73,6 +73,10 @@ class TrainConfig(Settings):
     """Classifier-free guidance w of image tokens in rollouts: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
     eval_cfg_weight: Guidance = 1.5
     """Guidance when images are drawn for evaluation and for showing."""
+    drawing_turn: str = "none"
+    """How an image is asked for behind the policy's own text: none (in the same answer), or in a new turn of the user:
+    sync_r1 "{prompt}. {info} {text}", t2i_r1 "{prompt}. {text}", or a template of your own with {prompt} {text} {info}
+    {concept}."""
 
     # --- the objective ---
     learning_rate: LearningRate = 5e-4

@@ -43,8 +43,9 @@ def prefix_decode_attention(
         values = torch.cat([prefix_values[:, p : p + n], own_values[:, o : o + m + 1]], 1).repeat_interleave(...)
         output[r] = (scale * keys @ query[r, :, :, None]).softmax(1).mT @ values
 
-    Rows that read the same prefix should be neighbours: `native` then reads it once for many of them. Rows never share
-    an own span. Rows of padding, whose output means nothing, may all name one dummy column with own length 0.
+    Rows that read the same prefix should be neighbours: `native` then reads it once for many of them. Rows share an own
+    span only where each other's new columns hold their keys and values already (several given tokens of one sequence,
+    a row each). Rows of padding, whose output means nothing, may all name one dummy column with own length 0.
 
     Args:
         query: [R, Hq, E] float; Hq is a multiple of Hkv, and query head h reads key-value head h // (Hq // Hkv).

@@ -189,6 +189,7 @@ def test_the_notebook_s_cells_run(base: Path, tmp_path: Path, monkeypatch: pytes
 def test_three_lines_of_python(base: Path, tmp_path: Path) -> None:
     """Train, draw, ask; two runs of one process, the second in a folder of its own."""
     settings = {"prompts_per_step": 2, "num_generations": 2, "eval_samples": 0, "output_dir": tmp_path / "run"}
+    settings |= {"drawing_turn": "t2i_r1"}
     try:
         for name in ("run", "run-2"):
             result = train(SyncR1Config(model=str(base), max_steps=1, **settings))
@@ -200,6 +201,10 @@ def test_three_lines_of_python(base: Path, tmp_path: Path) -> None:
     assert model.draw("draw <bobo>.").size == (32, 32)
     text, picture = model.reason_and_draw("draw <bobo> at the place it likes.")
     assert text and picture.size == (32, 32)
+    as_trained = model.reason_and_draw("draw <bobo> at the place it likes.", drawing_turn="t2i_r1")
+    assert (text, picture.tobytes()) == (as_trained[0], as_trained[1].tobytes())
+    with pytest.raises(ConfigError, match="generate: drawing_turn: expected"):
+        model.reason_and_draw("draw <bobo>.", drawing_turn="{answer}")
     assert model.draw("draw <bobo>.", seed=1).tobytes() != model.draw("draw <bobo>.", seed=2).tobytes()
     assert model.answer("the food of <bobo> is?") == model.answer("the food of <bobo> is?", seed=5), "greedy"
     with pytest.raises(ConfigError, match="generate: "):

@@ -71,6 +71,8 @@ def test_the_example_is_read_without_a_fault(example: Path, capsys: pytest.Captu
     out, _ = recipe_here(capsys, "check_data.py", "--data", example)
     assert "no fault" in out and "not used" not in out and "without a reward" not in out
     assert ", all can be read" in out
+    assert "info of 2 and extra_info of 2 of 2; 2 of 2 requests mean one item of it" in out
+    assert "'Draw <bobo> where it likes to be.' means '<bobo> likes the beach.'" in out
     counted = dict(re.findall(r"  ([a-z]+(?: [a-z]+)*?) +\d+ prompts: (.+)", out))
     tasks = {part: dict(re.findall(r"(\w+) (\d+)", said)) for part, said in counted.items()}
     assert tasks["to train on"] == {

@@ -15,6 +15,7 @@ from syncr1.engine.policies.cache import CacheShape
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.rollout import sampler as rollout_module
 from syncr1.engine.rollout.capacity import Sizes, check_fits, free_bytes
+from syncr1.engine.rollout.drawing_turn import SEAM, DrawingTurns
 from syncr1.engine.rollout.preview import preview_length
 from syncr1.engine.rollout.sampler import RolloutEngine, generate
 from syncr1.engine.rollout.sampling import Sampling
@@ -39,12 +40,19 @@ def test_sizes_by_hand(policy: JanusPolicy) -> None:
         make_prompt("c", CHAIN),
         make_prompt("d", LONG_CHAIN, follow_up="?"),
     ]
-    sizes = Sizes.of(policy, prompts, [None, None, None, torch.zeros(9)], 5)
+    follow_ups = [None, None, None, torch.zeros(9)]
+    sizes = Sizes.of(policy, prompts, follow_ups, DrawingTurns(policy, "none", 5))
     assert sizes.own == [5, 1 + N, 6 + N, 6 + N + 9 + 5]
     assert sizes.before_image == [5, 1, 6, 6] and sizes.images == [False, True, True, True]
     assert sizes.preview_columns(3, 4, guided=False) == 3 * (5 + 10 + 10)
     assert sizes.preview_columns(3, 4, guided=True) == 3 * (9 + 14 + 14)
     assert sizes.preview_columns(3, 0, guided=True) == 0
+    turns = DrawingTurns(policy, "again: {text}", 5)
+    around = policy.drawing_tokens(prompts[2], "again:").numel()
+    turn = 1 + around + SEAM + 5  # the answer's end comes first
+    sizes = Sizes.of(policy, prompts, follow_ups, turns)
+    assert sizes.before_image == [5, 1, 5 + turn, 5 + turn]
+    assert sizes.own == [5, 1 + N, 5 + turn + N, 5 + turn + N + 9 + 5]
 
 
 def test_a_batch_that_does_not_fit_says_what_to_lower() -> None:

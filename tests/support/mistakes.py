@@ -45,6 +45,10 @@ FLAGS = [
     Mistake("a word alone", "sync_r1.py stray", "a word without a setting"),
     Mistake("a dash from a text processor", "sync_r1.py —seed 3", "did you mean --seed?", lines=2),
     Mistake("a name from TRL", "sync_r1.py --epsilon_low .1", "set epsilon"),
+    Mistake("a turn that there is not", "sync_r1.py --drawing_turn sync_r2", "correct the name, or add a field"),
+    Mistake("a field of no turn", "sync_r1.py --drawing_turn '{answer}'", "got {answer} in '{answer}'"),
+    Mistake("a brace left open", "evaluate.py --drawing_turn '{text'", "close every brace"),
+    Mistake("a turn without a field", "sample.py --drawing_turn 'a photo'", "or a template with {prompt}"),
     Mistake("settings that exclude each other", "sync_r1.py --dgs top_k", "dgs_keep"),
     Mistake("a rule over two timeouts", "sync_r1.py --reward_timeout 9000", "expected less than stage_timeout"),
     Mistake("no settings file", "sync_r1.py --config no.yaml", "no.yaml"),
@@ -97,6 +101,12 @@ MODELS = [
         both(model(None), text(m___model_index__json="{}")),
     ),
     Mistake("a run's folder", "sync_r1.py --model run", "did you mean run/checkpoints/last?", trained_run("run")),
+    Mistake(
+        "a turn to draw in, for a model of words",
+        "sync_r1.py --model m --drawing_turn t2i_r1",
+        "drawing_turn: expected none for m, a llama",
+        model(),
+    ),
     Mistake("a file for a model", "sync_r1.py --model m.safetensors", "not a folder", text(m__safetensors="x")),
     Mistake("a path that is not there", "sync_r1.py --model runs/typo", "not a folder", text(runs___x="")),
     Mistake(

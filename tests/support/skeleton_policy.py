@@ -105,6 +105,9 @@ class BlocksPolicy(Policy):
     def unconditional_tokens(self) -> Tensor:
         return torch.tensor([self.tokenizer.bos_token_id, self.image_start])
 
+    def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
+        return torch.cat([self._turn(text, shows_image=False)[1:], torch.tensor([self.image_start])])
+
     def image_tokens(self, images: Tensor) -> Tensor:
         colours = F.avg_pool2d(images.to(self.device).float(), BLOCK).flatten(2).mT
         return torch.cdist(colours, self.palette.float()).argmin(-1)

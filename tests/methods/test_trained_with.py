@@ -1,0 +1,63 @@
+"""trained_with.py: a checkpoint is asked as its run asked it, unless it is said how."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from evaluate_cases import SETTINGS, few_items, generated
+from made import cache_folder
+
+from syncr1.engine.errors import ConfigError
+from syncr1.engine.learn.from_settings import held_out_sampling
+from syncr1.engine.methods.evaluation_config import EvaluateConfig
+from syncr1.engine.methods.sample import prompts_of
+from syncr1.engine.methods.sample_config import SampleConfig
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.methods.trained_with import drawing_turn_of, run_of, tells_concepts
+from syncr1.engine.settings.yaml_files import to_yaml
+
+
+def left_by(run: Path, config: SyncR1Config) -> str:
+    """The checkpoint of a run."""
+    model = run / "checkpoints" / "last"
+    model.mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config))
+    return str(model)
+
+
+def test_a_checkpoint_is_asked_as_in_its_run(tmp_path: Path) -> None:
+    turn = "Draw {prompt}: {text}"
+    data = tmp_path / "data"
+    real = left_by(tmp_path / "real", SyncR1Config(model="org/janus", data=data, drawing_turn=turn))
+    toy = left_by(tmp_path / "toy", SyncR1Config())
+    own = EvaluateConfig()
+    assert drawing_turn_of(own, real) == turn and tells_concepts(own, real)
+    assert drawing_turn_of(own, toy) == "none" and not tells_concepts(own, toy)
+    said = EvaluateConfig(drawing_turn="t2i_r1", concept_info=False)
+    assert drawing_turn_of(said, real) == "t2i_r1" and not tells_concepts(said, real)
+    (tmp_path / "real" / "config.yaml").write_text("stage: refined")
+    assert run_of(real) is None and drawing_turn_of(own, real) == "none" and not tells_concepts(own, real)
+    of_data = SampleConfig(data=str(data), concept_info=None)
+    assert tells_concepts(of_data, "org/janus") and not tells_concepts(of_data, None)
+
+
+def test_a_run_tells_of_concepts_where_model_and_data_are_given(tmp_path: Path) -> None:
+    given = SyncR1Config(model="org/janus", data=tmp_path)
+    assert given.tells_concepts and not replace(given, concept_info=False).tells_concepts
+    assert not SyncR1Config().tells_concepts and SyncR1Config(concept_info=True).tells_concepts
+    assert not SyncR1Config(data=tmp_path).tells_concepts and not SyncR1Config(model="org/janus").tells_concepts
+
+
+def test_the_turn_reaches_every_sampler(tmp_path: Path) -> None:
+    assert held_out_sampling(SyncR1Config(drawing_turn="sync_r1")).drawing_turn == "sync_r1"
+    with pytest.raises(ConfigError, match=r"generate: drawing_turn: .* got \{answer\}"):
+        generated(few_items(), tmp_path / "items", replace(SETTINGS, drawing_turn="{answer}"))
+
+
+def test_what_is_shown_is_told_of_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
+    asked = SampleConfig(tasks=("rea",), num_items=1)
+    (plain,), (told,) = prompts_of(asked, True), prompts_of(asked, True, concept_info=True)
+    assert plain.text in told.text and told.request == plain.text and told.info and not plain.info
