@@ -1,6 +1,6 @@
 """What a preview is worth: how its score and the finished drawing's reward go together, within a group, by fraction.
 
-    python bench/preview.py                                  the embedded base and world; about three minutes on one core
+    python bench/preview.py                                  the embedded base and world, on one core
     python bench/preview.py --model runs/x/checkpoints/last --name trained
     python bench/preview.py --quick --out /tmp/x             few drawings: shows that everything runs
 
@@ -106,7 +106,7 @@ def painted(drawn: Drawn, k: int) -> Tensor:
 
 
 def likely(drawn: Drawn, k: int, passes: int = 1) -> Tensor:
-    """Every undrawn token the most likely one, given what stands before it: one parallel pass of the trunk each time."""
+    """Every undrawn token the most likely one, given what stands before it: one pass of the trunk each time."""
     tokens = _filled(drawn, k)
     for _ in range(passes):
         tokens[:, k:] = _most_likely(drawn, tokens)[:, k:]
@@ -173,7 +173,7 @@ def _with_image(rollout: Rollout, tokens: Tensor) -> Rollout:
 
 
 def group_values(previews: np.ndarray, finals: np.ndarray, measure: Callable[..., float]) -> list[float]:
-    """`measure(preview [G], final [G])` of each group [P, G] whose finished rewards differ; NaN members are left out."""
+    """`measure(preview [G], final [G])` of each group [P, G] whose finished rewards differ; without NaN members."""
     found = []
     for preview, final in zip(previews, finals, strict=True):
         known = np.isfinite(preview) & np.isfinite(final)
@@ -295,7 +295,9 @@ def main() -> None:
     rows = run(config, 6 if given.quick else given.prompts, given.ways)
     known = json.loads(given.out.read_text()) if given.out.is_file() else {}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(known | {given.name: {"rows": rows, "environment": environment()}}, indent=1) + "\n")
+    given.out.write_text(
+        json.dumps(known | {given.name: {"rows": rows, "environment": environment()}}, indent=1) + "\n"
+    )
     print(table(rows))
 
 

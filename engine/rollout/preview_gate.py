@@ -4,7 +4,11 @@ After a fraction of the image tokens a cheap completion is scored.  Tries at or 
 to a cap, and the best one stays; a gate with `min_keep` then drops what still lies there, except the best of a group.
 The threshold follows a target acceptance rate:
 
-    a = accepted / tried;   tau' = tau ** (1 + 0.12 (target - a));   tau moves by at most 0.005 towards tau'
+    a = accepted / tried;   tau' = tau ** (1 + 0.12 (target - a))
+    tau stays where |tau' - tau| <= dead_band, else it moves towards tau' by at most 0.005
+
+The released code's dead band is 0.005: its tau moves by 0.005 or not at all, which leaves the acceptance rate about 12
+points on either side of the target (at tau = 0.5).
 
 How the sampler acts on it is preview.py; rewards/preview_scorer.py makes a gate of a run's rewards.  The other half of
 DGS, which prunes after the reward is known, is `dgs_select` in syncr1.kernels.
@@ -37,6 +41,7 @@ class PreviewGate:
         fraction: share of the image tokens after which the preview is taken, in (0, 1).
         threshold: starting value of tau, in (0, 1); None takes it from the first previews, such that the target is met.
         acceptance: acceptance rate that tau steers to (the released code: 0.25).
+        dead_band: moves of tau up to this are left out; 0.005 is the released rule, 0 follows every step.
         max_attempts: tries per trajectory.
         min_keep: members of a group that are drawn to their end whatever their score, at least 2 so that their rewards
             can be compared; the others are dropped when no try passes. None: nobody is.
@@ -50,6 +55,7 @@ class PreviewGate:
         threshold: float | None,
         acceptance: float,
         max_attempts: int,
+        dead_band: float = 0.0,
         min_keep: int | None = None,
     ) -> None:
         if min_keep is not None and min_keep < 2:
@@ -61,6 +67,7 @@ class PreviewGate:
         self.threshold = threshold
         self.acceptance = acceptance
         self.max_attempts = max_attempts
+        self.dead_band = dead_band
         self.min_keep = min_keep
         self._accepted = 0
         self._tried = 0
@@ -104,8 +111,9 @@ class PreviewGate:
             return float("nan")
         rate = accepted / tried
         wanted = self.threshold ** (1 + _GAIN * (self.acceptance - rate))
-        move = min(_STEP, max(-_STEP, wanted - self.threshold))
-        self.threshold = _within(self.threshold + move)
+        move = wanted - self.threshold
+        if abs(move) > self.dead_band:
+            self.threshold = _within(self.threshold + min(_STEP, max(-_STEP, move)))
         return rate
 
     def state_dict(self) -> dict[str, float | None]:

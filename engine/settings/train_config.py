@@ -140,6 +140,9 @@ class TrainConfig(Settings):
     that the target acceptance is met."""
     preview_acceptance: Annotated[float, Range("1 accepts every preview", gt=0, le=1)] = 0.75
     """Acceptance rate that the threshold adapts to (the released code: 0.25)."""
+    preview_dead_band: Annotated[float, Range("0 follows every step's acceptance", ge=0, lt=1)] = 0.0
+    """The threshold stays where it would move by no more than this. The released code's is 0.005, so that it moves by
+    0.005 or not at all; 0 steers to the target itself."""
     preview_max_attempts: Annotated[int, Range("1 never tries again", ge=1)] = 2
     """Tries per trajectory; the best one is kept when none passes."""
     preview_min_keep: Annotated[int | None, Range("rewards are compared within a group", ge=2)] = None
