@@ -28,6 +28,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,56 +80,51 @@ class Drawn:
 
 
 def repeated(drawn: Drawn, k: int) -> Tensor:
-    """[n, 3, H, W]: the last whole row again and again."""
-    return drawn.policy.draw(_filled(drawn, k))
+    """[n, N]: the last whole row again and again."""
+    return fill(drawn.tokens[:, :k], drawn.tokens.shape[1], drawn.policy.forced_image_tokens())
 
 
 def mirrored(drawn: Drawn, k: int) -> Tensor:
     """The drawn rows in reverse, then forwards, and so on."""
     side, rows = _grid(drawn, k)
     order = [*range(rows), *reversed(range(rows))]
-    return drawn.policy.draw(_from_rows(drawn, k, [order[row % len(order)] for row in range(side)]))
+    return _from_rows(drawn, k, [order[row % len(order)] for row in range(side)])
 
 
 def tiled(drawn: Drawn, k: int) -> Tensor:
     """The drawn rows in order again."""
     side, rows = _grid(drawn, k)
-    return drawn.policy.draw(_from_rows(drawn, k, [row % rows for row in range(side)]))
-
-
-def painted(drawn: Drawn, k: int) -> Tensor:
-    """The mean colour of the drawn rows below them."""
-    images = repeated(drawn, k).clone()
-    side, rows = _grid(drawn, k)
-    edge = images.shape[2] * rows // side
-    images[:, :, edge:] = images[:, :, :edge].mean((2, 3), keepdim=True)
-    return images
+    return _from_rows(drawn, k, [row % rows for row in range(side)])
 
 
 def likely(drawn: Drawn, k: int, passes: int = 1) -> Tensor:
     """Every undrawn token the most likely one, given what stands before it: one pass of the trunk each time."""
-    tokens = _filled(drawn, k)
+    tokens = repeated(drawn, k)
     for _ in range(passes):
-        tokens[:, k:] = _most_likely(drawn, tokens)[:, k:]
-    return drawn.policy.draw(tokens)
-
-
-def likely_twice(drawn: Drawn, k: int) -> Tensor:
-    return likely(drawn, k, 2)
+        tokens = torch.cat([tokens[:, :k], most_likely(drawn, tokens)[:, k:]], 1)
+    return tokens
 
 
 WAYS: dict[str, Callable[[Drawn, int], Tensor]] = {
     "repeat": repeated,
     "mirror": mirrored,
     "tile": tiled,
-    "mean colour": painted,
     "likely": likely,
-    "likely twice": likely_twice,
+    "likely twice": partial(likely, passes=2),
 }
+PAINTED = "mean colour"
+"""Of pixels, not of tokens."""
 
 
-def _filled(drawn: Drawn, k: int) -> Tensor:
-    return fill(drawn.tokens[:, :k], drawn.tokens.shape[1], drawn.policy.forced_image_tokens()).clone()
+def completed(drawn: Drawn, k: int, way: str) -> Tensor:
+    """[n, 3, H, W] pictures of the first k tokens."""
+    if way != PAINTED:
+        return drawn.policy.draw(WAYS[way](drawn, k))
+    images = drawn.policy.draw(repeated(drawn, k)).clone()
+    side, rows = _grid(drawn, k)
+    edge = images.shape[2] * rows // side
+    images[:, :, edge:] = images[:, :, :edge].mean((2, 3), keepdim=True)
+    return images
 
 
 def _grid(drawn: Drawn, k: int) -> tuple[int, int]:
@@ -139,14 +135,14 @@ def _grid(drawn: Drawn, k: int) -> tuple[int, int]:
 
 def _from_rows(drawn: Drawn, k: int, rows: Sequence[int]) -> Tensor:
     """[n, N]: what is drawn, and below it rows of it in this order."""
-    filled = _filled(drawn, k)
+    filled = repeated(drawn, k)
     side = len(rows)
     copied = filled.view(-1, side, side)[:, list(rows)].reshape(filled.shape)
     return torch.cat([filled[:, :k], copied[:, k:]], 1)
 
 
 @torch.no_grad()
-def _most_likely(drawn: Drawn, tokens: Tensor) -> Tensor:
+def most_likely(drawn: Drawn, tokens: Tensor) -> Tensor:
     """[n, N]: the conditional distribution's mode at every token, given the tokens before it."""
     policy, n = drawn.policy, len(tokens)
     as_if = [_with_image(rollout, row) for rollout, row in zip(drawn.rollouts, tokens, strict=True)]
@@ -220,7 +216,7 @@ def draw_groups(policy: Policy, prompts: Sequence[Prompt], config: SyncR1Config)
     return [rollout for part in parts for rollout in generate(policy, part, sampling)]
 
 
-def measure(drawn: Drawn, gate: PreviewGate, ways: Sequence[str] = tuple(WAYS)) -> list[dict[str, Any]]:
+def measure(drawn: Drawn, gate: PreviewGate, ways: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each fraction and way, and one for the finished drawing judged as a preview is."""
     finals = drawn.rewards.view(-1, drawn.group).double().numpy()
     prompts, texts = [r.prompt for r in drawn.rollouts], [r.text for r in drawn.rollouts]
@@ -244,7 +240,7 @@ def measure(drawn: Drawn, gate: PreviewGate, ways: Sequence[str] = tuple(WAYS)) 
         gate.fraction = fraction
         k = preview_length(gate, N, forced)
         for way in ways:
-            row(fraction, k, way, lambda k=k, way=way: WAYS[way](drawn, k))  # type: ignore[misc]
+            row(fraction, k, way, lambda k=k, way=way: completed(drawn, k, way))  # type: ignore[misc]
     row(1.0, N, "finished", lambda: drawn.policy.draw(drawn.tokens))
     return rows
 
@@ -287,7 +283,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=240)
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--ways", nargs="*", default=[*WAYS, PAINTED], choices=[*WAYS, PAINTED])
     parser.add_argument("--quick", action="store_true", help="few drawings")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
