@@ -8,7 +8,8 @@ Groups are drawn whole, with the default run's settings and without a preview.  
 fraction of its sampled tokens, completed in each of the ways below, and scored as preview DGS scores it (the run's own
 image rewards).  `pearson` and `spearman` are means over groups of the correlation with the finished drawing's whole
 reward, text included; a group whose previews are all alike counts as 0, one whose rewards are alike is left out.
-Intervals are 95 % by bootstrap over prompts.  `best of two` is what a redraw gains: the mean reward of the better
+Intervals are 95 % by bootstrap over prompts; `gain` is the mean difference of `best of two` to repeating the last row,
+group by group.  `best of two` is what a redraw gains: the mean reward of the better
 preview of two members, above that of one, as a share of what choosing by the finished rewards would gain.
 
 Ways to complete a picture: repeat the last row (what the sampler does) · mirror the drawn rows · tile them · paint the
@@ -219,6 +220,7 @@ def draw_groups(policy: Policy, prompts: Sequence[Prompt], config: SyncR1Config)
 def measure(drawn: Drawn, gate: PreviewGate, ways: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each fraction and way, and one for the finished drawing judged as a preview is."""
     finals = drawn.rewards.view(-1, drawn.group).double().numpy()
+    plain: dict[int, list[float]] = {}
     prompts, texts = [r.prompt for r in drawn.rollouts], [r.text for r in drawn.rollouts]
     rows = []
 
@@ -232,6 +234,11 @@ def measure(drawn: Drawn, gate: PreviewGate, ways: Sequence[str]) -> list[dict[s
             values = group_values(previews, finals, function)
             found[name], found[f"{name}_95"] = float(np.mean(values)), interval(values)
             found["groups"], found["drawings"] = len(values), len(values) * drawn.group
+        if way == "repeat":
+            plain[k] = values
+        elif k in plain:
+            gains = [mine - theirs for mine, theirs in zip(values, plain[k], strict=True)]
+            found["gain"], found["gain_95"] = float(np.mean(gains)), interval(gains)
         rows.append(found | {"milliseconds_per_image": 1e3 * seconds})
 
     N = drawn.tokens.shape[1]
@@ -264,12 +271,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
 
     def cell(row: dict[str, Any], name: str) -> str:
+        if name not in row:
+            return ""
         low, high = row[f"{name}_95"]
         return f"{row[name]:.2f} ({low:.2f} to {high:.2f})"
 
-    lines = ["| drawn | completion | Pearson | Spearman | best of two | ms an image |", "|---|---|---|---|---|---|"]
+    lines = ["| drawn | completion | Pearson | Spearman | best of two | gain | ms an image |", "|" + "---|" * 7]
     for row in rows:
-        cells = [cell(row, name) for name in ("pearson", "spearman", "best_of_two")]
+        cells = [cell(row, name) for name in ("pearson", "spearman", "best_of_two", "gain")]
         drawn = f"{row['fraction']:.3g} ({row['tokens']})"
         lines.append(f"| {drawn} | {row['completion']} | {' | '.join(cells)} | {row['milliseconds_per_image']:.2f} |")
     return "\n".join([*lines, "", f"{rows[-1]['groups']} groups, {rows[-1]['drawings']} drawings."])

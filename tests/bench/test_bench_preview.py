@@ -99,5 +99,8 @@ def test_the_table(drawn: preview.Drawn) -> None:
     finished = rows[-1]
     assert finished["pearson"] == pytest.approx(1.0) and finished["best_of_two"] == pytest.approx(1.0)
     assert finished["groups"] == 2 and finished["drawings"] == 6 and finished["fraction"] == 1.0
+    assert [("gain" in row) for row in rows] == [False, True] * len(preview.FRACTIONS) + [False]
+    same = [row for row in rows if row["completion"] == "tile" and row["tokens"] <= 4]
+    assert same and all(row["gain"] == 0.0 for row in same), "of one row there is nothing else to repeat"
     shown = preview.table(rows)
     assert "| 1 (16) | finished | 1.00 (1.00 to 1.00) |" in shown and "2 groups, 6 drawings." in shown
