@@ -51,7 +51,8 @@ from syncr1.engine.records import IMAGE, Prompt, Rollout
 from syncr1.engine.rewards.ensemble import combine
 from syncr1.engine.rewards.preview_scorer import build_preview
 from syncr1.engine.rewards.scoring import score
-from syncr1.engine.rollout.preview import fill, preview_length
+from syncr1.engine.rollout.completion import fill
+from syncr1.engine.rollout.preview import preview_length
 from syncr1.engine.rollout.preview_gate import PreviewGate
 from syncr1.engine.rollout.sampler import generate
 from syncr1.engine.rollout.sampling import Sampling

@@ -112,7 +112,8 @@ class Rollout:
     attempts: int = 1
     """Tries that preview DGS spent on this member."""
     dropped: bool = False
-    """Preview DGS gave it up: its image segment stops at the preview, `image` is the preview's, nothing rewards it."""
+    """Preview DGS gave it up: its image segment stops at the preview, `image` repeats its last row, and nothing rewards
+    it."""
     uid: int = 0
     """Keys the sampler's random numbers: a function of seed, prompt id, member and attempt."""
 

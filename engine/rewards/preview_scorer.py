@@ -44,6 +44,7 @@ def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None
         threshold=config.preview_threshold,
         acceptance=config.preview_acceptance,
         dead_band=config.preview_dead_band,
+        completion=config.preview_completion,
         max_attempts=config.preview_max_attempts,
         min_keep=config.preview_min_keep,
     )

@@ -19,6 +19,7 @@ Source: the released Sync-R1 (its loop has no cap, and it resumed from the fille
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from ..records import Prompt
 
 PreviewScorer = Callable[[Sequence[Prompt], Sequence[str], Tensor], Tensor]
 """(prompts, texts, images [n, 3, H, W]) -> scores [n] float32 in about [0, 1]; NaN = cannot be judged."""
+
+Completion = Literal["repeat", "likely"]
 
 _GAIN = 0.12
 _STEP = 0.005
@@ -42,6 +45,7 @@ class PreviewGate:
         threshold: starting value of tau, in (0, 1); None takes it from the first previews, such that the target is met.
         acceptance: acceptance rate that tau steers to (the released code: 0.25).
         dead_band: moves of tau up to this are left out; 0.005 is the released rule, 0 follows every step.
+        completion: how the rest of the picture is made up (completion.py).
         max_attempts: tries per trajectory.
         min_keep: members of a group that are drawn to their end whatever their score, at least 2 so that their rewards
             can be compared; the others are dropped when no try passes. None: nobody is.
@@ -56,6 +60,7 @@ class PreviewGate:
         acceptance: float,
         max_attempts: int,
         dead_band: float = 0.0,
+        completion: Completion = "repeat",
         min_keep: int | None = None,
     ) -> None:
         if min_keep is not None and min_keep < 2:
@@ -68,6 +73,7 @@ class PreviewGate:
         self.acceptance = acceptance
         self.max_attempts = max_attempts
         self.dead_band = dead_band
+        self.completion = completion
         self.min_keep = min_keep
         self._accepted = 0
         self._tried = 0
@@ -81,6 +87,10 @@ class PreviewGate:
         if self.threshold is None and known.numel():
             self.threshold = _within(float(known.quantile(1.0 - self.acceptance)))
         return scores.float()
+
+    def reach(self, num_drawn: int, num_tokens: int) -> int:
+        """Columns of keys and values that a conditional row of a try needs for its image, of `num_tokens` tokens."""
+        return num_tokens if self.completion == "likely" else num_drawn
 
     def accepts(self, scores: Tensor) -> Tensor:
         """[n] bool; a score of NaN or -inf is never accepted."""

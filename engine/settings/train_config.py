@@ -135,6 +135,9 @@ class TrainConfig(Settings):
     """max_variance and top_k: trajectories kept per group."""
     preview_fraction: PreviewFraction = 0.25
     """Preview DGS: score a trajectory after this fraction of its image tokens; 0 switches the preview off."""
+    preview_completion: Literal["repeat", "likely"] = "repeat"
+    """The rest of a picture in its preview: its last drawn row again, or, by one more pass of the model over those
+    rows, the most likely tokens, which tells more of the finished drawing."""
     preview_threshold: Annotated[float | None, Range("rewards lie in this range", ge=0, le=1, words="0 to 1")] = None
     """Score above which a preview is accepted at the start; adapts afterwards. None: from the first step's previews, so
     that the target acceptance is met."""
