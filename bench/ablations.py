@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from score_tables import task_table, variants_table
@@ -119,14 +120,14 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
     from syncr1.engine.data.stream import PromptStream
     from syncr1.engine.forward.objective import Objective, PolicyForward
     from syncr1.engine.forward.packing import pack
-    from syncr1.engine.learn.credit import credited_rewards
+    from syncr1.engine.learn.credit import credited_rewards, plan_of
     from syncr1.engine.methods.sync_r1_config import SyncR1Config
     from syncr1.engine.methods.sync_r1_parts import build_reward_set, prepare_data
     from syncr1.engine.policies.janus import JanusPolicy
     from syncr1.engine.rewards.scoring import score
     from syncr1.engine.rollout.sampler import generate
     from syncr1.engine.rollout.sampling import Sampling
-    from syncr1.kernels.api import dgs_select
+    from syncr1.engine.settings.train_config import DGSRule
 
     config = SyncR1Config()
     policy = JanusPolicy.from_pretrained(model).eval()
@@ -135,17 +136,31 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
     stream = PromptStream(Mixture(prompts, seed=1, prompts_per_step=config.prompts_per_step))
     forward = PolicyForward(policy, Objective(credit=config.credit))
     trained = [p for p in policy.parameters() if p.requires_grad]
-    rules = ("none", "variance_mass", "random")
+    rules: tuple[DGSRule, ...] = ("none", "variance_mass", "random")
     gradients: dict[str, list[torch.Tensor]] = {rule: [] for rule in rules}
     kept: dict[str, list[float]] = {rule: [] for rule in rules}
     for k in range(batches):
         sampling = Sampling(num_generations=config.num_generations, cfg_weight=config.cfg_weight, seed=7, step=k)
         rollouts = generate(policy, stream.next_step(), sampling)
-        credit = credited_rewards(score(rollouts, rewards.functions).values, rollouts, rewards, config.credit).tokens_S2
-        offsets = torch.arange(0, len(rollouts) + 1, config.num_generations, dtype=torch.int32)
+        credit = credited_rewards(score(rollouts, rewards.functions).values, rollouts, rewards, config.credit)
         for rule in rules:
-            keep = dgs_select(forward.objective.rewards_of(credit), offsets, rule=rule, mass=config.dgs_mass, seed=k)
-            batch = pack(policy, rollouts, credit, keep, num_generations=config.num_generations, max_tokens=1 << 30)[0]
+            plan = plan_of(
+                credit,
+                rollouts,
+                replace(config, dgs=rule),
+                step=k,
+                holds_anchors=False,
+                sum_over_ranks=lambda values: values,
+            )
+            keep = plan.keep_S
+            (batch,) = pack(
+                policy,
+                rollouts,
+                plan.advantages_S2,
+                keep,
+                num_generations=config.num_generations,
+                max_tokens=1 << 30,
+            )
             # As in training: pruned tokens leave the normaliser too.
             counts = {
                 name: float((batch.loss_mask & (batch.modality == code)).sum())

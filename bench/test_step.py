@@ -41,8 +41,8 @@ def draw(policy: JanusPolicy, cfg_weight: float) -> list[Rollout]:
 def batch(policy: JanusPolicy) -> PackedBatch:
     rollouts = draw(policy, 1.0)
     keep = torch.ones(len(rollouts), dtype=torch.bool)
-    rewards = torch.rand(len(rollouts), 1, generator=torch.Generator().manual_seed(0)).expand(-1, 2).contiguous()
-    return pack(policy, rollouts, rewards, keep, num_generations=MEMBERS, max_tokens=1 << 30)[0]
+    advantages = torch.randn(len(rollouts), 1, generator=torch.Generator().manual_seed(0)).expand(-1, 2).contiguous()
+    return pack(policy, rollouts, advantages, keep, num_generations=MEMBERS, max_tokens=1 << 30)[0]
 
 
 @pytest.mark.parametrize("cfg_weight", [1.0, 1.5], ids=["plain", "cfg"])

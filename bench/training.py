@@ -22,6 +22,7 @@ from syncr1.engine.forward.objective import Objective, PolicyForward
 from syncr1.engine.forward.packing import pack
 from syncr1.engine.records import PackedBatch, Rollout, Segment
 from syncr1.engine.stopwatch import Stopwatch
+from syncr1.kernels.api import grpo_plan
 
 PADDED = "padded"
 VARIANTS: dict[str, Logits] = {
@@ -58,10 +59,11 @@ def trajectories(sides: Sides, lengths: Sequence[Sequence[int]], seed: int = 0) 
 
 def packed(sides: Sides, rollouts: Sequence[Rollout], rewards: Tensor) -> PackedBatch:
     """All of them in one batch; rewards [S]."""
-    keep = torch.ones(len(rollouts), dtype=torch.bool)
-    credit_S2 = rewards[:, None].expand(-1, 2).contiguous()
     group = len(rollouts) // len({r.prompt.id for r in rollouts})
-    (batch,) = pack(sides.policy, rollouts, credit_S2, keep, num_generations=group, max_tokens=1 << 60)
+    plan = grpo_plan(rewards, torch.arange(0, len(rollouts) + 1, group, dtype=torch.int32))
+    assert isinstance(plan.advantages, Tensor)
+    advantages_S2 = plan.advantages[:, None].expand(-1, 2).contiguous()
+    (batch,) = pack(sides.policy, rollouts, advantages_S2, plan.keep, num_generations=group, max_tokens=1 << 60)
     return batch.to(sides.policy.device)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .pictures import ImageRef
 
 TEXT, IMAGE = 0, 1
-"""Values of `modality`, the vocabulary that a *target* token belongs to, and columns of `credit`."""
+"""Values of `modality`, the vocabulary that a *target* token belongs to, and columns of `advantages`."""
 
 SegmentKind = Literal["text", "image"]
 MODALITY_NAMES: tuple[SegmentKind, SegmentKind] = ("text", "image")
@@ -119,7 +119,8 @@ class Rollout:
     attempts: int = 1
     """Tries that preview DGS spent on this member."""
     dropped: bool = False
-    """Preview DGS gave it up: its image segment stops at the preview, `image` is the preview's, nothing rewards it."""
+    """Preview DGS gave it up: its image segment stops at the preview, `image` repeats its last row, and nothing rewards
+    it."""
     uid: int = 0
     """Keys the sampler's random numbers: a function of seed, prompt id, member and attempt."""
 
@@ -130,8 +131,8 @@ class PackedBatch:
 
         [ prompt 0 | prompt 1 | … | response 0.0 | response 0.1 | … | response 1.0 | … ]
 
-    Pruned trajectories keep their place on [S] with zero tokens, so that group statistics are always those of the whole
-    group. A prompt with a single response lies before it, in its sequence, and its prefix is empty: there is nothing
+    Pruned trajectories keep their place on [S] with zero tokens: a loss that averages over sequences counts them.
+    A prompt with a single response lies before it, in its sequence, and its prefix is empty: there is nothing
     to share. Dims: Tp tokens of prompts, T tokens of responses.
     """
 
@@ -149,9 +150,9 @@ class PackedBatch:
     """[S+1] int32, over responses."""
     group_offsets: Tensor
     """[P+1] int32, over sequences."""
-    credit: Tensor
-    """[S, 2] float32: what a trajectory's tokens answer for, by their modality (columns TEXT and IMAGE); NaN = nothing.
-    Alike but for `credit="per_segment"`."""
+    advantages: Tensor
+    """[S, 2] float32: of a trajectory's tokens, by their modality (columns TEXT and IMAGE), in units of its group's
+    spread; 0 = nothing to learn. Alike but for `credit="per_segment"`."""
     image_rows: Tensor
     """[R] int64: positions on the whole axis [Tp + T] whose embedding comes from `image_embeddings`."""
     image_embeddings: Tensor

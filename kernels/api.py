@@ -9,19 +9,20 @@ from .attention import SharedPrefixLayout, attention_provider
 from .checks import NonFiniteError, non_finite_passes
 from .dispatch import BackendError
 from .ops.decode_attention import prefix_decode_attention
-from .ops.groups import dgs_select, group_advantages
+from .ops.groups import dgs_select, group_advantages, grpo_plan
 from .ops.linear_loss import linear_grpo_loss
 from .ops.logp import linear_logp, selective_logp
 from .ops.loss import grpo_loss
 from .ops.sample import cfg_sample
 from .ops.shared_prefix import shared_prefix_attention
 from .options import LossOptions
-from .outputs import CFGSample, GRPOOutput
+from .outputs import CFGSample, GRPOOutput, GRPOPlan
 from .streams import TokenStream
 
 __all__ = [
     "group_advantages",
     "dgs_select",
+    "grpo_plan",
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logp",
@@ -32,6 +33,7 @@ __all__ = [
     "SharedPrefixLayout",
     "TokenStream",
     "GRPOOutput",
+    "GRPOPlan",
     "CFGSample",
     "LossOptions",
     "BackendError",

@@ -31,13 +31,15 @@ def check_statistics(op: str, scale: str, eps: float, aggregate: str) -> None:
     check_choice(op, "aggregate", aggregate, AGGREGATES)
 
 
-def check_selection(op: str, rule: str, mass: float, keep: int | None, min_keep: int, seed: int) -> None:
-    """The options of a DGS rule are in range."""
-    check_choice(op, "rule", rule, RULES)
-    ranges.MASS.check(op, "mass", mass)
-    ranges.KEEP.check(op, "keep", keep)
-    ranges.MIN_KEEP.check(op, "min_keep", min_keep)
-    ranges.SEED.check(op, "seed", seed)
+def check_selection(
+    op: str, rule: str, mass: float, keep: int | None, min_keep: int, seed: int, *, prefix: str = ""
+) -> None:
+    """The options of a DGS rule are in range; their names begin with `prefix`, which is `dgs_` in a loss."""
+    check_choice(op, prefix.rstrip("_") or "rule", rule, RULES)
+    ranges.MASS.check(op, f"{prefix}mass", mass)
+    ranges.KEEP.check(op, f"{prefix}keep", keep)
+    ranges.MIN_KEEP.check(op, f"{prefix}min_keep", min_keep)
+    ranges.SEED.check(op, f"{prefix}seed", seed)
 
 
 class UnknownOptionError(ValueError, TypeError):

@@ -8,6 +8,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class GRPOPlan:
+    """What rewards decide before there is any log-probability: who is trained on, and with which advantage."""
+
+    advantages: Tensor | dict[str, Tensor]
+    """[S] float, or one [S] per modality when the rewards came per modality."""
+    keep: Tensor
+    """[S] bool; False = pruned by `dgs`."""
+    frac_reward_zero_std: Tensor
+    """Scalar in [0, 1]: groups whose rewards are all equal, in every modality."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class GRPOOutput:
     """What a GRPO loss returns; only `loss` carries a gradient."""
 

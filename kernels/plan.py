@@ -1,7 +1,8 @@
-"""The row plan: which tokens of a batch are worth multiplying, with which advantage and which weight.
+"""The plan: advantages, which sequences and tokens are worth multiplying, and with which weight.
 
-It is made before any matrix product. Pruned sequences, masked tokens and, where the KL is off, tokens whose advantage
-is 0 leave the batch here, so they cost nothing; statistics and divisors still count what they must.
+What rewards decide is one function, `plan_rewards`, behind `grpo_plan`, `dgs_select` and both losses.  The row plan
+behind it is made before any matrix product: pruned sequences, masked tokens and, where the KL is off, tokens whose
+advantage is 0 leave the batch here, so they cost nothing; statistics and divisors still count what they must.
 
 Dims: `T` packed tokens, `S` sequences, `P` groups, `M` 1 or 2 modalities with rewards of their own.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from .streams import MODALITIES, TokenStream
 from .terms import LossInputs
 
 Rewards = Tensor | Mapping[str, Tensor]
+Statistics = tuple[str, float, str]
+"""scale, eps and aggregate of `group_advantages`."""
 
 
 class GroupStatistics(Protocol):
@@ -43,6 +46,20 @@ class GroupStatistics(Protocol):
         min_keep: int,
         seed: int,
     ) -> Tensor: ...
+
+
+class Selection(NamedTuple):
+    """A DGS rule and its numbers, as a backend's `dgs_select` takes them."""
+
+    rule: str
+    mass: float
+    keep: int | None
+    min_keep: int
+    seed: int
+
+    @classmethod
+    def of(cls, settings: LossOptions) -> Selection:
+        return cls(settings.dgs, settings.dgs_mass, settings.dgs_keep, settings.dgs_min_keep, settings.dgs_seed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,32 +117,75 @@ def advantage_energy(advantages_MS: Tensor) -> Tensor:
     return advantages_MS.float().double().square().sum(dim=0)
 
 
+def select(
+    backend: GroupStatistics,
+    rewards: Sequence[Tensor],
+    group_offsets: Tensor,
+    weights: Tensor | None,
+    how: Statistics,
+    selection: Selection,
+) -> tuple[Tensor, Tensor]:
+    """(advantages [M, S] from all members of each group, keep [S] from those advantages)."""
+    advantages_MS = torch.stack([advantages_of(backend, part, group_offsets, weights, *how) for part in rewards])
+    energy_S, ranked_S = advantage_energy(advantages_MS), total_reward(rewards, weights).contiguous()
+    keep_S = backend.dgs_select(energy_S, ranked_S, group_offsets, **selection._asdict())
+    return advantages_MS, keep_S
+
+
+def plan_rewards(
+    backend: GroupStatistics,
+    rewards: Sequence[Tensor],
+    group_offsets: Tensor,
+    weights: Tensor | None,
+    how: Statistics,
+    selection: Selection,
+) -> Scores:
+    """One or two [S] or [S, K] of detached, validated rewards; group_offsets are [P+1] int64, contiguous."""
+    advantages_MS, keep_S = select(backend, rewards, group_offsets, weights, how, selection)
+    combined = [combine_rewards(part, weights) for part in rewards]
+    varies_P = torch.stack([groups_with_variance(reward_S, group_offsets) for reward_S in combined]).any(dim=0)
+    return Scores(advantages_MS, keep_S, _fraction_without(varies_P))
+
+
 def score_rewards(backend: GroupStatistics, inputs: LossInputs) -> Scores:
-    """Advantages from all members of each group (or those given), then the keep decision from those advantages."""
-    settings, weights, offsets = inputs.options, inputs.weights, inputs.group_offsets.long().contiguous()
-    if inputs.advantages:
-        advantages_MS = torch.stack([part.detach() for part in inputs.advantages])
-        ranked_S = advantages_MS.double().sum(dim=0)
-        varies_P = reduce_segments(advantages_MS.double().abs().amax(dim=0), offsets, "max") > 0
-    else:
+    """The plan of a loss: from its rewards, or from advantages that were planned before."""
+    settings, offsets = inputs.options, inputs.group_offsets.long().contiguous()
+    selection = Selection.of(settings)
+    if not inputs.advantages:
         parts = [part.detach() for part in inputs.rewards]
-        how = (weights, settings.scale, settings.eps, settings.aggregate)
-        advantages_MS = torch.stack([advantages_of(backend, part, offsets, *how) for part in parts])
-        ranked_S = total_reward(parts, weights)
-        combined = [combine_rewards(part, weights) for part in parts]
-        varies_P = torch.stack([groups_with_variance(reward_S, offsets) for reward_S in combined]).any(dim=0)
-    keep_S = backend.dgs_select(
-        advantage_energy(advantages_MS),
-        ranked_S.contiguous(),
-        offsets,
-        rule=settings.dgs,
-        mass=settings.dgs_mass,
-        keep=settings.dgs_keep,
-        min_keep=settings.dgs_min_keep,
-        seed=settings.dgs_seed,
+        how = (settings.scale, settings.eps, settings.aggregate)
+        return plan_rewards(backend, parts, offsets, inputs.weights, how, selection)
+    advantages_MS = torch.stack([part.detach() for part in inputs.advantages])
+    ranked_S = advantages_MS.double().sum(dim=0)
+    keep_S = backend.dgs_select(advantage_energy(advantages_MS), ranked_S.contiguous(), offsets, **selection._asdict())
+    varies_P = reduce_segments(advantages_MS.double().abs().amax(dim=0), offsets, "max") > 0
+    return Scores(advantages_MS, keep_S, _fraction_without(varies_P))
+
+
+def _fraction_without(varies_P: Tensor) -> Tensor:
+    return (~varies_P).sum() / max(varies_P.numel(), 1)
+
+
+def without_pruned(
+    inputs: LossInputs, layout: PackedLayout, keep_S: Tensor, kept: Tensor
+) -> tuple[LossInputs, PackedLayout]:
+    """The call as it had been if pruned sequences had not been packed: sums then run over the same tokens in the same
+    order, and pruning before the forward or behind it gives the same bits. `kept` [T'] are the others' tokens."""
+    old_logp, ref_logp, entropy = (
+        None if values is None else values[kept] for values in (inputs.old_logp, inputs.ref_logp, inputs.entropy)
     )
-    num_groups = max(offsets.numel() - 1, 1)
-    return Scores(advantages_MS, keep_S, (~varies_P).sum() / num_groups)
+    is_ratio = inputs.is_ratio
+    if is_ratio is not None:
+        is_ratio = is_ratio[kept] if is_ratio.shape == (layout.num_tokens,) else is_ratio.reshape(-1, 1)
+    ends_S = (layout.cu_seqlens.diff() * keep_S).cumsum(0)
+    thinned = replace(
+        layout,
+        cu_seqlens=torch.cat([ends_S.new_zeros(1), ends_S]).to(layout.cu_seqlens.dtype),
+        modality=None if layout.modality is None else layout.modality[kept],
+        loss_mask=None if layout.loss_mask is None else layout.loss_mask[kept],
+        total=kept.shape[0],
+    )
+    return inputs._replace(old_logp=old_logp, ref_logp=ref_logp, entropy=entropy, is_ratio=is_ratio), thinned
 
 
 def policy_mask(layout: PackedLayout, scores: Scores) -> Tensor:

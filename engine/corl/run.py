@@ -194,7 +194,6 @@ class CorlRun:
         check_plans(policy, [prompt for sample in samples for prompt in sample])
         rewards = self.parts.rewards(name, policy, samples)
         if config.unify == "advantage" and name == "unified":
-            objective = replace(objective, scale_rewards="none")
             credit = partial(
                 shared_advantages,
                 rewards=rewards,

@@ -20,7 +20,7 @@ from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
 
 from ..policies.attention_interface import PackedLayout
 from ..policies.base import Policy
-from ..records import IMAGE, MODALITY_NAMES, TEXT, PackedBatch
+from ..records import IMAGE, MODALITY_NAMES, PackedBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +28,8 @@ class Objective:
     """Settings of Sync-GRPO's loss, named and meant as the flags are (`TrainConfig`).
 
     `PolicyForward` is the one place where they get the names of `syncr1.kernels.api.linear_grpo_loss`.  What the kernel
-    would take from one call, the whole update gives here, so that micro-batches can be cut anywhere: bnpo divides by
-    the update's tokens, and `scale_rewards="batch"` expects credit that the trainer has divided already.
+    would take from one call, the whole step gives here, so that micro-batches can be cut anywhere: advantages come with
+    the batch, from the step's plan, and bnpo divides by the update's tokens.
     """
 
     loss_type: str = "dapo"
@@ -40,7 +40,6 @@ class Objective:
     beta: float = 0.0
     anchor_beta: float = 0.0
     """KL weight on batches of anchors."""
-    scale_rewards: str = "group"
     temperature: float = 1.0
     credit: Literal["shared", "per_segment", "image_only"] = "shared"
     text_loss_weight: float = 1.0
@@ -51,12 +50,6 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         return self.beta > 0 or self.anchor_beta > 0
-
-    def rewards_of(self, credit_S2: Tensor) -> Tensor | dict[str, Tensor]:
-        """Credit as the kernels take rewards: [S] for all tokens alike, or [S] for each modality."""
-        if self.credit == "per_segment":
-            return {"text": credit_S2[:, TEXT], "image": credit_S2[:, IMAGE]}
-        return credit_S2[:, TEXT]
 
 
 class PolicyForward(nn.Module):
@@ -93,9 +86,10 @@ class PolicyForward(nn.Module):
         weights = {"text": 0.0 if o.credit == "image_only" else o.text_loss_weight, "image": o.image_loss_weight}
         out = linear_grpo_loss(
             streams,
-            o.rewards_of(batch.credit),
+            None,
             batch.cu_seqlens,
             batch.group_offsets,
+            advantages=dict(zip(MODALITY_NAMES, batch.advantages.unbind(1), strict=True)),
             loss_mask=batch.loss_mask,
             modality=batch.modality,
             old_logp=batch.old_logp,
@@ -106,7 +100,6 @@ class PolicyForward(nn.Module):
             clip_high=o.epsilon if o.epsilon_high is None else o.epsilon_high,
             delta=o.delta,
             beta=o.anchor_beta if batch.anchor else o.beta,
-            scale="none" if o.scale_rewards == "batch" else o.scale_rewards,
             num_items=num_items,
             max_length=o.max_length,
             weight=weights,

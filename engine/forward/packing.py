@@ -1,4 +1,4 @@
-"""Rollouts and their credit -> PackedBatch: whole groups on one token axis, each prompt once, no padding.
+"""Rollouts and their advantages -> PackedBatch: whole groups on one token axis, each prompt once, no padding.
 
     [ prompt 0 | prompt 1 | … | response 0.0 | response 0.1 | … | response 1.0 | … ]
 
@@ -25,7 +25,7 @@ from ..records import IMAGE, TEXT, PackedBatch, Rollout, Segment
 def pack(
     policy: Policy,
     rollouts: Sequence[Rollout],
-    credit_S2: Tensor,
+    advantages_S2: Tensor,
     keep_S: Tensor,
     *,
     num_generations: int,
@@ -37,8 +37,8 @@ def pack(
     Args:
         policy: for its image placeholders.
         rollouts: S = P * G, members of a group adjacent; they share one prompt.
-        credit_S2: [S, 2] float32: what text and image tokens answer for; NaN = nothing.
-        keep_S: [S] bool; False drops the trajectory's tokens but keeps its credit in the group's statistics.
+        advantages_S2: [S, 2] float32: of text and image tokens.
+        keep_S: [S] bool; False drops the trajectory's tokens, its place stays.
         num_generations: G.
         max_tokens: token budget of a micro-batch.
         share_prefix: False gives every response its own copy of its prompt: the same loss and gradients, more work.
@@ -52,16 +52,16 @@ def pack(
         ValueError: sizes that do not fit, or a group whose members have different prompts.
     """
     S, G = len(rollouts), num_generations
-    if S % G or credit_S2.shape != (S, 2) or keep_S.shape != (S,):
+    if S % G or advantages_S2.shape != (S, 2) or keep_S.shape != (S,):
         raise ValueError(
-            f"pack: expected S = P * G rollouts with credit [S, 2] and keep [S]; got S={S}, G={G}, "
-            f"credit {tuple(credit_S2.shape)}, keep {tuple(keep_S.shape)}"
+            f"pack: expected S = P * G rollouts with advantages [S, 2] and keep [S]; got S={S}, G={G}, "
+            f"advantages {tuple(advantages_S2.shape)}, keep {tuple(keep_S.shape)}"
         )
     groups = [range(start, start + G) for start in range(0, S, G) if bool(keep_S[start : start + G].any())]
     if not groups:
         dummy = keep_S.clone()
         dummy[0] = True
-        batch = _pack_groups(policy, rollouts, credit_S2, dummy, [range(G)], share_prefix)
+        batch = _pack_groups(policy, rollouts, advantages_S2, dummy, [range(G)], share_prefix)
         return [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))]
     for group in groups:
         _check_one_prompt([rollouts[i] for i in group])
@@ -70,7 +70,7 @@ def pack(
         mine = [group for group in groups if rollouts[group.start].prompt.rewarded is not anchor]
         sizes = [_group_tokens([rollouts[i] for i in group if keep_S[i]], share_prefix) for group in mine]
         for chunk in _chunks(mine, sizes, max_tokens):
-            batch = _pack_groups(policy, rollouts, credit_S2, keep_S, chunk, share_prefix)
+            batch = _pack_groups(policy, rollouts, advantages_S2, keep_S, chunk, share_prefix)
             batches.append(replace(batch, anchor=anchor))
     return batches
 
@@ -147,7 +147,7 @@ class _Axis:
 def _pack_groups(
     policy: Policy,
     rollouts: Sequence[Rollout],
-    credit_S2: Tensor,
+    advantages_S2: Tensor,
     keep_S: Tensor,
     groups: list[range],
     share_prefix: bool,
@@ -170,7 +170,7 @@ def _pack_groups(
             cu_seqlens.append(responses.length)
     images = prefixes.images + responses.images
     rows = [*prefixes.image_rows, *(rows + prefixes.length for rows in responses.image_rows)]
-    members = torch.tensor([i for group in groups for i in group], device=credit_S2.device)
+    members = torch.tensor([i for group in groups for i in group], device=advantages_S2.device)
     offsets = torch.tensor([0, *(len(group) for group in groups)]).cumsum(0).int()
     ends = torch.tensor(cu_seqlens, dtype=torch.int32)
     return PackedBatch(
@@ -181,7 +181,7 @@ def _pack_groups(
         loss_mask=torch.cat(responses.loss_mask),
         cu_seqlens=ends,
         group_offsets=offsets,
-        credit=credit_S2[members].cpu(),
+        advantages=advantages_S2[members].cpu(),
         image_rows=torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long),
         image_embeddings=torch.cat(images).float().cpu() if images else torch.zeros(0, 0),
         sampled_logp=torch.cat(responses.sampled_logp),

@@ -1,6 +1,7 @@
-"""Rewards -> credit: the one place where what each reward said becomes what each token answers for.
+"""Rewards -> credit -> the step's plan: what each reward said becomes what each token answers for, and then advantages
+and who is trained on.
 
-A rule is called once a step; metrics, pruning and packing read what it gives.
+A rule and `plan_of` are called once a step; metrics, packing and the loss read what they give.
 
 Dims: S trajectories, G members of a group, K rewards.
 """
@@ -15,10 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from syncr1.kernels.api import group_advantages
+from syncr1.kernels.api import group_advantages, grpo_plan
 
 from ..records import MODALITY_NAMES, Rollout
 from ..rewards.ensemble import RewardSet, combine
+from ..settings.train_config import TrainConfig
 
 Scale = Literal["group", "batch", "none", "loo"]
 
@@ -30,7 +32,19 @@ class Credit:
     total_S: Tensor
     """[S] float32: the weighted sum of its rewards, with those that its sample shares; NaN = unrewarded."""
     tokens_S2: Tensor
-    """[S, 2] float32: what its text and its image tokens answer for, as `PackedBatch.credit`."""
+    """[S, 2] float32: what its text and its image tokens answer for; NaN = nothing."""
+    scale: Scale | None = None
+    """What their advantages are divided by; None: as `scale_rewards` says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What the step's credit decides before any forward."""
+
+    advantages_S2: Tensor
+    """[S, 2] float32: of its text and its image tokens, as `PackedBatch.advantages`."""
+    keep_S: Tensor
+    """[S] bool: who is trained on."""
 
 
 CreditRule = Callable[[Tensor, Sequence[Rollout]], Credit]
@@ -61,7 +75,7 @@ def shared_advantages(
 
         A = A_drawing + lambda A_answer        in place of the advantage of R_drawing + lambda R_answer
 
-    The released code's `unify_advantage`.  The loss must take it as it is: `scale="none"`.
+    The released code's `unify_advantage`: what comes out is divided no more.
 
     Args:
         values_SK, rollouts: as any rule takes them.
@@ -82,6 +96,49 @@ def shared_advantages(
     return Credit(
         total_S=combine(shared_within_samples(values_SK, rollouts), rewards.weight_tensor()),
         tokens_S2=_alike(combine(shared_within_samples(halves_S2, rollouts), torch.ones(2))),
+        scale="none",
+    )
+
+
+def plan_of(
+    credit: Credit,
+    rollouts: Sequence[Rollout],
+    config: TrainConfig,
+    *,
+    step: int,
+    holds_anchors: bool,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> StepPlan:
+    """Advantages of the step's trajectories and which of them are trained on: the DGS rule, no trajectory that was
+    dropped, and all or none of the anchors.
+
+    Args:
+        credit: of all trajectories.
+        rollouts: S, members of a group adjacent.
+        config: scale_rewards, credit and the DGS rule.
+        step: seeds the rule `random`.
+        holds_anchors: a KL term acts on anchors, so that all of them are kept.
+        sum_over_ranks: sums a small tensor over ranks, for `scale_rewards="batch"`. Collective then.
+    """
+    tokens_S2, scale = credit.tokens_S2, credit.scale or config.scale_rewards
+    if scale == "batch":
+        tokens_S2, scale = over_deviation(tokens_S2, sum_over_ranks), "none"
+    columns = [column.contiguous() for column in tokens_S2.unbind(1)]
+    plan = grpo_plan(
+        dict(zip(MODALITY_NAMES, columns, strict=True)) if config.credit == "per_segment" else columns[0],
+        torch.arange(0, len(rollouts) + 1, config.num_generations, dtype=torch.int32),
+        scale=scale,
+        dgs=config.dgs,
+        dgs_mass=config.dgs_mass,
+        dgs_keep=config.dgs_keep,
+        dgs_seed=config.seed * 100_003 + step,
+    )
+    made = plan.advantages
+    anchors = torch.tensor([not rollout.prompt.rewarded for rollout in rollouts])
+    finished = torch.tensor([not rollout.dropped for rollout in rollouts])
+    return StepPlan(
+        advantages_S2=_alike(made) if isinstance(made, Tensor) else torch.stack([made[n] for n in MODALITY_NAMES], 1),
+        keep_S=(plan.keep | anchors if holds_anchors else plan.keep & ~anchors) & finished,
     )
 
 

@@ -14,8 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from syncr1.kernels.api import dgs_select
-
 from ..errors import RewardError, RewardsFailed
 from ..forward.packing import pack
 from ..policies.base import Policy
@@ -27,7 +25,7 @@ from ..rollout.sampler import RolloutEngine
 from ..rollout.sampling import Sampling
 from ..settings.train_config import TrainConfig
 from ..stopwatch import Stopwatch, split
-from .credit import Credit, CreditRule, credited_rewards, over_deviation
+from .credit import Credit, CreditRule, StepPlan, credited_rewards, plan_of
 from .failing import Failing
 from .learner import Learner
 from .metrics import merged, of_guidance, of_rewards, of_rollouts, of_savings, trl_names
@@ -103,13 +101,20 @@ class Trainer:
             table = self._scored(rollouts)
         with stage("pack"):
             credit = self.credit(table.values, rollouts)
-            keep_S = self._keep(rollouts, credit)
-            batches = self._packed(policy, rollouts, credit, keep_S)
+            plan = plan_of(
+                credit,
+                rollouts,
+                config,
+                step=self.step,
+                holds_anchors=learner.objective.anchor_beta > 0,
+                sum_over_ranks=learner.all_reduce,
+            )
+            batches = self._packed(policy, rollouts, plan)
         with stage("score"):
             scored = learner.score(batches)
         with stage("update"):
             learned = learner.update(scored)
-        metrics = self._metrics(rollouts, table, credit, keep_S, batches, learned)
+        metrics = self._metrics(rollouts, table, credit, plan.keep_S, batches, learned)
         self.step += 1
         self.on_step(metrics, rollouts, credit.total_S)
         if self._ended:
@@ -141,27 +146,13 @@ class Trainer:
             step=self.step,
         )
 
-    def _keep(self, rollouts: Sequence[Rollout], credit: Credit) -> Tensor:
-        """[S] bool: the DGS rule, and every trajectory of an anchor (the KL term needs it)."""
-        c, objective = self.config, self.learner.objective
-        rewards = objective.rewards_of(credit.tokens_S2)
-        offsets = torch.arange(0, len(rollouts) + 1, c.num_generations, dtype=torch.int32)
-        keep = dgs_select(
-            rewards, offsets, rule=c.dgs, mass=c.dgs_mass, keep=c.dgs_keep, seed=c.seed * 100_003 + self.step
-        )
-        anchors = torch.tensor([not rollout.prompt.rewarded for rollout in rollouts])
-        finished = torch.tensor([not rollout.dropped for rollout in rollouts])
-        return (keep | anchors if objective.anchor_beta > 0 else keep & ~anchors) & finished
-
-    def _packed(self, policy: Policy, rollouts: Sequence[Rollout], credit: Credit, keep_S: Tensor) -> list[PackedBatch]:
-        c, tokens_S2 = self.config, credit.tokens_S2
-        if c.scale_rewards == "batch" and self.learner.objective.scale_rewards == "batch":
-            tokens_S2 = over_deviation(tokens_S2, self.learner.all_reduce)
+    def _packed(self, policy: Policy, rollouts: Sequence[Rollout], plan: StepPlan) -> list[PackedBatch]:
+        c = self.config
         return pack(
             policy,
             rollouts,
-            tokens_S2,
-            keep_S,
+            plan.advantages_S2,
+            plan.keep_S,
             num_generations=c.num_generations,
             max_tokens=c.max_tokens_per_microbatch,
             share_prefix=c.share_prefix,

@@ -173,7 +173,8 @@ def _rollout(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> 
     if guided:
         columns += policy.unconditional_tokens().numel() + G * images * policy.num_image_tokens
     if config.preview_fraction and config.preview_max_attempts > 1:
-        columns += sizes.preview_columns(G, round(config.preview_fraction * policy.num_image_tokens), guided)
+        reach = policy.num_image_tokens if config.preview_completion == "likely" else None
+        columns += sizes.preview_columns(G, round(config.preview_fraction * policy.num_image_tokens), guided, reach)
     found = {"keys and values": policy.cache_shape().num_bytes(columns), "pictures": 0}
     if images:
         with torch.no_grad(), PeakBytes() as peak:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from ..settings.rules import TRAINING, sync_r1_problems
 from ..settings.schema import Range, Rule
@@ -39,6 +39,9 @@ class SyncR1Config(TrainConfig):
     clip: str | None = None
     """CLIP whose features tell likeness to the concept's photos: folder or hub name. None: the frozen vision
     tower's."""
+    preview_score: Literal["clip", "rewards"] | None = None
+    """What scores a preview: clip is the released code's .65 CLIP-I + .35 CLIP-T, rewards are the run's own of images.
+    None: clip where one is given."""
     identity_weight: RewardWeight = 0.26
     """Does the image show this very concept? The paper's total is R = .65 (.4 R_id + .6 R_vlm) + .35 R_txt."""
     judge_weight: RewardWeight = 0.39

@@ -7,6 +7,7 @@ kept in a cache folder.  With them, the same functions load a checkpoint and rea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ..learn.from_settings import held_out_sampling
 from ..policies.base import Policy
 from ..records import MODALITY_NAMES, Prompt
 from ..rewards.builtin.caption import CaptionLikelihood
-from ..rewards.builtin.clip import ClipScorer
+from ..rewards.builtin.clip import ClipPreview, ClipScorer
 from ..rewards.builtin.identity import IdentityReward
 from ..rewards.ensemble import Column, RewardSet, build_rewards
 from ..rewards.judge.attribute_judge import posterior_scorer
@@ -62,10 +63,15 @@ def build_reward_set(
     kinds = [kind for kind in MODALITY_NAMES if any(kind in prompt.segments for prompt in prompts)]
     loaded = own_rewards(config) if own is None else own
     brought = [own_column(spec, function, config.weight_of(spec), kinds[0]) for spec, function in loaded.items()]
-    return RewardSet.of([*_ensemble(config, frozen, prompts), *brought])
+    by_clip = config.clip is not None and config.preview_fraction > 0 and config.preview_score != "rewards"
+    clip = None
+    if config.clip is not None and "image" in kinds and (by_clip or any(map(config.weight_of, config.REWARDS))):
+        clip = ClipScorer.from_pretrained(config.clip, device=frozen.cache_shape().device)
+    rewards = RewardSet.of([*_ensemble(config, frozen, prompts, clip), *brought])
+    return replace(rewards, preview=ClipPreview(clip)) if by_clip and clip is not None else rewards
 
 
-def _ensemble(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt]) -> list[Column]:
+def _ensemble(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt], clip: ClipScorer | None) -> list[Column]:
     """The paper's rewards, as far as they have a weight: identity by a frozen vision tower, judge by attributes or by
     likelihood, text by BLEU. Where nothing is drawn, text is judged alone."""
     weights = {f"{name}_weight": config.weight_of(name) for name in config.REWARDS}
@@ -75,13 +81,9 @@ def _ensemble(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt]) -
     if not draws:
         return build_rewards(text_weight=weights["text_weight"]).columns()
     named = all(prompt.attributes for prompt in prompts if "image" in prompt.segments)
-    features, size = frozen.vision_features, frozen.image_size
-    if config.clip is not None:
-        clip = ClipScorer.from_pretrained(config.clip, device=frozen.cache_shape().device)
-        features = clip.image_features
     return build_rewards(
-        features=features,
-        image_size=size,
+        features=frozen.vision_features if clip is None else clip.image_features,
+        image_size=frozen.image_size,
         judge=remote_judge(config),
         scorer=posterior_scorer(checker_of(frozen).posterior, VALUES)
         if any(prompt.attributes for prompt in prompts)

@@ -47,6 +47,8 @@ class RewardSet:
     """[K], of the weighted sum."""
     kinds: tuple[str, ...]
     """[K] `text` or `image`: the segment that a reward judges, for `credit="per_segment"`."""
+    preview: RewardFunction | None = None
+    """What scores partly drawn images; None: those of `functions` that judge images."""
 
     @classmethod
     def of(cls, columns: Sequence[Column]) -> RewardSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..records import Prompt
@@ -16,7 +17,8 @@ from .scoring import score_columns
 
 
 def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None:
-    """Preview DGS, judged by the run's own image rewards on the partly drawn image; a redraw changes no text reward.
+    """Preview DGS, judged by the run's own image rewards on the partly drawn image, or by what stands for them in a
+    preview (`RewardSet.preview`); a redraw changes no text reward.
 
     A remote judge, slow and costly, is not asked.  None when it is switched off, and when no reward looks at images.
     """
@@ -26,6 +28,8 @@ def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None
     if config.preview_fraction == 0 or not bool((weights > 0).any()):
         return None
     judges = {rewards.names[k]: rewards.functions[rewards.names[k]] for k in columns}
+    if rewards.preview is not None:
+        judges, weights = {"preview": rewards.preview}, torch.ones(1)
 
     def scorer(prompts: Sequence[Prompt], texts: Sequence[str], images: Tensor) -> Tensor:
         """As `score`: anchors are not shown to the judges and have no score."""
@@ -39,6 +43,8 @@ def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None
         fraction=config.preview_fraction,
         threshold=config.preview_threshold,
         acceptance=config.preview_acceptance,
+        dead_band=config.preview_dead_band,
+        completion=config.preview_completion,
         max_attempts=config.preview_max_attempts,
         min_keep=config.preview_min_keep,
     )

@@ -19,10 +19,11 @@ from ..policies.cache import Extend, Prefill, Rows
 from ..records import Prompt, Rollout, Segment, SegmentKind
 from ..stopwatch import Stopwatch
 from .capacity import Sizes, check_fits, check_plans, check_prompts
+from .completion import fill
 from .decode import Phase, Samples, State, Tables, advance
 from .draft import Draft
 from .drawing_turn import DrawingTurns
-from .preview import Canvas, draw, fill, preview_length
+from .preview import Canvas, draw, preview_length
 from .preview_gate import PreviewGate
 from .sampling import RolloutStats, Sampling, trajectory_key
 from .stepping import Stepper
@@ -82,7 +83,8 @@ class Batch:
             own += [N * drawn for drawn in sizes.images for _ in range(G)]
         columns = sum(own)
         if preview is not None and preview.max_attempts > 1:
-            columns += sizes.preview_columns(G, preview_length(preview, N, policy.forced_image_tokens()), guided)
+            length = preview_length(preview, N, policy.forced_image_tokens())
+            columns += sizes.preview_columns(G, length, guided, preview.reach(length, N))
         check_fits(shape, sum(prefixes), columns, G, max_bytes, stepper.held_bytes)
         self.prompts = stepper.store("prompts", shape, prefixes)
         self.own = stepper.store("own", shape, own)
@@ -156,7 +158,7 @@ class Batch:
         stats.image_tokens, stats.image_tokens_saved = drawing.num_drawn, drawing.num_saved
         segments = self._segments(drawing.samples, chosen, phase)
         with self.time("draw"):
-            # What was dropped is shown as its preview was.
+            # What was dropped is shown with its last row repeated.
             forced = policy.forced_image_tokens()
             tokens = torch.cat([fill(segment.tokens[None], phase.max_tokens, forced) for segment in segments])
             pictures = torch.cat([policy.draw(part.to(index.device)).cpu() for part in tokens.split(DRAWN_AT_ONCE)])

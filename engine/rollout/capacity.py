@@ -60,9 +60,10 @@ class Sizes:
             own.append(before[-1] + policy.num_image_tokens * drawn + after)
         return cls(before_image=before, own=own, images=["image" in prompt.segments for prompt in prompts])
 
-    def preview_columns(self, num_generations: int, num_tokens: int, guided: bool) -> int:
-        """What the tries of a preview after `num_tokens` take, if every image is drawn again."""
-        per_try = num_tokens * (1 + guided)
+    def preview_columns(self, num_generations: int, num_tokens: int, guided: bool, reach: int | None = None) -> int:
+        """What the tries of a preview after `num_tokens` take, if every image is drawn again; `reach` is what a
+        conditional side takes where that is more."""
+        per_try = (num_tokens if reach is None else reach) + num_tokens * guided
         tries = [before + per_try for before, drawn in zip(self.before_image, self.images, strict=True) if drawn]
         return num_generations * sum(tries) if num_tokens else 0
 

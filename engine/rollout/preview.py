@@ -1,8 +1,9 @@
 """Drawing images with preview DGS: unpromising tries are drawn again, or given up, early.
 
-After a fraction of the image tokens the rest is filled in cheaply and the picture is scored.  What the gate
-(preview_gate.py) does not accept is restarted from the image's first token, up to a cap; the best try stays.  A gate
-that drops then gives up what still lies below its threshold, except the best few of a group, and those rows are free.
+After a fraction of the image tokens the rest is filled in cheaply (completion.py) and the picture is scored.  What the
+gate (preview_gate.py) does not accept is restarted from the image's first token, up to a cap; the best try stays.  A
+gate that drops then gives up what still lies below its threshold, except the best few of a group, and those rows are
+free.
 
 Tries live in a small cache of their own, so a try that loses costs nothing but its steps.
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..policies.base import Policy
-from ..policies.cache import Rows
+from ..policies.cache import Rows, Store
+from .completion import fill, most_likely
 from .decode import Phase, Samples, State, Tables
 from .draft import Draft
 from .preview_gate import PreviewGate
@@ -81,7 +83,8 @@ def draw(canvas: Canvas, preview: PreviewGate | None) -> Drawing:
         return Drawing(
             samples=samples, keys=keys, attempts=[1] * n, dropped=[False] * n, num_drawn=n * num_tokens, num_saved=0
         )
-    scores = _score(c, preview, samples.token[index, :length], range(n))
+    standing = c.tables.sides[0].take(index)
+    scores = _score(c, preview, samples.token[index, :length], range(n), standing, c.tables.own)
     judged = ~scores.isnan()
     preview.observe(int(preview.accepts(scores).sum()), int(judged.sum()))
     attempts = torch.ones(n, dtype=torch.long)
@@ -121,9 +124,13 @@ def _run(c: Canvas, state: State, samples: Samples, first: int, last: int) -> No
         c.stepper.run(c.phase, state, samples, c.tables, num_steps=last - first, feed_last=feed_last)
 
 
-def _score(c: Canvas, preview: PreviewGate, tokens: Tensor, rows: Sequence[int]) -> Tensor:
-    """[n'] scores of the first tokens [n', k] of sequences `rows` of the canvas, on the CPU."""
-    pictures = c.policy.draw(fill(tokens, c.phase.max_tokens, c.policy.forced_image_tokens()))
+def _score(c: Canvas, preview: PreviewGate, tokens: Tensor, rows: Sequence[int], standing: Rows, own: Store) -> Tensor:
+    """[n'] scores of the first tokens [n', k] of sequences `rows` of the canvas, on the CPU; `standing` [n'] are where
+    their conditional sides stand in `own`."""
+    whole = fill(tokens, c.phase.max_tokens, c.policy.forced_image_tokens())
+    if preview.completion == "likely":
+        whole = most_likely(c.policy, whole, tokens.shape[1], standing, c.tables.prompts, own)
+    pictures = c.policy.draw(whole)
     drafts = [c.drafts[i] for i in rows]
     return preview.score([d.prompt for d in drafts], [d.text for d in drafts], pictures).cpu()
 
@@ -143,7 +150,8 @@ def _try_again(
     index = pending.to(device)
     sides = [rows.take(index) for rows in fork]
     homes = [rows.own_spans() for rows in sides]
-    sizes = [seen + length for home in homes for _, seen in home]
+    reaches = [preview.reach(length, c.phase.max_tokens), length]
+    sizes = [seen + reach for reach, home in zip(reaches, homes, strict=False) for _, seen in home]
     scratch = c.stepper.store("tries", c.policy.cache_shape(), sizes)
     starts = iter(scratch.starts)
     for rows, home in zip(sides, homes, strict=True):
@@ -155,7 +163,7 @@ def _try_again(
     slots = torch.arange(len(pending), device=device)
     state, tables = State.start(sides, slots, keys[index]), replace(c.tables, own=scratch, sides=sides)
     c.stepper.run(c.phase, state, tried, tables, num_steps=length, feed_last=True)
-    tried_scores = _score(c, preview, tried.token[slots], pending.tolist())
+    tried_scores = _score(c, preview, tried.token[slots], pending.tolist(), sides[0], scratch)
     preview.observe(int(preview.accepts(tried_scores).sum()), int(pending.numel()))
     better = tried_scores.nan_to_num(nan=float("-inf")) > scores[pending]
     winners = better.nonzero().squeeze(1)
@@ -185,18 +193,3 @@ def _dropped(preview: PreviewGate, drafts: Sequence[Draft], scores: Tensor, judg
         for i in order[preview.min_keep :]:
             dropped[i] = bool(judged[i]) and not bool(accepted[i])
     return dropped
-
-
-def fill(tokens: Tensor, num_tokens: int, forced: Tensor | None = None) -> Tensor:
-    """[n, k] -> [n, N]: the rest of the picture repeats its last drawn row (cheap, and it stays a picture)."""
-    if forced is not None:
-        free = (forced < 0).to(tokens.device)
-        whole = forced.to(tokens.device).repeat(tokens.shape[0], 1)
-        whole[:, free] = fill(tokens[:, free[: tokens.shape[1]]], int(free.sum()))
-        return whole
-    side = round(num_tokens**0.5)
-    columns = torch.arange(num_tokens, device=tokens.device)
-    drawn = tokens.shape[1]
-    last_row = max(0, (drawn // side - 1) * side)
-    source = torch.where(columns < drawn, columns, (last_row + columns % side).clamp(max=drawn - 1))
-    return tokens[:, source]

@@ -4,7 +4,11 @@ After a fraction of the image tokens a cheap completion is scored.  Tries at or 
 to a cap, and the best one stays; a gate with `min_keep` then drops what still lies there, except the best of a group.
 The threshold follows a target acceptance rate:
 
-    a = accepted / tried;   tau' = tau ** (1 + 0.12 (target - a));   tau moves by at most 0.005 towards tau'
+    a = accepted / tried;   tau' = tau ** (1 + 0.12 (target - a))
+    tau stays where |tau' - tau| <= dead_band, else it moves towards tau' by at most 0.005
+
+The released code's dead band is 0.005: its tau moves by 0.005 or not at all, which leaves the acceptance rate about 12
+points on either side of the target (at tau = 0.5).
 
 How the sampler acts on it is preview.py; rewards/preview_scorer.py makes a gate of a run's rewards.  The other half of
 DGS, which prunes after the reward is known, is `dgs_select` in syncr1.kernels.
@@ -15,6 +19,7 @@ Source: the released Sync-R1 (its loop has no cap, and it resumed from the fille
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +28,8 @@ from ..records import Prompt
 
 PreviewScorer = Callable[[Sequence[Prompt], Sequence[str], Tensor], Tensor]
 """(prompts, texts, images [n, 3, H, W]) -> scores [n] float32 in about [0, 1]; NaN = cannot be judged."""
+
+Completion = Literal["repeat", "likely"]
 
 _GAIN = 0.12
 _STEP = 0.005
@@ -37,6 +44,8 @@ class PreviewGate:
         fraction: share of the image tokens after which the preview is taken, in (0, 1).
         threshold: starting value of tau, in (0, 1); None takes it from the first previews, such that the target is met.
         acceptance: acceptance rate that tau steers to (the released code: 0.25).
+        dead_band: moves of tau up to this are left out; 0.005 is the released rule, 0 follows every step.
+        completion: how the rest of the picture is made up (completion.py).
         max_attempts: tries per trajectory.
         min_keep: members of a group that are drawn to their end whatever their score, at least 2 so that their rewards
             can be compared; the others are dropped when no try passes. None: nobody is.
@@ -50,6 +59,8 @@ class PreviewGate:
         threshold: float | None,
         acceptance: float,
         max_attempts: int,
+        dead_band: float = 0.0,
+        completion: Completion = "repeat",
         min_keep: int | None = None,
     ) -> None:
         if min_keep is not None and min_keep < 2:
@@ -61,6 +72,8 @@ class PreviewGate:
         self.threshold = threshold
         self.acceptance = acceptance
         self.max_attempts = max_attempts
+        self.dead_band = dead_band
+        self.completion = completion
         self.min_keep = min_keep
         self._accepted = 0
         self._tried = 0
@@ -74,6 +87,10 @@ class PreviewGate:
         if self.threshold is None and known.numel():
             self.threshold = _within(float(known.quantile(1.0 - self.acceptance)))
         return scores.float()
+
+    def reach(self, num_drawn: int, num_tokens: int) -> int:
+        """Columns of keys and values that a conditional row of a try needs for its image, of `num_tokens` tokens."""
+        return num_tokens if self.completion == "likely" else num_drawn
 
     def accepts(self, scores: Tensor) -> Tensor:
         """[n] bool; a score of NaN or -inf is never accepted."""
@@ -104,8 +121,9 @@ class PreviewGate:
             return float("nan")
         rate = accepted / tried
         wanted = self.threshold ** (1 + _GAIN * (self.acceptance - rate))
-        move = min(_STEP, max(-_STEP, wanted - self.threshold))
-        self.threshold = _within(self.threshold + move)
+        move = wanted - self.threshold
+        if abs(move) > self.dead_band:
+            self.threshold = _within(self.threshold + min(_STEP, max(-_STEP, move)))
         return rate
 
     def state_dict(self) -> dict[str, float | None]:

@@ -235,6 +235,11 @@ def sync_r1_problems(c: Any) -> list[str]:
         )
     if c.reward_funcs and not c.reward_weights and not any(map(c.weight_of, c.reward_funcs)):
         problems.append("identity_weight, judge_weight, text_weight: expected a positive one, got 0 for all; raise one")
+    if c.preview_score == "clip" and c.clip is None:
+        problems.append(
+            "clip: expected a CLIP for preview_score clip, got none; give its folder or hub name, or leave "
+            "preview_score out"
+        )
     if c.anchor_fraction > 0 and c.anchor_beta == 0:
         problems.append(
             f"anchor_fraction: expected 0 with anchor_beta 0, as anchors learn from the KL term alone, got "

@@ -139,11 +139,17 @@ class TrainConfig(Settings):
     """max_variance and top_k: trajectories kept per group."""
     preview_fraction: PreviewFraction = 0.25
     """Preview DGS: score a trajectory after this fraction of its image tokens; 0 switches the preview off."""
+    preview_completion: Literal["repeat", "likely"] = "repeat"
+    """The rest of a picture in its preview: its last drawn row again, or, by one more pass of the model over those
+    rows, the most likely tokens, which tells more of the finished drawing."""
     preview_threshold: Annotated[float | None, Range("rewards lie in this range", ge=0, le=1, words="0 to 1")] = None
     """Score above which a preview is accepted at the start; adapts afterwards. None: from the first step's previews, so
     that the target acceptance is met."""
     preview_acceptance: Annotated[float, Range("1 accepts every preview", gt=0, le=1)] = 0.75
     """Acceptance rate that the threshold adapts to (the released code: 0.25)."""
+    preview_dead_band: Annotated[float, Range("0 follows every step's acceptance", ge=0, lt=1)] = 0.0
+    """The threshold stays where it would move by no more than this. The released code's is 0.005, so that it moves by
+    0.005 or not at all; 0 steers to the target itself."""
     preview_max_attempts: Annotated[int, Range("1 never tries again", ge=1)] = 2
     """Tries per trajectory; the best one is kept when none passes."""
     preview_min_keep: Annotated[int | None, Range("rewards are compared within a group", ge=2)] = None

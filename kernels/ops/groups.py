@@ -1,8 +1,12 @@
-"""`group_advantages` and `dgs_select`: no gradient, every backend. Dims: `S` sequences, `P` groups, `K` rewards."""
+"""`group_advantages`, `dgs_select` and both at once, `grpo_plan`: no gradient, every backend.
+
+Dims: `S` sequences, `P` groups, `K` rewards, `M` 1 or 2 modalities with rewards of their own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -11,7 +15,9 @@ from torch import Tensor
 from ..checks import check_float, check_rewards
 from ..dispatch import choose, module_of, same_device
 from ..options import Aggregate, Rule, Scale, check_selection, check_statistics
-from ..plan import Rewards, advantage_energy, advantages_of, per_modality, total_reward
+from ..outputs import GRPOPlan
+from ..plan import Rewards, Selection, Statistics, advantages_of, by_modality, per_modality, plan_rewards
+from ..plan import select as selected
 from ..register import fakes, implements, registered
 
 
@@ -31,7 +37,7 @@ class AdvantageInputs(NamedTuple):
 
 
 class SelectionInputs(NamedTuple):
-    """What `dgs_select` is given: arguments of the registered op."""
+    """What `dgs_select` and `grpo_plan` are given: arguments of the registered ops."""
 
     rewards: Sequence[Tensor]
     """One, or those of text and image."""
@@ -46,6 +52,15 @@ class SelectionInputs(NamedTuple):
     min_keep: int
     seed: int
     backend: str
+
+    def checked(self, op: str) -> tuple[ModuleType, Sequence[Tensor], Tensor, Tensor | None, Statistics, Selection]:
+        """Checks values; what the plan is made of (`syncr1.kernels.plan`)."""
+        for part in self.rewards:
+            check_rewards(op, part, self.group_offsets, self.weights)
+        offsets = self.group_offsets.long().contiguous()
+        selection = Selection(self.rule, self.mass, self.keep, self.min_keep, self.seed)
+        how = (self.scale, self.eps, self.aggregate)
+        return module_of(self.backend), self.rewards, offsets, self.weights, how, selection
 
 
 def group_advantages(
@@ -109,8 +124,8 @@ def _(inputs: AdvantageInputs) -> Tensor:
     return inputs.rewards.new_empty(inputs.rewards.shape[:1], dtype=_dtype(inputs.rewards))
 
 
-def _dtype(rewards: Tensor) -> torch.dtype:
-    return torch.float64 if rewards.dtype == torch.float64 else torch.float32
+def _dtype(*rewards: Tensor) -> torch.dtype:
+    return torch.float64 if any(part.dtype == torch.float64 for part in rewards) else torch.float32
 
 
 def dgs_select(
@@ -159,49 +174,117 @@ def dgs_select(
     """
     op = "dgs_select"
     check_selection(op, rule, mass, keep, min_keep, seed)
+    how = _statistics(op, scale, eps, aggregate)
+    selection = Selection(rule, mass, keep, min_keep, seed)
+    inputs = _selection_inputs(op, rewards, group_offsets, weights, how, selection, backend)
+    keep_S: Tensor = registered.dgs_select(*inputs)
+    return keep_S
+
+
+def grpo_plan(
+    rewards: Rewards,
+    group_offsets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    scale: Scale = "group",
+    eps: float = 1e-4,
+    aggregate: Aggregate = "sum_then_normalize",
+    dgs: Rule = "none",
+    dgs_mass: float = 0.9,
+    dgs_keep: int | None = None,
+    dgs_min_keep: int = 2,
+    dgs_seed: int = 0,
+    backend: str | None = None,
+) -> GRPOPlan:
+    """Advantages and keep decision of a step, once: what is pruned never reaches a model, the loss is given the rest.
+
+    `linear_grpo_loss(streams, rewards, …, dgs=…)` makes the same plan on its way, but by then every sequence has been
+    through the model. Planned first, pruned sequences cost no forward, and loss and gradients are the same bits.
+
+    Equivalent PyTorch, for one reward:
+        advantages = group_advantages(rewards, group_offsets, scale=scale, eps=eps, aggregate=aggregate)
+        keep = dgs_select(rewards, group_offsets, rule=dgs, mass=dgs_mass, …)
+        # then: linear_grpo_loss(streams of what is kept, None, …, advantages=advantages)
+
+    Args:
+        rewards, group_offsets, weights: as in `dgs_select`; over the whole step, pruned sequences included.
+        scale, eps, aggregate: as in `group_advantages`.
+        dgs, dgs_mass, dgs_keep, dgs_min_keep, dgs_seed: rule, mass, keep, min_keep and seed of `dgs_select`, under the
+            names and with the defaults that the losses have.
+        backend: see `syncr1.kernels.dispatch`.
+
+    Returns:
+        GRPOPlan. A loss that takes its advantages leaves `dgs` at "none", and keeps the places of pruned sequences in
+        cu_seqlens with zero tokens, so that means over sequences count them.
+
+    Raises:
+        ValueError: a shape, dtype or value is out of place.
+
+    Source: as `group_advantages` and `dgs_select`.
+    """
+    op = "grpo_plan"
+    check_selection(op, dgs, dgs_mass, dgs_keep, dgs_min_keep, dgs_seed, prefix="dgs_")
+    how = _statistics(op, scale, eps, aggregate)
+    selection = Selection(dgs, dgs_mass, dgs_keep, dgs_min_keep, dgs_seed)
+    inputs = _selection_inputs(op, rewards, group_offsets, weights, how, selection, backend)
+    advantages_MS, keep_S, fraction = registered.grpo_plan(*inputs)
+    return GRPOPlan(by_modality(advantages_MS), keep_S, fraction)
+
+
+def _statistics(op: str, scale: str, eps: float, aggregate: str) -> Statistics:
     check_statistics(op, scale, eps, aggregate)
+    return scale, float(eps), aggregate
+
+
+def _selection_inputs(
+    op: str,
+    rewards: Rewards,
+    group_offsets: Tensor,
+    weights: Tensor | None,
+    how: Statistics,
+    selection: Selection,
+    backend: str | None,
+) -> SelectionInputs:
     same_device(op, rewards=rewards, group_offsets=group_offsets, weights=weights)
     parts = [part.detach() for part in per_modality(op, "rewards", rewards)]
-    inputs = SelectionInputs(
+    rule, mass, keep, min_keep, seed = selection
+    return SelectionInputs(
         parts,
         group_offsets,
         weights,
-        scale,
-        float(eps),
-        aggregate,
-        rule,
-        float(mass),
-        None if keep is None else int(keep),
-        int(min_keep),
-        int(seed),
-        choose(op, backend, *parts),
+        *how,
+        rule=rule,
+        mass=float(mass),
+        keep=None if keep is None else int(keep),
+        min_keep=int(min_keep),
+        seed=int(seed),
+        backend=choose(op, backend, *parts),
     )
-    keep_S: Tensor = registered.dgs_select(*inputs)
-    return keep_S
 
 
 @implements("dgs_select", SelectionInputs, "Tensor", reads_back=True)  # of max_variance and random, the rewards
 def select(inputs: SelectionInputs) -> Tensor:
     """[S] bool."""
-    rewards, weights = inputs.rewards, inputs.weights
-    for part in rewards:
-        check_rewards("dgs_select", part, inputs.group_offsets, weights)
-    module, offsets = module_of(inputs.backend), inputs.group_offsets.long().contiguous()
-    how = (weights, inputs.scale, inputs.eps, inputs.aggregate)
-    advantages_MS = torch.stack([advantages_of(module, part, offsets, *how) for part in rewards])
-    keep_S: Tensor = module.dgs_select(
-        advantage_energy(advantages_MS),
-        total_reward(rewards, weights).contiguous(),
-        offsets,
-        rule=inputs.rule,
-        mass=inputs.mass,
-        keep=inputs.keep,
-        min_keep=inputs.min_keep,
-        seed=inputs.seed,
-    )
-    return keep_S
+    return selected(*inputs.checked("dgs_select"))[1]
 
 
 @fakes("dgs_select", SelectionInputs)
 def _(inputs: SelectionInputs) -> Tensor:
     return inputs.rewards[0].new_empty(inputs.rewards[0].shape[:1], dtype=torch.bool)
+
+
+@implements("grpo_plan", SelectionInputs, "(Tensor, Tensor, Tensor)", reads_back=True)  # as dgs_select
+def make_plan(inputs: SelectionInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """(advantages [M, S], keep [S], frac_reward_zero_std)."""
+    scores = plan_rewards(*inputs.checked("grpo_plan"))
+    return scores.advantages.to(_dtype(*inputs.rewards)), scores.keep, scores.frac_reward_zero_std
+
+
+@fakes("grpo_plan", SelectionInputs)
+def _(inputs: SelectionInputs) -> tuple[Tensor, Tensor, Tensor]:
+    like = inputs.rewards[0]
+    return (
+        like.new_empty((len(inputs.rewards), like.shape[0]), dtype=_dtype(*inputs.rewards)),
+        like.new_empty(like.shape[0], dtype=torch.bool),
+        like.new_empty((), dtype=torch.float32),
+    )

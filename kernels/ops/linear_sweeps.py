@@ -28,6 +28,7 @@ from ..plan import (
     score_rewards,
     token_advantages,
     token_weights,
+    without_pruned,
 )
 from ..streams import TokenStream
 from ..terms import Head, LossInputs, RowSettings, RowTerms, TokenLoss, row_loss
@@ -38,16 +39,20 @@ Grads = list[tuple[Tensor, Tensor, Tensor]]
 Scored = tuple[Tensor, Tensor, TokenLoss, Grads]
 
 
-def acting_rows(streams: Sequence[TokenStream], acting_T: Tensor) -> tuple[list[HeadRows], list[Tensor]]:
-    """The rows of each stream that take part in the products, and their packed positions."""
+def acting_rows(
+    streams: Sequence[TokenStream], acting_T: Tensor, kept_T: Tensor
+) -> tuple[list[HeadRows], list[Tensor], Tensor | None]:
+    """The rows of each stream that take part in the products and their packed positions; and the positions of what was
+    not pruned, None where nothing was."""
     heads, positions = [], []
     rows = [stream.rows.long() for stream in streams]
-    for stream, at, chosen in zip(streams, rows, chosen_rows([acting_T[at] for at in rows]), strict=True):
+    *each, kept = chosen_rows([*(acting_T[at] for at in rows), kept_T])
+    for stream, at, chosen in zip(streams, rows, each, strict=True):
         head = Head(stream.bias, stream.temperature, stream.forbidden)
         whole = HeadRows(stream.hidden, stream.weight, stream.targets.long().contiguous(), head)
         heads.append(whole if chosen is None else whole.subset(chosen))
         positions.append(at if chosen is None else at[chosen])
-    return heads, positions
+    return heads, positions, kept
 
 
 class LinearLoss:
@@ -64,7 +69,7 @@ class LinearLoss:
         self.sequence_T = layout.sequence_of_token
         self.acting_T = acting_tokens(self.options, self.scores, self.counted_T, self.sequence_T, self.image_T)
         check_allowed(OP, streams, self.acting_T)
-        self.heads, self.positions = acting_rows(streams, self.acting_T)
+        self.heads, self.positions, self.kept = acting_rows(streams, self.acting_T, self.scores.keep[self.sequence_T])
         self.needs = [needs[3 * index : 3 * index + 3] for index in range(len(streams))]
 
     @property
@@ -160,4 +165,9 @@ class LinearLoss:
             options = replace(options, loss_type="dapo")
         layout = replace(self.layout, loss_mask=self.acting_T)
         inputs = self.inputs._replace(entropy=entropy_T, num_items=divisor)
-        return token_loss(self.module, logp_T, inputs, options, layout, scores=self.scores, thresholds=thresholds)
+        if self.kept is None:
+            return token_loss(self.module, logp_T, inputs, options, layout, scores=self.scores, thresholds=thresholds)
+        inputs, layout = without_pruned(inputs, layout, self.scores.keep, self.kept)
+        logp = logp_T[self.kept]
+        result = token_loss(self.module, logp, inputs, options, layout, scores=self.scores, thresholds=thresholds)
+        return replace(result, grad_logp=torch.zeros_like(logp_T).index_copy_(0, self.kept, result.grad_logp))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,15 @@ from torch import Tensor
 from ..checks import check_allowed, check_log_probabilities
 from ..layout import PackedLayout
 from ..outputs import GRPOOutput
-from ..plan import Scores, acting_tokens, by_modality, policy_mask, score_rewards, token_advantages
+from ..plan import (
+    Scores,
+    acting_tokens,
+    by_modality,
+    policy_mask,
+    score_rewards,
+    token_advantages,
+    without_pruned,
+)
 from ..streams import TokenStream
 from ..terms import LossInputs
 from .advantage import standardize
@@ -62,8 +71,14 @@ def linear_grpo_loss(streams: Sequence[TokenStream], inputs: LossInputs, layout:
     check_allowed(OP, streams, mask_T)
     logp_T, entropy_T = _score_streams(streams, mask_T)
     check_log_probabilities(OP, mask_T, layout.num_tokens, logp=logp_T)
-    terms = PackedTerms(layout, mask_T, counted_T, logp_T.dtype, inputs.options, inputs.num_items)
-    return packed_loss(logp_T, inputs, entropy_T, terms, scores)
+    kept = scores.keep[sequence_T].nonzero().squeeze(1)
+    if kept.shape[0] == layout.num_tokens:
+        terms = PackedTerms(layout, mask_T, counted_T, logp_T.dtype, inputs.options, inputs.num_items)
+        return packed_loss(logp_T, inputs, entropy_T, terms, scores)
+    inputs, layout = without_pruned(inputs, layout, scores.keep, kept)
+    terms = PackedTerms(layout, mask_T[kept], counted_T[kept], logp_T.dtype, inputs.options, inputs.num_items)
+    output = packed_loss(logp_T[kept], inputs, entropy_T[kept], terms, scores)
+    return replace(output, logp=logp_T.detach(), entropy=entropy_T)
 
 
 def _score_streams(streams: Sequence[TokenStream], mask_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -194,9 +194,11 @@ def test_step_of_the_peer_has_our_gradients_and_our_log_probabilities(sides: sid
         pad_id=sides.pad_id,
     )
     their_loss = trainer.backward(texts, images, pixels, advantages, forbidden=forbidden)
-    rewards = torch.cat([shared, shared])[:, None].expand(-1, 2).contiguous()
+    ours = (
+        group_advantages(torch.cat([shared, shared]), torch.arange(0, 4 * G + 1, G))[:, None].expand(-1, 2).contiguous()
+    )
     (batch,) = pack(
-        sides.policy, rollouts, rewards, torch.ones(4 * G, dtype=torch.bool), num_generations=G, max_tokens=1 << 30
+        sides.policy, rollouts, ours, torch.ones(4 * G, dtype=torch.bool), num_generations=G, max_tokens=1 << 30
     )
     our_loss = training.our_update(PolicyForward(sides.policy, Objective()), batch)
     assert our_loss == pytest.approx(their_loss, abs=1e-5)

@@ -10,7 +10,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import CHAIN, given, make_prompt, packed, random_credit, sampled, sharp_policy
+from helpers import CHAIN, given, make_prompt, packed, random_advantages, sampled, sharp_policy
 from torch import Tensor
 
 from syncr1.engine.forward.packing import pack
@@ -45,11 +45,11 @@ def by_hand(prompt_tokens: list[int], *segments: Segment, seen: Tensor | None = 
 def pack_all(
     policy: JanusPolicy, rollouts: list[Rollout], keep: list[bool], group: int, *, share_prefix: bool = True
 ) -> list[PackedBatch]:
-    credit = torch.arange(2.0 * len(rollouts)).view(-1, 2)
+    advantages = torch.arange(2.0 * len(rollouts)).view(-1, 2)
     return pack(
         policy,
         rollouts,
-        credit,
+        advantages,
         torch.tensor(keep),
         num_generations=group,
         max_tokens=1 << 30,
@@ -82,9 +82,7 @@ def test_every_column_by_hand(policy: JanusPolicy) -> None:
     # The first token of each response is predicted by its prompt's last row, the others by the row before.
     predicting = batch.layout.predicting_rows()
     assert predicting.tolist() == [3, 6, 7, 8, 9, 10, 3, 12, 13, 14, 15, 16, 17, 18, 5, 20, 5]
-    assert batch.credit.tolist() == [[2.0 * i, 2.0 * i + 1] for i in range(6)], (
-        "a pruned member's credit stays in the statistics"
-    )
+    assert batch.advantages.tolist() == [[2.0 * i, 2.0 * i + 1] for i in range(6)], "a pruned member keeps its place"
     assert batch.image_rows.tolist() == [1, 2, 16, 17]
     assert torch.equal(batch.image_embeddings, torch.cat([seen, seen + 20]))
     assert batch.sampled_logp[batch.loss_mask].tolist() == [-1, -2, -3, -1, -2, -1, -2, -1, -1, -2, -1]
@@ -125,12 +123,12 @@ def test_budgets_cut_between_groups_only(policy: JanusPolicy, rollouts: list[Rol
         counts_seen.add(len(batches))
         for batch in batches:
             groups = batch.group_offsets.diff()
-            assert (groups == 3).all() and int(groups.sum()) == len(batch.credit) == batch.cu_seqlens.numel() - 1
+            assert (groups == 3).all() and int(groups.sum()) == len(batch.advantages) == batch.cu_seqlens.numel() - 1
             assert batch.num_tokens <= budget or len(groups) == 1
         for a, b in itertools.pairwise(batches):
             first_group_of_b = int(b.layout.cu_prefixes[1]) + int(b.cu_seqlens[int(b.group_offsets[1])])
             assert a.num_tokens + first_group_of_b > budget, "the next group would have fitted"
-        for name in ("prefix_tokens", "tokens", "modality", "loss_mask", "credit"):
+        for name in ("prefix_tokens", "tokens", "modality", "loss_mask", "advantages"):
             parts = [getattr(b, name) for b in batches if getattr(b, name).numel()]
             assert torch.equal(torch.cat(parts), getattr(whole, name)), name
     assert {1, 2, 6} <= counts_seen
@@ -143,7 +141,7 @@ def test_pruned_trajectories_cost_no_tokens(policy: JanusPolicy, rollouts: list[
     (batch,) = packed(policy, rollouts, 3, keep=keep, share_prefix=False)
     lengths = batch.cu_seqlens.diff()
     assert len(lengths) == 15 and torch.equal(lengths > 0, keep[3:])
-    torch.testing.assert_close(batch.credit, random_credit(18)[3:])
+    torch.testing.assert_close(batch.advantages, random_advantages(18, 3)[3:])
     sampled_tokens = sum(len(s.tokens) for r, k in zip(rollouts, keep, strict=True) if k for s in r.segments)
     assert int(batch.loss_mask.sum()) == sampled_tokens
     kept = [r for r, k in zip(rollouts, keep, strict=True) if k]
@@ -166,27 +164,29 @@ def test_anchors_lie_in_batches_of_their_own(policy: JanusPolicy, rollouts: list
     mixed = [replace(r, prompt=replace(r.prompt, rewarded=i // 3 not in (1, 4))) for i, r in enumerate(rollouts)]
     batches = packed(policy, mixed, 3)
     assert [batch.anchor for batch in batches] == [False, True]
-    torch.testing.assert_close(batches[1].credit, random_credit(18)[[3, 4, 5, 12, 13, 14]])
-    torch.testing.assert_close(batches[0].credit, random_credit(18)[[0, 1, 2, 6, 7, 8, 9, 10, 11, 15, 16, 17]])
+    torch.testing.assert_close(batches[1].advantages, random_advantages(18, 3)[[3, 4, 5, 12, 13, 14]])
+    torch.testing.assert_close(
+        batches[0].advantages, random_advantages(18, 3)[[0, 1, 2, 6, 7, 8, 9, 10, 11, 15, 16, 17]]
+    )
     assert sum(batch.num_tokens for batch in batches) == packed(policy, rollouts, 3)[0].num_tokens
     only = packed(policy, [replace(r, prompt=replace(r.prompt, rewarded=False)) for r in rollouts], 3)
     assert [batch.anchor for batch in only] == [True]
 
 
 @pytest.mark.parametrize(
-    ("credit", "num_keep", "group"),
+    ("advantages", "num_keep", "group"),
     [((4, 2), 4, 3), ((3, 2), 4, 2), ((4, 1), 4, 2), ((4, 2), 3, 2)],
-    ids=["group", "credit", "columns", "keep"],
+    ids=["group", "advantages", "columns", "keep"],
 )
 def test_sizes_that_do_not_fit_are_refused(
-    policy: JanusPolicy, credit: tuple[int, int], num_keep: int, group: int
+    policy: JanusPolicy, advantages: tuple[int, int], num_keep: int, group: int
 ) -> None:
     rollouts = [by_hand([1], given("text", [2]))] * 4
     with pytest.raises(ValueError, match="pack: expected S = P \\* G rollouts"):
         pack(
             policy,
             rollouts,
-            torch.zeros(credit),
+            torch.zeros(advantages),
             torch.ones(num_keep, dtype=torch.bool),
             num_generations=group,
             max_tokens=10,

@@ -133,6 +133,7 @@ OPS: dict[str, Callable[[Maker], Any]] = {
         make(SEQUENCES, 3), offsets(make, GROUPS), weights=make(3), scale="batch"
     ),
     "dgs_select": lambda make: api.dgs_select(make(SEQUENCES), offsets(make, GROUPS)),
+    "grpo_plan": lambda make: api.grpo_plan(make(SEQUENCES), offsets(make, GROUPS), dgs="variance_mass"),
     "grpo_loss": grpo_loss,
     "grpo_loss, sequence ratios": lambda make: grpo_loss(
         make, ratio="sequence", loss_type="grpo", beta=0.1, ref_logp=make(TOKENS), is_ratio=make(TOKENS)
@@ -232,4 +233,4 @@ def test_ops_that_read_back_stay_out_of_cuda_graphs() -> None:
     names = (*REGISTERED, "linear_grpo_loss_backward")
     tags = {name: getattr(torch.ops.syncr1, name).default.tags for name in names}
     tagged = {name for name, own in tags.items() if torch.Tag.cudagraph_unsafe in own}
-    assert tagged == {"linear_grpo_loss", "linear_grpo_loss_backward", "dgs_select"}
+    assert tagged == {"linear_grpo_loss", "linear_grpo_loss_backward", "dgs_select", "grpo_plan"}

@@ -76,6 +76,7 @@ def test_opcheck() -> None:
     how = (GROUPS, None, "group", 1e-4, "sum_then_normalize")
     torch.library.opcheck(ops.group_advantages.default, (REWARDS, *how, BACKEND))
     torch.library.opcheck(ops.dgs_select.default, ([REWARDS], *how, "variance_mass", 0.9, None, 2, 0, BACKEND))
+    torch.library.opcheck(ops.grpo_plan.default, ([REWARDS] * 2, *how, "variance_mass", 0.9, None, 2, 0, BACKEND))
     seeds = torch.arange(T)
     logits_pair = (logits.detach(), logits.detach() / 2)
     torch.library.opcheck(ops.cfg_sample.default, (*logits_pair, 2.0, 1.0, 5, 0.9, seeds, seeds, forbidden, BACKEND))

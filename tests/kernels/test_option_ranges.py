@@ -102,6 +102,7 @@ OPTIONS: dict[str, dict[str, Kind]] = {
         "seed": SEED,
         **STATISTICS,
     },
+    "grpo_plan": {name: kind for name, kind in LOSS.items() if name.startswith("dgs") or name in STATISTICS},
     "grpo_loss": LOSS,
     "linear_grpo_loss": LOSS,
     "linear_logp": {"temperature": ABOVE_0},
@@ -202,7 +203,7 @@ def test_a_streams_temperature_and_the_weights_of_rewards(backend: str) -> None:
         stream = TokenStream(x["hidden"], x["weight"], x["targets"], torch.arange(18), temperature=temperature)
         with pytest.raises(ValueError, match=r"linear_grpo_loss: stream.temperature must be a finite number > 0"):
             linear_grpo_loss([stream], x["rewards"], x["cu_seqlens"], x["groups"], backend=backend)
-    for name in ("group_advantages", "dgs_select"):
+    for name in ("group_advantages", "dgs_select", "grpo_plan"):
         two = {"rewards": torch.rand(6, 2), "groups": x["groups"]}
         for weights in (torch.tensor([1.0, math.nan]), torch.tensor([math.inf, 1.0])):
             with pytest.raises(ValueError, match=f"{name}: weights must be finite"):

@@ -74,6 +74,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     return {
         "group_advantages": (api.group_advantages, select),
         "dgs_select": (api.dgs_select, select),
+        "grpo_plan": (api.grpo_plan, select),
         "grpo_loss": (api.grpo_loss, loss),
         "grpo_loss, advantages": (api.grpo_loss, given_advantages(loss)),
         "grpo_loss, by modality": (api.grpo_loss, loss | {"rewards": by_modality, "weights": None, "num_items": items}),
@@ -159,7 +160,8 @@ def test_dtypes_are_judged_by_the_float_operands_alone() -> None:
     """Integer offsets, masks and targets make no backend unsupported; a float64 operand does, wherever it is."""
     if dispatch.available()["native"] != "ok":
         pytest.skip(dispatch.available()["native"])
-    for name in ("grpo_loss", "linear_grpo_loss", "linear_logp", "selective_logp", "cfg_sample", "dgs_select"):
+    names = ("grpo_loss", "linear_grpo_loss", "linear_logp", "selective_logp", "cfg_sample", "dgs_select", "grpo_plan")
+    for name in names:
         op, arguments = CASES[name]
         op(**arguments, backend="native")
     op, arguments = CASES["grpo_loss"]

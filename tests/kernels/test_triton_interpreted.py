@@ -15,6 +15,7 @@ BATCHES = [
         "test_token_loss.py",
         "test_group_advantages.py",
         "test_dgs_select.py",
+        "test_grpo_plan.py",
         "test_prefix_decode_attention.py",
         "test_triton_decode_attention.py",
         "test_triton_ops.py",

@@ -1,17 +1,27 @@
-"""credit.py: what halves of a sample share, and what each token answers for."""
+"""credit.py: what halves of a sample share, what each token answers for, and the plan that comes of it."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from syncr1.engine.learn.credit import credited_rewards, shared_advantages, shared_within_samples
+from syncr1.engine.learn.credit import (
+    Credit,
+    StepPlan,
+    credited_rewards,
+    plan_of,
+    shared_advantages,
+    shared_within_samples,
+)
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.ensemble import RewardSet, combine
-from syncr1.kernels.api import group_advantages
+from syncr1.engine.settings.train_config import TrainConfig
+from syncr1.kernels.api import dgs_select, group_advantages
 
 NAN = math.nan
 REWARDS = RewardSet(
@@ -96,3 +106,69 @@ def test_advantages_of_a_missing_half_are_left_out() -> None:
     values[5] = NAN
     got = shared_advantages(values, rollouts, REWARDS, "group", 0.8).tokens_S2
     assert got[[2, 5]].isnan().all() and got[[0, 1, 3, 4]].isfinite().all()
+
+
+# The step's plan ------------------------------------------------------------------------------------------------------
+
+
+def plan(earnings: Credit, rollouts: list[Rollout], ranks: int = 1, anchors: bool = True, **changes: Any) -> StepPlan:
+    """`ranks`: as many that earned the same."""
+    return plan_of(
+        earnings,
+        rollouts,
+        TrainConfig(num_generations=4, **changes),
+        step=0,
+        holds_anchors=anchors,
+        sum_over_ranks=lambda values: values * ranks,
+    )
+
+
+def earned(*rewards: float) -> Credit:
+    values = torch.tensor(rewards)
+    return Credit(total_S=values, tokens_S2=values[:, None].expand(-1, 2).contiguous())
+
+
+def members(count: int, **changes: Any) -> list[Rollout]:
+    return [replace(rollout, **changes) for rollout in rollouts_of(1, count)[:count]]
+
+
+def test_the_plan_is_both_ops_on_the_credit() -> None:
+    credit, rollouts = earned(0.0, 1.0, 0.5, 0.5, 0.2, 0.2, 0.2, 0.2), members(8)
+    made = plan(credit, rollouts, dgs="variance_mass", dgs_mass=0.6)
+    offsets = torch.tensor([0, 4, 8])
+    expected = group_advantages(credit.total_S, offsets)
+    assert torch.equal(made.advantages_S2, expected[:, None].expand(8, 2)) and not made.advantages_S2[4:].any()
+    assert torch.equal(made.keep_S, dgs_select(credit.total_S, offsets, mass=0.6))
+    assert made.keep_S.tolist() == [True, True] + [False] * 6
+
+
+def test_each_modality_has_the_advantage_of_its_own_credit() -> None:
+    tokens = torch.stack([torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([0.3, 0.1, 0.2, NAN])], 1)
+    made = plan(Credit(total_S=tokens[:, 0], tokens_S2=tokens), members(4), credit="per_segment", dgs="none")
+    offsets = torch.tensor([0, 4])
+    for column in range(2):
+        assert torch.equal(made.advantages_S2[:, column], group_advantages(tokens[:, column].contiguous(), offsets))
+    assert made.advantages_S2[3, 1] == 0 and made.keep_S.all()
+
+
+def test_the_batch_is_that_of_all_ranks() -> None:
+    """As one call over both ranks' rewards, up to rounding."""
+    credit = earned(0.0, 1.0, 0.5, 0.5, 0.2, 0.9, 0.2, 0.2)
+    made = plan(credit, members(8), ranks=2, scale_rewards="batch", dgs="none")
+    both = group_advantages(credit.total_S.repeat(2), torch.arange(0, 17, 4), scale="batch")
+    torch.testing.assert_close(made.advantages_S2[:, 0], both[:8])
+
+
+def test_credit_that_is_an_advantage_is_divided_no_more() -> None:
+    credit = replace(earned(-0.5, 0.5, 0.0, 0.0), scale="none")
+    torch.testing.assert_close(plan(credit, members(4)).advantages_S2[:, 0], credit.total_S)
+    assert float(plan(earned(-0.5, 0.5, 0.0, 0.0), members(4)).advantages_S2.max()) > 1
+
+
+def test_anchors_and_what_was_dropped() -> None:
+    nothing, rewarded = earned(*[NAN] * 4), earned(0.0, 1.0, 0.2, NAN)
+    anchors = [replace(r, prompt=replace(r.prompt, rewarded=False)) for r in members(4)]
+    assert plan(nothing, anchors).keep_S.all() and not plan(nothing, anchors).advantages_S2.any()
+    assert not plan(nothing, anchors, anchors=False).keep_S.any()
+    dropped = [*members(2), *members(2, dropped=True)]
+    assert plan(rewarded, dropped, dgs="none").keep_S.tolist() == [True, True, False, False]

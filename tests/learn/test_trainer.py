@@ -202,11 +202,9 @@ def test_anchors_are_trained_on_without_advantage(world: Path, rewards: RewardSe
     """Every anchor is in a batch of anchors, unrewarded, so only the KL term acts on it; nothing else is like that."""
     run = Run(config_of(max_steps=1), world, rewards).train()
     (rewarded, anchors), _ = run.learner.given[0]
-    assert anchors.anchor and not rewarded.anchor and anchors.credit.isnan().all() and not rewarded.credit.isnan().any()
-    assert len(anchors.credit) == 4 == sum(not r.prompt.rewarded for r in run.steps[0][1])
+    assert anchors.anchor and not rewarded.anchor and not anchors.advantages.any() and rewarded.advantages.any()
+    assert len(anchors.advantages) == 4 == sum(not r.prompt.rewarded for r in run.steps[0][1])
     assert (anchors.cu_seqlens.diff() > 0).all() and anchors.ref_logp is not None
-    assert not group_advantages(anchors.credit[:, 0], anchors.group_offsets).any()
-    assert group_advantages(rewarded.credit[:, 0], rewarded.group_offsets).any()
 
 
 def test_anchors_alone_hold_the_policy_still(world: Path, rewards: RewardSet) -> None:
@@ -231,7 +229,7 @@ def test_anchors_are_dropped_without_a_kl_term(world: Path, rewards: RewardSet) 
         config_of(max_steps=1, beta=0.0, anchor_beta=0.0, anchor_fraction=0.0, dgs="none"), world, rewards, prompts
     ).train()
     (batch,), _ = run.learner.given[0]
-    assert len(batch.credit) == 4 and not batch.credit.isnan().any() and batch.ref_logp is None
+    assert len(batch.advantages) == 4 and batch.advantages.any() and batch.ref_logp is None
 
 
 @pytest.mark.parametrize("rule", ["variance_mass", "top_k"])
@@ -257,7 +255,7 @@ def test_batch_scale_knows_the_whole_step(world: Path, rewards: RewardSet) -> No
     run = Run(config, world, rewards).train()
     batches, _ = run.learner.given[0]
     assert len(batches) == 4
-    got = torch.cat([group_advantages(b.credit[:, 0], b.group_offsets, scale="none") for b in batches])
+    got = torch.cat([b.advantages[:, 0] for b in batches])
     expected = group_advantages(run.steps[0][2], torch.arange(0, 17, 4), scale="batch")
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 

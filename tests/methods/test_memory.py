@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import all_kinds_of_prompts, own_process_group, random_credit
+from helpers import all_kinds_of_prompts, own_process_group, random_advantages
 
 from syncr1.engine.forward.packing import pack
 from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
@@ -51,7 +51,7 @@ def measured(config: SyncR1Config, folder: Path) -> int:
             batches = pack(
                 policy,
                 rollouts,
-                random_credit(len(rollouts)),
+                random_advantages(len(rollouts), config.num_generations),
                 keep,
                 num_generations=config.num_generations,
                 max_tokens=config.max_tokens_per_microbatch,

@@ -18,7 +18,7 @@ from transformers import CLIPModel, CLIPProcessor
 from syncr1.engine.errors import ConfigError, PictureError
 from syncr1.engine.pictures import open_picture
 from syncr1.engine.rewards.builtin.batches import picture_pixels
-from syncr1.engine.rewards.builtin.clip import ClipImageReward, ClipScorer, ClipTextReward
+from syncr1.engine.rewards.builtin.clip import ClipImageReward, ClipPreview, ClipScorer, ClipTextReward
 from syncr1.engine.rewards.builtin.identity import IdentityReward
 from syncr1.engine.rewards.builtin.pretrained import Preparation
 
@@ -182,3 +182,29 @@ def test_bfloat16_is_close(folder: Path, scorer: ClipScorer, photos: list[Path])
     image = picture_pixels(photos[0])
     assert low.image_features(image[None]).dtype == torch.float32
     assert low.clip_t([image], ["two dogs"]) == pytest.approx(scorer.clip_t([image], ["two dogs"]), abs=0.05)
+
+
+def test_a_preview_is_scored_as_released(scorer: ClipScorer, photos: list[Path]) -> None:
+    """.65 CLIP-I + .35 CLIP-T of prompt and own words; None where one of them is missing, not another scale."""
+    image = picture_pixels(photos[0])
+    images, references = [image, image, None], [tuple(photos), (), tuple(photos)]
+    values = ClipPreview(scorer)(
+        images=images, references=references, prompts=["draw it"] * 3, completions=["a cat"] * 3
+    )
+    likeness, fit = scorer.clip_i([image], [photos])[0], scorer.clip_t([image], ["draw it a cat"])[0]
+    assert likeness is not None
+    assert values == [pytest.approx(0.65 * likeness + 0.35 * fit), None, None]
+    assert ClipPreview(scorer)(images=[None], references=[()], prompts=[""], completions=[""]) == [None]
+
+
+def test_a_text_that_is_cut_is_told_of_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Sync-R1's released preview left CLIP-T out there, so that its score changed its scale in silence."""
+    scorer = ClipScorer.from_pretrained(folder)
+    long = "a very long request " * 40
+    scorer.text_features(["two dogs"])
+    assert not caplog.records
+    features = scorer.text_features(["two dogs", long])
+    scorer.text_features([long + "more"])
+    (record,) = caplog.records
+    assert "CLIP reads 77 tokens" in record.getMessage() and "a very long request" in record.getMessage()
+    assert features.isfinite().all() and float(features.norm(dim=1)[1]) == pytest.approx(1.0)

@@ -78,6 +78,18 @@ def test_a_member_without_its_groups_reward_cannot_be_judged() -> None:
     torch.testing.assert_close(gate.score(PROMPTS, TEXTS, IMAGES)[[0, 1, 3]], torch.tensor([0.0, 0.25, 0.75]))
 
 
+def test_what_stands_for_the_rewards_in_a_preview_is_asked_in_their_place() -> None:
+    """Such as CLIP's score: on its own scale, whatever the rewards weigh; still only where drawings are rewarded."""
+    light, clip = Watching(), Watching(lacks="it is red")
+    rewards = RewardSet(functions={"light": light}, weights=(0.3,), kinds=("image",), preview=clip)
+    gate = build_preview(TrainConfig(preview_dead_band=0.005), rewards)
+    assert gate is not None and gate.dead_band == 0.005
+    scores = gate.score(PROMPTS, TEXTS, IMAGES)
+    torch.testing.assert_close(scores, torch.tensor([math.nan, 0.25, math.nan, 0.75]), equal_nan=True)
+    assert not light.shown and clip.shown[0]["completions"] == ["it is red", "it is blue", ""]
+    assert build_preview(TrainConfig(), RewardSet(functions={}, weights=(), kinds=(), preview=clip)) is None
+
+
 def test_anchors_alone_ask_nobody() -> None:
     light = Watching()
     gate = gate_of(light, Watching(), Watching())

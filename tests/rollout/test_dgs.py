@@ -19,12 +19,18 @@ IMAGES = torch.zeros(4, 3, 2, 2)
 
 
 def gate(
-    scores: Sequence[float] = (0.1, 0.4, 0.6, 0.9), *, threshold: float | None = 0.5, acceptance: float = 0.25
+    scores: Sequence[float] = (0.1, 0.4, 0.6, 0.9),
+    *,
+    threshold: float | None = 0.5,
+    acceptance: float = 0.25,
+    dead_band: float = 0.0,
 ) -> PreviewGate:
     def scorer(prompts: Sequence[Prompt], texts: Sequence[str], images: Tensor) -> Tensor:
         return torch.tensor(scores, dtype=torch.float64)
 
-    return PreviewGate(scorer, fraction=0.5, threshold=threshold, acceptance=acceptance, max_attempts=3)
+    return PreviewGate(
+        scorer, fraction=0.5, threshold=threshold, acceptance=acceptance, max_attempts=3, dead_band=dead_band
+    )
 
 
 def test_accepts_above_the_threshold_and_never_nan() -> None:
@@ -45,6 +51,40 @@ def test_threshold_moves_towards_the_target(accepted: int, direction: int) -> No
     assert one.threshold == pytest.approx(0.5 + max(-0.005, min(0.005, wanted - 0.5)))
     assert (one.threshold > 0.5) - (one.threshold < 0.5) == direction
     assert one.counts.tolist() == [0, 0], "the step's counts are forgotten"
+
+
+@pytest.mark.parametrize(
+    ("threshold", "accepted", "moved"),
+    [
+        (0.5, 15, 0.0),  # tau' - tau = .0041
+        (0.7, 40, 0.0),  # .0045
+        (0.5, 12, 0.005),  # .0054
+        (0.5, 38, -0.005),  # -.0053
+        (0.5, 0, 0.005),
+        (0.5, 100, -0.005),
+        (0.5, 25, 0.0),
+    ],
+)
+def test_the_released_threshold_moves_by_its_step_or_stays(threshold: float, accepted: int, moved: float) -> None:
+    """With a dead band of .005, for every acceptance rate; `moved` is against the sign of the rule's exponent."""
+    one = gate(threshold=threshold, dead_band=0.005)
+    one.observe(accepted, 100)
+    one.adapt()
+    assert one.threshold == pytest.approx(threshold - moved, abs=1e-12)
+    wanted = threshold ** (1 + 0.12 * (0.25 - accepted / 100))
+    assert (moved != 0.0) == (abs(wanted - threshold) > 0.005)
+    today = gate(threshold=threshold)
+    today.observe(accepted, 100)
+    today.adapt()
+    assert today.threshold == pytest.approx(threshold + max(-0.005, min(0.005, wanted - threshold)))
+
+
+def test_a_dead_band_wider_than_any_move_holds_the_threshold() -> None:
+    one = gate(dead_band=0.5)
+    for accepted in (0, 100):
+        one.observe(accepted, 100)
+        one.adapt()
+    assert one.threshold == 0.5
 
 
 def test_threshold_settles_where_the_target_is_met() -> None:

@@ -21,7 +21,8 @@ from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.pictures import open_picture
 from syncr1.engine.policies.emu3 import Emu3Policy
 from syncr1.engine.records import IMAGE, TEXT, Prompt, Rollout
-from syncr1.engine.rollout.preview import fill, preview_length
+from syncr1.engine.rollout.completion import fill
+from syncr1.engine.rollout.preview import preview_length
 from syncr1.engine.rollout.sampler import RolloutEngine, generate
 from syncr1.engine.rollout.sampling import Sampling
 

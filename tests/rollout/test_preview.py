@@ -12,7 +12,7 @@ from helpers import CHAIN, LONG_CHAIN, Gate, make_prompt, sharp_policy
 
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import Prompt, Rollout
-from syncr1.engine.rollout.preview import fill
+from syncr1.engine.rollout.completion import fill
 from syncr1.engine.rollout.sampler import RolloutEngine, generate
 from syncr1.engine.rollout.sampling import Sampling, trajectory_key
 
@@ -131,9 +131,3 @@ def test_what_cannot_be_judged_is_not_dropped(policy: JanusPolicy) -> None:
 def test_a_cap_of_one_survivor_is_refused() -> None:
     with pytest.raises(ValueError, match="min_keep must be at least 2"):
         Gate(threshold=0.5, max_attempts=1, min_keep=1)
-
-
-def test_fill_repeats_the_last_drawn_row() -> None:
-    assert fill(torch.arange(6)[None], 16).tolist() == [[0, 1, 2, 3, 4, 5, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]]
-    assert fill(torch.arange(16)[None], 16).tolist() == [list(range(16))]
-    assert fill(torch.tensor([[7]]), 4).tolist() == [[7, 7, 7, 7]]

@@ -66,6 +66,8 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"preview_threshold": 1.5}, "preview_threshold", "0 to 1"),
     ({"preview_acceptance": 0.0}, "preview_acceptance", "more than 0"),
     ({"preview_max_attempts": 0}, "preview_max_attempts", "at least 1"),
+    ({"preview_dead_band": -0.1}, "preview_dead_band", "at least 0"),
+    ({"preview_score": "clip"}, "clip", "expected a CLIP for preview_score clip"),
     ({"anchor_fraction": 1.0}, "anchor_fraction", "below 1"),
     ({"anchor_beta": 0.0}, "anchor_fraction", "the KL term alone"),
     ({"zero_stage": 4}, "zero_stage", "one of 0, 1, 2, 3"),

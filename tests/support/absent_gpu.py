@@ -22,7 +22,7 @@ from syncr1.kernels import dispatch
 
 DEVICE = torch.device("cuda", 1)
 """Not the current one: a launch has to choose it."""
-OPS = ("group_advantages", "dgs_select", "grpo_loss", "linear_grpo_loss", "linear_logp", "selective_logp")
+OPS = ("group_advantages", "dgs_select", "grpo_plan", "grpo_loss", "linear_grpo_loss", "linear_logp", "selective_logp")
 OPS += ("cfg_sample", "prefix_decode_attention")
 WAITS = ("aten._local_scalar_dense", "aten.nonzero.", "aten.is_nonzero", "aten.equal.", "aten.masked_select")
 WAITS += ("aten._unique2", "aten.unique_dim", "aten.repeat_interleave.Tensor", "aten.bincount")
@@ -171,6 +171,7 @@ def absent_gpu(patch: pytest.MonkeyPatch) -> Iterator[AbsentGPU]:
     implementations = SimpleNamespace(
         group_advantages=flat(groups.score, groups.AdvantageInputs),
         dgs_select=flat(groups.select, groups.SelectionInputs),
+        grpo_plan=flat(groups.make_plan, groups.SelectionInputs),
         grpo_loss=flat(loss.form_loss, loss.TokenLossInputs),
         linear_grpo_loss=flat(linear_loss.form_linear_loss, linear_loss.LinearLossInputs),
         linear_logp=flat(logp.score_head, logp.HiddenInputs),

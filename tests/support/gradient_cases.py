@@ -31,9 +31,10 @@ from torch import Tensor
 
 from syncr1.engine.forward.objective import Objective
 from syncr1.engine.forward.packing import pack
-from syncr1.engine.learn.credit import shared_within_samples
+from syncr1.engine.learn.credit import Credit, StepPlan, plan_of, shared_within_samples
 from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.optimizer import LearnerSettings
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.processes.meeting import free_port
 from syncr1.engine.records import PackedBatch, Prompt, Rollout
@@ -42,7 +43,6 @@ from syncr1.engine.rollout.sampling import Sampling
 from syncr1.engine.world import tiny_janus
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus
-from syncr1.kernels.api import dgs_select
 
 GROUP = 3
 MICRO_BATCHES, RANKS = (1, 4, 8), (1, 2, 4)
@@ -182,16 +182,17 @@ def stale(rollout: Rollout, generator: torch.Generator) -> Rollout:
     return replace(rollout, segments=tuple(parts))
 
 
-def kept(batch: Batch, credit: str, pruned: bool) -> Tensor:
-    """[S] bool, as the trainer decides it."""
-    anchors = torch.tensor([not rollout.prompt.rewarded for rollout in batch.rollouts])
-    if not pruned:
-        return torch.ones_like(anchors)
-    offsets = torch.arange(0, len(batch.rollouts) + 1, GROUP, dtype=torch.int32)
-    rewards: Any = batch.credit[:, 0]
-    if credit == "per_segment":
-        rewards = {"text": batch.credit[:, 0], "image": batch.credit[:, 1]}
-    return dgs_select(rewards, offsets, rule="variance_mass", mass=0.7) | anchors
+def planned(batch: Batch, credit: Any, pruned: bool) -> StepPlan:
+    """As the trainer plans it; where nothing is pruned, trajectories whose rewards failed stay, too."""
+    config = SyncR1Config(num_generations=GROUP, credit=credit, dgs="variance_mass" if pruned else "none", dgs_mass=0.7)
+    return plan_of(
+        Credit(total_S=batch.credit[:, 0], tokens_S2=batch.credit),
+        batch.rollouts,
+        config,
+        step=0,
+        holds_anchors=True,
+        sum_over_ranks=lambda values: values,
+    )
 
 
 def share_of(batch: Batch, rank: int, num_ranks: int) -> list[int]:
@@ -206,13 +207,15 @@ def micro_batches(
 ) -> list[PackedBatch]:
     """The rank's share in exactly `count` micro-batches, by the budget of tokens."""
     batch = batch_of(data, folder)
-    everything = kept(batch, credit, pruned)
+    plan = planned(batch, credit, pruned)
     mine = share_of(batch, rank, num_ranks)
     for _ in range(0, len(mine), GROUP):
         mine = mine[GROUP:] + mine[:GROUP]  # a budget may leave a number out; from another group on it does not
-        rollouts, rewards, keep = [batch.rollouts[i] for i in mine], batch.credit[mine], everything[mine]
+        rollouts = [batch.rollouts[i] for i in mine]
 
-        def packed(budget: int, given: Any = (rollouts, rewards, keep)) -> list[PackedBatch]:
+        def packed(
+            budget: int, given: Any = (rollouts, plan.advantages_S2[mine], plan.keep_S[mine])
+        ) -> list[PackedBatch]:
             return pack(small_policy(), *given, num_generations=GROUP, max_tokens=budget)
 
         def few_enough(budget: int, packed: Callable[[int], list[PackedBatch]] = packed) -> bool:

@@ -35,6 +35,7 @@ from syncr1.engine.world.attributes import CONCEPTS, LOOKS
 from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.render import render
 from syncr1.engine.world.tiny_janus import build_policy
+from syncr1.kernels.api import group_advantages
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAIN: tuple[SegmentKind, ...] = ("text", "image")
@@ -183,9 +184,15 @@ def sampled(
     return generate(policy, all_kinds_of_prompts(folder)[:6], sampling)
 
 
-def random_credit(num: int, seed: int = 0) -> Tensor:
-    """[num, 2] float32, both columns alike, as shared credit has them."""
-    return torch.rand(num, 1, generator=torch.Generator().manual_seed(seed)).expand(-1, 2).contiguous()
+def random_rewards(num: int, seed: int = 0) -> Tensor:
+    """[num] float32."""
+    return torch.rand(num, generator=torch.Generator().manual_seed(seed))
+
+
+def random_advantages(num: int, num_generations: int, seed: int = 0) -> Tensor:
+    """[num, 2] float32 of `random_rewards`, both columns alike, as shared credit has them."""
+    offsets = torch.arange(0, num + 1, num_generations)
+    return group_advantages(random_rewards(num, seed), offsets)[:, None].expand(-1, 2).contiguous()
 
 
 def packed(
@@ -199,11 +206,10 @@ def packed(
     share_prefix: bool = True,
 ) -> list[PackedBatch]:
     keep = torch.ones(len(rollouts), dtype=torch.bool) if keep is None else keep
-    credit = random_credit(len(rollouts), seed)
     return pack(
         policy,
         rollouts,
-        credit,
+        random_advantages(len(rollouts), num_generations, seed),
         keep,
         num_generations=num_generations,
         max_tokens=max_tokens,

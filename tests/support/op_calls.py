@@ -19,6 +19,7 @@ from syncr1.kernels.api import (
     dgs_select,
     group_advantages,
     grpo_loss,
+    grpo_plan,
     linear_grpo_loss,
     linear_logp,
     prefix_decode_attention,
@@ -153,6 +154,7 @@ def _decode(units: int) -> Leaves:
 OPS: dict[str, OpCall] = {
     "group_advantages": OpCall(_rewards, lambda x, **o: group_advantages(x["rewards"], x["groups"], **o)),
     "dgs_select": OpCall(_rewards, lambda x, **o: dgs_select(x["rewards"], x["groups"], **o)),
+    "grpo_plan": OpCall(_rewards, lambda x, **o: grpo_plan(x["rewards"], x["groups"], **({"dgs": "top_k"} | o))),
     "grpo_loss": OpCall(
         _loss,
         lambda x, **o: grpo_loss(

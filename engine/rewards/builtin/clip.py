@@ -1,14 +1,16 @@
 """CLIP: how well a drawing fits a text (CLIP-T), and how much it looks like given pictures (CLIP-I).
 
-Both are cosines between features of length 1.  Texts above CLIP's 77 tokens are cut, their end mark kept: CLIP's own
-tokenizer raises there, which made Sync-R1's released score change its scale in silence.  Features of texts and of given
-pictures are kept.  Pictures are prepared on the model's device from tensors, as the checkpoint's processor would.
+Both are cosines between features of length 1.  Texts above CLIP's 77 tokens are cut, their end mark kept, and the first
+one is told of: CLIP's own tokenizer raises there, which made Sync-R1's released score change its scale in silence.
+Features of texts and of given pictures are kept.  Pictures are prepared on the model's device from tensors, as the
+checkpoint's processor would.
 
 Dims: n images, D features.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,10 @@ from transformers import CLIPImageProcessor, CLIPModel
 from ...pictures import ImageRef
 from .batches import Kept, by_shape, check_images, picture_pixels
 from .pretrained import Preparation, Pretrained, frozen
+
+logger = logging.getLogger(__name__)
+PREVIEW_WEIGHTS = (0.65, 0.35)
+"""Of CLIP-I and CLIP-T in the released preview."""
 
 
 class ClipScorer(Pretrained):
@@ -49,6 +55,7 @@ class ClipScorer(Pretrained):
         self.model, self.tokenizer, self.preparation = frozen(model), tokenizer, preparation
         self.batch_size = batch_size
         self.max_length = int(model.config.text_config.max_position_embeddings)
+        self._cut_told = False
         self._texts: Kept[str, Tensor] = Kept(self._of_texts, _num_bytes, max_bytes)
         self._pictures: Kept[ImageRef, Tensor] = Kept(self._of_pictures, _num_bytes, max_bytes)
 
@@ -109,6 +116,7 @@ class ClipScorer(Pretrained):
         found: list[Tensor] = []
         for start in range(0, len(texts), self.batch_size):
             part = texts[start : start + self.batch_size]
+            self._tell_of_cut(part)
             inputs = self.tokenizer(
                 part, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
             ).to(self.model.device)
@@ -116,6 +124,21 @@ class ClipScorer(Pretrained):
             features = F.normalize(self.model.text_projection(pooled).float(), dim=-1).cpu()
             found += [feature.clone() for feature in features]
         return found
+
+    def _tell_of_cut(self, texts: Sequence[str]) -> None:
+        """Once in its life: the first text of which it reads only the beginning."""
+        if self._cut_told or not texts:
+            return
+        lengths = [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+        longest = max(range(len(texts)), key=lengths.__getitem__)
+        if lengths[longest] > self.max_length:
+            self._cut_told = True
+            logger.warning(
+                "CLIP reads %d tokens of a text; %r has %d, and what is behind is cut (told once)",
+                self.max_length,
+                texts[longest][:80],
+                lengths[longest],
+            )
 
 
 def _num_bytes(feature: Tensor) -> int:
@@ -159,4 +182,36 @@ class ClipImageReward:
         real = [[ref] for i in rows if (ref := real_image[i]) is not None]
         for row, value in zip(rows, self.scorer.clip_i(drawn, real), strict=True):
             rewards[row] = value
+        return rewards
+
+
+class ClipPreview:
+    """.65 CLIP-I (mean over the concept's photos) + .35 CLIP-T of an image that is still being drawn; None without an
+    image or without photos: CLIP-T alone, a third as large, would be on another scale than the threshold.
+
+    The text is what the image is drawn from: the prompt, then the policy's own words, which CLIP's limit cuts first.
+    Source: the released Sync-R1.
+    """
+
+    def __init__(self, scorer: ClipScorer) -> None:
+        self.scorer = scorer
+        self.__name__ = "preview"
+
+    def __call__(
+        self,
+        *,
+        images: Sequence[Tensor | None],
+        references: Sequence[Sequence[ImageRef]],
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        **_: Any,
+    ) -> list[float | None]:
+        rows = [i for i, image in enumerate(images) if image is not None and references[i]]
+        rewards: list[float | None] = [None] * len(images)
+        drawn = [image for i in rows if (image := images[i]) is not None]
+        likeness = self.scorer.clip_i(drawn, [references[i] for i in rows])
+        fit = self.scorer.clip_t(drawn, [f"{prompts[i]} {completions[i]}".strip() for i in rows])
+        for row, alike, fits in zip(rows, likeness, fit, strict=True):
+            assert alike is not None  # it has photos
+            rewards[row] = PREVIEW_WEIGHTS[0] * alike + PREVIEW_WEIGHTS[1] * fits
         return rewards
