@@ -30,7 +30,7 @@ from ..stopwatch import Stopwatch, split
 from .credit import Credit, CreditRule, credited_rewards, over_deviation
 from .failing import Failing
 from .learner import Learner
-from .metrics import merged, of_guidance, of_rewards, of_rollouts, of_savings, trl_names
+from .metrics import counted, merged, of_guidance, of_rewards, of_rollouts, of_savings, trl_names
 from .schedule import learning_rate
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
@@ -134,6 +134,7 @@ class Trainer:
         return Sampling(
             num_generations=c.num_generations,
             temperature=c.temperature,
+            image_temperature=c.image_temperature,
             max_text_tokens=c.max_completion_length,
             cfg_weight=c.cfg_weight,
             seed=c.seed,
@@ -179,7 +180,7 @@ class Trainer:
         c = self.config
         seconds = split(self._time.seconds, rollout=self.rollouts.stats.seconds, update=self.learner.seconds)
         num_sampled, elapsed = sum(s.tokens.numel() for r in rollouts for s in r.segments), sum(seconds.values())
-        values = trl_names(learned)
+        values = {**trl_names(learned), **self.learner.scoring}
         if c.replay_check_steps == 0 or self.step % c.replay_check_steps:
             values.pop("rollout/replay_logp_max_abs", None)
         elif c.cfg_weight != 1.0:
@@ -188,7 +189,7 @@ class Trainer:
             **of_rewards(table, credit.total_S, c.num_generations),
             "learning_rate": learning_rate(c, self.step),
             **of_rollouts(rollouts),
-            "dgs/keep_fraction": float(keep_S.float().mean()),
+            **counted({"dgs/keep_fraction": float(keep_S.float().mean())}, keep_S.numel()),
             **of_savings(batches, self.rollouts.stats, num_sampled),
             "num_tokens": float(num_sampled),
             "tokens_per_second": num_sampled / max(elapsed, 1e-9),

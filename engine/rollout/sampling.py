@@ -15,6 +15,8 @@ class Sampling:
     num_generations: int = 8
     temperature: float = 1.0
     """0 is greedy."""
+    image_temperature: float | None = None
+    """Of image tokens; None: as `temperature`."""
     max_text_tokens: int = 16
     """Of each text segment."""
     cfg_weight: float = 1.0
