@@ -273,18 +273,22 @@ class Learner:
         text = torch.frombuffer(bytearray(json.dumps(dict(values)).encode()), dtype=torch.uint8)
         return [json.loads(bytes(part.tolist())) for part in self._of_all_ranks(text)]
 
+    def of_each_rank(self, count: int) -> list[int]:
+        """A number of each rank, in order of ranks. Collective."""
+        counts = torch.zeros(self.world_size, dtype=torch.long)
+        counts[self.rank] = count
+        return [int(number) for number in self.all_reduce(counts).tolist()]
+
     def _of_all_ranks(self, values: Tensor) -> list[Tensor]:
         """A vector of each rank, of any length, in order of ranks; on the CPU. Collective."""
         if self.world_size == 1:
             return [values.cpu()]
-        lengths = torch.zeros(self.world_size, dtype=torch.long)
-        lengths[self.rank] = values.numel()
-        lengths = self.all_reduce(lengths)
-        mine = values.new_zeros(int(lengths.max()), device=self.device)
+        lengths = self.of_each_rank(values.numel())
+        mine = values.new_zeros(max(lengths), device=self.device)
         mine[: values.numel()] = values
         parts = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(parts, mine)
-        return [part[:length].cpu() for part, length in zip(parts, lengths.tolist(), strict=True)]
+        return [part[:length].cpu() for part, length in zip(parts, lengths, strict=True)]
 
     def save(self, folder: Path, add: Callable[[Path], object] = lambda draft: None) -> None:
         """The policy in transformers' format, adapters added to its weights, and beside it in peft's; every rank must

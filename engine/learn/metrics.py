@@ -22,6 +22,7 @@ from ..rewards.scoring import RewardTable
 from ..rollout.sampling import RolloutStats
 
 SUMS = {"num_tokens", "tokens_per_second", "reward_failures", "pack/tokens", "rollout/prefill_tokens"}
+SUMS |= {"refill/groups_discarded"}
 SUMS |= {f"tokens/{name}" for name in MODALITY_NAMES}
 LARGEST = {"step_time", "rollout/replay_logp_max_abs", "rollout/kv_mib", "updates_skipped"}
 LARGEST |= {f"ratio_max/{name}" for name in MODALITY_NAMES}

@@ -18,7 +18,6 @@ from syncr1.kernels.api import dgs_select
 
 from ..errors import RewardError, RewardsFailed
 from ..forward.packing import pack
-from ..policies.base import Policy
 from ..records import PackedBatch, Prompt, Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
 from ..rewards.scoring import RewardTable, score
@@ -31,6 +30,7 @@ from .credit import Credit, CreditRule, credited_rewards, over_deviation
 from .failing import Failing
 from .learner import Learner
 from .metrics import counted, merged, of_guidance, of_rewards, of_rollouts, of_savings, trl_names
+from .refill import Drawn, Waste, refilled
 from .schedule import learning_rate
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
@@ -45,6 +45,10 @@ class Prompts(Protocol):
     """An endless, resumable source of prompts."""
 
     def next_step(self) -> list[Prompt]: ...
+
+    def more(self, wanted: Sequence[int]) -> list[Prompt] | None:
+        """Others for the step under way, by ranks, as `PromptStream.more`; asked for by `refill`."""
+        ...
 
 
 class Trainer:
@@ -96,22 +100,20 @@ class Trainer:
         config, learner, stage = self.config, self.learner, self._stage
         self._time = Stopwatch()
         learner.set_learning_rate(learning_rate(config, self.step))
-        prompts = self.prompts.next_step()
-        with stage("rollout"), learner.sampling() as policy:
-            rollouts = self.rollouts.generate(prompts, self._sampling(), self.preview)
-        with stage("reward"):
-            table = self._scored(rollouts)
+        drawn, waste = self._draw(self.prompts.next_step()), None
+        if config.refill:
+            drawn, waste = self._refilled(drawn)
         with stage("pack"):
-            credit = self.credit(table.values, rollouts)
-            keep_S = self._keep(rollouts, credit)
-            batches = self._packed(policy, rollouts, credit, keep_S)
+            credit = self.credit(drawn.table.values, drawn.rollouts)
+            keep_S = self._keep(drawn.rollouts, credit)
+            batches = self._packed(drawn.rollouts, credit, keep_S)
         with stage("score"):
             scored = learner.score(batches)
         with stage("update"):
             learned = learner.update(scored)
-        metrics = self._metrics(rollouts, table, credit, keep_S, batches, learned)
+        metrics = self._metrics(drawn, waste, credit, keep_S, batches, learned)
         self.step += 1
-        self.on_step(metrics, rollouts, credit.total_S)
+        self.on_step(metrics, drawn.rollouts, credit.total_S)
         if self._ended:
             raise RewardsFailed(f"step {self.step}: {self._ended}")
         return metrics
@@ -121,6 +123,30 @@ class Trainer:
         self.on_stage(name, self.step)
         with self._time(name):
             yield
+
+    def _draw(self, prompts: Sequence[Prompt]) -> Drawn:
+        """Trajectories of prompts, possibly none, and their rewards. Collective under ZeRO-3."""
+        with self._stage("rollout"), self.learner.sampling():
+            rollouts = self.rollouts.generate(prompts, self._sampling(), self.preview)
+        with self._stage("reward"):
+            return Drawn(rollouts=rollouts, table=self._scored(rollouts), stats=self.rollouts.stats)
+
+    def _refilled(self, drawn: Drawn) -> tuple[Drawn, Waste]:
+        """What is left once groups without variance are drawn anew, and what was given up for it. Collective."""
+
+        def credit(drawn: Drawn) -> tuple[Tensor, Tensor]:
+            found = self.credit(drawn.table.values, drawn.rollouts)
+            return found.total_S, found.tokens_S2
+
+        return refilled(
+            drawn,
+            self.config.refill,
+            credit=credit,
+            wanted_by_ranks=self.learner.of_each_rank,
+            more=self.prompts.more,
+            draw=self._draw,
+            num_generations=self.config.num_generations,
+        )
 
     def _scored(self, rollouts: Sequence[Rollout]) -> RewardTable:
         """The rewards of the step; NaN all over where a function broke its contract, which ends the run after it."""
@@ -153,12 +179,12 @@ class Trainer:
         finished = torch.tensor([not rollout.dropped for rollout in rollouts])
         return (keep | anchors if objective.anchor_beta > 0 else keep & ~anchors) & finished
 
-    def _packed(self, policy: Policy, rollouts: Sequence[Rollout], credit: Credit, keep_S: Tensor) -> list[PackedBatch]:
+    def _packed(self, rollouts: Sequence[Rollout], credit: Credit, keep_S: Tensor) -> list[PackedBatch]:
         c, tokens_S2 = self.config, credit.tokens_S2
         if c.scale_rewards == "batch" and self.learner.objective.scale_rewards == "batch":
             tokens_S2 = over_deviation(tokens_S2, self.learner.all_reduce)
         return pack(
-            policy,
+            self.learner.policy,
             rollouts,
             tokens_S2,
             keep_S,
@@ -169,37 +195,40 @@ class Trainer:
 
     def _metrics(
         self,
-        rollouts: Sequence[Rollout],
-        table: RewardTable,
+        drawn: Drawn,
+        waste: Waste | None,
         credit: Credit,
         keep_S: Tensor,
         batches: Sequence[PackedBatch],
         learned: dict[str, float],
     ) -> StepMetrics:
         """Of the step, over all ranks. Collective."""
-        c = self.config
-        seconds = split(self._time.seconds, rollout=self.rollouts.stats.seconds, update=self.learner.seconds)
-        num_sampled, elapsed = sum(s.tokens.numel() for r in rollouts for s in r.segments), sum(seconds.values())
+        c, rollouts = self.config, drawn.rollouts
+        seconds = split(self._time.seconds, rollout=drawn.stats.seconds, update=self.learner.seconds)
+        num_kept, elapsed = sum(s.tokens.numel() for r in rollouts for s in r.segments), sum(seconds.values())
+        num_sampled = num_kept + (0 if waste is None else waste.tokens)
         values = {**trl_names(learned), **self.learner.scoring}
         if c.replay_check_steps == 0 or self.step % c.replay_check_steps:
             values.pop("rollout/replay_logp_max_abs", None)
         elif c.cfg_weight != 1.0:
             values |= of_guidance(rollouts)
         values |= {
-            **of_rewards(table, credit.total_S, c.num_generations),
+            **of_rewards(drawn.table, credit.total_S, c.num_generations),
             "learning_rate": learning_rate(c, self.step),
             **of_rollouts(rollouts),
             **counted({"dgs/keep_fraction": float(keep_S.float().mean())}, keep_S.numel()),
-            **of_savings(batches, self.rollouts.stats, num_sampled),
+            **of_savings(batches, drawn.stats, num_kept),
             "num_tokens": float(num_sampled),
             "tokens_per_second": num_sampled / max(elapsed, 1e-9),
             "step_time": elapsed,
         }
+        if waste is not None:
+            values |= waste.metrics(credit.total_S, num_kept)
         if self.preview is not None:
             values["rollout/preview_threshold"] = math.nan if self.preview.threshold is None else self.preview.threshold
             values["rollout/preview_acceptance"] = self._adapt_preview(self.preview)
         shown = sum(rollout.prompt.rewarded and not rollout.dropped for rollout in rollouts)
-        ranks = self.learner.gathered(values | self._failing.told(table, shown))
+        ranks = self.learner.gathered(values | self._failing.told(drawn.table, shown))
         self._ended = self._failing.heard(ranks)
         return StepMetrics(step=self.step, values=merged(ranks), seconds=seconds)
 

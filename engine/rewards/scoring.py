@@ -52,6 +52,20 @@ class RewardTable:
         values[list(rows)] = self.values
         return replace(self, values=values)
 
+    def of_rows(self, rows: Sequence[int]) -> RewardTable:
+        """The same of a part of the trajectories."""
+        return replace(self, values=self.values[list(rows)])
+
+    def and_then(self, later: RewardTable) -> RewardTable:
+        """Both, one behind the other, of the same functions."""
+        failures = {name: count + later.failures.get(name, 0) for name, count in self.failures.items()}
+        return RewardTable(
+            values=torch.cat([self.values, later.values]),
+            names=self.names,
+            failures=failures,
+            errors={**self.errors, **later.errors},
+        )
+
 
 def score(
     rollouts: Sequence[Rollout],
