@@ -249,8 +249,8 @@ def fails_together(training: Training) -> None:
 
 
 def main(folder: Path) -> None:
-    """Under ZeRO 0, 2 and 3: three steps at a stretch, and the last two again from a checkpoint, under 3 with groups that
-    are drawn anew; then what one rank has left in `one`, under ZeRO 3."""
+    """Under ZeRO 0, 2 and 3: three steps at a stretch, and the last two again from a checkpoint, under 3 with groups
+    that are drawn anew; then what one rank has left in `one`, under ZeRO 3."""
     torch.set_num_threads(1)
     init_distributed()
     world = folder / "world"
