@@ -163,6 +163,9 @@ class PackedBatch:
     """True for a batch of anchors, which are held harder than what is being trained."""
     old_logp: Tensor | None = None
     """[T] float32: the trainer's own forward before the first update."""
+    is_ratio: Tensor | None = None
+    """[T] float32: what a token's policy loss is multiplied by, from the scoring pass before the first update: the
+    correction for the sampler's policy, 0 where an entropy quantile leaves it out. None: 1 everywhere."""
     ref_logp: Tensor | None = None
     """[T] float32: the reference policy's; present when beta > 0."""
 

@@ -194,6 +194,7 @@ class CorlConfig(TrainConfig):
                 "num_train_epochs": self.refined_num_train_epochs,
                 "learning_rate": self.refined_learning_rate,
                 "beta": self.refined_beta,
+                "image_beta": None,
                 "num_generations": self.refined_num_generations,
                 "prompts_per_step": self.refined_t2i_prompts_per_step if t2i else self.refined_text_prompts_per_step,
                 **changes,

@@ -189,8 +189,8 @@ class CorlRun:
 
     def _put_together(self, config: CorlConfig, name: TrainingName, samples: list[Sample], start: Model) -> Training:
         policy = starting_policy(config, start.folder, self.display)
-        reference = add_adapters(config, policy) if config.lora_rank or config.beta else None
         objective, credit = objective_of(config, policy.num_image_tokens), None
+        reference = add_adapters(config, policy) if config.lora_rank or objective.needs_reference else None
         check_plans(policy, [prompt for sample in samples for prompt in sample])
         rewards = self.parts.rewards(name, policy, samples)
         if config.unify == "advantage" and name == "unified":

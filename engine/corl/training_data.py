@@ -147,6 +147,10 @@ class AlternatingStream:
         self.step += 1
         return stream.next_step()
 
+    def more(self, wanted: Sequence[int]) -> list[Prompt] | None:
+        """Of the stream that the step under way is of."""
+        return self.streams[(self.step - 1) % len(self.streams)].more(wanted)
+
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "streams": [stream.state_dict() for stream in self.streams]}
 

@@ -59,11 +59,17 @@ class Mixture:
             prompts, {task: MODE_SHARES[mode] / len(mine) for mode, mine in modes.items() for task in mine}, seed
         )
         self._anchors = _Mix(anchors, {task: ANCHOR_SHARES.get(task, 1.0) for task in by_task(anchors)}, seed)
+        self._taken: set[str] = set()
 
     def next_step(self) -> list[Sample]:
-        taken: set[str] = set()
-        step = self._prompts.draw(self.num_prompts, taken) + self._anchors.draw(self.num_anchors, taken)
+        self._taken = set()
+        step = self._prompts.draw(self.num_prompts, self._taken) + self._anchors.draw(self.num_anchors, self._taken)
         return [(prompt,) for prompt in step]
+
+    def more(self, count: int) -> list[Sample]:
+        """By the tasks' shares, whatever the tasks of those that they replace."""
+        left = sum(prompt.id not in self._taken for (prompt,) in self.samples if prompt.rewarded)
+        return [(prompt,) for prompt in self._prompts.draw(min(count, left), self._taken)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"prompts": self._prompts.state_dict(), "anchors": self._anchors.state_dict()}

@@ -33,6 +33,10 @@ class Order(Protocol):
 
     def next_step(self) -> list[Sample]: ...
 
+    def more(self, count: int) -> list[Sample]:
+        """At most `count` others for the step under way, rewarded ones; fewer where it has had all that there are."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -74,6 +78,26 @@ class PromptStream:
         if self.order.kinds_dealt_out and self.world_size > 1:  # all wait for the rank with the most drawings
             step.sort(key=_kind)
         return [prompt for sample in step[self.rank :: self.world_size] for prompt in sample]
+
+    def more(self, wanted: Sequence[int]) -> list[Prompt] | None:
+        """New prompts for the step under way, in place of some of this rank's samples.
+
+        Args:
+            wanted: how many samples each rank wants; all ranks call this with the same numbers.
+
+        Returns:
+            Those of this rank, whole samples, possibly fewer than it wants; None when no rank gets any.
+        """
+        added = self.order.more(sum(wanted))
+        left, turn, mine = list(wanted), 0, list[Prompt]()
+        for sample in added:
+            while not left[turn % self.world_size]:
+                turn += 1
+            rank = turn % self.world_size
+            left[rank] -= 1
+            turn += 1
+            mine += sample if rank == self.rank else ()
+        return mine if added else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on; plain numbers and text, so it can go into JSON."""
@@ -129,34 +153,47 @@ class Shuffled:
         self.fingerprint = _fingerprint(samples)
         self._epoch, self._drawn = 0, 0
         self._carried: list[int] = []
+        self._missing = 0
+        self._step: list[int] = []
         self._order = self._shuffled()
 
     def next_step(self) -> list[Sample]:
-        step: list[int] = []
-        while len(step) < self.prompts_per_step:
+        self._step = []
+        return self._draw(self.prompts_per_step)
+
+    def more(self, count: int) -> list[Sample]:
+        """One that the step has from the epoch before is passed over, and waits for the next epoch."""
+        return self._draw(min(count, len(self.samples) - len(self._step)))
+
+    def _draw(self, count: int) -> list[Sample]:
+        """The next `count` that the step under way has not; it has them then."""
+        begin = len(self._step)
+        while (missing := begin + count - len(self._step)) > 0:
             if self._drawn == len(self.samples):
-                self._epoch, self._drawn, self._carried = self._epoch + 1, 0, list(step)
+                self._epoch, self._drawn, self._carried, self._missing = self._epoch + 1, 0, list(self._step), missing
                 self._order = self._shuffled()
-            taken = self._order[self._drawn : self._drawn + self.prompts_per_step - len(step)]
-            self._drawn += len(taken)
-            step += taken
-        return [self.samples[index] for index in step]
+            index = self._order[self._drawn]
+            self._drawn += 1
+            self._step += [] if index in self._step else [index]
+        return [self.samples[index] for index in self._step[begin:]]
 
     def _shuffled(self) -> list[int]:
         """This epoch's order. Samples that the step under way has already are moved behind the rest of that step."""
         order = permutation(f"{self.seed}/{self._epoch}", len(self.samples))
-        missing = self.prompts_per_step - len(self._carried)
-        first = [index for index in order if index not in self._carried][:missing] if self._carried else []
+        carried = set(self._carried)
+        first = [index for index in order if index not in carried][: self._missing] if carried else []
         return first + [index for index in order if index not in first]
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "epoch": self._epoch,
             "drawn": self._drawn,
             "carried": list(self._carried),
             "samples_per_step": self.prompts_per_step,
             "seed": self.seed,
         }
+        refilled = self._carried and self._missing != self.prompts_per_step - len(self._carried)
+        return {**state, "missing": self._missing} if refilled else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         size = state["samples_per_step"]  # what states have always called it
@@ -165,6 +202,7 @@ class Shuffled:
                 raise ValueError(f"PromptStream: the saved state has {name} {then}, this run {now}; resume with {then}")
         self._epoch, self._drawn = int(state["epoch"]), int(state["drawn"])
         self._carried = [int(index) for index in state["carried"]]
+        self._missing = int(state.get("missing", self.prompts_per_step - len(self._carried)))
         self._order = self._shuffled()
 
 

@@ -21,6 +21,8 @@ from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
 from ..policies.attention_interface import PackedLayout
 from ..policies.base import Policy
 from ..records import IMAGE, MODALITY_NAMES, PackedBatch
+from ..settings.modality import clip_of, each, value_of
+from ..settings.train_config import ImportanceCorrection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +38,19 @@ class Objective:
     importance_sampling_level: Literal["token", "sequence"] = "token"
     epsilon: float = 0.2
     epsilon_high: float | None = None
+    image_epsilon: float | None = None
+    image_epsilon_high: float | None = None
     delta: float | None = None
     beta: float = 0.0
+    image_beta: float | None = None
     anchor_beta: float = 0.0
     """KL weight on batches of anchors."""
     temperature: float = 1.0
+    image_temperature: float | None = None
+    importance_correction: ImportanceCorrection = "none"
+    importance_level: Literal["token", "sequence"] = "token"
+    importance_cap: float = 3.0
+    top_entropy_quantile: float = 1.0
     credit: Literal["shared", "per_segment", "image_only"] = "shared"
     text_loss_weight: float = 1.0
     image_loss_weight: float = 1.0
@@ -49,7 +59,13 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        return self.beta > 0 or self.anchor_beta > 0
+        return self.beta > 0 or (self.image_beta or 0) > 0 or self.anchor_beta > 0
+
+    @property
+    def scores_first(self) -> bool:
+        """The update begins with a forward pass without gradient, from which `weights.py` says what each token's loss
+        is multiplied by."""
+        return self.importance_correction != "none" or self.top_entropy_quantile < 1
 
 
 class PolicyForward(nn.Module):
@@ -83,6 +99,8 @@ class PolicyForward(nn.Module):
         if num_items is None:
             return self._log_probabilities(streams, batch.tokens.numel())
         o = self.objective
+        lows, highs = zip(*(clip_of(o, name) for name in MODALITY_NAMES), strict=True)
+        betas = [value_of(o, "beta", name) for name in MODALITY_NAMES]
         weights = {"text": 0.0 if o.credit == "image_only" else o.text_loss_weight, "image": o.image_loss_weight}
         out = linear_grpo_loss(
             streams,
@@ -96,10 +114,11 @@ class PolicyForward(nn.Module):
             ref_logp=batch.ref_logp,
             loss_type="dapo" if o.loss_type == "bnpo" else o.loss_type,
             ratio=o.importance_sampling_level,
-            clip_low=o.epsilon,
-            clip_high=o.epsilon if o.epsilon_high is None else o.epsilon_high,
+            is_ratio=batch.is_ratio,
+            clip_low=each(*lows),
+            clip_high=each(*highs),
             delta=o.delta,
-            beta=o.anchor_beta if batch.anchor else o.beta,
+            beta=o.anchor_beta if batch.anchor else each(*betas),
             num_items=num_items,
             max_length=o.max_length,
             weight=weights,
@@ -124,7 +143,7 @@ class PolicyForward(nn.Module):
                     targets=batch.tokens[rows],
                     rows=rows,
                     bias=head.bias,
-                    temperature=self.objective.temperature,
+                    temperature=value_of(self.objective, "temperature", name),
                     modality=name,
                     forbidden=head.forbidden,
                 )

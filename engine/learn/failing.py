@@ -44,9 +44,7 @@ class Failing:
         """What this rank tells the others of a step: 1 for yes, 0 for no, NaN where nothing was called."""
         self._errors = dict(table.errors)
         asked = num_shown > 0 and not self._broken
-        flags = {
-            f"{MARK}of/{name}": float(table.failures.get(name, 0) > 0) if asked else math.nan for name in self.names
-        }
+        flags = {f"{MARK}of/{name}": float(name in table.errors) if asked else math.nan for name in self.names}
         has_any = float(not bool(table.values.isnan().all())) if asked else math.nan
         return flags | {ANY: has_any, BROKEN: float(bool(self._broken))}
 

@@ -36,6 +36,8 @@ from ..processes.group import local_device
 from ..processes.watchdog import gathering
 from ..records import MODALITY_NAMES, PackedBatch
 from ..stopwatch import Stopwatch
+from .correction import of_high_entropy, sampler_ratio
+from .metrics import COUNT, pooled
 from .optimizer import ClippedAdamW, LearnerSettings, clips_here, deepspeed_config
 
 logger = logging.getLogger(__name__)
@@ -72,11 +74,19 @@ class Learner:
         forward = PolicyForward(policy, objective)
         trained = [p for p in forward.parameters() if p.requires_grad]
         adamw = ClippedAdamW if clips_here(settings) else torch.optim.AdamW
-        optimizer = adamw(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
+        optimizer = adamw(
+            trained,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+        )
         if isinstance(optimizer, ClippedAdamW):
             optimizer.max_norm = settings.max_grad_norm or math.inf
         self._skipped_in_a_row = 0
         self._time = Stopwatch()
+        self.scoring: Mapping[str, float] = {}
+        """Of the last `score`, by its own trajectories: how far sampler and trainer disagree, under TRL's names."""
         if self.device.type == "cpu":
             # DeepSpeed would compile its shared-memory collective for half a minute; gloo does as well here.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -126,20 +136,41 @@ class Learner:
 
     @torch.no_grad()
     def score(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """The batches with `ref_logp` where a KL term needs it, and `old_logp` where several updates follow.
+        """The batches with `ref_logp` where a KL term needs it, `old_logp` where several updates follow, and `is_ratio`
+        where the objective corrects for the sampler or leaves tokens out.  What that says is then in `scoring`.
 
         With one update per rollout the loss takes its own detached log-probabilities as the old ones: the same numbers.
         """
-        scored = []
+        several, scores_first = self.settings.num_iterations > 1, self.objective.scores_first
+        scored: list[PackedBatch] = []
+        entropies: list[Tensor] = []
+        told: list[dict[str, float]] = []
         for batch in self._aligned(batches):
             moved = batch.to(self.device)
             ref = self._reference(moved)["logp"] if self._reference is not None else None
             if self._base_inside:
                 with adapter_disabled(self.policy):
                     ref = self.engine(moved)["logp"]
-            old = self.engine(moved)["logp"] if self.settings.num_iterations > 1 else None
-            scored.append(replace(moved, ref_logp=ref, old_logp=old))
-        return scored
+            out = self.engine(moved) if several or scores_first else {}
+            ratio: Tensor | None = None
+            if self.objective.importance_correction != "none":
+                ratio, values = sampler_ratio(moved, out["logp"], self.objective)
+                told.append(values)
+            if scores_first:
+                entropies.append(out["entropy"])
+            scored.append(replace(moved, ref_logp=ref, old_logp=out["logp"] if several else None, is_ratio=ratio))
+        self.scoring = pooled(told)
+        return self._of_high_entropy(scored, entropies) if self.objective.top_entropy_quantile < 1 else scored
+
+    def _of_high_entropy(self, batches: Sequence[PackedBatch], entropies: Sequence[Tensor]) -> list[PackedBatch]:
+        """The batches with 0 in `is_ratio` where `top_entropy_quantile` leaves a token out. Collective."""
+        high = of_high_entropy(
+            batches, entropies, self.objective.top_entropy_quantile, lambda own: torch.cat(self._of_all_ranks(own))
+        )
+        return [
+            replace(batch, is_ratio=mask.float() if batch.is_ratio is None else batch.is_ratio * mask)
+            for batch, mask in zip(batches, high, strict=True)
+        ]
 
     def update(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         """`num_iterations` optimizer steps on the scored batches; returns the last one's metrics under TRL's names, and
@@ -158,7 +189,7 @@ class Learner:
 
     def _step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         num_items, shares = self._normalisers(batches)
-        collected: dict[str, list[tuple[float, float]]] = {}
+        told: list[dict[str, float]] = []
         total, replay, finite = 0.0, 0.0, True
         for batch, share in zip(batches, shares, strict=True):
             with self._time("forward"), non_finite_passes():
@@ -168,15 +199,10 @@ class Learner:
             total += float(out["loss"].detach())
             replay = max(replay, replay_error(batch, out["logp"]))
             finite &= math.isfinite(float(out["loss"].detach() + out["logp"].sum()))
-            weight = float(batch.loss_mask.sum())
-            for name, value in out.items():
-                if name.startswith("metric/"):
-                    collected.setdefault(name.removeprefix("metric/"), []).append((float(value), weight))
-                if name.startswith("metric/kl/") and batch.anchor and weight:
-                    collected.setdefault(name.replace("metric/kl/", "kl_anchors/"), []).append((float(value), weight))
+            told.append(measured(batch, out))
         with self._time("optimizer"):
             self.engine.step()
-        metrics = {name: _mean(pairs) for name, pairs in collected.items()}
+        metrics = pooled(told)
         norm = self._grad_norm()
         skipped = not math.isfinite(norm)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
@@ -245,13 +271,24 @@ class Learner:
         if self.world_size == 1:
             return [dict(values)]
         text = torch.frombuffer(bytearray(json.dumps(dict(values)).encode()), dtype=torch.uint8)
-        longest = int(self.all_reduce(torch.tensor([text.numel()]), op=dist.ReduceOp.MAX))
-        mine = torch.full((longest,), ord(" "), dtype=torch.uint8)
-        mine[: text.numel()] = text
-        mine = mine.to(self.device)
+        return [json.loads(bytes(part.tolist())) for part in self._of_all_ranks(text)]
+
+    def of_each_rank(self, count: int) -> list[int]:
+        """A number of each rank, in order of ranks. Collective."""
+        counts = torch.zeros(self.world_size, dtype=torch.long)
+        counts[self.rank] = count
+        return [int(number) for number in self.all_reduce(counts).tolist()]
+
+    def _of_all_ranks(self, values: Tensor) -> list[Tensor]:
+        """A vector of each rank, of any length, in order of ranks; on the CPU. Collective."""
+        if self.world_size == 1:
+            return [values.cpu()]
+        lengths = self.of_each_rank(values.numel())
+        mine = values.new_zeros(max(lengths), device=self.device)
+        mine[: values.numel()] = values
         parts = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(parts, mine)
-        return [json.loads(bytes(part.cpu().tolist())) for part in parts]
+        return [part[:length].cpu() for part, length in zip(parts, lengths, strict=True)]
 
     def save(self, folder: Path, add: Callable[[Path], object] = lambda draft: None) -> None:
         """The policy in transformers' format, adapters added to its weights, and beside it in peft's; every rank must
@@ -278,14 +315,19 @@ class Learner:
                 shutil.rmtree(old, ignore_errors=True)
 
 
+def measured(batch: PackedBatch, out: Mapping[str, Tensor]) -> dict[str, float]:
+    """The loss's metrics of one micro-batch, with how many sequences and groups its shares are of."""
+    values = {name.removeprefix("metric/"): float(v) for name, v in out.items() if name.startswith("metric/")}
+    counts = {"frac_kept": batch.cu_seqlens.numel() - 1, "frac_reward_zero_std": batch.group_offsets.numel() - 1}
+    learns = bool(batch.loss_mask.any())  # else it only makes the number of batches the same on every rank
+    if batch.anchor and learns:
+        values |= {name.replace("kl/", "kl_anchors/"): kl for name, kl in values.items() if name.startswith("kl/")}
+    return values | {f"{COUNT}{name}": float(count * learns) for name, count in counts.items()}
+
+
 def replay_error(batch: PackedBatch, logp: Tensor) -> float:
     """Largest |sampler's log-probability - trainer's|, nats; 0 when nothing was sampled.
 
     The loss computes none (and says 0) for tokens that it has no use for: those of groups without an advantage."""
     where = batch.loss_mask & batch.sampled_logp.isfinite() & (logp != 0)
     return float((batch.sampled_logp - logp)[where].abs().max()) if bool(where.any()) else 0.0
-
-
-def _mean(pairs: list[tuple[float, float]]) -> float:
-    weight = sum(w for _, w in pairs)
-    return sum(v * w for v, w in pairs) / weight if weight else pairs[-1][0]

@@ -15,6 +15,9 @@ class LearnerSettings:
 
     learning_rate: float
     weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     zero_stage: int = 0
     bf16: bool = False

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..errors import RewardError, RewardsFailed
 from ..forward.packing import pack
-from ..policies.base import Policy
 from ..records import PackedBatch, Prompt, Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
 from ..rewards.scoring import RewardTable, score
@@ -28,7 +27,8 @@ from ..stopwatch import Stopwatch, split
 from .credit import Credit, CreditRule, StepPlan, credited_rewards, plan_of
 from .failing import Failing
 from .learner import Learner
-from .metrics import merged, of_guidance, of_rewards, of_rollouts, of_savings, trl_names
+from .metrics import counted, merged, of_guidance, of_rewards, of_rollouts, of_savings, trl_names
+from .refill import Drawn, Waste, refilled
 from .schedule import learning_rate
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
@@ -43,6 +43,10 @@ class Prompts(Protocol):
     """An endless, resumable source of prompts."""
 
     def next_step(self) -> list[Prompt]: ...
+
+    def more(self, wanted: Sequence[int]) -> list[Prompt] | None:
+        """Others for the step under way, by ranks, as `PromptStream.more`; asked for by `refill`."""
+        ...
 
 
 class Trainer:
@@ -94,29 +98,27 @@ class Trainer:
         config, learner, stage = self.config, self.learner, self._stage
         self._time = Stopwatch()
         learner.set_learning_rate(learning_rate(config, self.step))
-        prompts = self.prompts.next_step()
-        with stage("rollout"), learner.sampling() as policy:
-            rollouts = self.rollouts.generate(prompts, self._sampling(), self.preview)
-        with stage("reward"):
-            table = self._scored(rollouts)
+        drawn, waste = self._draw(self.prompts.next_step()), None
+        if config.refill:
+            drawn, waste = self._refilled(drawn)
         with stage("pack"):
-            credit = self.credit(table.values, rollouts)
+            credit = self.credit(drawn.table.values, drawn.rollouts)
             plan = plan_of(
                 credit,
-                rollouts,
+                drawn.rollouts,
                 config,
                 step=self.step,
                 holds_anchors=learner.objective.anchor_beta > 0,
                 sum_over_ranks=learner.all_reduce,
             )
-            batches = self._packed(policy, rollouts, plan)
+            batches = self._packed(drawn.rollouts, plan)
         with stage("score"):
             scored = learner.score(batches)
         with stage("update"):
             learned = learner.update(scored)
-        metrics = self._metrics(rollouts, table, credit, plan.keep_S, batches, learned)
+        metrics = self._metrics(drawn, waste, credit, plan.keep_S, batches, learned)
         self.step += 1
-        self.on_step(metrics, rollouts, credit.total_S)
+        self.on_step(metrics, drawn.rollouts, credit.total_S)
         if self._ended:
             raise RewardsFailed(f"step {self.step}: {self._ended}")
         return metrics
@@ -126,6 +128,30 @@ class Trainer:
         self.on_stage(name, self.step)
         with self._time(name):
             yield
+
+    def _draw(self, prompts: Sequence[Prompt]) -> Drawn:
+        """Trajectories of prompts, possibly none, and their rewards. Collective under ZeRO-3."""
+        with self._stage("rollout"), self.learner.sampling():
+            rollouts = self.rollouts.generate(prompts, self._sampling(), self.preview)
+        with self._stage("reward"):
+            return Drawn(rollouts=rollouts, table=self._scored(rollouts), stats=self.rollouts.stats)
+
+    def _refilled(self, drawn: Drawn) -> tuple[Drawn, Waste]:
+        """What is left once groups without variance are drawn anew, and what was given up for it. Collective."""
+
+        def credit(drawn: Drawn) -> tuple[Tensor, Tensor]:
+            found = self.credit(drawn.table.values, drawn.rollouts)
+            return found.total_S, found.tokens_S2
+
+        return refilled(
+            drawn,
+            self.config.refill,
+            credit=credit,
+            wanted_by_ranks=self.learner.of_each_rank,
+            more=self.prompts.more,
+            draw=self._draw,
+            num_generations=self.config.num_generations,
+        )
 
     def _scored(self, rollouts: Sequence[Rollout]) -> RewardTable:
         """The rewards of the step; NaN all over where a function broke its contract, which ends the run after it."""
@@ -139,6 +165,7 @@ class Trainer:
         return Sampling(
             num_generations=c.num_generations,
             temperature=c.temperature,
+            image_temperature=c.image_temperature,
             max_text_tokens=c.max_completion_length,
             cfg_weight=c.cfg_weight,
             drawing_turn=c.drawing_turn,
@@ -146,10 +173,10 @@ class Trainer:
             step=self.step,
         )
 
-    def _packed(self, policy: Policy, rollouts: Sequence[Rollout], plan: StepPlan) -> list[PackedBatch]:
+    def _packed(self, rollouts: Sequence[Rollout], plan: StepPlan) -> list[PackedBatch]:
         c = self.config
         return pack(
-            policy,
+            self.learner.policy,
             rollouts,
             plan.advantages_S2,
             plan.keep_S,
@@ -160,37 +187,40 @@ class Trainer:
 
     def _metrics(
         self,
-        rollouts: Sequence[Rollout],
-        table: RewardTable,
+        drawn: Drawn,
+        waste: Waste | None,
         credit: Credit,
         keep_S: Tensor,
         batches: Sequence[PackedBatch],
         learned: dict[str, float],
     ) -> StepMetrics:
         """Of the step, over all ranks. Collective."""
-        c = self.config
-        seconds = split(self._time.seconds, rollout=self.rollouts.stats.seconds, update=self.learner.seconds)
-        num_sampled, elapsed = sum(s.tokens.numel() for r in rollouts for s in r.segments), sum(seconds.values())
-        values = trl_names(learned)
+        c, rollouts = self.config, drawn.rollouts
+        seconds = split(self._time.seconds, rollout=drawn.stats.seconds, update=self.learner.seconds)
+        num_kept, elapsed = sum(s.tokens.numel() for r in rollouts for s in r.segments), sum(seconds.values())
+        num_sampled = num_kept + (0 if waste is None else waste.tokens)
+        values = {**trl_names(learned), **self.learner.scoring}
         if c.replay_check_steps == 0 or self.step % c.replay_check_steps:
             values.pop("rollout/replay_logp_max_abs", None)
         elif c.cfg_weight != 1.0:
             values |= of_guidance(rollouts)
         values |= {
-            **of_rewards(table, credit.total_S, c.num_generations),
+            **of_rewards(drawn.table, credit.total_S, c.num_generations),
             "learning_rate": learning_rate(c, self.step),
             **of_rollouts(rollouts),
-            "dgs/keep_fraction": float(keep_S.float().mean()),
-            **of_savings(batches, self.rollouts.stats, num_sampled),
+            **counted({"dgs/keep_fraction": float(keep_S.float().mean())}, keep_S.numel()),
+            **of_savings(batches, drawn.stats, num_kept),
             "num_tokens": float(num_sampled),
             "tokens_per_second": num_sampled / max(elapsed, 1e-9),
             "step_time": elapsed,
         }
+        if waste is not None:
+            values |= waste.metrics(credit.total_S, num_kept)
         if self.preview is not None:
             values["rollout/preview_threshold"] = math.nan if self.preview.threshold is None else self.preview.threshold
             values["rollout/preview_acceptance"] = self._adapt_preview(self.preview)
         shown = sum(rollout.prompt.rewarded and not rollout.dropped for rollout in rollouts)
-        ranks = self.learner.gathered(values | self._failing.told(table, shown))
+        ranks = self.learner.gathered(values | self._failing.told(drawn.table, shown))
         self._ended = self._failing.heard(ranks)
         return StepMetrics(step=self.step, values=merged(ranks), seconds=seconds)
 

@@ -16,7 +16,7 @@ from ..evaluate.held_out import Evaluator, score_rollouts
 from ..learn.from_settings import held_out_sampling
 from ..policies.base import Policy
 from ..records import MODALITY_NAMES, Prompt
-from ..rewards.builtin.caption import CaptionLikelihood
+from ..rewards.builtin.caption import CaptionContest, CaptionLikelihood
 from ..rewards.builtin.clip import ClipPreview, ClipScorer
 from ..rewards.builtin.identity import IdentityReward
 from ..rewards.ensemble import Column, RewardSet, build_rewards
@@ -73,7 +73,7 @@ def build_reward_set(
 
 def _ensemble(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt], clip: ClipScorer | None) -> list[Column]:
     """The paper's rewards, as far as they have a weight: identity by a frozen vision tower, judge by attributes or by
-    likelihood, text by BLEU. Where nothing is drawn, text is judged alone."""
+    descriptions, text by BLEU. Where nothing is drawn, text is judged alone."""
     weights = {f"{name}_weight": config.weight_of(name) for name in config.REWARDS}
     draws = any("image" in prompt.segments for prompt in prompts)
     if not any(weights.values()) or not (draws or weights["text_weight"]):
@@ -88,9 +88,15 @@ def _ensemble(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt], c
         scorer=posterior_scorer(checker_of(frozen).posterior, VALUES)
         if any(prompt.attributes for prompt in prompts)
         else None,
-        caption_logp=None if named else CaptionLikelihood(frozen),
+        captions=None if named else caption_judge(frozen, prompts),
         **weights,
     ).columns()
+
+
+def caption_judge(frozen: Policy, prompts: Sequence[Prompt]) -> CaptionContest | None:
+    """Judges drawings by their descriptions among those of the data; None where those are not two."""
+    captions = {prompt.target for prompt in prompts if prompt.target and "image" in prompt.segments}
+    return CaptionContest(CaptionLikelihood(frozen), captions) if len(captions) > 1 else None
 
 
 def evaluator_of(config: TrainConfig, frozen: Policy, benchmark: Mapping[str, Sequence[Prompt]]) -> Evaluator:

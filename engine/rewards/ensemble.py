@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .builtin.identity import Features, IdentityReward
 from .builtin.text import text_reward
-from .judge.attribute_judge import AttributeScorer, CaptionLogp, Judge
+from .judge.attribute_judge import AttributeScorer, CaptionScorer, Judge
 from .reward import RewardFunction
 
 IDENTITY_WEIGHT, JUDGE_WEIGHT, TEXT_WEIGHT = 0.26, 0.39, 0.35
@@ -81,7 +81,7 @@ def build_rewards(
     features: Features | None = None,
     image_size: int = 384,
     scorer: AttributeScorer | None = None,
-    caption_logp: CaptionLogp | None = None,
+    captions: CaptionScorer | None = None,
     judge: RewardFunction | None = None,
     identity_weight: float = IDENTITY_WEIGHT,
     judge_weight: float = JUDGE_WEIGHT,
@@ -93,9 +93,9 @@ def build_rewards(
         features: frozen image features; None leaves R_id out.
         image_size: pixels squared that reference photos are brought to.
         scorer: reads attributes off an image (rendered world).
-        caption_logp: likelihood of a description given an image. Neither this nor `scorer`: no judge, and R_id takes
+        captions: says how well a description fits an image. Neither this nor `scorer`: no judge, and R_id takes
             the whole bracket, as in the released code; without `features` the judge takes it.
-        judge: takes the place of `scorer` and `caption_logp`, such as `LLMJudge`.
+        judge: takes the place of `scorer` and `captions`, such as `LLMJudge`.
         identity_weight, judge_weight, text_weight: at least 0; 0 leaves the reward out.
 
     Returns:
@@ -110,8 +110,8 @@ def build_rewards(
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"build_rewards: expected {name} >= 0, got {weight}")
     columns: list[Column] = []
-    if judge is None and (scorer is not None or caption_logp is not None):
-        judge = Judge(scorer, caption_logp)
+    if judge is None and (scorer is not None or captions is not None):
+        judge = Judge(scorer, captions)
     has_judge = judge is not None and judge_weight > 0
     has_identity = features is not None and identity_weight > 0
     bracket = identity_weight + judge_weight

@@ -35,9 +35,10 @@ class RewardTable:
     names: tuple[str, ...]
     """[K] column names."""
     failures: Mapping[str, int] = field(default_factory=dict)
-    """Calls that raised or ran late, by name; 0 for the others."""
+    """Calls that raised or ran late, by name, and those that a function counts itself in `num_failed_calls`, such as a
+    remote judge's requests that it gave up; 0 for the others."""
     errors: Mapping[str, str] = field(default_factory=dict)
-    """Why they did, with the line of the user's file."""
+    """Why a function gave nothing at all, with the line of the user's file."""
 
     def means(self) -> dict[str, float]:
         """`rewards/<name>/mean` over the trajectories that have it; a reward that nobody has is absent."""
@@ -51,6 +52,19 @@ class RewardTable:
         values = torch.full((num_rows, len(self.names)), math.nan)
         values[list(rows)] = self.values
         return replace(self, values=values)
+
+    def of_rows(self, rows: Sequence[int]) -> RewardTable:
+        """The same of a part of the trajectories."""
+        return replace(self, values=self.values[list(rows)])
+
+    def and_then(self, later: RewardTable) -> RewardTable:
+        """Both, one behind the other, of the same functions. One that gave anything in either has no error."""
+        failures = {name: self.failures.get(name, 0) + later.failures.get(name, 0) for name in self.names}
+        errors = {**self.errors, **later.errors}
+        if self.values.numel() and later.values.numel():
+            errors = {name: said for name, said in errors.items() if name in self.errors and name in later.errors}
+        values = torch.cat([self.values, later.values])
+        return RewardTable(values=values, names=self.names, failures=failures, errors=errors)
 
 
 def score(
@@ -94,22 +108,29 @@ def score_columns(
     ids = columns["id"]
     values = torch.full((len(ids), len(reward_functions)), math.nan)
     failures, errors = dict.fromkeys(reward_functions, 0), {}
+    counted = {name: failed_calls(function) for name, function in reward_functions.items()}
     outcomes = call_all(reward_functions, columns, timeout) if ids else {}
     for column, (name, outcome) in enumerate(outcomes.items()):
         error = outcome.error
+        failures[name] = failed_calls(reward_functions[name]) - counted[name]
         if isinstance(error, RewardError):
             error.where = _where(step, ids, error.index)
             raise error from None
         if error is None:
             values[:, column] = torch.tensor([math.nan if v is None else float(v) for v in outcome.values])
             continue
-        failures[name] += 1
+        failures[name] = max(1, failures[name])
         said = errors[name] = told(error)
         logger.warning(
             "reward %r failed (%s) and is None for all %d trajectories: %s", name, _where(step), len(ids), said
         )
     values[_incomplete(ids, values)] = math.nan
     return RewardTable(values=values, names=tuple(reward_functions), failures=failures, errors=errors)
+
+
+def failed_calls(function: RewardFunction) -> int:
+    """Calls that a function made and gave up so far, where it counts them."""
+    return int(getattr(function, "num_failed_calls", 0))
 
 
 def _where(step: int | None, ids: Sequence[str] = (), index: int | None = None) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..policies.cache import Extend, Prefill, Rows
 from ..records import Prompt, Rollout, Segment, SegmentKind
+from ..settings.modality import value_of
 from ..stopwatch import Stopwatch
 from .capacity import Sizes, check_fits, check_plans, check_prompts
 from .completion import fill
@@ -147,7 +148,7 @@ class Batch:
         phase = Phase(
             kind="image",
             max_tokens=policy.num_image_tokens,
-            temperature=sampling.temperature,
+            temperature=value_of(sampling, "temperature", "image"),
             cfg_weight=sampling.cfg_weight,
             first_offset=IMAGE_OFFSET,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..records import Prompt
 
@@ -15,6 +15,8 @@ class Sampling:
     num_generations: int = 8
     temperature: float = 1.0
     """0 is greedy."""
+    image_temperature: float | None = None
+    """Of image tokens; None: as `temperature`."""
     max_text_tokens: int = 16
     """Of each text segment."""
     cfg_weight: float = 1.0
@@ -41,6 +43,18 @@ class RolloutStats:
     """What the previews saved: tokens that rejected tries and dropped members would have needed to their end."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage: see, prefill, text, turn (where there is one), image, draw, follow_up."""
+
+
+def added(first: RolloutStats, second: RolloutStats) -> RolloutStats:
+    """What both calls cost together, one after the other."""
+    sums = ("prefill_tokens", "text_tokens", "image_tokens", "image_tokens_saved")
+    seconds = {name: first.seconds.get(name, 0.0) + value for name, value in second.seconds.items()}
+    return replace(
+        first,
+        kv_bytes=max(first.kv_bytes, second.kv_bytes),
+        seconds={**first.seconds, **seconds},
+        **{name: getattr(first, name) + getattr(second, name) for name in sums},
+    )
 
 
 def trajectory_key(sampling: Sampling, prompt: Prompt, member: int, attempt: int = 1) -> int:

@@ -15,7 +15,8 @@ def _all(remedy: str, *names: str) -> dict[str, str]:
 
 
 OWN_ROLLOUTS = "rollouts are the engine's own, in the trainer's process; leave it out"
-ADAMW = "the optimizer is AdamW with betas 0.9 and 0.98 and epsilon 1e-8; set learning_rate and weight_decay"
+ADAMW = "the optimizer is AdamW; set learning_rate, weight_decay, adam_beta1, adam_beta2 and adam_epsilon"
+CORRECTION = "set importance_correction (truncate, mask), importance_level and importance_cap"
 WHOLE_MEMORY = "for memory set max_tokens_per_microbatch, gradient_checkpointing, zero_stage or lora_rank"
 NO_TOKEN = "leave it out: the token comes from HF_TOKEN or `hf auth login`, and is written nowhere"
 RANKS = "set nodes and ranks_per_node; zero_stage shares the model out"
@@ -64,8 +65,7 @@ TRL: dict[str, str] = {
     **_all("set learning_rate", "lr", "learning-rate", "peak_lr"),
     **_all("set lr_scheduler_type", "lr_scheduler", "scheduler", "lr_decay_style", "lr_scheduler_kwargs"),
     **_all("set warmup_steps, a number of steps", "warmup_ratio", "num_warmup_steps", "lr_warmup_steps"),
-    **_all(ADAMW, "optim", "optim_args", "optim_target_modules", "optimizer", "adam_beta1", "adam_beta2"),
-    **_all(ADAMW, "adam_epsilon"),
+    **_all(ADAMW, "optim", "optim_args", "optim_target_modules", "optimizer"),
     **_all("set weight_decay", "adam_weight_decay"),
     **_all("set max_grad_norm", "grad_clip", "clip_grad", "gradient_clipping", "max_norm"),
     **_all("losses are divided by all ranks' tokens always; leave it out", "average_tokens_across_devices"),
@@ -131,7 +131,6 @@ TRL: dict[str, str] = {
     **_all("the KL term is not weighted by the ratio, which num_iterations 1 keeps at 1", "use_bias_correction_kl"),
     **_all(ENTROPY, "entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_target"),
     **_all(ENTROPY, "entropy_coef_delta", "entropy_coeff"),
-    **_all("every sampled token counts; dgs chooses whole trajectories", "top_entropy_quantile"),
     **_all("set num_iterations 1: rollouts are then never old", "off_policy_mask_threshold"),
     **_all("the models here have no experts to balance; leave it out", "router_aux_loss_coef"),
     **_all("one turn is trained; leave it out", "max_tool_calling_iterations"),
@@ -148,7 +147,9 @@ TRL: dict[str, str] = {
             f"vllm_{name}"
             for name in ("group_port", "gpu_memory_utilization", "max_model_length", "tensor_parallel_size")
         ),
-        *(f"vllm_importance_sampling_{name}" for name in ("correction", "mode", "clip_max", "clip_min", "cap")),
+    ),
+    **_all(
+        CORRECTION, *(f"vllm_importance_sampling_{n}" for n in ("correction", "mode", "clip_max", "clip_min", "cap"))
     ),
 }
 """TRL's and transformers' arguments, and the short forms that are usual beside them."""
@@ -210,12 +211,14 @@ VERL: dict[str, str] = {
     "actor_rollout_ref.rollout": OWN_ROLLOUTS,
     "actor_rollout_ref.actor.optim.lr": "set learning_rate",
     "actor_rollout_ref.actor.optim.weight_decay": "set weight_decay",
+    "actor_rollout_ref.actor.optim.betas": "set adam_beta1 and adam_beta2",
     "actor_rollout_ref.actor.optim.lr_warmup_steps": "set warmup_steps",
     "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": "set warmup_steps, a number of steps",
     "actor_rollout_ref.actor.optim.total_training_steps": "set max_steps",
     "actor_rollout_ref.actor.optim": "set lr_scheduler_type, learning_rate, warmup_steps and weight_decay",
     "actor_rollout_ref.actor.ppo_mini_batch_size": "a step's rollouts are one update; set num_iterations to repeat it",
     "actor_rollout_ref.actor.ppo_epochs": "set num_iterations",
+    "actor_rollout_ref.actor.tis_imp_ratio_cap": "set importance_correction truncate, and importance_cap",
     "actor_rollout_ref.actor.clip_ratio": "set epsilon",
     "actor_rollout_ref.actor.clip_ratio_low": "set epsilon",
     "actor_rollout_ref.actor.clip_ratio_high": "set epsilon_high",
@@ -238,7 +241,10 @@ VERL: dict[str, str] = {
     "algorithm.use_kl_in_reward": "the KL term is in the loss; set beta",
     "algorithm.kl_ctrl": "set beta",
     "algorithm.kl_penalty": "the KL term is k3 (low_var_kl); set beta",
-    "algorithm.filter_groups": "groups without spread teach nothing and are pruned by dgs",
+    "algorithm.filter_groups": "set refill: groups without spread are drawn anew; dgs prunes what stays without",
+    "algorithm.rollout_correction": CORRECTION,
+    "algorithm.rollout_is": CORRECTION,
+    "algorithm.rollout_is_threshold": "set importance_cap",
     "algorithm": "advantages are within groups; set scale_rewards",
     "data.train_batch_size": "set prompts_per_step",
     "data.gen_batch_size": "set prompts_per_step",

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import kind_of, shown
+from .modality import clip_of
 from .schema import Rule
 from .turn_templates import template_problem
 
@@ -25,13 +26,16 @@ def objective_problems(c: Any) -> list[str]:
             f"importance_sampling_level: expected token for loss_type {c.loss_type}, got sequence; take token, or "
             "grpo, bnpo, dr_grpo, dapo, luspo"
         )
-    if c.loss_type == "cispo" and (c.epsilon_high is None or c.epsilon_high < 1):
-        problems.append(
-            f"epsilon_high: for cispo it bounds the ratio itself, so expected at least 1, got "
-            f"{c.epsilon_high if c.epsilon_high is not None else f'{c.epsilon} (from epsilon)'}; 5 is usual"
-        )
+    bounds = {"epsilon_high": clip_of(c, "text")[1], "image_epsilon_high": clip_of(c, "image")[1]}
+    if c.loss_type == "cispo":
+        problems += [
+            f"{name}: for cispo it bounds the ratio itself, so expected at least 1, got {upper:g}"
+            f"{' (from epsilon)' * (getattr(c, name) is None)}; 5 is usual"
+            for name, upper in bounds.items()
+            if upper < 1 and not (name == "image_epsilon_high" and upper == bounds["epsilon_high"])
+        ]
     if c.delta is not None:
-        upper = 1 + (c.epsilon if c.epsilon_high is None else c.epsilon_high)
+        upper = 1 + max(bounds.values())
         if c.loss_type in ("cispo", "sapo", "vespo"):
             problems.append(
                 f"delta: expected none, as loss_type {c.loss_type} has no such bound, got {c.delta}; drop it"
@@ -42,6 +46,22 @@ def objective_problems(c: Any) -> list[str]:
         problems.append(
             f"image_loss_weight: expected a positive one with text_loss_weight {c.text_loss_weight:g} and credit "
             f"{c.credit}, got 0, which leaves nothing to learn; give a modality that has credit a positive weight"
+        )
+    return problems
+
+
+def correction_problems(c: Any) -> list[str]:
+    """What multiplies token losses and vespo takes into its own weight of a whole sequence."""
+    problems = []
+    if c.loss_type == "vespo" and c.importance_correction != "none" and c.importance_level == "sequence":
+        problems.append(
+            "importance_level: expected token for loss_type vespo, which makes the product itself, got sequence; take "
+            "token"
+        )
+    if c.loss_type == "vespo" and c.top_entropy_quantile < 1:
+        problems.append(
+            f"top_entropy_quantile: expected 1 for loss_type vespo, which weighs whole sequences, got "
+            f"{c.top_entropy_quantile:g}; leave it out"
         )
     return problems
 
@@ -216,8 +236,8 @@ def hub_problems(c: Any) -> list[str]:
 
 
 TRAINING: tuple[Rule, ...] = (
-    *(drawing_problems, objective_problems, judge_problems, reward_problems, dgs_problems, path_problems),
-    *(run_problems, held_out_problems, hub_problems),
+    *(drawing_problems, objective_problems, correction_problems, judge_problems, reward_problems, dgs_problems),
+    *(path_problems, run_problems, held_out_problems, hub_problems),
 )
 """What every training's settings must keep."""
 

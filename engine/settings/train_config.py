@@ -22,6 +22,7 @@ LRScheduler = Literal[
     "linear_with_min_lr", "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"
 ]
 Tracker = Literal["tensorboard", "trackio", "wandb", "all", "none"]
+ImportanceCorrection = Literal["none", "truncate", "mask"]
 DGSRule = Literal["variance_mass", "max_variance", "top_k", "random", "none"]
 
 # Fields of several recipes, or of several stages of one.
@@ -60,13 +61,19 @@ class TrainConfig(Settings):
     num_generations: GroupSize = 8
     """G: trajectories per prompt. Their rewards are compared with each other, so at least 2."""
     num_iterations: Annotated[int, Range("1 is on-policy", ge=1)] = 1
-    """Optimizer updates per rollout (the GRPO paper's mu)."""
+    """Optimizer updates per rollout (the GRPO paper's mu); from the second one on the ratio leaves 1, and epsilon
+    bounds it."""
+    refill: Annotated[int, Range("0 trains on what was drawn first", ge=0)] = 0
+    """Rounds of a step, at most, in which groups whose rewards are all equal are given up for new prompts (DAPO's
+    dynamic sampling); 0: none."""
 
     # --- sampling ---
     temperature: Annotated[
         float, Range("1 samples the model's own distribution; greedy groups would be all alike", gt=0)
     ] = 1.0
     """Of text and image sampling; log-probabilities are taken at the same temperature."""
+    image_temperature: Annotated[float | None, Range("leave it out to use temperature", gt=0)] = None
+    """Of image tokens. None: as temperature."""
     max_completion_length: MaxTokens = 16
     """Text tokens at most; image segments always have the model's full number of tokens."""
     cfg_weight: Guidance = 1.5
@@ -88,10 +95,18 @@ class TrainConfig(Settings):
     has no warm-up either."""
     weight_decay: Annotated[float, Range("0 switches it off", ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
+    adam_beta1: Annotated[float, Range("0.9 is usual", ge=0, lt=1)] = 0.9
+    """AdamW's decay of the mean gradient."""
+    adam_beta2: Annotated[float, Range("0.98 is the default, transformers' is 0.999", ge=0, lt=1)] = 0.98
+    """AdamW's decay of the mean squared gradient; transformers' default is 0.999."""
+    adam_epsilon: Annotated[float, Range("1e-8 is usual", gt=0)] = 1e-8
+    """What AdamW adds to the root of the mean squared gradient."""
     max_grad_norm: Annotated[float, Range("0 switches clipping off", ge=0)] = 1.0
     """Clip of the global gradient norm; 0 switches it off."""
     beta: KLWeight = 0.02
     """Weight of the k3 KL to the starting model; 0 needs no reference model."""
+    image_beta: Annotated[float | None, Range("leave it out to use beta", ge=0)] = None
+    """The same for image tokens. None: as beta."""
     loss_type: LossType = "dapo"
     """Per-token loss and its reduction, as TRL defines them."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
@@ -100,8 +115,23 @@ class TrainConfig(Settings):
     """Clip range of the ratio: at least 1 - epsilon."""
     epsilon_high: Annotated[float | None, Range("leave it out to use epsilon", gt=0)] = None
     """Clip range upwards: at most 1 + epsilon_high. None: the same as epsilon. For cispo it is the bound itself."""
+    image_epsilon: Annotated[float | None, Range("leave it out to use epsilon", gt=0, lt=1)] = None
+    """The clip range of image tokens. None: as epsilon."""
+    image_epsilon_high: Annotated[float | None, Range("leave it out to use that of text", gt=0)] = None
+    """The same upwards. None: as epsilon_high, and without that as image_epsilon."""
     delta: float | None = None
     """Bound of the ratio where the advantage is negative (two-sided clipping), above 1 + epsilon_high. None: none."""
+    importance_correction: ImportanceCorrection = "none"
+    """What multiplies a token's loss where trainer and sampler disagree about its probability: their ratio, cut off at
+    importance_cap (truncate), or 0 where it is beyond (mask); none: nothing. It takes a forward pass more."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Of that ratio: each token's own, or the product over all that its trajectory sampled (TRL's token_truncate,
+    sequence_mask, ...)."""
+    importance_cap: Annotated[float, Range("TRL's default is 3", ge=1)] = 3.0
+    """The largest ratio that is let through."""
+    top_entropy_quantile: Annotated[float, Range("1 trains on all tokens", gt=0, le=1)] = 1.0
+    """Share of each modality's tokens whose advantage is learnt from: those of highest entropy in the whole update. It
+    takes a forward pass more."""
     scale_rewards: Literal["group", "batch", "none", "loo"] = "group"
     """What an advantage is divided by: its group's or the batch's standard deviation, or nothing; loo: leave-one-out
     baseline."""

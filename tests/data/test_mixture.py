@@ -90,6 +90,19 @@ def test_resume_continues_where_it_was_even_on_other_ranks() -> None:
     assert [ids(half.next_step()) for _ in range(20)] == [step[1::2] for step in expected]
 
 
+def test_more_of_a_step_is_rewarded_and_new_to_it() -> None:
+    """Until the step has all prompts; anchors are never drawn anew, and a resumed run draws the same."""
+    stream, resumed = mixed(MIXED, ANCHORS), mixed(MIXED, ANCHORS)
+    had = ids(stream.next_step())
+    while (more := stream.more([7])) is not None:
+        assert all(prompt.rewarded for prompt in more) and not set(ids(more)) & set(had)
+        had += ids(more)
+    assert len(had) == len(MIXED) + 2 and len(ids(stream.next_step())) == 8
+    resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    ahead = [[*ids(s.next_step()), *ids(s.more([3]) or [])] for s in (stream, resumed) for _ in range(5)]
+    assert ahead[:5] == ahead[5:] and len(ahead[0]) == 11
+
+
 def test_a_state_that_an_earlier_version_wrote() -> None:
     """Runs of before resume where they were, with the prompts that they would have drawn."""
     state = {

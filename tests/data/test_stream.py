@@ -102,6 +102,36 @@ def test_resume_continues_anywhere_even_on_other_ranks(count: int, steps: int) -
     assert [names(half.next_step()) for _ in range(12)] == [step[1::2] for step in expected]
 
 
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(4, 15), steps=st.integers(0, 12), seed=st.integers(0, 9), data=st.data())
+def test_more_of_a_step(count: int, steps: int, seed: int, data: st.DataObject) -> None:
+    """What a step gets in addition is new to it, is dealt out to the ranks that want it, ends where all samples are in
+    the step, and is part of the state; on no rank differently."""
+    ranks = [shuffled(samples(count), seed=seed, prompts_per_step=4, rank=rank, world_size=2) for rank in (0, 1)]
+    alone = shuffled(samples(count), seed=seed, prompts_per_step=4)
+    for _ in range(steps + 1):
+        wanted = [data.draw(st.integers(0, 3)) for _ in ranks]
+        had = names(alone.next_step())
+        assert {*names(ranks[0].next_step()), *names(ranks[1].next_step())} == set(had)
+        for _ in range(2):
+            first, second, whole = ranks[0].more(wanted), ranks[1].more(wanted), alone.more([sum(wanted)])
+            if whole is None:
+                assert first is None and second is None and (not any(wanted) or len(had) == count)
+                continue
+            assert first is not None and second is not None
+            got = names(whole)
+            assert len(got) == len(set(got)) == min(sum(wanted), count - len(had)) and not set(got) & set(had)
+            assert sorted(names(first) + names(second)) == sorted(got)
+            shares = len(names(first)), len(names(second))
+            assert shares == tuple(wanted) or (len(got) < sum(wanted) and all(map(int.__le__, shares, wanted)))
+            had += got
+    state = json.loads(json.dumps(alone.state_dict()))
+    resumed = shuffled(samples(count), seed=seed, prompts_per_step=4)
+    resumed.load_state_dict(state)
+    ahead = [(names(s.next_step()), names(s.more([2]) or [])) for s in (alone, resumed) for _ in range(6)]
+    assert ahead[:6] == ahead[6:]
+
+
 def test_a_state_that_an_earlier_version_wrote() -> None:
     """Runs of before resume where they were, with the samples that they would have drawn."""
     place = {"epoch": 2, "drawn": 2, "carried": [3, 2], "samples_per_step": 4, "seed": 1}

@@ -1,4 +1,4 @@
-"""The gradient of an update does not depend on how its data are cut into micro-batches or spread over ranks.
+"""An update's gradient and metrics do not depend on how its data are cut into micro-batches or spread over ranks.
 
 Measured as |g - g'| / |g'| over all trained parameters, in float32, where g' is of one rank and one micro-batch. What
 is left is rounding: a log-probability near -6 is known to 2.4e-7 in float32, and a token's weight is its exponential.
@@ -50,6 +50,18 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 def test_micro_batches_and_ranks_change_nothing(few: dict[str, dict[str, Any]]) -> None:
     assert set(LOSS_TYPES) <= set(OBJECTIVES), "every loss type has its cells"
     assert_invariant(few_cells(), few)
+
+
+@pytest.mark.slow
+def test_metrics_are_those_of_one_rank_and_one_micro_batch(few: dict[str, dict[str, Any]]) -> None:
+    """Counts to the last one, extremes to the last bit but for rounding, means by what they are over: text tokens are
+    few here, and some micro-batches have none. Not of gradients that a faulty learner makes."""
+    for cell in (cell for cell in few_cells() if not cell.local):
+        found, want = few[cell.name]["metrics"], few[cell.reference]["metrics"]
+        assert set(found) == set(want) and found["tokens/text"] == want["tokens/text"] > 0
+        assert found["tokens/image"] == want["tokens/image"] > 0
+        for name, value in want.items():
+            assert found[name] == pytest.approx(value, rel=2e-5, abs=2e-7), (cell.name, name)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import warm
 from helpers import (
     ROOT,
+    all_kinds_of_prompts,
     everything_partitioned,
     learn,
     own_process_group,
@@ -30,6 +32,8 @@ from syncr1.engine.learn.learner import Learner, replay_error
 from syncr1.engine.learn.optimizer import LearnerSettings, deepspeed_config
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Rollout
+from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampling import Sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 GROUP = 3
@@ -173,6 +177,50 @@ def test_several_iterations_clip(stage: int, batches: list[PackedBatch]) -> None
     assert metrics["clip_low/image"] + metrics["clip_high/image"] > 0.01 and metrics["ratio_max/image"] > 1.2
     once = make_learner(stage, learning_rate=5e-3)
     assert once.update(once.score(batches))["ratio_max/image"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_adamws_numbers_reach_the_optimizer(batches: list[PackedBatch]) -> None:
+    """transformers' names, below DeepSpeed's own wrapper as well; a large epsilon lets one update move weights less."""
+    settings = LearnerSettings(learning_rate=1e-3, adam_beta1=0.8, adam_beta2=0.999, adam_epsilon=1e-3)
+    learner, plain = Learner(sharp_policy(), Objective(), settings), make_learner()
+    wrapped = Learner(sharp_policy(), Objective(), replace(settings, zero_stage=2))
+    for one, numbers in (
+        (learner, ((0.8, 0.999), 1e-3)),
+        (wrapped, ((0.8, 0.999), 1e-3)),
+        (plain, ((0.9, 0.98), 1e-8)),
+    ):
+        (group,) = one.engine.optimizer.param_groups
+        assert (group["betas"], group["eps"]) == numbers
+    moved = []
+    for one in (learner, plain):
+        before = {name: p.detach().clone() for name, p in one.policy.named_parameters()}
+        one.update(one.score(batches))
+        moved.append(sum(float((p - before[n]).abs().sum()) for n, p in one.policy.named_parameters()))
+    assert 0 < moved[0] < 0.5 * moved[1]
+
+
+def test_text_and_image_may_differ(policy: JanusPolicy, folder: Path) -> None:
+    """Drawn at temperatures of their own, trained at the same; clip range and KL weight likewise, and None is the plain
+    one."""
+    own = {"temperature": 1.2, "image_temperature": 0.6}
+    sampling = Sampling(num_generations=GROUP, max_text_tokens=8, cfg_weight=2.0, **own)
+    prompts = all_kinds_of_prompts(folder)[:6]
+    batches = packed(policy, generate(policy, prompts, sampling), GROUP)
+    for objective, fits in ((own, True), ({"temperature": 1.2}, False), ({"temperature": 0.6}, False)):
+        (scored,) = make_learner(num_iterations=2, **objective).score(batches)
+        assert scored.old_logp is not None and (replay_error(scored, scored.old_logp) <= 1e-4) is fits, objective
+    tight = make_learner(num_iterations=2, learning_rate=2e-4, epsilon=0.9, image_epsilon=1e-3, image_beta=0.1, **own)
+    metrics = tight.update(tight.score(batches))
+    assert metrics["clip_low/image"] + metrics["clip_high/image"] > 0.2 and metrics["clip_low/text"] < 0.05
+    kl = make_learner(beta=0.3, image_beta=0.0, learning_rate=0.0, **own)
+    (scored,) = kl.score(batches)
+    assert scored.ref_logp is not None
+    far = [
+        replace(scored, ref_logp=scored.ref_logp - shift * (scored.modality == code))
+        for code, shift in ((1, 2.0), (0, 2.0))
+    ]
+    norms = [kl.update([batch])["grad_norm"] for batch in (scored, *far)]
+    assert norms[1] == norms[0] != pytest.approx(norms[2], rel=1e-3)
 
 
 def test_the_reference_stays_and_kl_grows(batches: list[PackedBatch]) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from syncr1.engine.learn.metrics import merged, of_guidance, of_rewards, of_rollouts, trl_names
+from syncr1.engine.learn.metrics import COUNT, merged, of_guidance, of_rewards, of_rollouts, trl_names
 from syncr1.engine.records import Prompt, Rollout, Segment, SegmentKind
 from syncr1.engine.rewards.scoring import RewardTable
 
@@ -53,6 +54,28 @@ def test_counts_extremes_and_means() -> None:
     assert told["rewards/a/mean"] == 0.5 and math.isnan(told["rewards/b/mean"])
 
 
+def test_parts_of_unequal_size_count_by_what_they_hold() -> None:
+    """Two ranks, of which one holds the anchors: means over what is rewarded are those of one rank that held all.  A
+    part without tokens of a modality has no say in its extremes, whatever it says."""
+    rows = torch.tensor(
+        [[1.0, 0.5], [0.0, 0.7], [0.4, NAN], [0.2, NAN], [0.9, NAN], [0.3, NAN], [NAN, NAN], [NAN, NAN]]
+    )
+    texts = [3, 5, 2, 7, 1, 1, 8, 4]
+
+    def told(rows: Tensor, lengths: list[int]) -> dict[str, float]:
+        table = RewardTable(values=rows, names=("a", "b"))
+        return of_rewards(table, rows.nansum(1).masked_fill(rows.isnan().all(1), NAN), 2) | of_rollouts(
+            [text_of(length) for length in lengths]
+        )
+
+    whole, parts = merged([told(rows, texts)]), merged([told(rows[:2], texts[:2]), told(rows[2:], texts[2:])])
+    assert whole == pytest.approx(parts) and not any(name.startswith(COUNT) for name in (*whole, *parts))
+    assert (parts["rewards/b/std"], parts["completions/mean_length"]) == pytest.approx((0.1, 31 / 8), rel=1e-6)
+    silent = {"tokens/text": 0.0, "ratio_max/text": 1.0, "ratio_min/text": 1.0, "entropy/text": 0.0}
+    speaks = {"tokens/text": 5.0, "ratio_max/text": 0.9, "ratio_min/text": 1.2, "entropy/text": 0.4}
+    assert merged([silent, speaks]) == merged([speaks, silent, silent]) == speaks and merged([silent] * 2) == silent
+
+
 @given(
     st.dictionaries(st.sampled_from(["reward", "loss", "kl", "entropy/text", "num_tokens"]), st.floats(allow_nan=True))
 )
@@ -83,30 +106,37 @@ def test_rewards_by_hand() -> None:
             "rewards/a/std": 0.5**0.5,
             "reward_failures": 2.0,
         }
+        | {f"{COUNT}reward": 4.0, f"{COUNT}rewards/a/mean": 4.0}
+        | {f"{COUNT}reward_std": 2.0, f"{COUNT}frac_reward_zero_std": 2.0}
     )
     nothing = of_rewards(table, values[4:, 0], 2)
     assert all(math.isnan(nothing[name]) for name in ("reward", "reward_std", "frac_reward_zero_std"))
 
 
+def segment(kind: SegmentKind, length: int, truncated: bool = False) -> Segment:
+    zeros = torch.zeros(length)
+    return Segment(kind=kind, tokens=zeros.long(), logp=zeros, logp_mixed=zeros, entropy=zeros, truncated=truncated)
+
+
+def rollout(*segments: Segment, attempts: int = 1, dropped: bool = False) -> Rollout:
+    prompt = Prompt(id="p", task="t", text="x")
+    return Rollout(
+        prompt=prompt,
+        member=0,
+        prompt_tokens=torch.zeros(0),
+        prompt_image=None,
+        segments=segments,
+        attempts=attempts,
+        dropped=dropped,
+    )
+
+
+def text_of(length: int) -> Rollout:
+    return rollout(segment("text", length))
+
+
 def test_rollouts_by_hand() -> None:
     """Texts alone have a length; without any there is nothing to average."""
-
-    def segment(kind: SegmentKind, length: int, truncated: bool = False) -> Segment:
-        zeros = torch.zeros(length)
-        return Segment(kind=kind, tokens=zeros.long(), logp=zeros, logp_mixed=zeros, entropy=zeros, truncated=truncated)
-
-    def rollout(*segments: Segment, attempts: int = 1, dropped: bool = False) -> Rollout:
-        prompt = Prompt(id="p", task="t", text="x")
-        return Rollout(
-            prompt=prompt,
-            member=0,
-            prompt_tokens=torch.zeros(0),
-            prompt_image=None,
-            segments=segments,
-            attempts=attempts,
-            dropped=dropped,
-        )
-
     found = of_rollouts(
         [
             rollout(segment("text", 3), segment("image", 16), segment("text", 2, truncated=True), attempts=3),
@@ -120,6 +150,8 @@ def test_rollouts_by_hand() -> None:
             "rollout/attempts_mean": 2.0,
             "rollout/dropped_fraction": 0.5,
         }
+        | {f"{COUNT}completions/mean_length": 3.0, f"{COUNT}completions/clipped_ratio": 3.0}
+        | {f"{COUNT}rollout/attempts_mean": 2.0, f"{COUNT}rollout/dropped_fraction": 2.0}
     )
     assert math.isnan(of_rollouts([rollout(segment("image", 4))])["completions/mean_length"])
 
@@ -136,7 +168,8 @@ def test_guidance_is_how_far_it_moves_image_tokens() -> None:
         return Rollout(prompt=prompt, member=0, prompt_tokens=logp.long(), prompt_image=None, segments=(segment,))
 
     rollouts = [drawn("image", [0.5, -0.5]), drawn("image", [0.2]), drawn("text", [9.0])]
-    assert of_guidance(rollouts) == {"rollout/guidance_logp_mean_abs": pytest.approx(0.4)}
+    name = "rollout/guidance_logp_mean_abs"
+    assert of_guidance(rollouts) == {name: pytest.approx(0.4), f"{COUNT}{name}": 3.0}
     assert of_guidance(rollouts[2:]) == of_guidance([]) == {}
 
 

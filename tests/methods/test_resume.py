@@ -22,7 +22,18 @@ import warm
 import yaml
 from helpers import ROOT, everything_partitioned, own_process_group, rows_of, sharp_policy
 from made import world_folder as make_world
-from resume_cases import FullDisk, HeldDisk, Training, assert_same, config_of, differences, leave, rewritten
+from resume_cases import (
+    FullDisk,
+    HeldDisk,
+    Training,
+    assert_same,
+    config_of,
+    differences,
+    kind_of,
+    leave,
+    rewritten,
+    uneven,
+)
 
 from syncr1.engine.checkpoints import sharded as checkpoint
 from syncr1.engine.checkpoints.random_states import load_random_state, random_state
@@ -153,9 +164,9 @@ def test_a_failed_save_is_told_and_the_next_works(
 
 
 def test_two_ranks(whole: Training, world: Path, rewards: RewardSet, tmp_path: Path) -> None:
-    """ZeRO 0, 2 and 3 on two ranks, resumed exactly; one rank's full disk ends both with the same error.  One rank goes
-    on with what two have saved, and two with what one has, under another stage: the same tokens, and the same weights
-    but for rounding; tests/campaigns/test_elastic.py has every pair."""
+    """ZeRO 0, 2 and 3 on two ranks, resumed exactly, groups drawn anew among them; one rank's full disk ends both with
+    the same error.  One rank goes on with what two have saved, and two with what one has, under another stage: the same
+    tokens, and the same weights but for rounding; tests/campaigns/test_elastic.py has every pair."""
     shutil.copytree(world, tmp_path / "world")
     shutil.copytree(whole.checkpoints.root / "step_000004", tmp_path / "one" / "step_000004")
     warm.run(str(ROOT / "tests" / "support" / "resume_cases.py"), str(tmp_path), ranks=2)
@@ -163,8 +174,9 @@ def test_two_ranks(whole: Training, world: Path, rewards: RewardSet, tmp_path: P
     leave(whole, tmp_path / "one")
     pairs = {"one_on_two": "one"}
     for before, now in ((2, 0), (3, 2)):
-        config = config_of(zero_stage=now, num_iterations=2 if before == 2 else 1)
-        training = Training(config, world, tmp_path / f"zero_{before}", rewards).resume(1).to(2)
+        config = config_of(zero_stage=now, **kind_of(before))
+        given = uneven(rewards) if config.refill else rewards
+        training = Training(config, world, tmp_path / f"zero_{before}", given).resume(1).to(2)
         leave(training, tmp_path / f"zero_{before}_on_one")
         pairs[f"zero_{before}_on_one"] = f"after_zero_{before}"
     for one, other in pairs.items():

@@ -290,7 +290,7 @@ def test_ctrl_c_ends_with_scores_and_a_report(cache_dir: Path, base: Path, tmp_p
 
 @pytest.mark.slow
 def test_a_users_photographs_in_bf16_under_zero_2(cache_dir: Path, base: Path, tmp_path: Path) -> None:
-    """`--data FOLDER` of real pictures: the judge is the likelihood of the description, and all rewards arrive.
+    """`--data FOLDER` of real pictures: the judge compares descriptions, and all rewards arrive.
 
     `--bf16`, as in the README: vision, VQ model, heads and optimizer agree on dtypes, close to what was sampled.
     """

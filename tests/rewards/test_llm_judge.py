@@ -17,7 +17,9 @@ from judge_server import JudgeServer, pictures, reds
 from PIL import Image
 
 from syncr1.engine.errors import ChatError
+from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rewards.judge.llm_judge import LLMJudge, read_scores
+from syncr1.engine.rewards.scoring import score
 
 
 @pytest.fixture
@@ -135,6 +137,38 @@ def test_a_busy_server_is_asked_again_and_a_dead_one_is_an_error(server: JudgeSe
     server.answer = lambda _, call: (200, "[100]") if call >= 3 else (500, "")
     server.calls.clear()
     assert judge(server, max_concurrency=1)(prompts=["p", "q"], images=[red(1.0)] * 2).count(None) == 1
+
+
+def test_requests_that_are_given_up_are_counted_in_the_step(server: JudgeServer) -> None:
+    """Each of them, whether the others of the step were answered or not; a step without any has none."""
+    refused = {"q", "r"}
+
+    def answer(content: list[dict[str, Any]], _: int) -> tuple[int, str]:
+        bad = any(f"request:\n{name}\n" in texts(content) for name in refused)
+        return (400, "") if bad else (200, json.dumps(reds(content)))
+
+    server.answer = answer
+    functions = {"judge": judge(server)}
+    rollouts = [
+        Rollout(
+            prompt=Prompt(id=name, task="gen", text=name, segments=("image",)),
+            member=member,
+            prompt_tokens=torch.zeros(0),
+            prompt_image=None,
+            segments=(),
+            image=red(0.5),
+        )
+        for member, name in enumerate(["p", "p", "q", "r"])
+    ]
+    table = score(rollouts, functions)
+    assert table.failures == {"judge": 2} and not table.errors
+    assert table.values[:2, 0].isfinite().all() and table.values[2:, 0].isnan().all()
+    refused.add("p")
+    table = score(rollouts, functions)
+    assert table.failures == {"judge": 3} and "HTTP 400" in table.errors["judge"]
+    refused.clear()
+    table = score(rollouts, functions)
+    assert table.failures == {"judge": 0} and table.values.isfinite().all()
 
 
 def test_what_misses_the_budget_is_none_and_the_rest_is_kept(server: JudgeServer) -> None:

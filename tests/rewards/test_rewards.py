@@ -345,13 +345,13 @@ def test_build_rewards_gives_the_bracket_to_what_is_there() -> None:
     def likely(images: torch.Tensor, texts: Any) -> torch.Tensor:
         return torch.zeros(len(texts))
 
-    everything = build_rewards(features=features, caption_logp=likely)
+    everything = build_rewards(features=features, captions=likely)
     assert everything.names == ("identity", "judge", "text")
     assert everything.weights == pytest.approx((0.26, 0.39, 0.35))
     assert everything.kinds == ("image", "image", "text")
     assert everything.weight_tensor().dtype == torch.float32
     assert build_rewards(features=features).weights == pytest.approx((0.65, 0.35))
-    assert build_rewards(caption_logp=likely).weights == pytest.approx((0.65, 0.35))
+    assert build_rewards(captions=likely).weights == pytest.approx((0.65, 0.35))
     assert build_rewards().names == ("text",)
     with pytest.raises(ValueError, match="expected a positive one"):
         build_rewards(text_weight=0.0)

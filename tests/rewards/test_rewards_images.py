@@ -17,7 +17,7 @@ from syncr1.engine.pictures import load_pictures
 from syncr1.engine.rewards.builtin.identity import IdentityReward
 from syncr1.engine.rewards.judge.attribute_judge import (
     AttributeJudge,
-    CaptionLikelihoodJudge,
+    CaptionJudge,
     Judge,
     index_scorer,
     posterior_scorer,
@@ -152,27 +152,27 @@ def test_scorers_refuse_unknown_values(checker: AttributeChecker) -> None:
         index_scorer(lambda images: torch.zeros(1, 2, dtype=torch.int64), VALUES)(checker.table[:1], [{"hat": "none"}])
 
 
-def mean_brightness_logp(images: Tensor, texts: Sequence[str]) -> Tensor:
-    """A likelihood that can be computed by hand: bright pictures like long texts; none for a text without words."""
-    rows = [-1.0 / len(text.split()) if text.split() else math.nan for text in texts]
-    return torch.tensor(rows) * (1.0 - images.flatten(1).mean(1))
+def brightness_by_words(images: Tensor, texts: Sequence[str]) -> Tensor:
+    """A scorer that can be computed by hand: bright pictures like long texts; none for a text without words."""
+    rows = [1.0 / len(text.split()) if text.split() else math.nan for text in texts]
+    return 1.0 - torch.tensor(rows) * (1.0 - images.flatten(1).mean(1))
 
 
-def test_caption_likelihood_is_the_exponential_of_the_mean() -> None:
-    judge = CaptionLikelihoodJudge(mean_brightness_logp)
+def test_caption_judge_asks_for_what_has_a_picture_and_a_target() -> None:
+    judge = CaptionJudge(brightness_by_words)
     bright, dark = torch.ones(3, 8, 8), torch.zeros(3, 4, 4)
     values = judge(images=[bright, dark, None, dark, dark], target=["a cat", "a cat", "a cat", None, "   "])
-    assert values == [pytest.approx(1.0), pytest.approx(math.exp(-0.5)), None, None, None]
+    assert values == [pytest.approx(1.0), pytest.approx(0.5), None, None, None]
 
 
-def test_judge_prefers_attributes_and_falls_back_to_likelihood(checker: AttributeChecker) -> None:
+def test_judge_prefers_attributes_and_falls_back_to_descriptions(checker: AttributeChecker) -> None:
     scorer = index_scorer(checker.read_indices, VALUES)
     image, wanted = checker.table[0], LOOKS[0].to_dict()
     images, attributes, target = [image, image, None], [wanted, None, wanted], ["a cat", "a cat", "a cat"]
-    both = Judge(scorer, mean_brightness_logp)(images=images, attributes=attributes, target=target)
+    both = Judge(scorer, brightness_by_words)(images=images, attributes=attributes, target=target)
     assert both[0] == 1.0 and both[1] is not None and 0.0 < both[1] < 1.0 and both[2] is None
     assert Judge(scorer)(images=images, attributes=attributes, target=target) == [1.0, None, None]
-    only_likelihood = Judge(None, mean_brightness_logp)(images=images, attributes=attributes, target=target)
-    assert only_likelihood[0] == only_likelihood[1] is not None
+    only_descriptions = Judge(None, brightness_by_words)(images=images, attributes=attributes, target=target)
+    assert only_descriptions[0] == only_descriptions[1] is not None
     with pytest.raises(ValueError, match="neither"):
         Judge()

@@ -1,8 +1,8 @@
-"""One update's gradient, cut into micro-batches and spread over ranks in every way; as a script, the ranks.
+"""One update's gradient and metrics, cut into micro-batches and spread over ranks in every way; as a script, the ranks.
 
 `python gradient_cases.py OUT CELLS.json` is the worker of `test_gradient_invariance.py`: it forks one group of
 gloo processes for each number of ranks, after the imports and the rollouts, and writes how far each cell's gradient is
-from that of one rank and one micro-batch.
+from that of one rank and one micro-batch, and what all ranks together measured.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from syncr1.engine.forward.objective import Objective
 from syncr1.engine.forward.packing import pack
 from syncr1.engine.learn.credit import Credit, StepPlan, plan_of, shared_within_samples
 from syncr1.engine.learn.learner import Learner
+from syncr1.engine.learn.metrics import merged, trl_names
 from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.policies.janus import JanusPolicy
@@ -61,8 +62,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "vespo": {},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     "dapo_per_segment": {"loss_type": "dapo", "credit": "per_segment"},
+    "corrected": {
+        "loss_type": "dapo",
+        "importance_correction": "truncate",
+        "importance_cap": 1.03,
+        "top_entropy_quantile": 0.4,
+        "image_epsilon": 0.03,
+        "image_beta": 0.2,
+        "image_temperature": 0.7,
+    },
 }
-"""Every loss type, the sequence's ratio, and credit per segment; with a KL term, for anchors a stronger one."""
+"""Every loss type, the sequence's ratio, credit per segment, and what weighs tokens one by one or by their modality;
+with a KL term, for anchors a stronger one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,12 +248,12 @@ def with_history(batch: PackedBatch) -> PackedBatch:
 
 
 class Gradients:
-    """A learner of this rank that tells an update's gradient and changes nothing."""
+    """A learner of this rank that tells an update's gradient, in `metrics` what was measured, and changes nothing."""
 
     def __init__(self) -> None:
         settings = LearnerSettings(learning_rate=0.0, max_grad_norm=0.0)
         self.learner = Learner(copy.deepcopy(small_policy()), objective_of("dapo"), settings, reference=small_policy())
-        self._found = torch.zeros(0)
+        self._found, self.metrics = torch.zeros(0), dict[str, float]()
         self.learner.optimizer.register_step_pre_hook(self._record)
 
     def _record(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -261,9 +272,10 @@ class Gradients:
         batches = [with_history(one) for one in learner.score(mine)]
         if cell.local:
             whole, learner.all_reduce = learner.all_reduce, lambda values, op=None: values * learner.world_size
-        learner._step(batches)
+        told = trl_names(learner._step(batches))
         if cell.local:
             learner.all_reduce = whole
+        self.metrics = merged(learner.gathered(told))
         return self._found.clone()
 
 
@@ -282,7 +294,7 @@ def rank_main(rank: int, num_ranks: int, port_file: Path, folder: Path, cells: S
             known[cell.name] = found.float()
         want = known[cell.reference].double()
         difference = float((found - want).norm() / want.norm())
-        results[cell.name] = {"difference": difference, "norm": float(want.norm()), "cell": asdict(cell)}
+        results[cell.name] = {"difference": difference, "norm": float(want.norm()), "metrics": gradients.metrics}
     if rank == 0:
         if num_ranks == 1:
             save_file(known, references)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,26 @@ def config_of(**changes: Any) -> SyncR1Config:
         "preview_fraction": 0.25,
     }
     return SyncR1Config(**(small | changes))
+
+
+def kind_of(stage: int) -> dict[str, Any]:
+    """What two ranks train under a ZeRO stage, beside plain Sync-R1: several updates, or all that comes before one."""
+    corrected = {"importance_correction": "truncate", "top_entropy_quantile": 0.7, "refill": 2}
+    return {2: {"num_iterations": 2}, 3: corrected}.get(stage, {})
+
+
+def uneven(rewards: RewardSet) -> RewardSet:
+    """The same, but that a part of the prompts earns all members alike."""
+
+    def of(function: Any) -> Any:
+        def dulled(*, id: Sequence[str], **columns: Any) -> list[float | None]:
+            values = function(id=id, **columns)
+            dull = [hashlib.blake2b(name.encode()).digest()[0] % 2 for name in id]
+            return [0.5 if flat and value is not None else value for flat, value in zip(dull, values, strict=True)]
+
+        return dulled
+
+    return replace(rewards, functions={name: of(function) for name, function in rewards.functions.items()})
 
 
 class Training:
@@ -227,17 +249,21 @@ def fails_together(training: Training) -> None:
 
 
 def main(folder: Path) -> None:
-    """Under ZeRO 0, 2 and 3: two steps at a stretch, and the second again from a checkpoint; then what one rank has
-    left in `one`, under ZeRO 3. More steps: `elastic_cases.py`, and the tests of one rank."""
+    """Under ZeRO 0, 2 and 3: two steps at a stretch, and the second again from a checkpoint, under 3 with groups that
+    are drawn anew; then what one rank has left in `one`, under ZeRO 3. More steps: `elastic_cases.py`, and the tests of
+    one rank."""
     torch.set_num_threads(1)
     init_distributed()
     world = folder / "world"
     rewards = build_reward_set(config_of(), sharp_policy(), load_training_prompts(world))
     for stage in (0, 2, 3):
-        config, root = config_of(zero_stage=stage, num_iterations=2 if stage == 2 else 1), folder / f"zero_{stage}"
-        whole = Training(config, world, root, rewards).to(1, saving=True).to(2)
-        resumed = Training(config, world, root, rewards).resume(1).to(2)
+        config, root = config_of(zero_stage=stage, **kind_of(stage)), folder / f"zero_{stage}"
+        given = uneven(rewards) if config.refill else rewards
+        whole = Training(config, world, root, given).to(1, saving=True).to(2)
+        resumed = Training(config, world, root, given).resume(1).to(2)
         assert_same(resumed, whole)
+        rounds = [step.values.get("refill/rounds", 0) for step, _, _ in whole.steps]
+        assert sum(rounds) > 1 if config.refill else not any(rounds), rounds
         fails_together(resumed)
         leave(whole, folder / f"after_zero_{stage}")
     there = Training(config_of(zero_stage=3, num_iterations=2, max_steps=5), world, folder / "one", rewards)

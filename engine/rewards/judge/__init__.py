@@ -1,1 +1,1 @@
-"""Judges: by attributes, by likelihood, by a remote model."""
+"""Judges: by attributes, by descriptions, by a remote model."""

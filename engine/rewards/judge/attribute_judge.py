@@ -1,8 +1,9 @@
 """R_vlm: does the image show what was asked for?
 
 Where a record names its attributes (the rendered world), a checker reads them off the image.  Where it does not
-(photographs), a frozen copy of the policy says how likely the explicit description is, given the image.  Sync-R1 asks
-a remote model for a number instead; a judge of that kind is a reward function like any other, and may be `async`.
+(photographs), a frozen copy of the policy says whether it finds the explicit description truer of the image than others
+like it (builtin/caption.py).  Sync-R1 asks a remote model for a number instead; a judge of that kind is a reward
+function like any other, and may be `async`.
 
 Dims: n images, A attributes.
 """
@@ -23,8 +24,8 @@ AttributeScorer = Callable[[Tensor, Sequence[Mapping[str, str]]], Tensor]
 [n, A] float in [0, 1] (0 or 1 when the reading is hard); NaN for an attribute that is not named. The order of the
 columns and their number are the scorer's own."""
 
-CaptionLogp = Callable[[Tensor, Sequence[str]], Tensor]
-"""Images [n, 3, H, W] in [0, 1] and n texts to the mean log-probability per token of each text: [n] nats, at most 0."""
+CaptionScorer = Callable[[Tensor, Sequence[str]], Tensor]
+"""Images [n, 3, H, W] in [0, 1] and n descriptions to how well each fits: [n] in [0, 1]; NaN = cannot be said."""
 
 
 class AttributeJudge:
@@ -47,14 +48,11 @@ class AttributeJudge:
         return rewards
 
 
-class CaptionLikelihoodJudge:
-    """exp(mean log-probability per token) of `target` given the image; None without an image or a target.
+class CaptionJudge:
+    """How well `target` fits the image; None without an image or a target."""
 
-    The scale is the model's own, so values compare within a group and not across models.
-    """
-
-    def __init__(self, caption_logp: CaptionLogp) -> None:
-        self.caption_logp = caption_logp
+    def __init__(self, scorer: CaptionScorer) -> None:
+        self.scorer = scorer
         self.__name__ = "judge"
 
     def __call__(
@@ -65,20 +63,20 @@ class CaptionLikelihoodJudge:
         drawn = [image for i in rows if (image := images[i]) is not None]
         for members in by_shape(drawn):
             texts = [str(target[rows[i]]) for i in members]
-            logp = self.caption_logp(torch.stack([drawn[i] for i in members]), texts)
-            for index, value in zip(members, logp.float().clamp(max=0.0).exp().tolist(), strict=True):
-                rewards[rows[index]] = value if math.isfinite(value) else None  # a text without tokens has none
+            values = self.scorer(torch.stack([drawn[i] for i in members]), texts)
+            for index, value in zip(members, values.tolist(), strict=True):
+                rewards[rows[index]] = value if math.isfinite(value) else None  # a text without words has none
         return rewards
 
 
 class Judge:
-    """`AttributeJudge` for records with attributes, `CaptionLikelihoodJudge` for the others; either may be absent."""
+    """`AttributeJudge` for records with attributes, `CaptionJudge` for the others; either may be absent."""
 
-    def __init__(self, scorer: AttributeScorer | None = None, caption_logp: CaptionLogp | None = None) -> None:
-        if scorer is None and caption_logp is None:
-            raise ValueError("Judge: expected an attribute scorer, a caption likelihood, or both, got neither")
+    def __init__(self, scorer: AttributeScorer | None = None, captions: CaptionScorer | None = None) -> None:
+        if scorer is None and captions is None:
+            raise ValueError("Judge: expected an attribute scorer, a caption scorer, or both, got neither")
         self.by_attributes = None if scorer is None else AttributeJudge(scorer)
-        self.by_caption = None if caption_logp is None else CaptionLikelihoodJudge(caption_logp)
+        self.by_caption = None if captions is None else CaptionJudge(captions)
         self.__name__ = "judge"
 
     @property
@@ -104,9 +102,9 @@ class Judge:
             rewards = self.by_attributes(images=images, attributes=attributes)
         if self.by_caption is not None:
             left = [None if done else image for image, done in zip(images, checked, strict=True)]
-            likelihood = self.by_caption(images=left, target=target)
+            described = self.by_caption(images=left, target=target)
             rewards = [
-                first if done else second for first, second, done in zip(rewards, likelihood, checked, strict=True)
+                first if done else second for first, second, done in zip(rewards, described, checked, strict=True)
             ]
         return rewards
 

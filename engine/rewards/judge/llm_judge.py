@@ -105,6 +105,8 @@ class LLMJudge:
         self.batch_by, self.reference, self.top, self.budget = batch_by, reference, top, budget
         self.num_failed = 0
         """Images and questions that were given up so far."""
+        self.num_failed_calls = 0
+        """Requests about them."""
         self.__name__, self.kind = "llm_judge", "image"
         self.who = f"the model {model} at {urlsplit(base_url).netloc}"
         self._photos: Kept[ImageRef, str] = Kept(self._of_photos, len, MAX_KEPT)
@@ -203,6 +205,7 @@ class LLMJudge:
         lost = sum(size for result, size in zip(results, sizes, strict=True) if isinstance(result, ChatError))
         with self._lock:
             self.num_failed += lost
+            self.num_failed_calls += len(errors)
         if len(errors) == len(results) and (raises or all(error.permanent for error in errors)):
             raise errors[0]
         logger.warning("llm judge: no answer for %d of %d; the first: %s", lost, sum(sizes), errors[0])

@@ -1,0 +1,90 @@
+"""The published settings in recipes/: each loads, says something, and makes a plan with a small model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
+import pytest
+import yaml
+from made import cache_folder, short_base
+from recipe_cases import recipe_here
+
+from syncr1.engine.corl.config import CorlConfig
+from syncr1.engine.forward.objective import Objective
+from syncr1.engine.learn.from_settings import objective_of, settings_of
+from syncr1.engine.learn.schedule import learning_rate
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.settings.yaml_files import from_yaml
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+DEFAULTS = {"sync_r1.yaml", "corl.yaml", "corl_tiny.yaml"}
+PRESETS = sorted(path.name for path in RECIPES.glob("*.yaml") if path.name not in DEFAULTS)
+ELSEWHERE: dict[str, list[object]] = {
+    "sync_r1.py": ["--max_completion_length", 100],
+    "corl.py": [
+        *("--max_completion_length", 100, "--captioner", "world", "--spice_parser", "world"),
+        *("--lpips_weights", "random", "--cycle_text", "spice"),
+    ],
+}
+"""In place of what would be downloaded, and for a model of 512 positions."""
+
+
+def config_type(name: str) -> type[Any]:
+    return CorlConfig if name.startswith("corl") else SyncR1Config
+
+
+def preset(name: str) -> Any:
+    return from_yaml(config_type(name), RECIPES / name)
+
+
+def test_there_are_those_that_the_documentation_names() -> None:
+    corl, sync = ("corl_paper", "corl_released"), ("sync_r1_janus_pro", "sync_r1_paper", "sync_r1_released")
+    assert [name.removesuffix(".yaml") for name in PRESETS] == [*corl, *sync, "t2i_r1"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_short_and_every_line_is_a_setting(name: str) -> None:
+    text = (RECIPES / name).read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert yaml.safe_load(text).keys() == {line.split(":")[0] for line in lines}
+    assert f"recipes/{name}" in text, "its first lines say how it is used"
+    assert preset(name) != config_type(name)()
+
+
+def test_what_is_published() -> None:
+    """The numbers that tell the methods apart, as the learner and the loss get them."""
+    released, paper = preset("sync_r1_released.yaml"), preset("sync_r1_paper.yaml")
+    objective = objective_of(released, 576)
+    assert (objective.credit, objective.loss_type, objective.scale_rewards) == ("image_only", "luspo", "none")
+    assert (objective.beta, objective.epsilon, objective.importance_sampling_level) == (0.01, 0.2, "token")
+    learner = settings_of(released)
+    assert (learner.adam_beta1, learner.adam_beta2, learner.weight_decay) == (0.9, 0.999, 1e-3)
+    assert learning_rate(released, 9) == 1e-6 > learning_rate(released, 49) > learning_rate(released, 50) == 0
+    assert (paper.credit, paper.scale_rewards) == ("shared", "group")
+    corl = preset("corl_paper.yaml")
+    assert (corl.loss_type, corl.beta, corl.refined_beta, corl.refined_num_generations) == ("grpo", 0, 0.02, 16)
+    second = corl.for_stage("mcq", 1000)
+    assert (second.prompts_per_step, second.learning_rate, second.max_steps) == (32, 1e-6, 32)
+    t2i = preset("t2i_r1.yaml")
+    assert (t2i.num_generations, t2i.beta, t2i.learning_rate, t2i.zero_stage) == (8, 0.01, 1e-6, 3)
+    assert Objective().loss_type == t2i.loss_type
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_dry_run_of_each(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the rendered world, with a small model in place of a published one."""
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
+    recipe = "corl.py" if name.startswith("corl") else "sync_r1.py"
+    flags = ["--config", RECIPES / name, "--model", short_base(), "--output_dir", tmp_path / "run", "--dry_run"]
+    out, _ = recipe_here(capsys, recipe, *flags, *ELSEWHERE[recipe])
+    settings = yaml.safe_load(out[out.index("\nmodel:") : out.index("plan:")])
+    given = yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
+    own = {"model", "max_completion_length", "cycle_text", "captioner"}
+    assert {key: settings[key] for key in given.keys() - own} == {key: given[key] for key in given.keys() - own}
+    assert not (tmp_path / "run").exists()
