@@ -70,7 +70,7 @@ def leads_as_said(policy: Policy, turn: str, rollout: Rollout) -> bool:
     if turn == "none":
         assert lead == [policy.image_start]
         return True
-    end = policy.text_tokens("").tolist() if rollout.segments[0].truncated else []
+    end = [policy.tokenizer.eos_token_id] if rollout.segments[0].truncated else []
     whole, around = (
         policy.drawing_tokens(rollout.prompt, said(turn, rollout.prompt, text)).tolist() for text in (rollout.text, "")
     )
@@ -166,6 +166,8 @@ def test_what_cannot_be_is_refused_before_anything_is_sampled(monkeypatch: pytes
     words_alone = text_models.policy("qwen3")
     with pytest.raises(DataError, match="draws none"):
         generate(words_alone, [make_prompt("x")], Sampling(drawing_turn="sync_r1"))
+    with pytest.raises(ConfigError, match="generate: drawing_turn: expected none for CausalLMPolicy"):
+        generate(words_alone, [make_prompt("x", ("text",))], Sampling(drawing_turn="sync_r1"))
     with pytest.raises(ConfigError, match="cannot open a turn to draw in"):
         words_alone.drawing_tokens(make_prompt("x"), "a cat")
 
