@@ -2,8 +2,8 @@
 
     [ prompt 0 | prompt 1 | … | response 0.0 | response 0.1 | … | response 1.0 | … ]
 
-A response is what follows the prompt: `text | image_start | image | follow-up turn | text`, or a part of it; the loss
-mask covers what the policy sampled.  Pruned trajectories have no tokens.
+A response is what follows the prompt: `text | [drawing turn] image_start | image | follow-up turn | text`, or a part of
+it; the loss mask covers what the policy sampled.  Pruned trajectories have no tokens.
 
 Dims: T tokens of responses, S sequences, P groups, G members, R image-embedding rows, D hidden.
 """

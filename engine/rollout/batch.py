@@ -31,6 +31,8 @@ from .stepping import Stepper
 
 IMAGE_OFFSET, FOLLOW_UP_OFFSET = 1 << 20, 1 << 21
 """Random-number counters of image and follow-up tokens start here, so that they do not depend on the text's length."""
+TURNS_AT_ONCE = 1 << 15
+"""Tokens of drawing turns in one pass: their activations are counted nowhere."""
 DRAWN_AT_ONCE = 64
 """Images that the VQ decoder gets at a time."""
 
@@ -188,8 +190,11 @@ class Batch:
                 self.rows.put(index, rows)
         in_turn = [i for i in chosen if self.drawing.applies(self.drafts[i].prompt)]
         if in_turn:
+            step = max(1, TURNS_AT_ONCE // max(leads[i].numel() for i in in_turn))
             with self.time("turn"):
-                self._extend(in_turn, [leads[i] for i in in_turn], None)
+                for first in range(0, len(in_turn), step):
+                    part = in_turn[first : first + step]
+                    self._extend(part, [leads[i] for i in part], None)
         return list(leads.values())
 
     def _canvas(self, chosen: list[int], phase: Phase) -> Canvas:

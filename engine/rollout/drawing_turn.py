@@ -11,6 +11,8 @@ for the text, which is cut where it needs more (read again, it need not have the
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ class DrawingTurns:
         max_text_tokens: of the text in a turn.
 
     Raises:
-        ConfigError: the template has an unknown field, or a brace that is not closed.
+        ConfigError: the template has an unknown field, or a brace that is not closed; or the policy draws nothing.
     """
 
     def __init__(self, policy: Policy, drawing_turn: str, max_text_tokens: int) -> None:
@@ -40,6 +42,11 @@ class DrawingTurns:
             raise ConfigError(f"generate: drawing_turn: {problem}")
         self.policy, self.max_text_tokens = policy, max_text_tokens
         self.template = template_of(drawing_turn)
+        if self.template is not None and not policy.num_image_tokens:
+            raise ConfigError(
+                f"generate: drawing_turn: expected none for {type(policy).__name__}, which draws no images, got "
+                f"{drawing_turn!r}; leave it out, or use a Janus or Emu3 checkpoint"
+            )
         self._start = torch.tensor([policy.image_start])
         self._made: dict[tuple[str, str], Tensor] = {}
         """By prompt and words, which many members have in common."""
@@ -60,7 +67,7 @@ class DrawingTurns:
         """Tokens before the image, at most."""
         if not self.applies(prompt):
             return 1
-        return self._closing().numel() + self._room(prompt)
+        return self._closing.numel() + self._room(prompt)
 
     def _room(self, prompt: Prompt) -> int:
         return self._turn(prompt, "").numel() + SEAM + self.max_text_tokens
@@ -76,8 +83,9 @@ class DrawingTurns:
         if not self.applies(prompt):
             return self._start
         turn = self._fitted(prompt, text)
-        return torch.cat([self._closing(), turn]) if truncated else turn
+        return torch.cat([self._closing, turn]) if truncated else turn
 
+    @cached_property
     def _closing(self) -> Tensor:
         """What ends an answer."""
         return self.policy.text_tokens("")
@@ -92,6 +100,8 @@ class DrawingTurns:
     def _fitted(self, prompt: Prompt, text: str) -> Tensor:
         """The turn, its text cut from behind until there is room."""
         ids, room = self._turn(prompt, text), self._room(prompt)
+        if ids.numel() <= room:
+            return ids
         kept = self.policy.encode(text)[: self.max_text_tokens]
         while ids.numel() > room:
             ids = self._turn(prompt, self.policy.decode_text(kept))

@@ -1,6 +1,6 @@
 """Prompt x G -> Rollout: many groups sampled at once, each a causal sequence of text and image tokens.
 
-    prompt . text . image_start . image . follow-up turn . text        (any of the three may be absent)
+    prompt . text . [drawing turn] . image_start . image . follow-up turn . text    (any of the three may be absent)
 
 Each prompt, its image included, runs through the model once, and so does the classifier-free prompt; members hold only
 what they add (cache.py).  Text and image phases advance over all groups together, a sequence that ended frees its rows,
@@ -69,14 +69,15 @@ class RolloutEngine:
 
         Args:
             prompts: any mix of segment plans.
-            sampling: temperature, lengths, guidance, seed.
+            sampling: temperature, lengths, guidance, drawing turn, seed.
             preview: preview DGS; None draws every image to its end.
 
         Returns:
             len(prompts) * G rollouts, the members of a prompt adjacent, in the order of the prompts.
 
         Raises:
-            ValueError: a prompt is empty, longer than the model's positions, or asks for what cannot be sampled.
+            ValueError: a prompt is empty, longer than the model's positions, or asks for what cannot be sampled; or the
+                drawing turn is none that there is.
             RolloutTooLarge: the keys and values do not fit; the message says which numbers to lower.
         """
         self.stats = RolloutStats()

@@ -100,6 +100,26 @@ def test_a_row_depends_on_nothing_but_itself(backend: str) -> None:
         assert attend(step.rows(rows), backend).equal(whole[rows])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_given_tokens_of_a_sequence_are_a_row_each(backend: str) -> None:
+    """Two sequences of one prefix, whose new keys lie in their columns already: as one call after the other."""
+    news, seen, starts = (6, 33), (5, 0), (2, 20)
+    tokens = [(start, length + i) for start, length, n in zip(starts, seen, news, strict=True) for i in range(n)]
+    query, key, value = (torch.randn(len(tokens), heads, 16, device=DEVICE) for heads in (4, 2, 2))
+    prefix = [torch.randn(2, 40, 16, device=DEVICE) for _ in range(2)]
+    own = [torch.randn(2, 60, 16, device=DEVICE) for _ in range(2)]
+    spans = torch.tensor([[3, 30, start, before] for start, before in tokens], device=DEVICE)
+    one_by_one = [x.clone() for x in own]
+    expected = [
+        prefix_decode_attention(q, k, v, *prefix, *one_by_one, span, backend=backend)
+        for q, k, v, span in zip(*(x.split(1) for x in (query, key, value, spans)), strict=True)
+    ]
+    for store, new in zip(own, (key, value), strict=True):
+        store[:, spans[:, 2] + spans[:, 3]] = new.transpose(0, 1)
+    assert prefix_decode_attention(query, key, value, *prefix, *own, spans, backend=backend).equal(torch.cat(expected))
+    assert all(torch.equal(a, b) for a, b in zip(own, one_by_one, strict=True))
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("slope", [5.0, -5.0, 400.0])
 def test_scores_that_rise_and_fall(backend: str, slope: float) -> None:

@@ -21,6 +21,7 @@ from syncr1.engine.learn.learner import replay_error
 from syncr1.engine.pictures import open_picture
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.records import Prompt, Rollout
+from syncr1.engine.rollout import batch as batch_module
 from syncr1.engine.rollout.drawing_turn import SEAM, DrawingTurns
 from syncr1.engine.rollout.sampler import RolloutEngine, generate
 from syncr1.engine.rollout.sampling import Sampling
@@ -70,7 +71,7 @@ def leads_as_said(policy: Policy, turn: str, rollout: Rollout) -> bool:
     if turn == "none":
         assert lead == [policy.image_start]
         return True
-    end = policy.text_tokens("").tolist() if rollout.segments[0].truncated else []
+    end = [policy.tokenizer.eos_token_id] if rollout.segments[0].truncated else []
     whole, around = (
         policy.drawing_tokens(rollout.prompt, said(turn, rollout.prompt, text)).tolist() for text in (rollout.text, "")
     )
@@ -109,7 +110,7 @@ def test_what_is_sampled_behind_a_turn_is_what_is_trained(name: str, turn: str, 
     (batch,) = packed(policy, rollouts, 2)
     with torch.no_grad():
         assert replay_error(batch, PolicyForward(policy, Objective())(batch)["logp"]) <= REPLAY_TOLERANCE
-    for rollout in rollouts[::2]:
+    for rollout in rollouts[restarts::3]:
         for segment, (logp, mixed) in zip(rollout.segments, plain_replay(policy, rollout), strict=True):
             torch.testing.assert_close(segment.logp, logp, rtol=0, atol=REPLAY_TOLERANCE)
             torch.testing.assert_close(segment.logp_mixed, mixed, rtol=0, atol=REPLAY_TOLERANCE)
@@ -118,7 +119,7 @@ def test_what_is_sampled_behind_a_turn_is_what_is_trained(name: str, turn: str, 
     assert at_once == (policy.image_start,)
 
 
-def test_a_turn_is_a_members_own_and_the_prompt_the_groups(tmp_path: Path) -> None:
+def test_a_turn_is_a_members_own_and_the_prompt_the_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first turn runs through the model once; members that said different things are asked for different images,
     and what is drawn does not depend on the batch around it."""
     policy, prompts = POLICIES["janus"], prompts_in(tmp_path)
@@ -135,6 +136,9 @@ def test_a_turn_is_a_members_own_and_the_prompt_the_groups(tmp_path: Path) -> No
         for one, other in zip(alone, rollouts[4 * index :], strict=False):
             for a, b in zip(one.segments, other.segments, strict=True):
                 assert a.tokens.tolist() == b.tokens.tolist() and a.lead.tolist() == b.lead.tolist()
+    monkeypatch.setattr(batch_module, "TURNS_AT_ONCE", 1)  # as many passes as members
+    apart = engine.generate(prompts[:2], sampling)
+    assert [r.segments[1].tokens.tolist() for r in apart] == [r.segments[1].tokens.tolist() for r in rollouts[:8]]
     engine.generate(prompts, Sampling(num_generations=2, max_text_tokens=6))
     assert "turn" not in engine.stats.seconds
 
@@ -166,6 +170,8 @@ def test_what_cannot_be_is_refused_before_anything_is_sampled(monkeypatch: pytes
     words_alone = text_models.policy("qwen3")
     with pytest.raises(DataError, match="draws none"):
         generate(words_alone, [make_prompt("x")], Sampling(drawing_turn="sync_r1"))
+    with pytest.raises(ConfigError, match="generate: drawing_turn: expected none for CausalLMPolicy"):
+        generate(words_alone, [make_prompt("x", ("text",))], Sampling(drawing_turn="sync_r1"))
     with pytest.raises(ConfigError, match="cannot open a turn to draw in"):
         words_alone.drawing_tokens(make_prompt("x"), "a cat")
 
