@@ -68,14 +68,18 @@ def kind_of(stage: int) -> dict[str, Any]:
     return {2: {"num_iterations": 2}, 3: corrected}.get(stage, {})
 
 
+def is_dull(prompt_id: str) -> bool:
+    """Half of all prompts are."""
+    return hashlib.blake2b(prompt_id.encode()).digest()[0] % 2 == 1
+
+
 def uneven(rewards: RewardSet) -> RewardSet:
-    """The same, but that a part of the prompts earns all members alike."""
+    """The same, but that dull prompts earn all members alike."""
 
     def of(function: Any) -> Any:
         def dulled(*, id: Sequence[str], **columns: Any) -> list[float | None]:
             values = function(id=id, **columns)
-            dull = [hashlib.blake2b(name.encode()).digest()[0] % 2 for name in id]
-            return [0.5 if flat and value is not None else value for flat, value in zip(dull, values, strict=True)]
+            return [0.5 if is_dull(i) and value is not None else value for i, value in zip(id, values, strict=True)]
 
         return dulled
 
