@@ -180,8 +180,9 @@ def test_ranks_take_part_in_the_same_rounds() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_a_training_that_draws_anew(tmp_path: Path) -> None:
-    """With a preview and two updates a step: the same in every run, as many trajectories as without, and the bill."""
-    world, changes = world_folder(), dict[str, Any](max_steps=1, num_iterations=2)
+    """With a preview and two updates: the same in every run, as many trajectories as without, and the bill. Of the
+    prompts that seed 1 begins with two are dull."""
+    world, changes = world_folder(), dict[str, Any](max_steps=1, num_iterations=2, seed=1)
     with own_process_group():
         rewards = uneven(build_reward_set(config_of(), sharp_policy(), load_training_prompts(world)))
         runs = [
