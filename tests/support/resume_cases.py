@@ -87,7 +87,7 @@ def uneven(rewards: RewardSet) -> RewardSet:
 
 
 class Training:
-    """A trainer with everything real around it, and what it did."""
+    """A trainer with everything real around it, and what it did; where groups are drawn anew, some have to be."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Training:
         policy: Policy | None = None,
         num_prompts: int = 9,
     ) -> None:
-        self.rewards = rewards
+        self.rewards = rewards = uneven(rewards) if config.refill else rewards
         policy = sharp_policy() if policy is None else policy
         if config.lora_rank:
             add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed)
@@ -261,9 +261,8 @@ def main(folder: Path) -> None:
     rewards = build_reward_set(config_of(), sharp_policy(), load_training_prompts(world))
     for stage in (0, 2, 3):
         config, root = config_of(zero_stage=stage, **kind_of(stage)), folder / f"zero_{stage}"
-        given = uneven(rewards) if config.refill else rewards
-        whole = Training(config, world, root, given).to(1, saving=True).to(3)
-        resumed = Training(config, world, root, given).resume(1).to(3)
+        whole = Training(config, world, root, rewards).to(1, saving=True).to(3)
+        resumed = Training(config, world, root, rewards).resume(1).to(3)
         assert_same(resumed, whole)
         rounds = [step.values.get("refill/rounds", 0) for step, _, _ in whole.steps]
         assert sum(rounds) > 2 if config.refill else not any(rounds), rounds
