@@ -133,8 +133,8 @@ class TrainConfig(Settings):
     """Share of each modality's tokens whose advantage is learnt from: those of highest entropy in the whole update. It
     takes a forward pass more."""
     scale_rewards: Literal["group", "batch", "none", "loo"] = "group"
-    """What an advantage is divided by: its group's or the batch's standard deviation, or nothing; loo: leave-one-out
-    baseline."""
+    """What an advantage is divided by: its group's or the batch's standard deviation, or nothing (Sync-R1's released
+    code); loo: leave-one-out baseline."""
     credit: Credit = "shared"
     """Which reward a token answers for: both segments share one advantage (the paper), each its own segment's
     rewards, or only image tokens learn (Sync-R1's released code)."""

@@ -54,6 +54,12 @@ CURVES = (
         "reward; share",
         "Groups learn from differences between their members.",
     ),
+    Curve(
+        "Groups drawn anew (refill)",
+        {"refill/tokens_wasted_fraction": "share of the step's tokens that was given up"},
+        SHARE,
+        "Groups without any difference, replaced by other prompts; the reward above is of what was left.",
+    ),
     Curve("Speed", {"tokens_per_second": "sampled and trained"}, "tokens per second"),
     Curve(
         "Early looks at half-drawn pictures (preview)",
@@ -74,6 +80,12 @@ CURVES = (
         {"rollout/replay_logp_max_abs": "largest difference"},
         "nats",
         "The same tokens' log-probabilities, computed twice; near 0 is right.",
+    ),
+    Curve(
+        "Correction for the sampler",
+        {f"sampling/importance_sampling_ratio/{kind}": kind for kind in ("mean", "min", "max")},
+        "weight of a token's loss",
+        "1 where sampler and trainer agree (importance_correction).",
     ),
 )
 HOW_TO_READ = (

@@ -3,13 +3,17 @@ refused."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from syncr1.engine.corl.config import CorlConfig, Training
+from syncr1.engine.corl.training_data import AlternatingStream
+from syncr1.engine.data.stream import PromptStream, Shuffled
 from syncr1.engine.errors import ConfigError
+from syncr1.engine.records import Prompt
 from syncr1.engine.settings.schema import settings_of
 from syncr1.engine.settings.yaml_files import from_yaml, to_yaml
 
@@ -88,3 +92,25 @@ def test_the_recipes_yaml_are_the_dataclass_and_what_the_tiny_world_changes() ->
     tiny = from_yaml(CorlConfig, RECIPES / "corl_tiny.yaml")
     assert tiny.captioner == tiny.spice_parser == "world" and tiny.lpips_weights == "random"
     assert tiny.model is None and tiny.data is None
+
+
+def test_alternating_steps_are_refilled_from_their_own_half() -> None:
+    """A step of drawing gets drawings, one of answering answers, whatever was drawn before; a resumed run the same."""
+
+    def stream() -> AlternatingStream:
+        halves = [
+            [(Prompt(id=f"{i}/{half}", task=half, text=f"{i}", sample=f"{i}"),) for i in range(8)]
+            for half in ("t2i", "mm2t")
+        ]
+        orders = [Shuffled(half, seed=i, prompts_per_step=3) for i, half in enumerate(halves)]
+        return AlternatingStream([PromptStream(order) for order in orders])
+
+    first, resumed = stream(), stream()
+    for task in ("t2i", "mm2t", "t2i"):
+        had = first.next_step()
+        more = first.more([2]) or []
+        assert {prompt.task for prompt in (*had, *more)} == {task} and len({p.id for p in (*had, *more)}) == 5
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [p.id for p in resumed.next_step() + (resumed.more([3]) or [])] == [
+        p.id for p in first.next_step() + (first.more([3]) or [])
+    ]

@@ -15,12 +15,13 @@ import torch
 from helpers import own_process_group, packed, sampled, sharp_policy
 from torch import Tensor
 
-from syncr1.engine.forward.objective import Objective
+from syncr1.engine.forward.objective import Objective, PolicyForward
 from syncr1.engine.learn.correction import DIFFERENCE, RATIO, of_high_entropy, sampler_ratio
 from syncr1.engine.learn.learner import Learner, replay_error
 from syncr1.engine.learn.metrics import COUNT, pooled
 from syncr1.engine.learn.optimizer import LearnerSettings
 from syncr1.engine.records import PackedBatch
+from syncr1.kernels.api import linear_grpo_loss
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 GROUP = 3
@@ -152,3 +153,32 @@ def test_tokens_of_low_entropy_keep_their_kl_term(batches: list[PackedBatch]) ->
     found, want = few.update(scored), all_of_them.update(all_of_them.score(batches))
     assert found["tokens/image"] == want["tokens/image"], "divisors and metrics are of all tokens"
     assert 0 < found["grad_norm"] != pytest.approx(want["grad_norm"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_of_one_micro_batch_the_quantile_is_the_kernels(batches: list[PackedBatch]) -> None:
+    """`top_entropy_quantile` of `linear_grpo_loss`, which knows one call alone: the same loss and gradient."""
+    batch = max(batches, key=lambda one: int((one.modality == 0).sum()))
+    learner, items = learner_of(top_entropy_quantile=0.3), {"text": 20.0, "image": 50.0}
+    forward = PolicyForward(learner.policy, Objective())
+    (scored,) = learner.score([batch])
+    losses = [
+        forward(scored, num_items=items)["loss"],
+        linear_grpo_loss(
+            forward._streams(batch),
+            batch.credit[:, 0],
+            batch.cu_seqlens,
+            batch.group_offsets,
+            loss_mask=batch.loss_mask,
+            modality=batch.modality,
+            num_items=items,
+            top_entropy_quantile=0.3,
+        ).loss,
+    ]
+    trained = [p for p in learner.policy.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(loss, trained, allow_unused=True) for loss in losses)
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=1e-6) and float(losses[0]) != 0
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None and other is not None:
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)

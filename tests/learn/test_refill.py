@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
+from helpers import own_process_group, sharp_policy
+from made import world_folder
+from resume_cases import Training, config_of, is_dull, uneven
 from torch import Tensor
 
 from syncr1.engine.data.mixture import Mixture
+from syncr1.engine.data.prompts import load_training_prompts
 from syncr1.engine.data.stream import PromptStream, Shuffled
 from syncr1.engine.learn.credit import shared_within_samples
 from syncr1.engine.learn.metrics import COUNT
 from syncr1.engine.learn.refill import Drawn, Waste, refilled, rows_by_sample, teaches_nothing
+from syncr1.engine.methods.sync_r1_parts import build_reward_set
 from syncr1.engine.records import Prompt, Rollout, Segment
 from syncr1.engine.rewards.scoring import RewardTable
 from syncr1.engine.rollout.sampling import RolloutStats
@@ -166,3 +175,31 @@ def test_ranks_take_part_in_the_same_rounds() -> None:
             rounds[rank] += waste.rounds
     assert rounds[0] == rounds[1] > 0
     assert sorted(ids(steps[0]) + ids(steps[1])) == sorted(ids(one))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_training_that_draws_anew(tmp_path: Path) -> None:
+    """With a preview and two updates: the same in every run, as many trajectories as without, and the bill. Of the
+    prompts that seed 1 begins with two are dull."""
+    world, changes = world_folder(), dict[str, Any](max_steps=1, num_iterations=2, seed=1)
+    with own_process_group():
+        rewards = uneven(build_reward_set(config_of(), sharp_policy(), load_training_prompts(world)))
+        runs = [
+            Training(config_of(refill=rounds, **changes), world, tmp_path / name, rewards, num_prompts=24).to(1)
+            for name, rounds in (("first", 4), ("second", 4), ("without", 0))
+        ]
+    first, second, without = runs
+    assert first.record() == second.record() != without.record()
+    for metrics, rollouts, totals in first.steps:
+        values = metrics.values
+        assert len({rollout.prompt.id for rollout in rollouts}) == 4 and len(rollouts) == len(totals) == 16
+        assert sum(not rollout.prompt.rewarded for rollout in rollouts) == 4, "the anchor"
+        dull = [rollout.prompt.id for rollout in rollouts if rollout.prompt.rewarded and is_dull(rollout.prompt.id)]
+        assert not dull or values["refill/rounds"] == 4
+        kept = sum(segment.tokens.numel() for rollout in rollouts for segment in rollout.segments)
+        wasted = values["num_tokens"] - kept
+        assert values["refill/tokens_wasted_fraction"] == pytest.approx(wasted / values["num_tokens"])
+    assert sum(step.values["refill/groups_discarded"] for step, _, _ in first.steps) > 0
+    assert any(step.values["frac_reward_zero_std"] > 0 for step, _, _ in without.steps)
+    assert "refill/rounds" not in without.steps[0][0].values

@@ -22,18 +22,7 @@ import warm
 import yaml
 from helpers import ROOT, everything_partitioned, own_process_group, rows_of, sharp_policy
 from made import world_folder as make_world
-from resume_cases import (
-    FullDisk,
-    HeldDisk,
-    Training,
-    assert_same,
-    config_of,
-    differences,
-    kind_of,
-    leave,
-    rewritten,
-    uneven,
-)
+from resume_cases import FullDisk, HeldDisk, Training, assert_same, config_of, differences, kind_of, leave, rewritten
 
 from syncr1.engine.checkpoints import sharded as checkpoint
 from syncr1.engine.checkpoints.random_states import load_random_state, random_state
@@ -175,8 +164,7 @@ def test_two_ranks(whole: Training, world: Path, rewards: RewardSet, tmp_path: P
     pairs = {"one_on_two": "one"}
     for before, now in ((2, 0), (3, 2)):
         config = config_of(zero_stage=now, **kind_of(before))
-        given = uneven(rewards) if config.refill else rewards
-        training = Training(config, world, tmp_path / f"zero_{before}", given).resume(1).to(2)
+        training = Training(config, world, tmp_path / f"zero_{before}", rewards).resume(1).to(2)
         leave(training, tmp_path / f"zero_{before}_on_one")
         pairs[f"zero_{before}_on_one"] = f"after_zero_{before}"
     for one, other in pairs.items():

@@ -68,14 +68,18 @@ def kind_of(stage: int) -> dict[str, Any]:
     return {2: {"num_iterations": 2}, 3: corrected}.get(stage, {})
 
 
+def is_dull(prompt_id: str) -> bool:
+    """Half of all prompts are."""
+    return hashlib.blake2b(prompt_id.encode()).digest()[0] % 2 == 1
+
+
 def uneven(rewards: RewardSet) -> RewardSet:
-    """The same, but that a part of the prompts earns all members alike."""
+    """The same, but that dull prompts earn all members alike."""
 
     def of(function: Any) -> Any:
         def dulled(*, id: Sequence[str], **columns: Any) -> list[float | None]:
             values = function(id=id, **columns)
-            dull = [hashlib.blake2b(name.encode()).digest()[0] % 2 for name in id]
-            return [0.5 if flat and value is not None else value for flat, value in zip(dull, values, strict=True)]
+            return [0.5 if is_dull(i) and value is not None else value for i, value in zip(id, values, strict=True)]
 
         return dulled
 
@@ -83,7 +87,7 @@ def uneven(rewards: RewardSet) -> RewardSet:
 
 
 class Training:
-    """A trainer with everything real around it, and what it did."""
+    """A trainer with everything real around it, and what it did; where groups are drawn anew, some have to be."""
 
     def __init__(
         self,
@@ -95,7 +99,7 @@ class Training:
         policy: Policy | None = None,
         num_prompts: int = 9,
     ) -> None:
-        self.rewards = rewards
+        self.rewards = rewards = uneven(rewards) if config.refill else rewards
         policy = sharp_policy() if policy is None else policy
         if config.lora_rank:
             add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed)
@@ -258,9 +262,8 @@ def main(folder: Path) -> None:
     rewards = build_reward_set(config_of(), sharp_policy(), load_training_prompts(world))
     for stage in (0, 2, 3):
         config, root = config_of(zero_stage=stage, **kind_of(stage)), folder / f"zero_{stage}"
-        given = uneven(rewards) if config.refill else rewards
-        whole = Training(config, world, root, given).to(1, saving=True).to(2)
-        resumed = Training(config, world, root, given).resume(1).to(2)
+        whole = Training(config, world, root, rewards).to(1, saving=True).to(2)
+        resumed = Training(config, world, root, rewards).resume(1).to(2)
         assert_same(resumed, whole)
         rounds = [step.values.get("refill/rounds", 0) for step, _, _ in whole.steps]
         assert sum(rounds) > 1 if config.refill else not any(rounds), rounds
