@@ -154,6 +154,7 @@ FLAGS = [
     Mistake("a dash from a text processor", "sync_r1.py —seed 3", "did you mean --seed?", lines=2),
     Mistake("a name from TRL", "sync_r1.py --epsilon_low .1", "set epsilon"),
     Mistake("settings that exclude each other", "sync_r1.py --dgs top_k", "dgs_keep"),
+    Mistake("a preview by a CLIP that is not named", "sync_r1.py --preview_score clip", "expected a CLIP"),
     Mistake("a rule over two timeouts", "sync_r1.py --reward_timeout 9000", "expected less than stage_timeout"),
     Mistake("no settings file", "sync_r1.py --config no.yaml", "no.yaml"),
     Mistake("an empty settings file", "sync_r1.py --config a.yaml", "a file without any", text(a__yaml="# later\n")),
