@@ -34,6 +34,7 @@ TESTS = (
     "triton_decode_attention",
     "group_advantages",
     "dgs_select",
+    "grpo_plan",
     "shared_prefix_attention",
     "stepping",
     "devices",

@@ -26,6 +26,7 @@ CHECKS = (
     "token_loss",
     "group_advantages",
     "dgs_select",
+    "grpo_plan",
 )
 """Files that state what Triton must do, as tests/support/backends.py picks it."""
 

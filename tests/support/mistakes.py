@@ -50,6 +50,7 @@ FLAGS = [
     Mistake("a brace left open", "evaluate.py --drawing_turn '{text'", "close every brace"),
     Mistake("a turn without a field", "sample.py --drawing_turn 'a photo'", "or a template with {prompt}"),
     Mistake("settings that exclude each other", "sync_r1.py --dgs top_k", "dgs_keep"),
+    Mistake("a preview by a CLIP that is not named", "sync_r1.py --preview_score clip", "expected a CLIP"),
     Mistake("a rule over two timeouts", "sync_r1.py --reward_timeout 9000", "expected less than stage_timeout"),
     Mistake("no settings file", "sync_r1.py --config no.yaml", "no.yaml"),
     Mistake("an empty settings file", "sync_r1.py --config a.yaml", "a file without any", text(a__yaml="# later\n")),
