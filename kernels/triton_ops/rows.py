@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..support import num_words
 from ..terms import ROW_LOSSES, Head, RowSettings, RowTerms
 from .launching import on_device
 from .row_kernels import (
@@ -36,6 +37,8 @@ SCORE_WARPS = 8
 LOSS_WARPS = 16
 """Of a longer row, two sweeps: few rows in flight, so that the second one still finds them in L2."""
 GRADIENT_WARPS = 8
+GRADIENT_REGISTERS = 80
+"""With a support; stated for the same reason as `REGISTERS`."""
 REGISTERS = {"ragged": 128, "float32": 64, "float16": None}
 """Of the loss's full programs, one a multiprocessor or two, whose rows L2 still holds for the second sweep. Stated, or
 ptxas spills a few bytes where it sees room for one more; two 16-bit rows it fits in by itself."""
@@ -119,6 +122,8 @@ def score_rows(products: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, T
             products,
             products.stride(0),
             shift,
+            head.support,
+            num_words(vocabulary),
             targets,
             logp,
             entropy,
@@ -148,6 +153,8 @@ def loss_rows(
             products,
             products.stride(0),
             shift,
+            head.support,
+            num_words(vocabulary),
             targets,
             Terms(terms.advantage, terms.weight, terms.old_logp, terms.ref_logp, terms.is_ratio),
             logp,
@@ -186,6 +193,8 @@ def gradient_rows(
             products,
             products.stride(0),
             shift,
+            head.support,
+            num_words(vocabulary),
             targets,
             lse,
             entropy,
@@ -200,4 +209,5 @@ def gradient_rows(
             RAGGED=cut.ragged,
             TILE=tile,
             num_warps=num_warps,
+            maxnreg=GRADIENT_REGISTERS if head.support is not None and num_warps == GRADIENT_WARPS else None,
         )
