@@ -218,11 +218,13 @@ void Sampler::keep_top_p(Scratch* scratch, const Candidates& candidates) const {
   }
 }
 
-// 0 at less than min_p of the greatest weight, which is 1.
+// 0 at less than min_p of the greatest weight: 1, but for the rounding of the maximum that they are relative to.
 void Sampler::keep_min_p(Scratch* scratch, const Candidates& candidates) const {
-  for (int64_t i = 0; i < candidates.size; ++i) {
-    if (scratch->weights[i] < in_.min_p) scratch->weights[i] = 0.0;
-  }
+  double* weights = scratch->weights.data();
+  double greatest = 0.0;
+  for (int64_t i = 0; i < candidates.size; ++i) greatest = std::max(greatest, weights[i]);
+  const double least = in_.min_p * greatest;
+  for (int64_t i = 0; i < candidates.size; ++i) weights[i] = weights[i] < least ? 0.0 : weights[i];
 }
 
 // The bits of the ids that could be drawn.

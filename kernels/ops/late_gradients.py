@@ -99,10 +99,7 @@ def form_gradients(given: LateGradientInputs) -> list[Tensor]:
     kernels, flat, streams = module_of(given.backend), list[Tensor](), given.streams.records()
     positions = [stream.rows.long() for stream in streams]
     grads = [given.grad_logp[at] for at in positions]
-    heads = [
-        HeadRows(s.hidden, s.weight, s.targets.long().contiguous(), head_of(s))
-        for s in streams
-    ]
+    heads = [HeadRows(s.hidden, s.weight, s.targets.long().contiguous(), head_of(s)) for s in streams]
     chosen = chosen_rows([grad_N != 0 for grad_N in grads])
     live = [head if own is None else head.subset(own) for head, own in zip(heads, chosen, strict=True)]
     with Workspace(live) as workspace:
