@@ -38,5 +38,5 @@ class CFGSample:
     entropy: Tensor
     """[B] float, nats; of the conditional distribution at this temperature."""
     support: Tensor | None = None
-    """[B, ceil(V/32)] int32: bit j of word w says that id 32 w + j could be drawn. None where it was not asked for; where
-    it was, all three figures above are those of the distributions renormalised over this set."""
+    """[B, ceil(V/32)] int32: bit j of word w says that id 32 w + j could be drawn. None where it was not asked for;
+    where it was, all three figures above are those of the distributions renormalised over this set."""

@@ -51,8 +51,8 @@ def cfg_sample(
         top_p: in (0, 1]; the smallest set of ids holding that much of what top_k left, met to a relative 1e-6, ties to
             the lower id; 1 = all.
         min_p: in [0, 1]; of those the ids whose probability is at least min_p times the greatest, met to a relative
-            1e-6; 0 = all. The order (top_k, top_p, min_p) is transformers'; vLLM has min_p first, so that its top_p is a
-            share of what min_p left: the two differ only where both are on.
+            1e-6; 0 = all. The order (top_k, top_p, min_p) is transformers'; vLLM has min_p first, so that its top_p is
+            a share of what min_p left: the two differ only where both are on.
         seed: int or [B] int64.
         offset: int or [B] int64; counter of the draw. A row's token depends on its logits, seed and offset alone, so
             give each sequence and step its own offset (sequence_id * max_steps + step). One number for all rows counts

@@ -2,8 +2,10 @@
 
     z = u + w (c − u),   p = softmax(z / temperature),   token = first v with Σ_{j≤v} p_j > U · Σ_j p_j
 
-over what top_k, then top_p, then min_p leave (transformers' order; vLLM has min_p first, which makes top_p a share of
-less: equal unless both are on). U is one Philox uniform per row, keyed by (seed, offset): the draw of a row does not depend on the batch it is in.
+over what top_k, then top_p, then min_p leave: transformers' order. vLLM has min_p first, which makes top_p a share of
+less; the two are one unless both are on.
+
+U is one Philox uniform per row, keyed by (seed, offset): the draw of a row does not depend on the batch it is in.
 Running sums are float64 over the vocabulary's order; an id of probability 0 is never returned. Inverse CDF rather than
 Gumbel noise: one random number per row instead of V, and no logarithms.
 
@@ -71,8 +73,8 @@ def least_share(min_p: float) -> float:
 
 
 def truncate(logp_BV: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
-    """-inf outside the `top_k` most likely ids, then outside the smallest set of the rest that holds `top_p`, then where
-    the probability is less than `min_p` of the greatest, which neither of the two has changed.
+    """-inf outside the `top_k` most likely ids, then outside the smallest set of the rest that holds `top_p`, then
+    where the probability is less than `min_p` of the greatest, which neither of the two has changed.
 
     Equal probabilities go to the lower id; min_p keeps all of them or none.
     """

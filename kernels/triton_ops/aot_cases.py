@@ -52,7 +52,7 @@ class Case:
     wide: bool = True
     """The rows are read 16 bytes at a time (what reads one value a group or sequence has nothing to read so)."""
     more_loads: int = 0
-    """Narrow ones that it may hold beyond what every hot kernel may: the words of a support whose rows begin anywhere."""
+    """Narrow ones that it may hold beyond what every hot kernel may: of a support whose rows begin anywhere."""
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

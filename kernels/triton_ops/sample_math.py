@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What top_k, top_p and min_p leave: weights above `bound`, and of the ids whose weight is `bound` those up to `last`."""
+    """What top_k, top_p and min_p leave: weights above `bound`, and of those that are `bound` the ids up to `last`."""
 
     bound: Any
     last: Any
@@ -256,8 +256,8 @@ def kept_of(mixed, weights, FORM: tl.constexpr):
 
 @triton.jit
 def kept_statistics(row, out, weights, cut, scale, offset, FORM: tl.constexpr):
-    """(offset, total, weighted) of the conditional logits over what is kept, the mixed ones' total against `offset`, how
-    many are kept. Writes the support."""
+    """(offset, total, weighted) of the conditional logits over what is kept, the mixed ones' total against `offset`,
+    how many are kept. Writes the support."""
     if FORM.RESIDENT:
         # The logits are read again: kept through the search they would take more registers than there are.
         tile = (cut.bound != cut.bound).to(tl.int32) if FORM.TOP_K or FORM.TOP_P or FORM.MIN_P else 0

@@ -107,8 +107,8 @@ def assert_agrees(cond: Tensor, uncond: Tensor | None, **settings: Any) -> CFGSa
 
 
 def assert_support(drawn: CFGSample, exact: CFGSample, cond: Tensor) -> Tensor:
-    """Every row's set holds its token and is the reference's but for what has no probability in float32 and one id whose
-    share is a matter of rounding: [B] bool, where the sets are alike."""
+    """Every row's set holds its token and is the reference's, but for one id whose share is a matter of rounding:
+    [B] bool, where the sets are alike."""
     assert drawn.support is not None and exact.support is not None
     assert bool(holds(drawn.support, drawn.token).all())
     ours, theirs = (unpack(support, cond.shape[1]) for support in (drawn.support, exact.support))

@@ -131,7 +131,9 @@ def test_every_way_through_the_loss(options: dict[str, Any], backend: str) -> No
     """One sweep, two sweeps, an entropy quantile: against `reference` in float64, whose gradient is autograd's."""
     out, _, grads = loss_case(torch.float32, backend, **options)
     truth, _, exact = loss_case(torch.float64, "reference", **options)
-    for ours, theirs in zip([out.loss, out.logp, out.entropy, *grads], [truth.loss, truth.logp, truth.entropy, *exact]):
+    for ours, theirs in zip(
+        [out.loss, out.logp, out.entropy, *grads], [truth.loss, truth.logp, truth.entropy, *exact], strict=True
+    ):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=2e-5, atol=5e-6)
     assert float(out.logp[0]) == float(out.entropy[0]) == 0 and not bool(grads[0][0].any() | grads[0][-1].any())
 
@@ -147,7 +149,7 @@ def test_bfloat16_heads(backend: str) -> None:
 
 
 def test_reference_loss_is_the_dense_one() -> None:
-    """Of what the other backends are held against: sum of -A logp over the kept set, by autograd of the dense formula."""
+    """What the other backends are held against: -A logp over the kept set, by autograd of the dense formula."""
     exact, targets, kept = case()
     trained = [leaf.requires_grad_() for leaf in exact]
     stream = TokenStream(trained[0], trained[1], targets, torch.arange(ROWS), trained[2], support=pack(kept))
