@@ -87,6 +87,10 @@ class Segment:
     """[L] float32 nats: under the CFG-mixed distribution that was sampled from; equals `logp` without CFG."""
     entropy: Tensor
     """[L] float32 nats, of the conditional distribution."""
+    support: Tensor | None = None
+    """[L, ceil(V/32)] int32 or None = all: the ids that each token was drawn from under top_k, top_p and min_p, as
+    `CFGSample.support` has them; what was forced has none that means anything. The three above are then those of the
+    distributions renormalised over them."""
     truncated: bool = False
     """A text segment that ran into its length limit. Never true for images: a full image is complete."""
 
@@ -151,6 +155,9 @@ class PackedBatch:
     """[R, D] float32: frozen vision-tower embeddings of the images that the policy was shown."""
     sampled_logp: Tensor
     """[T] float32: the sampler's conditional log-probability; NaN where nothing was sampled. Diagnostics only."""
+    support: tuple[Tensor | None, Tensor | None] = (None, None)
+    """Of text and of image: [N, ceil(V/32)] int32 rows of that modality's loss tokens in the order of the axis, the ids
+    that each was drawn from; None = all. Every policy's log-probabilities are those over them."""
     anchor: bool = False
     """True for a batch of anchors, which are held harder than what is being trained."""
     old_logp: Tensor | None = None
@@ -178,6 +185,7 @@ class PackedBatch:
                 moved[name] = value.to(device, non_blocking=True)
             elif isinstance(value, SharedPrefixLayout):
                 moved[name] = value.to(device)
+        moved["support"] = tuple(None if s is None else s.to(device, non_blocking=True) for s in self.support)
         return PackedBatch(**moved)
 
 

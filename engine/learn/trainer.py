@@ -24,7 +24,7 @@ from ..rewards.ensemble import RewardSet
 from ..rewards.scoring import RewardTable, score
 from ..rollout.preview_gate import PreviewGate
 from ..rollout.sampler import RolloutEngine
-from ..rollout.sampling import Sampling
+from ..rollout.sampling import Sampling, truncation_of
 from ..settings.train_config import TrainConfig
 from ..stopwatch import Stopwatch, split
 from .credit import Credit, CreditRule, credited_rewards, over_deviation
@@ -136,6 +136,7 @@ class Trainer:
             temperature=c.temperature,
             max_text_tokens=c.max_completion_length,
             cfg_weight=c.cfg_weight,
+            **truncation_of(c),
             seed=c.seed,
             step=self.step,
         )

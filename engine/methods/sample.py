@@ -23,6 +23,7 @@ from ..evaluate.sources import load_items
 from ..policies.auto import model_draws
 from ..processes.launch import unused_folder
 from ..records import Prompt, Rollout
+from ..rollout.sampling import truncation_of
 from ..settings.yaml_files import to_yaml
 from ..show.sheets import MAX_ROWS, sheet_of_models, to_picture
 from ..world.embedded import world_folder
@@ -94,6 +95,7 @@ def ask(model: Model, prompts: Sequence[Prompt], config: SampleConfig) -> list[R
         temperature=config.temperature,
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.cfg_weight,
+        **truncation_of(config),
         seed=config.seed,
     )
 

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from ..records import Prompt
+from ..records import Prompt, SegmentKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truncation:
+    """Which ids may be drawn: top_k, then top_p of what it left, then min_p, of what is sampled from."""
+
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    """1 keeps all."""
+    min_p: float = 0.0
+    """0 keeps all."""
+
+    @property
+    def acts(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+EVERYTHING = Truncation()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +35,14 @@ class Sampling:
     num_generations: int = 8
     temperature: float = 1.0
     """0 is greedy."""
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    """See `Truncation`; what is kept is recorded with every token (`Segment.support`)."""
+    image_top_k: int | None = None
+    image_top_p: float | None = None
+    image_min_p: float | None = None
+    """Of image tokens; None: as top_k, top_p, min_p."""
     max_text_tokens: int = 16
     """Of each text segment."""
     cfg_weight: float = 1.0
@@ -22,6 +50,22 @@ class Sampling:
     seed: int = 0
     step: int = 0
     """Salts the random numbers, so that each step draws afresh."""
+
+    def truncation(self, kind: SegmentKind) -> Truncation:
+        """Of one modality's tokens; greedy ones have none."""
+        if self.temperature == 0:
+            return EVERYTHING
+        text = Truncation(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        if kind == "text":
+            return text
+        own = {"top_k": self.image_top_k, "top_p": self.image_top_p, "min_p": self.image_min_p}
+        return replace(text, **{name: value for name, value in own.items() if value is not None})
+
+
+def truncation_of(config: Any) -> dict[str, Any]:
+    """The flags that leave ids out, as fields of `Sampling`."""
+    names = [field.name for field in fields(Truncation)]
+    return {name: getattr(config, name) for name in (*names, *(f"image_{name}" for name in names))}
 
 
 @dataclass(slots=True, kw_only=True)
