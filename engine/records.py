@@ -8,7 +8,7 @@ Dims: T packed tokens, S sequences (trajectories), P prompts (groups), G members
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -176,6 +176,10 @@ class PackedBatch:
         trained = self.cu_seqlens.diff() > 0
         copies = torch.stack([trained[a:b].sum() for a, b in pairwise(self.group_offsets.tolist())])
         return int((copies * self.layout.cu_prefixes.diff()).sum() + self.tokens.numel())
+
+    def without_loss(self) -> PackedBatch:
+        """The same batch with nothing to learn: a forward pass for a rank that has none of its own."""
+        return replace(self, loss_mask=torch.zeros_like(self.loss_mask), support=(None, None))
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with every tensor on `device`."""

@@ -61,8 +61,7 @@ def pack(
     if not groups:
         dummy = keep_S.clone()
         dummy[0] = True
-        batch = _pack_groups(policy, rollouts, credit_S2, dummy, [range(G)], share_prefix)
-        return [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask), support=(None, None))]
+        return [_pack_groups(policy, rollouts, credit_S2, dummy, [range(G)], share_prefix).without_loss()]
     for group in groups:
         _check_one_prompt([rollouts[i] for i in group])
     batches = []
