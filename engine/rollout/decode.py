@@ -222,8 +222,8 @@ class TokenStep:
 def _impose(sample: CFGSample, forced: Tensor) -> CFGSample:
     """What is forced at this place [1], certain, instead of what was sampled; -1 leaves the sample as it is."""
     free = forced < 0
-    certain = (torch.where(free, x, 0.0) for x in (sample.logp, sample.logp_mixed, sample.entropy))
-    return CFGSample(torch.where(free, sample.token, forced), *certain, sample.support)
+    logp, mixed, entropy = (torch.where(free, x, 0.0) for x in (sample.logp, sample.logp_mixed, sample.entropy))
+    return CFGSample(torch.where(free, sample.token, forced), logp, mixed, entropy, sample.support)
 
 
 def advance(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..records import Prompt, SegmentKind
@@ -55,11 +55,13 @@ class Sampling:
         """Of one modality's tokens; greedy ones have none."""
         if self.temperature == 0:
             return EVERYTHING
-        text = Truncation(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
         if kind == "text":
-            return text
-        own = {"top_k": self.image_top_k, "top_p": self.image_top_p, "min_p": self.image_min_p}
-        return replace(text, **{name: value for name, value in own.items() if value is not None})
+            return Truncation(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        return Truncation(
+            top_k=self.top_k if self.image_top_k is None else self.image_top_k,
+            top_p=self.top_p if self.image_top_p is None else self.image_top_p,
+            min_p=self.min_p if self.image_min_p is None else self.image_min_p,
+        )
 
 
 def truncation_of(config: Any) -> dict[str, Any]:

@@ -98,8 +98,8 @@ def cfg_sample(
         with_support,
         choose(OP, backend, cond, uncond),
     )
-    *drawn, support = registered.cfg_sample(*inputs)
-    return CFGSample(*drawn, support if with_support else None)
+    token, logp, logp_mixed, entropy, kept = registered.cfg_sample(*inputs)
+    return CFGSample(token, logp, logp_mixed, entropy, kept if with_support else None)
 
 
 def _check_shapes(cond: Tensor, uncond: Tensor | None, cfg_weight: float) -> None:

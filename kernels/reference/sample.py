@@ -49,8 +49,8 @@ def sample(inputs: SampleInputs) -> CFGSample:
         logp_BV, mixed_BV = (z.masked_fill(~kept_BV, -torch.inf).log_softmax(dim=-1) for z in (cond_BV, guided_BV))
     entropy_B = -torch.linalg.vecdot(logp_BV.exp(), logp_BV.clamp_min(LOGP_FLOOR))
     index_B1 = token_B.unsqueeze(1)
-    scores = (scores_BV.gather(1, index_B1)[:, 0] for scores_BV in (logp_BV, mixed_BV))
-    return CFGSample(token_B, *scores, entropy_B, pack(kept_BV) if with_support else None)
+    logp_B, mixed_B = (scores_BV.gather(1, index_B1)[:, 0] for scores_BV in (logp_BV, mixed_BV))
+    return CFGSample(token_B, logp_B, mixed_B, entropy_B, pack(kept_BV) if with_support else None)
 
 
 def _logits(logits: Tensor, divisor: float, forbidden: Tensor | None) -> Tensor:
