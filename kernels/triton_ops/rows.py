@@ -39,7 +39,7 @@ LOSS_WARPS = 16
 GRADIENT_WARPS = 8
 GRADIENT_REGISTERS = 80
 """With a support; stated for the same reason as `REGISTERS`."""
-REGISTERS = {"ragged": 128, "float32": 64, "float16": None}
+REGISTERS = {"ragged": 128, "support": 64, "float32": 64, "float16": None}
 """Of the loss's full programs, one a multiprocessor or two, whose rows L2 still holds for the second sweep. Stated, or
 ptxas spills a few bytes where it sees room for one more; two 16-bit rows it fits in by itself."""
 
@@ -52,11 +52,14 @@ class Cut(NamedTuple):
     itemsize: int
     forbidden: bool = False
     ragged: bool = False
+    support: bool = False
 
     @property
     def kind(self) -> str:
         """Of `REGISTERS`."""
-        return "ragged" if self.ragged else "float32" if self.itemsize == 4 else "float16"
+        if self.ragged or self.support:
+            return "ragged" if self.ragged else "support"
+        return "float32" if self.itemsize == 4 else "float16"
 
 
 def row_form(cut: Cut, resident: bool, stream_warps: int) -> tuple[RowForm, int]:
@@ -100,7 +103,8 @@ def prepared(head: Head, products: Tensor, *outputs: Tensor) -> tuple[Tensor | N
         shift.index_fill_(0, head.forbidden, -torch.inf)
     elif shift is not None and (not shift.is_contiguous() or shift.data_ptr() % 16):
         shift = shift.clone(memory_format=torch.contiguous_format)
-    return shift, Cut(vocabulary, products.element_size(), forbidden, is_ragged(products, *outputs))
+    ragged, truncated = is_ragged(products, *outputs), head.support is not None
+    return shift, Cut(vocabulary, products.element_size(), forbidden, ragged, truncated)
 
 
 def empty_rows(products: Tensor, count: int) -> list[Tensor]:
@@ -209,5 +213,5 @@ def gradient_rows(
             RAGGED=cut.ragged,
             TILE=tile,
             num_warps=num_warps,
-            maxnreg=GRADIENT_REGISTERS if head.support is not None and num_warps == GRADIENT_WARPS else None,
+            maxnreg=GRADIENT_REGISTERS if cut.support and num_warps == GRADIENT_WARPS else None,
         )
