@@ -39,7 +39,7 @@ LOSS_WARPS = 16
 GRADIENT_WARPS = 8
 GRADIENT_REGISTERS = 80
 """With a support; stated for the same reason as `REGISTERS`."""
-REGISTERS = {"ragged": 128, "support": 64, "float32": 64, "float16": None}
+REGISTERS = {"ragged": 128, "float32": 64, "support": 96, "float16": None}
 """Of the loss's full programs, one a multiprocessor or two, whose rows L2 still holds for the second sweep. Stated, or
 ptxas spills a few bytes where it sees room for one more; two 16-bit rows it fits in by itself."""
 
@@ -57,9 +57,9 @@ class Cut(NamedTuple):
     @property
     def kind(self) -> str:
         """Of `REGISTERS`."""
-        if self.ragged or self.support:
-            return "ragged" if self.ragged else "support"
-        return "float32" if self.itemsize == 4 else "float16"
+        if self.ragged or self.itemsize == 4:
+            return "ragged" if self.ragged else "float32"
+        return "support" if self.support else "float16"
 
 
 def row_form(cut: Cut, resident: bool, stream_warps: int) -> tuple[RowForm, int]:
