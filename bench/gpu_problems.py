@@ -174,15 +174,27 @@ def near_logp(inputs: Tensors) -> Tensor:
     return logit - lse
 
 
+def half_kept(targets: Tensor, vocabulary: int) -> Tensor:
+    """[N, ceil(V/32)] int32: the even ids and each row's target."""
+    words = torch.full((targets.shape[0], -(-vocabulary // 32)), 0x55555555, dtype=torch.int32, device=targets.device)
+    at = (targets // 32).unsqueeze(1)
+    return words.scatter(1, at, words.gather(1, at) | (1 << (targets % 32)).int().unsqueeze(1))
+
+
 def linear_scores(pretend: bool) -> list[Problem]:
-    """`linear_logp` with a bias."""
+    """`linear_logp` with a bias, over all ids and over a set of each row's own."""
 
     def call(inputs: Tensors, backend: str | None) -> dict[str, Tensor]:
         leaves = leaves_of(inputs, "hidden", "weight", "bias")
         logp, entropy = linear_logp(*list(leaves.values())[:2], inputs["targets"], bias=leaves["bias"],
                                     temperature=0.9, backend=backend)  # fmt: skip
-        found = {"logp": logp.detach(), "entropy": entropy.detach()}
-        return found | with_gradients(logp.mean() + 0.1 * entropy.mean(), leaves)
+        kept, uncertain = linear_logp(*list(leaves.values())[:2], inputs["targets"], bias=leaves["bias"],
+                                      temperature=0.9, backend=backend,
+                                      support=half_kept(inputs["targets"], inputs["weight"].shape[0]))  # fmt: skip
+        found = {"logp": logp.detach(), "entropy": entropy.detach(), "kept/logp": kept.detach()}
+        found["kept/entropy"] = uncertain.detach()
+        total = logp.mean() + kept.mean() + 0.1 * (entropy.mean() + uncertain.mean())
+        return found | with_gradients(total, leaves)
 
     return [
         Problem(f"{n} x {d} x {v}", head_inputs(n, d, v), call, graph=False, strided=("hidden", "weight", "bias"))
@@ -243,12 +255,13 @@ def scores(pretend: bool) -> list[Problem]:
 
 DRAWS: dict[str, dict[str, Any]] = {
     "plain": {}, "top-k": {"top_k": 50}, "top-p": {"top_p": 0.9}, "both": {"top_k": 50, "top_p": 0.9},
+    "min-p": {"min_p": 0.05}, "kept": {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "with_support": True},
     "greedy": {"temperature": 0.0},
 }  # fmt: skip
 
 
 def samples(pretend: bool) -> list[Problem]:
-    """`cfg_sample` under guidance, five ways to draw; log-probabilities are compared where the token is the same."""
+    """`cfg_sample` under guidance, seven ways to draw; log-probabilities are compared where the token is the same."""
 
     def call(inputs: Tensors, backend: str | None) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

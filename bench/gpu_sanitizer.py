@@ -44,7 +44,7 @@ def ours() -> None:
         logits = torch.randn(2, vocabulary).to(device).requires_grad_()
         logp, entropy = selective_logp(logits, torch.tensor([3, 5]).to(device), backend="triton")
         torch.autograd.grad(logp[0] + entropy[1], logits)
-        for options in ({}, {"top_k": 20}, {"top_k": 20, "top_p": 0.9}):
+        for options in ({}, {"top_k": 20}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.1, "with_support": True}):
             cfg_sample(logits.detach(), seed=1, offset=2, backend="triton", **options)  # type: ignore[arg-type]
         print(f"{vocabulary} ids: done", flush=True)
     # Rows of a workspace that end inside 16 bytes, held and swept. Without a bias: the bytes behind its last id, which

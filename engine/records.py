@@ -8,7 +8,7 @@ Dims: T packed tokens, S sequences (trajectories), P prompts (groups), G members
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,6 +94,10 @@ class Segment:
     """[L] float32 nats: under the CFG-mixed distribution that was sampled from; equals `logp` without CFG."""
     entropy: Tensor
     """[L] float32 nats, of the conditional distribution."""
+    support: Tensor | None = None
+    """[L, ceil(V/32)] int32 or None = all: the ids that each token was drawn from under top_k, top_p and min_p, as
+    `CFGSample.support` has them; what was forced has none that means anything. The three above are then those of the
+    distributions renormalised over them."""
     truncated: bool = False
     """A text segment that ran into its length limit. Never true for images: a full image is complete."""
 
@@ -159,6 +163,9 @@ class PackedBatch:
     """[R, D] float32: frozen vision-tower embeddings of the images that the policy was shown."""
     sampled_logp: Tensor
     """[T] float32: the sampler's conditional log-probability; NaN where nothing was sampled. Diagnostics only."""
+    support: tuple[Tensor | None, Tensor | None] = (None, None)
+    """Of text and of image: [N, ceil(V/32)] int32 rows of that modality's loss tokens in the order of the axis, the ids
+    that each was drawn from; None = all. Every policy's log-probabilities are those over them."""
     anchor: bool = False
     """True for a batch of anchors, which are held harder than what is being trained."""
     old_logp: Tensor | None = None
@@ -181,6 +188,10 @@ class PackedBatch:
         copies = torch.stack([trained[a:b].sum() for a, b in pairwise(self.group_offsets.tolist())])
         return int((copies * self.layout.cu_prefixes.diff()).sum() + self.tokens.numel())
 
+    def without_loss(self) -> PackedBatch:
+        """The same batch with nothing to learn: a forward pass for a rank that has none of its own."""
+        return replace(self, loss_mask=torch.zeros_like(self.loss_mask), support=(None, None))
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with every tensor on `device`."""
         moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -189,6 +200,7 @@ class PackedBatch:
                 moved[name] = value.to(device, non_blocking=True)
             elif isinstance(value, SharedPrefixLayout):
                 moved[name] = value.to(device)
+        moved["support"] = tuple(None if s is None else s.to(device, non_blocking=True) for s in self.support)
         return PackedBatch(**moved)
 
 

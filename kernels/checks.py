@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .layout import PackedLayout
 from .streams import MODALITIES, TokenStream
+from .support import holds, num_words
 
 INTEGER_DTYPES = (torch.int32, torch.int64)
 CHECKS_VARIABLE = "SYNCR1_CHECKS"
@@ -181,6 +182,36 @@ def check_forbidden(op: str, forbidden: Tensor | None, vocabulary: int) -> None:
         refuse(op, "forbidden", f"fewer than all {vocabulary} ids", "all of them", "leave something to sample")
 
 
+def check_support(op: str, support: Tensor | None, num_rows: int, vocabulary: int, name: str = "support") -> None:
+    """`support` is [num_rows, ceil(vocabulary / 32)] int32."""
+    if support is None:
+        return
+    remedy = "pass the rows of CFGSample.support that belong to these targets"
+    if support.dtype != torch.int32:
+        refuse(op, name, torch.int32, support.dtype, remedy)
+    shape = [num_rows, num_words(vocabulary)]
+    if list(support.shape) != shape:
+        refuse(op, name, f"{shape} (32 ids of {vocabulary} a word)", list(support.shape), remedy)
+
+
+def check_supported(
+    op: str, targets: Tensor, support: Tensor | None, forbidden: Tensor | None, acting: Tensor | None = None
+) -> None:
+    """Every row's target, of those where `acting` [N] is True, is in the row's support and not forbidden."""
+    if support is None or not checks_values(targets):
+        return
+    inside = holds(support, targets.long())
+    if forbidden is not None:
+        inside &= ~torch.isin(targets, forbidden)
+    if acting is not None:
+        inside |= ~acting
+    if not bool(inside.all()):
+        row = int((~inside).nonzero()[0])
+        got = f"one without target {int(targets[row])} at row {row}"
+        remedy = "give each row the set that its token was drawn from, at the same vocabulary"
+        refuse(op, "support", "a set that holds the row's own target", got, remedy)
+
+
 def check_stream_records(op: str, streams: Sequence[TokenStream]) -> None:
     """A non-empty sequence of records, each with shapes, dtypes and settings that fit together."""
     if isinstance(streams, TokenStream) or not all(isinstance(s, TokenStream) for s in streams):
@@ -201,6 +232,7 @@ def check_streams(op: str, streams: Sequence[TokenStream], num_tokens: int) -> N
         check_rows(op, stream.hidden, stream.weight, stream.targets, stream.bias)
         check_targets(op, stream.targets, stream.hidden.shape[0], stream.weight.shape[0])
         check_forbidden(op, stream.forbidden, stream.weight.shape[0])
+        check_support(op, stream.support, stream.hidden.shape[0], stream.weight.shape[0], "stream.support")
     rows = torch.cat([stream.rows.long() for stream in streams])
     if not checks_values(rows):
         return
@@ -214,6 +246,7 @@ def check_streams(op: str, streams: Sequence[TokenStream], num_tokens: int) -> N
 def check_allowed(op: str, streams: Sequence[TokenStream], acting_T: Tensor) -> None:
     """No acting token is one that could never be sampled."""
     for stream in streams:
+        check_supported(op, stream.targets, stream.support, stream.forbidden, acting_T[stream.rows.long()])
         if stream.forbidden is None or not checks_values(stream.targets):
             continue
         if bool((torch.isin(stream.targets, stream.forbidden) & acting_T[stream.rows.long()]).any()):

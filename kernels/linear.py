@@ -55,7 +55,7 @@ class HeadRows:
     def subset(self, chosen: Tensor) -> HeadRows:
         """Those of the rows that take part."""
         index = chosen if self.index is None else self.index[chosen]
-        return HeadRows(self.hidden, self.weight, self.targets[chosen], self.head, index)
+        return HeadRows(self.hidden, self.weight, self.targets[chosen], self.head.of(chosen), index)
 
 
 def chosen_rows(masks: Sequence[Tensor]) -> list[Tensor | None]:
@@ -199,7 +199,8 @@ def score_rows(kernels: Backend, rows: HeadRows, workspace: Workspace) -> tuple[
     kinds = (torch.float32, torch.float32, torch.float64)
     out = [torch.empty(rows.num_rows, dtype=kind, device=rows.hidden.device) for kind in kinds]
     for part, _, products_CV in workspace.chunks(rows):
-        for into, values in zip(out, kernels.score_rows(products_CV, rows.targets[part], rows.head), strict=True):
+        scored = kernels.score_rows(products_CV, rows.targets[part], rows.head.of(part))
+        for into, values in zip(out, scored, strict=True):
             into[part].copy_(values)
     return out[0], out[1], out[2]
 
@@ -238,7 +239,7 @@ def gradient_pass(
         kernels.gradient_rows(
             products_CV,
             rows.targets[part],
-            rows.head,
+            rows.head.of(part),
             lse_N[part],
             entropy_N[part],
             None if grad_logp_N is None else grad_logp_N[part],
@@ -261,7 +262,8 @@ def loss_pass(
     logp_N, entropy_N = torch.empty(2, rows.num_rows, dtype=torch.float32, device=rows.hidden.device)
     gradients = HeadGradients(rows, needs)
     for part, hidden_CD, products_CV in workspace.chunks(rows):
-        logp_C, entropy_C = kernels.loss_rows(products_CV, rows.targets[part], rows.head, terms[part], settings)
+        head = rows.head.of(part)
+        logp_C, entropy_C = kernels.loss_rows(products_CV, rows.targets[part], head, terms[part], settings)
         logp_N[part].copy_(logp_C)
         entropy_N[part].copy_(entropy_C)
         gradients.add(part, hidden_CD, products_CV)

@@ -46,6 +46,9 @@ class CFGSample:
     logp: Tensor
     """[B] float, nats; under the conditional logits alone at this temperature."""
     logp_mixed: Tensor
-    """[B] float, nats; under the CFG-mixed logits at this temperature, before top-k and top-p."""
+    """[B] float, nats; under the CFG-mixed logits at this temperature, before top-k, top-p and min-p."""
     entropy: Tensor
     """[B] float, nats; of the conditional distribution at this temperature."""
+    support: Tensor | None = None
+    """[B, ceil(V/32)] int32: bit j of word w says that id 32 w + j could be drawn. None where it was not asked for;
+    where it was, all three figures above are those of the distributions renormalised over this set."""

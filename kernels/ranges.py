@@ -71,6 +71,7 @@ SAMPLING: dict[str, Range] = {
     "temperature": Range("a finite number ≥ 0", _at_least_0, "0 is greedy"),
     "top_k": Range("an int ≥ 0", _at_least_0, "0 switches it off", whole=True),
     "top_p": Range("a number in (0, 1]", _fraction, "1.0 switches it off"),
+    "min_p": Range("a number in [0, 1]", lambda v: 0 <= v <= 1, "0.0 switches it off"),
 }
 """Numbers of `cfg_sample`."""
 

@@ -30,6 +30,7 @@ SCHEMA_TYPES: dict[Any, str] = {
     float: "float",
     int: "int",
     int | None: "int?",
+    bool: "bool",
     str: "str",
 }
 """What torch calls a field's type; `Annotated[Tensor, "Tensor(a!)"]` says it itself."""

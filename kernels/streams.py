@@ -35,3 +35,6 @@ class TokenStream:
     """Which loss settings and metrics the rows belong to."""
     forbidden: Tensor | None = None
     """[F] int64 or None; vocabulary ids that may never be sampled: their logits are -inf."""
+    support: Tensor | None = None
+    """[N, ceil(V/32)] int32 or None = all; the ids that each row's token was drawn from, as `CFGSample.support` has
+    them: the others' logits are -inf."""

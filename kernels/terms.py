@@ -11,7 +11,7 @@ Dims: `T` packed tokens, `S` sequences, `P` groups, `M` 1 or 2 modalities with r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -96,12 +96,16 @@ class SampleInputs(NamedTuple):
     top_k: int
     """0 = all."""
     top_p: float
+    min_p: float
+    """0 = all."""
     seed: Tensor
     """[B] int64."""
     offset: Tensor
     """[B] int64."""
     forbidden: Tensor | None
     """[F] int64 vocabulary ids."""
+    with_support: bool
+    """The kept set is wanted, and log-probabilities and entropy over it."""
     backend: str
     """Its name."""
 
@@ -246,13 +250,19 @@ class RowTerms:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """How raw products become logits: z = (product + bias) / temperature, and -inf at `forbidden`."""
+    """How raw products become logits: z = (product + bias) / temperature, -inf at `forbidden` and outside `support`."""
 
     bias: Tensor | None = None
     """[V], any float dtype."""
     temperature: float = 1.0
     forbidden: Tensor | None = None
     """[F] int64 vocabulary ids."""
+    support: Tensor | None = None
+    """[C, ceil(V/32)] int32, contiguous: the ids that each row keeps, see `support.py`; None = all."""
+
+    def of(self, rows: slice | Tensor) -> Head:
+        """The head as some of the rows see it."""
+        return self if self.support is None else replace(self, support=self.support[rows])
 
 
 class Backend(Protocol):

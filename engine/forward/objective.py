@@ -5,6 +5,10 @@ The axis holds every prompt once and the responses behind; the loss sees the res
 Everything that needs the policy's weights happens inside `PolicyForward.forward`, because DeepSpeed must see the call:
 a forward that bypasses `engine(...)` has wrong gradients under ZeRO-3, without an error.
 
+Where sampling was truncated (top_k, top_p, min_p), every log-probability, the reference model's included, is that over
+the ids that the sampler kept: the ratio is 1 on policy, and the KL is that of the two distributions given the kept set,
+blind to what either does outside of it.
+
 Dims: Tp tokens of prompts, T tokens of responses, S sequences, N rows of one vocabulary, D hidden.
 """
 
@@ -146,6 +150,7 @@ class PolicyForward(nn.Module):
                     temperature=value_of(self.objective, "temperature", name),
                     modality=name,
                     forbidden=head.forbidden,
+                    support=batch.support[code],
                 )
             )
         return streams
@@ -168,7 +173,13 @@ class PolicyForward(nn.Module):
         entropy = torch.zeros_like(logp)
         for s in streams:
             row_logp, row_entropy = linear_logp(
-                s.hidden, s.weight, s.targets, bias=s.bias, temperature=s.temperature, forbidden=s.forbidden
+                s.hidden,
+                s.weight,
+                s.targets,
+                bias=s.bias,
+                temperature=s.temperature,
+                forbidden=s.forbidden,
+                support=s.support,
             )
             logp = logp.index_copy(0, s.rows, row_logp.float())
             entropy = entropy.index_copy(0, s.rows, row_entropy.float())

@@ -61,8 +61,7 @@ def pack(
     if not groups:
         dummy = keep_S.clone()
         dummy[0] = True
-        batch = _pack_groups(policy, rollouts, advantages_S2, dummy, [range(G)], share_prefix)
-        return [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))]
+        return [_pack_groups(policy, rollouts, advantages_S2, dummy, [range(G)], share_prefix).without_loss()]
     for group in groups:
         _check_one_prompt([rollouts[i] for i in group])
     batches = []
@@ -115,6 +114,8 @@ class _Axis:
     modality: list[Tensor] = field(default_factory=list)
     loss_mask: list[Tensor] = field(default_factory=list)
     sampled_logp: list[Tensor] = field(default_factory=list)
+    support: tuple[list[Tensor | int], list[Tensor | int]] = field(default_factory=lambda: ([], []))
+    """Of each modality's sampled tokens; a number of tokens that were drawn from all ids."""
     image_rows: list[Tensor] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
     length: int = 0
@@ -134,7 +135,10 @@ class _Axis:
         if forced is not None:
             sampled = forced[: segment.tokens.numel()] < 0
             logp = logp.masked_fill(~sampled, float("nan"))
-        self._append(segment.tokens, IMAGE if segment.kind == "image" else TEXT, sampled, logp)
+        modality = IMAGE if segment.kind == "image" else TEXT
+        kept = int(sampled.sum()) if segment.support is None else segment.support[sampled]
+        self.support[modality].append(kept)
+        self._append(segment.tokens, modality, sampled, logp)
 
     def _append(self, tokens: Tensor, modality: int, sampled: Tensor, logp: Tensor) -> None:
         self.tokens.append(tokens)
@@ -142,6 +146,14 @@ class _Axis:
         self.loss_mask.append(sampled)
         self.sampled_logp.append(logp)
         self.length += tokens.numel()
+
+
+def _joined(parts: Sequence[Tensor | int]) -> Tensor | None:
+    """[N, W] kept sets one after another; None where every token was drawn from all ids."""
+    words = next((part.shape[1] for part in parts if isinstance(part, Tensor)), None)
+    if words is None:
+        return None
+    return torch.cat([part if isinstance(part, Tensor) else torch.full((part, words), -1).int() for part in parts])
 
 
 def _pack_groups(
@@ -185,4 +197,5 @@ def _pack_groups(
         image_rows=torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long),
         image_embeddings=torch.cat(images).float().cpu() if images else torch.zeros(0, 0),
         sampled_logp=torch.cat(responses.sampled_logp),
+        support=(_joined(responses.support[TEXT]), _joined(responses.support[IMAGE])),
     )

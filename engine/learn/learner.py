@@ -255,7 +255,7 @@ class Learner:
         """The same number of micro-batches on every rank, the added ones without loss, so that collectives match."""
         most = int(self.all_reduce(torch.tensor([len(batches)]), op=dist.ReduceOp.MAX))
         smallest = min(batches, key=lambda batch: batch.num_tokens)
-        idle = replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))
+        idle = smallest.without_loss()
         return [*batches, *[idle] * (most - len(batches))]
 
     def all_reduce(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:

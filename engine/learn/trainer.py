@@ -21,7 +21,7 @@ from ..rewards.ensemble import RewardSet
 from ..rewards.scoring import RewardTable, score
 from ..rollout.preview_gate import PreviewGate
 from ..rollout.sampler import RolloutEngine
-from ..rollout.sampling import Sampling
+from ..rollout.sampling import Sampling, truncation_of
 from ..settings.train_config import TrainConfig
 from ..stopwatch import Stopwatch, split
 from .credit import Credit, CreditRule, StepPlan, credited_rewards, plan_of
@@ -169,6 +169,7 @@ class Trainer:
             max_text_tokens=c.max_completion_length,
             cfg_weight=c.cfg_weight,
             drawing_turn=c.drawing_turn,
+            **truncation_of(c),
             seed=c.seed,
             step=self.step,
         )

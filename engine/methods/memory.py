@@ -21,14 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from syncr1.kernels.linear import CHUNK_ROWS, WORKSPACE_BYTES
+from syncr1.kernels.support import num_words
 
 from ..learn.optimizer import bucket_size
 from ..policies.base import Policy
 from ..policies.lora import add_lora
-from ..records import Prompt
+from ..records import Prompt, SegmentKind
 from ..rollout.batch import DRAWN_AT_ONCE
 from ..rollout.capacity import Sizes
 from ..rollout.drawing_turn import DrawingTurns
+from ..rollout.sampling import Sampling, truncation_of
 from ..settings.train_config import TrainConfig
 
 
@@ -176,6 +178,7 @@ def _rollout(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> 
         reach = policy.num_image_tokens if config.preview_completion == "likely" else None
         columns += sizes.preview_columns(G, round(config.preview_fraction * policy.num_image_tokens), guided, reach)
     found = {"keys and values": policy.cache_shape().num_bytes(columns), "pictures": 0}
+    found["kept ids"] = _kept_ids(config, policy, G * len(prompts), images > 0)
     if images:
         with torch.no_grad(), PeakBytes() as peak:
             policy.draw(
@@ -183,6 +186,19 @@ def _rollout(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> 
             )
         found["pictures"] = peak.peak
     return found
+
+
+def _kept_ids(config: TrainConfig, policy: Policy, num_sequences: int, draws: bool) -> int:
+    """The table of what truncated sampling kept, a bit for each id of each token."""
+    sampling, total = Sampling(temperature=config.temperature, **truncation_of(config)), 0
+    hidden = torch.empty(1, _hidden_size(policy), device="meta", dtype=_dtype(policy))
+    lengths: dict[SegmentKind, int] = {"text": config.max_completion_length}
+    if draws:
+        lengths["image"] = policy.num_image_tokens
+    for kind, length in lengths.items():
+        if sampling.truncation(kind).acts:
+            total += 4 * num_sequences * length * num_words(policy.head(hidden, kind).weight.shape[0])
+    return total
 
 
 def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], world_size: int) -> dict[str, int]:

@@ -25,6 +25,7 @@ from ..policies.auto import model_draws
 from ..policies.base import Policy
 from ..processes.launch import unused_folder
 from ..records import Prompt, Rollout
+from ..rollout.sampling import truncation_of
 from ..settings.yaml_files import to_yaml
 from ..show.sheets import MAX_ROWS, sheet_of_models, to_picture
 from ..world.embedded import world_folder
@@ -106,6 +107,7 @@ def ask(model: Model, prompts: Sequence[Prompt], config: SampleConfig, drawing_t
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.cfg_weight,
         drawing_turn=drawing_turn,
+        **truncation_of(config),
         seed=config.seed,
     )
 

@@ -9,7 +9,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from ..errors import kind_of
 from ..settings.rules import drawing_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
-from ..settings.train_config import Guidance, MaxTokens, Seed
+from ..settings.train_config import (
+    Guidance,
+    ImageMinP,
+    ImageTopK,
+    ImageTopP,
+    MaxTokens,
+    MinP,
+    Seed,
+    TopK,
+    TopP,
+)
 
 MOST_PROMPTS_BYTES = 1 << 20
 """Of a file of prompts; anything larger is a table, for `data`."""
@@ -100,6 +110,18 @@ class SampleConfig(Settings):
     """Of texts and images; 0 is greedy."""
     max_completion_length: MaxTokens = 32
     """Text tokens at most."""
+    top_k: TopK = 0
+    """Draw from the k most likely ids alone; 0: from all."""
+    top_p: TopP = 1.0
+    """Draw from the smallest set of ids that holds this share of what top_k left; 1: from all."""
+    min_p: MinP = 0.0
+    """Draw from ids with at least this share of the greatest probability alone; 0: from all."""
+    image_top_k: ImageTopK = None
+    """top_k of image tokens. None: as top_k."""
+    image_top_p: ImageTopP = None
+    """top_p of image tokens. None: as top_p."""
+    image_min_p: ImageMinP = None
+    """min_p of image tokens. None: as min_p."""
     cfg_weight: Guidance = 1.5
     """Classifier-free guidance w of image tokens: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
     drawing_turn: str | None = None

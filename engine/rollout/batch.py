@@ -21,7 +21,7 @@ from ..settings.modality import value_of
 from ..stopwatch import Stopwatch
 from .capacity import Sizes, check_fits, check_plans, check_prompts
 from .completion import fill
-from .decode import Phase, Samples, State, Tables, advance
+from .decode import Phase, Samples, State, Tables, advance, support_words
 from .draft import Draft
 from .drawing_turn import DrawingTurns
 from .preview import Canvas, draw, preview_length
@@ -152,6 +152,7 @@ class Batch:
             max_tokens=policy.num_image_tokens,
             temperature=value_of(sampling, "temperature", "image"),
             cfg_weight=sampling.cfg_weight,
+            truncation=sampling.truncation("image"),
             first_offset=IMAGE_OFFSET,
         )
         index = torch.tensor(chosen, device=self.rows.position.device)
@@ -243,10 +244,12 @@ class Batch:
             kind="text",
             max_tokens=sampling.max_text_tokens,
             temperature=sampling.temperature,
+            truncation=sampling.truncation("text"),
             first_offset=first_offset,
             ends=tuple(sorted(policy.end_tokens)),
         )
-        samples = self.stepper.samples("text", len(self.drafts), phase.max_tokens)
+        words = support_words(policy, phase, self.rows.hidden)
+        samples = self.stepper.samples("text", len(self.drafts), phase.max_tokens, words)
         index = torch.tensor(chosen, device=self.rows.position.device)
         state = State.start([self.rows.take(index)], index, self._keys(chosen))
         self.stepper.run(phase, state, samples, self.tables, num_steps=phase.max_tokens, feed_last=goes_on)
@@ -285,6 +288,7 @@ class Batch:
         )
         ended = torch.isin(token.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0], torch.tensor(phase.ends))
         kind: SegmentKind = phase.kind
+        support = samples.support[index].cpu() if phase.truncation.acts else None
         return [
             Segment(
                 kind=kind,
@@ -292,6 +296,7 @@ class Batch:
                 logp=logp[row, :n],
                 logp_mixed=mixed[row, :n],
                 entropy=entropy[row, :n],
+                support=None if support is None else support[row, :n],
                 truncated=kind == "text" and not bool(ended[row]),
             )
             for row, n in enumerate(length.tolist())

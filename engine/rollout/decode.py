@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncr1.kernels.api import CFGSample, cfg_sample
+from syncr1.kernels.support import num_words
 
 from ..policies.attention_interface import AttentionLayout
 from ..policies.base import Policy
 from ..policies.cache import Decode, Rows, Store
 from ..records import SegmentKind
+from .sampling import EVERYTHING, Truncation
 
 Trunk = Callable[[Tensor, Tensor, AttentionLayout], Tensor]
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -37,6 +39,7 @@ class Phase:
     max_tokens: int
     temperature: float = 1.0
     cfg_weight: float = 1.0
+    truncation: Truncation = EVERYTHING
     first_offset: int = 0
     """Random-number counter of the first token."""
     ends: tuple[int, ...] = ()
@@ -49,12 +52,15 @@ class Samples:
     Args:
         num_sequences: B.
         max_tokens: L.
+        words: W of a kept set, see `support_words`.
     """
 
-    def __init__(self, num_sequences: int, max_tokens: int, device: torch.device) -> None:
+    def __init__(self, num_sequences: int, max_tokens: int, device: torch.device, words: int = 0) -> None:
         size = (num_sequences + 1, max_tokens)
         self.token = torch.zeros(size, dtype=torch.long, device=device)
         self.logp, self.logp_mixed, self.entropy = (torch.zeros(size, device=device) for _ in range(3))
+        # [B + 1, L, W] the ids that could be drawn; W is 0 where nothing is left out.
+        self.support = torch.zeros(*size, words, dtype=torch.int32, device=device)
         self.length = torch.zeros(num_sequences + 1, dtype=torch.long, device=device)
 
     def write(self, slot: Tensor, step: Tensor, sample: CFGSample) -> None:
@@ -64,12 +70,19 @@ class Samples:
         for column, values in ((self.logp, sample.logp), (self.logp_mixed, sample.logp_mixed)):
             column.index_put_(where, values.float())
         self.entropy.index_put_(where, sample.entropy.float())
+        if sample.support is not None:
+            self.support.index_put_(where, sample.support)
 
     def take(self, where: Tensor, other: Samples, which: Tensor, num_tokens: int) -> None:
         """The first `num_tokens` of sequences `where` become those of `other`'s sequences `which`."""
-        for name in ("token", "logp", "logp_mixed", "entropy"):
+        for name in ("token", "logp", "logp_mixed", "entropy", "support"):
             getattr(self, name)[where, :num_tokens] = getattr(other, name)[which, :num_tokens]
         self.length[where] = other.length[which]
+
+
+def support_words(policy: Policy, phase: Phase, hidden: Tensor) -> int:
+    """Words of a kept set of the phase's vocabulary, 0 where it keeps all; `hidden` [n, D] is any."""
+    return num_words(policy.head(hidden[:1], phase.kind).weight.shape[0]) if phase.truncation.acts else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +184,7 @@ class TokenStep:
 
     def __call__(self, *, feed: bool = True) -> None:
         """Samples one token per sequence and, with `feed`, runs it through the trunk."""
-        state, phase = self.state, self.phase
+        state, phase, cut = self.state, self.phase, self.phase.truncation
         head = self.policy.head(state.rows.hidden, phase.kind)
         logits = self.linear(head.hidden, head.weight, head.bias)
         sample = cfg_sample(
@@ -179,10 +192,14 @@ class TokenStep:
             logits[len(state) :] if state.guided else None,
             cfg_weight=phase.cfg_weight,
             temperature=phase.temperature,
+            top_k=cut.top_k,
+            top_p=cut.top_p,
+            min_p=cut.min_p,
             seed=state.key,
             # Per sequence, because keys are: which row of the batch a sequence is in must not matter.
             offset=(state.step + phase.first_offset).expand(len(state)),
             forbidden=head.forbidden,
+            with_support=cut.acts,
         )
         if self._forced is not None:
             sample = _impose(sample, self._forced.index_select(0, state.step.view(1)))
@@ -205,8 +222,8 @@ class TokenStep:
 def _impose(sample: CFGSample, forced: Tensor) -> CFGSample:
     """What is forced at this place [1], certain, instead of what was sampled; -1 leaves the sample as it is."""
     free = forced < 0
-    certain = (torch.where(free, x, 0.0) for x in (sample.logp, sample.logp_mixed, sample.entropy))
-    return CFGSample(torch.where(free, sample.token, forced), *certain)
+    logp, mixed, entropy = (torch.where(free, x, 0.0) for x in (sample.logp, sample.logp_mixed, sample.entropy))
+    return CFGSample(torch.where(free, sample.token, forced), logp, mixed, entropy, sample.support)
 
 
 def advance(

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..policies.base import Policy
 from ..policies.cache import Rows, Store
 from .completion import fill, most_likely
-from .decode import Phase, Samples, State, Tables
+from .decode import Phase, Samples, State, Tables, support_words
 from .draft import Draft
 from .preview_gate import PreviewGate
 from .stepping import Stepper
@@ -74,7 +74,8 @@ def draw(canvas: Canvas, preview: PreviewGate | None) -> Drawing:
     c, n = canvas, len(canvas.chosen)
     num_tokens = c.phase.max_tokens
     length = preview_length(preview, num_tokens, c.policy.forced_image_tokens())
-    samples = c.stepper.samples("image", len(c.tables.sides[0]), num_tokens)
+    words = support_words(c.policy, c.phase, c.tables.sides[0].hidden)
+    samples = c.stepper.samples("image", len(c.tables.sides[0]), num_tokens, words)
     keys = c.keys[0]
     index = torch.tensor(c.chosen, device=keys.device)
     fork = [side.take(index) for side in c.tables.sides]
@@ -159,7 +160,7 @@ def _try_again(
         for place, (start, seen) in zip(places, home, strict=True):
             scratch.copy_span(place, own, start, seen)
         rows.own_start.copy_(torch.tensor(places))
-    tried = c.stepper.samples("tries", len(pending), length)
+    tried = c.stepper.samples("tries", len(pending), length, samples.support.shape[2])
     slots = torch.arange(len(pending), device=device)
     state, tables = State.start(sides, slots, keys[index]), replace(c.tables, own=scratch, sides=sides)
     c.stepper.run(c.phase, state, tried, tables, num_steps=length, feed_last=True)

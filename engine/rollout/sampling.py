@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from ..records import Prompt
+from ..records import Prompt, SegmentKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truncation:
+    """Which ids may be drawn: top_k, then top_p of what it left, then min_p, of what is sampled from."""
+
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    """1 keeps all."""
+    min_p: float = 0.0
+    """0 keeps all."""
+
+    @property
+    def acts(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+EVERYTHING = Truncation()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +37,14 @@ class Sampling:
     """0 is greedy."""
     image_temperature: float | None = None
     """Of image tokens; None: as `temperature`."""
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    """See `Truncation`; what is kept is recorded with every token (`Segment.support`)."""
+    image_top_k: int | None = None
+    image_top_p: float | None = None
+    image_min_p: float | None = None
+    """Of image tokens; None: as top_k, top_p, min_p."""
     max_text_tokens: int = 16
     """Of each text segment."""
     cfg_weight: float = 1.0
@@ -26,6 +54,24 @@ class Sampling:
     seed: int = 0
     step: int = 0
     """Salts the random numbers, so that each step draws afresh."""
+
+    def truncation(self, kind: SegmentKind) -> Truncation:
+        """Of one modality's tokens; greedy ones have none."""
+        if self.temperature == 0:
+            return EVERYTHING
+        if kind == "text":
+            return Truncation(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        return Truncation(
+            top_k=self.top_k if self.image_top_k is None else self.image_top_k,
+            top_p=self.top_p if self.image_top_p is None else self.image_top_p,
+            min_p=self.min_p if self.image_min_p is None else self.image_min_p,
+        )
+
+
+def truncation_of(config: Any) -> dict[str, Any]:
+    """The flags that leave ids out, as fields of `Sampling`."""
+    names = [field.name for field in fields(Truncation)]
+    return {name: getattr(config, name) for name in (*names, *(f"image_{name}" for name in names))}
 
 
 @dataclass(slots=True, kw_only=True)

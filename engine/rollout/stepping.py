@@ -71,12 +71,13 @@ class Stepper:
             self._stores[name] = kept
         return kept
 
-    def samples(self, name: str, num_sequences: int, max_tokens: int) -> Samples:
-        """An empty table; the same as before where graphs hold its address and it is large enough."""
+    def samples(self, name: str, num_sequences: int, max_tokens: int, words: int) -> Samples:
+        """An empty table; the same as before where graphs hold its address and it is large enough. See `Samples`."""
         kept = self._samples.get(name)
-        if kept is None or kept.length.numel() <= num_sequences or kept.token.shape[1] < max_tokens:
+        fits = kept is not None and kept.length.numel() > num_sequences and kept.token.shape[1] >= max_tokens
+        if kept is None or not fits or kept.support.shape[2] != words:
             self._forget(kept)
-            kept = Samples(num_sequences, max_tokens, self.policy.cache_shape().device)
+            kept = Samples(num_sequences, max_tokens, self.policy.cache_shape().device, words)
         kept.length.zero_()
         if self.static:
             self._samples[name] = kept

@@ -22,7 +22,7 @@ NO_TOKEN = "leave it out: the token comes from HF_TOKEN or `hf auth login`, and 
 RANKS = "set nodes and ranks_per_node; zero_stage shares the model out"
 NO_LOADER = "leave it out: prompts are few and lie in memory, without loader processes"
 ONE_PROMPT_ONE_GROUP = "set prompts_per_step (groups) and max_tokens_per_microbatch (memory)"
-WHOLE_VOCABULARY = "sampling is of the whole distribution, which is what is trained; set temperature"
+WHOLE_VOCABULARY = "what is sampled is what is trained; set temperature, top_k, top_p or min_p"
 STATIC = "text tokens of one model are trained; leave it out"
 TRACKED = "metrics.jsonl and the report have it always; leave it out"
 ENTROPY = "the loss has no entropy term; watch entropy/… in metrics.jsonl, and raise temperature"
@@ -118,7 +118,7 @@ TRL: dict[str, str] = {
     **_all(
         "prompts are taken whole, up to the model's positions; shorten them in data", "max_length", "max_seq_length"
     ),
-    **_all(WHOLE_VOCABULARY, "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"),
+    **_all(WHOLE_VOCABULARY, "repetition_penalty", "generation_kwargs"),
     **_all("set cfg_weight", "guidance_scale", "cfg_scale", "cfg"),
     **_all("set think_instruction of recipes/corl.py", "chat_template_kwargs", "system_prompt", "instruction"),
     **_all("totals are summed, then compared in groups; set scale_rewards", "multi_objective_aggregation"),
@@ -202,8 +202,8 @@ VERL: dict[str, str] = {
     "actor_rollout_ref.model": "set model",
     "actor_rollout_ref.rollout.n": "set num_generations",
     "actor_rollout_ref.rollout.temperature": "set temperature",
-    "actor_rollout_ref.rollout.top_p": WHOLE_VOCABULARY,
-    "actor_rollout_ref.rollout.top_k": WHOLE_VOCABULARY,
+    "actor_rollout_ref.rollout.top_p": "set top_p",
+    "actor_rollout_ref.rollout.top_k": "set top_k, where all ids are 0 in place of -1",
     "actor_rollout_ref.rollout.response_length": "set max_completion_length",
     "actor_rollout_ref.rollout.val_kwargs": "held-out items are drawn greedily and at temperature 1; set eval_samples",
     "actor_rollout_ref.rollout.calculate_log_probs": "set replay_check_steps",

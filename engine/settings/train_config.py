@@ -31,6 +31,12 @@ PromptsPerStep = Annotated[int, Range("a step needs a prompt", ge=1)]
 GroupSize = Annotated[int, Range("a group of one has no advantage; try 8", ge=2)]
 MaxTokens = Annotated[int, Range("raise it", ge=1)]
 Guidance = Annotated[float, Range("1 is without guidance", ge=0)]
+TopK = Annotated[int, Range("0 keeps all", ge=0)]
+TopP = Annotated[float, Range("1 keeps all", gt=0, le=1)]
+MinP = Annotated[float, Range("0 keeps all", ge=0, le=1)]
+ImageTopK = Annotated[int | None, Range("0 keeps all, none is as top_k", ge=0)]
+ImageTopP = Annotated[float | None, Range("1 keeps all, none is as top_p", gt=0, le=1)]
+ImageMinP = Annotated[float | None, Range("0 keeps all, none is as min_p", ge=0, le=1)]
 LearningRate = Annotated[float, Range("for Janus-Pro start near 1e-6", gt=0)]
 WarmupSteps = Annotated[int, Range("0 starts at the peak", ge=0)]
 KLWeight = Annotated[float, Range("0 switches the KL term off", ge=0)]
@@ -76,6 +82,19 @@ class TrainConfig(Settings):
     """Of image tokens. None: as temperature."""
     max_completion_length: MaxTokens = 16
     """Text tokens at most; image segments always have the model's full number of tokens."""
+    top_k: TopK = 0
+    """Draw from the k most likely ids alone; 0: from all. What is kept travels with every token, and the loss is that
+    of the distribution over it: on policy the ratio is 1, as without."""
+    top_p: TopP = 1.0
+    """Draw from the smallest set of ids that holds this share of what top_k left; 1: from all."""
+    min_p: MinP = 0.0
+    """Draw from ids with at least this share of the greatest probability alone; 0: from all. After top_k and top_p."""
+    image_top_k: ImageTopK = None
+    """top_k of image tokens, of the guided distribution. None: as top_k."""
+    image_top_p: ImageTopP = None
+    """top_p of image tokens. None: as top_p."""
+    image_min_p: ImageMinP = None
+    """min_p of image tokens. None: as min_p."""
     cfg_weight: Guidance = 1.5
     """Classifier-free guidance w of image tokens in rollouts: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
     eval_cfg_weight: Guidance = 1.5

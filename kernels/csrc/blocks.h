@@ -34,7 +34,8 @@ SYNCR1_INLINE void read_block(const void* row, bool bfloat16, int64_t start, int
   }
 }
 
-// product + bias, -inf at forbidden ids and up to the next whole vector; returns the size with that padding.
+// product + bias, -inf at forbidden ids, outside the support and up to the next whole vector; returns the size with that
+// padding.
 SYNCR1_INLINE int64_t load_block(const RowInput& row, int64_t start, Forbidden* forbidden, float* block) {
   const int64_t size = block_size(row.size, start);
   read_block(row.products, row.bfloat16, start, size, block);
@@ -46,6 +47,12 @@ SYNCR1_INLINE int64_t load_block(const RowInput& row, int64_t start, Forbidden* 
   }
   int64_t end = size;
   for (; end % kFloats != 0; ++end) block[end] = -INFINITY;
+  if (row.support != nullptr) {
+    const uint32_t* words = row.support + start / kWord;
+    for (int64_t i = 0; i < end; i += kFloats) {
+      store(block + i, kept(load<Floats>(block + i), words[i / kWord] >> (i % kWord)));
+    }
+  }
   return end;
 }
 

@@ -19,6 +19,7 @@ struct syncr1_rows {
   const int64_t* targets;
   const float* bias;         // [vocabulary] or null
   const int64_t* forbidden;  // [num_forbidden], any order
+  const uint32_t* support;   // [num_rows, ceil(vocabulary / 32)] or null
   int64_t bfloat16, row_stride, num_rows, vocabulary, num_forbidden, num_threads;
   double temperature;
 };
@@ -48,13 +49,21 @@ class Rows {
   RowInput operator[](int64_t n) const {
     const int64_t num_forbidden = static_cast<int64_t>(forbidden_.size());
     const float inverse_temperature = static_cast<float>(1.0 / rows_.temperature);
-    return {data(n),           rows_.bfloat16 != 0, rows_.vocabulary,   rows_.bias,
-            forbidden_.data(), num_forbidden,       inverse_temperature};
+    return {data(n),           rows_.bfloat16 != 0, rows_.vocabulary,    rows_.bias,
+            forbidden_.data(), num_forbidden,       inverse_temperature, support(n)};
   }
 
-  bool is_forbidden(int64_t id) const { return std::binary_search(forbidden_.begin(), forbidden_.end(), id); }
+  // Row n gives this id no probability, whatever its product.
+  bool excludes(int64_t n, int64_t id) const {
+    return std::binary_search(forbidden_.begin(), forbidden_.end(), id) || !syncr1::keeps(support(n), id);
+  }
 
  private:
+  const uint32_t* support(int64_t n) const {
+    if (rows_.support == nullptr) return nullptr;
+    return rows_.support + n * ((rows_.vocabulary + syncr1::kWord - 1) / syncr1::kWord);
+  }
+
   const syncr1_rows& rows_;
   std::vector<int64_t> forbidden_;
 };
@@ -116,7 +125,7 @@ void write_loss_gradient(const syncr1_rows& in, const Rows& rows, int64_t n, flo
   }
   syncr1::instruction_set()->rows->scale(weights, block_factor->data(), in.vocabulary, row, bfloat16);
   const int64_t target = in.targets[n];
-  if (!rows.is_forbidden(target)) set_element(row, bfloat16, target, -scaled * std::expm1(logp));
+  if (!rows.excludes(n, target)) set_element(row, bfloat16, target, -scaled * std::expm1(logp));
 }
 
 }  // namespace
@@ -180,7 +189,7 @@ SYNCR1_EXPORT void syncr1_gradient_rows(const syncr1_rows* in, const double* lse
       const float whole = static_cast<float>(lse[n]), part = static_cast<float>(lse[n] - whole);
       const float slope = static_cast<float>(-by_logp), entropy_slope = static_cast<float>(-by_entropy);
       gradient(row, {rest, whole, part, entropy[n], slope, entropy_slope}, to, rounds);
-      if (rows.is_forbidden(target)) continue;
+      if (rows.excludes(n, target)) continue;
       const double log_p = product / in->temperature - lse[n];
       const double p = std::exp(log_p);
       const double surprise = p > 0.0 ? p * (log_p + entropy[n]) : p * 0.0;

@@ -1,12 +1,18 @@
 // Rows of products and what the kernels of one instruction set do with one of them. z = (product + bias) / temperature,
-// -inf at forbidden ids; all sums are relative to the running maximum of product + bias.
+// -inf at forbidden ids and outside the support; all sums are relative to the running maximum of product + bias.
 #pragma once
 #include <cstdint>
 
 namespace syncr1 {
 
-// Elements that are handled at once, in L1.
+// Elements that are handled at once, in L1: whole words of a support.
 constexpr int64_t kBlock = 1024;
+
+constexpr int64_t kWord = 32;  // ids of a word of a support
+
+inline bool keeps(const uint32_t* support, int64_t id) {
+  return support == nullptr || (support[id / kWord] >> (id % kWord) & 1u) != 0;
+}
 
 inline int64_t num_blocks(int64_t size) { return (size + kBlock - 1) / kBlock; }
 
@@ -18,6 +24,7 @@ struct RowInput {
   const int64_t* forbidden;  // ascending
   int64_t num_forbidden;
   float inverse_temperature;
+  const uint32_t* support;  // bit j of word w keeps id 32 w + j; null keeps all
 };
 
 // With d = (product + bias - maximum) / temperature.

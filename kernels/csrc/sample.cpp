@@ -1,7 +1,7 @@
 // Classifier-free-guided sampling of one token per row: kernels/reference/sample.py with its sums in double.
 //
 // No row is sorted. top_k narrows down a bound on the logits, top_p one on the probabilities, until only a few entries
-// lie around it; those are put in order. Every row is computed by one thread from its own values alone.
+// lie around it; those are put in order. min_p is a bound by itself. Every row is computed by one thread from its own values alone.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,9 +19,10 @@ struct syncr1_sampling {
   const void *cond, *uncond;  // [num_rows, vocabulary], bfloat16 or float; uncond may be null
   const int64_t* forbidden;   // [num_forbidden], any order
   const int64_t *seed, *offset;  // [num_rows]
+  uint32_t* support;             // [num_rows, ceil(vocabulary / 32)], written; null: not wanted
   int64_t cond_bfloat16, uncond_bfloat16, cond_stride, uncond_stride;
   int64_t num_rows, vocabulary, num_forbidden, top_k, num_threads;
-  double cfg_weight, temperature, top_p;
+  double cfg_weight, temperature, top_p, min_p;
 };
 
 namespace {
@@ -70,11 +71,12 @@ class Sampler {
   RowInput input(const void* products, bool bfloat16, const std::vector<int64_t>& forbidden) const {
     const int64_t num_forbidden = static_cast<int64_t>(forbidden.size());
     const float inverse_temperature = static_cast<float>(1.0 / temperature_);
-    return {products, bfloat16, in_.vocabulary, nullptr, forbidden.data(), num_forbidden, inverse_temperature};
+    return {products, bfloat16, in_.vocabulary, nullptr, forbidden.data(), num_forbidden, inverse_temperature, nullptr};
   }
 
   Candidates keep_top_k(Scratch* scratch, float largest) const;
   void keep_top_p(Scratch* scratch, const Candidates& candidates) const;
+  void keep_min_p(Scratch* scratch, const Candidates& candidates) const;
   int64_t greedy(Scratch* scratch, float largest) const;
   int64_t draw(Scratch* scratch, const Candidates& candidates, double uniform) const;
 
@@ -216,6 +218,32 @@ void Sampler::keep_top_p(Scratch* scratch, const Candidates& candidates) const {
   }
 }
 
+// 0 at less than min_p of the greatest weight: 1, but for the rounding of the maximum that they are relative to.
+void Sampler::keep_min_p(Scratch* scratch, const Candidates& candidates) const {
+  double* weights = scratch->weights.data();
+  double greatest = 0.0;
+  for (int64_t i = 0; i < candidates.size; ++i) greatest = std::max(greatest, weights[i]);
+  const double least = in_.min_p * greatest;
+  for (int64_t i = 0; i < candidates.size; ++i) weights[i] = weights[i] < least ? 0.0 : weights[i];
+}
+
+// The bits of the ids that could be drawn.
+void write_support(const Scratch& scratch, const Candidates& candidates, uint32_t* support) {
+  for (int64_t i = 0; i < candidates.size; ++i) {
+    const int64_t id = candidates.all ? i : scratch.ids[static_cast<size_t>(i)];
+    const uint32_t kept = scratch.weights[static_cast<size_t>(i)] > 0.0 ? 1u : 0u;
+    support[id / syncr1::kWord] |= kept << (id % syncr1::kWord);
+  }
+}
+
+// Greedy decoding leaves nothing out.
+void write_support(const std::vector<double>& z, int64_t vocabulary, uint32_t* support) {
+  for (int64_t id = 0; id < vocabulary; ++id) {
+    const uint32_t kept = z[static_cast<size_t>(id)] > -std::numeric_limits<double>::infinity() ? 1u : 0u;
+    support[id / syncr1::kWord] |= kept << (id % syncr1::kWord);
+  }
+}
+
 // The first id of the greatest logit.
 int64_t Sampler::greedy(Scratch* scratch, float largest) const {
   const double* z = scratch->z.data();
@@ -258,34 +286,47 @@ void Sampler::row(int64_t n, Scratch* scratch, int64_t* token, float* logp, floa
   const auto at = [n](const void* rows, int64_t stride, int64_t bfloat16) -> const void* {
     return rows == nullptr ? nullptr : static_cast<const char*>(rows) + n * stride * (bfloat16 != 0 ? 2 : 4);
   };
-  const RowInput cond = input(at(in_.cond, in_.cond_stride, in_.cond_bfloat16), in_.cond_bfloat16 != 0, forbidden_);
+  RowInput cond = input(at(in_.cond, in_.cond_stride, in_.cond_bfloat16), in_.cond_bfloat16 != 0, forbidden_);
   const RowInput uncond = input(at(in_.uncond, in_.uncond_stride, in_.uncond_bfloat16), in_.uncond_bfloat16 != 0, kNone);
+  RowInput guided = input(scratch->rounded.data(), false, kNone);
   RowSums sums, mixed;
   kernels_.rows->sums(cond, -1, nullptr, nullptr, &sums);
   kernels_.sample->mix(cond, uncond, in_.cfg_weight, scratch->z.data(), scratch->rounded.data());
   mixed = sums;
   if (uncond.products != nullptr) {
-    kernels_.rows->sums(input(scratch->rounded.data(), false, kNone), -1, nullptr, nullptr, &mixed);
+    kernels_.rows->sums(guided, -1, nullptr, nullptr, &mixed);
   }
-  const double log_weight = std::log(sums.weight);
-  *entropy = static_cast<float>(log_weight - sums.weighted / sums.weight);
   *token = 0;
   if (!(mixed.weight > 0.0)) {  // a row with NaN or +inf has no distribution
-    *logp = *logp_mixed = std::numeric_limits<float>::quiet_NaN();
+    *logp = *logp_mixed = *entropy = std::numeric_limits<float>::quiet_NaN();
     return;
   }
+  const int64_t words = (in_.vocabulary + syncr1::kWord - 1) / syncr1::kWord;
+  uint32_t* support = in_.support == nullptr ? nullptr : in_.support + n * words;
   if (in_.temperature == 0.0) {
     *token = greedy(scratch, mixed.maximum);
+    if (support != nullptr) write_support(scratch->z, in_.vocabulary, support);
   } else {
     const Candidates candidates = keep_top_k(scratch, mixed.maximum);
     if (in_.top_p < 1.0) keep_top_p(scratch, candidates);
+    if (in_.min_p > 0.0) keep_min_p(scratch, candidates);
+    if (support != nullptr) write_support(*scratch, candidates, support);
     *token = draw(scratch, candidates, syncr1::uniform(in_.seed[n], in_.offset[n], 0));
   }
+  if (support != nullptr) {
+    cond.support = guided.support = support;
+    kernels_.rows->sums(cond, -1, nullptr, nullptr, &sums);
+    mixed = sums;
+    if (uncond.products != nullptr) kernels_.rows->sums(guided, -1, nullptr, nullptr, &mixed);
+  }
+  const double log_weight = std::log(sums.weight);
+  *entropy = static_cast<float>(log_weight - sums.weighted / sums.weight);
   const double product = cond.bfloat16 ? syncr1::from_bfloat16(static_cast<const uint16_t*>(cond.products)[*token])
                                        : static_cast<const float*>(cond.products)[*token];
   *logp = static_cast<float>((product - sums.maximum) / temperature_ - log_weight);
-  *logp_mixed =
-      static_cast<float>((scratch->z[*token] - mixed.maximum) / temperature_ - std::log(mixed.weight));
+  // Over a support what the sums were taken of, so that a set of one id has log-probability 0 exactly.
+  const double z = support == nullptr ? scratch->z[*token] : static_cast<double>(scratch->rounded[*token]);
+  *logp_mixed = static_cast<float>((z - mixed.maximum) / temperature_ - std::log(mixed.weight));
 }
 
 }  // namespace

@@ -105,6 +105,19 @@ SYNCR1_INLINE Doubles maximum(Doubles a, Doubles b) {
 #endif
 }
 
+// Lane i where bit i is set, -inf elsewhere.
+SYNCR1_INLINE Floats kept(Floats v, uint32_t bits) {
+  const Floats nothing = broadcast(-__builtin_inff());
+#if defined(__AVX512F__)
+  return _mm512_mask_mov_ps(nothing, static_cast<__mmask16>(bits), v);
+#else
+  Ints lane;
+  for (int i = 0; i < kFloats; ++i) lane[i] = 1 << i;
+  const Ints chosen = (lane & static_cast<int32_t>(bits)) != 0;
+  return (Floats)(((Ints)v & chosen) | ((Ints)nothing & ~chosen));
+#endif
+}
+
 SYNCR1_INLINE float largest(Floats v) {
   for (int width = kFloats / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) v[i] = v[i + width] > v[i] ? v[i + width] : v[i];

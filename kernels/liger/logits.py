@@ -66,7 +66,7 @@ def _score(backend: str, rows_NV: Tensor, targets_N: Tensor, temperature: float)
     """(logp, entropy, logsumexp), [N] each."""
     if backend != "reference":
         scored: tuple[Tensor, Tensor, Tensor] = registered.selective_logp(
-            rows_NV, targets_N, temperature, None, backend
+            rows_NV, targets_N, temperature, None, None, backend
         )
         return scored
     parts = zip(rows_NV.split(REFERENCE_ROWS), targets_N.split(REFERENCE_ROWS), strict=True)

@@ -17,7 +17,7 @@ class Rows(ctypes.Structure):
     """`syncr1_rows` of csrc/rows.cpp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("products", "targets", "bias", "forbidden")),
+        *((name, c_void_p) for name in ("products", "targets", "bias", "forbidden", "support")),
         *((name, c_int64) for name in ("bfloat16", "row_stride", "num_rows", "vocabulary", "num_forbidden")),
         ("num_threads", c_int64),
         ("temperature", c_double),
@@ -49,6 +49,7 @@ def _rows(products: Tensor, targets: Tensor, head: Head, bias_V: Tensor | None) 
         pointer(targets),
         pointer(bias_V),
         pointer(forbidden),
+        pointer(head.support),
         products.dtype == torch.bfloat16,
         products.stride(0),
         *products.shape,

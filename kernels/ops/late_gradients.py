@@ -22,6 +22,8 @@ from ..streams import MODALITIES, TokenStream
 from ..terms import Head
 
 OP = "linear_grpo_loss_backward"
+NUM_TENSORS = 7
+"""Lists of tensors at the beginning of `StreamLists`."""
 
 
 class StreamLists(NamedTuple):
@@ -34,6 +36,7 @@ class StreamLists(NamedTuple):
     targets: Sequence[Tensor]
     rows: Sequence[Tensor]
     forbidden: Sequence[Tensor]
+    support: Sequence[Tensor]
     temperature: Sequence[float]
     stream_modality: Sequence[int]
 
@@ -47,6 +50,7 @@ class StreamLists(NamedTuple):
             [s.targets for s in streams],
             [s.rows for s in streams],
             [nowhere if s.forbidden is None else s.forbidden for s in streams],
+            [nowhere.int() if s.support is None else s.support for s in streams],
             [float(s.temperature) for s in streams],
             [MODALITIES.index(s.modality) for s in streams],
         )
@@ -54,9 +58,19 @@ class StreamLists(NamedTuple):
     def records(self) -> list[TokenStream]:
         """The inverse of `of`."""
         return [
-            TokenStream(h, w, t, r, b if b.numel() else None, float(tau), MODALITIES[m], f if f.numel() else None)
-            for h, w, b, t, r, f, tau, m in zip(*self, strict=True)
+            TokenStream(h, w, t, r, _given(b), float(tau), MODALITIES[m], _given(f), _given(s))
+            for h, w, b, t, r, f, s, tau, m in zip(*self, strict=True)
         ]
+
+
+def _given(part: Tensor) -> Tensor | None:
+    return part if part.numel() else None
+
+
+def head_of(stream: TokenStream) -> Head:
+    """How the stream's products become logits."""
+    support = None if stream.support is None else stream.support.contiguous()
+    return Head(stream.bias, stream.temperature, stream.forbidden, support)
 
 
 class LateGradientInputs(NamedTuple):
@@ -85,10 +99,7 @@ def form_gradients(given: LateGradientInputs) -> list[Tensor]:
     kernels, flat, streams = module_of(given.backend), list[Tensor](), given.streams.records()
     positions = [stream.rows.long() for stream in streams]
     grads = [given.grad_logp[at] for at in positions]
-    heads = [
-        HeadRows(s.hidden, s.weight, s.targets.long().contiguous(), Head(s.bias, s.temperature, s.forbidden))
-        for s in streams
-    ]
+    heads = [HeadRows(s.hidden, s.weight, s.targets.long().contiguous(), head_of(s)) for s in streams]
     chosen = chosen_rows([grad_N != 0 for grad_N in grads])
     live = [head if own is None else head.subset(own) for head, own in zip(heads, chosen, strict=True)]
     with Workspace(live) as workspace:
@@ -117,14 +128,14 @@ differentiates_no_further(OP)
 
 def save(ctx: Any, streams: StreamLists, backend: str, grad_logp: Tensor, lse: Tensor, entropy: Tensor) -> None:
     """Keeps what `gradients` needs."""
-    tensors, ctx.others, ctx.backend = streams[:6], streams[6:], backend
+    tensors, ctx.others, ctx.backend = streams[:NUM_TENSORS], streams[NUM_TENSORS:], backend
     ctx.save_for_backward(grad_logp, lse, entropy, *(tensor for each in tensors for tensor in each))
 
 
 def gradients(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor]:
     """Of hidden, weight and bias of each stream in turn."""
     grad_logp, lse, entropy, *rest = ctx.saved_tensors
-    count = len(rest) // 6
+    count = len(rest) // NUM_TENSORS
     streams = StreamLists(*(rest[start : start + count] for start in range(0, len(rest), count)), *ctx.others)
     scaled = grad_logp * grad_loss.to(grad_logp.dtype)
     given = LateGradientInputs(streams, scaled, lse, entropy, ctx.needs, ctx.backend)

@@ -68,7 +68,8 @@ def linear_grpo_loss(
     Equivalent PyTorch:
         logp = torch.zeros(T)
         for s in streams:
-            logp[s.rows] = linear_logp(s.hidden, s.weight, s.targets, bias=s.bias, temperature=s.temperature)[0]
+            logp[s.rows] = linear_logp(s.hidden, s.weight, s.targets, bias=s.bias, temperature=s.temperature,
+                                       forbidden=s.forbidden, support=s.support)[0]
         output = grpo_loss(logp, old_logp, rewards, cu_seqlens, group_offsets, …)
 
     Args:
@@ -85,7 +86,8 @@ def linear_grpo_loss(
         rest of the sequence or batch first, float16 heads the scale of the loss, and take a fourth.
 
     Raises:
-        ValueError: a shape, dtype or value is out of place, or a loss token's target is forbidden.
+        ValueError: a shape, dtype or value is out of place, or a loss token's target is forbidden or outside its
+            support.
 
     Source: as `grpo_loss`.
     """

@@ -31,7 +31,8 @@ from ..plan import (
     without_pruned,
 )
 from ..streams import TokenStream
-from ..terms import Head, LossInputs, RowSettings, RowTerms, TokenLoss, row_loss
+from ..terms import LossInputs, RowSettings, RowTerms, TokenLoss, row_loss
+from .late_gradients import head_of
 from .loss import is_per_sequence, plain, token_loss
 
 OP = "linear_grpo_loss"
@@ -48,8 +49,7 @@ def acting_rows(
     rows = [stream.rows.long() for stream in streams]
     *each, kept = chosen_rows([*(acting_T[at] for at in rows), kept_T])
     for stream, at, chosen in zip(streams, rows, each, strict=True):
-        head = Head(stream.bias, stream.temperature, stream.forbidden)
-        whole = HeadRows(stream.hidden, stream.weight, stream.targets.long().contiguous(), head)
+        whole = HeadRows(stream.hidden, stream.weight, stream.targets.long().contiguous(), head_of(stream))
         heads.append(whole if chosen is None else whole.subset(chosen))
         positions.append(at if chosen is None else at[chosen])
     return heads, positions, kept

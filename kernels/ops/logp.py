@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_forbidden, check_logits, check_rows, check_targets
+from ..checks import check_forbidden, check_logits, check_rows, check_support, check_supported, check_targets
 from ..dispatch import choose, module_of, refuse_transforms, same_device
 from ..linear import backward_rows, score_hidden
 from ..ranges import TEMPERATURE
@@ -36,11 +36,13 @@ class LogitInputs(NamedTuple):
     temperature: float
     forbidden: Tensor | None
     """[F]."""
+    support: Tensor | None
+    """[N, ceil(V/32)]."""
     backend: str
 
     @property
     def head(self) -> Head:
-        return Head(temperature=self.temperature, forbidden=self.forbidden)
+        return Head(None, self.temperature, self.forbidden, _contiguous(self.support))
 
 
 class HiddenInputs(NamedTuple):
@@ -57,11 +59,13 @@ class HiddenInputs(NamedTuple):
     temperature: float
     forbidden: Tensor | None
     """[F]."""
+    support: Tensor | None
+    """[N, ceil(V/32)]."""
     backend: str
 
     @property
     def head(self) -> Head:
-        return Head(self.bias, self.temperature, self.forbidden)
+        return Head(self.bias, self.temperature, self.forbidden, _contiguous(self.support))
 
 
 class RowGradients(NamedTuple):
@@ -104,6 +108,7 @@ def selective_logp(
     *,
     temperature: float = 1.0,
     forbidden: Tensor | None = None,
+    support: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of tokens from logits.
@@ -118,6 +123,7 @@ def selective_logp(
         targets: [N] int in [0, V).
         temperature: finite, > 0.
         forbidden: [F] int64 vocabulary ids whose logits are taken as -inf.
+        support: as in `linear_logp`.
         backend: see `syncr1.kernels.dispatch`.
 
     Returns:
@@ -129,27 +135,35 @@ def selective_logp(
     Source: TRL's `selective_log_softmax`.
     """
     op = "selective_logp"
-    same_device(op, logits=logits, targets=targets, forbidden=forbidden)
+    same_device(op, logits=logits, targets=targets, forbidden=forbidden, support=support)
     check_logits(op, logits)
     TEMPERATURE.check(op, "temperature", temperature)
-    inputs = LogitInputs(logits, targets, float(temperature), forbidden, choose(op, backend, logits))
+    inputs = LogitInputs(logits, targets, float(temperature), forbidden, support, choose(op, backend, logits))
     if inputs.backend == "reference":
-        _check_ids(op, targets, logits.shape[0], logits.shape[1], forbidden)
-        return reference.selective_logp(logits, targets, temperature=inputs.temperature, forbidden=forbidden)
+        _check_ids(op, targets, logits.shape, forbidden, support)
+        return reference.selective_logp(
+            logits, targets, temperature=inputs.temperature, forbidden=forbidden, support=support
+        )
     logp, entropy, _ = registered.selective_logp(*inputs)
     return logp, entropy
 
 
-def _check_ids(op: str, targets: Tensor, num_rows: int, vocabulary: int, forbidden: Tensor | None) -> None:
+def _check_ids(
+    op: str, targets: Tensor, shape: Sequence[int], forbidden: Tensor | None, support: Tensor | None
+) -> None:
+    """`shape` is (N, V)."""
+    num_rows, vocabulary = shape
     check_targets(op, targets, num_rows, vocabulary)
     check_forbidden(op, forbidden, vocabulary)
+    check_support(op, support, num_rows, vocabulary)
+    check_supported(op, targets, support, forbidden)
 
 
 @implements("selective_logp", LogitInputs, "(Tensor, Tensor, Tensor)")
 def score_logits(inputs: LogitInputs) -> Three:
     """(logp [N] float32, entropy [N] float32, logsumexp [N] float64)."""
     logits, targets = inputs.logits, inputs.targets
-    _check_ids("selective_logp", targets, logits.shape[0], logits.shape[1], inputs.forbidden)
+    _check_ids("selective_logp", targets, logits.shape, inputs.forbidden, inputs.support)
     kernels = module_of(inputs.backend)
     scored: Three = kernels.score_rows(_unit_stride(logits), targets.long().contiguous(), inputs.head)
     return scored
@@ -191,7 +205,7 @@ def _(given: LogitGradientInputs) -> Tensor:
 
 def _save_selective(ctx: Any, inputs: LogitInputs, output: Three) -> None:
     _, entropy, lse = output
-    ctx.save_for_backward(inputs.logits, inputs.targets, inputs.forbidden, lse, entropy)
+    ctx.save_for_backward(inputs.logits, inputs.targets, inputs.forbidden, inputs.support, lse, entropy)
     ctx.temperature, ctx.backend = inputs.temperature, inputs.backend
     ctx.set_materialize_grads(False)
 
@@ -202,8 +216,8 @@ def _differentiate_selective(
     refuse_second_derivative("selective_logp")
     if grad_logp is None and grad_entropy is None:
         return {}
-    logits, targets, forbidden, lse, entropy = ctx.saved_tensors
-    inputs = LogitInputs(logits, targets, ctx.temperature, forbidden, ctx.backend)
+    logits, targets, forbidden, support, lse, entropy = ctx.saved_tensors
+    inputs = LogitInputs(logits, targets, ctx.temperature, forbidden, support, ctx.backend)
     given = LogitGradientInputs(inputs, RowGradients(lse, entropy, grad_logp, grad_entropy))
     return {"logits": registered.selective_logp_backward(*flatten(given))}
 
@@ -220,6 +234,7 @@ def linear_logp(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     forbidden: Tensor | None = None,
+    support: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of tokens from hidden states, without storing the logits.
@@ -236,6 +251,10 @@ def linear_logp(
         bias: [V] or None; with gradient.
         temperature: finite, > 0.
         forbidden: [F] int64 vocabulary ids whose logits are -inf; a forbidden target has log-probability -inf.
+        support: [N, ceil(V/32)] int32, the ids that each row's token was drawn from (`CFGSample.support`): both results
+            are those of the distribution renormalised over them, the gradient is 0 at the others. A set without its
+            own target, or one that `forbidden` excludes, is an error where values are checked; elsewhere (a GPU) such
+            a target has log-probability -inf.
         backend: see `syncr1.kernels.dispatch`.
 
     Returns:
@@ -247,16 +266,22 @@ def linear_logp(
     Source: chunked as in Cut Your Losses (arXiv 2411.09009) and Liger's fused losses.
     """
     op = "linear_logp"
-    same_device(op, hidden=hidden, weight=weight, targets=targets, bias=bias, forbidden=forbidden)
+    same_device(op, hidden=hidden, weight=weight, targets=targets, bias=bias, forbidden=forbidden, support=support)
     hidden, weight, bias = cast_operands(hidden, weight, bias)
     check_rows(op, hidden, weight, targets, bias)
     TEMPERATURE.check(op, "temperature", temperature)
     chosen = choose(op, backend, hidden, weight)
-    inputs = HiddenInputs(hidden, weight, bias, targets, float(temperature), forbidden, chosen)
+    inputs = HiddenInputs(hidden, weight, bias, targets, float(temperature), forbidden, support, chosen)
     if chosen == "reference":
-        _check_ids(op, targets, hidden.shape[0], weight.shape[0], forbidden)
+        _check_ids(op, targets, (hidden.shape[0], weight.shape[0]), forbidden, support)
         return reference.linear_logp(
-            hidden, weight, targets, bias=bias, temperature=inputs.temperature, forbidden=forbidden
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=inputs.temperature,
+            forbidden=forbidden,
+            support=support,
         )
     logp, entropy, _ = registered.linear_logp(*inputs)
     return logp, entropy
@@ -276,7 +301,7 @@ def cast_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
 def score_head(inputs: HiddenInputs) -> Three:
     """(logp [N] float32, entropy [N] float32, logsumexp [N] float64)."""
     hidden, weight, targets = inputs.hidden, inputs.weight, inputs.targets
-    _check_ids("linear_logp", targets, hidden.shape[0], weight.shape[0], inputs.forbidden)
+    _check_ids("linear_logp", targets, (hidden.shape[0], weight.shape[0]), inputs.forbidden, inputs.support)
     return score_hidden(module_of(inputs.backend), hidden, weight, targets.long().contiguous(), inputs.head)
 
 
@@ -312,7 +337,8 @@ def _(given: HiddenGradientInputs) -> Three:
 
 def _save_linear(ctx: Any, inputs: HiddenInputs, output: Three) -> None:
     _, entropy, lse = output
-    ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.forbidden, lse, entropy)
+    tensors = (inputs.hidden, inputs.weight, inputs.bias, inputs.targets, inputs.forbidden, inputs.support)
+    ctx.save_for_backward(*tensors, lse, entropy)
     ctx.temperature, ctx.backend = inputs.temperature, inputs.backend
     ctx.set_materialize_grads(False)
 
@@ -323,8 +349,8 @@ def _differentiate_linear(
     refuse_second_derivative("linear_logp")
     if grad_logp is None and grad_entropy is None:
         return {}
-    hidden, weight, bias, targets, forbidden, lse, entropy = ctx.saved_tensors
-    inputs = HiddenInputs(hidden, weight, bias, targets, ctx.temperature, forbidden, ctx.backend)
+    hidden, weight, bias, targets, forbidden, support, lse, entropy = ctx.saved_tensors
+    inputs = HiddenInputs(hidden, weight, bias, targets, ctx.temperature, forbidden, support, ctx.backend)
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
     given = HiddenGradientInputs(inputs, RowGradients(lse, entropy, grad_logp, grad_entropy), needs)
     grads = zip(("hidden", "weight", "bias"), registered.linear_logp_backward(*flatten(given)), needs, strict=True)
@@ -333,6 +359,10 @@ def _differentiate_linear(
 
 differentiates("linear_logp", HiddenInputs, _save_linear, _differentiate_linear)
 differentiates_no_further("linear_logp_backward")
+
+
+def _contiguous(support: Tensor | None) -> Tensor | None:
+    return None if support is None else support.contiguous()
 
 
 def _unit_stride(logits: Tensor) -> Tensor:

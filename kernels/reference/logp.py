@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..support import unpack
+
 CHUNK_ROWS = 4096
 """Rows per chunk: large enough that the read-modify-write of dW stays a few percent of the GEMMs."""
 LOGP_FLOOR = -1e4
@@ -28,12 +30,19 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def selective_logp(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, forbidden: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    forbidden: Tensor | None = None,
+    support: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `syncr1.kernels.api.selective_logp`."""
     logits_NV = logits.to(accumulator(logits.dtype)) / temperature
     if forbidden is not None:
         logits_NV = logits_NV.index_fill(1, forbidden, -torch.inf)
+    if support is not None:
+        logits_NV = logits_NV.masked_fill(~unpack(support, logits.shape[1]), -torch.inf)
     logp_NV = logits_NV.log_softmax(dim=-1)
     entropy_N = -(logp_NV.exp() * logp_NV.clamp_min(LOGP_FLOOR)).sum(dim=-1)
     return logp_NV.gather(1, targets.long().unsqueeze(1)).squeeze(1), entropy_N
@@ -47,15 +56,22 @@ def linear_logp(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     forbidden: Tensor | None = None,
+    support: Tensor | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> tuple[Tensor, Tensor]:
     """See `syncr1.kernels.api.linear_logp`."""
-    logp, entropy = _LinearLogp.apply(hidden, weight, bias, targets.long(), temperature, forbidden, chunk_rows)
+    arguments = (hidden, weight, bias, targets.long(), temperature, forbidden, support, chunk_rows)
+    logp, entropy = _LinearLogp.apply(*arguments)
     return logp, entropy
 
 
 def _chunk_logits(
-    hidden_CD: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, forbidden: Tensor | None
+    hidden_CD: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    forbidden: Tensor | None,
+    support_CW: Tensor | None,
 ) -> Tensor:
     """One chunk's logits in the accumulator's dtype; the GEMM runs in the operands' dtype."""
     logits_CV = F.linear(hidden_CD, weight, bias).to(accumulator(hidden_CD.dtype))
@@ -63,6 +79,8 @@ def _chunk_logits(
         logits_CV = logits_CV / temperature
     if forbidden is not None:
         logits_CV.index_fill_(1, forbidden, -torch.inf)
+    if support_CW is not None:
+        logits_CV.masked_fill_(~unpack(support_CW, logits_CV.shape[1]), -torch.inf)
     return logits_CV
 
 
@@ -78,18 +96,20 @@ class _LinearLogp(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         forbidden: Tensor | None,
+        support: Tensor | None,
         chunk_rows: int,
     ) -> tuple[Tensor, Tensor]:
         logp = hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden.dtype))
         entropy, lse = torch.empty_like(logp), torch.empty_like(logp)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits_CV = _chunk_logits(hidden[rows], weight, bias, temperature, forbidden)
+            kept_CW = None if support is None else support[rows]
+            logits_CV = _chunk_logits(hidden[rows], weight, bias, temperature, forbidden, kept_CW)
             lse[rows] = logits_CV.logsumexp(dim=-1)
             logp[rows] = logits_CV.gather(1, targets[rows].unsqueeze(1)).squeeze(1) - lse[rows]
             logp_CV = logits_CV.sub_(lse[rows].unsqueeze(1))
             entropy[rows] = -(logp_CV.exp() * logp_CV.clamp_min_(LOGP_FLOOR)).sum(dim=-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, forbidden, lse, entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, forbidden, support, lse, entropy)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         ctx.set_materialize_grads(False)
         return logp, entropy
@@ -97,7 +117,7 @@ class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logp, grad_entropy = grads
-        hidden, weight, bias, targets, forbidden, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, forbidden, support, lse, entropy = ctx.saved_tensors
         acc = accumulator(hidden.dtype)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
@@ -105,7 +125,8 @@ class _LinearLogp(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=acc) if need_bias else None
         for start in range(0, hidden.shape[0], ctx.chunk_rows):
             rows = slice(start, start + ctx.chunk_rows)
-            logp_CV = _chunk_logits(hidden[rows], weight, bias, ctx.temperature, forbidden)
+            kept_CW = None if support is None else support[rows]
+            logp_CV = _chunk_logits(hidden[rows], weight, bias, ctx.temperature, forbidden, kept_CW)
             logp_CV = logp_CV.sub_(lse[rows].unsqueeze(1))
             grad_CV = _logits_gradient(logp_CV, targets, entropy, grad_logp, grad_entropy, rows)
             grad_CV /= ctx.temperature
@@ -120,7 +141,7 @@ class _LinearLogp(torch.autograd.Function):
                 grad_weight += grad_CV.t() @ hidden[rows]
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, *(None,) * 5
 
 
 def _logits_gradient(

@@ -87,10 +87,11 @@ def _score_streams(streams: Sequence[TokenStream], mask_T: Tensor) -> tuple[Tens
     logp_T = torch.zeros(mask_T.shape[0], dtype=dtype, device=mask_T.device)
     entropy_T = torch.zeros_like(logp_T)
     for stream in streams:
-        hidden, targets, rows = stream.hidden, stream.targets, stream.rows.long()
+        hidden, targets, rows, support = stream.hidden, stream.targets, stream.rows.long(), stream.support
         used = mask_T[rows]
         if not bool(used.all()):
             hidden, targets, rows = hidden[used], targets[used], rows[used]
+            support = None if support is None else support[used]
         logp_N, entropy_N = linear_logp(
             hidden,
             stream.weight,
@@ -98,6 +99,7 @@ def _score_streams(streams: Sequence[TokenStream], mask_T: Tensor) -> tuple[Tens
             bias=stream.bias,
             temperature=stream.temperature,
             forbidden=stream.forbidden,
+            support=support,
         )
         logp_T = logp_T.index_copy(0, rows, logp_N.to(dtype))
         entropy_T = entropy_T.index_copy(0, rows, entropy_N.detach().to(dtype))

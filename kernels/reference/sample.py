@@ -2,6 +2,9 @@
 
     z = u + w (c − u),   p = softmax(z / temperature),   token = first v with Σ_{j≤v} p_j > U · Σ_j p_j
 
+over what top_k, then top_p, then min_p leave: transformers' order. vLLM has min_p first, which makes top_p a share of
+less; the two are one unless both are on.
+
 U is one Philox uniform per row, keyed by (seed, offset): the draw of a row does not depend on the batch it is in.
 Running sums are float64 over the vocabulary's order; an id of probability 0 is never returned. Inverse CDF rather than
 Gumbel noise: one random number per row instead of V, and no logarithms.
@@ -15,45 +18,48 @@ import torch
 from torch import Tensor
 
 from ..outputs import CFGSample
+from ..support import pack
 from ..terms import SampleInputs
 from .logp import LOGP_FLOOR, accumulator
 from .philox import uniform
 
 TOP_P_SLACK = 1e-6
-"""Relative: a set that holds top_p but for the rounding of float32 holds it. Half of eight equal ids are four, whatever
-the sums of a backend come to; below this no backend promises which of two sets is taken."""
+"""Relative: a set that holds top_p but for the rounding of float32 holds it, and an id that has min_p but for it stays.
+Half of eight equal ids are four, whatever the sums of a backend come to; below this no backend promises which of two
+sets is taken."""
 
 
 def sample(inputs: SampleInputs) -> CFGSample:
     """See `syncr1.kernels.api.cfg_sample`."""
-    cond, uncond, cfg_weight, temperature, top_k, top_p, seed, offset, forbidden, _ = inputs
+    cond, uncond, cfg_weight, temperature, top_k, top_p, min_p, seed, offset, forbidden, with_support, _ = inputs
     # Greedy is the limit temperature → 0; its log-probabilities are reported at temperature 1.
     divisor = temperature or 1.0
-    logp_BV = _log_probabilities(cond, divisor, forbidden)
-    probability_BV = logp_BV.exp()
-    mixed_BV = logp_BV
+    cond_BV = guided_BV = _logits(cond, divisor, forbidden)
     if uncond is not None and cfg_weight != 1.0:
-        cond_BV, uncond_BV = cond.to(logp_BV.dtype), uncond.to(logp_BV.dtype)
-        guided_BV = torch.add(uncond_BV, cond_BV - uncond_BV, alpha=cfg_weight)
-        mixed_BV = _log_probabilities(guided_BV, divisor, forbidden)
+        raw_BV, free_BV = cond.to(cond_BV.dtype), uncond.to(cond_BV.dtype)
+        guided_BV = _logits(torch.add(free_BV, raw_BV - free_BV, alpha=cfg_weight), divisor, forbidden)
+    logp_BV = cond_BV.log_softmax(dim=-1)
+    mixed_BV = logp_BV if guided_BV is cond_BV else guided_BV.log_softmax(dim=-1)
     if temperature == 0:
-        token_B = mixed_BV.argmax(dim=-1)
+        token_B, kept_BV = mixed_BV.argmax(dim=-1), mixed_BV > -torch.inf
     else:
-        truncated_BV = truncate(mixed_BV, top_k, top_p)
-        drawn_BV = probability_BV if truncated_BV is logp_BV else truncated_BV.exp()
-        token_B = _inverse_cdf(drawn_BV, uniform(seed, offset))
-    entropy_B = -torch.linalg.vecdot(probability_BV, logp_BV.clamp_min(LOGP_FLOOR))
+        drawn_BV = truncate(mixed_BV, top_k, top_p, min_p).exp()
+        token_B, kept_BV = _inverse_cdf(drawn_BV, uniform(seed, offset)), drawn_BV > 0
+    if with_support:
+        logp_BV, mixed_BV = (z.masked_fill(~kept_BV, -torch.inf).log_softmax(dim=-1) for z in (cond_BV, guided_BV))
+    entropy_B = -torch.linalg.vecdot(logp_BV.exp(), logp_BV.clamp_min(LOGP_FLOOR))
     index_B1 = token_B.unsqueeze(1)
-    return CFGSample(token_B, logp_BV.gather(1, index_B1)[:, 0], mixed_BV.gather(1, index_B1)[:, 0], entropy_B)
+    logp_B, mixed_B = (scores_BV.gather(1, index_B1)[:, 0] for scores_BV in (logp_BV, mixed_BV))
+    return CFGSample(token_B, logp_B, mixed_B, entropy_B, pack(kept_BV) if with_support else None)
 
 
-def _log_probabilities(logits: Tensor, divisor: float, forbidden: Tensor | None) -> Tensor:
+def _logits(logits: Tensor, divisor: float, forbidden: Tensor | None) -> Tensor:
     logits_BV = logits.to(accumulator(logits.dtype))
     if divisor != 1.0:
         logits_BV = logits_BV / divisor
     if forbidden is not None:
         logits_BV = logits_BV.index_fill(1, forbidden, -torch.inf)
-    return logits_BV.log_softmax(dim=-1)
+    return logits_BV
 
 
 def wanted_share(top_p: float) -> float:
@@ -61,11 +67,18 @@ def wanted_share(top_p: float) -> float:
     return top_p * (1 - TOP_P_SLACK) if top_p < 1 else 1.0
 
 
-def truncate(logp_BV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf outside the `top_k` most likely ids, then outside the smallest set of the rest that holds `top_p`.
+def least_share(min_p: float) -> float:
+    """The share of the greatest probability from which on an id stays; 0 leaves nothing out."""
+    return min_p * (1 - TOP_P_SLACK)
 
-    Equal probabilities go to the lower id.
+
+def truncate(logp_BV: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
+    """-inf outside the `top_k` most likely ids, then outside the smallest set of the rest that holds `top_p`, then
+    where the probability is less than `min_p` of the greatest, which neither of the two has changed.
+
+    Equal probabilities go to the lower id; min_p keeps all of them or none.
     """
+    highest_B1 = logp_BV.amax(dim=-1, keepdim=True) if min_p > 0 else None
     if 0 < top_k < logp_BV.shape[1]:
         threshold_B1 = logp_BV.topk(top_k, dim=-1).values[:, -1:]
         keep_BV = logp_BV >= threshold_B1
@@ -82,6 +95,8 @@ def truncate(logp_BV: Tensor, top_k: int, top_p: float) -> Tensor:
         drop_BV = before_BV >= wanted_share(top_p) * cumulative_BV[:, -1:]
         drop_BV[:, 0] = False
         logp_BV = logp_BV.masked_fill(torch.zeros_like(drop_BV).scatter(1, order_BV, drop_BV), -torch.inf)
+    if highest_B1 is not None:
+        logp_BV = logp_BV.masked_fill((logp_BV - highest_B1).exp() < least_share(min_p), -torch.inf)
     return logp_BV
 
 

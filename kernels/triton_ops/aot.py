@@ -62,6 +62,8 @@ class Record:
     num_bytes: int
     hot: bool
     wide: bool
+    more_loads: int
+    """Of `Case`."""
 
     @property
     def floor(self) -> float:
@@ -73,7 +75,7 @@ class Record:
         """What a kernel of the hot path may not have."""
         if self.hot and self.spilled:
             return f"spills {self.spilled} bytes"
-        if self.hot and self.wide and (not self.wide_loads or self.narrow_loads > NARROW_LOADS):
+        if self.hot and self.wide and (not self.wide_loads or self.narrow_loads > NARROW_LOADS + self.more_loads):
             return f"{self.narrow_loads} loads of under 16 bytes beside {self.wide_loads} of 16"
         return None
 
@@ -157,6 +159,7 @@ def describe(launch: Launch, case: Case, sm: int) -> Record:
         num_bytes=case.num_bytes,
         hot=case.hot,
         wide=case.wide,
+        more_loads=case.more_loads,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..options import LossOptions
+from ..support import num_words
 from ..terms import DecodeStep, Head, LossTerms, RowSettings, RowTerms, SampleInputs, padded
 from . import groups
 from .decode_attention import prefix_decode_attention
@@ -50,6 +51,8 @@ class Case:
     """On the way of every training step or token: no spills, loads of 16 bytes."""
     wide: bool = True
     """The rows are read 16 bytes at a time (what reads one value a group or sequence has nothing to read so)."""
+    more_loads: int = 0
+    """Narrow ones that it may hold beyond what every hot kernel may: of a support whose rows begin anywhere."""
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -65,21 +68,36 @@ def rows_of(num_rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
 def row_cases() -> Iterator[Case]:
     """The row kernels; of `selective_logp`, whose caller hands in all rows at once, T·V > 2³¹."""
     for kind, dtype in DTYPES.items():
-        for vocabulary, biased in ((TEXT, False), (IMAGE, True), (RAGGED, False), (RAGGED, True)):
+        for vocabulary, biased, truncated in (
+            (TEXT, False, False),
+            (IMAGE, True, False),
+            (RAGGED, False, False),
+            (RAGGED, True, False),
+            (TEXT, False, True),
+            (IMAGE, True, True),
+            (RAGGED, False, True),
+        ):
             one_sweep = vocabulary * dtype.itemsize <= 32768
-            name = f"V={vocabulary} {kind}{' bias' if biased else ''}"
+            name = f"V={vocabulary} {kind}{' bias' if biased else ''}{' support' if truncated else ''}"
             chunk, all_rows = (rows_of(n, vocabulary, dtype) for n in (CHUNK_ROWS, NUM_TOKENS))
-            head = Head(empty(vocabulary, dtype=dtype) if biased else None)
-            size, chunk_size = (n * vocabulary * dtype.itemsize for n in (NUM_TOKENS, CHUNK_ROWS))
+            bias = empty(vocabulary, dtype=dtype) if biased else None
+            words = partial(empty, dtype=torch.int32) if truncated else None
+            kept = [None if words is None else words(n, num_words(vocabulary)) for n in (NUM_TOKENS, CHUNK_ROWS)]
+            all_head, head = (Head(bias, support=support) for support in kept)
+            row_bytes = vocabulary * dtype.itemsize + (0 if words is None else 4 * num_words(vocabulary))
+            size, chunk_size = NUM_TOKENS * row_bytes, CHUNK_ROWS * row_bytes
             vector, hot = partial(empty, CHUNK_ROWS), kind == "bf16" or vocabulary != RAGGED
+            more = 8 if truncated and vocabulary == RAGGED else 0
             targets, chunk_targets = (empty(n, dtype=torch.int64) for n in (NUM_TOKENS, CHUNK_ROWS))
-            yield Case(f"{name} T={NUM_TOKENS}", partial(score_rows, all_rows, targets, head), size, "1 read", hot)
+            score = partial(score_rows, all_rows, targets, all_head)
+            yield Case(f"{name} T={NUM_TOKENS}", score, size, "1 read", hot, more_loads=more)
             yield Case(
                 f"{name} C={CHUNK_ROWS}",
                 partial(loss_rows, chunk, chunk_targets, head, RowTerms(vector(), vector(), vector(), vector()), CLIP),
                 2 * chunk_size,
                 "1 read, 1 write" if one_sweep else "2 reads (the second from L2), 1 write",
                 hot,
+                more_loads=more,
             )
             lse = empty(CHUNK_ROWS, dtype=torch.float64)
             yield Case(
@@ -88,6 +106,7 @@ def row_cases() -> Iterator[Case]:
                 2 * chunk_size,
                 "1 read, 1 write",
                 hot,
+                more_loads=more,
             )
     # The caller's own logits, V no multiple of 16: their rows begin anywhere.
     logits, targets = empty(NUM_TOKENS, RAGGED, dtype=torch.bfloat16), empty(NUM_TOKENS, dtype=torch.int64)
@@ -182,16 +201,20 @@ def sample_cases() -> Iterator[Case]:
             cond = rows_of(DECODE_ROWS, vocabulary, dtype)
             uncond = rows_of(DECODE_ROWS, vocabulary, dtype) if guided else None
             resident = vocabulary <= IMAGE
-            for how, top_k, top_p, temperature in (
-                ("plain", 0, 1.0, 1.0),
-                ("top-p", 0, 0.9, 1.0),
-                ("top-k", 1000, 1.0, 1.0),
-                ("top-k top-p", 1000, 0.9, 1.0),
-                ("greedy", 0, 1.0, 0.0),
+            for how, top_k, top_p, min_p, temperature, kept in (
+                ("plain", 0, 1.0, 0.0, 1.0, False),
+                ("top-p", 0, 0.9, 0.0, 1.0, False),
+                ("top-k", 1000, 1.0, 0.0, 1.0, False),
+                ("top-k top-p", 1000, 0.9, 0.0, 1.0, False),
+                ("min-p support", 0, 1.0, 0.05, 1.0, True),
+                ("top-k top-p min-p support", 1000, 0.9, 0.05, 1.0, True),
+                ("greedy", 0, 1.0, 0.0, 0.0, False),
             ):
                 weight = 5.0 if guided else 1.0
-                drawn = SampleInputs(cond, uncond, weight, temperature, top_k, top_p, seeds, seeds, None, "triton")
-                swept = 3 if how == "plain" else 2 if how == "greedy" else 33
+                drawn = SampleInputs(
+                    cond, uncond, weight, temperature, top_k, top_p, min_p, seeds, seeds, None, kept, "triton"
+                )
+                swept = (3 if how == "plain" else 2 if how == "greedy" else 33) + kept
                 yield Case(
                     f"V={vocabulary} {kind}{' guided' if guided else ''} {how} B={DECODE_ROWS}",
                     partial(sample, drawn),

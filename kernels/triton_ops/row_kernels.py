@@ -3,6 +3,7 @@
     z = (product + shift) / τ,   logp = z_y − lse,   H = lse − Σ p z
     dL/dproduct_v = (g ([v = y] − p_v) − g_H p_v (log p_v + H)) / τ
 
+over the ids of the row's support, where it has one.
 One program per row. A short row stays in registers: one read, one write. A longer one is swept in tiles with running
 sums per column; where it needs a second sweep, that goes backwards, so that it begins with what is still in L2. `shift`
 is the bias, with -inf at forbidden ids. Source: online softmax (arXiv 1805.02867); Liger, QuACK.
@@ -24,6 +25,9 @@ from .row_math import (
     absorb,
     combine,
     entropy_of,
+    is_one_id,
+    keep_tile,
+    keeps,
     load_logits,
     weights_of,
     whole_row,
@@ -66,11 +70,11 @@ class Numbers(NamedTuple):
 
 
 @triton.jit
-def row_statistics(row, shift, V, scale, FORM: tl.constexpr):
+def row_statistics(row, shift, support, V, scale, FORM: tl.constexpr):
     """(weights where the row is resident, finite offset, total, weighted) of one row."""
     if FORM.RESIDENT:
         logits = load_logits(row, shift, tl.arange(0, FORM.TILE_COLUMNS), V, FORM.FORBIDDEN, FORM.RAGGED)
-        weights, offset, total, weighted = whole_row(logits, scale)
+        weights, offset, total, weighted = whole_row(keep_tile(logits, support, 0, V), scale)
     else:
         tile = tl.arange(0, FORM.TILE_ROWS)[:, None] * FORM.TILE_COLUMNS + tl.arange(0, FORM.TILE_COLUMNS)[None, :]
         offsets = tl.full([FORM.TILE_COLUMNS], LOWEST, tl.float32)
@@ -78,6 +82,7 @@ def row_statistics(row, shift, V, scale, FORM: tl.constexpr):
         weighteds = tl.full([FORM.TILE_COLUMNS], 0, tl.float32)
         for start in range(0, V, FORM.TILE_ROWS * FORM.TILE_COLUMNS):
             logits = load_logits(row, shift, start + tile, V, FORM.FORBIDDEN, FORM.RAGGED)
+            logits = keep_tile(logits, support, start, V)
             offsets, totals, weighteds = absorb(logits, scale, offsets, totals, weighteds)
         offset, total, weighted = combine(offsets, totals, weighteds)
         weights = total
@@ -85,13 +90,40 @@ def row_statistics(row, shift, V, scale, FORM: tl.constexpr):
 
 
 @triton.jit
-def store_target(row, shift, target, value, gradient, FORBIDDEN: tl.constexpr):
+def placed_target(support, num_words, target, V):
+    """(the target is in the row's support, it is all of it); (None, None) without one."""
+    inside, alone = None, None
+    if support is not None:
+        inside = keeps(support, target, V)
+        alone = inside & is_one_id(support, num_words, V)
+    return inside, alone
+
+
+@triton.jit
+def load_target(row, shift, target, inside, V, FORBIDDEN: tl.constexpr):
+    """One id's logit, -inf where it is forbidden or outside the support."""
+    logit = load_logits(row, shift, target, V, FORBIDDEN, False)
+    return logit if inside is None else tl.where(inside, logit, LOWEST)
+
+
+@triton.jit
+def load_tail(row, shift, support, V, FORBIDDEN: tl.constexpr):
+    """The logits of `tail_ids`."""
+    ids = tail_ids(row, V)
+    logits = load_logits(row, shift, ids, V, FORBIDDEN, False)
+    return logits if support is None else tl.where(keeps(support, ids, V), logits, LOWEST)
+
+
+@triton.jit
+def store_target(row, shift, target, inside, value, gradient, FORBIDDEN: tl.constexpr):
     """Writes the target id's gradient, `value` from the softmax and `gradient` of its own, over what the sweep wrote.
 
-    One id apart is cheaper than a comparison at every id. A forbidden id gets nothing at all.
+    One id apart is cheaper than a comparison at every id. An id that is forbidden or outside the support gets nothing.
     """
     if FORBIDDEN:
         gradient = tl.where(tl.load(shift + target).to(tl.float32) == LOWEST, 0.0, gradient)
+    if inside is not None:
+        gradient = tl.where(inside, gradient, 0.0)
     tl.debug_barrier()
     tl.store(row + target, (value + gradient).to(row.dtype.element_ty))
 
@@ -156,14 +188,34 @@ def row_gradient(logp, index, terms, numbers, LOSS: tl.constexpr, BIAS_CORRECTED
 
 
 @triton.jit
-def score_rows_kernel(products, stride, shift, targets, logp_out, entropy_out, lse_out, V, scale, FORM: tl.constexpr):
+def score_rows_kernel(
+    products,
+    stride,
+    shift,
+    support,
+    num_words,
+    targets,
+    logp_out,
+    entropy_out,
+    lse_out,
+    V,
+    scale,
+    FORM: tl.constexpr,
+):
     index = tl.program_id(0).to(tl.int64)
     row = products + index * stride
-    _, offset, total, weighted = row_statistics(row, shift, V, scale, FORM)
+    own = support + index * num_words if support is not None else None
+    _, offset, total, weighted = row_statistics(row, shift, own, V, scale, FORM)
     log_total = tl.log2(total)
-    target_logit = load_logits(row, shift, tl.load(targets + index), V, FORM.FORBIDDEN, False)
-    tl.store(logp_out + index, (tl.fma(target_logit, scale, -offset) - log_total) * LN2)
-    tl.store(entropy_out + index, entropy_of(total, weighted))
+    target = tl.load(targets + index)
+    inside, alone = placed_target(own, num_words, target, V)
+    target_logit = load_target(row, shift, target, inside, V, FORM.FORBIDDEN)
+    logp = (tl.fma(target_logit, scale, -offset) - log_total) * LN2
+    entropy = entropy_of(total, weighted)
+    if support is not None:
+        logp, entropy = tl.where(alone, 0.0, logp), tl.where(alone, 0.0, entropy)
+    tl.store(logp_out + index, logp)
+    tl.store(entropy_out + index, entropy)
     tl.store(lse_out + index, (offset.to(tl.float64) + log_total.to(tl.float64)) * LN2)
 
 
@@ -172,6 +224,8 @@ def loss_rows_kernel(
     products,
     stride,
     shift,
+    support,
+    num_words,
     targets,
     terms,
     logp_out,
@@ -190,12 +244,19 @@ def loss_rows_kernel(
     row = products + index * stride
     target = tl.load(targets + index)
     # Before the row is overwritten: the reductions below are barriers between this read and the writes.
-    target_logit = load_logits(row, shift, target, V, FORM.FORBIDDEN, False)
-    weights, offset, total, weighted = row_statistics(row, shift, V, scale, FORM)
+    own = support + index * num_words if support is not None else None
+    inside, alone = placed_target(own, num_words, target, V)
+    target_logit = load_target(row, shift, target, inside, V, FORM.FORBIDDEN)
+    weights, offset, total, weighted = row_statistics(row, shift, own, V, scale, FORM)
     logp = (tl.fma(target_logit, scale, -offset) - tl.log2(total)) * LN2
+    entropy = entropy_of(total, weighted)
+    if support is not None:
+        logp, entropy = tl.where(alone, 0.0, logp), tl.where(alone, 0.0, entropy)
     tl.store(logp_out + index, logp)
-    tl.store(entropy_out + index, entropy_of(total, weighted))
+    tl.store(entropy_out + index, entropy)
     gradient = row_gradient(logp, index, terms, numbers, LOSS, BIAS_CORRECTED)
+    if support is not None:
+        gradient = tl.where(alone, 0.0, gradient)
     if gradient == 0:
         store_zeros(row, V, TILE, RAGGED)
     else:
@@ -208,13 +269,15 @@ def loss_rows_kernel(
             num_tiles = tl.cdiv(V, TILE)
             for tile in range(num_tiles):
                 ids = (num_tiles - 1 - tile) * TILE + columns
-                again, _ = weights_of(load_logits(row, shift, ids, V, FORM.FORBIDDEN, RAGGED), scale, offset)
+                logits = load_logits(row, shift, ids, V, FORM.FORBIDDEN, RAGGED)
+                logits = keep_tile(logits, own, (num_tiles - 1 - tile) * TILE, V)
+                again, _ = weights_of(logits, scale, offset)
                 store_part(row, ids, V, again * share, RAGGED)
         if RAGGED:
-            again, _ = weights_of(load_logits(row, shift, tail_ids(row, V), V, FORM.FORBIDDEN, False), scale, offset)
+            again, _ = weights_of(load_tail(row, shift, own, V, FORM.FORBIDDEN), scale, offset)
             store_tail(row, V, again * share)
         target_weight, _ = weights_of(target_logit, scale, offset)
-        store_target(row, shift, target, target_weight * share, gradient, FORM.FORBIDDEN)
+        store_target(row, shift, target, inside, target_weight * share, gradient, FORM.FORBIDDEN)
 
 
 @triton.jit
@@ -229,6 +292,8 @@ def gradient_rows_kernel(
     products,
     stride,
     shift,
+    support,
+    num_words,
     targets,
     lse,
     entropy,
@@ -247,6 +312,11 @@ def gradient_rows_kernel(
     row, out_row = products + index * stride, out + index * out_stride
     by_logp = tl.load(grad_logp + index) if grad_logp is not None else 0.0
     by_entropy = tl.load(grad_entropy + index) if grad_entropy is not None else 0.0
+    own = support + index * num_words if support is not None else None
+    target = tl.load(targets + index)
+    inside, alone = placed_target(own, num_words, target, V)
+    if support is not None:
+        by_logp, by_entropy = tl.where(alone, 0.0, by_logp), tl.where(alone, 0.0, by_entropy)
     if (by_logp == 0) & (by_entropy == 0):
         store_zeros(out_row, V, TILE, RAGGED)
     else:
@@ -255,16 +325,16 @@ def gradient_rows_kernel(
         offset = (tl.load(lse + index) / LN2).to(tl.float32)
         level = -(by_logp + by_entropy * tl.load(entropy + index))
         slope = -by_entropy * LN2
-        target = tl.load(targets + index)
-        target_logit = load_logits(row, shift, target, V, FORBIDDEN, False)
+        target_logit = load_target(row, shift, target, inside, V, FORBIDDEN)
         # `out` may be `products`: every thread has read the target before any writes.
         tl.debug_barrier()
         columns = tl.arange(0, TILE)
         for start in range(0, V, TILE):
             logits = load_logits(row, shift, start + columns, V, FORBIDDEN, RAGGED)
+            logits = keep_tile(logits, own, start, V)
             store_part(out_row, start + columns, V, softmax_part(logits, scale, offset, slope, level), RAGGED)
         if RAGGED:
-            logits = load_logits(row, shift, tail_ids(row, V), V, FORBIDDEN, False)
+            logits = load_tail(row, shift, own, V, FORBIDDEN)
             store_tail(out_row, V, softmax_part(logits, scale, offset, slope, level))
         value = softmax_part(target_logit, scale, offset, slope, level)
-        store_target(out_row, shift, target, value, by_logp, FORBIDDEN)
+        store_target(out_row, shift, target, inside, value, by_logp, FORBIDDEN)

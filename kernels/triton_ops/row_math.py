@@ -22,6 +22,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 EXPONENT_FLOOR = tl.constexpr(-200.0)
 """2 to it is 0 in float32: turns 0 · (−inf) into 0."""
 LOWEST = tl.constexpr(float("-inf"))
+WORD = tl.constexpr(32)
+"""Ids of a word of a support (`kernels/support.py`)."""
+COUNTED_WORDS = tl.constexpr(2048)
+"""Words of a step of `is_one_id`."""
 
 
 @triton.jit
@@ -48,6 +52,40 @@ def load_logits(row, shift, ids, V, FORBIDDEN: tl.constexpr, RAGGED: tl.constexp
         # Chosen, not added: a NaN or +inf product of a forbidden id must not reach the row.
         logits = tl.where(added == LOWEST, LOWEST, shifted) if FORBIDDEN else shifted
     return tl.where(ids < V, logits, LOWEST) if RAGGED else logits
+
+
+@triton.jit
+def keeps(support, ids, V):
+    """Whether the row's support holds these ids."""
+    words = tl.load(support + ids // WORD, mask=ids < V, other=0)
+    return ((words >> (ids % WORD)) & 1) != 0
+
+
+@triton.jit
+def keep_tile(logits, support, first, V):
+    """-inf at those of the ids first, first + 1, … (a multiple of 32) that the row's support leaves out.
+
+    A word is read once and spread over its 32 ids: the loads of the logits stay ones of 16 bytes.
+    """
+    if support is not None:
+        index = first // WORD + tl.arange(0, logits.numel // WORD)
+        words = tl.load(support + index, mask=index * WORD < V, other=0)
+        bits = (words[:, None] >> tl.arange(0, WORD)[None, :]) & 1
+        logits = tl.where(tl.reshape(bits, logits.shape) != 0, logits, LOWEST)
+    return logits
+
+
+@triton.jit
+def is_one_id(support, num_words, V):
+    """The row's support holds one id: its log-probability, entropy and gradient are 0 to the last bit."""
+    counts = tl.zeros([COUNTED_WORDS], tl.int32)
+    for start in range(0, num_words, COUNTED_WORDS):
+        index = start + tl.arange(0, COUNTED_WORDS)
+        words = tl.load(support + index, mask=index < num_words, other=0)
+        left = V - index * WORD  # bits from V on mean nothing
+        words = tl.where(left < WORD, words & ((1 << tl.maximum(left, 0)) - 1), words)
+        counts += tl.where(words == 0, 0, tl.where((words & (words - 1)) == 0, 1, 2))
+    return tl.sum(counts) == 1
 
 
 @triton.jit

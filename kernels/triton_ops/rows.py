@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..support import num_words
 from ..terms import ROW_LOSSES, Head, RowSettings, RowTerms
 from .launching import on_device
 from .row_kernels import (
@@ -36,7 +37,9 @@ SCORE_WARPS = 8
 LOSS_WARPS = 16
 """Of a longer row, two sweeps: few rows in flight, so that the second one still finds them in L2."""
 GRADIENT_WARPS = 8
-REGISTERS = {"ragged": 128, "float32": 64, "float16": None}
+GRADIENT_REGISTERS = 80
+"""With a support; stated for the same reason as `REGISTERS`."""
+REGISTERS = {"ragged": 128, "float32": 64, "support": 96, "float16": None}
 """Of the loss's full programs, one a multiprocessor or two, whose rows L2 still holds for the second sweep. Stated, or
 ptxas spills a few bytes where it sees room for one more; two 16-bit rows it fits in by itself."""
 
@@ -49,11 +52,14 @@ class Cut(NamedTuple):
     itemsize: int
     forbidden: bool = False
     ragged: bool = False
+    support: bool = False
 
     @property
     def kind(self) -> str:
         """Of `REGISTERS`."""
-        return "ragged" if self.ragged else "float32" if self.itemsize == 4 else "float16"
+        if self.ragged or self.itemsize == 4:
+            return "ragged" if self.ragged else "float32"
+        return "support" if self.support else "float16"
 
 
 def row_form(cut: Cut, resident: bool, stream_warps: int) -> tuple[RowForm, int]:
@@ -97,7 +103,8 @@ def prepared(head: Head, products: Tensor, *outputs: Tensor) -> tuple[Tensor | N
         shift.index_fill_(0, head.forbidden, -torch.inf)
     elif shift is not None and (not shift.is_contiguous() or shift.data_ptr() % 16):
         shift = shift.clone(memory_format=torch.contiguous_format)
-    return shift, Cut(vocabulary, products.element_size(), forbidden, is_ragged(products, *outputs))
+    ragged, truncated = is_ragged(products, *outputs), head.support is not None
+    return shift, Cut(vocabulary, products.element_size(), forbidden, ragged, truncated)
 
 
 def empty_rows(products: Tensor, count: int) -> list[Tensor]:
@@ -119,6 +126,8 @@ def score_rows(products: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, T
             products,
             products.stride(0),
             shift,
+            head.support,
+            num_words(vocabulary),
             targets,
             logp,
             entropy,
@@ -148,6 +157,8 @@ def loss_rows(
             products,
             products.stride(0),
             shift,
+            head.support,
+            num_words(vocabulary),
             targets,
             Terms(terms.advantage, terms.weight, terms.old_logp, terms.ref_logp, terms.is_ratio),
             logp,
@@ -186,6 +197,8 @@ def gradient_rows(
             products,
             products.stride(0),
             shift,
+            head.support,
+            num_words(vocabulary),
             targets,
             lse,
             entropy,
@@ -200,4 +213,5 @@ def gradient_rows(
             RAGGED=cut.ragged,
             TILE=tile,
             num_warps=num_warps,
+            maxnreg=GRADIENT_REGISTERS if cut.support and num_warps == GRADIENT_WARPS else None,
         )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .row_math import LOWEST, finite, moved, readable, weights_of, whole_row
+from .row_math import LOWEST, WORD, finite, moved, readable, weights_of, whole_row
 
 ALL_IDS = tl.constexpr(2147483647)
 
@@ -29,6 +29,9 @@ class SampleForm(NamedTuple):
     GREEDY: Any
     TOP_K: Any
     TOP_P: Any
+    MIN_P: Any
+    SUPPORT: Any
+    """What is kept is written, and scored over."""
     RAGGED: Any
     """Rows begin at multiples of 16 bytes and end elsewhere."""
     RESIDENT: Any
@@ -52,7 +55,7 @@ class Row(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What top_k and top_p leave: weights above `bound`, and of the ids whose weight is `bound` those up to `last`."""
+    """What top_k, top_p and min_p leave: weights above `bound`, and of those that are `bound` the ids up to `last`."""
 
     bound: Any
     last: Any
@@ -103,7 +106,7 @@ def tile_weights(row, tile, cut, scale, offset, FORM: tl.constexpr):
     ids = tile_ids(tile, FORM)
     _, mixed = load_mixed(row, ids, FORM.RAGGED)
     weights, _ = weights_of(mixed, scale, offset)
-    return within(weights, ids, cut) if FORM.TOP_K or FORM.TOP_P else weights
+    return within(weights, ids, cut) if FORM.TOP_K or FORM.TOP_P or FORM.MIN_P else weights
 
 
 @triton.jit
@@ -226,6 +229,55 @@ def truncate(row, weights, cut, target, by_count, scale, offset, FORM: tl.conste
     # An early end leaves `bound` between two weights; it must not readmit what `cut` drops.
     last = tl.where(bound > cut.bound, last, tl.where(bound == cut.bound, tl.minimum(last, cut.last), cut.last))
     return Cut(tl.maximum(bound, cut.bound), last)
+
+
+@triton.jit
+def at_least(cut, bound):
+    """`cut` narrowed to weights of at least `bound`."""
+    return Cut(tl.maximum(bound, cut.bound), tl.where(bound > cut.bound, ALL_IDS, cut.last))
+
+
+@triton.jit
+def store_support(out, tile, kept, V, FORM: tl.constexpr):
+    """Writes the bits of a tile's ids; returns how many are kept."""
+    WORDS: tl.constexpr = FORM.LINES * FORM.COLUMNS // WORD
+    bits = tl.reshape(kept.to(tl.int32), [WORDS, WORD])
+    index = tile * WORDS + tl.arange(0, WORDS)
+    words = tl.xor_sum(bits << tl.arange(0, WORD)[None, :], axis=1)
+    tl.store(out + index, words, mask=index * WORD < V)
+    return tl.sum(bits)
+
+
+@triton.jit
+def kept_of(mixed, weights, FORM: tl.constexpr):
+    """What could be drawn; greedy decoding leaves nothing out."""
+    return mixed > LOWEST if FORM.GREEDY else weights > 0
+
+
+@triton.jit
+def kept_statistics(row, out, weights, cut, scale, offset, FORM: tl.constexpr):
+    """(offset, total, weighted) of the conditional logits over what is kept, the mixed ones' total against `offset`,
+    how many are kept. Writes the support."""
+    if FORM.RESIDENT:
+        # The logits are read again: kept through the search they would take more registers than there are.
+        tile = (cut.bound != cut.bound).to(tl.int32) if FORM.TOP_K or FORM.TOP_P or FORM.MIN_P else 0
+        cond, mixed = load_mixed(row, tile_ids(tile, FORM), FORM.RAGGED)
+        kept = kept_of(mixed, weights, FORM)
+        total, count = tl.sum(weights), store_support(out, 0, kept, row.V, FORM)
+        _, cond_offset, cond_total, cond_weighted = whole_row(tl.where(kept, cond, LOWEST), scale)
+    else:
+        cond_offset, cond_total, cond_weighted = scale * 0 + LOWEST, scale * 0, scale * 0
+        total, count = scale * 0, row.V * 0
+        for tile in range(num_tiles(row, FORM)):
+            cond, mixed = load_mixed(row, tile_ids(tile, FORM), FORM.RAGGED)
+            part = within(weights_of(mixed, scale, offset)[0], tile_ids(tile, FORM), cut)
+            kept = kept_of(mixed, part, FORM)
+            total += tl.sum(part)
+            count += store_support(out, tile, kept, row.V, FORM)
+            cond = tl.where(kept, cond, LOWEST)
+            cond_offset, cond_total, cond_weighted = add_statistics(cond, scale, cond_offset, cond_total, cond_weighted)
+        cond_offset = finite(cond_offset)
+    return cond_offset, cond_total, cond_weighted, total, count
 
 
 @triton.jit

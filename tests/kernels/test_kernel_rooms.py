@@ -12,7 +12,7 @@ import pytest
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 FILES = sorted(KERNELS.rglob("*.py"))
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("layout", "outputs", "register", "streams"),
+    ("layout", "outputs", "register", "streams", "support"),
     ("checks", "dispatch"),
     ("ranges",),
     ("options",),

@@ -99,7 +99,7 @@ def late_gradients(make: Maker) -> None:
 def linear_logp(make: Maker) -> None:
     s = stream(make, 5000, 1001, "text")
     operands = (s.hidden.detach(), s.weight.detach(), s.bias.detach(), s.targets)  # type: ignore[union-attr]
-    inputs = ops.HiddenInputs(*operands, 1.0, None, "triton")
+    inputs = ops.HiddenInputs(*operands, 1.0, None, make(5000, 32, dtype=torch.int32), "triton")
     logp, entropy, lse = ops.score_head(inputs)
     rows = ops.RowGradients(lse, entropy, logp, entropy)
     ops.head_gradient(ops.HiddenGradientInputs(inputs, rows, [True] * 3))
@@ -110,7 +110,7 @@ def selective_logp(make: Maker) -> None:
 
 
 def of_logits(logits: Tensor, targets: Tensor) -> None:
-    inputs = ops.LogitInputs(logits, targets, 1.0, None, "triton")
+    inputs = ops.LogitInputs(logits, targets, 1.0, None, None, "triton")
     logp, entropy, lse = ops.score_logits(inputs)
     ops.logits_gradient(ops.LogitGradientInputs(inputs, ops.RowGradients(lse, entropy, logp, entropy)))
 

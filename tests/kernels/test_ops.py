@@ -79,11 +79,14 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.grpo_plan.default, ([REWARDS] * 2, *how, "variance_mass", 0.9, None, 2, 0, BACKEND))
     seeds = torch.arange(T)
     logits_pair = (logits.detach(), logits.detach() / 2)
-    torch.library.opcheck(ops.cfg_sample.default, (*logits_pair, 2.0, 1.0, 5, 0.9, seeds, seeds, forbidden, BACKEND))
-    torch.library.opcheck(ops.selective_logp.default, (logits, p["targets"], 0.7, forbidden, BACKEND))
-    torch.library.opcheck(
-        ops.linear_logp.default, (o["hidden"], o["image"], o["bias"], p["targets"], 0.7, None, BACKEND)
-    )
+    support = torch.full((T, 1), -1, dtype=torch.int32)
+    for kept in (False, True):
+        drawn = (*logits_pair, 2.0, 1.0, 5, 0.9, 0.1, seeds, seeds, forbidden, kept, BACKEND)
+        torch.library.opcheck(ops.cfg_sample.default, drawn)
+    head = (o["hidden"], o["image"], o["bias"], p["targets"])
+    for words in (None, support):
+        torch.library.opcheck(ops.selective_logp.default, (logits, p["targets"], 0.7, forbidden, words, BACKEND))
+        torch.library.opcheck(ops.linear_logp.default, (*head, 0.7, None, words, BACKEND))
     torch.library.opcheck(
         ops.grpo_loss.default,
         (logp, p["old_logp"], [REWARDS], [], CU_SEQLENS, GROUPS, p["loss_mask"], p["modality"], p["ref_logp"],
@@ -92,7 +95,8 @@ def test_opcheck() -> None:
     empty, nowhere, rows = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.arange(T)
     torch.library.opcheck(
         ops.linear_grpo_loss.default,
-        ([o["hidden"]], [o["text"]], [empty], [p["targets"]], [rows], [nowhere], [1.0], [0], p["old_logp"],
+        ([o["hidden"]], [o["text"]], [empty], [p["targets"]], [rows], [nowhere], [support], [1.0], [0],
+         p["old_logp"],
          [REWARDS], [], CU_SEQLENS, GROUPS, p["loss_mask"], None, p["ref_logp"], None, None, None, None, settings,
          BACKEND, T, [True, True, False]),
     )  # fmt: skip
@@ -102,21 +106,23 @@ def test_opcheck_of_backward_ops() -> None:
     """Their inputs may require a gradient; what they return has none, and says so."""
     o, p, ops = operands(), packed(), torch.ops.syncr1
     logits, upstream = torch.randn(T, 9, requires_grad=True), torch.ones(T)
-    _, entropy, lse = (x.detach() for x in ops.selective_logp(logits, p["targets"], 0.7, None, BACKEND))
+    _, entropy, lse = (x.detach() for x in ops.selective_logp(logits, p["targets"], 0.7, None, None, BACKEND))
     for grads in ((upstream, upstream), (None, upstream)):
-        given = (logits, p["targets"], 0.7, None, BACKEND, lse, entropy, *grads)
+        given = (logits, p["targets"], 0.7, None, None, BACKEND, lse, entropy, *grads)
         torch.library.opcheck(ops.selective_logp_backward.default, given)
         assert not ops.selective_logp_backward(*given).requires_grad
     head = (o["hidden"], o["image"], o["bias"], p["targets"])
-    _, entropy, lse = (x.detach() for x in ops.linear_logp(*head, 0.7, None, BACKEND))
+    support = torch.full((T, 1), -1, dtype=torch.int32)
+    _, entropy, lse = (x.detach() for x in ops.linear_logp(*head, 0.7, None, support, BACKEND))
     for needs in ([True, True, True], [True, False, False]):
-        given = (*head, 0.7, None, BACKEND, lse, entropy, upstream, None, needs)
+        given = (*head, 0.7, None, support, BACKEND, lse, entropy, upstream, None, needs)
         torch.library.opcheck(ops.linear_logp_backward.default, given)
         assert not any(x.requires_grad for x in ops.linear_logp_backward(*given))
     empty, nowhere, rows = torch.empty(0), torch.empty(0, dtype=torch.int64), torch.arange(T)
     streams = ([o["hidden"]] * 2, [o["image"]] * 2, [o["bias"], empty], [p["targets"]] * 2, [rows, T + rows])
     scored = [torch.cat([values, values]) for values in (upstream * (rows > 1), lse, entropy)]
-    given = (*streams, [nowhere] * 2, [0.7, 0.7], [0, 0], *scored, [True, True, True, False, True, False], BACKEND)
+    lists = (*streams, [nowhere] * 2, [support, nowhere.int()], [0.7, 0.7], [0, 0])
+    given = (*lists, *scored, [True, True, True, False, True, False], BACKEND)
     torch.library.opcheck(ops.linear_grpo_loss_backward.default, given)
     assert not any(x.requires_grad for x in ops.linear_grpo_loss_backward(*given))
     layout = SharedPrefixLayout(torch.tensor([0, 3, 5]), torch.tensor([0, 2, 4, 7, 10]), torch.tensor([0, 2, 4]))

@@ -112,6 +112,8 @@ OPTIONS: dict[str, dict[str, Kind]] = {
         "temperature": number((0.5, 0, 0.0, 1), -0.1),
         "top_k": whole((0, 3, 1000), -1),
         "top_p": FRACTION,
+        "min_p": number((0.5, 0, 0.0, 1.0, 1), -1e-9, 1.0001, 2),
+        "with_support": SWITCH,
         "seed": Kind(SEED.good, (*SEED.bad, torch.tensor(True))),
         "offset": Kind(SEED.good, (*SEED.bad, torch.tensor(True))),
     },

@@ -32,6 +32,7 @@ from rows_contract import (
 from torch import Tensor
 
 from syncr1.kernels import dispatch
+from syncr1.kernels.support import pack, unpack
 from syncr1.kernels.terms import Head, RowSettings, RowTerms
 
 WAYS: list[Any] = (
@@ -85,7 +86,7 @@ def test_scores(chunk: Chunk, kernels: Any) -> None:
     allowed = next(v for v in range(chunk.products.shape[1]) if head.forbidden is None or v not in head.forbidden)
     bias = 0.0 if head.bias is None else head.bias.double()
     logits = (chunk.products.double() + bias)[:, allowed] / head.temperature
-    off = (logits - z[:, allowed])[logits.isfinite()]
+    off = (logits - z[:, allowed])[z[:, allowed].isfinite()]
     assert not off.numel() or float(off.abs().max()) <= 10 * floor(chunk)
 
 
@@ -117,6 +118,8 @@ def test_gradients(chunk: Chunk, parts: str, in_place: bool, kernels: Any) -> No
     assert_close(out.matrix.cpu()[reachable], exact[reachable], peer[reachable], 4 * floor(chunk))
     if there.head.forbidden is not None:
         assert not bool(out.matrix[:, there.head.forbidden].any())
+    if chunk.head.support is not None:
+        assert not bool(out.matrix.cpu()[~unpack(chunk.head.support, out.matrix.shape[1])].any())
 
 
 @FEW
@@ -150,13 +153,19 @@ def vars_of_terms(terms: RowTerms) -> list[Tensor | None]:
     return [terms.advantage, terms.weight, terms.old_logp, terms.ref_logp, terms.is_ratio]
 
 
+def truncated(chunk: Chunk) -> Chunk:
+    """Each row with a set of its own, of half of the ids and the target."""
+    kept = (torch.rand(chunk.products.shape) < 0.5).scatter(1, chunk.targets[:, None], True)
+    return replace(chunk, head=replace(chunk.head, support=pack(kept)))
+
+
 SIZE = {"width": 1601} if ON_TRITON else {"width": 3001}
 
 
 def all_results(kernels: Any, chunk: Chunk, rows: Tensor | None = None) -> list[Tensor]:
     """Of score_rows, loss_rows and gradient_rows on these rows."""
     at = torch.arange(len(chunk.targets)) if rows is None else rows
-    part = Chunk(chunk.products[at], chunk.targets[at], chunk.head).there()
+    part = Chunk(chunk.products[at], chunk.targets[at], chunk.head.of(at)).there()
     terms = RowTerms(torch.linspace(-1, 1, len(chunk.targets))[at].to(DEVICE), torch.ones(len(at), device=DEVICE))
     score = kernels.score_rows(part.products, part.targets, part.head)
     grad, loss = torch.empty_like(part.products), part.products.clone()
@@ -175,7 +184,7 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 def test_a_row_depends_on_nothing_but_itself(dtype: torch.dtype, kernels: Any) -> None:
     """Bitwise: threads, order and neighbours do not matter."""
     number = 5 if ON_TRITON else 23
-    chunk, order = a_chunk(number, dtype=dtype, **SIZE), torch.randperm(number)
+    chunk, order = truncated(a_chunk(number, dtype=dtype, **SIZE)), torch.randperm(number)
     whole = all_results(kernels, chunk)
     torch.set_num_threads(2)
     parts = (torch.arange(2, 4),) if ON_TRITON else (torch.arange(number), *torch.arange(number).split(5))
@@ -198,11 +207,39 @@ def test_a_poisoned_row_poisons_no_other(value: float, column: int, kernels: Any
     assert bool(results[3][1].isnan().all()) and bool(results[6][1].isnan().all())
 
 
-def test_nan_at_a_forbidden_id_is_never_read(kernels: Any) -> None:
-    chunk = a_chunk(3, **SIZE)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_left_out_is_never_read(value: float, kernels: Any) -> None:
+    chunk = truncated(a_chunk(3, **SIZE))
     clean = all_results(kernels, chunk)
-    chunk.products[:, chunk.head.forbidden] = torch.nan
+    chunk.products[:, chunk.head.forbidden] = value
+    assert chunk.head.support is not None
+    chunk.products[~unpack(chunk.head.support, SIZE["width"])] = value
     assert same(clean, all_results(kernels, chunk))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_support_of_one_id_is_certain(dtype: torch.dtype, kernels: Any) -> None:
+    """To the last bit, whatever the logit; another target than that id has no probability."""
+    width = SIZE["width"]
+    chunk = Chunk((40 * torch.randn(5, width)).to(dtype), torch.tensor([0, 31, 32, width - 1, 700]), Head(None, 0.7))
+    kept = torch.zeros(5, width, dtype=torch.bool).scatter(1, chunk.targets[:, None], True)
+    kept[4] = kept[4].roll(1)
+    logp, entropy, lse, grad, *loss, products = all_results(
+        kernels, replace(chunk, head=Head(None, 0.7, None, pack(kept)))
+    )
+    for got in (logp, entropy, *loss):
+        assert not bool(got[:4].any())
+    assert not bool(grad[:4].any() | products[:4].any()) and logp[4] == -torch.inf and bool(lse.isfinite().all())
+    assert not bool(grad[4][~kept[4]].any())  # what has no probability is pushed nowhere
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_support_of_all_ids_changes_nothing(dtype: torch.dtype, kernels: Any) -> None:
+    chunk = a_chunk(3, dtype=dtype, **SIZE)
+    everything = pack(torch.ones(chunk.products.shape, dtype=torch.bool))
+    whole = replace(chunk, head=replace(chunk.head, support=everything))
+    for ours, plain in zip(all_results(kernels, whole), all_results(kernels, chunk), strict=True):
+        assert ours.equal(plain) or (ON_TRITON and torch.allclose(ours, plain, rtol=1e-6, atol=1e-6))
 
 
 def test_a_masked_beginning_does_not_hide_nan(kernels: Any) -> None:

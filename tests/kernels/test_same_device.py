@@ -17,7 +17,7 @@ from syncr1.kernels.liger import fused_selective_log_softmax, triton_grpo_loss
 
 T, V, D = 6, 5, 4
 NOT_TENSORS = {"backend", "temperature", "scale", "eps", "aggregate", "rule", "mass", "keep", "min_keep", "options"}
-NOT_TENSORS |= {"cfg_weight", "top_k", "top_p", "layout"}
+NOT_TENSORS |= {"cfg_weight", "top_k", "top_p", "min_p", "with_support", "layout"}
 # The layout's offsets are read on the host, wherever they are, and put beside the queries.
 
 
@@ -35,6 +35,7 @@ def stream(rows: list[int], modality: Any) -> api.TokenStream:
         bias=torch.randn(V),
         modality=modality,
         forbidden=torch.tensor([4]),
+        support=torch.full((size, 1), -1, dtype=torch.int32),
     )
 
 
@@ -57,7 +58,8 @@ def given_advantages(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def head() -> dict[str, Any]:
-    return {"targets": torch.ones(T, dtype=torch.int64), "forbidden": torch.tensor([4])}
+    support = torch.full((T, 1), -1, dtype=torch.int32)
+    return {"targets": torch.ones(T, dtype=torch.int64), "forbidden": torch.tensor([4]), "support": support}
 
 
 def cases() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:

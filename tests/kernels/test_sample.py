@@ -25,10 +25,12 @@ from syncr1.kernels.outputs import CFGSample
 from syncr1.kernels.reference.philox import uniform
 from syncr1.kernels.reference.sample import sample as reference_sample
 from syncr1.kernels.reference.sample import truncate
+from syncr1.kernels.support import holds, unpack
 from syncr1.kernels.terms import SampleInputs
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
-PLAIN: dict[str, Any] = {"cfg_weight": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "forbidden": None}
+PLAIN: dict[str, Any] = {"cfg_weight": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+PLAIN |= {"forbidden": None, "with_support": False}
 ROWS = 3 if ON_TRITON else 16
 WIDTHS = st.sampled_from([1, 2, 7, 64, 65]) | st.integers(1, 300)
 if not ON_TRITON:
@@ -66,7 +68,8 @@ def sample(cond: Tensor, uncond: Tensor | None, **settings: Any) -> CFGSample:
     there = SampleInputs(*(value.to(DEVICE) if isinstance(value, Tensor) else value for value in inputs))
     drawn: CFGSample = dispatch.module_of(backend).sample(there)
     assert drawn.token.dtype == torch.int64
-    return CFGSample(*(getattr(drawn, name).cpu() for name in NAMES))
+    support = None if drawn.support is None else drawn.support.cpu()
+    return CFGSample(*(getattr(drawn, name).cpu() for name in NAMES), support)
 
 
 def keys(num_rows: int, offset: int = 0) -> dict[str, Tensor]:
@@ -79,7 +82,8 @@ def near_the_threshold(cond: Tensor, uncond: Tensor | None, settings: dict[str, 
     mixed = mixed / (settings["temperature"] or 1.0)
     if settings["forbidden"] is not None:
         mixed = mixed.index_fill(1, settings["forbidden"], -torch.inf)
-    cumulative = truncate(mixed.log_softmax(dim=1), settings["top_k"], settings["top_p"]).exp().cumsum(dim=1)
+    cuts = (settings["top_k"], settings["top_p"], settings["min_p"])
+    cumulative = truncate(mixed.log_softmax(dim=1), *cuts).exp().cumsum(dim=1)
     threshold = uniform(settings["seed"], settings["offset"]).unsqueeze(1) * cumulative[:, -1:]
     return ((cumulative - threshold).abs() <= NEAR).any(dim=1)
 
@@ -94,10 +98,22 @@ def assert_agrees(cond: Tensor, uncond: Tensor | None, **settings: Any) -> CFGSa
     finite = cond.double()[cond.isfinite()].abs().max()
     if uncond is not None:
         finite = finite + abs(settings["cfg_weight"]) * uncond.double().abs().max()
+    if settings["with_support"]:
+        same &= assert_support(drawn, exact, cond)
     floor = RESOLUTION * (1 + float(finite)) / min(settings["temperature"] or 1.0, 1.0)
     for name in NAMES[1:]:
         torch.testing.assert_close(getattr(drawn, name)[same].double(), getattr(exact, name)[same], rtol=0, atol=floor)
     return drawn
+
+
+def assert_support(drawn: CFGSample, exact: CFGSample, cond: Tensor) -> Tensor:
+    """Every row's set holds its token and is the reference's, but for one id whose share is a matter of rounding:
+    [B] bool, where the sets are alike."""
+    assert drawn.support is not None and exact.support is not None
+    assert bool(holds(drawn.support, drawn.token).all())
+    ours, theirs = (unpack(support, cond.shape[1]) for support in (drawn.support, exact.support))
+    assert int((ours ^ theirs).sum(dim=1).max()) <= 1
+    return (ours == theirs).all(dim=1)
 
 
 def guarded(cond: Tensor, other: Tensor, weight: float | None, **settings: Any) -> CFGSample:
@@ -117,6 +133,8 @@ def guarded(cond: Tensor, other: Tensor, weight: float | None, **settings: Any) 
     temperature=st.sampled_from([0.0, 0.6, 1.0, 1.5]),
     top_k=st.sampled_from([0, 1, 2, 50, 700, 5000]),
     top_p=st.sampled_from([1e-6, 0.3017, 0.9013, 0.999999, 1.0]),  # no share of equal weights exactly
+    min_p=st.sampled_from([0.0, 0.0, 1e-3, 0.1, 1.0]),
+    with_support=st.booleans(),
     num_forbidden=st.integers(0, 3),
     seed=st.integers(0, 1 << 40),
 )
@@ -128,19 +146,28 @@ def test_tokens_and_log_probabilities(
     temperature: float,
     top_k: int,
     top_p: float,
+    min_p: float,
+    with_support: bool,
     num_forbidden: int,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     cond, uncond = (torch.randn(2, ROWS, width, generator=generator) * spread).unbind(0)
     forbidden = torch.randperm(width, generator=generator)[: min(num_forbidden, width - 1)]
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "forbidden": forbidden}
+    settings = PLAIN | {"temperature": temperature, "top_k": top_k, "top_p": top_p, "forbidden": forbidden}
+    settings |= {"min_p": min_p, "with_support": with_support}
     guarded(cond.to(dtypes[0]), (cond + uncond).to(dtypes[1]), weight, **settings, **keys(ROWS, seed))
 
 
 @pytest.mark.parametrize(
     ("options", "weight"),
-    [({}, 3.0), ({"top_k": 7}, None), ({"top_p": 0.8}, 3.0), ({"top_k": 40, "top_p": 0.7}, None)],
+    [
+        ({}, 3.0),
+        ({"top_k": 7}, None),
+        ({"top_p": 0.8}, 3.0),
+        ({"min_p": 0.05, "with_support": True}, None),
+        ({"top_k": 40, "top_p": 0.9, "min_p": 0.02, "with_support": True}, 3.0),
+    ],
     ids=str,
 )
 def test_every_way_to_truncate(options: dict[str, Any], weight: float | None) -> None:

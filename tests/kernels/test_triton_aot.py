@@ -22,6 +22,7 @@ FORMS = "|".join(
         "V=102400 bf16 [TC]=",  # rows that are swept,
         "V=16384 bf16 bias [TC]=",  # that a program holds,
         "V=184622 bf16 bias C=",  # that are no multiple of 16
+        "V=102400 bf16 support C=",  # of which a set of ids is kept
         "^dapo, pruned",
         "^grpo, sequence ratio",
         "^scale=group",

@@ -13,6 +13,7 @@ from backends import DEVICE
 from native_library import Guarded
 from rows_contract import PLAIN, Chunk, scores
 
+from syncr1.kernels.support import pack
 from syncr1.kernels.terms import Head, RowTerms, padded
 
 pytest.importorskip("triton")
@@ -36,7 +37,10 @@ def check_every_end_of_a_row(form: str, vocabulary: int, dtype: torch.dtype, mon
     band = torch.full((padded(vocabulary) + 32,), torch.nan, dtype=other, device=DEVICE)
     bias = band[16 : 16 + vocabulary].copy_(torch.randn(vocabulary))
     before = band.clone()
-    head = Head(bias, 0.7, torch.tensor([vocabulary // 2], device=DEVICE) if vocabulary > 1 else None)
+    kept = torch.rand(2, vocabulary) < 0.5
+    kept[:, 0] = kept[:, -1] = True
+    support = pack(kept).to(DEVICE) if vocabulary % 2 else None
+    head = Head(bias, 0.7, torch.tensor([vocabulary // 2], device=DEVICE) if vocabulary > 1 else None, support)
     gap, values = padded(vocabulary) - vocabulary + 32, 3 * torch.randn(2, vocabulary)
     products, out = (Guarded(v.to(DEVICE, dtype), gap, 16) for v in (values, values * torch.nan))
     targets, ones = torch.tensor([0, vocabulary - 1], device=DEVICE), torch.tensor([0.0, 1.0], device=DEVICE)

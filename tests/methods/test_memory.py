@@ -80,6 +80,18 @@ def test_estimate_is_within_10_percent(settings: dict[str, Any], tmp_path: Path)
     assert expected == pytest.approx(found, rel=0.1), estimate.lines()
 
 
+def test_truncation_costs_a_bit_for_each_id_of_each_token(tmp_path: Path) -> None:
+    policy, prompts = policy_without_weights(None), all_kinds_of_prompts(tmp_path)[:6]
+    hidden = torch.empty(1, policy.decoder().config.hidden_size, device="meta")
+    text, image = (-(-policy.head(hidden, kind).weight.shape[0] // 32) * 4 for kind in ("text", "image"))
+    sizes = [
+        memory_of(config_of(num_generations=4, **given), policy, prompts, 1).rollout["kept ids"]
+        for given in ({}, {"image_top_k": 9}, {"top_p": 0.9})
+    ]
+    drawn = 6 * 4 * policy.num_image_tokens * image
+    assert sizes == [0, drawn, drawn + 6 * 4 * 8 * text]
+
+
 def test_peak_bytes_counts_what_is_alive() -> None:
     with PeakBytes() as memory:
         first = torch.empty(MIB, dtype=torch.uint8)

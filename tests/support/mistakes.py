@@ -39,6 +39,8 @@ FLAGS = [
     Mistake("neither on nor off", "sync_r1.py --bf16 maybe", "bf16: expected true or false, got 'maybe'"),
     Mistake("more than a float holds", "sync_r1.py --learning_rate 1e400", "at most 1.8e308"),
     Mistake("no number", "sync_r1.py --learning_rate nan", "a finite number"),
+    Mistake("a share of nothing", "sync_r1.py --top_p 0", "top_p: expected more than 0 and at most 1, got 0"),
+    Mistake("fewer than no ids", "sample.py --image_top_k -1", "image_top_k: expected at least 0, got -1"),
     Mistake("none of the choices", "sync_r1.py --zero_stage 7", "zero_stage: expected one of 0, 1, 2, 3"),
     Mistake("half a seed", "sync_r1.py --seed 1.5", "seed: expected an integer"),
     Mistake("a flag without its value", "sync_r1.py --max_steps --seed 1", "expected a value after --max_steps"),

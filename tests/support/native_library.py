@@ -54,7 +54,7 @@ def guarded_outputs() -> Iterator[None]:
 
     def guarded(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         size = torch.Size(shape).numel()
-        buffer = torch.full((size + 2 * MARGIN,), -77 if dtype == torch.int64 else torch.nan, dtype=dtype)
+        buffer = torch.full((size + 2 * MARGIN,), torch.nan if dtype.is_floating_point else -77, dtype=dtype)
         buffers.append(buffer)
         return buffer[MARGIN : MARGIN + size].view(shape)
 

@@ -12,6 +12,7 @@ from backends import DEVICE, ON_TRITON
 from hypothesis import strategies as st
 from torch import Tensor
 
+from syncr1.kernels.support import pack, unpack
 from syncr1.kernels.terms import Head, RowLoss, RowSettings, RowTerms
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -62,7 +63,12 @@ def chunks(draw: st.DrawFn) -> Chunk:
     order = torch.randperm(width, generator=generator)
     forbidden = order[: draw(st.integers(0, min(3, width - 1)))] if draw(st.booleans()) else None
     products[:, order[-1]] = products[:, order[-1]].clamp_min(-9)  # something is left
-    head = Head(bias, draw(st.sampled_from([1.0, 0.3, 1.7])), forbidden)
+    support = None
+    if draw(st.booleans()):  # of any share of the ids; bits behind the last one mean nothing
+        kept = torch.rand(num_rows, width, generator=generator) < draw(st.sampled_from([0.02, 0.5, 1.0]))
+        kept[:, order[-1]] = True
+        support = pack(torch.nn.functional.pad(kept, (0, -width % 32), value=True))
+    head = Head(bias, draw(st.sampled_from([1.0, 0.3, 1.7])), forbidden, support)
     targets = torch.randint(width, (num_rows,), generator=generator)
     return Chunk(products.to(draw(st.sampled_from(DTYPES))), targets, head)
 
@@ -78,6 +84,8 @@ def log_probabilities(chunk: Chunk, products: Tensor) -> Tensor:
     logits = (products + bias) / chunk.head.temperature
     if chunk.head.forbidden is not None:
         logits = logits.index_fill(1, chunk.head.forbidden, -torch.inf)
+    if chunk.head.support is not None:
+        logits = logits.masked_fill(~unpack(chunk.head.support, logits.shape[1]), -torch.inf)
     return logits - logits.logsumexp(dim=1, keepdim=True)
 
 
