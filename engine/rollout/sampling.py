@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..records import Prompt
 
@@ -19,6 +20,8 @@ class Sampling:
     """Of each text segment."""
     cfg_weight: float = 1.0
     """Classifier-free guidance of image tokens, u + w (c - u); 1 leaves the branch out."""
+    unconditional: Literal["fixed", "pads"] = "fixed"
+    """The prompt behind which u is computed: the policy's own, or padding in the place of each prompt's tokens."""
     seed: int = 0
     step: int = 0
     """Salts the random numbers, so that each step draws afresh."""
