@@ -136,6 +136,7 @@ class Trainer:
             temperature=c.temperature,
             max_text_tokens=c.max_completion_length,
             cfg_weight=c.cfg_weight,
+            unconditional=c.unconditional,
             seed=c.seed,
             step=self.step,
         )
@@ -164,6 +165,7 @@ class Trainer:
             num_generations=c.num_generations,
             max_tokens=c.max_tokens_per_microbatch,
             share_prefix=c.share_prefix,
+            guided=self.learner.objective.policy_logp != "conditional" and c.cfg_weight != 1.0,
         )
 
     def _metrics(
