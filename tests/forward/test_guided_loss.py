@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
@@ -21,9 +21,9 @@ from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import IMAGE, PackedBatch, Prompt, Rollout
 from syncr1.engine.rollout.sampler import generate
 from syncr1.engine.rollout.sampling import Sampling
+from syncr1.engine.settings.train_config import PolicyLogp
 
-Convention = Literal["conditional", "guided", "guided_detached"]
-GUIDED: tuple[Convention, ...] = ("guided", "guided_detached")
+GUIDED: tuple[PolicyLogp, ...] = ("guided", "guided_detached")
 GROUP, WEIGHT, TEMPERATURE = 2, 5.0, 0.8
 
 
@@ -76,7 +76,7 @@ def rollouts(policy: JanusPolicy) -> list[Rollout]:
     return drawn(policy, unconditional="pads")
 
 
-def objective(how: Convention, **more: Any) -> Objective:
+def objective(how: PolicyLogp, **more: Any) -> Objective:
     return Objective(**{"loss_type": "dapo", "temperature": TEMPERATURE, "policy_logp": how, "beta": 0.1} | more)
 
 
@@ -120,7 +120,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
 # Two forwards by hand -------------------------------------------------------------------------------------------------
 
 
-def by_hand(plain: PlainJanus, rollout: Rollout, how: Convention) -> list[tuple[str, Tensor]]:
+def by_hand(plain: PlainJanus, rollout: Rollout, how: PolicyLogp) -> list[tuple[str, Tensor]]:
     """Each segment's log-probabilities, the whole conditional sequence and the whole free one through transformers."""
     pieces, out = [plain.prompt(rollout.prompt)], []
     for segment in rollout.segments:
@@ -143,7 +143,7 @@ def by_hand(plain: PlainJanus, rollout: Rollout, how: Convention) -> list[tuple[
 
 
 def loss_by_hand(
-    plain: PlainJanus, other: PlainJanus, rollouts: list[Rollout], rewards: Tensor, how: Convention
+    plain: PlainJanus, other: PlainJanus, rollouts: list[Rollout], rewards: Tensor, how: PolicyLogp
 ) -> Tensor:
     sums: dict[str, list[Tensor]] = {"text": [], "image": []}
     for index, rollout in enumerate(rollouts):
@@ -160,7 +160,7 @@ def loss_by_hand(
 
 @pytest.mark.parametrize("how", GUIDED)
 def test_gradient_equals_two_whole_forwards(
-    policy: JanusPolicy, other: JanusPolicy, rollouts: list[Rollout], how: Convention
+    policy: JanusPolicy, other: JanusPolicy, rollouts: list[Rollout], how: PolicyLogp
 ) -> None:
     """Old and reference log-probabilities too are guided, by their own free branch. Two sets of logits are mixed here;
     detached is what the last linear map of the free branch is given, which both branches share."""
@@ -192,7 +192,7 @@ def test_the_conventions_differ(policy: JanusPolicy, other: JanusPolicy, rollout
 
 @pytest.mark.parametrize("how", GUIDED)
 def test_cutting_and_sharing_change_no_gradient(
-    policy: JanusPolicy, other: JanusPolicy, rollouts: list[Rollout], how: Convention
+    policy: JanusPolicy, other: JanusPolicy, rollouts: list[Rollout], how: PolicyLogp
 ) -> None:
     """Micro-batches of any size, copies of prompts, free ones too, pruned members: at most 1e-8 apart."""
     wanted, keep = objective(how), torch.ones(len(rollouts), dtype=torch.bool)
@@ -207,7 +207,7 @@ def test_cutting_and_sharing_change_no_gradient(
 
 
 @pytest.mark.parametrize("how", ["conditional", *GUIDED])
-def test_on_policy_the_ratio_is_exactly_one(policy: JanusPolicy, rollouts: list[Rollout], how: Convention) -> None:
+def test_on_policy_the_ratio_is_exactly_one(policy: JanusPolicy, rollouts: list[Rollout], how: PolicyLogp) -> None:
     """What `Learner.score` keeps and what the update computes are the same bits, in float32 as it trains."""
     single, wanted = copy.deepcopy(policy).float(), objective(how, beta=0.0)
     forward = PolicyForward(single, wanted)
@@ -250,7 +250,7 @@ def test_images_in_the_vocabulary_of_mixed_log_probabilities(policy: JanusPolicy
 
 
 @pytest.mark.parametrize("how", GUIDED)
-def test_a_batch_without_images_takes_part(policy: JanusPolicy, how: Convention) -> None:
+def test_a_batch_without_images_takes_part(policy: JanusPolicy, how: PolicyLogp) -> None:
     """Under ZeRO-3 every rank must run the same modules; text is scored as it ever was."""
     answers = drawn(policy, prompts=PROMPTS[1:2])
     (batch,), (plain,) = (packed(policy, answers, GROUP, guided=guided) for guided in (True, False))
