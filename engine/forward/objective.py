@@ -21,6 +21,7 @@ from syncr1.kernels.api import SharedPrefixLayout, TokenStream, linear_grpo_loss
 from ..policies.attention_interface import PackedLayout
 from ..policies.base import Head, Policy
 from ..records import IMAGE, MODALITY_NAMES, TEXT, PackedBatch, SegmentKind
+from ..settings.train_config import PolicyLogp
 from .free_branch import mixed_head, twins_of
 
 Branch = tuple[Tensor, Tensor]
@@ -46,7 +47,7 @@ class Objective:
     """KL weight on batches of anchors."""
     scale_rewards: str = "group"
     temperature: float = 1.0
-    policy_logp: Literal["conditional", "guided", "guided_detached"] = "conditional"
+    policy_logp: PolicyLogp = "conditional"
     """Of image tokens in batches with a free branch; without one it is the conditional anyway."""
     credit: Literal["shared", "per_segment", "image_only"] = "shared"
     text_loss_weight: float = 1.0

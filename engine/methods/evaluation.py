@@ -66,6 +66,7 @@ def generate(config: EvaluateConfig, console: Console) -> None:
         temperature=config.temperature,
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.cfg_weight,
+        unconditional=config.unconditional,
         images_per_prompt=config.images_per_prompt,
         greedy_texts=config.greedy_texts,
         sampled_texts=config.sampled_texts,

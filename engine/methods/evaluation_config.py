@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from ..settings.renamed import OF_EVALUATION
 from ..settings.rules import evaluation_problems, judge_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
-from ..settings.train_config import Guidance, MaxTokens, Seed
+from ..settings.train_config import Guidance, MaxTokens, Seed, Unconditional
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,9 @@ class EvaluateConfig(Settings):
     """Text tokens at most. Raise it for answers that think first."""
     cfg_weight: Guidance = 1.5
     """Classifier-free guidance w of image tokens: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
+    unconditional: Unconditional = "fixed"
+    """The prompt that u is computed behind: the model's own, one for all (fixed), or padding in the place of every
+    token of the prompt, as Janus-Pro draws (pads)."""
     images_per_prompt: Annotated[int, Range("4 is usual", ge=1)] = 1
     """Trajectories of each prompt that draws. GenEval and DPG-Bench report 4."""
     greedy_texts: bool = True

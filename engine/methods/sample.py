@@ -94,6 +94,7 @@ def ask(model: Model, prompts: Sequence[Prompt], config: SampleConfig) -> list[R
         temperature=config.temperature,
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.cfg_weight,
+        unconditional=config.unconditional,
         seed=config.seed,
     )
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from ..settings.rules import path_problems
 from ..settings.schema import Range, Rule, Settings
-from ..settings.train_config import Guidance, MaxTokens, Seed
+from ..settings.train_config import Guidance, MaxTokens, Seed, Unconditional
 
 MOST_PROMPTS_BYTES = 1 << 20
 """Of a file of prompts; anything larger is a table, for `data`."""
@@ -95,6 +95,9 @@ class SampleConfig(Settings):
     """Text tokens at most."""
     cfg_weight: Guidance = 1.5
     """Classifier-free guidance w of image tokens: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
+    unconditional: Unconditional = "fixed"
+    """The prompt that u is computed behind: the model's own, one for all (fixed), or padding in the place of every
+    token of the prompt, as Janus-Pro draws (pads)."""
     seed: Seed = 0
     """With a prompt's place, what its random numbers come from."""
     batch_size: Annotated[int, Range("8 is the default", ge=1)] = 8

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..policies.base import Policy
+from ..settings.train_config import Unconditional
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class FreePrompts:
 
     @classmethod
     def of(
-        cls, policy: Policy, lengths: Sequence[int], images: Sequence[bool], unconditional: Literal["fixed", "pads"]
+        cls, policy: Policy, lengths: Sequence[int], images: Sequence[bool], unconditional: Unconditional
     ) -> FreePrompts:
         """
         Args:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ..records import Prompt
+from ..settings.train_config import Unconditional
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class Sampling:
     """Of each text segment."""
     cfg_weight: float = 1.0
     """Classifier-free guidance of image tokens, u + w (c - u); 1 leaves the branch out."""
-    unconditional: Literal["fixed", "pads"] = "fixed"
+    unconditional: Unconditional = "fixed"
     """The prompt behind which u is computed: the policy's own, or padding in the place of each prompt's tokens."""
     seed: int = 0
     step: int = 0

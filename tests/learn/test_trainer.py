@@ -13,7 +13,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import make_prompt, own_process_group, sharp_policy, weights_of
+from helpers import make_prompt, own_process_group, same_bits, sharp_policy, weights_of
 from made import short_base, world_folder
 from torch import Tensor
 
@@ -349,6 +349,29 @@ def test_how_it_is_computed_changes_no_result(world: Path, rewards: RewardSet, c
         if "share_prefix" in changed:
             assert b["pack/sharing_ratio"] == 1.0
             assert b["pack/tokens"] == pytest.approx(a["pack/tokens"] * a["pack/sharing_ratio"])
+
+
+def test_without_guidance_the_conventions_are_one(world: Path, rewards: RewardSet) -> None:
+    """At w = 1 the free branch is left out of sampling and of training: the same bits, and the same cost."""
+    one, other = (
+        Run(config_of(max_steps=1, cfg_weight=1.0, policy_logp=how), world, rewards).train()
+        for how in ("conditional", "guided_detached")
+    )
+    assert same(one.metrics(), other.metrics()) and same_bits(weights_of(one.learner), weights_of(other.learner))
+
+
+def test_guided_steps_replay_and_count_their_free_branch(world: Path, rewards: RewardSet) -> None:
+    """Anchors, previews and pruning around it; the ratio of a first update is exactly 1."""
+    found = {}
+    for how in ("conditional", "guided"):
+        config = config_of(max_steps=2, cfg_weight=3.0, policy_logp=how, unconditional="pads", learning_rate=1e-5)
+        found[how] = Run(config, world, rewards).train().metrics()
+    for plain, guided in zip(found["conditional"], found["guided"], strict=True):
+        assert guided["ratio_max/image"] == guided["ratio_min/image"] == guided["ratio_max/text"] == 1.0
+        assert guided["pack/tokens"] > plain["pack/tokens"] and guided["num_tokens"] > 0
+    assert found["guided"][0]["rollout/replay_logp_max_abs"] <= 1e-4
+    assert found["guided"][0]["rollout/guidance_logp_mean_abs"] > 0.1
+    assert found["guided"][0]["kl"] <= 1e-7
 
 
 def test_what_a_preview_drops_is_neither_rewarded_nor_trained(world: Path, rewards: RewardSet) -> None:
