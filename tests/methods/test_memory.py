@@ -71,7 +71,6 @@ def measured(config: SyncR1Config, folder: Path) -> int:
         pytest.param({"num_generations": 16, "max_tokens_per_microbatch": 500}, id="micro-batches"),
         pytest.param({"num_generations": 8, "bf16": True}, id="bf16"),
         pytest.param({"num_generations": 8, "zero_stage": 2}, id="zero 2"),
-        pytest.param({"num_generations": 16, "policy_logp": "guided"}, id="guided"),
         pytest.param({"num_generations": 16, "policy_logp": "guided_detached"}, id="guided_detached"),
     ],
 )
