@@ -4,6 +4,7 @@
     python bench/step.py --only training       one of them, the others stay in the file
     python bench/step.py --only step_at_once   the step, with the released rollouts of all prompts at once
     python bench/step.py --only our_step       the step of ours alone, by stage
+    python bench/step.py --only guided_loss    the same, trained on the distribution that guidance draws from, and not
     python bench/step.py --quick --out /tmp/x  a tiny model: shows that everything runs
 
 The step is mixed: as many questions about photos as images to draw, G trajectories each, the same cheap rewards on both
@@ -29,11 +30,13 @@ from sides import PEER_REWARDS, Sides, Work, our_image_reward, our_text_reward, 
 from training import training
 
 from syncr1.engine.records import Prompt
+from syncr1.engine.settings.train_config import PolicyLogp
 
-CASES, ON_REQUEST = ("training", "step"), ("step_at_once", "our_step")
+CASES, ON_REQUEST = ("training", "step"), ("step_at_once", "our_step", "guided_loss")
 RELEASED, WITH_DGS, WITHOUT_DGS = "released", f"{OURS}, DGS", f"{OURS}, no DGS"
 DESCRIBED = f"{RELEASED}, G photos and all logits"
 """The released way as it is often told; its code is leaner, see released.py."""
+CONVENTIONS: tuple[PolicyLogp, ...] = ("conditional", "guided", "guided_detached")
 NUMBERS = {
     "dgs/keep_fraction": "kept",
     "rollout/dropped_fraction": "dropped",
@@ -59,9 +62,10 @@ class OurStep:
     Args:
         sides: for the prompts.
         dgs: dynamic group scaling.
+        policy_logp: what of image tokens is trained.
     """
 
-    def __init__(self, sides: Sides, dgs: bool) -> None:
+    def __init__(self, sides: Sides, dgs: bool, policy_logp: PolicyLogp = "conditional") -> None:
         from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
         from syncr1.engine.learn.learner import Learner
         from syncr1.engine.learn.trainer import Trainer
@@ -74,6 +78,7 @@ class OurStep:
             num_generations=work.group,
             max_completion_length=work.text_tokens,
             cfg_weight=work.cfg_weight,
+            policy_logp=policy_logp,
             prompts_per_step=2 * work.pairs,
             max_steps=1000,
             warmup_steps=0,
@@ -170,10 +175,53 @@ def step(sides: Sides, against: str) -> Case:
     return Case("Whole step", shape, [*peers.values(), *ours], goals)
 
 
+def guided_loss(sides: Sides) -> Case:
+    """The mixed step without pruning under each convention; the rollout is the same."""
+    work, size = sides.work, sides.size
+    images, texts = (work.pairs * work.group * n for n in (size.image_tokens, work.text_tokens))
+    prompts = sum(sides.policy.prompt_tokens(p).numel() for p in (*sides.questions, *sides.drawings))
+    decoder = sides.policy.model.model.language_model
+    trunk = sum(p.numel() for layer in decoder.layers for p in layer.parameters())
+    heads = texts * sides.policy.model.lm_head.weight.numel() + images * size.hidden * size.image_vocabulary
+    own = trunk * (prompts + texts + images + work.pairs * work.group) + heads
+    twins = trunk * (images + sides.policy.unconditional_tokens().numel())
+
+    def goals(found: Comparison) -> list[Goal]:
+        made = []
+        for how, floor in (("guided", 1 + twins / own), ("guided_detached", 1 + twins / own / 3)):
+            mine, words = f"{OURS}, {how}", f"{how} loss / conditional"
+            update = _stage_ratio(found, mine, f"{OURS}, conditional")
+            made += [
+                Goal(f"{words}, whole step", found.ratio(mine, f"{OURS}, conditional"), 1.35, True),
+                Goal(f"{words}, forward and backward (multiply-adds: {floor:.2f})", update, floor * 1.1, True),
+                Goal(f"{words}, peak extra memory", found.memory_share(f"{OURS}, conditional", mine), 1.3, True),
+            ]
+        return made
+
+    shape = (
+        f"{work.pairs} + {work.pairs} prompts, G {work.group}, {work.text_tokens} text and {size.image_tokens} image "
+        f"tokens, CFG {work.cfg_weight:g}; {size}"
+    )
+    return Case(
+        "Whole step, by what is trained of images drawn with guidance",
+        shape,
+        [Provider(f"{OURS}, {how}", OurStep(sides, dgs=False, policy_logp=how)) for how in CONVENTIONS],
+        goals,
+    )
+
+
+def _stage_ratio(found: Comparison, mine: str, other: str) -> float | None:
+    """Forward and backward of one over the other's, by medians."""
+    one, two = (sum(found.provider(n).stages().get(s, 0.0) for s in ("forward", "backward")) for n in (mine, other))
+    return one / two if one and two else None
+
+
 def build_case(name: str, size: Size, work: Work, folder: Path) -> Case:
     """A case by name, with sides of its own."""
     if name == "training":
         return training(Sides(size, work, folder, 2, 0))
+    if name == "guided_loss":
+        return guided_loss(Sides(size, work, folder, work.pairs, work.pairs))
     against = {"step": "pairs", "step_at_once": "at once", "our_step": "none"}[name]
     return step(Sides(size, work, folder, work.pairs, work.pairs), against)
 

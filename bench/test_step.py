@@ -14,6 +14,7 @@ from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout
 from syncr1.engine.rollout.sampler import generate
 from syncr1.engine.rollout.sampling import Sampling
+from syncr1.engine.settings.train_config import PolicyLogp
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.tiny_janus import build_policy
@@ -38,11 +39,19 @@ def draw(policy: JanusPolicy, cfg_weight: float) -> list[Rollout]:
 
 
 @pytest.fixture(scope="module")
-def batch(policy: JanusPolicy) -> PackedBatch:
-    rollouts = draw(policy, 1.0)
+def rollouts(policy: JanusPolicy) -> list[Rollout]:
+    return draw(policy, 1.5)
+
+
+def packed(policy: JanusPolicy, rollouts: list[Rollout], guided: bool = False) -> PackedBatch:
     keep = torch.ones(len(rollouts), dtype=torch.bool)
     advantages = torch.randn(len(rollouts), 1, generator=torch.Generator().manual_seed(0)).expand(-1, 2).contiguous()
-    return pack(policy, rollouts, advantages, keep, num_generations=MEMBERS, max_tokens=1 << 30)[0]
+    return pack(policy, rollouts, advantages, keep, num_generations=MEMBERS, max_tokens=1 << 30, guided=guided)[0]
+
+
+@pytest.fixture(scope="module")
+def batch(policy: JanusPolicy, rollouts: list[Rollout]) -> PackedBatch:
+    return packed(policy, rollouts)
 
 
 @pytest.mark.parametrize("cfg_weight", [1.0, 1.5], ids=["plain", "cfg"])
@@ -58,9 +67,13 @@ def test_score(benchmark: Any, policy: JanusPolicy, batch: PackedBatch) -> None:
         benchmark.pedantic(forward, (batch,), rounds=3, warmup_rounds=1)
 
 
-def test_forward_and_backward(benchmark: Any, policy: JanusPolicy, batch: PackedBatch) -> None:
+@pytest.mark.parametrize("policy_logp", ["conditional", "guided", "guided_detached"])
+def test_forward_and_backward(
+    benchmark: Any, policy: JanusPolicy, rollouts: list[Rollout], policy_logp: PolicyLogp
+) -> None:
     benchmark.group = "stages of a step"
-    forward = PolicyForward(policy, Objective())
+    forward = PolicyForward(policy, Objective(policy_logp=policy_logp))
+    batch = packed(policy, rollouts, policy_logp != "conditional")
     benchmark.pedantic(
         lambda: forward(batch, num_items={"text": 500.0, "image": 1792.0})["loss"].backward(), rounds=3, warmup_rounds=1
     )

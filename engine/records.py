@@ -92,6 +92,10 @@ class Segment:
     """[L] float32 nats: conditional log-probability, recorded by the sampler."""
     logp_mixed: Tensor
     """[L] float32 nats: under the CFG-mixed distribution that was sampled from; equals `logp` without CFG."""
+    guidance: float = 1.0
+    """w of that distribution, u + w (c - u)."""
+    free_prompt: Tensor | None = None
+    """[L'] int64: the classifier-free prompt behind which u was computed, `image_start` included; None without CFG."""
     entropy: Tensor
     """[L] float32 nats, of the conditional distribution."""
     support: Tensor | None = None
@@ -130,6 +134,42 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FreeBranch:
+    """The images of a `PackedBatch` once more, behind the classifier-free prompts beside which they were drawn.
+
+        [ free prompt 0 | free prompt 1 | … | image 0.0 | image 0.1 | … | image 1.0 | … ]
+
+    The loss never sees this axis: its hidden states are mixed into those of the same tokens on the batch's own. Dims:
+    Tu tokens of free prompts, Tf image tokens, T as in `PackedBatch`.
+    """
+
+    prompt_tokens: Tensor
+    """[Tu] int64 text ids, `image_start` included; each distinct prompt once."""
+    rows: Tensor
+    """[Tf] int64: which of the batch's response tokens [T] each image token is."""
+    weight: Tensor
+    """[Tf] float32: w of u + w (c - u)."""
+    layout: SharedPrefixLayout
+    """Of this axis alone: for a pass without a gradient."""
+    joined: SharedPrefixLayout
+    """Of both in one pass: [prompts | free prompts | responses | images]."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.prompt_tokens.numel() + self.rows.numel())
+
+    @property
+    def num_unshared_tokens(self) -> int:
+        """What they would be if every image brought its own copy of its prompt."""
+        copies, lengths = self.layout.group_offsets.diff(), self.layout.cu_prefixes.diff()
+        return int((copies * lengths).sum() + self.rows.numel())
+
+    def to(self, device: torch.device) -> FreeBranch:
+        """The same branch with every tensor on `device`."""
+        return FreeBranch(**_moved(self, device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
     """Whole groups on one token axis, no padding: first all prompts, each once, then all responses.
 
@@ -162,10 +202,13 @@ class PackedBatch:
     image_embeddings: Tensor
     """[R, D] float32: frozen vision-tower embeddings of the images that the policy was shown."""
     sampled_logp: Tensor
-    """[T] float32: the sampler's conditional log-probability; NaN where nothing was sampled. Diagnostics only."""
+    """[T] float32: the sampler's log-probability, conditional or, with a free branch, the mixed one; NaN where nothing
+    was sampled. Diagnostics, and what `importance_correction` compares with."""
     support: tuple[Tensor | None, Tensor | None] = (None, None)
     """Of text and of image: [N, ceil(V/32)] int32 rows of that modality's loss tokens in the order of the axis, the ids
     that each was drawn from; None = all. Every policy's log-probabilities are those over them."""
+    free: FreeBranch | None = None
+    """The classifier-free twin of every image, where the loss scores the distribution that was sampled from."""
     anchor: bool = False
     """True for a batch of anchors, which are held harder than what is being trained."""
     old_logp: Tensor | None = None
@@ -179,14 +222,16 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         """Positions that the trunk computes; all of them are real."""
-        return int(self.prefix_tokens.numel() + self.tokens.numel())
+        twins = 0 if self.free is None else self.free.num_tokens
+        return int(self.prefix_tokens.numel() + self.tokens.numel()) + twins
 
     @property
     def num_unshared_tokens(self) -> int:
         """What they would be if every response brought its own copy of its prompt."""
         trained = self.cu_seqlens.diff() > 0
         copies = torch.stack([trained[a:b].sum() for a, b in pairwise(self.group_offsets.tolist())])
-        return int((copies * self.layout.cu_prefixes.diff()).sum() + self.tokens.numel())
+        twins = 0 if self.free is None else self.free.num_unshared_tokens
+        return int((copies * self.layout.cu_prefixes.diff()).sum() + self.tokens.numel()) + twins
 
     def without_loss(self) -> PackedBatch:
         """The same batch with nothing to learn: a forward pass for a rank that has none of its own."""
@@ -194,14 +239,20 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in moved.items():
-            if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=True)
-            elif isinstance(value, SharedPrefixLayout):
-                moved[name] = value.to(device)
-        moved["support"] = tuple(None if s is None else s.to(device, non_blocking=True) for s in self.support)
-        return PackedBatch(**moved)
+        return PackedBatch(**_moved(self, device))
+
+
+def _moved(record: FreeBranch | PackedBatch, device: torch.device) -> dict[str, Any]:
+    """A record's fields, what lies on a device on that one."""
+    moved: dict[str, Any] = {f.name: getattr(record, f.name) for f in fields(record)}
+    for name, value in moved.items():
+        if isinstance(value, Tensor):
+            moved[name] = value.to(device, non_blocking=True)
+        elif isinstance(value, SharedPrefixLayout | FreeBranch):
+            moved[name] = value.to(device)
+        elif name == "support":
+            moved[name] = tuple(None if kept is None else kept.to(device, non_blocking=True) for kept in value)
+    return moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -142,6 +142,7 @@ def draw_batch(engine: RolloutEngine, batch: Batch, settings: Settings) -> Itera
         num_generations=1,
         max_text_tokens=settings.max_text_tokens,
         cfg_weight=settings.cfg_weight,
+        unconditional=settings.unconditional,
         drawing_turn=settings.drawing_turn,
         seed=settings.seed,
     )

@@ -22,6 +22,7 @@ from ..errors import EvaluationError
 from ..pictures import ImageRef
 from ..policies.base import Policy
 from ..records import Prompt
+from ..settings.train_config import Unconditional
 from ..whole_files import write_atomically
 
 MANIFEST = "manifest.json"
@@ -41,6 +42,7 @@ class Settings:
     """Of the sampled trajectories (texts and images)."""
     max_text_tokens: int = 32
     cfg_weight: float = 1.5
+    unconditional: Unconditional = "fixed"
     drawing_turn: str = "none"
     images_per_prompt: int = 1
     """Trajectories of each prompt that draws."""

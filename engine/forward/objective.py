@@ -20,13 +20,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from syncr1.kernels.api import TokenStream, linear_grpo_loss, linear_logp
+from syncr1.kernels.api import SharedPrefixLayout, TokenStream, linear_grpo_loss, linear_logp
 
 from ..policies.attention_interface import PackedLayout
-from ..policies.base import Policy
-from ..records import IMAGE, MODALITY_NAMES, PackedBatch
+from ..policies.base import Head, Policy
+from ..records import IMAGE, MODALITY_NAMES, PackedBatch, SegmentKind
 from ..settings.modality import clip_of, each, value_of
-from ..settings.train_config import ImportanceCorrection
+from ..settings.train_config import ImportanceCorrection, PolicyLogp
+from .free_branch import mixed_head, twins_of
+
+Branch = tuple[Tensor, Tensor]
+"""Hidden states of an axis, and which of them predicts each response token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,8 @@ class Objective:
     anchor_beta: float = 0.0
     """KL weight on batches of anchors."""
     temperature: float = 1.0
+    policy_logp: PolicyLogp = "conditional"
+    """Of image tokens in batches with a free branch; without one it is the conditional anyway."""
     image_temperature: float | None = None
     importance_correction: ImportanceCorrection = "none"
     importance_level: Literal["token", "sequence"] = "token"
@@ -132,14 +138,13 @@ class PolicyForward(nn.Module):
 
     def _streams(self, batch: PackedBatch) -> list[TokenStream]:
         """Each vocabulary's rows, with the hidden states that predict them, of whichever vocabulary those are."""
-        hidden = self.hidden(batch)
-        predicting = batch.layout.predicting_rows()
+        mine, twins = self._branches(batch)
         streams = []
         for code, name in enumerate(MODALITY_NAMES):
             rows = (batch.loss_mask & (batch.modality == code)).nonzero().squeeze(1)
             if not rows.numel() and not self.policy.num_image_tokens and name == "image":
                 continue
-            head = self.policy.head(hidden[predicting[rows]], name)
+            head = self._head(batch, mine, twins, rows, name)
             streams.append(
                 TokenStream(
                     hidden=head.hidden,
@@ -155,8 +160,49 @@ class PolicyForward(nn.Module):
             )
         return streams
 
+    def _head(self, batch: PackedBatch, mine: Branch, twins: Branch | None, rows: Tensor, name: SegmentKind) -> Head:
+        """A vocabulary's head on the hidden states that predict response tokens `rows`."""
+        hidden, predicting = mine
+        hidden = hidden[predicting[rows]]
+        if twins is None or batch.free is None or name != "image":
+            return self.policy.head(hidden, name)
+        free_hidden, free_predicting = twins
+        which = twins_of(batch.free, rows, batch.tokens.numel())
+        return mixed_head(
+            self.policy,
+            hidden,
+            free_hidden[free_predicting[which]],
+            batch.free.weight[which],
+            detached=self.objective.policy_logp == "guided_detached",
+        )
+
+    def _branches(self, batch: PackedBatch) -> tuple[Branch, Branch | None]:
+        """Of the responses [T], and of the images behind their free prompts [Tf]."""
+        free, how = batch.free, self.objective.policy_logp
+        embeddings = self._embeddings(batch)
+        if free is None or how == "conditional":
+            return (self._trunk(embeddings, batch.layout), batch.layout.predicting_rows()), None
+        first = batch.prefix_tokens.numel()
+        images = embeddings[first + free.rows]
+        if how == "guided":
+            prompts = self.policy.embed(free.prompt_tokens, "text")
+            joined = self._trunk(torch.cat([embeddings[:first], prompts, embeddings[first:], images]), free.joined)
+            mine, twins = free.joined.predicting_rows().split([batch.tokens.numel(), free.rows.numel()])
+            return (joined, mine), (joined, twins)
+        with torch.no_grad():  # first, so that what the other pass keeps is not there yet
+            prompts = self.policy.embed(free.prompt_tokens, "text")
+            apart = self._trunk(torch.cat([prompts, images]), free.layout), free.layout.predicting_rows()
+        return (self._trunk(embeddings, batch.layout), batch.layout.predicting_rows()), apart
+
+    def _trunk(self, embeddings: Tensor, layout: SharedPrefixLayout) -> Tensor:
+        return self.policy.trunk(embeddings[None], layout.position_ids()[None], PackedLayout(layout))[0]
+
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[Tp + T, D] final hidden states of prompts and responses."""
+        return self._trunk(self._embeddings(batch), batch.layout)
+
+    def _embeddings(self, batch: PackedBatch) -> Tensor:
+        """[Tp + T, D] what the trunk is given of prompts and responses."""
         is_image = batch.modality == IMAGE
         words = torch.cat([batch.prefix_tokens, torch.where(is_image, 0, batch.tokens)])
         embeddings = self.policy.embed(words, "text")
@@ -166,7 +212,7 @@ class PolicyForward(nn.Module):
             embeddings = embeddings.index_copy(0, drawn + batch.prefix_tokens.numel(), image)
         if batch.image_rows.numel():
             embeddings = embeddings.index_copy(0, batch.image_rows, batch.image_embeddings.to(embeddings.dtype))
-        return self.policy.trunk(embeddings[None], batch.layout.position_ids()[None], PackedLayout(batch.layout))[0]
+        return embeddings
 
     def _log_probabilities(self, streams: list[TokenStream], num_tokens: int) -> dict[str, Tensor]:
         logp = streams[0].hidden.new_zeros(num_tokens, dtype=torch.float32)

@@ -20,6 +20,7 @@ from syncr1.kernels.api import SharedPrefixLayout
 
 from ..policies.base import Policy
 from ..records import IMAGE, TEXT, PackedBatch, Rollout, Segment
+from .free_branch import Drawn, free_branch, free_tokens
 
 
 def pack(
@@ -31,6 +32,7 @@ def pack(
     num_generations: int,
     max_tokens: int,
     share_prefix: bool = True,
+    guided: bool = False,
 ) -> list[PackedBatch]:
     """Packs whole groups into micro-batches of at most `max_tokens` tokens (a larger group stands alone).
 
@@ -42,6 +44,8 @@ def pack(
         num_generations: G.
         max_tokens: token budget of a micro-batch.
         share_prefix: False gives every response its own copy of its prompt: the same loss and gradients, more work.
+        guided: adds the classifier-free twin of every image, for a loss on the distribution that was sampled from;
+            its tokens count like others.
 
     Returns:
         Micro-batches in the order of the groups, anchors apart and last. Groups without a kept trajectory
@@ -49,7 +53,8 @@ def pack(
         forward pass to take part in.
 
     Raises:
-        ValueError: sizes that do not fit, or a group whose members have different prompts.
+        ValueError: sizes that do not fit, a group whose members have different prompts, or, guided, an image that was
+            drawn without guidance.
     """
     S, G = len(rollouts), num_generations
     if S % G or advantages_S2.shape != (S, 2) or keep_S.shape != (S,):
@@ -61,15 +66,15 @@ def pack(
     if not groups:
         dummy = keep_S.clone()
         dummy[0] = True
-        return [_pack_groups(policy, rollouts, advantages_S2, dummy, [range(G)], share_prefix).without_loss()]
+        return [_pack_groups(policy, rollouts, advantages_S2, dummy, [range(G)], share_prefix, guided).without_loss()]
     for group in groups:
         _check_one_prompt([rollouts[i] for i in group])
     batches = []
     for anchor in (False, True):
         mine = [group for group in groups if rollouts[group.start].prompt.rewarded is not anchor]
-        sizes = [_group_tokens([rollouts[i] for i in group if keep_S[i]], share_prefix) for group in mine]
+        sizes = [_group_tokens([rollouts[i] for i in group if keep_S[i]], share_prefix, guided) for group in mine]
         for chunk in _chunks(mine, sizes, max_tokens):
-            batch = _pack_groups(policy, rollouts, advantages_S2, keep_S, chunk, share_prefix)
+            batch = _pack_groups(policy, rollouts, advantages_S2, keep_S, chunk, share_prefix, guided)
             batches.append(replace(batch, anchor=anchor))
     return batches
 
@@ -85,12 +90,13 @@ def _check_one_prompt(members: list[Rollout]) -> None:
             )
 
 
-def _group_tokens(kept: list[Rollout], share_prefix: bool) -> int:
+def _group_tokens(kept: list[Rollout], share_prefix: bool, guided: bool) -> int:
     """Tokens of a group on the packed axis."""
     copies = 1 if share_prefix else len(kept)
-    return kept[0].prompt_tokens.numel() * copies + sum(
+    own = kept[0].prompt_tokens.numel() * copies + sum(
         segment.lead.numel() + segment.tokens.numel() for rollout in kept for segment in rollout.segments
     )
+    return own + free_tokens(kept, share_prefix) if guided else own
 
 
 def _chunks(groups: list[range], sizes: list[int], max_tokens: int) -> Iterator[list[range]]:
@@ -118,6 +124,9 @@ class _Axis:
     """Of each modality's sampled tokens; a number of tokens that were drawn from all ids."""
     image_rows: list[Tensor] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+    guided: bool = False
+    """What was sampled is told by its mixed log-probabilities."""
     length: int = 0
 
     def give(self, policy: Policy, tokens: Tensor, image: Tensor | None) -> None:
@@ -130,7 +139,10 @@ class _Axis:
 
     def sample(self, policy: Policy, segment: Segment) -> None:
         """Tokens that the policy sampled, and those that stood between them."""
-        sampled, logp = torch.ones_like(segment.tokens, dtype=torch.bool), segment.logp
+        sampled = torch.ones_like(segment.tokens, dtype=torch.bool)
+        logp = segment.logp_mixed if self.guided else segment.logp
+        if segment.kind == "image":
+            self.drawn.append((self.length, segment))
         forced = policy.forced_image_tokens() if segment.kind == "image" else None
         if forced is not None:
             sampled = forced[: segment.tokens.numel()] < 0
@@ -163,8 +175,9 @@ def _pack_groups(
     keep_S: Tensor,
     groups: list[range],
     share_prefix: bool,
+    guided: bool,
 ) -> PackedBatch:
-    prefixes, responses = _Axis(), _Axis()
+    prefixes, responses = _Axis(), _Axis(guided=guided)
     cu_prefixes, cu_seqlens = [0], [0]
     for group in groups:
         kept = [i for i in group if keep_S[i]]
@@ -185,9 +198,11 @@ def _pack_groups(
     members = torch.tensor([i for group in groups for i in group], device=advantages_S2.device)
     offsets = torch.tensor([0, *(len(group) for group in groups)]).cumsum(0).int()
     ends = torch.tensor(cu_seqlens, dtype=torch.int32)
+    layout = SharedPrefixLayout(torch.tensor(cu_prefixes, dtype=torch.int32), ends, offsets)
+    twins = guided and policy.num_image_tokens > 0
     return PackedBatch(
         prefix_tokens=torch.cat(prefixes.tokens) if prefixes.tokens else torch.zeros(0, dtype=torch.long),
-        layout=SharedPrefixLayout(torch.tensor(cu_prefixes, dtype=torch.int32), ends, offsets),
+        layout=layout,
         tokens=torch.cat(responses.tokens),
         modality=torch.cat(responses.modality),
         loss_mask=torch.cat(responses.loss_mask),
@@ -198,4 +213,5 @@ def _pack_groups(
         image_embeddings=torch.cat(images).float().cpu() if images else torch.zeros(0, 0),
         sampled_logp=torch.cat(responses.sampled_logp),
         support=(_joined(responses.support[TEXT]), _joined(responses.support[IMAGE])),
+        free=free_branch(policy, responses.drawn, layout, share_prefix=share_prefix) if twins else None,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigError
 from ..forward.objective import Objective
 from ..policies.base import Policy
 from ..rollout.sampler import RolloutEngine
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
 
 
 def objective_of(config: TrainConfig, num_image_tokens: int, anchor_beta: float = 0.0) -> Objective:
-    """The loss's settings; `anchor_beta` is the KL weight on prompts without a reward."""
+    """The loss's settings; `anchor_beta` is the KL weight on prompts without a reward.
+
+    Raises:
+        ConfigError: the loss is to score a guided distribution, and the policy draws nothing that could be guided.
+    """
+    if config.policy_logp != "conditional" and config.cfg_weight != 1.0 and not num_image_tokens:
+        raise ConfigError(
+            f"policy_logp: expected conditional for a model that draws no images, got {config.policy_logp} with "
+            f"cfg_weight {config.cfg_weight:g}, and no classifier-free branch to guide by; set --policy_logp "
+            "conditional, or --cfg_weight 1"
+        )
     return Objective(
         **named_alike(Objective, config, "anchor_beta", "max_length"),
         anchor_beta=anchor_beta,
@@ -54,6 +65,7 @@ def held_out_sampling(config: TrainConfig) -> Sampling:
         num_generations=1,
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.eval_cfg_weight,
+        unconditional=config.unconditional,
         drawing_turn=config.drawing_turn,
         seed=config.seed,
         step=-1,

@@ -168,6 +168,7 @@ class Trainer:
             image_temperature=c.image_temperature,
             max_text_tokens=c.max_completion_length,
             cfg_weight=c.cfg_weight,
+            unconditional=c.unconditional,
             drawing_turn=c.drawing_turn,
             **truncation_of(c),
             seed=c.seed,
@@ -184,6 +185,7 @@ class Trainer:
             num_generations=c.num_generations,
             max_tokens=c.max_tokens_per_microbatch,
             share_prefix=c.share_prefix,
+            guided=self.learner.objective.policy_logp != "conditional" and c.cfg_weight != 1.0,
         )
 
     def _metrics(

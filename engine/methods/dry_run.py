@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import ConfigError, RewardSpecError
+from ..learn.from_settings import objective_of
 from ..pictures import open_picture
 from ..policies.auto import policy_class
 from ..policies.base import Policy
@@ -145,6 +146,7 @@ def try_own_rewards(config: TrainConfig, policy: Policy, prompts: Sequence[Promp
 
 def check_batch(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> None:
     """Opens every picture and checks every prompt's plan and length, as a rollout would."""
+    objective_of(config, policy.num_image_tokens)  # for what it refuses
     check_plans(policy, prompts)
     follow_ups = [policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
     drawing = DrawingTurns(policy, config.drawing_turn, config.max_completion_length)

@@ -67,6 +67,7 @@ def generate(config: EvaluateConfig, console: Console) -> None:
         temperature=config.temperature,
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.cfg_weight,
+        unconditional=config.unconditional,
         drawing_turn=drawing_turn_of(config, config.model),
         images_per_prompt=config.images_per_prompt,
         greedy_texts=config.greedy_texts,

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from ..settings.renamed import OF_EVALUATION
 from ..settings.rules import drawing_problems, evaluation_problems, judge_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
-from ..settings.train_config import Guidance, MaxTokens, Seed
+from ..settings.train_config import Guidance, MaxTokens, Seed, Unconditional
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,9 @@ class EvaluateConfig(Settings):
     """Text tokens at most. Raise it for answers that think first."""
     cfg_weight: Guidance = 1.5
     """Classifier-free guidance w of image tokens: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
+    unconditional: Unconditional = "fixed"
+    """The prompt that u is computed behind: the model's own, one for all (fixed), or padding in the place of every
+    token of the prompt, as Janus-Pro draws (pads)."""
     drawing_turn: str | None = None
     """How an image is asked for behind the model's own text: none, sync_r1, t2i_r1 or a template, as in training. None:
     as the run did in whose folder the checkpoint lies, else none."""

@@ -30,6 +30,7 @@ from ..records import Prompt, SegmentKind
 from ..rollout.batch import DRAWN_AT_ONCE
 from ..rollout.capacity import Sizes
 from ..rollout.drawing_turn import DrawingTurns
+from ..rollout.free_prompts import FreePrompts
 from ..rollout.sampling import Sampling, truncation_of
 from ..settings.train_config import TrainConfig
 
@@ -173,7 +174,8 @@ def _rollout(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> 
     guided = config.cfg_weight != 1.0 and images > 0
     columns = sum(prefixes) + G * sum(sizes.own)
     if guided:
-        columns += policy.unconditional_tokens().numel() + G * images * policy.num_image_tokens
+        free = FreePrompts.of(policy, prefixes, sizes.images, config.unconditional)
+        columns += sum(ids.numel() for ids in free.tokens) + G * images * policy.num_image_tokens
     if config.preview_fraction and config.preview_max_attempts > 1:
         reach = policy.num_image_tokens if config.preview_completion == "likely" else None
         columns += sizes.preview_columns(G, round(config.preview_fraction * policy.num_image_tokens), guided, reach)
@@ -207,7 +209,14 @@ def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], wo
     groups = [
         prefix * (1 if config.share_prefix else G) + G * own for prefix, own in zip(prefixes, sizes.own, strict=True)
     ]
-    num_tokens = max(min(config.max_tokens_per_microbatch, sum(groups)), max(groups))
+    twins = _twins(config, policy, sizes, prefixes)
+    whole = [group + twin for group, twin in zip(groups, twins, strict=True)]
+    budget = config.max_tokens_per_microbatch
+    if config.policy_logp == "guided_detached":  # which count, but leave nothing behind
+        budget = int(budget * max(group / size for group, size in zip(groups, whole, strict=True)))
+    else:
+        groups = whole
+    num_tokens = max(min(budget, sum(groups)), max(groups))
     trained, item = _num_trained(policy), 2 if config.bf16 else 4
     partial = sum(groups) > num_tokens or config.zero_stage >= 2
     saved, peak = _activations(policy, num_tokens, gradients_apart=partial)
@@ -226,6 +235,16 @@ def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], wo
         "activations of a micro-batch": saved,
         "the backward's own, or a chunk of logits": max(peak - saved, logits),
     }
+
+
+def _twins(config: TrainConfig, policy: Policy, sizes: Sizes, prefixes: Sequence[int]) -> list[int]:
+    """Tokens of each group's free branch in training."""
+    G, N = config.num_generations, policy.num_image_tokens
+    if config.policy_logp == "conditional" or config.cfg_weight == 1.0 or not any(sizes.images):
+        return [0] * len(prefixes)
+    free = FreePrompts.of(policy, prefixes, sizes.images, config.unconditional)
+    lengths = [free.tokens[index].numel() * (1 if config.share_prefix else G) for index in free.beside]
+    return [(length + G * N) * drawn for length, drawn in zip(lengths, sizes.images, strict=True)]
 
 
 def _activations(policy: Policy, num_tokens: int, *, gradients_apart: bool) -> tuple[int, int]:

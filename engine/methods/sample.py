@@ -106,6 +106,7 @@ def ask(model: Model, prompts: Sequence[Prompt], config: SampleConfig, drawing_t
         temperature=config.temperature,
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.cfg_weight,
+        unconditional=config.unconditional,
         drawing_turn=drawing_turn,
         **truncation_of(config),
         seed=config.seed,

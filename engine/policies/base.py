@@ -148,8 +148,13 @@ class Policy(nn.Module, ABC):
         """[...] bool: where a row of `see` replaces the token's embedding."""
         return torch.zeros_like(tokens, dtype=torch.bool)
 
-    def unconditional_tokens(self) -> Tensor:
-        """[L] int64: the prompt of the classifier-free branch, `image_start` included."""
+    def unconditional_tokens(self, length: int | None = None) -> Tensor:
+        """[L] int64: the prompt of the classifier-free branch, `image_start` included.
+
+        Args:
+            length: tokens that it is to have, at least 2, in place of a prompt of as many: then the image stands at the
+                same positions in both branches. None: the model's own, the same beside every prompt.
+        """
         self.no_images("guide the drawing of images")
 
     def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:

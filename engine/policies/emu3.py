@@ -185,9 +185,16 @@ class Emu3Policy(Policy):
     def image_slots(self, tokens: Tensor) -> Tensor:
         return tokens == self.image_slot
 
-    def unconditional_tokens(self) -> Tensor:
-        """[L] int64: no words; Emu3 was trained so on a share of its captions."""
-        return torch.tensor([int(self.tokenizer.bos_token_id), self.image_start])
+    def unconditional_tokens(self, length: int | None = None) -> Tensor:
+        """[L] int64: no words; Emu3 was trained so on a share of its captions.
+
+        With a `length` padding stands for them, which it has not seen in training. What its authors draw beside is
+        neither: a fixed list of faults, "lowres, bad anatomy, …".
+        """
+        tokenizer = self.tokenizer
+        num_pads = 0 if length is None else length - 2
+        pads = [int(tokenizer.pad_token_id)] * num_pads
+        return torch.tensor([int(tokenizer.bos_token_id), *pads, self.image_start])
 
     # Images ----------------------------------------------------------------------------------------------------------
 

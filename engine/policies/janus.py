@@ -106,9 +106,11 @@ class JanusPolicy(Policy):
     def image_slots(self, tokens: Tensor) -> Tensor:
         return tokens == self.image_slot
 
-    def unconditional_tokens(self) -> Tensor:
+    def unconditional_tokens(self, length: int | None = None) -> Tensor:
+        """Padding in the place of every token between BOS and the image start, as Janus draws."""
         tokenizer = self.tokenizer
-        return torch.tensor([tokenizer.bos_token_id, *[tokenizer.pad_token_id] * UNCONDITIONAL_PADS, self.image_start])
+        num_pads = UNCONDITIONAL_PADS if length is None else length - 2
+        return torch.tensor([tokenizer.bos_token_id, *[tokenizer.pad_token_id] * num_pads, self.image_start])
 
     def see(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(x)[:, None, None] for x in self._normalisation())

@@ -1,6 +1,6 @@
 """One batch of prompts, sampled phase by phase: text, image, follow-up.
 
-Each prompt, its image included, runs through the model once, and so does the classifier-free prompt; members hold only
+Each prompt, its image included, runs through the model once, and so does a classifier-free prompt; members hold only
 what they add (cache.py).  Text and image phases advance over all groups together, a sequence that ended frees its rows,
 and the next phase goes on from the same cache.
 
@@ -24,6 +24,7 @@ from .completion import fill
 from .decode import Phase, Samples, State, Tables, advance, support_words
 from .draft import Draft
 from .drawing_turn import DrawingTurns
+from .free_prompts import FreePrompts
 from .preview import Canvas, draw, preview_length
 from .preview_gate import PreviewGate
 from .sampling import RolloutStats, Sampling, trajectory_key
@@ -57,12 +58,14 @@ class Batch:
         sizes = Sizes.of(self.policy, prompts, turns, self.drawing)
         check_prompts(self.policy, prompts, tokens, sizes, self.drawing)
         guided = sampling.cfg_weight != 1.0 and any(sizes.images)
-        free_tokens = [self.policy.unconditional_tokens()] if guided else []
-        self._allocate([ids.numel() for ids in (*tokens, *free_tokens)], sizes, guided, max_bytes)
+        lengths, free = [ids.numel() for ids in tokens], FreePrompts()
+        if guided:
+            free = FreePrompts.of(self.policy, lengths, sizes.images, sampling.unconditional)
+        self._allocate([*lengths, *(ids.numel() for ids in free.tokens)], sizes, guided, max_bytes)
         with self.time("see"):
             images = self._see(prompts)
         with self.time("prefill"):
-            sides = self._prefill(torch.cat([*tokens, *free_tokens]), images, guided)
+            sides = self._prefill(torch.cat([*tokens, *free.tokens]), images, free)
         self.tables, self.rows = Tables(prompts=self.prompts, own=self.own, sides=sides), sides[0]
         self.drafts = [
             Draft(
@@ -71,9 +74,10 @@ class Batch:
                 prompt_tokens=ids,
                 prompt_image=image,
                 follow_up=turn,
+                free_prompt=free.tokens[free.beside[row]] if guided else None,
                 uid=trajectory_key(sampling, prompt, member),
             )
-            for prompt, ids, image, turn in zip(prompts, tokens, images, turns, strict=True)
+            for row, (prompt, ids, image, turn) in enumerate(zip(prompts, tokens, images, turns, strict=True))
             for member in range(sampling.num_generations)
         ]
 
@@ -94,8 +98,8 @@ class Batch:
         self.stats.kv_bytes = shape.num_bytes(sum(prefixes) + sum(own))
         self.stats.prefill_tokens = sum(prefixes)
 
-    def _prefill(self, tokens: Tensor, images: Sequence[Tensor | None], guided: bool) -> list[Rows]:
-        """Runs each prompt once, the classifier-free one last; gives every member's row, and its twin's."""
+    def _prefill(self, tokens: Tensor, images: Sequence[Tensor | None], free: FreePrompts) -> list[Rows]:
+        """Runs each prompt once, the classifier-free ones last; gives every member's row, and its twin's."""
         policy, device, P, G = self.policy, self.prompts.keys.device, len(images), self.sampling.num_generations
         tokens = tokens.to(device)
         embeddings = policy.embed(tokens, "text")
@@ -113,8 +117,9 @@ class Batch:
             return Rows.behind(start, end - start, own_start, hidden[end - 1])
 
         owner = torch.arange(P, device=device).repeat_interleave(G)
-        free = torch.full_like(owner, P)
-        twins = [rows(free, own_starts[P * G : 2 * P * G])] if guided else []
+        if not free.tokens:
+            return [rows(owner, own_starts[: P * G])]
+        twins = [rows(P + torch.tensor(free.beside, device=device)[owner], own_starts[P * G : 2 * P * G])]
         return [rows(owner, own_starts[: P * G]), *twins]
 
     def _see(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
@@ -169,7 +174,8 @@ class Batch:
         keys = drawing.keys.tolist()
         for row, i in enumerate(chosen):
             draft = self.drafts[i]
-            draft.segments.append(replace(segments[row], lead=leads[row]))
+            drawn = replace(segments[row], lead=leads[row])
+            draft.segments.append(replace(drawn, guidance=sampling.cfg_weight, free_prompt=draft.free_prompt))
             draft.image, draft.uid = pictures[row], keys[row]
             draft.attempts, draft.dropped = drawing.attempts[row], drawing.dropped[row]
 

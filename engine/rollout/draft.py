@@ -22,6 +22,8 @@ class Draft:
     prompt_image: Tensor | None
     follow_up: Tensor | None
     """[L] int64 text ids of the turn behind the image; None where nothing follows it."""
+    free_prompt: Tensor | None = None
+    """[L] int64 text ids of its classifier-free twin's prompt; None without guidance."""
     uid: int
     segments: list[Segment] = field(default_factory=list)
     text: str = ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..records import Prompt, SegmentKind
+from ..settings.train_config import Unconditional
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,8 @@ class Sampling:
     """Of each text segment."""
     cfg_weight: float = 1.0
     """Classifier-free guidance of image tokens, u + w (c - u); 1 leaves the branch out."""
+    unconditional: Unconditional = "fixed"
+    """The prompt behind which u is computed: the policy's own, or padding in the place of each prompt's tokens."""
     drawing_turn: str = "none"
     """Behind a text: none draws in the same answer, else a new turn asks for the image (drawing_turn.py)."""
     seed: int = 0

@@ -17,6 +17,8 @@ from .rules import TRAINING
 from .schema import Range, Rule, Settings
 
 Credit = Literal["shared", "per_segment", "image_only"]
+PolicyLogp = Literal["conditional", "guided", "guided_detached"]
+Unconditional = Literal["fixed", "pads"]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 LRScheduler = Literal[
     "linear_with_min_lr", "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"
@@ -99,6 +101,9 @@ class TrainConfig(Settings):
     """Classifier-free guidance w of image tokens in rollouts: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
     eval_cfg_weight: Guidance = 1.5
     """Guidance when images are drawn for evaluation and for showing."""
+    unconditional: Unconditional = "fixed"
+    """The prompt that u is computed behind: the model's own of a few tokens, one for all (fixed), or padding in the
+    place of every token of the prompt, as Janus-Pro draws: one for each length of prompt (pads)."""
     drawing_turn: str = "none"
     """How an image is asked for behind the policy's own text: none (in the same answer), or in a new turn of the user:
     sync_r1 "{prompt}. {info} {text}", t2i_r1 "{prompt}. {text}", or a template of your own with {prompt} {text} {info}
@@ -154,6 +159,10 @@ class TrainConfig(Settings):
     scale_rewards: Literal["group", "batch", "none", "loo"] = "group"
     """What an advantage is divided by: its group's or the batch's standard deviation, or nothing (Sync-R1's released
     code); loo: leave-one-out baseline."""
+    policy_logp: PolicyLogp = "conditional"
+    """What is trained where guidance draws (cfg_weight other than 1): the log-probability of the conditional branch
+    alone (T2I-R1, ULM-R1), or of u + w (c - u), which was sampled from, with a gradient through both branches (guided:
+    Sync-R1) or through c alone (guided_detached)."""
     credit: Credit = "shared"
     """Which reward a token answers for: both segments share one advantage (the paper), each its own segment's
     rewards, or only image tokens learn (Sync-R1's released code)."""

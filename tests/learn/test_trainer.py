@@ -13,7 +13,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import make_prompt, own_process_group, sharp_policy, weights_of
+from helpers import make_prompt, own_process_group, same_bits, sharp_policy, weights_of
 from made import short_base, world_folder
 from torch import Tensor
 
@@ -350,6 +350,29 @@ def test_how_it_is_computed_changes_no_result(world: Path, rewards: RewardSet, c
         if "share_prefix" in changed:
             assert b["pack/sharing_ratio"] == 1.0
             assert b["pack/tokens"] == pytest.approx(a["pack/tokens"] * a["pack/sharing_ratio"])
+
+
+def test_without_guidance_the_conventions_are_one(world: Path, rewards: RewardSet) -> None:
+    """At w = 1 the free branch is left out of sampling and of training: the same bits, and the same cost."""
+    one, other = (
+        Run(config_of(max_steps=1, cfg_weight=1.0, policy_logp=how), world, rewards).train()
+        for how in ("conditional", "guided_detached")
+    )
+    assert same(one.metrics(), other.metrics()) and same_bits(weights_of(one.learner), weights_of(other.learner))
+
+
+def test_guided_steps_replay_and_count_their_free_branch(world: Path, rewards: RewardSet) -> None:
+    """Anchors, previews and pruning around it; the ratio of a first update is exactly 1."""
+    config = config_of(max_steps=1, cfg_weight=3.0, policy_logp="guided", unconditional="pads")
+    run = Run(config, world, rewards).train()
+    (metrics,), (batches, _) = run.metrics(), run.learner.given[0]
+    assert all(metrics[f"ratio_{end}/{kind}"] == 1.0 for end in ("min", "max") for kind in ("text", "image"))
+    assert metrics["rollout/replay_logp_max_abs"] <= 1e-4 and metrics["rollout/guidance_logp_mean_abs"] > 0.1
+    assert metrics["kl"] <= 1e-7
+    twins = [batch.free for batch in batches if batch.free is not None]
+    assert len(twins) == len(batches) and sum(free.rows.numel() for free in twins) > 0
+    own = sum(batch.prefix_tokens.numel() + batch.tokens.numel() for batch in batches)
+    assert metrics["pack/tokens"] == own + sum(free.num_tokens for free in twins)
 
 
 def test_what_a_preview_drops_is_neither_rewarded_nor_trained(world: Path, rewards: RewardSet) -> None:

@@ -55,6 +55,7 @@ def measured(config: SyncR1Config, folder: Path) -> int:
                 keep,
                 num_generations=config.num_generations,
                 max_tokens=config.max_tokens_per_microbatch,
+                guided=config.policy_logp != "conditional",
             )
             learner.update(learner.score(batches))
         return memory.peak
@@ -70,6 +71,7 @@ def measured(config: SyncR1Config, folder: Path) -> int:
         pytest.param({"num_generations": 16, "max_tokens_per_microbatch": 500}, id="micro-batches"),
         pytest.param({"num_generations": 8, "bf16": True}, id="bf16"),
         pytest.param({"num_generations": 8, "zero_stage": 2}, id="zero 2"),
+        pytest.param({"num_generations": 16, "policy_logp": "guided_detached"}, id="guided_detached"),
     ],
 )
 def test_estimate_is_within_10_percent(settings: dict[str, Any], tmp_path: Path) -> None:

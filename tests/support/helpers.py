@@ -122,7 +122,8 @@ class PlainJanus:
                 continue
             conditional = self.image_logits(hidden[(rows + shift).clamp(max=len(hidden) - 1)])
             out["image"] = _gather(conditional, segment.tokens, temperature)
-            free = self.hidden(torch.cat([self.text(self.policy.unconditional_tokens()), pieces[-1]]))
+            beside = self.policy.unconditional_tokens() if segment.free_prompt is None else segment.free_prompt
+            free = self.hidden(torch.cat([self.text(beside), pieces[-1]]))
             unconditional = self.image_logits(free[-1 - len(segment.tokens) : -1])
             mixed = unconditional + cfg_weight * (conditional - unconditional)
             out["image_mixed"] = _gather(mixed, segment.tokens, temperature)
@@ -204,6 +205,7 @@ def packed(
     keep: Tensor | None = None,
     seed: int = 0,
     share_prefix: bool = True,
+    guided: bool = False,
 ) -> list[PackedBatch]:
     keep = torch.ones(len(rollouts), dtype=torch.bool) if keep is None else keep
     return pack(
@@ -214,6 +216,7 @@ def packed(
         num_generations=num_generations,
         max_tokens=max_tokens,
         share_prefix=share_prefix,
+        guided=guided,
     )
 
 

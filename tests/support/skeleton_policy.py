@@ -102,8 +102,9 @@ class BlocksPolicy(Policy):
 
     # What a model that draws adds.
 
-    def unconditional_tokens(self) -> Tensor:
-        return torch.tensor([self.tokenizer.bos_token_id, self.image_start])
+    def unconditional_tokens(self, length: int | None = None) -> Tensor:
+        words = [self.tokenizer.pad_token_id] * (0 if length is None else length - 2)
+        return torch.tensor([self.tokenizer.bos_token_id, *words, self.image_start])
 
     def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
         return torch.cat([self._turn(text, shows_image=False)[1:], torch.tensor([self.image_start])])

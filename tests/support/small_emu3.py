@@ -207,6 +207,7 @@ class PlainEmu3:
             mixed = logits
             if segment.kind == "image":
                 empty = torch.tensor([policy.tokenizer.bos_token_id, policy.tokenizer.boi_token_id])
+                empty = empty if segment.free_prompt is None else segment.free_prompt
                 other = self.logits(torch.cat([empty, given]))[-1 - len(given) : -1]
                 mixed = other + cfg_weight * (logits - other)
                 logits, mixed = logits[:, self.code_ids], mixed[:, self.code_ids]
