@@ -53,7 +53,7 @@ def free_branch(
     prompts = [_free_prompt(group[0][1]) for group in groups.values()] or [policy.unconditional_tokens()]
     lengths = [segment.tokens.numel() for _, segment in in_order]
     nothing = [torch.zeros(0, dtype=torch.long)]
-    weights = [torch.full((n,), image.guidance) for (_, image), n in zip(in_order, lengths, strict=True)]
+    weights = [torch.full((n,), float(image.guidance)) for (_, image), n in zip(in_order, lengths, strict=True)]
     alone = SharedPrefixLayout(
         _offsets(prompt.numel() for prompt in prompts),
         _offsets(lengths),
