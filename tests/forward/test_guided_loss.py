@@ -143,12 +143,11 @@ def by_hand(plain: PlainJanus, rollout: Rollout, how: PolicyLogp) -> list[tuple[
 
 
 def loss_by_hand(
-    plain: PlainJanus, other: PlainJanus, rollouts: list[Rollout], rewards: Tensor, how: PolicyLogp
+    plain: PlainJanus, other: PlainJanus, rollouts: list[Rollout], advantages: Tensor, how: PolicyLogp
 ) -> Tensor:
     sums: dict[str, list[Tensor]] = {"text": [], "image": []}
     for index, rollout in enumerate(rollouts):
-        group = rewards[index // GROUP * GROUP :][:GROUP].double()
-        advantage = (rewards[index].double() - group.mean()) / (group.std() + 1e-4)
+        advantage = advantages[index].double()
         with torch.no_grad():
             before = by_hand(other, rollout, how)
         for (kind, logp), (_, old) in zip(by_hand(plain, rollout, how), before, strict=True):
@@ -167,10 +166,10 @@ def test_gradient_equals_two_whole_forwards(
     wanted = objective(how, epsilon=0.05)
     batches = scored(packed(policy, rollouts, GROUP, 200, guided=True), other, wanted)
     assert len(batches) > 1
-    rewards = torch.cat([batch.credit[:, 0] for batch in batches])
+    advantages = torch.cat([batch.advantages[:, 0] for batch in batches])
     got = gradients(policy, wanted, batches)
     plain = PlainJanus(policy)
-    expected = loss_by_hand(plain, PlainJanus(other), rollouts, rewards, how)
+    expected = loss_by_hand(plain, PlainJanus(other), rollouts, advantages, how)
     assert float(got.pop("loss")) == pytest.approx(float(expected.detach()), rel=1e-6)
     named = [(n, p) for n, p in plain.model.named_parameters() if f"model.{n}" in got]
     found = torch.autograd.grad(expected, [p for _, p in named])
@@ -231,7 +230,7 @@ def test_on_policy_the_ratio_is_exactly_one(policy: JanusPolicy, rollouts: list[
 def test_the_loss_keeps_its_axes(policy: JanusPolicy, rollouts: list[Rollout]) -> None:
     """Only the attention's axis grows: by every kept image, and by each distinct free prompt once."""
     plain, free = (packed(policy, rollouts, GROUP, guided=guided)[0] for guided in (False, True))
-    for name in ("prefix_tokens", "tokens", "modality", "loss_mask", "cu_seqlens", "group_offsets", "credit"):
+    for name in ("prefix_tokens", "tokens", "modality", "loss_mask", "cu_seqlens", "group_offsets", "advantages"):
         assert torch.equal(getattr(plain, name), getattr(free, name)), name
     assert plain.free is None and free.free is not None
     images = [s for r in rollouts for s in r.segments if s.kind == "image"]

@@ -166,9 +166,10 @@ def test_of_one_micro_batch_the_quantile_is_the_kernels(batches: list[PackedBatc
         forward(scored, num_items=items)["loss"],
         linear_grpo_loss(
             forward._streams(batch),
-            batch.credit[:, 0],
+            None,
             batch.cu_seqlens,
             batch.group_offsets,
+            advantages=batch.advantages[:, 0],
             loss_mask=batch.loss_mask,
             modality=batch.modality,
             num_items=items,
