@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from syncr1.kernels.ranges import SAMPLING
+
 from ..records import Prompt, SegmentKind
 from ..settings.train_config import Unconditional
 
@@ -57,6 +59,11 @@ class Sampling:
     seed: int = 0
     step: int = 0
     """Salts the random numbers, so that each step draws afresh."""
+
+    def __post_init__(self) -> None:
+        for name, value in truncation_of(self).items():
+            if value is not None or not name.startswith("image_"):
+                SAMPLING[name.removeprefix("image_")].check("generate", name, value)
 
     def truncation(self, kind: SegmentKind) -> Truncation:
         """Of one modality's tokens; greedy ones have none."""

@@ -203,3 +203,13 @@ def test_settings_of_a_modality() -> None:
     assert Samples(3, 4, torch.device("cpu")).support.numel() == 0
     assert Samples(3, 4, torch.device("cpu"), num_words(100)).support.shape == (4, 4, 4)
     assert given("text", [1, 2]).support is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top_k", -1), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 1.5), ("top_p", None), ("min_p", -0.1), ("min_p", 2)],
+)
+def test_what_no_truncation_can_be_is_told_at_once(name: str, value: Any) -> None:
+    for given_name in (name, f"image_{name}") if value is not None else (name,):
+        with pytest.raises(ValueError, match=rf"^generate: {given_name} must be .*, got {value}; .+"):
+            Sampling(**{given_name: value})
