@@ -17,7 +17,7 @@ from syncr1.engine.forward.objective import Objective
 from syncr1.engine.learn.from_settings import objective_of, settings_of
 from syncr1.engine.learn.schedule import learning_rate
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.settings.yaml_files import from_yaml
+from syncr1.engine.settings.yaml_files import from_yaml, to_yaml
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 DEFAULTS = {"sync_r1.yaml", "corl.yaml", "corl_tiny.yaml"}
@@ -58,7 +58,13 @@ def test_what_is_published() -> None:
     """The numbers that tell the methods apart, as the learner and the loss get them."""
     released, paper = preset("sync_r1_released.yaml"), preset("sync_r1_paper.yaml")
     objective = objective_of(released, 576)
-    assert (objective.credit, objective.loss_type, objective.scale_rewards) == ("image_only", "luspo", "none")
+    assert (objective.credit, objective.loss_type, released.scale_rewards) == ("image_only", "luspo", "none")
+    assert (objective.policy_logp, released.drawing_turn, released.top_k, released.image_top_k) == (
+        "guided",
+        "sync_r1",
+        5,
+        0,
+    )
     assert (objective.beta, objective.epsilon, objective.importance_sampling_level) == (0.01, 0.2, "token")
     learner = settings_of(released)
     assert (learner.adam_beta1, learner.adam_beta2, learner.weight_decay) == (0.9, 0.999, 1e-3)
@@ -83,7 +89,9 @@ def test_a_dry_run_of_each(
     recipe = "corl.py" if name.startswith("corl") else "sync_r1.py"
     flags = ["--config", RECIPES / name, "--model", short_base(), "--output_dir", tmp_path / "run", "--dry_run"]
     out, _ = recipe_here(capsys, recipe, *flags, *ELSEWHERE[recipe])
-    settings = yaml.safe_load(out[out.index("\nmodel:") : out.index("plan:")])
+    block = out[out.index("settings that differ") : out.index("plan:")].splitlines()[1:-1]
+    changed = yaml.safe_load("\n".join(line.strip() for line in block))
+    settings = yaml.safe_load(to_yaml(config_type(name)(), comments=False)) | changed
     given = yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
     own = {"model", "max_completion_length", "cycle_text", "captioner"}
     assert {key: settings[key] for key in given.keys() - own} == {key: given[key] for key in given.keys() - own}
