@@ -37,8 +37,8 @@ SCORE_WARPS = 8
 LOSS_WARPS = 16
 """Of a longer row, two sweeps: few rows in flight, so that the second one still finds them in L2."""
 GRADIENT_WARPS = 8
-GRADIENT_REGISTERS = 80
-"""With a support; stated for the same reason as `REGISTERS`."""
+GRADIENT_REGISTERS = {2: 80, 4: 112}
+"""With a support, by bytes of an id; stated for the same reason as `REGISTERS`."""
 REGISTERS = {"ragged": 128, "float32": 64, "support": 96, "float16": None}
 """Of the loss's full programs, one a multiprocessor or two, whose rows L2 still holds for the second sweep. Stated, or
 ptxas spills a few bytes where it sees room for one more; two 16-bit rows it fits in by itself."""
@@ -213,5 +213,5 @@ def gradient_rows(
             RAGGED=cut.ragged,
             TILE=tile,
             num_warps=num_warps,
-            maxnreg=GRADIENT_REGISTERS if cut.support and num_warps == GRADIENT_WARPS else None,
+            maxnreg=GRADIENT_REGISTERS[cut.itemsize] if cut.support and num_warps == GRADIENT_WARPS else None,
         )
