@@ -90,16 +90,6 @@ def row_statistics(row, shift, support, V, scale, FORM: tl.constexpr):
 
 
 @triton.jit
-def placed_target(support, num_words, target, V):
-    """(the target is in the row's support, it is all of it); (None, None) without one."""
-    inside, alone = None, None
-    if support is not None:
-        inside = keeps(support, target, V)
-        alone = inside & is_one_id(support, num_words, V)
-    return inside, alone
-
-
-@triton.jit
 def load_target(row, shift, target, inside, V, FORBIDDEN: tl.constexpr):
     """One id's logit, -inf where it is forbidden or outside the support."""
     logit = load_logits(row, shift, target, V, FORBIDDEN, False)
@@ -208,11 +198,12 @@ def score_rows_kernel(
     _, offset, total, weighted = row_statistics(row, shift, own, V, scale, FORM)
     log_total = tl.log2(total)
     target = tl.load(targets + index)
-    inside, alone = placed_target(own, num_words, target, V)
+    inside = keeps(own, target, V) if support is not None else None
     target_logit = load_target(row, shift, target, inside, V, FORM.FORBIDDEN)
     logp = (tl.fma(target_logit, scale, -offset) - log_total) * LN2
     entropy = entropy_of(total, weighted)
     if support is not None:
+        alone = inside & is_one_id(own, num_words, V)
         logp, entropy = tl.where(alone, 0.0, logp), tl.where(alone, 0.0, entropy)
     tl.store(logp_out + index, logp)
     tl.store(entropy_out + index, entropy)
@@ -245,12 +236,13 @@ def loss_rows_kernel(
     target = tl.load(targets + index)
     # Before the row is overwritten: the reductions below are barriers between this read and the writes.
     own = support + index * num_words if support is not None else None
-    inside, alone = placed_target(own, num_words, target, V)
+    inside = keeps(own, target, V) if support is not None else None
     target_logit = load_target(row, shift, target, inside, V, FORM.FORBIDDEN)
     weights, offset, total, weighted = row_statistics(row, shift, own, V, scale, FORM)
     logp = (tl.fma(target_logit, scale, -offset) - tl.log2(total)) * LN2
     entropy = entropy_of(total, weighted)
     if support is not None:
+        alone = inside & is_one_id(own, num_words, V)
         logp, entropy = tl.where(alone, 0.0, logp), tl.where(alone, 0.0, entropy)
     tl.store(logp_out + index, logp)
     tl.store(entropy_out + index, entropy)
@@ -314,8 +306,9 @@ def gradient_rows_kernel(
     by_entropy = tl.load(grad_entropy + index) if grad_entropy is not None else 0.0
     own = support + index * num_words if support is not None else None
     target = tl.load(targets + index)
-    inside, alone = placed_target(own, num_words, target, V)
+    inside = keeps(own, target, V) if support is not None else None
     if support is not None:
+        alone = inside & is_one_id(own, num_words, V)
         by_logp, by_entropy = tl.where(alone, 0.0, by_logp), tl.where(alone, 0.0, by_entropy)
     if (by_logp == 0) & (by_entropy == 0):
         store_zeros(out_row, V, TILE, RAGGED)
