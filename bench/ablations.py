@@ -145,31 +145,17 @@ def gradient_variance(model: Path, batches: int = 20) -> dict[str, dict[str, flo
         credit = credited_rewards(score(rollouts, rewards.functions).values, rollouts, rewards, config.credit)
         for rule in rules:
             plan = plan_of(
-                credit,
-                rollouts,
-                replace(config, dgs=rule),
-                step=k,
-                holds_anchors=False,
-                sum_over_ranks=lambda values: values,
+                credit, rollouts, replace(config, dgs=rule), step=k, holds_anchors=False, sum_over_ranks=lambda own: own
             )
-            keep = plan.keep_S
-            (batch,) = pack(
-                policy,
-                rollouts,
-                plan.advantages_S2,
-                keep,
-                num_generations=config.num_generations,
-                max_tokens=1 << 30,
-            )
+            given = (policy, rollouts, plan.advantages_S2, plan.keep_S)
+            (batch,) = pack(*given, num_generations=config.num_generations, max_tokens=1 << 30)
             # As in training: pruned tokens leave the normaliser too.
-            counts = {
-                name: float((batch.loss_mask & (batch.modality == code)).sum())
-                for code, name in enumerate(("text", "image"))
-            }
+            masks = {name: batch.loss_mask & (batch.modality == code) for code, name in enumerate(("text", "image"))}
+            counts = {name: float(mask.sum()) for name, mask in masks.items()}
             policy.zero_grad()
             forward(batch, num_items=counts)["loss"].backward()
             gradients[rule].append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]).clone())
-            kept[rule].append(float(keep.float().mean()))
+            kept[rule].append(float(plan.keep_S.float().mean()))
     means = {rule: torch.stack(g).mean(0) for rule, g in gradients.items()}
     found = {}
     for rule in rules:

@@ -321,7 +321,9 @@ def measured(batch: PackedBatch, out: Mapping[str, Tensor]) -> dict[str, float]:
     counts = {"frac_kept": batch.cu_seqlens.numel() - 1, "frac_reward_zero_std": batch.group_offsets.numel() - 1}
     learns = bool(batch.loss_mask.any())  # else it only makes the number of batches the same on every rank
     if batch.anchor and learns:
-        values |= {name.replace("kl/", "kl_anchors/"): kl for name, kl in values.items() if name.startswith("kl/")}
+        held = {name.removeprefix("kl/"): kl for name, kl in values.items() if name.startswith("kl/")}
+        values |= {f"kl_anchors/{name}": kl for name, kl in held.items()}
+        values |= {f"{COUNT}kl_anchors/{name}": values.get(f"tokens/{name}", 0.0) for name in held}
     return values | {f"{COUNT}{name}": float(count * learns) for name, count in counts.items()}
 
 

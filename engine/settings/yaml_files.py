@@ -16,7 +16,7 @@ from .schema import choices, coerce, in_yaml, settings_of, unknown_name, wrong_t
 
 Config = TypeVar("Config")
 
-MAX_YAML_BYTES = 1 << 15
+MAX_YAML_BYTES = 1 << 16
 """Twice what all settings and their explanations take; anything larger is something else, and slow to read."""
 
 MAX_PROBLEMS = 20

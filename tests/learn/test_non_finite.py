@@ -67,18 +67,18 @@ def learner_of(stage: int, bf16: bool, **more: Any) -> Learner:
 def poisoned(learner: Learner, batches: list[PackedBatch], value: float = float("nan")) -> dict[str, float]:
     """An update whose hidden states overflow in the second micro-batch."""
     module: Any = learner.engine.module
-    hidden, calls = module.hidden, []
+    trunk, calls = module._trunk, []
 
-    def broken(batch: PackedBatch) -> Tensor:
-        calls.append(batch)
-        states: Tensor = hidden(batch)
+    def broken(embeddings: Tensor, layout: Any) -> Tensor:
+        calls.append(layout)
+        states: Tensor = trunk(embeddings, layout)
         return states * value if len(calls) == 2 else states
 
-    module.hidden = broken
+    module._trunk = broken
     try:
         return learner.update(batches)
     finally:
-        del module.hidden
+        del module._trunk
 
 
 @pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (2, False), (3, False), (0, True), (2, True)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +20,6 @@ from syncr1.engine.data.prompts import load_anchors, load_training_prompts
 from syncr1.engine.learn.credit import credited_rewards
 from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
 from syncr1.engine.learn.learner import Learner
-from syncr1.engine.learn.schedule import learning_rate
 from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
@@ -260,41 +258,10 @@ def test_batch_scale_knows_the_whole_step(world: Path, rewards: RewardSet) -> No
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_learning_rate_warms_up_and_falls_to_a_tenth(world: Path, rewards: RewardSet) -> None:
-    config = config_of(max_steps=25, warmup_steps=5, learning_rate=2.0)
-    rates = [learning_rate(config, step) for step in range(26)]
-    assert rates[:6] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
-    assert rates[15] == pytest.approx(2.0 * 0.55) and rates[25] == pytest.approx(0.2)
-    assert all(a > b for a, b in itertools.pairwise(rates[5:]))
-    assert learning_rate(config_of(warmup_steps=0), 0) == 1e-3
-    as_ever = [2.0 * (0.1 + 0.9 * (1.0 - (step - 5) / 20)) for step in range(5, 26)]
-    assert rates[5:] == as_ever, "the default stays as it is to the last bit"
+def test_the_rate_of_each_step_is_the_schedules(world: Path, rewards: RewardSet) -> None:
     run = Run(config_of(warmup_steps=2), world, rewards).train()
     used = [rate for _, rate in run.learner.given]
     assert used == [metrics["learning_rate"] for metrics in run.metrics()] == pytest.approx([5e-4, 1e-3, 1e-3])
-
-
-@pytest.mark.parametrize(
-    "shape", ["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "linear_with_min_lr"]
-)
-def test_learning_rates_are_transformers_behind_the_warm_up(shape: Any) -> None:
-    """Our warm-up is one step ahead: transformers' first step learns at 0."""
-    from transformers import get_scheduler
-
-    config = config_of(max_steps=12, warmup_steps=4, learning_rate=2.0, lr_scheduler_type=shape)
-    rates = [learning_rate(config, step) for step in range(12)]
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    kind, more = shape, {"min_lr_rate": 0.1} if shape == "cosine_with_min_lr" else {}
-    if shape == "linear_with_min_lr":
-        kind, more = "polynomial", {"power": 1.0, "lr_end": 0.2}
-    theirs = get_scheduler(kind, optimizer, num_warmup_steps=4, num_training_steps=12, scheduler_specific_kwargs=more)
-    expected = []
-    for _ in range(12):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step(), theirs.step()
-    assert rates[4:] == pytest.approx(expected[4:])
-    if shape != "constant":
-        assert rates[:3] == pytest.approx(expected[1:4])
 
 
 def test_each_step_draws_afresh(world: Path, rewards: RewardSet) -> None:

@@ -115,9 +115,9 @@ def test_settings_that_are_all_unknown() -> None:
 
 
 def test_a_settings_text_that_is_none() -> None:
-    with pytest.raises(ConfigError, match="at most 32768 characters"):
+    with pytest.raises(ConfigError, match="at most 65536 characters"):
         from_yaml(SyncR1Config, "# x\n" * 10_000)
-    assert len(to_yaml(CorlConfig())) < 32768 / 2
+    assert len(to_yaml(CorlConfig())) < 65536 / 2
 
 
 HOSTFILES = ["worker-1 slots=8\nworker-2 slots=8\n", "# two\nroot@10.0.0.1 slots=1  # here\n", "a slots=4"]

@@ -279,7 +279,7 @@ def test_a_key_that_goes_bad_later_is_an_error_without_it(monkeypatch: pytest.Mo
     ],
 )
 def test_addresses_that_are_none(url: str) -> None:
-    with pytest.raises(ValueError, match="expected base_url") as caught:
+    with pytest.raises(ValueError, match="expected an address like https://host/v1") as caught:
         ChatClient(url, "m")
     assert "pw" not in str(caught.value).replace("password", "")
 
