@@ -69,7 +69,7 @@ def test_a_range_of_its_own_is_told() -> None:
 
 
 def test_who_the_judge_is() -> None:
-    caption = Judge(caption_logp=lambda images, texts: images)
+    caption = Judge(captions=lambda images, texts: images)
     both = Judge(lambda images, wanted: images, lambda images, texts: images)
     remote = LLMJudge("https://judge.example.org:8443/v1", "qwen-vl")
     assert "the starting model, frozen" in lines(caption)[1] and "reader" not in lines(caption)[1]
