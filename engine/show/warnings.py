@@ -308,8 +308,8 @@ def _guessed(row: ScoreRow) -> Warned:
         return Warned(f"at chance: {row.name}", chance, words, HOLD)
     before = f"{show_score(row.before, row.unit)} {show_interval(row.before_interval, row.unit)}".strip()
     remedy = (
-        f"the starting model was there, too ({before}), so that RL has little to make more likely; start from a --model "
-        "that does better"
+        f"the starting model was there, too ({before}), so that RL has little to make more likely; start from a "
+        "--model that does better"
     )
     return Warned(f"at chance: {row.name}", chance, words, remedy)
 
