@@ -112,8 +112,10 @@ def merge(config: MergeConfig) -> None:
     method = f"{config.method} merge"
     write_model_card(config.output, base_model=config.base, method=method, config=config, merged_from=config.models)
     for index, model in enumerate(report.models):
-        outside = "" if report.outside is None else f", {report.outside[index]:.2%} of its elements outside the band"
-        print(f"  {model.name}: moved by {report.moved[index]:.4g}{outside}; {report.unmoved[index]} tensors unmoved")
+        moved = f"moved by {report.moved[index]:.4g} (norm of the change)"
+        if report.outside is not None:
+            moved += f", {report.outside[index]:.2%} of its elements taken in full, the others averaged"
+        print(f"  {model.name}: {moved}; {report.unmoved[index]} tensors unmoved")
     if report.not_in_base:
         print(f"  copied from the first model, as the base lacks them: {', '.join(report.not_in_base)}")
     print(f"saved {config.output} in {report.seconds:.0f} s")

@@ -51,6 +51,15 @@ LABELS = {
     "identity": "likeness (own tower)",
 }
 """Metrics in words, whole drawings before their attributes; another name is shown as it is."""
+EXPLAINED = {
+    "recall": "% balanced accuracy",
+    "words": "% of words",
+    "accuracy": "% of answers",
+    "bleu": "character BLEU, 0 to 1",
+    "clip_t": "CLIP-T",
+    "clip_i": "CLIP-I",
+}
+"""Metrics that the table explains below, by their names in MEASURES."""
 
 
 MAIN = ("recall", "words", "accuracy", "bleu")
@@ -268,8 +277,10 @@ def legend(result: Result) -> list[str]:
     drawn = any(READ[name] in label for name in READ for label in shown)
     named = [name for name in (*READ.values(), *READERS.values()) if any(name in label for label in shown)]
     notes = [f"{name}: {MEASURES[name]}" for name in (*ANSWERS.values(), *named)]
-    if any("balanced accuracy" in label for label in shown):
-        notes.append(f"balanced accuracy: {MEASURES['% balanced accuracy']}")
+    plain = [label.removeprefix(f"{LABELS['score']}: ") for label in shown]
+    for name, known in EXPLAINED.items():
+        if any(label.startswith(LABELS[name]) for label in plain):
+            notes.append(f"{LABELS[name]}: {MEASURES[known]}")
     notes += ["drawings are sampled, so that theirs stand in the last column"] if drawn else []
     return [*notes, INTERVALS]
 
@@ -282,7 +293,9 @@ def markdown(result: Result) -> str:
     lines += [f"| {name} | {show_score(value)} |" for name, value in result.summary.items()]
     lines += ["", *(f"- {note}" for note in legend(result))]
     if result.left_out:
-        lines += ["", "Left out:", ""] + [f"- {name}: {reason}" for name, reason in result.left_out.items()]
+        lines += ["", "Left out:", ""] + [
+            f"- {LABELS.get(name, name)}: {reason}" for name, reason in result.left_out.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -302,7 +315,8 @@ def rich_table(result: Result) -> Group:
             lines += [Text(f"{TASKS.get(task, task.replace('_', ' '))} ({count} items)", "bold"), under]
         under.add_row(Text(f"  {cells[0]}"), *map(Text, cells[1:]))
         before = task
-    notes = [*legend(result), *(f"left out: {name}: {why}" for name, why in result.left_out.items())]
+    left_out = (f"left out: {LABELS.get(name, name)}: {why}" for name, why in result.left_out.items())
+    notes = [*legend(result), *left_out]
     return Group(*lines, *(Text(note, "dim") for note in notes))
 
 

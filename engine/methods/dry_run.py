@@ -80,7 +80,8 @@ def show(
     for line in settings_lines(config):
         say(line)
     start, lines = start_of(config)
-    say(f"plan: {start.nodes} nodes, {start.ranks} ranks, ZeRO stage {config.zero_stage}")
+    nodes, ranks = ("s" * (count != 1) for count in (start.nodes, start.ranks))
+    say(f"plan: {start.nodes} node{nodes}, {start.ranks} rank{ranks}, ZeRO stage {config.zero_stage}")
     for line in lines:
         say(f"  {line}")
     prompts = prompts_of(start.ranks)

@@ -60,7 +60,7 @@ MEASURES = {
     READ["all_right"]: "share of drawings in which every attribute that was asked for is right",
     READ["attributes"]: "share of the attributes that were asked for that are right, mean over drawings",
     READERS[INDEPENDENT]: "a network that no reward uses reads the drawing",
-    READERS["checker"]: "the attribute reader that also gives the reward “judge” reads the drawing",
+    READERS["checker"]: "the attribute reader that gives Sync-R1's reward “judge” reads the drawing",
     "likeness": "how like the concept's photos a drawing is, from 0 to 1; that does not make it right",
     "by own tower": "the starting model's own frozen vision tower",
     "cycle": "reward: like the real picture, and captioned back to the prompt",

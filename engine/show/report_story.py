@@ -72,7 +72,8 @@ def _reward(rows: Rows) -> str:
     first, last = ends(values)
     way = "rose" if last > first else "fell"
     moved = f"{way} from {first:.2f} to {last:.2f}" if f"{first:.2f}" != f"{last:.2f}" else f"stayed at {last:.2f}"
-    return f"The mean reward in training {moved} (first and last tenth of the steps)."
+    where = "step" if len(values) < 20 else "tenth of the steps"
+    return f"The mean reward in training {moved} (first and last {where}, which had other requests)."
 
 
 def changes(rows: Sequence[ScoreRow], compared: str = "", heads: tuple[str, str] = BETTER_WORSE) -> str:

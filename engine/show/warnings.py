@@ -197,7 +197,8 @@ LIMITS = (
         "frac_reward_zero_std",
         DEAD_GROUPS,
         "{share:.0f} % of the groups had equal rewards and taught nothing",
-        "double --num_generations, set --temperature 1 or above, or train on prompts that are right now and then",
+        "draw such groups anew (--refill 3), double --num_generations, set --temperature 1 or above, or train on "
+        "prompts that are right now and then",
     ),
     Limit(
         "guidance without effect",
@@ -227,7 +228,8 @@ LIMITS = (
         "rollout/replay_logp_max_abs",
         REPLAY,
         "The sampler's and the trainer's log-probabilities of a token differed by {value:.2f} nats",
-        "with --bf16 and guidance that is to be expected; without --bf16 it is a fault of ours, please report it",
+        "with --bf16 and guidance that is to be expected, and --importance_correction truncate weighs it; without "
+        "--bf16 it is a fault of ours, please report it",
         newest=True,
     ),
 )
@@ -304,8 +306,10 @@ def _guessed(row: ScoreRow) -> Warned:
     if row.before_interval is not None and row.before_interval[0] > chance:
         words += f", and was at {show_score(row.before, row.unit)} before"
         return Warned(f"at chance: {row.name}", chance, words, HOLD)
+    before = f"{show_score(row.before, row.unit)} {show_interval(row.before_interval, row.unit)}".strip()
     remedy = (
-        "the starting model did no better, so that RL has little to make more likely; start from a --model that does"
+        f"the starting model was there, too ({before}), so that RL has little to make more likely; start from a "
+        "--model that does better"
     )
     return Warned(f"at chance: {row.name}", chance, words, remedy)
 

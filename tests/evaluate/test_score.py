@@ -141,7 +141,8 @@ def test_tables_name_every_task_and_what_is_left_out(tmp_path: Path) -> None:
         "| vqa | 1 | judge (0, .5, 1) | left out | left out |" in shown
         and "| other | 1 | main score: accuracy | 100.0 % [21, 100] | 0.0 % [0, 79] |" in shown
     )
-    assert "- judge: no judge was given" in shown
+    assert "- judge (0, .5, 1): no judge was given" in shown
+    assert shown.count("- accuracy: share of the answers") == 1 and "- balanced accuracy" not in shown
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(rich_table(found))
     text = console.export_text()

@@ -83,7 +83,7 @@ class Judge:
     def who(self) -> str:
         """Who decides, for people."""
         reader = "a reader of the attributes that a request names (how sure it is that each is right, their mean)"
-        caption = "the starting model, frozen (how likely it finds what was asked beside descriptions of other images)"
+        caption = "the starting model, frozen (how much truer of the image it finds what was asked than other requests)"
         if self.by_attributes is None:
             return caption
         return reader if self.by_caption is None else f"{reader}; where it names none by {caption}"
