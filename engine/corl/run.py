@@ -39,7 +39,7 @@ from ..methods.training import (
 )
 from ..processes.group import barrier, one_at_a_time, place
 from ..records import Prompt
-from ..rollout.capacity import check_plans
+from ..rollout.capacity import LOOKED_AT, check_lengths, check_plans
 from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .account import TITLES, Account, planned_parts
 from .config import REFINED, CorlConfig
@@ -191,7 +191,9 @@ class CorlRun:
         policy = starting_policy(config, start.folder, self.display)
         objective, credit = objective_of(config, policy.num_image_tokens), None
         reference = add_adapters(config, policy) if config.lora_rank or objective.needs_reference else None
-        check_plans(policy, [prompt for sample in samples for prompt in sample])
+        prompts = [prompt for sample in samples for prompt in sample]
+        check_plans(policy, prompts)
+        check_lengths(policy, prompts, config.drawing_turn, config.max_completion_length, most=LOOKED_AT)
         rewards = self.parts.rewards(name, policy, samples)
         if config.unify == "advantage" and name == "unified":
             credit = partial(

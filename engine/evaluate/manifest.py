@@ -29,6 +29,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 PACKAGES = ("syncr1", "torch", "transformers")
 """Whose versions may change what is generated, bit by bit."""
+LATER = (("drawing_turn", "none"), ("unconditional", "fixed"))
+"""Settings that are not written down at these values: folders begun before there were such settings go on."""
 SAMPLED_VALUES = 4096
 """Of each weight tensor, this many values, evenly spread, go into the fingerprint."""
 
@@ -67,7 +69,7 @@ def describe(
             "fingerprint": prompts_fingerprint([prompt for task in items for prompt in items[task]]),
             "items": {task: len(prompts) for task, prompts in items.items()},
         },
-        "sampling": {k: v for k, v in asdict(settings).items() if (k, v) != ("drawing_turn", "none")},
+        "sampling": {k: v for k, v in asdict(settings).items() if (k, v) not in LATER},
         "versions": {
             **{name: _version(name) for name in PACKAGES},
             "device": parameter.device.type,

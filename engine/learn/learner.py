@@ -173,19 +173,17 @@ class Learner:
         ]
 
     def update(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
-        """`num_iterations` optimizer steps on the scored batches; returns the last one's metrics under TRL's names, and
-        in `updates_skipped` how many all ranks left out because a gradient was NaN or infinite.
+        """`num_iterations` optimizer steps on the scored batches; returns the last one's metrics under TRL's names, but
+        for how far sampler and trainer disagree, which is the first one's: its weights are those that sampled; and in
+        `updates_skipped` how many all ranks left out because a gradient was NaN or infinite.
 
         Raises:
             NotFinite: more than `max_skipped_updates` in a row were; weights and optimizer are as before them.
         """
-        metrics: dict[str, float] = {}
         self._time = Stopwatch()
-        skipped = 0.0
-        for _ in range(self.settings.num_iterations):
-            metrics = self._step(batches)
-            skipped += metrics["updates_skipped"]
-        return metrics | {"updates_skipped": skipped}
+        told = [self._step(batches) for _ in range(self.settings.num_iterations)]
+        replay, skipped = "rollout/replay_logp_max_abs", "updates_skipped"
+        return told[-1] | {replay: told[0][replay], skipped: math.fsum(update[skipped] for update in told)}
 
     def _step(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         num_items, shares = self._normalisers(batches)

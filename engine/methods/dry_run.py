@@ -22,8 +22,7 @@ from ..processes.launch import Request, Start, count_gpus, decide
 from ..records import Prompt
 from ..rewards.trial import try_rewards
 from ..rewards.yours.custom import load_reward, reward_name
-from ..rollout.capacity import Sizes, check_plans, check_prompts
-from ..rollout.drawing_turn import DrawingTurns
+from ..rollout.capacity import check_lengths, check_plans
 from ..settings.train_config import TrainConfig
 from ..settings.yaml_files import to_yaml
 from ..show.names import training_task_words
@@ -149,10 +148,7 @@ def check_batch(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) 
     """Opens every picture and checks every prompt's plan and length, as a rollout would."""
     objective_of(config, policy.num_image_tokens)  # for what it refuses
     check_plans(policy, prompts)
-    follow_ups = [policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
-    drawing = DrawingTurns(policy, config.drawing_turn, config.max_completion_length)
-    sizes = Sizes.of(policy, prompts, follow_ups, drawing)
-    check_prompts(policy, prompts, [policy.prompt_tokens(prompt) for prompt in prompts], sizes, drawing)
+    check_lengths(policy, prompts, config.drawing_turn, config.max_completion_length)
     for prompt in prompts:
         for picture in (prompt.image, prompt.real_image, *prompt.references):
             if picture is not None:

@@ -23,7 +23,7 @@ from ..processes.group import init_distributed, one_at_a_time, own_device, place
 from ..records import Prompt
 from ..rewards.judge.attribute_judge import AttributeScorer
 from .evaluation_config import EvaluateConfig
-from .trained_with import drawing_turn_of, tells_concepts
+from .trained_with import drawing_turn_of, tells_concepts, unconditional_of
 
 
 def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Result | None:
@@ -67,7 +67,7 @@ def generate(config: EvaluateConfig, console: Console) -> None:
         temperature=config.temperature,
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.cfg_weight,
-        unconditional=config.unconditional,
+        unconditional=unconditional_of(config, config.model),
         drawing_turn=drawing_turn_of(config, config.model),
         images_per_prompt=config.images_per_prompt,
         greedy_texts=config.greedy_texts,

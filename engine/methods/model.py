@@ -25,7 +25,7 @@ from ..rollout.sampler import RolloutEngine
 from ..rollout.sampling import Sampling
 from ..show.sheets import to_picture
 from .starting import limit_threads, quieten
-from .trained_with import run_of
+from .trained_with import run_of, trained_unconditional
 
 
 class Model:
@@ -76,14 +76,16 @@ class Model:
         Args:
             prompts: with unique ids, which key the random numbers.
             num: of each prompt.
-            sampling: further fields of `Sampling`: temperature, max_text_tokens, cfg_weight, drawing_turn, seed.
+            sampling: further fields of `Sampling`: temperature, max_text_tokens, cfg_weight, drawing_turn, seed;
+                unconditional, if it is not given, is as the checkpoint's run has it.
 
         Raises:
             ConfigError: a prompt that the model cannot take.
             RolloutTooLarge: the keys and values do not fit into memory.
         """
+        asked: dict[str, Any] = {"unconditional": trained_unconditional(self.name), **sampling}
         try:
-            return self._engine.generate(prompts, Sampling(num_generations=num, **sampling))
+            return self._engine.generate(prompts, Sampling(num_generations=num, **asked))
         except ValueError as error:
             if not str(error).startswith("generate: "):
                 raise

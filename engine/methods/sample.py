@@ -31,7 +31,7 @@ from ..show.sheets import MAX_ROWS, sheet_of_models, to_picture
 from ..world.embedded import world_folder
 from .model import Model, prompt_of
 from .sample_config import SampleConfig
-from .trained_with import drawing_turn_of, tells_concepts
+from .trained_with import drawing_turn_of, tells_concepts, unconditional_of
 
 WORD = re.compile(r"<[^<>\s]+>|[^\W_]+(?:['’-][^\W_]+)*")
 """A concept's name in brackets, or a word."""
@@ -106,7 +106,7 @@ def ask(model: Model, prompts: Sequence[Prompt], config: SampleConfig, drawing_t
         temperature=config.temperature,
         max_text_tokens=config.max_completion_length,
         cfg_weight=config.cfg_weight,
-        unconditional=config.unconditional,
+        unconditional=unconditional_of(config, model.name),
         drawing_turn=drawing_turn,
         **truncation_of(config),
         seed=config.seed,

@@ -125,9 +125,10 @@ class SampleConfig(Settings):
     """min_p of image tokens. None: as min_p."""
     cfg_weight: Guidance = 1.5
     """Classifier-free guidance w of image tokens: u + w (c - u); 1 is without. Janus-Pro draws at 5."""
-    unconditional: Unconditional = "fixed"
+    unconditional: Unconditional | None = None
     """The prompt that u is computed behind: the model's own, one for all (fixed), or padding in the place of every
-    token of the prompt, as Janus-Pro draws (pads)."""
+    token of the prompt, as Janus-Pro draws (pads). None: as the run did in whose folder the checkpoint lies, else
+    fixed."""
     drawing_turn: str | None = None
     """How an image is asked for behind the model's own text: none, sync_r1, t2i_r1 or a template, as in training. None:
     as the run did in whose folder the checkpoint lies, else none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ SUPPORTED_SEGMENTS: tuple[tuple[SegmentKind, ...], ...] = (
     ("image", "text"),
     ("text", "image", "text"),
 )
+LOOKED_AT = 16
+"""Prompts of a kind whose tokens are counted before a training: enough that the longest is among them, or nearly."""
 FREE_SHARE = 0.9
 """Share of the free memory that keys and values may take; activations, logits and pictures need some."""
 
@@ -97,6 +100,33 @@ def check_prompts(
                 f"generate: prompt {prompt.id} has {ids.numel()} tokens and may grow by {own}{turn}, but the model has "
                 f"positions for {policy.max_positions}; shorten {remedy} or lower max_completion_length"
             )
+
+
+def check_lengths(
+    policy: Policy, prompts: Sequence[Prompt], drawing_turn: str, max_text_tokens: int, *, most: int | None = None
+) -> None:
+    """`check_prompts` of a training's, before anything is sampled.
+
+    Args:
+        policy: whose positions they are.
+        prompts: the training's, or a step's.
+        drawing_turn, max_text_tokens: as in `Sampling`.
+        most: of each kind only so many, those of most bytes, since tokens of all may take long; None: all.
+    """
+    drawing = DrawingTurns(policy, drawing_turn, max_text_tokens)
+
+    def num_bytes(prompt: Prompt) -> int:
+        turn = drawing.words(prompt, "") if drawing.applies(prompt) else ""
+        return len(f"{prompt.text}{turn}{prompt.follow_up or ''}".encode())
+
+    kinds: dict[tuple[object, ...], list[Prompt]] = {}
+    for prompt in prompts:
+        kinds.setdefault((prompt.segments, prompt.image is None), []).append(prompt)
+    for alike in kinds.values():
+        asked = alike if most is None else nlargest(most, alike, key=num_bytes)
+        turns = [policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in asked]
+        tokens = [policy.prompt_tokens(prompt) for prompt in asked]
+        check_prompts(policy, asked, tokens, Sizes.of(policy, asked, turns, drawing), drawing)
 
 
 def check_fits(

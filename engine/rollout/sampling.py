@@ -9,6 +9,7 @@ from typing import Any
 from syncr1.kernels.ranges import SAMPLING
 
 from ..records import Prompt, SegmentKind
+from ..settings.modality import value_of
 from ..settings.train_config import Unconditional
 
 
@@ -67,15 +68,9 @@ class Sampling:
 
     def truncation(self, kind: SegmentKind) -> Truncation:
         """Of one modality's tokens; greedy ones have none."""
-        if self.temperature == 0:
+        if value_of(self, "temperature", kind) == 0:
             return EVERYTHING
-        if kind == "text":
-            return Truncation(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
-        return Truncation(
-            top_k=self.top_k if self.image_top_k is None else self.image_top_k,
-            top_p=self.top_p if self.image_top_p is None else self.image_top_p,
-            min_p=self.min_p if self.image_min_p is None else self.image_min_p,
-        )
+        return Truncation(**{field.name: value_of(self, field.name, kind) for field in fields(Truncation)})
 
 
 def truncation_of(config: Any) -> dict[str, Any]:

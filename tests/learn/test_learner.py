@@ -175,6 +175,7 @@ def test_several_iterations_clip(stage: int, batches: list[PackedBatch]) -> None
     learner = make_learner(stage, num_iterations=2, learning_rate=5e-3)
     metrics = learner.update(learner.score(batches))
     assert metrics["clip_low/image"] + metrics["clip_high/image"] > 0.01 and metrics["ratio_max/image"] > 1.2
+    assert metrics["rollout/replay_logp_max_abs"] <= 1e-4, "of the weights that sampled, not of the second update's"
     once = make_learner(stage, learning_rate=5e-3)
     assert once.update(once.score(batches))["ratio_max/image"] == pytest.approx(1.0, abs=1e-3)
 

@@ -9,17 +9,19 @@ import pytest
 from evaluate_cases import SETTINGS, few_items, generated
 from made import cache_folder
 
+from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.learn.from_settings import held_out_sampling
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.methods.sample import prompts_of
 from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.trained_with import drawing_turn_of, run_of, tells_concepts
+from syncr1.engine.methods.trained_with import drawing_turn_of, run_of, tells_concepts, unconditional_of
+from syncr1.engine.settings.train_config import TrainConfig
 from syncr1.engine.settings.yaml_files import to_yaml
 
 
-def left_by(run: Path, config: SyncR1Config) -> str:
+def left_by(run: Path, config: TrainConfig) -> str:
     """The checkpoint of a run."""
     model = run / "checkpoints" / "last"
     model.mkdir(parents=True)
@@ -41,6 +43,18 @@ def test_a_checkpoint_is_asked_as_in_its_run(tmp_path: Path) -> None:
     assert run_of(real) is None and drawing_turn_of(own, real) == "none" and not tells_concepts(own, real)
     of_data = SampleConfig(data=str(data), concept_info=None)
     assert tells_concepts(of_data, "org/janus") and not tells_concepts(of_data, None)
+
+
+def test_a_checkpoint_is_guided_as_in_its_run(tmp_path: Path) -> None:
+    """Of either method: CoRL's trainings have settings of their own."""
+    runs = (SyncR1Config(unconditional="pads"), CorlConfig(unconditional="pads"), CorlConfig())
+    models = [left_by(tmp_path / str(number), run) for number, run in enumerate(runs)]
+    assert [unconditional_of(SampleConfig(), model) for model in models] == ["pads", "pads", "fixed"]
+    assert unconditional_of(EvaluateConfig(unconditional="fixed"), models[0]) == "fixed"
+    for text in ("unconditional: words", "- 1", "a: [", "\xff"):
+        (tmp_path / "0" / "config.yaml").write_text(text, encoding="latin-1")
+        assert unconditional_of(EvaluateConfig(), models[0]) == "fixed"
+    assert unconditional_of(EvaluateConfig(), "org/janus") == unconditional_of(EvaluateConfig(), None) == "fixed"
 
 
 def test_a_run_tells_of_concepts_where_model_and_data_are_given(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import CHAIN, LONG_CHAIN, Gate, make_prompt, sharp_policy
 
-from syncr1.engine.errors import RolloutTooLarge
+from syncr1.engine.errors import DataError, RolloutTooLarge
 from syncr1.engine.policies.cache import CacheShape
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.rollout import sampler as rollout_module
-from syncr1.engine.rollout.capacity import Sizes, check_fits, free_bytes
+from syncr1.engine.rollout.capacity import Sizes, check_fits, check_lengths, free_bytes
 from syncr1.engine.rollout.drawing_turn import SEAM, DrawingTurns
 from syncr1.engine.rollout.preview import preview_length
 from syncr1.engine.rollout.sampler import RolloutEngine, generate
@@ -103,6 +103,17 @@ def test_a_prompt_beyond_the_positions_is_refused(policy: JanusPolicy) -> None:
     wanted = re.escape(f"positions for {policy.max_positions}; shorten the prompt or lower max_completion_length")
     with pytest.raises(ValueError, match=wanted):
         generate(policy, [make_prompt("a " * policy.max_positions)], Sampling(num_generations=1))
+
+
+def test_a_training_is_refused_for_its_longest_prompt(policy: JanusPolicy) -> None:
+    """Of thousands, by what a few of most bytes have in tokens; in the drawing turn the request, too, is long."""
+    short = [make_prompt(f"draw {i}", CHAIN) for i in range(60)]
+    long = make_prompt("who?", CHAIN, request="draw " + "z " * policy.max_positions)
+    for most in (None, 2):
+        check_lengths(policy, short, "t2i_r1", 5, most=most)
+        check_lengths(policy, [*short, long], "none", 5, most=most)
+        with pytest.raises(DataError, match=r"prompt .*who.* of them in its drawing turn, .* shorten the drawing turn"):
+            check_lengths(policy, [*short, long, *short], "t2i_r1", 5, most=most)
 
 
 def test_an_empty_prompt_is_refused(policy: JanusPolicy, monkeypatch: pytest.MonkeyPatch) -> None:

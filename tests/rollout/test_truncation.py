@@ -199,6 +199,8 @@ def test_settings_of_a_modality() -> None:
     assert both.truncation("image") == Truncation(top_k=5, top_p=1.0, min_p=0.2)
     assert Sampling(top_k=5, image_top_k=0).truncation("image") == EVERYTHING
     assert replace(both, temperature=0.0).truncation("text") == EVERYTHING  # greedy leaves nothing out
+    apart = replace(both, temperature=0.0, image_temperature=1.0)
+    assert apart.truncation("text") == EVERYTHING and apart.truncation("image") == both.truncation("image")
     assert not Sampling().truncation("image").acts
     assert Samples(3, 4, torch.device("cpu")).support.numel() == 0
     assert Samples(3, 4, torch.device("cpu"), num_words(100)).support.shape == (4, 4, 4)
