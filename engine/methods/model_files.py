@@ -110,14 +110,14 @@ def _kind_problems(setting: str, folder: Path, config: dict[str, Any]) -> list[s
 
 @cache
 def text_decoders() -> frozenset[str]:
-    """`model_type`s that transformers knows as causal language models, read from its source, as importing it takes
-    seconds; empty where its source is not as expected."""
+    """`model_type`s that transformers knows as causal language models, without emu3, which draws;
+    read from its source, as importing it takes seconds; empty where its source is not as expected."""
     spec = importlib.util.find_spec("transformers")
     path = Path(spec.origin or "").parent / "models" / "auto" / "modeling_auto.py" if spec else Path()
     if not path.is_file():
         return frozenset()
     found = re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = \w+\((.*?)^\)", path.read_text("utf-8"), re.S | re.M)
-    return frozenset(re.findall(r'\(\s*"([\w-]+)"', found[1])) if found else frozenset()
+    return frozenset(re.findall(r'\(\s*"([\w-]+)"', found[1])).difference(UNIFIED) if found else frozenset()
 
 
 def weight_problems(folder: Path) -> list[str]:

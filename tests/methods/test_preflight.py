@@ -36,7 +36,14 @@ from syncr1.engine.methods.model_files import (
     settings_in,
     text_decoders,
 )
-from syncr1.engine.methods.preflight import NEEDED, TOY_POSITIONS, space_needed, version_problems, written_to
+from syncr1.engine.methods.preflight import (
+    NEEDED,
+    TOY_POSITIONS,
+    space_needed,
+    turn_problems,
+    version_problems,
+    written_to,
+)
 from syncr1.engine.methods.reward_names import reward_problems
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.policies.auto import KNOWN, load_policy
@@ -74,9 +81,17 @@ def test_an_old_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.startswith("torch: expected at least 2.10, got 2.9.1+cpu; ")
 
 
+def test_models_that_draw_may_have_a_drawing_turn(tmp_path: Path) -> None:
+    """Each of them; transformers has Emu3 among its text decoders as well."""
+    config = SyncR1Config(drawing_turn="sync_r1")
+    for kind in (*UNIFIED, "llama"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert len(turn_problems(config, tmp_path)) == (kind == "llama")
+
+
 def test_kinds_of_models_are_those_that_are_loaded() -> None:
     assert set(UNIFIED) == KNOWN.keys()
-    assert text_decoders() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert text_decoders() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - set(UNIFIED)
 
 
 @pytest.mark.parametrize(
