@@ -1,4 +1,5 @@
-"""Scores over seeds: the default run (credit shared), DGS against its controls, and the other kinds of credit.
+"""Scores over seeds: the default run (credit shared), DGS against its controls, the other kinds of credit, what is
+scored of guided drawings, and drawing turns.
 
     python bench/ablations.py --seeds 5 --jobs 2 --eval_samples 256       further flags go to recipes/sync_r1.py
     python bench/ablations.py --gradient_variance
@@ -35,6 +36,13 @@ VARIANTS: dict[str, list[str]] = {
     "credit_per_segment": ["--credit", "per_segment"],
     "credit_image_only": ["--credit", "image_only"],
     "no_anchors": ["--anchor_fraction", "0"],
+    "guided": ["--policy_logp", "guided"],
+    "guided_detached": ["--policy_logp", "guided_detached"],
+    "w5": ["--cfg_weight", "5"],
+    "w5_guided": ["--cfg_weight", "5", "--policy_logp", "guided"],
+    "w5_guided_detached": ["--cfg_weight", "5", "--policy_logp", "guided_detached"],
+    "turn_sync_r1": ["--drawing_turn", "sync_r1"],
+    "turn_t2i_r1": ["--drawing_turn", "t2i_r1"],
 }
 
 

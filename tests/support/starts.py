@@ -6,11 +6,17 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 from torch.distributed import TCPStore
 
 from syncr1.engine.errors import Refused, RunEnded
+
+BEGINS_WITHIN = 10.0
+"""Seconds. A test's process has threads of other libraries, whose locks a fork may catch closed: such a child stands
+still before it has run a line, and another is forked in its place."""
 
 Act = Callable[[int, Path], None]
 """What a rank does, in a process of its own: its number, and a folder for what it has to tell."""
@@ -25,11 +31,7 @@ class Starts:
 
     def start(self, act: Act, *, without: tuple[int, ...] = (), seconds: float = 60) -> list[int | None]:
         """The ranks' exit codes, negative for signals; None: it had to be ended. What they say is in `said`."""
-        processes = {}
-        for rank in range(self.ranks):
-            if rank not in without:
-                processes[rank] = multiprocessing.get_context("fork").Process(target=self._rank, args=(act, rank))
-                processes[rank].start()
+        processes = {rank: self._begun(act, rank) for rank in range(self.ranks) if rank not in without}
         for process in processes.values():
             process.join(seconds)
         codes = [processes[rank].exitcode if rank in processes else None for rank in range(self.ranks)]
@@ -39,10 +41,24 @@ class Starts:
         self.count += 1
         return codes
 
+    def _begun(self, act: Act, rank: int) -> ForkProcess:
+        """A rank that runs."""
+        context = multiprocessing.get_context("fork")
+        for _ in range(3):
+            heard, tells = context.Pipe(duplex=False)
+            process = context.Process(target=self._rank, args=(act, rank, tells))
+            process.start()
+            if heard.poll(BEGINS_WITHIN):
+                return process
+            process.kill()
+            process.join()
+        raise AssertionError(f"rank {rank}: three forks one after the other did not begin")
+
     def said(self, rank: int) -> str:
         return (self.folder / f"said_{rank}").read_text(errors="replace")
 
-    def _rank(self, act: Act, rank: int) -> None:
+    def _rank(self, act: Act, rank: int, tells: Connection) -> None:
+        tells.send(os.getpid())
         log = os.open(self.folder / f"said_{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
