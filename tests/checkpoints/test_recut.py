@@ -12,6 +12,7 @@ from helpers import ROOT, same_bits
 from recut_cases import KINDS, saved, whole
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
 KINDS_HERE = ("0_fp32", "1_fp32", "2_fp32", "3_fp32", "0_bf16", "3_bf16")
 FP32 = [kind for kind in KINDS_HERE if kind.endswith("fp32")]
 PAIRS = {

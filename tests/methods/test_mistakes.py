@@ -41,6 +41,7 @@ def test_a_mistake_is_told_without_torch(mistake: Mistake, tmp_path: Path) -> No
     check(mistake, said, code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", LATE, ids=lambda mistake: mistake.name)
 def test_a_mistake_is_told_before_a_model_is_made(mistake: Mistake, tmp_path: Path) -> None:
     made = set(cache_folder().glob("tiny_base-*"))

@@ -18,6 +18,8 @@ from syncr1.engine.processes.group import join
 from syncr1.engine.processes.meeting import meet
 from syncr1.engine.processes.watchdog import Watchdog
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:

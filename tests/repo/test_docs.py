@@ -71,6 +71,7 @@ def settings() -> dict[str, Any]:
 # Python ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in with_blocks("python") if not patches_trl(page)])
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "syncr1.engine.api" in "".join(blocks(page, "python")):  # trains: from a base that takes seconds to make

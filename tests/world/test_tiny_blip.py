@@ -15,6 +15,7 @@ from syncr1.engine.world.attributes import LOOKS
 from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.tiny_blip import BlipSettings, build_blip, build_tokenizer, caption, save_blip, train_blip
 
+pytestmark = pytest.mark.slow
 SHORT = BlipSettings(steps=26, batch=24, photos=1, drawings=1)
 
 
