@@ -73,8 +73,8 @@ class Objective:
 
     @property
     def scores_first(self) -> bool:
-        """The update begins with a forward pass without gradient, from which `weights.py` says what each token's loss
-        is multiplied by."""
+        """The update begins with a forward pass without gradient, from which `learn/correction.py` says what each
+        token's loss is multiplied by."""
         return self.importance_correction != "none" or self.top_entropy_quantile < 1
 
 

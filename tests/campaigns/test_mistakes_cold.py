@@ -7,17 +7,13 @@ prints name, seconds of the clock and of a core, exit code, and the line. The cl
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import warm
 from children import ChildrenSeconds
-from made import cache_folder
-from mistakes import TABLE, WITH_A_MODEL, Mistake, program
+from mistake import run_cold
+from mistakes import TABLE, WITH_A_MODEL
 
 
 def test_every_mistake_cold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +25,7 @@ def test_every_mistake_cold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         mistake.files(folder)
         began = time.monotonic()
         with ChildrenSeconds() as seconds:
-            done = run(mistake, folder)
+            done = run_cold(mistake, folder)
         told = done.stderr.splitlines()
         clock, code = time.monotonic() - began, done.returncode
         with capsys.disabled():
@@ -39,20 +35,3 @@ def test_every_mistake_cold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         if code != 2 or len(told) != mistake.lines or seconds.used > limit or mistake.words not in done.stderr:
             wrong.append(f"{mistake.name}: exit {code}, {seconds.used:.1f} s\n{done.stderr[-2000:]}")
     assert wrong == [], "\n".join(wrong)
-
-
-def run(mistake: Mistake, folder: Path) -> subprocess.CompletedProcess[str]:
-    env = warm.environment(cache_folder()) | {"PYTHONPATH": str(warm.ROOT)} | dict(mistake.env)
-    command = [sys.executable, *program(mistake)]
-    limits = (mistake.file_size, mistake.file_size)
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)) if mistake.file_size else None,
-    )

@@ -12,6 +12,7 @@ import pytest
 import warm
 from children import ChildrenSeconds
 from made import cache_folder
+from mistake import run_cold
 from mistakes import TABLE, WITH_A_MODEL, Mistake, program
 
 EARLY = [mistake for mistake in TABLE if not mistake.needs_torch and not mistake.is_module]
@@ -65,18 +66,8 @@ def ended(mistake: Mistake, folder: Path, *, torch: bool) -> tuple[str, int | No
 @pytest.mark.parametrize("mistake", COLD, ids=lambda mistake: mistake.name)
 def test_a_mistake_costs_a_new_process_little(mistake: Mistake, tmp_path: Path) -> None:
     mistake.files(tmp_path)
-    env = warm.environment(cache_folder()) | {"PYTHONPATH": str(warm.ROOT)} | dict(mistake.env)
     with ChildrenSeconds() as seconds:
-        done = subprocess.run(
-            [sys.executable, *program(mistake)],
-            cwd=tmp_path,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = run_cold(mistake, tmp_path)
     check(mistake, done.stderr, done.returncode)
     assert seconds.used < (15 if mistake.needs_torch else 5)
 

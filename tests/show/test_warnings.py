@@ -161,20 +161,24 @@ def test_what_fell_and_what_is_guessed_is_warned_of() -> None:
     assert warnings_of([], score_rows(before, None)) == []
 
 
+BROKEN = {
+    "frac_reward_zero_std": 0.9,
+    "clip_ratio__region_mean": 0.9,
+    "completions__clipped_ratio": 0.9,
+    "rewards__text__std": 0.0,
+    "rollout__replay_logp_max_abs": 2.0,
+    "rollout__guidance_logp_mean_abs": 0.0,
+    "reward_failures": 1.0,
+    "updates_skipped": 1.0,
+}
+"""What passes every limit on one metric."""
 FLAGS = {name for config in (SyncR1Config(), CorlConfig()) for name in yaml.safe_load(to_yaml(config, comments=False))}
 
 
 def test_every_remedy_names_flags_that_there_are() -> None:
     before, after = model(0, 0.6, general=0.9), model(1, 0.85, general=0.7)
     rows = run(
-        frac_reward_zero_std=0.9,
-        clip_ratio__region_mean=0.9,
-        completions__clipped_ratio=0.9,
-        rewards__text__std=0.0,
-        rollout__replay_logp_max_abs=2.0,
-        rollout__guidance_logp_mean_abs=0.0,
-        reward_failures=1.0,
-        updates_skipped=1.0,
+        **BROKEN,
         entropy__text=lambda step: 1.0 if step < 5 else 0.01,
     )
     found = [*warnings_of(rows, score_rows(before, after)), *warnings_of(run(reward=None))]
@@ -219,14 +223,7 @@ def test_the_limits_are_named_once() -> None:
     """Every warning says the limit that it passed, and the limits are this module's."""
     limits = {value for name, value in vars(warnings).items() if name.isupper() and isinstance(value, float)}
     broken = run(
-        frac_reward_zero_std=0.9,
-        clip_ratio__region_mean=0.9,
-        completions__clipped_ratio=0.9,
-        rewards__text__std=0.0,
-        rollout__replay_logp_max_abs=2.0,
-        rollout__guidance_logp_mean_abs=0.0,
-        reward_failures=1.0,
-        updates_skipped=1.0,
+        **BROKEN,
     )
     found = warnings_of(broken)
     assert len(found) == 8 and {warned.threshold for warned in found} <= limits | {0.0}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import resource
 import shlex
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import warm
+from made import cache_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -46,6 +52,22 @@ def program(mistake: Mistake) -> list[str]:
     """What stands behind `python`."""
     words = shlex.split(mistake.command)
     return words if mistake.is_module else [str(ROOT / "recipes" / words[0]), *words[1:]]
+
+
+def run_cold(mistake: Mistake, folder: Path) -> subprocess.CompletedProcess[str]:
+    """It in a process of its own, as a user makes it, in the folder that its files are in."""
+    limits = (mistake.file_size, mistake.file_size)
+    return subprocess.run(
+        [sys.executable, *program(mistake)],
+        cwd=folder,
+        env=warm.environment(cache_folder()) | {"PYTHONPATH": str(ROOT)} | dict(mistake.env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)) if mistake.file_size else None,
+    )
 
 
 def text(**contents: str) -> Callable[[Path], object]:
