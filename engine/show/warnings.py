@@ -255,7 +255,7 @@ def _lost_entropy(seen: Seen) -> Iterator[Warned]:
                 f"entropy collapsed: {kind}",
                 LOST_ENTROPY,
                 f"The entropy of {kind} tokens fell from {start:.3f} to {now:.3f} nats; the model stopped exploring",
-                "halve --learning_rate, or set --beta 0.02, twice what it is where it is more",
+                "halve --learning_rate, or double --beta (0.02 where it is 0)",
             )
 
 
