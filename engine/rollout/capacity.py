@@ -65,8 +65,8 @@ class Sizes:
 
     def preview_columns(self, num_generations: int, num_tokens: int, guided: bool, reach: int | None = None) -> int:
         """What the tries of a preview after `num_tokens` take, if every image is drawn again; `reach` is what a
-        conditional side takes where that is more."""
-        per_try = (num_tokens if reach is None else reach) + num_tokens * guided
+        side takes where that is more."""
+        per_try = (num_tokens if reach is None else reach) * (1 + guided)
         tries = [before + per_try for before, drawn in zip(self.before_image, self.images, strict=True) if drawn]
         return num_generations * sum(tries) if num_tokens else 0
 

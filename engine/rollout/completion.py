@@ -9,6 +9,8 @@ Dims: n sequences, k tokens drawn, N tokens of an image, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,26 +39,41 @@ def fill(tokens: Tensor, num_tokens: int, forced: Tensor | None = None) -> Tenso
 
 
 @torch.no_grad()
-def most_likely(policy: Policy, filled: Tensor, drawn: int, rows: Rows, prompts: Store, own: Store) -> Tensor:
+def most_likely(
+    policy: Policy,
+    filled: Tensor,
+    drawn: int,
+    sides: Sequence[Rows],
+    prompts: Store,
+    own: Store,
+    *,
+    cfg_weight: float = 1.0,
+) -> Tensor:
     """[n, N]: pictures `filled` [n, N] whose tokens from `drawn` on are the most likely ones, each given all before it.
 
     Args:
-        rows: [n] conditional rows behind their last drawn token; they stay where they are, but what lies behind them
-            in `own` is written over, up to the place before the image's last token.
+        sides: [n] conditional rows behind their last drawn token, and their classifier-free twins where there is
+            guidance; they stay where they are, but what lies behind them in `own` is written over, up to the place
+            before the image's last token.
         prompts, own: the caches.
+        cfg_weight: w of the logits u + w (c - u).
     """
     size = max(1, TOKENS_AT_ONCE // max(1, filled.shape[1] - 1 - drawn))
-    each = torch.arange(len(rows), device=filled.device).split(size)
-    modes = torch.cat([_modes(policy, filled[part, drawn:-1], rows.take(part), prompts, own) for part in each])
+    each = torch.arange(len(filled), device=filled.device).split(size)
+    modes = []
+    for part in each:
+        hidden = [_behind(policy, filled[part, drawn:-1], rows.take(part), prompts, own) for rows in sides]
+        modes.append(_modes(policy, hidden, cfg_weight).view(len(part), -1))
+    likely = torch.cat(modes)
     forced = policy.forced_image_tokens()
     if forced is not None:
         rest = forced[drawn:].to(filled.device)
-        modes = torch.where(rest >= 0, rest, modes)
-    return torch.cat([filled[:, :drawn], modes], 1)
+        likely = torch.where(rest >= 0, rest, likely)
+    return torch.cat([filled[:, :drawn], likely], 1)
 
 
-def _modes(policy: Policy, given: Tensor, rows: Rows, prompts: Store, own: Store) -> Tensor:
-    """[n, L + 1] most likely image tokens: of the next place, and behind each of `given` [n, L]."""
+def _behind(policy: Policy, given: Tensor, rows: Rows, prompts: Store, own: Store) -> Tensor:
+    """[n (L + 1), D] hidden states that predict the next place, and what is behind each of `given` [n, L]."""
     n, length = given.shape
     hidden = rows.hidden[:, None]
     if length:
@@ -64,11 +81,18 @@ def _modes(policy: Policy, given: Tensor, rows: Rows, prompts: Store, own: Store
         positions = rows.position[:, None] + torch.arange(length, device=given.device)
         behind = policy.trunk(embeddings, positions, Extend(prompts, own, rows.spans, [length] * n))
         hidden = torch.cat([hidden.to(behind.dtype), behind], 1)
+    return hidden.flatten(0, 1)
+
+
+def _modes(policy: Policy, sides: Sequence[Tensor], cfg_weight: float) -> Tensor:
+    """[M] most likely image tokens by the hidden states [M, D] of one side, or of two and guidance."""
     found = []
-    for part in hidden.flatten(0, 1).split(LOGITS_AT_ONCE):
-        head = policy.head(part, "image")
-        logits = torch.nn.functional.linear(head.hidden, head.weight, head.bias)
-        if head.forbidden is not None:
-            logits[:, head.forbidden] = -torch.inf
+    for parts in zip(*(side.split(LOGITS_AT_ONCE) for side in sides), strict=True):
+        heads = [policy.head(part, "image") for part in parts]
+        conditional, free = heads[0], heads[-1]
+        hidden = free.hidden.float().lerp(conditional.hidden.float(), cfg_weight).to(conditional.hidden.dtype)
+        logits = torch.nn.functional.linear(hidden, conditional.weight, conditional.bias)
+        if conditional.forbidden is not None:
+            logits[:, conditional.forbidden] = -torch.inf
         found.append(logits.argmax(-1))
-    return torch.cat(found).view(n, length + 1)
+    return torch.cat(found)

@@ -84,7 +84,7 @@ def draw(canvas: Canvas, preview: PreviewGate | None) -> Drawing:
         return Drawing(
             samples=samples, keys=keys, attempts=[1] * n, dropped=[False] * n, num_drawn=n * num_tokens, num_saved=0
         )
-    standing = c.tables.sides[0].take(index)
+    standing = [side.take(index) for side in c.tables.sides]
     scores = _score(c, preview, samples.token[index, :length], range(n), standing, c.tables.own)
     judged = ~scores.isnan()
     preview.observe(int(preview.accepts(scores).sum()), int(judged.sum()))
@@ -125,12 +125,15 @@ def _run(c: Canvas, state: State, samples: Samples, first: int, last: int) -> No
         c.stepper.run(c.phase, state, samples, c.tables, num_steps=last - first, feed_last=feed_last)
 
 
-def _score(c: Canvas, preview: PreviewGate, tokens: Tensor, rows: Sequence[int], standing: Rows, own: Store) -> Tensor:
-    """[n'] scores of the first tokens [n', k] of sequences `rows` of the canvas, on the CPU; `standing` [n'] are where
-    their conditional sides stand in `own`."""
+def _score(
+    c: Canvas, preview: PreviewGate, tokens: Tensor, rows: Sequence[int], standing: Sequence[Rows], own: Store
+) -> Tensor:
+    """[n'] scores of the first tokens [n', k] of sequences `rows` of the canvas, on the CPU; `standing` [n'] each are
+    where their sides stand in `own`."""
     whole = fill(tokens, c.phase.max_tokens, c.policy.forced_image_tokens())
     if preview.completion == "likely":
-        whole = most_likely(c.policy, whole, tokens.shape[1], standing, c.tables.prompts, own)
+        given = (c.policy, whole, tokens.shape[1], standing, c.tables.prompts, own)
+        whole = most_likely(*given, cfg_weight=c.phase.cfg_weight)
     pictures = c.policy.draw(whole)
     drafts = [c.drafts[i] for i in rows]
     return preview.score([d.prompt for d in drafts], [d.text for d in drafts], pictures).cpu()
@@ -151,8 +154,8 @@ def _try_again(
     index = pending.to(device)
     sides = [rows.take(index) for rows in fork]
     homes = [rows.own_spans() for rows in sides]
-    reaches = [preview.reach(length, c.phase.max_tokens), length]
-    sizes = [seen + reach for reach, home in zip(reaches, homes, strict=False) for _, seen in home]
+    reach = preview.reach(length, c.phase.max_tokens)
+    sizes = [seen + reach for home in homes for _, seen in home]
     scratch = c.stepper.store("tries", c.policy.cache_shape(), sizes)
     starts = iter(scratch.starts)
     for rows, home in zip(sides, homes, strict=True):
@@ -164,7 +167,7 @@ def _try_again(
     slots = torch.arange(len(pending), device=device)
     state, tables = State.start(sides, slots, keys[index]), replace(c.tables, own=scratch, sides=sides)
     c.stepper.run(c.phase, state, tried, tables, num_steps=length, feed_last=True)
-    tried_scores = _score(c, preview, tried.token[slots], pending.tolist(), sides[0], scratch)
+    tried_scores = _score(c, preview, tried.token[slots], pending.tolist(), sides, scratch)
     preview.observe(int(preview.accepts(tried_scores).sum()), int(pending.numel()))
     better = tried_scores.nan_to_num(nan=float("-inf")) > scores[pending]
     winners = better.nonzero().squeeze(1)

@@ -89,7 +89,7 @@ class PreviewGate:
         return scores.float()
 
     def reach(self, num_drawn: int, num_tokens: int) -> int:
-        """Columns of keys and values that a conditional row of a try needs for its image, of `num_tokens` tokens."""
+        """Columns of keys and values that a row of a try needs for its image, of `num_tokens` tokens."""
         return num_tokens if self.completion == "likely" else num_drawn
 
     def accepts(self, scores: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def test_sizes_by_hand(policy: JanusPolicy) -> None:
     assert sizes.before_image == [5, 1, 6, 6] and sizes.images == [False, True, True, True]
     assert sizes.preview_columns(3, 4, guided=False) == 3 * (5 + 10 + 10)
     assert sizes.preview_columns(3, 4, guided=True) == 3 * (9 + 14 + 14)
-    assert sizes.preview_columns(3, 4, guided=True, reach=9) == 3 * (9 + 14 + 14) + 3 * 3 * 5
+    assert sizes.preview_columns(3, 4, guided=True, reach=9) == 3 * (9 + 14 + 14) + 2 * 3 * 3 * 5
     assert sizes.preview_columns(3, 0, guided=True) == 0
     turns = DrawingTurns(policy, "again: {text}", 5)
     around = policy.drawing_tokens(prompts[2], "again:").numel()

@@ -44,7 +44,8 @@ class Watching(Gate):
 
 @torch.no_grad()
 def by_the_trainer(policy: Policy, rollouts: list[Rollout], drawn: int) -> Tensor:
-    """[n, 3, H, W]: the most likely tokens after `drawn`, from one teacher-forced pass over the whole sequences."""
+    """[n, 3, H, W]: the most likely tokens after `drawn` under guidance, from one teacher-forced pass over the whole
+    sequences."""
     as_if, starts = [], []
     for rollout in rollouts:
         at = next(i for i, segment in enumerate(rollout.segments) if segment.kind == "image")
@@ -56,10 +57,11 @@ def by_the_trainer(policy: Policy, rollouts: list[Rollout], drawn: int) -> Tenso
         starts.append(tokens)
     n = len(rollouts)
     everything = torch.ones(n, dtype=torch.bool)
-    (batch,) = pack(policy, as_if, torch.zeros(n, 2), everything, num_generations=1, max_tokens=1 << 30)
+    given = (policy, as_if, torch.zeros(n, 2), everything)
+    (batch,) = pack(*given, num_generations=1, max_tokens=1 << 30, guided=True)
     rows = (batch.modality == IMAGE).nonzero().squeeze(1)
-    hidden = PolicyForward(policy, Objective()).hidden(batch)[batch.layout.predicting_rows()[rows]]
-    head = policy.head(hidden, "image")
+    forward = PolicyForward(policy, Objective(policy_logp="guided"))
+    head = forward._head(batch, *forward._branches(batch), rows, "image")
     logits = torch.nn.functional.linear(head.hidden, head.weight, head.bias)
     if head.forbidden is not None:
         logits[:, head.forbidden] = -torch.inf
