@@ -328,6 +328,11 @@ def measured(batch: PackedBatch, out: Mapping[str, Tensor]) -> dict[str, float]:
 def replay_error(batch: PackedBatch, logp: Tensor) -> float:
     """Largest |sampler's log-probability - trainer's|, nats; 0 when nothing was sampled.
 
-    The loss computes none (and says 0) for tokens that it has no use for: those of groups without an advantage."""
-    where = batch.loss_mask & batch.sampled_logp.isfinite() & (logp != 0)
+    The loss computes none (and says 0) for tokens that it has no use for, those of groups without an advantage; 0 is
+    the answer, too, where one id could be drawn: of a sequence that has an advantage it counts.
+    """
+    sequences = torch.arange(len(batch.advantages), device=logp.device)
+    sequence_of = sequences.repeat_interleave(batch.cu_seqlens.diff().to(logp.device))
+    computed = (logp != 0) | (batch.advantages.to(logp.device)[sequence_of, batch.modality.long()] != 0)
+    where = batch.loss_mask & batch.sampled_logp.isfinite() & computed
     return float((batch.sampled_logp - logp)[where].abs().max()) if bool(where.any()) else 0.0

@@ -167,6 +167,13 @@ def test_replay_error_is_reported_and_has_power(batches: list[PackedBatch]) -> N
     first = learner.update(learner.score(batches))["rollout/replay_logp_max_abs"]
     second = learner.update(learner.score(batches))["rollout/replay_logp_max_abs"]
     assert first <= 1e-4 and second > 0.01, "after an update the sampler's numbers are stale"
+    # What the loss has no use for says 0 and is left out; what it looked at and found certain counts.
+    batch = replace(batches[0], advantages=torch.tensor([[1.0, 1.0], *[[0.0, 0.0]] * (GROUP - 1)]))
+    length, own = int(batch.cu_seqlens[1]), batch.sampled_logp * batch.loss_mask
+    silent = torch.cat([own[:length], torch.zeros_like(own[length:])])
+    assert replay_error(batch, silent) == 0.0
+    worst = int(own[:length].argmin())
+    assert replay_error(batch, silent.index_fill(0, torch.tensor([worst]), 0.0)) == pytest.approx(-float(own[worst]))
 
 
 @pytest.mark.parametrize("stage", [0, 3])
