@@ -23,7 +23,7 @@ from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
 from .cache import CacheShape
-from .chat import render
+from .chat_turns import render
 from .probe import check_decoder, max_positions, measure
 from .tokens import never_sampled
 

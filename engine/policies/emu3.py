@@ -32,7 +32,7 @@ from ..pictures import Fit
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
-from .chat import later_turn, render
+from .chat_turns import later_turn, render
 from .picture_fit import Whole, background_of, fit_of
 from .probe import check_decoder
 from .tokens import never_sampled

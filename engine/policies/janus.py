@@ -20,7 +20,7 @@ from ..pictures import MemoryImage
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
-from .chat import later_turn, render
+from .chat_turns import later_turn, render
 from .probe import check_decoder
 from .tokens import ids_of, never_sampled
 
