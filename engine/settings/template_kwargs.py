@@ -52,8 +52,9 @@ def _loaded(text: str) -> Any:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # a colon in a sentence, a date that there is not
         return text
-    plain = value is None or isinstance(value, bool | int | float | str | list | dict)
-    return value if plain else text
+    if isinstance(value, list | dict):  # a sentence with a colon is none, nor one behind a dash
+        return value if text.lstrip()[0] in "[{" else text
+    return value if value is None or isinstance(value, bool | int | float | str) else text
 
 
 def template_kwargs_problems(c: Any) -> list[str]:
