@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from evaluate_cases import SETTINGS, few_items, generated
 from helpers import sharp_policy
 from made import cache_folder
@@ -16,6 +17,7 @@ from syncr1.engine.evaluate.manifest import read_manifest
 from syncr1.engine.learn.from_settings import held_out_sampling
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.methods.model import Model
+from syncr1.engine.methods.resume import check_settings
 from syncr1.engine.methods.sample import prompts_of
 from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
@@ -83,6 +85,18 @@ def test_a_checkpoint_is_given_pictures_and_prompts_as_in_its_run(tmp_path: Path
     for text in ("picture_fit: stretch", "chat_template_kwargs: 3", "chat_template_kwargs: [thinking]"):
         (tmp_path / "1" / "config.yaml").write_text(text)
         assert trained_inputs(models[1]) == Inputs()
+
+
+def test_a_run_from_before_the_choice_is_told_of_it() -> None:
+    """It goes on with photos as its processor prepares them, which it did not begin with; the tiny base's are alike."""
+    notes: list[str] = []
+    for config in (SyncR1Config(), SyncR1Config(model="org/janus")):
+        before = yaml.safe_load(to_yaml(config, comments=False))
+        check_settings(before, config, pytest.fail)
+        del before["picture_fit"]
+        check_settings(before, config, notes.append)
+    (note,) = notes
+    assert "this run began with 'crop'" in note and "pass --picture_fit crop to go on as it began" in note
 
 
 def test_every_way_to_a_model_prepares_as_its_run_did(tmp_path: Path) -> None:
