@@ -67,7 +67,9 @@ def check_janus(policy: JanusPolicy, weight: float) -> None:
         for rollout in rollouts:
             turn = [{"role": "user", "content": [{"type": "text", "text": rollout.prompt.text}]}]
             text = policy.processor.apply_chat_template(turn, add_generation_prompt=True)
-            inputs = policy.processor(text=text, generation_mode="image", return_tensors="pt", add_special_tokens=False)
+            inputs = policy.processor(
+                text=[text], generation_mode="image", return_tensors="pt", add_special_tokens=False
+            )
             draws = OurDraws(rollout, sampling, IMAGE_OFFSET)
             mixed = Guided(weight, draws)
             tokens = model.generate(

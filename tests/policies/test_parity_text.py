@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, LogitsProcessorL
 from syncr1.engine.pictures import open_picture
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.causal_lm import CausalLMPolicy
+from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import Prompt, Rollout
 from syncr1.engine.rollout.sampler import generate
 from syncr1.engine.rollout.sampling import Sampling
@@ -103,14 +104,15 @@ FAST = ("tied", "padded vocabulary", "yarn rope")
 """What a text model's cells (above) leave open."""
 
 
-def janus_inputs(policy: Policy, prompt: Prompt) -> dict[str, Any]:
+def janus_inputs(policy: JanusPolicy, prompt: Prompt) -> dict[str, Any]:
     """The processor's own, the photo's pixels included."""
     content: list[dict[str, Any]] = [{"type": "text", "text": prompt.text}]
     images = {}
     if prompt.image is not None:
         content, images = [{"type": "image"}, *content], {"images": [open_picture(prompt.image)]}
     text = policy.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return policy.processor(text=text, return_tensors="pt", add_special_tokens=False, **images)
+    policy.processor.num_image_tokens = policy.num_image_slots  # 576 in transformers 5.12, whatever it is given
+    return policy.processor(text=[text], return_tensors="pt", add_special_tokens=False, **images)
 
 
 @torch.no_grad()
@@ -154,7 +156,9 @@ EMU3: dict[str, dict[str, int]] = {
 @torch.no_grad()
 def test_emu3(name: str) -> None:
     policy = emu3_policy(*emu3_of(2, **EMU3[name]))
-    check_texts(policy, [make_prompt(text, TEXT) for text in WORDS[:2]], lambda p: janus_inputs(policy, p))
+    check_texts(
+        policy, [make_prompt(text, TEXT) for text in WORDS[:2]], lambda p: {"input_ids": policy.prompt_tokens(p)[None]}
+    )
 
 
 @pytest.mark.slow
