@@ -8,6 +8,8 @@ Source: Janus-Pro (arXiv 2501.17811); module names of `transformers.models.janus
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 import torch
@@ -141,7 +143,13 @@ class JanusPolicy(Policy):
         """Padding in the place of every token between BOS and the image start, as Janus draws."""
         num_pads = UNCONDITIONAL_PADS if length is None else length - 2
         (bos, *_), (pad, *_) = self._special("bos_token_id"), self._special("pad_token_id")
-        return torch.tensor([bos, *[pad] * num_pads, self.image_start])
+        first = bos if length is None or self._begins_with == bos else pad
+        return torch.tensor([first, *[pad] * num_pads, self.image_start])
+
+    @cached_property
+    def _begins_with(self) -> int:
+        """The first token of a prompt that draws: BOS, but for a checkpoint whose tokenizer and template have none."""
+        return int(self.prompt_tokens(Prompt(id="", task="", text="a", segments=("image",)))[0])
 
     def _special(self, name: str) -> list[int]:
         """Ids under a name as transformers' `generate` finds them, else an end of text as it takes for padding."""

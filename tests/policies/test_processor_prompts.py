@@ -119,9 +119,10 @@ def test_a_preamble_of_the_template_stands_once(end: str) -> None:
     assert later.count("<|User|>") == 1 and "<|Assistant|>:" in later
 
 
-def test_a_drawing_beside_no_words_has_the_lengths_and_ids_of_transformers() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_drawing_beside_no_words_has_the_lengths_and_ids_of_transformers(form: str) -> None:
     """`pads`: every token but BOS and the start, of the generation configuration where the tokenizer has others."""
-    made = janus()
+    made = janus(**FORMS[form])  # type: ignore[arg-type]
     generation = made.model.generation_config
     generation.pad_token_id = 7
     ids = torch.tensor([*made.prompt_tokens(make_prompt("draw it", ("image",))).tolist(), made.image_start])
@@ -129,7 +130,8 @@ def test_a_drawing_beside_no_words_has_the_lengths_and_ids_of_transformers() -> 
     assert torch.equal(made.unconditional_tokens(len(ids)), torch.where(kept, ids, 7))
     generation.pad_token_id = made.tokenizer.pad_token = None
     ends = sorted(made.end_tokens)
-    assert made.unconditional_tokens(5).tolist() == [ids[0], *[ends[0]] * 3, made.image_start]
+    first = ids[0] if form != "no BOS anywhere" else ends[0]
+    assert made.unconditional_tokens(5).tolist() == [first, *[ends[0]] * 3, made.image_start]
 
 
 EMU3_TEMPLATE = (
