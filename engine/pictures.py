@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,6 +41,8 @@ class StoredImage(ABC):
 
 
 ImageRef = Path | StoredImage
+Fit = Callable[[Image.Image, int], "Tensor"]
+"""An RGB picture and a size -> [3, size, size] float32 in [0, 1]: `to_tensor`, or what a model's processor does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +151,11 @@ SMALL = 64
 
 
 @lru_cache(maxsize=4096)
-def _load_small(ref: ImageRef, size: int, version: tuple[object, ...]) -> Tensor:
+def _load_small(ref: ImageRef, size: int, fit: Fit, version: tuple[object, ...]) -> Tensor:
     import torch
 
     with torch.inference_mode(False):  # what is kept is trained on, too
-        return to_tensor(open_picture(ref), size)
+        return fit(open_picture(ref), size)
 
 
 def version_of(ref: object) -> tuple[object, ...]:
@@ -172,18 +174,23 @@ def version_of(ref: object) -> tuple[object, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
-def load_pictures(refs: Sequence[ImageRef], size: int) -> Tensor:
+def load_pictures(refs: Sequence[ImageRef], size: int, fit: Fit = to_tensor) -> Tensor:
     """[n, 3, size, size] float32 in [0, 1]; PictureError as for `open_picture`.
 
     A `MemoryImage` of that size is taken as it is, without the rounding to 8 bits that a file would mean.
+
+    Args:
+        refs: which ones.
+        size: pixels of a side.
+        fit: brings a picture to that size; hashable, because small pictures are kept by it.
     """
     import torch
 
-    return torch.stack([_load(ref, size) for ref in refs])
+    return torch.stack([_load(ref, size, fit) for ref in refs])
 
 
-def _load(ref: ImageRef, size: int) -> Tensor:
+def _load(ref: ImageRef, size: int, fit: Fit) -> Tensor:
     if isinstance(ref, MemoryImage):  # seen once, so not worth keeping
         exact = tuple(ref.image.shape[1:]) == (size, size)
-        return ref.pixels() if exact else to_tensor(open_picture(ref), size)
-    return _load_small(ref, size, version_of(ref)) if size <= SMALL else to_tensor(open_picture(ref), size)
+        return ref.pixels() if exact else fit(open_picture(ref), size)
+    return _load_small(ref, size, fit, version_of(ref)) if size <= SMALL else fit(open_picture(ref), size)

@@ -18,6 +18,7 @@ from ..methods.judges import checker_of, world_reader, world_readers
 from ..methods.sync_r1_parts import own_rewards
 from ..policies.auto import load_policy
 from ..policies.base import Policy
+from ..policies.inputs import Inputs
 from ..processes.group import local_device
 from ..rewards.ensemble import RewardSet
 from ..world.embedded import corl_base, prepare_x2x
@@ -52,7 +53,8 @@ class Parts:
         own = own_rewards(config)  # as well: a file that cannot be loaded is told at once
         self.base = str(corl_base(report=report)) if config.model is None else config.model
         dtype = torch.bfloat16 if config.bf16 else torch.float32
-        self.frozen: Policy = load_policy(self.base, dtype=dtype).requires_grad_(False).eval().to(local_device())
+        frozen = Inputs.of(config).given_to(load_policy(self.base, dtype=dtype))
+        self.frozen: Policy = frozen.requires_grad_(False).eval().to(local_device())
         self._rewards = RewardParts(config, self.frozen, local_device(), report, own)
         self.evaluator = self._evaluator(report) if config.eval_samples else None
 

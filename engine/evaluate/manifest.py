@@ -22,14 +22,14 @@ from ..errors import EvaluationError
 from ..pictures import ImageRef
 from ..policies.base import Policy
 from ..records import Prompt
-from ..settings.train_config import Unconditional
+from ..settings.train_config import PictureFit, Unconditional
 from ..whole_files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 PACKAGES = ("syncr1", "torch", "transformers")
 """Whose versions may change what is generated, bit by bit."""
-LATER = (("drawing_turn", "none"), ("unconditional", "fixed"))
+LATER = (("drawing_turn", "none"), ("unconditional", "fixed"), ("picture_fit", "crop"), ("chat_template_kwargs", ()))
 """Settings that are not written down at these values: folders begun before there were such settings go on."""
 SAMPLED_VALUES = 4096
 """Of each weight tensor, this many values, evenly spread, go into the fingerprint."""
@@ -46,6 +46,8 @@ class Settings:
     cfg_weight: float = 1.5
     unconditional: Unconditional = "fixed"
     drawing_turn: str = "none"
+    picture_fit: PictureFit = "processor"
+    chat_template_kwargs: tuple[str, ...] = ()
     images_per_prompt: int = 1
     """Trajectories of each prompt that draws."""
     greedy_texts: bool = True

@@ -18,6 +18,7 @@ from ..learn.from_settings import objective_of
 from ..pictures import open_picture
 from ..policies.auto import policy_class
 from ..policies.base import Policy
+from ..policies.inputs import Inputs, checkpoint_notes
 from ..processes.launch import Request, Start, count_gpus, decide
 from ..records import Prompt
 from ..rewards.trial import try_rewards
@@ -84,7 +85,9 @@ def show(
     for line in lines:
         say(f"  {line}")
     prompts = prompts_of(start.ranks)
-    policy = policy_without_weights(config.model)
+    policy = Inputs.of(config).given_to(policy_without_weights(config.model))
+    for note in checkpoint_notes(policy):
+        say(f"model: {note}")
     check_batch(config, policy, prompts)
     try_own_rewards(config, policy, prompts, say)
     say("memory of a rank on a GPU, estimated (reward models, CUDA itself and NCCL apart):")
@@ -150,6 +153,8 @@ def check_batch(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) 
     check_plans(policy, prompts)
     check_lengths(policy, prompts, config.drawing_turn, config.max_completion_length)
     for prompt in prompts:
-        for picture in (prompt.image, prompt.real_image, *prompt.references):
+        if prompt.image is not None:
+            policy.load_images([prompt.image])
+        for picture in (prompt.real_image, *prompt.references):
             if picture is not None:
                 open_picture(picture).close()

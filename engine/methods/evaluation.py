@@ -23,7 +23,7 @@ from ..processes.group import init_distributed, one_at_a_time, own_device, place
 from ..records import Prompt
 from ..rewards.judge.attribute_judge import AttributeScorer
 from .evaluation_config import EvaluateConfig
-from .trained_with import drawing_turn_of, tells_concepts, unconditional_of
+from .trained_with import drawing_turn_of, inputs_of, tells_concepts, unconditional_of
 
 
 def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Result | None:
@@ -69,6 +69,8 @@ def generate(config: EvaluateConfig, console: Console) -> None:
         cfg_weight=config.cfg_weight,
         unconditional=unconditional_of(config, config.model),
         drawing_turn=drawing_turn_of(config, config.model),
+        picture_fit=policy.picture_fit,
+        chat_template_kwargs=inputs_of(config, config.model).chat_template_kwargs,
         images_per_prompt=config.images_per_prompt,
         greedy_texts=config.greedy_texts,
         sampled_texts=config.sampled_texts,
@@ -116,7 +118,8 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
     model = config.model or str(tiny_base(BaseSettings(), say))
-    policy = load_policy(model, dtype=torch.bfloat16 if config.bf16 else torch.float32)
+    asked = inputs_of(config, config.model)
+    policy = asked.given_to(load_policy(model, dtype=torch.bfloat16 if config.bf16 else torch.float32))
     policy.eval().requires_grad_(False)
     limit_threads(policy)
     return items, policy.to(own_device()), model, source

@@ -10,7 +10,8 @@ from typing import Annotated, ClassVar, Literal
 from ..settings.renamed import OF_EVALUATION
 from ..settings.rules import drawing_problems, evaluation_problems, judge_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
-from ..settings.train_config import Guidance, MaxTokens, Seed, Unconditional
+from ..settings.template_kwargs import template_kwargs_problems
+from ..settings.train_config import Guidance, MaxTokens, PictureFit, Seed, Unconditional
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,12 @@ class EvaluateConfig(Settings):
     # --- what is evaluated ---
     model: str | None = None
     """Checkpoint in transformers' format (Janus, Emu3, a text decoder): a folder or a hub name. None: the tiny base."""
+    picture_fit: PictureFit | None = None
+    """How a photo comes to the size that the model sees: as the checkpoint's own image processor does it (processor),
+    cut at the centre to a square (crop), or whole on grey (pad). None: as the run did in whose folder the checkpoint
+    lies, else processor."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Arguments of the checkpoint's chat template, NAME=VALUE. None given: as in that run."""
     data: str | None = None
     """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a table (JSONL,
     parquet, saved data set, hub name). None: the rendered world."""
@@ -87,5 +94,11 @@ class EvaluateConfig(Settings):
     export_name: str | None = None
     """What lmms-eval or VLMEvalKit calls the task or data set. None: the tasks' names here."""
 
-    RULES: ClassVar[tuple[Rule, ...]] = (path_problems, drawing_problems, judge_problems, evaluation_problems)
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        path_problems,
+        drawing_problems,
+        judge_problems,
+        evaluation_problems,
+        template_kwargs_problems,
+    )
     RENAMED: ClassVar[Mapping[str, str]] = OF_EVALUATION

@@ -25,7 +25,7 @@ from ..rollout.sampler import RolloutEngine
 from ..rollout.sampling import Sampling
 from ..show.sheets import to_picture
 from .starting import limit_threads, quieten
-from .trained_with import run_of, trained_unconditional
+from .trained_with import run_of, trained_inputs, trained_unconditional
 
 
 class Model:
@@ -44,7 +44,7 @@ class Model:
     def load(
         cls, name: str | Path | None = None, *, bf16: bool = False, device: str | torch.device | None = None
     ) -> Self:
-        """Loads a checkpoint.
+        """Loads a checkpoint; photos and prompts are prepared as its run did it, else as its own processor does.
 
         Args:
             name: folder or hub name in transformers' format; None: the tiny base of the rendered world, which is
@@ -61,7 +61,7 @@ class Model:
             from ..world.embedded import tiny_base
 
             name = tiny_base(BaseSettings(), print)
-        policy = load_policy(name, dtype=torch.bfloat16 if bf16 else torch.float32)
+        policy = trained_inputs(name).given_to(load_policy(name, dtype=torch.bfloat16 if bf16 else torch.float32))
         limit_threads(policy)
         return cls(policy.to(own_device() if device is None else device), str(name))
 

@@ -66,6 +66,9 @@ ROUNDING = frozenset(
     }
 )
 """These may differ as well, but other rounding makes the resumed run another one than the uninterrupted."""
+FORMERLY = {"picture_fit": "crop"}
+"""What runs did from before there was the setting, where its default is another; of the tiny base's pictures, which are
+of its size, it makes nothing else."""
 RANDOM = "random/"
 Made = TypeVar("Made")
 
@@ -216,6 +219,12 @@ def check_settings(before: Mapping[str, Any], config: TrainConfig, note: Warn, f
             note(f"{change}: other rounding, so not the same run to the last bit")
         else:
             problems.append(change)
+    for name, formerly in FORMERLY.items():
+        if name not in before and config.model is not None and now[name] != formerly:
+            note(
+                f"{name} is {now[name]!r}, and this run began with {formerly!r}, before there was a choice: pass "
+                f"--{name} {formerly} to go on as it began"
+            )
     if problems:
         remedy = "pass the run's own config.yaml with --config, or start a new run from its saved model with --model"
         raise CheckpointError(f"{'; '.join(problems)}; {remedy}")

@@ -31,7 +31,7 @@ from ..show.sheets import MAX_ROWS, sheet_of_models, to_picture
 from ..world.embedded import world_folder
 from .model import Model, prompt_of
 from .sample_config import SampleConfig
-from .trained_with import drawing_turn_of, tells_concepts, unconditional_of
+from .trained_with import drawing_turn_of, inputs_of, tells_concepts, unconditional_of
 
 WORD = re.compile(r"<[^<>\s]+>|[^\W_]+(?:['’-][^\W_]+)*")
 """A concept's name in brackets, or a word."""
@@ -57,6 +57,7 @@ def run_sample(config: SampleConfig, console: Console | None = None) -> Samples:
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as rows:
         for number, name in enumerate(names):
             model = Model.load(name, bf16=config.bf16)
+            inputs_of(config, name).given_to(model.policy)
             if unknown := unknown_words(model.policy, [prompt.text for prompt in prompts]):
                 console.print(f"  warning: {told_unknown(model.name, unknown)}", markup=False, style="yellow")
             turn = drawing_turn_of(config, name)

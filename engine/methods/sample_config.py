@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from ..errors import kind_of
 from ..settings.rules import drawing_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
+from ..settings.template_kwargs import template_kwargs_problems
 from ..settings.train_config import (
     Guidance,
     ImageMinP,
@@ -16,6 +17,7 @@ from ..settings.train_config import (
     ImageTopP,
     MaxTokens,
     MinP,
+    PictureFit,
     Seed,
     TopK,
     TopP,
@@ -80,6 +82,12 @@ class SampleConfig(Settings):
     """Checkpoint in transformers' format (Janus, Emu3, a text decoder): a folder or a hub name. None: the tiny base."""
     compare: tuple[str, ...] = ()
     """Two or more checkpoints side by side, drawn with the same random numbers; instead of model."""
+    picture_fit: PictureFit | None = None
+    """How a photo comes to the size that the model sees: as the checkpoint's own image processor does it (processor),
+    cut at the centre to a square (crop), or whole on grey (pad). None: as the run did in whose folder the checkpoint
+    lies, else processor."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Arguments of the checkpoint's chat template, NAME=VALUE. None given: as in that run."""
 
     # --- what is asked ---
     prompt: tuple[str, ...] = ()
@@ -143,7 +151,13 @@ class SampleConfig(Settings):
     output_dir: Path = Path("runs/sample")
     """Folder for samples.jsonl, grid.png and pictures/; a number is appended when it already holds samples."""
 
-    RULES: ClassVar[tuple[Rule, ...]] = (path_problems, drawing_problems, sampling_problems, compared_problems)
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        path_problems,
+        drawing_problems,
+        sampling_problems,
+        compared_problems,
+        template_kwargs_problems,
+    )
     RENAMED: ClassVar[dict[str, str]] = {
         "model_name_or_path": "set model",
         "pretrained_model_name_or_path": "set model",

@@ -19,6 +19,7 @@ from syncr1.kernels.api import attention_provider
 from ..policies.auto import load_policy
 from ..policies.base import Policy
 from ..policies.fused import use_liger_kernels
+from ..policies.inputs import Inputs, check_fit, checkpoint_notes
 from ..policies.lora import add_lora, base_of
 from ..processes.group import join, local_device, one_at_a_time
 from ..processes.interrupts import ending_once, preemptible
@@ -82,6 +83,9 @@ def starting_policy(config: TrainConfig, model: str | Path, display: Display) ->
         display: told which kernels are used.
     """
     policy = one_at_a_time(lambda: load_policy(model, dtype=torch.bfloat16 if config.bf16 else torch.float32))
+    check_fit(Inputs.of(config).given_to(policy))
+    for note in checkpoint_notes(policy):
+        display.note(note)
     limit_threads(policy)
     policy.to(local_device())
     fuse_kernels(config, policy, display)

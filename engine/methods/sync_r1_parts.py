@@ -14,6 +14,7 @@ from pathlib import Path
 from ..evaluate.drawing import together
 from ..evaluate.held_out import Evaluator, score_rollouts
 from ..learn.from_settings import held_out_sampling
+from ..pictures import to_tensor
 from ..policies.base import Policy
 from ..records import MODALITY_NAMES, Prompt
 from ..rewards.builtin.caption import CaptionContest, CaptionLikelihood
@@ -84,6 +85,7 @@ def _ensemble(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt], c
     return build_rewards(
         features=frozen.vision_features if clip is None else clip.image_features,
         image_size=frozen.image_size,
+        fit=frozen.fit() if clip is None else to_tensor,  # CLIP's own preparation cuts at the centre
         judge=remote_judge(config),
         scorer=posterior_scorer(checker_of(frozen).posterior, VALUES)
         if any(prompt.attributes for prompt in prompts)
@@ -114,7 +116,7 @@ def evaluator_of(config: TrainConfig, frozen: Policy, benchmark: Mapping[str, Se
         score=partial(
             score_rollouts,
             image_scorers=world_readers(checker_of(frozen)) if named else None,
-            identity=IdentityReward(frozen.vision_features, frozen.image_size),
+            identity=IdentityReward(frozen.vision_features, frozen.image_size, fit=frozen.fit()),
         ),
         read=world_reader if named else None,
     )

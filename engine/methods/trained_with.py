@@ -4,12 +4,14 @@ asked for what it has not learnt."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import yaml
 
 from ..errors import ConfigError
-from ..settings.train_config import Unconditional
+from ..policies.inputs import Inputs
+from ..settings.template_kwargs import arguments_of
+from ..settings.train_config import PictureFit, Unconditional
 from ..settings.turn_templates import NONE
 from ..settings.yaml_files import from_yaml
 from .sync_r1_config import SyncR1Config
@@ -22,6 +24,10 @@ class Asked(Protocol):
     def drawing_turn(self) -> str | None: ...
     @property
     def unconditional(self) -> Unconditional | None: ...
+    @property
+    def picture_fit(self) -> PictureFit | None: ...
+    @property
+    def chat_template_kwargs(self) -> tuple[str, ...]: ...
     @property
     def concept_info(self) -> bool | None: ...
     @property
@@ -46,12 +52,39 @@ def _settings_beside(model: str | Path) -> Path:
 
 def trained_unconditional(model: str | Path | None) -> Unconditional:
     """The prompt without words that the run of either method guided by which left a checkpoint, else `fixed`."""
+    found = _said_of(model).get("unconditional")
+    return next((known for known in get_args(Unconditional) if known == found), "fixed")
+
+
+def _said_of(model: str | Path | None) -> dict[str, Any]:
+    """The settings of the run of either method that left a checkpoint, unchecked; empty where there is none."""
     try:
         said = {} if model is None else yaml.safe_load(_settings_beside(model).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):  # none, or another program's
-        return "fixed"
-    found = said.get("unconditional") if isinstance(said, dict) else None
-    return next((known for known in get_args(Unconditional) if known == found), "fixed")
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def trained_inputs(model: str | Path | None) -> Inputs:
+    """How the run that left a checkpoint prepared pictures and prompts; else as its own processor does."""
+    said = _said_of(model)
+    # Before there was the setting, every run cropped.
+    found = said.get("picture_fit", "crop" if "prompts_per_step" in said else "processor")
+    fit: PictureFit = next((known for known in get_args(PictureFit) if known == found), "processor")
+    try:
+        arguments = tuple(map(str, said.get("chat_template_kwargs") or ()))
+        arguments_of(arguments)
+    except (TypeError, ValueError):
+        arguments = ()
+    return Inputs(fit, arguments)
+
+
+def inputs_of(config: Asked, model: str | Path | None) -> Inputs:
+    """How pictures and prompts of `model` are prepared."""
+    trained = trained_inputs(model)
+    return Inputs(
+        config.picture_fit or trained.picture_fit, config.chat_template_kwargs or trained.chat_template_kwargs
+    )
 
 
 def unconditional_of(config: Asked, model: str | Path | None) -> Unconditional:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
 from ..errors import ConfigError
-from ..pictures import ImageRef, load_pictures
+from ..pictures import Fit, ImageRef, load_pictures
 from ..reasons import reading
 from ..records import Prompt, SegmentKind
+from ..settings.train_config import PictureFit
 from .attention_interface import AttentionLayout
 from .cache import CacheShape
 from .lora import merged
+from .picture_fit import Normalisation, fit_of
+from .tokens import control_tokens, end_tokens, escape_control_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +71,24 @@ class Policy(nn.Module, ABC):
     image_start: int = -1
     """Text id that hands over to image tokens; the first image token is predicted from it."""
     end_tokens: frozenset[int]
-    """Text ids that end a text segment."""
+    """Text ids that end a text segment: all that the generation configuration lists, and the tokenizer's."""
+    control: dict[str, int]
+    """Text -> id of the tokenizer's structural tokens (tokens.py)."""
     max_positions: int
     """Longest sequence that the position ids reach."""
+    picture_fit: PictureFit = "processor"
+    """How `load_images` brings a picture to the model's size; as in the setting."""
+    template_kwargs: Mapping[str, Any]
+    """Arguments of the chat template beside the conversation."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__()
         self.model, self.processor = model, processor
         self.tokenizer: Any = getattr(processor, "tokenizer", processor)
+        self.control = control_tokens(self.tokenizer, getattr(processor, "chat_template", None))
+        self._structural = frozenset(self.control.values())
+        self.end_tokens = end_tokens(model, self.tokenizer)
+        self.template_kwargs = {}
 
     # What only the model knows ----------------------------------------------------------------------------------------
 
@@ -139,8 +152,13 @@ class Policy(nn.Module, ABC):
         return torch.cat([ids, ids.new_tensor([self.tokenizer.eos_token_id])])
 
     def decode_text(self, tokens: Tensor) -> str:
-        """[L] int64 -> the text, special tokens removed."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        """[L] int64 -> the text, structural tokens removed; tags that are special tokens (`<think>`) stay."""
+        kept = [index for index in tokens.tolist() if index not in self._structural]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False)).strip()
+
+    def escape(self, words: str) -> str:
+        """A user's words without structural tokens, as every prompt holds them."""
+        return escape_control_tokens(words, self.tokenizer, self.control)
 
     # Images, of a model that draws or sees ---------------------------------------------------------------------------
 
@@ -198,10 +216,18 @@ class Policy(nn.Module, ABC):
         self.no_images("draw")
 
     def load_images(self, paths: Sequence[ImageRef]) -> Tensor:
-        """Pictures -> [n, 3, H, W] float32 in [0, 1], at the model's input size."""
+        """Pictures -> [n, 3, H, W] float32 in [0, 1], at the model's input size, fitted as `picture_fit` says."""
         if not self.image_size:
             self.no_images("load images")
-        return load_pictures(paths, self.image_size).to(self.device)
+        return load_pictures(paths, self.image_size, self.fit()).to(self.device)
+
+    def fit(self) -> Fit:
+        """What brings a picture to the model's size."""
+        return fit_of(self.picture_fit, getattr(self.processor, "image_processor", None))
+
+    def normalisation(self) -> Normalisation:
+        """From pixels in [0, 1] to what the network is given, and back, as the checkpoint's image processor has it."""
+        return Normalisation.of(self.processor.image_processor)
 
     def no_images(self, what: str) -> NoReturn:
         """Raises ConfigError: this model cannot do `what`."""

@@ -9,6 +9,7 @@ Dims: T tokens, L prompt tokens, D hidden size, V vocabulary, B rows, N rows of 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -22,8 +23,9 @@ from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
 from .cache import CacheShape
+from .chat_turns import render
 from .probe import check_decoder, max_positions, measure
-from .tokens import control_tokens, escape_control_tokens
+from .tokens import never_sampled
 
 
 class CausalLMPolicy(Policy):
@@ -52,18 +54,19 @@ class CausalLMPolicy(Policy):
         self.max_positions = max_positions(model)
         self._facts = measure(model, lambda ids, positions, layout: self.trunk(self._embed(ids), positions, layout))
         model.set_attn_implementation(ATTENTION_NAME)
-        self.end_tokens = _end_tokens(model, tokenizer)
-        self._turn_end = self._end_of_turn()
+        if not self.end_tokens:
+            raise ConfigError(
+                "CausalLMPolicy: neither the generation config nor the tokenizer names an end token; set eos_token_id"
+            )
         vocabulary = model.get_output_embeddings().weight.shape[0]
         # Checkpoints pad their vocabulary: rows without a token would decode to nothing.
-        unused = set(range(vocabulary)) - set(tokenizer.get_vocab().values())
-        forbidden = {*control_tokens(tokenizer).values(), *unused} - self.end_tokens
-        forbidden = {index for index in forbidden if index < vocabulary}
+        forbidden = never_sampled(model, tokenizer, self.control.values(), self.end_tokens, vocabulary)
         ids = torch.tensor(sorted(forbidden), dtype=torch.long, device=self.device)
         self.register_buffer("_forbidden", ids, persistent=False)
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
-        """[L] int64: a user's turn through the chat template, and the opening of the answer.
+        """[L] int64: a user's turn through the chat template, and the opening of the answer; without a template the
+        words as the tokenizer has them, with what it adds.
 
         Raises:
             DataError: the prompt shows or asks for an image.
@@ -74,28 +77,26 @@ class CausalLMPolicy(Policy):
                 f"prompt {prompt.id}: {wants}, but CausalLMPolicy reads and writes text only; "
                 "use a Janus or Emu3 checkpoint, or text prompts with segments=('text',)"
             )
-        ids = self.encode(self._turn(escape_control_tokens(prompt.text, self.tokenizer)))
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and (ids.numel() == 0 or int(ids[0]) != bos):
-            ids = torch.cat([ids.new_tensor([bos]), ids])
+        words, bos = self.escape(prompt.text), self.tokenizer.bos_token_id
+        if self.tokenizer.chat_template is not None:
+            turn = {"role": "user", "content": words}
+            ids = self.encode(render(self.tokenizer, [turn], self.template_kwargs))
+        else:
+            ids = torch.tensor(self.tokenizer(words).input_ids, dtype=torch.long)
+        if not ids.numel() and bos is not None:
+            ids = torch.tensor([bos])
         if not ids.numel():
             raise DataError(f"prompt {prompt.id}: is empty, and the tokenizer has no BOS; expected at least one token")
         return ids
 
-    def _turn(self, words: str) -> str:
-        if self.tokenizer.chat_template is None:
-            return words
-        turns = [{"role": "user", "content": words}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-    def _end_of_turn(self) -> int:
+    @cached_property
+    def _turn_end(self) -> int:
         """The end token that the chat template puts behind an answer, else the tokenizer's own."""
         own = self.tokenizer.eos_token_id
         if self.tokenizer.chat_template is not None:
             user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-            asked, told = (
-                str(self.tokenizer.apply_chat_template(turns, tokenize=False)) for turns in ([user], [user, answer])
-            )
+            arguments = self.template_kwargs
+            asked, told = (render(self.tokenizer, turns, arguments, opens=False) for turns in ([user], [user, answer]))
             if told.startswith(asked):
                 ends = [i for i in self.encode(told[len(asked) :]).tolist() if i in self.end_tokens]
                 own = ends[0] if ends else own
@@ -136,15 +137,3 @@ class CausalLMPolicy(Policy):
             dtype=weight.dtype,
             device=weight.device,
         )
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """All ids that end an answer: a chat model's generation config lists several."""
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    listed = [listed] if isinstance(listed, int) else list(listed or [])
-    ends = frozenset(int(i) for i in (*listed, tokenizer.eos_token_id) if i is not None)
-    if not ends:
-        raise ConfigError(
-            "CausalLMPolicy: neither the generation config nor the tokenizer names an end token; set eos_token_id"
-        )
-    return ends

@@ -7,6 +7,9 @@ In the sequence, an image that is drawn or shown is
 BOI is `image_start`; the size, the wrapper and the ends of rows are the same in every image and are not sampled: they
 are `forced_image_tokens`.  EOF and EOI come with the turn that follows.  Images are squares of `image_size` pixels.
 
+Emu3's processor gives a photo a grid of its own shape and size; here every image has one number of places, so a photo
+is brought to the square: a square one as the processor would scale it, any other whole, on the processor's mean colour.
+
 The image vocabulary is the codebook's ids 0 ... K-1, then K for EOL and one id for each token of the size and wrapper.
 
 Source: Emu3 (arXiv 2409.18869); layout of `transformers.models.emu3` and its processor.
@@ -25,11 +28,14 @@ from torch import Tensor, nn
 from transformers import Emu3ForConditionalGeneration, Emu3Processor
 
 from ..errors import ConfigError, DataError
+from ..pictures import Fit
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
+from .chat_turns import later_turn, render
+from .picture_fit import Whole, background_of, fit_of
 from .probe import check_decoder
-from .tokens import control_tokens, escape_control_tokens
+from .tokens import never_sampled
 
 PIXELS_AT_ONCE = 1 << 20
 """Of images given to the VQ model at a time: it works on four frames of each, up to 256 channels at full size."""
@@ -72,10 +78,9 @@ class Emu3Policy(Policy):
         self.image_size, self.side = self._sizes(image_size)
         tokenizer = self.tokenizer
         self.image_start, self.image_slot = int(tokenizer.boi_token_id), int(tokenizer.image_token_id)
-        self.end_tokens = frozenset({int(tokenizer.eos_token_id)})
-        control = control_tokens(tokenizer)
-        self._control = tuple(control)
-        self._forbid_in_text({*self._lay_out_images(), *control.values()} - self.end_tokens)
+        control = {*self._lay_out_images(), *self.control.values()}
+        vocabulary = model.lm_head.weight.shape[0]
+        self._forbid_in_text(never_sampled(model, tokenizer, control, self.end_tokens, vocabulary))
 
     def _sizes(self, image_size: int | None) -> tuple[int, int]:
         """(pixels, codes) of an image's side; the size is noted in the configuration, so that `save` keeps it."""
@@ -134,41 +139,39 @@ class Emu3Policy(Policy):
 
     # Text ------------------------------------------------------------------------------------------------------------
 
-    def _escape(self, words: str) -> str:
-        # The published tokenizer has 33 000 control tokens, and listing them takes a tenth of a second.
-        held = any(token in words for token in self._control)
-        return escape_control_tokens(words, self.tokenizer) if held else words
-
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
         """[L] int64: what is drawn from words alone is asked for bare, as Emu3 learnt it; all else is a user's turn."""
         bare = prompt.image is None and prompt.segments[0] == "image"
-        words = self._escape(prompt.text)
-        ids = self.encode(words) if bare else self._turn(words, shows_image=prompt.image is not None)
-        bos = int(self.tokenizer.bos_token_id)
-        return ids if ids.numel() and int(ids[0]) == bos else torch.cat([ids.new_tensor([bos]), ids])
+        turn = self._turn(prompt.text, shows_image=prompt.image is not None)
+        text = self.escape(prompt.text) if bare else render(self.processor, [turn], self.template_kwargs)
+        bos = self.tokenizer.bos_token  # what the processor puts before a text that has none
+        return self._encoded(text if text.startswith(bos) else f"{bos}{text}")
 
     def _without_bos(self, ids: Tensor) -> Tensor:
         return ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
 
-    def _turn(self, words: str, *, shows_image: bool) -> Tensor:
-        """[L] int64: a user's turn through the chat template, and the opening of the answer."""
-        if self.processor.chat_template is None:
-            raise ConfigError("Emu3Policy: expected a chat template for answers, got a processor without; set it there")
+    def _turn(self, words: str, *, shows_image: bool) -> dict[str, object]:
+        """A user's turn, an image before the words if there is one."""
+        shown = [{"type": "image"}] if shows_image else []
+        return {"role": "user", "content": [*shown, *self._content(self.escape(words))]}
+
+    @staticmethod
+    def _content(words: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": words}]
+
+    def _encoded(self, text: str) -> Tensor:
+        """[L] int64, an image's placeholder framed and repeated for each of its places."""
         tokenizer = self.tokenizer
-        content = [{"type": "image"}] if shows_image else []
-        content.append({"type": "text", "text": words})
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        size = f"{self.side}*{self.side}"
         framed = (
-            f"{tokenizer.boi_token}{size}{tokenizer.image_wrapper_token}{tokenizer.image_token}"
+            f"{tokenizer.boi_token}{self.side}*{self.side}{tokenizer.image_wrapper_token}{tokenizer.image_token}"
             f"{tokenizer.eof_token}{tokenizer.eoi_token}"
         )
-        ids = self.encode(text.replace(tokenizer.image_token, framed, 1) if shows_image else text)
+        ids = self.encode(text.replace(tokenizer.image_token, framed, 1))
         return ids.repeat_interleave(torch.where(ids == self.image_slot, self.side * (self.side + 1), 1))
 
     def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
         """[L] int64: bare, as Emu3 learnt to be asked for images; see `prompt_tokens`."""
-        ids = self._without_bos(self.encode(self._escape(text)))
+        ids = self._without_bos(self.encode(self.escape(text)))
         return torch.cat([ids, ids.new_tensor([self.image_start])])
 
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
@@ -177,9 +180,12 @@ class Emu3Policy(Policy):
             raise DataError(
                 f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
             )
-        ids = self._without_bos(self._turn(self._escape(prompt.follow_up), shows_image=False))
-        tokenizer = self.tokenizer
-        closing = [tokenizer.eof_token_id, tokenizer.eoi_token_id, tokenizer.eos_token_id]
+        tokenizer, turn = self.tokenizer, self._turn(prompt.follow_up, shows_image=False)
+        ends = tokenizer.convert_ids_to_tokens(sorted(self.end_tokens))
+        ids = self._without_bos(
+            self._encoded(later_turn(self.processor, self._content, turn, self.template_kwargs, ends))
+        )
+        closing = [tokenizer.eof_token_id, tokenizer.eoi_token_id, *self.text_tokens("").tolist()]
         return torch.cat([ids.new_tensor(closing), ids])
 
     def image_slots(self, tokens: Tensor) -> Tensor:
@@ -206,11 +212,11 @@ class Emu3Policy(Policy):
         """[n, 3, S, S] in [0, 1] -> ([n, H, W] int64 codes, [n, C] float32 what the codes were chosen by)."""
         vqmodel = self.model.model.vqmodel
         weight = vqmodel.quantize.embedding.weight
-        mean, std = self._normalisation(weight)
+        normalisation = self.normalisation()
         sizes = [images.shape[-2:]]
         codes, latents = [], []
         for part in images.split(self._images_at_once()):
-            pixels = ((part.to(device=weight.device) - mean) / std).to(weight.dtype)
+            pixels = normalisation.pixels(part.to(device=weight.device)).to(weight.dtype)
             out = vqmodel.encode(pixels, sizes * len(part), return_dict=True)
             codes.append(torch.stack(list(out.image_tokens)).long())
             latents.append(out.last_hidden_state.float().flatten(1))
@@ -219,12 +225,11 @@ class Emu3Policy(Policy):
     def _images_at_once(self) -> int:
         return max(1, PIXELS_AT_ONCE // self.image_size**2)
 
-    def _normalisation(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def fit(self) -> Fit:
+        """The processor's filter and background, on our square; see the module."""
         processor = self.processor.image_processor
-        mean, std = (
-            torch.tensor(x, device=like.device)[:, None, None] for x in (processor.image_mean, processor.image_std)
-        )
-        return mean, std
+        own = Whole(background_of(processor), int(processor.resample)) if processor.do_resize else None
+        return fit_of(self.picture_fit, processor, own)
 
     def see(self, images: Tensor) -> Tensor:
         """[n, 3, H, W] in [0, 1] -> [n, H (W + 1), D] embeddings of the images' tokens, ends of rows included.
@@ -252,10 +257,9 @@ class Emu3Policy(Policy):
         """[n, N] int64 image ids -> [n, 3, H, W] float32 in [0, 1]; what is not sampled is left out."""
         free = (self._forced < 0).to(tokens.device)
         codes = tokens[:, free].view(-1, self.side, self.side)
-        mean, std = self._normalisation(tokens)
         decode = self.model.model.vqmodel.decode
         pixels = torch.cat([decode(part).float() for part in codes.split(self._images_at_once())])
-        return (pixels * std + mean).clamp(0, 1)
+        return self.normalisation().images(pixels)
 
     # The network -----------------------------------------------------------------------------------------------------
 

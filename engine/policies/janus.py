@@ -8,18 +8,23 @@ Source: Janus-Pro (arXiv 2501.17811); module names of `transformers.models.janus
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, JanusForConditionalGeneration
+from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from ..errors import DataError
+from ..pictures import MemoryImage
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
+from .chat_turns import later_turn, render
 from .probe import check_decoder
-from .tokens import escape_control_tokens
+from .tokens import ids_of, never_sampled
 
 FEWEST_DRAWN = 32
 """Pictures that the VQ decoder is given at least, where there are so many: with fewer than about 16 its convolutions
@@ -43,6 +48,7 @@ class JanusPolicy(Policy):
 
     model_class, processor_class = JanusForConditionalGeneration, AutoProcessor
     _forbidden_text: Tensor
+    _forbidden_image: Tensor | None
 
     def __init__(
         self, model: JanusForConditionalGeneration, processor: AutoProcessor, *, freeze_vision: bool = True
@@ -63,20 +69,37 @@ class JanusPolicy(Policy):
         tokenizer = self.tokenizer
         self.image_start = int(tokenizer.convert_tokens_to_ids(tokenizer.boi_token))
         self.image_slot = int(model.config.image_token_id)
-        self.end_tokens = frozenset({int(tokenizer.eos_token_id)})
-        control = {self.image_slot, self.image_start, int(tokenizer.convert_tokens_to_ids(tokenizer.eoi_token))}
-        control |= set(tokenizer.all_special_ids)
-        self.register_buffer("_forbidden_text", torch.tensor(sorted(control - self.end_tokens)), persistent=False)
+        self._end_of_image = int(tokenizer.convert_tokens_to_ids(tokenizer.eoi_token))
+        control = {self.image_slot, self.image_start, self._end_of_image, *self.control.values()}
+        vocabulary = model.lm_head.weight.shape[0]
+        never = never_sampled(model, tokenizer, control, self.end_tokens, vocabulary)
+        self.register_buffer("_forbidden_text", torch.tensor(sorted(never), dtype=torch.long), persistent=False)
+        # Rows without a code would draw nothing; transformers makes none.
+        rows = model.model.generation_head.vision_head.out_features
+        codes = model.model.vqmodel.quantize.embedding.num_embeddings
+        beyond = torch.arange(codes, rows) if rows > codes else None
+        self.register_buffer("_forbidden_image", beyond, persistent=False)
+
+    # Prompts ----------------------------------------------------------------------------------------------------------
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
-        ids = self._turn(prompt.text, shows_image=prompt.image is not None)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and (ids.numel() == 0 or int(ids[0]) != bos):
-            ids = torch.cat([ids.new_tensor([bos]), ids])
-        return ids
+        """[L] int64: what `JanusProcessor` makes of it.
+
+        Where the answer is a text it begins with the default system prompt, if the checkpoint has that; where an image
+        is drawn at once (`generation_mode="image"`) it does not, and `image_start`, which follows, is not in it.
+        """
+        text = self._expanded(render(self.processor, [self._turn(prompt.text, prompt.image)], self.template_kwargs))
+        bos = self.tokenizer.bos_token
+        # As transformers' own: a template that writes BOS has it once, wherever the system prompt puts it.
+        adds = bos is None or not text.startswith(bos)
+        if prompt.segments[0] == "image":
+            ids = self._encoded(f"{text}{self.tokenizer.boi_token}", adds)
+            return ids[:-1]
+        system = DEFAULT_SYSTEM_PROMPT if getattr(self.processor, "use_default_system_prompt", False) else ""
+        return self._encoded(f"{system}{text}", adds)
 
     def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
-        ids = self._without_bos(self._turn(text, shows_image=False))
+        ids = self._later(text, shows_image=False)
         return torch.cat([ids, ids.new_tensor([self.image_start])])
 
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
@@ -85,37 +108,61 @@ class JanusPolicy(Policy):
             raise DataError(
                 f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
             )
-        ids = self._without_bos(self._turn(prompt.follow_up, shows_image=True))
-        end_of_image = int(self.tokenizer.convert_tokens_to_ids(self.tokenizer.eoi_token))
-        return torch.cat([ids.new_tensor([end_of_image, self.tokenizer.eos_token_id]), ids])
+        ids = self._later(prompt.follow_up, shows_image=True)
+        return torch.cat([ids.new_tensor([self._end_of_image, *self.text_tokens("").tolist()]), ids])
 
-    def _without_bos(self, ids: Tensor) -> Tensor:
+    def _later(self, words: str, *, shows_image: bool) -> Tensor:
+        """[L] int64: a turn behind an answer: no second BOS, and no second system prompt."""
+        ends = self.tokenizer.convert_ids_to_tokens(sorted(self.end_tokens))
+        turn = self._turn(words, shows_image or None)
+        ids = self.encode(self._expanded(later_turn(self.processor, self._content, turn, self.template_kwargs, ends)))
         return ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
 
-    def _turn(self, words: str, *, shows_image: bool) -> Tensor:
-        """[L] int64: a user's turn through the chat template, and the opening of the answer."""
-        content = [{"type": "image"}] if shows_image else []
-        content.append({"type": "text", "text": escape_control_tokens(words, self.tokenizer)})
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        if shows_image:
-            tokenizer = self.tokenizer
-            slots = tokenizer.image_token * self.num_image_slots
-            text = text.replace(tokenizer.image_token, f"{tokenizer.boi_token}{slots}{tokenizer.eoi_token}", 1)
-        return self.encode(text)
+    def _turn(self, words: str, image: object) -> dict[str, object]:
+        """A user's turn, an image before the words if there is one."""
+        shown = [] if image is None else [{"type": "image"}]
+        return {"role": "user", "content": [*shown, *self._content(self.escape(words))]}
+
+    @staticmethod
+    def _content(words: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": words}]
+
+    def _expanded(self, text: str) -> str:
+        """One placeholder for each of an image's places, between the tokens that begin and end it."""
+        tokenizer = self.tokenizer
+        slots = tokenizer.image_token * self.num_image_slots
+        return text.replace(tokenizer.image_token, f"{tokenizer.boi_token}{slots}{tokenizer.eoi_token}", 1)
+
+    def _encoded(self, text: str, add_special_tokens: bool) -> Tensor:
+        return torch.tensor(self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids, dtype=torch.long)
 
     def image_slots(self, tokens: Tensor) -> Tensor:
         return tokens == self.image_slot
 
     def unconditional_tokens(self, length: int | None = None) -> Tensor:
         """Padding in the place of every token between BOS and the image start, as Janus draws."""
-        tokenizer = self.tokenizer
         num_pads = UNCONDITIONAL_PADS if length is None else length - 2
-        return torch.tensor([tokenizer.bos_token_id, *[tokenizer.pad_token_id] * num_pads, self.image_start])
+        (bos, *_), (pad, *_) = self._special("bos_token_id"), self._special("pad_token_id")
+        first = bos if length is None or self._begins_with == bos else pad
+        return torch.tensor([first, *[pad] * num_pads, self.image_start])
+
+    @cached_property
+    def _begins_with(self) -> int:
+        """The first token of a prompt that draws: BOS, but for a checkpoint whose tokenizer and template have none."""
+        return int(self.prompt_tokens(Prompt(id="", task="", text="a", segments=("image",)))[0])
+
+    def _special(self, name: str) -> list[int]:
+        """Ids under a name as transformers' `generate` finds them, else an end of text as it takes for padding."""
+        configured = ids_of(getattr(self.model.generation_config, name, None))
+        return configured or ids_of(getattr(self.tokenizer, name)) or sorted(self.end_tokens)
+
+    # Images -----------------------------------------------------------------------------------------------------------
 
     def see(self, images: Tensor) -> Tensor:
-        mean, std = (images.new_tensor(x)[:, None, None] for x in self._normalisation())
+        if images.shape[-2:] != (self.image_size, self.image_size):  # drawn by a VQ model of another size
+            images = self.load_images([MemoryImage("a drawn image", image) for image in images])
         parameter = self.model.lm_head.weight
-        pixels = ((images - mean) / std).to(device=parameter.device, dtype=parameter.dtype)
+        pixels = self.normalisation().pixels(images).to(device=parameter.device, dtype=parameter.dtype)
         return self.model.model.get_image_features(pixels, return_dict=True).pooler_output
 
     def vision_features(self, images: Tensor) -> Tensor:
@@ -125,10 +172,6 @@ class JanusPolicy(Policy):
         the attributes that are right, patch by patch .68 (measured).
         """
         return self.see(images).float().flatten(1)
-
-    def _normalisation(self) -> tuple[list[float], list[float]]:
-        image_processor = self.processor.image_processor
-        return list(image_processor.image_mean), list(image_processor.image_std)
 
     def embed(self, tokens: Tensor, kind: SegmentKind) -> Tensor:
         if kind == "image":
@@ -143,7 +186,7 @@ class JanusPolicy(Policy):
             return Head(hidden, self.model.lm_head.weight, self.model.lm_head.bias, self._forbidden_text)
         image_head = self.model.model.generation_head
         hidden = image_head.activation_fn(image_head.proj_out(hidden))
-        return Head(hidden, image_head.vision_head.weight, image_head.vision_head.bias, None)
+        return Head(hidden, image_head.vision_head.weight, image_head.vision_head.bias, self._forbidden_image)
 
     @torch.no_grad()
     def draw(self, tokens: Tensor) -> Tensor:
@@ -156,11 +199,11 @@ class JanusPolicy(Policy):
 
     def _decoded(self, tokens: Tensor) -> Tensor:
         pixels = self.model.model.vqmodel.decode(tokens)
-        return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+        return self.normalisation().images(pixels.float())
 
     @torch.no_grad()
     def image_tokens(self, images: Tensor) -> Tensor:
         """[n, 3, H, W] in [0, 1] -> [n, N] int64: the VQ codes of given images, targets of supervised training."""
         codebook = self.model.model.vqmodel.quantize.embedding.weight
-        pixels = (images * 2 - 1).to(device=codebook.device, dtype=codebook.dtype)
+        pixels = self.normalisation().pixels(images).to(device=codebook.device, dtype=codebook.dtype)
         return self.model.model.vqmodel.encode(pixels).image_tokens.view(images.shape[0], -1)

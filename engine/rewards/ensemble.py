@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..pictures import Fit, to_tensor
 from .builtin.identity import Features, IdentityReward
 from .builtin.text import text_reward
 from .judge.attribute_judge import AttributeScorer, CaptionScorer, Judge
@@ -80,6 +81,7 @@ def build_rewards(
     *,
     features: Features | None = None,
     image_size: int = 384,
+    fit: Fit = to_tensor,
     scorer: AttributeScorer | None = None,
     captions: CaptionScorer | None = None,
     judge: RewardFunction | None = None,
@@ -92,6 +94,7 @@ def build_rewards(
     Args:
         features: frozen image features; None leaves R_id out.
         image_size: pixels squared that reference photos are brought to.
+        fit: how they are.
         scorer: reads attributes off an image (rendered world).
         captions: says how well a description fits an image. Neither this nor `scorer`: no judge, and R_id takes
             the whole bracket, as in the released code; without `features` the judge takes it.
@@ -118,7 +121,7 @@ def build_rewards(
     if has_identity:
         assert features is not None
         weight = identity_weight if has_judge else bracket
-        columns.append(Column("identity", IdentityReward(features, image_size), weight, "image"))
+        columns.append(Column("identity", IdentityReward(features, image_size, fit=fit), weight, "image"))
     if has_judge:
         assert judge is not None
         columns.append(Column("judge", judge, judge_weight if has_identity else bracket, "image"))

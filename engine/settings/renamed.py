@@ -120,7 +120,7 @@ TRL: dict[str, str] = {
     ),
     **_all(WHOLE_VOCABULARY, "repetition_penalty", "generation_kwargs"),
     **_all("set cfg_weight", "guidance_scale", "cfg_scale", "cfg"),
-    **_all("set think_instruction of recipes/corl.py", "chat_template_kwargs", "system_prompt", "instruction"),
+    **_all("set think_instruction of recipes/corl.py", "system_prompt", "instruction"),
     **_all("totals are summed, then compared in groups; set scale_rewards", "multi_objective_aggregation"),
     **_all("set judge_url and judge_model, or name it in reward_funcs", "reward_model_name_or_path", "reward_model"),
     **_all("the loss has TRL's default of it; set loss_type", "sapo_temperature_neg", "sapo_temperature_pos"),

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from ..errors import kind_of, shown
 from .modality import clip_of
 from .schema import Rule
+from .template_kwargs import template_kwargs_problems
 from .turn_templates import template_problem
 
 
@@ -237,7 +238,7 @@ def hub_problems(c: Any) -> list[str]:
 
 TRAINING: tuple[Rule, ...] = (
     *(drawing_problems, objective_problems, correction_problems, judge_problems, reward_problems, dgs_problems),
-    *(path_problems, run_problems, held_out_problems, hub_problems),
+    *(path_problems, run_problems, held_out_problems, hub_problems, template_kwargs_problems),
 )
 """What every training's settings must keep."""
 

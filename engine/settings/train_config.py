@@ -19,6 +19,7 @@ from .schema import Range, Rule, Settings
 Credit = Literal["shared", "per_segment", "image_only"]
 PolicyLogp = Literal["conditional", "guided", "guided_detached"]
 Unconditional = Literal["fixed", "pads"]
+PictureFit = Literal["processor", "crop", "pad"]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 LRScheduler = Literal[
     "linear_with_min_lr", "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"
@@ -54,6 +55,12 @@ class TrainConfig(Settings):
     model: str | None = None
     """Checkpoint in transformers' format (Janus, Emu3, or a text decoder such as Qwen3 for prompts that ask for text
     alone): a folder or a hub name. None: the tiny base, trained on first use."""
+    picture_fit: PictureFit = "processor"
+    """How a photo comes to the size that the model sees: as the checkpoint's own image processor does it, cut at the
+    centre to a square (crop), or whole on grey (pad)."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Arguments of the checkpoint's chat template, NAME=VALUE, where it takes any: enable_thinking=false,
+    date_string="26 Jul 2024"."""
     output_dir: Path = Path("runs/sync_r1")
     """The run's folder; a number is appended when it already holds a run."""
     run_name: str | None = None

@@ -6,17 +6,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from evaluate_cases import SETTINGS, few_items, generated
+from helpers import sharp_policy
 from made import cache_folder
 
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.errors import ConfigError
+from syncr1.engine.evaluate.manifest import read_manifest
 from syncr1.engine.learn.from_settings import held_out_sampling
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
+from syncr1.engine.methods.model import Model
+from syncr1.engine.methods.resume import check_settings
 from syncr1.engine.methods.sample import prompts_of
 from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.trained_with import drawing_turn_of, run_of, tells_concepts, unconditional_of
+from syncr1.engine.methods.trained_with import (
+    drawing_turn_of,
+    inputs_of,
+    run_of,
+    tells_concepts,
+    trained_inputs,
+    unconditional_of,
+)
+from syncr1.engine.policies.inputs import Inputs
 from syncr1.engine.settings.train_config import TrainConfig
 from syncr1.engine.settings.yaml_files import to_yaml
 
@@ -55,6 +68,49 @@ def test_a_checkpoint_is_guided_as_in_its_run(tmp_path: Path) -> None:
         (tmp_path / "0" / "config.yaml").write_text(text, encoding="latin-1")
         assert unconditional_of(EvaluateConfig(), models[0]) == "fixed"
     assert unconditional_of(EvaluateConfig(), "org/janus") == unconditional_of(EvaluateConfig(), None) == "fixed"
+
+
+def test_a_checkpoint_is_given_pictures_and_prompts_as_in_its_run(tmp_path: Path) -> None:
+    """A run from before there was the choice cut them at the centre; no run, and the processor is the law."""
+    given = {"picture_fit": "pad", "chat_template_kwargs": ("thinking=false", "date_string=26 Jul 2024")}
+    runs = (SyncR1Config(**given), CorlConfig(**given), SyncR1Config())
+    models = [left_by(tmp_path / str(number), run) for number, run in enumerate(runs)]
+    before, expected = Inputs("crop"), Inputs(**given)
+    assert [trained_inputs(model) for model in models] == [expected, expected, Inputs()]
+    assert inputs_of(SampleConfig(), models[0]) == inputs_of(EvaluateConfig(), models[1]) == expected
+    said = EvaluateConfig(picture_fit="crop", chat_template_kwargs=("thinking=true",))
+    assert inputs_of(said, models[0]) == Inputs("crop", ("thinking=true",))
+    (tmp_path / "0" / "config.yaml").write_text("prompts_per_step: 4")
+    assert trained_inputs(models[0]) == before and trained_inputs("org/janus") == trained_inputs(None) == Inputs()
+    for text in ("picture_fit: stretch", "chat_template_kwargs: 3", "chat_template_kwargs: [thinking]"):
+        (tmp_path / "1" / "config.yaml").write_text(text)
+        assert trained_inputs(models[1]) == Inputs()
+
+
+def test_a_run_from_before_the_choice_is_told_of_it() -> None:
+    """It goes on with photos as its processor prepares them, which it did not begin with; the tiny base's are alike."""
+    notes: list[str] = []
+    for config in (SyncR1Config(), SyncR1Config(model="org/janus")):
+        before = yaml.safe_load(to_yaml(config, comments=False))
+        check_settings(before, config, pytest.fail)
+        del before["picture_fit"]
+        check_settings(before, config, notes.append)
+    (note,) = notes
+    assert "this run began with 'crop'" in note and "pass --picture_fit crop to go on as it began" in note
+
+
+def test_every_way_to_a_model_prepares_as_its_run_did(tmp_path: Path) -> None:
+    """The model from Python, sampling, and a new folder of an evaluation, which notes it."""
+    where = left_by(tmp_path / "run", SyncR1Config(picture_fit="pad"))
+    sharp_policy().save(Path(where))
+    policy = Model.load(where, device="cpu").policy
+    assert policy.picture_fit == "pad" and policy.template_kwargs == {}
+    assert Model.load(where, device="cpu").policy.fit() == policy.fit()
+    items = generated(
+        few_items(), tmp_path / "items", replace(SETTINGS, picture_fit="pad", chat_template_kwargs=("a=1",))
+    )
+    assert read_manifest(items)["sampling"]["picture_fit"] == "pad"
+    assert read_manifest(items)["sampling"]["chat_template_kwargs"] == ["a=1"]
 
 
 def test_a_run_tells_of_concepts_where_model_and_data_are_given(tmp_path: Path) -> None:

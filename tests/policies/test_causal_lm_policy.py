@@ -236,7 +236,7 @@ def test_prompt_goes_through_the_chat_template_or_stays_plain() -> None:
     chat, plain = policy(), policy(template=None)
     inner = plain.tokenizer.tokenize("the colour?")
     assert words(chat, "the colour?") == [BOS, USER, *inner, END, ANSWER]
-    assert words(plain, "the colour?") == [BOS, *inner]
+    assert words(plain, "the colour?") == inner, "as the tokenizer has it, which adds no BOS"
     assert words(plain, "") == [BOS]
     assert chat.decode_text(chat.prompt_tokens(make_prompt("the colour?", TEXT))) == "the colour?"
     assert not chat.image_slots(chat.prompt_tokens(make_prompt("x", TEXT))).any()

@@ -51,6 +51,11 @@ FLAGS = [
     Mistake("a field of no turn", "sync_r1.py --drawing_turn '{answer}'", "got {answer} in '{answer}'"),
     Mistake("a brace left open", "evaluate.py --drawing_turn '{text'", "close every brace"),
     Mistake("a turn without a field", "sample.py --drawing_turn 'a photo'", "or a template with {prompt}"),
+    Mistake(
+        "a fit that there is not", "sync_r1.py --picture_fit stretch", "picture_fit: expected one of processor, cr"
+    ),
+    Mistake("an argument without a value", "sync_r1.py --chat_template_kwargs thinking", "expected NAME=VALUE, got"),
+    Mistake("nobody's argument", "sample.py --chat_template_kwargs tokenize=true", "got one that is set here"),
     Mistake("settings that exclude each other", "sync_r1.py --dgs top_k", "dgs_keep"),
     Mistake("a preview by a CLIP that is not named", "sync_r1.py --preview_score clip", "expected a CLIP"),
     Mistake("a rule over two timeouts", "sync_r1.py --reward_timeout 9000", "expected less than stage_timeout"),

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 from syncr1.engine.policies.attention_interface import ATTENTION_NAME
 from syncr1.engine.policies.base import Head, Policy
 from syncr1.engine.policies.probe import check_decoder, max_positions
-from syncr1.engine.policies.tokens import control_tokens, escape_control_tokens
+from syncr1.engine.policies.tokens import never_sampled
 from syncr1.engine.records import Prompt, SegmentKind
 
 SIDE, BLOCK = 4, 8
@@ -60,8 +60,7 @@ class BlocksPolicy(Policy):
         model.set_attn_implementation(ATTENTION_NAME)
         self.max_positions, self.num_words = max_positions(model, "BlocksPolicy"), len(tokenizer)
         self.image_start, self.image_slot = tokenizer.convert_tokens_to_ids([START, SLOT])
-        self.end_tokens = frozenset({tokenizer.eos_token_id})
-        never = set(control_tokens(tokenizer).values()) - self.end_tokens
+        never = never_sampled(model, tokenizer, self.control.values(), self.end_tokens, self.num_words)
         self.register_buffer("forbidden", torch.tensor(sorted(never)), persistent=False)
         self.register_buffer("palette", torch.tensor(PALETTE), persistent=False)
 
@@ -84,7 +83,7 @@ class BlocksPolicy(Policy):
 
     def _turn(self, words: str, *, shows_image: bool) -> Tensor:
         slots = SLOT * self.num_image_tokens if shows_image else ""
-        return self.encode(f"{self.tokenizer.bos_token}{slots}{escape_control_tokens(words, self.tokenizer)}\n")
+        return self.encode(f"{self.tokenizer.bos_token}{slots}{self.escape(words)}\n")
 
     # What a model that sees adds; a drawn picture needs no second look, its tokens are in the sequence.
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...pictures import ImageRef, load_pictures
+from ...pictures import Fit, ImageRef, load_pictures, to_tensor
 from .batches import Kept, by_shape
 
 Features = Callable[[Tensor], Tensor]
@@ -30,14 +30,15 @@ Features = Callable[[Tensor], Tensor]
 class IdentityReward:
     """Likeness to the concept's reference photos, in [0, 1]; features of references are kept."""
 
-    def __init__(self, features: Features, size: int, *, max_cached: int = 4096) -> None:
+    def __init__(self, features: Features, size: int, *, fit: Fit = to_tensor, max_cached: int = 4096) -> None:
         """
         Args:
             features: frozen feature extractor.
-            size: reference photos are scaled and cropped to this many pixels squared, as the policy sees them.
+            size: reference photos are brought to this many pixels squared.
+            fit: how; a policy's features want `Policy.fit()`, as it sees photos.
             max_cached: references whose features are kept; the least recently used goes first.
         """
-        self.features, self.size = features, size
+        self.features, self.size, self.fit = features, size, fit
         self.__name__ = "identity"
         self.known: Kept[ImageRef, Tensor] = Kept(self._of_photos, lambda _: 1, max_cached)
 
@@ -62,7 +63,7 @@ class IdentityReward:
         return rewards
 
     def _of_photos(self, photos: list[ImageRef]) -> list[Tensor]:
-        return self._embed(list(load_pictures(photos, self.size)))
+        return self._embed(list(load_pictures(photos, self.size, self.fit)))
 
     def _embed(self, images: Sequence[Tensor]) -> list[Tensor]:
         """[D] of length 1 of each on the CPU; images of different sizes go through in one batch per size."""

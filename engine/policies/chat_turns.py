@@ -1,0 +1,67 @@
+"""What a checkpoint's chat template makes of turns: the opening of a conversation, and a turn within it.
+
+A template may write a preamble (a system prompt, today's date) before the first turn. It stands there once: a later
+turn is what the template adds for it behind an answer, not what it would make of that turn alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ..errors import ConfigError
+
+ANSWER = "xyzzyanswer"
+"""Stands for the policy's answer where a later turn is rendered; a word that no template writes."""
+
+
+def render(owner: Any, turns: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any], *, opens: bool = True) -> str:
+    """A conversation as text.
+
+    Args:
+        owner: a processor or tokenizer of transformers with a chat template.
+        turns: role and content of each.
+        arguments: of the template, beside them.
+        opens: the answer that comes next.
+
+    Raises:
+        ConfigError: there is no template, or it fails.
+    """
+    try:
+        text = owner.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opens, **arguments)
+    except Exception as error:  # a template is a program, which may raise whatever it wants to
+        if getattr(owner, "chat_template", None) is None:
+            raise ConfigError(
+                f"expected a chat template for answers, got a {type(owner).__name__} without; set it in the checkpoint"
+            ) from error
+        raise ConfigError(
+            f"the checkpoint's chat template fails ({type(error).__name__}: {error}); correct its chat_template, or "
+            "give it what it asks for with --chat_template_kwargs NAME=VALUE"
+        ) from error
+    return str(text)
+
+
+def later_turn(
+    owner: Any,
+    content_of: Callable[[str], Any],
+    turn: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    ends: Iterable[str],
+) -> str:
+    """A user's turn behind an answer, and the opening of the next answer.
+
+    Args:
+        owner, arguments: as in `render`.
+        content_of: a text to a turn's content, in the form that the template reads.
+        turn: the user's.
+        ends: texts of the tokens that end an answer; the one that the template puts there was sampled, and is left out.
+    """
+    before = [{"role": "user", "content": content_of("a")}, {"role": "assistant", "content": content_of(ANSWER)}]
+    whole = render(owner, [*before, turn], arguments)
+    _, found, behind = whole.partition(ANSWER)
+    if not found:  # a template that does not write answers down
+        return render(owner, [turn], arguments)
+    for end in sorted(ends, key=len, reverse=True):
+        if end and behind.lstrip().startswith(end):
+            return behind.lstrip().removeprefix(end)
+    return behind
