@@ -17,23 +17,20 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from ..errors import CheckpointError
 from ..whole_files import whole_folder
-from .convert_plans import EXTRA, KEPT, SETTINGS, Part, Plan, into_deepseek, into_transformers
+from .convert_plans import EXTRA, KEPT, Part, Plan, into_deepseek, into_transformers
 from .deepseek_config import OURS, THEIRS, refusal
+from .deepseek_files import FORMAT, RECORD
 from .safetensors_stream import MAX_SHARD_BYTES, SafetensorsWriter, TensorInfo
-from .weight_source import weights_in
 
 Direction = Literal["transformers", "deepseek"]
 PIECE = 1 << 22
 """Elements at a time."""
-RECORD = "conversion.json"
-FORMAT = 1
-"""Of what a conversion writes: raised when that changes, so that older conversions are not taken up."""
 Say = Callable[[str], object]
 
 
@@ -192,19 +189,3 @@ def check_space(output: Path, needed: int) -> None:
             f"{output}: expected {needed / 1e9:.2f} GB of free space for the converted checkpoint, got "
             f"{free / 1e9:.2f} GB at {there}; free some, or name another disk"
         )
-
-
-def record_in(folder: Path) -> dict[str, Any] | None:
-    """`conversion.json` of a folder whose weight files are as it says; None where something is amiss."""
-    try:
-        record = json.loads((folder / RECORD).read_bytes())
-        whole = all((folder / name).stat().st_size == size for name, (size, _) in record["written"].items())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-    return record if whole and record.get("format") == FORMAT else None
-
-
-def source_files(folder: Path) -> tuple[Path, ...]:
-    """Weights and settings of a DeepSeek folder, which say what a conversion of it will be."""
-    beside = [folder / name for name in (*SETTINGS, "generation_config.json")]
-    return (*weights_in(folder).files, *(path for path in beside if path.is_file()))

@@ -22,6 +22,7 @@ from transformers import AutoProcessor, JanusConfig, JanusForConditionalGenerati
 from ..errors import CheckpointError, ConfigError
 from ..reasons import reading
 from .deepseek_config import THEIRS, refusal, to_ours, to_theirs
+from .deepseek_files import SETTINGS
 from .deepseek_janus import origin_of, place_of
 from .deepseek_processor import generation_of, processor_to_ours, processor_to_theirs
 from .safetensors_stream import TensorInfo
@@ -29,23 +30,18 @@ from .weight_source import Weights, weights_in
 
 KEPT, EXTRA = "deepseek", "no_counterpart.safetensors"
 """In a converted folder: DeepSeek's own files, and the tensors that transformers' model has no place for."""
-SETTINGS = (
-    *("config.json", "preprocessor_config.json", "processor_config.json", "special_tokens_map.json"),
-    *("tokenizer.json", "tokenizer_config.json"),
-)
-"""DeepSeek's files beside the weights."""
 Shapes = dict[str, tuple[int, ...]]
 HEAD = "lm_head.weight"
 _SAMPLED = "model.language_model.embed_tokens.weight"
 
 
 class Part(NamedTuple):
-    """One of equal parts of a tensor along its first axis."""
+    """One of `num` equal parts of a tensor along its first axis."""
 
     weights: Weights
     name: str
-    index: int = 0
-    count: int = 1
+    place: int = 0
+    num: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,8 @@ def into_transformers(folder: Path) -> Plan:
     weights = weights_in(folder)
     if config.tie_word_embeddings and "language_model.lm_head.weight" in weights.tensors:
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = False  # both are there: both are taken
-    wanted, moved, kept, unknown = shapes_of(config), dict[TensorInfo, tuple[Part, ...]](), {}, []
+    wanted, moved, unknown = shapes_of(config), dict[TensorInfo, tuple[Part, ...]](), list[str]()
+    kept: dict[TensorInfo, tuple[Part, ...]] = {}
     for info in weights.tensors.values():
         place = place_of(info.name)
         if place is None:
@@ -180,7 +177,7 @@ def _gathered(weights: Weights) -> dict[TensorInfo, tuple[Part, ...]]:
         assert found is not None, info.name  # it is one of the model's
         theirs, index, axis[found[0]] = found
         parts.setdefault(theirs, {})[index] = info
-    moved = {}
+    moved: dict[TensorInfo, tuple[Part, ...]] = {}
     for theirs, held in parts.items():
         first = held[0]
         shape = (first.shape[0] * len(held), *first.shape[1:])

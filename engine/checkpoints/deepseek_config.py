@@ -174,7 +174,7 @@ def _vq(params: Config, cls: str) -> Config:
     return {
         "model_type": "janus_vqgan",
         "base_channels": sizes["ch"],
-        "channel_multiplier": list(sizes["ch_mult"]),
+        "channel_multiplier": [*(sizes["ch_mult"] or ())],
         "num_res_blocks": sizes["num_res_blocks"],
         "latent_channels": sizes["z_channels"],
         "embed_dim": params["n_embed"],

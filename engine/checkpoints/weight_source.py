@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, one_line
+from .deepseek_files import PICKLED, PICKLED_INDEX
 from .safetensors_stream import MappedCheckpoint, TensorInfo
 
 HELD = 1 << 28
 """Bytes that are read before the files are opened anew."""
-PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _CALLED = re.compile(r"(?:GLOBAL|global:?|class|function)\s+`?([A-Za-z_][\w.]*\.\w+)`?")
 
 

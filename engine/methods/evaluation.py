@@ -102,6 +102,7 @@ Parts = tuple[dict[str, list[Prompt]], Policy, str, str]
 
 def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     """Data and model; the embedded ones where `config` names none."""
+    from ..checkpoints.published import local_checkpoint
     from ..policies.auto import load_policy
     from ..world.base_model import BaseSettings
     from ..world.embedded import tiny_base, world_folder
@@ -116,7 +117,7 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
     model = config.model or str(tiny_base(BaseSettings(), say))
-    policy = load_policy(model, dtype=torch.bfloat16 if config.bf16 else torch.float32)
+    policy = load_policy(local_checkpoint(model, say), dtype=torch.bfloat16 if config.bf16 else torch.float32)
     policy.eval().requires_grad_(False)
     limit_threads(policy)
     return items, policy.to(own_device()), model, source

@@ -7,25 +7,26 @@ is in the cache is used without asking again.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from ..checkpoints.hub_cache import absent_from, cache_folder, is_offline, snapshots, split, stay_offline
 from ..errors import one_line
 from ..reasons import reason_of
 
 Kind = Literal["model", "dataset"]
 REACH = 4.0
 """Seconds that looking a name up and connecting may take."""
+PICKLE = re.compile(r"pytorch_model[\w-]*\.bin$")
 ANSWER = 10.0
 """Seconds that the hub may take to tell about a repository."""
-_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,31 +70,17 @@ def look_up(wanted: list[Wanted]) -> tuple[list[str], list[Download]]:
     return problems + _space(downloads), downloads
 
 
-def is_offline() -> bool:
-    """The user has said that there is no network."""
-    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _OFFLINE)
-
-
-def stay_offline() -> None:
-    """The libraries, which are not imported yet, use their caches without asking."""
-    os.environ.update(dict.fromkeys(_OFFLINE, "1"))
-
-
-def cache_folder() -> Path:
-    """Where repositories are kept."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
 def is_cached(wanted: Wanted) -> bool:
-    """A snapshot with weights, or any of a data set, is there."""
-    name, revision = wanted.name.partition(":")[0].partition("@")[::2]
-    folder = cache_folder() / f"{wanted.kind}s--{name.replace('/', '--')}" / "snapshots"
-    snapshots = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    if revision and len(revision) == 40:
-        snapshots = [path for path in snapshots if path.name == revision]
-    kinds = ("*.safetensors",) if wanted.kind == "model" else ("*", "*/*")
-    return any(next(path.glob(kind), None) is not None for path in snapshots for kind in kinds)
+    """All files of a model are there, or any of a data set."""
+    if wanted.kind == "model":
+        return any(not absent_from(folder) for folder in snapshots(wanted.name, "model"))
+    there = snapshots(wanted.name.partition(":")[0], "dataset")
+    return any(next(folder.glob(kind), None) is not None for folder in there for kind in ("*", "*/*"))
+
+
+def is_begun(wanted: Wanted) -> list[str]:
+    """Files that a model's snapshot in the cache lacks; empty where there is none, or all are there."""
+    return next((absent for folder in snapshots(wanted.name, "model") if (absent := absent_from(folder))), [])
 
 
 def why_unreachable(address: str = "") -> str:
@@ -119,24 +106,37 @@ def why_unreachable(address: str = "") -> str:
 
 
 def _absent(wanted: Wanted, why: str) -> str:
+    fetch = f"hf download {'--repo-type dataset ' if wanted.kind == 'dataset' else ''}{_fetch_words(wanted.name)}"
+    if wanted.kind == "model" and (absent := is_begun(wanted)):
+        return (
+            f"{wanted.setting}: expected all files of {wanted.name} in the cache, got a download that was cut off "
+            f"({absent[0]} is missing), and {why}; go on with it where there is a network (`{fetch}`)"
+        )
     what = "files" if wanted.kind == "model" else "rows"
     return (
         f"{wanted.setting}: expected a folder, or a name whose {what} are in the cache, got {wanted.name}, which is "
-        f"neither, and {why}; correct the name or path, or fetch it where there is a network (`hf download "
-        f"{'--repo-type dataset ' if wanted.kind == 'dataset' else ''}{wanted.name}`)"
+        f"neither, and {why}; correct the name or path, or fetch it where there is a network (`{fetch}`)"
     )
 
 
+def _fetch_words(name: str) -> str:
+    """What `hf download` is given for a name."""
+    repository, revision = split(name.partition(":")[0])
+    return f"{repository} --revision {revision}" if revision else repository
+
+
 def _ask(wanted: Wanted) -> Download | str:
-    """What the hub tells about a repository."""
+    """What the hub tells about a repository: that it is there, that it is open to this token, and its files."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
-    name, revision = wanted.name.partition(":")[0].partition("@")[::2]
+    name, revision = split(wanted.name.partition(":")[0])
     api = HfApi()
     ask = api.model_info if wanted.kind == "model" else api.dataset_info
     try:
         info: Any = ask(name, revision=revision or None, timeout=ANSWER, files_metadata=True)
+        if getattr(info, "gated", False):  # everybody is told what is in it; its files are another matter
+            api.auth_check(name, repo_type=wanted.kind)
     except HFValidationError as error:
         return f"{wanted.setting}: expected a name on the hub, got {wanted.name} ({one_line(error)}); correct it"
     except Exception as error:  # of its client, which has one class for each status and each layer
@@ -147,16 +147,29 @@ def _ask(wanted: Wanted) -> Download | str:
     sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
     if wanted.kind == "dataset":
         return Download(wanted, sum(sizes.values()))
-    if not any(name.endswith(".safetensors") for name in sizes):
-        others = next((name for name in sizes if name.endswith((".bin", ".pt", ".pth", ".gguf"))), "no weights")
-        remedy = "take another revision (many have refs/pr/… with safetensors), or convert it where you trust it"
-        return f"{wanted.setting}: expected safetensors, got {wanted.name} with {others}; {remedy}"
-    return Download(wanted, _fetched(sizes))
+    problem = _incomplete(wanted, sizes, getattr(info, "config", None) or {})
+    return problem or Download(wanted, _fetched(sizes))
+
+
+def _incomplete(wanted: Wanted, sizes: Mapping[str, int], config: Mapping[str, Any]) -> str:
+    """What a model's repository lacks, by the names of its files; empty where nothing."""
+    if "config.json" not in sizes:
+        given = next((name for name in sizes if name.endswith("/config.json")), "")
+        remedy = f"its subfolder {given.rpartition('/')[0]} has one: download that, and name the folder"
+        remedy = remedy if given else "take a checkpoint that save_pretrained wrote"
+        return f"{wanted.setting}: expected a config.json, got {wanted.name} without; {remedy}"
+    theirs = config.get("model_type") == "multi_modality"
+    if any(name.endswith(".safetensors") for name in sizes) or (theirs and any(PICKLE.match(name) for name in sizes)):
+        return ""
+    others = next((name for name in sizes if name.endswith((".bin", ".pt", ".pth", ".gguf"))), "no weights")
+    remedy = "take another revision (many have refs/pr/… with safetensors), or convert it where you trust it"
+    return f"{wanted.setting}: expected safetensors, got {wanted.name} with {others}; {remedy}"
 
 
 def _fetched(sizes: Mapping[str, int]) -> int:
-    """Bytes of the files that transformers takes."""
-    kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
+    """Bytes of the files that are taken."""
+    whole = any(name.endswith(".safetensors") and "/" not in name for name in sizes)
+    kinds = (".json", ".model", ".txt", ".jinja", *((".safetensors",) if whole else (".bin",)))
     return sum(size for name, size in sizes.items() if name.endswith(kinds) and "/" not in name)
 
 

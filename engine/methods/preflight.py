@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.deepseek_files import is_theirs, weight_names
 from ..checkpoints.hub import problems_with_hub
+from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, kind_of, refuse
 from ..processes.launch import restarted
 from ..processes.run_folder import unused_folder
@@ -57,6 +59,7 @@ def check_start(config: Any) -> None:
         problems += folder_problems(setting, folder, trained=setting == "model")
     problems += [] if problems else length_problems(config, models.get("model"))
     problems += [] if problems else turn_problems(config, models.get("model"))
+    problems += [] if problems else conversion_problems(models.get("model"))
     problems += judge_problems(config)
     problems += reward_problems("reward_funcs", getattr(config, "reward_funcs", ()), getattr(config, "REWARDS", ()))
     problems += data_problems(config)
@@ -221,6 +224,14 @@ def cache_problems() -> list[str]:
         return []
     got = f"{cache}, where {there} {'cannot be written' if there.is_dir() else 'is no folder'}"
     return [f"SYNCR1_CACHE: expected a folder that can be written, got {got}; name another one"]
+
+
+def conversion_problems(folder: Path | None) -> list[str]:
+    """No place for what a checkpoint in DeepSeek's layout is converted into."""
+    if folder is None or not is_theirs(folder) or kept_conversion(folder) is not None:
+        return []
+    needed = sum((folder / name).stat().st_size for name in weight_names(folder))
+    return cache_problems() or output_problems("SYNCR1_CACHE", cache_dir(), needed)
 
 
 def space_needed(config: Any, folder: Path | None) -> int:
