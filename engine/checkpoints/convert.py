@@ -31,6 +31,8 @@ from .safetensors_stream import MAX_SHARD_BYTES, SafetensorsWriter, TensorInfo
 Direction = Literal["transformers", "deepseek"]
 PIECE = 1 << 22
 """Elements at a time."""
+WORTH_TELLING = 1 << 30
+"""Bytes from which on it is told how far a conversion is."""
 Say = Callable[[str], object]
 
 
@@ -155,7 +157,7 @@ def _written(
             for piece in _pieces(info, tensors[info]):
                 writer.write(info.name, piece)
             done += info.num_bytes
-            if done * 10 // max(total, 1) > tenth:
+            if total >= WORTH_TELLING and done * 10 // total > tenth:
                 tenth = done * 10 // total
                 say(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB")
     return {name: ((folder / name).stat().st_size, writer.sha256[name]) for name in writer.files}

@@ -34,10 +34,14 @@ def local_checkpoint(name: str | Path, say: Say) -> Path:
         ConfigError: it cannot be had (hub_cache.py).
         CheckpointError: it is in DeepSeek's layout and cannot be converted (convert.py).
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        folder = fetched(str(name), say)
+    folder = published_folder(name, say)
     return _converted(folder, str(name), say) if is_theirs(folder) else folder
+
+
+def published_folder(name: str | Path, say: Say) -> Path:
+    """The folder of a checkpoint in the layout that it is published in; ConfigError where it cannot be had."""
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else fetched(str(name), say)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.deepseek_config import OURS, THEIRS
 from ..checkpoints.deepseek_files import is_theirs, weight_names
 from ..checkpoints.hub import problems_with_hub
 from ..checkpoints.published import kept_conversion
@@ -93,6 +94,38 @@ def check_weights(models: Mapping[str, str], output: Path | None = None) -> None
         last = Path(list(models.values())[-1]).expanduser()
         size = sum(path.stat().st_size for path in last.glob("*.safetensors")) if last.is_dir() else 0
         problems += output_problems("output", output.absolute().parent if output.exists() else output, size)
+    problems += [] if problems else hub_names.look_up(names)[0]
+    if problems:
+        refuse(ConfigError.of(list(dict.fromkeys(problems))))
+
+
+def check_conversion(config: Any) -> None:
+    """Ends the process with exit code 2 where a checkpoint cannot be converted, as far as names, sizes and JSON tell.
+
+    Args:
+        config: settings of `recipes/convert.py`.
+    """
+    problems, names, size = list[str](), list[Wanted](), 0
+    for setting, model in (("model", config.model), ("base", config.base)):
+        folder = Path(model or "").expanduser()
+        if model is None:
+            continue
+        if not folder.is_dir():
+            names.append(Wanted(setting, model))
+            continue
+        told = settings_in(folder / "config.json")
+        kind = told.get("model_type") if isinstance(told, dict) else None
+        if isinstance(told, dict) and kind not in (THEIRS, OURS):
+            problems.append(
+                f"{setting}: expected Janus in DeepSeek's layout ({THEIRS}) or transformers' ({OURS}), got model_type "
+                f"{kind!r} in {folder}; other models need no conversion, or have none"
+            )
+        elif setting == "base" and kind == OURS:
+            problems.append(f"base: expected DeepSeek's layout, got {folder} in transformers'; name the published one")
+        else:
+            problems += folder_problems(setting, folder, trained=True)
+        size = size or sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
+    problems += output_problems("output", config.output, size)
     problems += [] if problems else hub_names.look_up(names)[0]
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
