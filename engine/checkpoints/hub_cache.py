@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..reasons import reading
-from .deepseek_files import PICKLED, SAFE, is_theirs, weight_names
+from .deepseek_files import NEEDED, PICKLED, SAFE, is_theirs, weight_names
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -63,14 +63,21 @@ def snapshots(name: str, kind: str) -> list[Path]:
 
 def absent_from(folder: Path) -> list[str]:
     """Files of a snapshot of a model that have to be there and are not; empty where it is whole."""
-    if not (folder / "config.json").is_file():
-        return ["config.json"]
+    absent = absent_settings(folder)
+    if absent:
+        return absent
     names = weight_names(folder)
     if not is_theirs(folder) and not all(name.endswith(".safetensors") for name in names):
         names = []  # pickles, which are not taken
     if not names:
         return [] if any(folder.glob("*.safetensors")) else [SAFE]
     return [name for name in names if not (folder / name).is_file()]
+
+
+def absent_settings(folder: Path) -> list[str]:
+    """The same of its settings alone."""
+    needed = ["config.json", *(NEEDED if is_theirs(folder) else ())]
+    return [name for name in needed if not (folder / name).is_file()]
 
 
 def fetched(name: str, say: Callable[[str], object]) -> Path:
@@ -90,7 +97,10 @@ def fetched(name: str, say: Callable[[str], object]) -> Path:
         folder = _get(name, [*_BESIDE, *shards] if shards else [*_BESIDE, SAFE])
         if theirs and not weight_names(folder):
             folder = _get(name, [*_BESIDE, PICKLED])
-    absent = absent_from(folder)
+    return _complete(name, folder, absent_from(folder))
+
+
+def _complete(name: str, folder: Path, absent: list[str]) -> Path:
     if absent:
         raise ConfigError(
             f"model: {name}: expected all its files, got {len(absent)} missing ({absent[0]}); its repository is not "
@@ -101,7 +111,8 @@ def fetched(name: str, say: Callable[[str], object]) -> Path:
 
 def settings_fetched(name: str) -> Path:
     """The snapshot of a model's repository, with its settings and its tokenizer at least; ConfigError as `fetched`."""
-    return _get(name, _BESIDE)
+    folder = _get(name, _BESIDE)
+    return _complete(name, folder, absent_settings(folder))
 
 
 def _get(name: str, patterns: Iterable[str]) -> Path:
