@@ -218,7 +218,11 @@ def processor_to_theirs(processor: JanusProcessor, folder: Path) -> list[str]:
     words |= {"add_bos_token": ids[0] == tokenizer.bos_token_id, "add_eos_token": ids[-1] == tokenizer.eos_token_id}
     words |= {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
     words |= {"clean_up_tokenization_spaces": False, "sp_model_kwargs": {}}
+    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    more = [token.content for token in special if token.content not in words.values()]
+    words["additional_special_tokens"] = more
     mapped = {f"{name}_token": words[f"{name}_token"] for name in ("bos", "eos", "pad")}
+    mapped["additional_special_tokens"] = more
     files = {"preprocessor_config": picture, "processor_config": settings, "tokenizer_config": words}
     for name, content in {**files, "special_tokens_map": mapped}.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..reasons import reading
+from ..show.pulse import pulse
 from .deepseek_files import NEEDED, PICKLED, SAFE, is_theirs, weight_names
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -94,9 +95,10 @@ def fetched(name: str, say: Callable[[str], object]) -> Path:
     if not files or not all((folder / file).is_file() for file in files):
         say(f"fetching {name} from the hub ...")
         shards = [file for file in files if theirs or file.endswith(".safetensors")]
-        folder = _get(name, [*_BESIDE, *shards] if shards else [*_BESIDE, SAFE])
-        if theirs and not weight_names(folder):
-            folder = _get(name, [*_BESIDE, PICKLED])
+        with pulse(f"fetching {name}"):
+            folder = _get(name, [*_BESIDE, *shards] if shards else [*_BESIDE, SAFE])
+            if theirs and not weight_names(folder):
+                folder = _get(name, [*_BESIDE, PICKLED])
     return _complete(name, folder, absent_from(folder))
 
 
@@ -117,9 +119,12 @@ def settings_fetched(name: str) -> Path:
 
 def _get(name: str, patterns: Iterable[str]) -> Path:
     """Fetches what is not in the cache of the files that match."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     repository, revision = split(name)
     with reading("model", name):
         from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import disable_progress_bars, logging
+
+        disable_progress_bars()
+        logging.set_verbosity_error()  # it warns of each try anew; what fails in the end is told in a line
 
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))

@@ -13,13 +13,24 @@ import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from ..checkpoints.hub_cache import absent_from, cache_folder, is_offline, snapshots, split, stay_offline
-from ..errors import one_line
+from ..checkpoints.deepseek_files import weight_names
+from ..checkpoints.hub_cache import (
+    absent_from,
+    cache_folder,
+    is_offline,
+    settings_fetched,
+    snapshots,
+    split,
+    stay_offline,
+)
+from ..errors import ConfigError, one_line
 from ..reasons import reason_of
+from .model_files import folder_problems
 
 Kind = Literal["model", "dataset"]
 REACH = 4.0
@@ -53,6 +64,14 @@ def look_up(wanted: list[Wanted]) -> tuple[list[str], list[Download]]:
     Where the hub does not answer and all is in the cache, it is not asked again in this process.
     """
     absent = [one for one in wanted if not is_cached(one)]
+    kept = [
+        (one, folder)
+        for one in wanted
+        if one not in absent and one.setting in ("model", "base")
+        for folder in _kept(one)
+    ]
+    if problems := [problem for one, folder in kept for problem in own_problems(one, folder, weights=True)]:
+        return problems, []
     if is_offline():
         return [_absent(one, "offline is set (HF_HUB_OFFLINE)") for one in absent], []
     unreachable = why_unreachable() if wanted else ""
@@ -64,7 +83,7 @@ def look_up(wanted: list[Wanted]) -> tuple[list[str], list[Download]]:
     for one in absent:
         told = _ask(one)
         if isinstance(told, str):
-            problems.append(told)
+            problems += told.splitlines()
         else:
             downloads.append(told)
     return problems + _space(downloads), downloads
@@ -73,9 +92,14 @@ def look_up(wanted: list[Wanted]) -> tuple[list[str], list[Download]]:
 def is_cached(wanted: Wanted) -> bool:
     """All files of a model are there, or any of a data set."""
     if wanted.kind == "model":
-        return any(not absent_from(folder) for folder in snapshots(wanted.name, "model"))
+        return bool(_kept(wanted))
     there = snapshots(wanted.name.partition(":")[0], "dataset")
     return any(next(folder.glob(kind), None) is not None for folder in there for kind in ("*", "*/*"))
+
+
+def _kept(wanted: Wanted) -> list[Path]:
+    """The snapshot of a model with all its files; empty where there is none."""
+    return [folder for folder in snapshots(wanted.name, "model") if not absent_from(folder)][:1]
 
 
 def is_begun(wanted: Wanted) -> list[str]:
@@ -147,8 +171,32 @@ def _ask(wanted: Wanted) -> Download | str:
     sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
     if wanted.kind == "dataset":
         return Download(wanted, sum(sizes.values()))
-    problem = _incomplete(wanted, sizes, getattr(info, "config", None) or {})
+    problem = _incomplete(wanted, sizes, getattr(info, "config", None) or {}) or _unlike(wanted, sizes)
     return problem or Download(wanted, _fetched(sizes))
+
+
+def _unlike(wanted: Wanted, sizes: Mapping[str, int]) -> str:
+    """What is wrong with the repository of the run's own model, by its settings, which are fetched for that, and by the
+    names in its index; empty where nothing."""
+    if wanted.setting not in ("model", "base"):
+        return ""
+    try:
+        folder = settings_fetched(wanted.name)
+    except ConfigError as error:
+        return str(error).replace("model:", f"{wanted.setting}:", 1)
+    shards = [name for name in weight_names(folder) if name not in sizes]
+    if shards:
+        return (
+            f"{wanted.setting}: expected the shards that its index names, got {wanted.name} without {len(shards)} of "
+            f"them ({shards[0]}); its repository is not whole, take another revision or name"
+        )
+    return "\n".join(own_problems(wanted, folder, weights=False))
+
+
+def own_problems(wanted: Wanted, folder: Path, *, weights: bool) -> list[str]:
+    """What is wrong with the snapshot of the run's own model, told by its name on the hub."""
+    problems = folder_problems(wanted.setting, folder, trained=True, weights=weights)
+    return [problem.replace(str(folder), wanted.name) for problem in problems]
 
 
 def _incomplete(wanted: Wanted, sizes: Mapping[str, int], config: Mapping[str, Any]) -> str:

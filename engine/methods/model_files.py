@@ -41,13 +41,14 @@ MAX_HEADER = 100_000_000
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def folder_problems(setting: str, folder: Path, *, trained: bool = False) -> list[str]:
+def folder_problems(setting: str, folder: Path, *, trained: bool = False, weights: bool = True) -> list[str]:
     """What is wrong with a checkpoint, in words.
 
     Args:
         setting: that names it.
         folder: which is there.
         trained: it is the model that is trained, for which a policy must be known.
+        weights: False: they are not there yet, and not looked at.
     """
     config = settings_in(folder / "config.json")
     if isinstance(config, str):
@@ -56,8 +57,9 @@ def folder_problems(setting: str, folder: Path, *, trained: bool = False) -> lis
     found = (
         [] if not trained else theirs_problems(setting, folder) if theirs else _kind_problems(setting, folder, config)
     )
-    damage = pickled_problems(folder) if theirs and has_pickles_alone(folder) else weight_problems(folder)
-    what = "whole files of torch.save" if theirs and has_pickles_alone(folder) else "whole safetensors"
+    pickled = theirs and has_pickles_alone(folder)
+    damage = [] if not weights else pickled_problems(folder) if pickled else weight_problems(folder)
+    what = "whole files of torch.save" if pickled else "whole safetensors"
     found += [f"{setting}: expected {what}, got {problem}" for problem in damage]
     if not any((folder / name).is_file() for name in TOKENIZERS):
         found.append(
