@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..whole_files import cache_dir, locked, made_once, write_atomically
 from .deepseek_files import FORMAT, SETTINGS, is_theirs, record_in, weight_names
-from .hub_cache import fetched, settings_fetched, split
+from .hub_cache import fetched, settings_fetched
 
 Say = Callable[[str], object]
 HOME = "converted"
@@ -112,8 +112,7 @@ def _made(home: Path, folder: Path, files: list[Path], name: str, say: Say, wait
     size = sum(path.stat().st_size for path in files)
     say(f"{name} is in DeepSeek's layout: converting it to transformers', once ({size / 1e9:.2f} GB) ...")
     hashes = hashes_of(files)
-    leaf = split(name)[0].rstrip("/").rpartition("/")[2] or "model"
-    kept = home / f"{leaf}-{_digest([FORMAT, hashes])}"
+    kept = home / f"janus-{_digest([FORMAT, hashes])}"
     if kept.is_dir() and record_in(kept) is None:
         say(f"{kept} is not as it was made: made again")
         shutil.rmtree(kept)

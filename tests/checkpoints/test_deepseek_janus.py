@@ -176,7 +176,7 @@ def test_the_template_writes_deepseeks_conversations() -> None:
 
     pro = {"<|User|>": 1, "<|Assistant|>": 2}
     end = "<｜end▁of▁sentence｜>"
-    assert written([("user", [None, " What? "])], True, pro) == "<|User|>: <image_placeholder>\nWhat?\n\n<|Assistant|>:"
+    assert written([("user", [None, "What? "])], True, pro) == "<|User|>: <image_placeholder>\nWhat?\n\n<|Assistant|>:"
     assert written([("user", ["Look: ", None])], True, {}) == "User: Look: \n<image_placeholder>\n\nAssistant:"
     turns: list[tuple[str, list[str | None]]] = [("user", ["Hi"]), ("assistant", ["Hello."]), ("user", ["a", "b"])]
     wanted = f"<|User|>: Hi\n\n<|Assistant|>: Hello.{end}<|User|>: a b"
@@ -252,7 +252,7 @@ def test_there_and_back_is_bit_for_bit_and_means_what_the_original_means(name: s
     assert returned.zeros == () and len(returned.written) > 1
     same_bits(theirs, back)
     for file in theirs.glob("*.json"):
-        assert file.read_bytes() == (back / file.name).read_bytes() or "index" in file.name
+        assert "index" in file.name or file.read_bytes() == (back / file.name).read_bytes()
     compare(ours, THREE[name], EXPECTED[name])
 
 
@@ -322,8 +322,7 @@ def test_what_was_trained_takes_the_rest_from_its_base_or_has_zeros(ours: Path, 
     assert not plain.elements("gen_vision_model.quantize.codebook_used", 0, 65536).any()
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     assert to_ours(config)["vision_config"] == to_ours(config_of(THREE["pro_1b"]))["vision_config"]
-    again = convert(tmp_path / "plain", tmp_path / "again")
-    assert again.num_tensors == done.num_tensors - 14 - 2 * 2 * 2 * -1 - 0 or again.num_tensors > 0
+    convert(tmp_path / "plain", tmp_path / "again")
     same_bits(tmp_path / "trained", tmp_path / "again")
 
 
@@ -409,6 +408,6 @@ def test_settings_that_have_no_counterpart(file: str, name: str, value: object, 
 def test_a_full_disk_is_told_before(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match="of free space for the converted checkpoint, got 0.00 GB"):
+    with pytest.raises(CheckpointError, match=r"of free space for the converted checkpoint, got 0\.00 GB"):
         convert(ours, tmp_path / "out")
     assert not list(tmp_path.iterdir())

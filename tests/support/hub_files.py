@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 COMMIT = "c" * 40
 
 
@@ -27,6 +29,8 @@ class HubFiles:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
         """Everybody is told what these hold, and nobody may fetch it."""
+        self.broken: set[str] = set()
+        """Asked for these, the server itself fails."""
         self.cut: str = ""
         """A file whose download ends in the middle, every time."""
         self.fetched: list[str] = []
@@ -49,6 +53,23 @@ class HubFiles:
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """This process asks it from now on, with a cache of its own; it is empty again."""
+        self.repositories.clear()
+        self.gated.clear()
+        self.broken.clear()
+        self.fetched.clear()
+        self.cut = ""
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", self.url)
+        monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+        settings = {"ENDPOINT": self.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": False}
+        settings |= {"HUGGINGFACE_CO_URL_TEMPLATE": f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"}
+        for name, value in {**settings, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setattr("huggingface_hub.hf_api.HfApi.endpoint", self.url, raising=False)
 
     def add(self, name: str, folder: Path) -> None:
         """A folder's files as a repository."""
@@ -83,6 +104,8 @@ class HubFiles:
             request.close_connection = True
 
     def _refusal(self, name: str, revision: str) -> tuple[int, str]:
+        if name in self.broken:
+            return 500, "Broken"
         if name not in self.repositories:
             return 404, "RepoNotFound"
         return (200, "") if revision in ("main", COMMIT) else (404, "RevisionNotFound")
