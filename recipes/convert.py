@@ -47,6 +47,7 @@ def _problems(config: Any) -> list[str]:
 class ConvertConfig(Settings):
     """Settings of `recipes/convert.py`; model and output have to be given."""
 
+    # --- checkpoints ---
     model: str | None = None
     """Folder or hub name (`org/name@revision`) of Janus, in DeepSeek's layout or in transformers'."""
     output: Path | None = None
@@ -56,6 +57,8 @@ class ConvertConfig(Settings):
     base: str | None = None
     """Into DeepSeek's layout: the checkpoint in that layout that the training started from, whose settings files are
     taken over, and tensors that transformers has no place for. Left out: what a conversion kept, or zeros."""
+
+    # --- files ---
     max_shard_gb: Annotated[float, Range("leave it out for the default", gt=0)] = 5.0
     """A weight file is at most so large, in 10^9 bytes."""
 
