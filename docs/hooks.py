@@ -102,17 +102,23 @@ def public_ops() -> list[str]:
 
 
 def recipes() -> Iterator[tuple[str, Any]]:
-    """(recipe, its settings); what merge.py cannot do without is given as an example."""
+    """(recipe, its settings); what merge.py and convert.py cannot do without is given as an example."""
     yield "sync_r1.py", SyncR1Config()
     yield "corl.py", CorlConfig()
     yield "evaluate.py", EvaluateConfig()
     yield "sample.py", SampleConfig()
     yield "check_data.py", CheckDataConfig(data=Path("your/data"))
-    spec = importlib.util.spec_from_file_location("merge_recipe", ROOT / "recipes" / "merge.py")
+    yield "merge.py", script("merge").MergeConfig(base="your/base", models=("your/mcq", "your/oe"), output="merged")
+    yield "convert.py", script("convert").ConvertConfig(model="your/janus", output="converted")
+
+
+def script(name: str) -> Any:
+    """A recipe that holds its own settings, as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", ROOT / "recipes" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    merge = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(merge)
-    yield "merge.py", merge.MergeConfig(base="your/base", models=("your/mcq", "your/oe"), output="merged")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def flags() -> Iterator[str]:

@@ -23,6 +23,7 @@ _NO_MEMORY = re.compile(r"out of memory|(can't|cannot|could not|unable to) alloc
 _FULL_WORDS = re.compile(r"no space left on device|disk quota exceeded|StorageFull", re.I)
 _FORBIDDEN_WORDS = re.compile(r"permission denied|read-only file system|PermissionDenied|ReadOnlyFilesystem", re.I)
 _OFFLINE = ("OfflineModeIsEnabled",)
+_CUT_OFF = ("RemoteProtocolError", "ReadError", "ProtocolError", "ChunkedEncodingError", "IncompleteRead")
 _UNREACHABLE = ("ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError", "Timeout", "MaxRetryError")
 _OS_ERROR = re.compile(r"os error (\d+)")
 _FROM_RUST = ("SafetensorError",)
@@ -159,6 +160,10 @@ def _hub(error: BaseException) -> Told:
             said,
             "download them where there is a network, or give a folder",
         )
+    if _is(error, "EntryNotFoundError"):
+        return "hub", "a file of the repository", said, "take another revision, which has it, or another name"
+    if _is(error, *_CUT_OFF) or "Consistency check failed" in said:
+        return "hub", "whole files", said, "start again: a download goes on where it was cut off"
     if _is(error, *_UNREACHABLE):
         return "hub", "an answer", said, "check network and proxy (HF_ENDPOINT names a mirror), or give a folder"
     return ("hub", "an answer", said, "try again later, or give a folder") if _is(error, "HfHubHTTPError") else None

@@ -10,6 +10,7 @@ Source: the format's description in the safetensors repository; index files as t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -168,6 +169,7 @@ class SafetensorsWriter:
         tensors: names, dtypes and shapes.
         max_shard_bytes: a file grows beyond it only when a single tensor does; one file is `model.safetensors`.
         metadata: text for the header of every file; `format: pt`, which transformers wants, is added.
+        hashed: `sha256` is worked out on the way.
 
     Raises:
         ValueError: a name that comes twice, a dtype that the format lacks, pieces that do not fit.
@@ -181,6 +183,7 @@ class SafetensorsWriter:
         *,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
+        hashed: bool = False,
     ) -> None:
         if max_shard_bytes < 1:
             raise ValueError(f"SafetensorsWriter: expected max_shard_bytes of at least 1, got {max_shard_bytes}")
@@ -200,6 +203,9 @@ class SafetensorsWriter:
             raise FileExistsError(f"SafetensorsWriter: {self.folder} already has {_some(taken)}; choose another folder")
         self._headers = [header_of(shard, metadata or {}) for shard in self._shards]
         self._shard, self._tensor, self._elements = 0, 0, 0  # where the next element goes
+        self.sha256: dict[str, str] = {}
+        """File -> hash, of those that are whole; empty unless `hashed`."""
+        self._hash = hashlib.sha256() if hashed else None
         self._file: BinaryIO | None = None
         self._made: list[Path] = []
 
@@ -219,6 +225,8 @@ class SafetensorsWriter:
             raise ValueError(f"SafetensorsWriter: {name} has {info.num_elements} elements, got more")
         data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         self._file.write(data.data)
+        if self._hash is not None:
+            self._hash.update(data.data)
         self._elements += piece.numel()
 
     def __enter__(self) -> Self:
@@ -276,6 +284,8 @@ class SafetensorsWriter:
         self._file = path.open("xb")
         self._made.append(path)
         self._file.write(self._headers[self._shard])
+        if self._hash is not None:
+            self._hash = hashlib.sha256(self._headers[self._shard])
 
     def _close(self) -> None:
         assert self._file is not None
@@ -284,6 +294,8 @@ class SafetensorsWriter:
         self._file.close()
         self._made.append(self._path())
         os.replace(self._path().with_suffix(".partial"), self._path())
+        if self._hash is not None:
+            self.sha256[self._path().name] = self._hash.hexdigest()
 
     def _path(self) -> Path:
         return self.folder / self.files[self._shard]

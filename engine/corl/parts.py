@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoints.published import local_checkpoint
 from ..data.questions import THINK_THEN_ANSWER
 from ..data.samples import Sample
 from ..errors import DataError
@@ -53,7 +54,7 @@ class Parts:
         own = own_rewards(config)  # as well: a file that cannot be loaded is told at once
         self.base = str(corl_base(report=report)) if config.model is None else config.model
         dtype = torch.bfloat16 if config.bf16 else torch.float32
-        frozen = Inputs.of(config).given_to(load_policy(self.base, dtype=dtype))
+        frozen = Inputs.of(config).given_to(load_policy(local_checkpoint(self.base, report), dtype=dtype))
         self.frozen: Policy = frozen.requires_grad_(False).eval().to(local_device())
         self._rewards = RewardParts(config, self.frozen, local_device(), report, own)
         self.evaluator = self._evaluator(report) if config.eval_samples else None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from ..checkpoints.published import settings_alone
 from ..errors import ConfigError, RewardSpecError
 from ..learn.from_settings import objective_of
 from ..pictures import open_picture
@@ -46,7 +47,8 @@ def policy_without_weights(name: str | None) -> Policy:
 
         tiny = build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=0, freeze_vision=True)
         return tiny.to("meta")
-    return policy_class(name).without_weights(name)
+    with settings_alone(name, print) as settings:
+        return policy_class(settings).without_weights(settings)
 
 
 def start_of(config: TrainConfig) -> tuple[Start, list[str]]:

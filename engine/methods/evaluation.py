@@ -104,6 +104,7 @@ Parts = tuple[dict[str, list[Prompt]], Policy, str, str]
 
 def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     """Data and model; the embedded ones where `config` names none."""
+    from ..checkpoints.published import local_checkpoint
     from ..policies.auto import load_policy
     from ..world.base_model import BaseSettings
     from ..world.embedded import tiny_base, world_folder
@@ -119,7 +120,8 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
 
     model = config.model or str(tiny_base(BaseSettings(), say))
     asked = inputs_of(config, config.model)
-    policy = asked.given_to(load_policy(model, dtype=torch.bfloat16 if config.bf16 else torch.float32))
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    policy = asked.given_to(load_policy(local_checkpoint(model, say), dtype=dtype))
     policy.eval().requires_grad_(False)
     limit_threads(policy)
     return items, policy.to(own_device()), model, source

@@ -7,6 +7,7 @@ is in the cache is used without asking again.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import threading
@@ -17,15 +18,26 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from ..errors import one_line
+from ..checkpoints.deepseek_files import weight_names
+from ..checkpoints.hub_cache import (
+    absent_from,
+    cache_folder,
+    is_offline,
+    settings_fetched,
+    snapshots,
+    split,
+    stay_offline,
+)
+from ..errors import ConfigError, one_line
 from ..reasons import reason_of
+from .model_files import folder_problems
 
 Kind = Literal["model", "dataset"]
 REACH = 4.0
 """Seconds that looking a name up and connecting may take."""
+PICKLE = re.compile(r"pytorch_model[\w-]*\.bin$")
 ANSWER = 10.0
 """Seconds that the hub may take to tell about a repository."""
-_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,14 @@ def look_up(wanted: list[Wanted]) -> tuple[list[str], list[Download]]:
     Where the hub does not answer and all is in the cache, it is not asked again in this process.
     """
     absent = [one for one in wanted if not is_cached(one)]
+    kept = [
+        (one, folder)
+        for one in wanted
+        if one not in absent and one.setting in ("model", "base")
+        for folder in _kept(one)
+    ]
+    if problems := [problem for one, folder in kept for problem in own_problems(one, folder, weights=True)]:
+        return problems, []
     if is_offline():
         return [_absent(one, "offline is set (HF_HUB_OFFLINE)") for one in absent], []
     unreachable = why_unreachable() if wanted else ""
@@ -63,37 +83,28 @@ def look_up(wanted: list[Wanted]) -> tuple[list[str], list[Download]]:
     for one in absent:
         told = _ask(one)
         if isinstance(told, str):
-            problems.append(told)
+            problems += told.splitlines()
         else:
             downloads.append(told)
     return problems + _space(downloads), downloads
 
 
-def is_offline() -> bool:
-    """The user has said that there is no network."""
-    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _OFFLINE)
-
-
-def stay_offline() -> None:
-    """The libraries, which are not imported yet, use their caches without asking."""
-    os.environ.update(dict.fromkeys(_OFFLINE, "1"))
-
-
-def cache_folder() -> Path:
-    """Where repositories are kept."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
 def is_cached(wanted: Wanted) -> bool:
-    """A snapshot with weights, or any of a data set, is there."""
-    name, revision = wanted.name.partition(":")[0].partition("@")[::2]
-    folder = cache_folder() / f"{wanted.kind}s--{name.replace('/', '--')}" / "snapshots"
-    snapshots = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    if revision and len(revision) == 40:
-        snapshots = [path for path in snapshots if path.name == revision]
-    kinds = ("*.safetensors",) if wanted.kind == "model" else ("*", "*/*")
-    return any(next(path.glob(kind), None) is not None for path in snapshots for kind in kinds)
+    """All files of a model are there, or any of a data set."""
+    if wanted.kind == "model":
+        return bool(_kept(wanted))
+    there = snapshots(wanted.name.partition(":")[0], "dataset")
+    return any(next(folder.glob(kind), None) is not None for folder in there for kind in ("*", "*/*"))
+
+
+def _kept(wanted: Wanted) -> list[Path]:
+    """The snapshot of a model with all its files; empty where there is none."""
+    return [folder for folder in snapshots(wanted.name, "model") if not absent_from(folder)][:1]
+
+
+def is_begun(wanted: Wanted) -> list[str]:
+    """Files that a model's snapshot in the cache lacks; empty where there is none, or all are there."""
+    return next((absent for folder in snapshots(wanted.name, "model") if (absent := absent_from(folder))), [])
 
 
 def why_unreachable(address: str = "") -> str:
@@ -119,24 +130,37 @@ def why_unreachable(address: str = "") -> str:
 
 
 def _absent(wanted: Wanted, why: str) -> str:
+    fetch = f"hf download {'--repo-type dataset ' if wanted.kind == 'dataset' else ''}{_fetch_words(wanted.name)}"
+    if wanted.kind == "model" and (absent := is_begun(wanted)):
+        return (
+            f"{wanted.setting}: expected all files of {wanted.name} in the cache, got a download that was cut off "
+            f"({absent[0]} is missing), and {why}; go on with it where there is a network (`{fetch}`)"
+        )
     what = "files" if wanted.kind == "model" else "rows"
     return (
         f"{wanted.setting}: expected a folder, or a name whose {what} are in the cache, got {wanted.name}, which is "
-        f"neither, and {why}; correct the name or path, or fetch it where there is a network (`hf download "
-        f"{'--repo-type dataset ' if wanted.kind == 'dataset' else ''}{wanted.name}`)"
+        f"neither, and {why}; correct the name or path, or fetch it where there is a network (`{fetch}`)"
     )
 
 
+def _fetch_words(name: str) -> str:
+    """What `hf download` is given for a name."""
+    repository, revision = split(name.partition(":")[0])
+    return f"{repository} --revision {revision}" if revision else repository
+
+
 def _ask(wanted: Wanted) -> Download | str:
-    """What the hub tells about a repository."""
+    """What the hub tells about a repository: that it is there, that it is open to this token, and its files."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
-    name, revision = wanted.name.partition(":")[0].partition("@")[::2]
+    name, revision = split(wanted.name.partition(":")[0])
     api = HfApi()
     ask = api.model_info if wanted.kind == "model" else api.dataset_info
     try:
         info: Any = ask(name, revision=revision or None, timeout=ANSWER, files_metadata=True)
+        if getattr(info, "gated", False):  # everybody is told what is in it; its files are another matter
+            api.auth_check(name, repo_type=wanted.kind)
     except HFValidationError as error:
         return f"{wanted.setting}: expected a name on the hub, got {wanted.name} ({one_line(error)}); correct it"
     except Exception as error:  # of its client, which has one class for each status and each layer
@@ -147,16 +171,53 @@ def _ask(wanted: Wanted) -> Download | str:
     sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
     if wanted.kind == "dataset":
         return Download(wanted, sum(sizes.values()))
-    if not any(name.endswith(".safetensors") for name in sizes):
-        others = next((name for name in sizes if name.endswith((".bin", ".pt", ".pth", ".gguf"))), "no weights")
-        remedy = "take another revision (many have refs/pr/… with safetensors), or convert it where you trust it"
-        return f"{wanted.setting}: expected safetensors, got {wanted.name} with {others}; {remedy}"
-    return Download(wanted, _fetched(sizes))
+    problem = _incomplete(wanted, sizes, getattr(info, "config", None) or {}) or _unlike(wanted, sizes)
+    return problem or Download(wanted, _fetched(sizes))
+
+
+def _unlike(wanted: Wanted, sizes: Mapping[str, int]) -> str:
+    """What is wrong with the repository of the run's own model, by its settings, which are fetched for that, and by the
+    names in its index; empty where nothing."""
+    if wanted.setting not in ("model", "base"):
+        return ""
+    try:
+        folder = settings_fetched(wanted.name)
+    except ConfigError as error:
+        return str(error).replace("model:", f"{wanted.setting}:", 1)
+    shards = [name for name in weight_names(folder) if name not in sizes]
+    if shards:
+        return (
+            f"{wanted.setting}: expected the shards that its index names, got {wanted.name} without {len(shards)} of "
+            f"them ({shards[0]}); its repository is not whole, take another revision or name"
+        )
+    return "\n".join(own_problems(wanted, folder, weights=False))
+
+
+def own_problems(wanted: Wanted, folder: Path, *, weights: bool) -> list[str]:
+    """What is wrong with the snapshot of the run's own model, told by its name on the hub."""
+    problems = folder_problems(wanted.setting, folder, trained=True, weights=weights)
+    return [problem.replace(str(folder), wanted.name) for problem in problems]
+
+
+def _incomplete(wanted: Wanted, sizes: Mapping[str, int], config: Mapping[str, Any]) -> str:
+    """What a model's repository lacks, by the names of its files; empty where nothing."""
+    if "config.json" not in sizes:
+        given = next((name for name in sizes if name.endswith("/config.json")), "")
+        remedy = f"its subfolder {given.rpartition('/')[0]} has one: download that, and name the folder"
+        remedy = remedy if given else "take a checkpoint that save_pretrained wrote"
+        return f"{wanted.setting}: expected a config.json, got {wanted.name} without; {remedy}"
+    theirs = config.get("model_type") == "multi_modality"
+    if any(name.endswith(".safetensors") for name in sizes) or (theirs and any(PICKLE.match(name) for name in sizes)):
+        return ""
+    others = next((name for name in sizes if name.endswith((".bin", ".pt", ".pth", ".gguf"))), "no weights")
+    remedy = "take another revision (many have refs/pr/… with safetensors), or convert it where you trust it"
+    return f"{wanted.setting}: expected safetensors, got {wanted.name} with {others}; {remedy}"
 
 
 def _fetched(sizes: Mapping[str, int]) -> int:
-    """Bytes of the files that transformers takes."""
-    kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
+    """Bytes of the files that are taken."""
+    whole = any(name.endswith(".safetensors") and "/" not in name for name in sizes)
+    kinds = (".json", ".model", ".txt", ".jinja", *((".safetensors",) if whole else (".bin",)))
     return sum(size for name, size in sizes.items() if name.endswith(kinds) and "/" not in name)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from PIL import Image
 
+from ..checkpoints.published import local_checkpoint
 from ..errors import ConfigError
 from ..pictures import ImageRef
 from ..policies.auto import load_policy
@@ -47,8 +48,8 @@ class Model:
         """Loads a checkpoint; photos and prompts are prepared as its run did it, else as its own processor does.
 
         Args:
-            name: folder or hub name in transformers' format; None: the tiny base of the rendered world, which is
-                trained on first use (minutes) and kept.
+            name: folder or hub name, in transformers' format or DeepSeek's; None: the tiny base of the rendered
+                world, which is trained on first use (minutes) and kept.
             bf16: weights and computation in bfloat16.
             device: where; None: the first GPU, else the CPU.
 
@@ -61,7 +62,8 @@ class Model:
             from ..world.embedded import tiny_base
 
             name = tiny_base(BaseSettings(), print)
-        policy = trained_inputs(name).given_to(load_policy(name, dtype=torch.bfloat16 if bf16 else torch.float32))
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        policy = trained_inputs(name).given_to(load_policy(local_checkpoint(name, print), dtype=dtype))
         limit_threads(policy)
         return cls(policy.to(own_device() if device is None else device), str(name))
 

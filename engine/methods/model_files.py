@@ -14,10 +14,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.deepseek_config import THEIRS
+from ..checkpoints.deepseek_files import (
+    config_in,
+    has_pickles_alone,
+    is_theirs,
+    pickled_problems,
+    theirs_problems,
+    weight_names,
+)
+
 UNIFIED = ("emu3", "janus")
 """`model_type` of the models that draw, as KNOWN of policies/auto.py has them."""
 ORIGINALS = {
-    "multi_modality": "this is DeepSeek's own format; take transformers', such as deepseek-community/Janus-Pro-1B",
     "Emu3": "this is BAAI's own format; take transformers', such as BAAI/Emu3-Gen-hf",
 }
 """`model_type` of formats that transformers reads by remote code alone, which is not run."""
@@ -32,19 +41,26 @@ MAX_HEADER = 100_000_000
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def folder_problems(setting: str, folder: Path, *, trained: bool = False) -> list[str]:
+def folder_problems(setting: str, folder: Path, *, trained: bool = False, weights: bool = True) -> list[str]:
     """What is wrong with a checkpoint, in words.
 
     Args:
         setting: that names it.
         folder: which is there.
         trained: it is the model that is trained, for which a policy must be known.
+        weights: False: they are not there yet, and not looked at.
     """
     config = settings_in(folder / "config.json")
     if isinstance(config, str):
         return [f"{setting}: expected transformers' format, got {folder}, {config}"]
-    found = _kind_problems(setting, folder, config) if trained else []
-    found += [f"{setting}: expected whole safetensors, got {problem}" for problem in weight_problems(folder)]
+    theirs = trained and config.get("model_type") == THEIRS
+    found = (
+        [] if not trained else theirs_problems(setting, folder) if theirs else _kind_problems(setting, folder, config)
+    )
+    pickled = theirs and has_pickles_alone(folder)
+    damage = [] if not weights else pickled_problems(folder) if pickled else weight_problems(folder)
+    what = "whole files of torch.save" if pickled else "whole safetensors"
+    found += [f"{setting}: expected {what}, got {problem}" for problem in damage]
     if not any((folder / name).is_file() for name in TOKENIZERS):
         found.append(
             f"{setting}: expected a tokenizer beside the weights (tokenizer.json), got none in {folder}; copy the "
@@ -147,6 +163,10 @@ def weight_files(folder: Path) -> list[Path] | str:
 
 def _other_weights(folder: Path) -> str:
     pickled = sorted(path.name for kind in _PICKLED for path in folder.glob(kind))
+    if pickled and is_theirs(folder):
+        return (
+            ", but pickles in DeepSeek's layout; convert them first, by recipes/convert.py --model FOLDER --output OUT"
+        )
     if pickled:
         return f", but {pickled[0]}, whose loading would run code; convert it with save_pretrained where you trust it"
     if quantised := sorted(path.name for path in folder.glob("*.gguf")):
@@ -186,6 +206,9 @@ def _tensors(header: dict[str, Any]) -> Iterable[dict[str, Any]]:
 def num_weights(folder: Path) -> int:
     """Numbers in the weights of a checkpoint that has no problems."""
     files, total = weight_files(folder), 0
+    if is_theirs(folder) and has_pickles_alone(folder):
+        half = "float32" not in str(config_in(folder).get("torch_dtype", "bfloat16"))
+        return sum((folder / name).stat().st_size for name in weight_names(folder)) // (2 if half else 4)
     for path in files if isinstance(files, list) else []:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

@@ -15,7 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.deepseek_config import OURS, THEIRS
+from ..checkpoints.deepseek_files import is_theirs, weight_names
 from ..checkpoints.hub import problems_with_hub
+from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, kind_of, refuse
 from ..processes.launch import restarted
 from ..processes.run_folder import unused_folder
@@ -57,6 +60,7 @@ def check_start(config: Any) -> None:
         problems += folder_problems(setting, folder, trained=setting == "model")
     problems += [] if problems else length_problems(config, models.get("model"))
     problems += [] if problems else turn_problems(config, models.get("model"))
+    problems += [] if problems else conversion_problems(models.get("model"))
     problems += judge_problems(config)
     problems += reward_problems("reward_funcs", getattr(config, "reward_funcs", ()), getattr(config, "REWARDS", ()))
     problems += data_problems(config)
@@ -90,6 +94,38 @@ def check_weights(models: Mapping[str, str], output: Path | None = None) -> None
         last = Path(list(models.values())[-1]).expanduser()
         size = sum(path.stat().st_size for path in last.glob("*.safetensors")) if last.is_dir() else 0
         problems += output_problems("output", output.absolute().parent if output.exists() else output, size)
+    problems += [] if problems else hub_names.look_up(names)[0]
+    if problems:
+        refuse(ConfigError.of(list(dict.fromkeys(problems))))
+
+
+def check_conversion(config: Any) -> None:
+    """Ends the process with exit code 2 where a checkpoint cannot be converted, as far as names, sizes and JSON tell.
+
+    Args:
+        config: settings of `recipes/convert.py`.
+    """
+    problems, names, size = list[str](), list[Wanted](), 0
+    for setting, model in (("model", config.model), ("base", config.base)):
+        folder = Path(model or "").expanduser()
+        if model is None:
+            continue
+        if not folder.is_dir():
+            names.append(Wanted(setting, model))
+            continue
+        told = settings_in(folder / "config.json")
+        kind = told.get("model_type") if isinstance(told, dict) else None
+        if isinstance(told, dict) and kind not in (THEIRS, OURS):
+            problems.append(
+                f"{setting}: expected Janus in DeepSeek's layout ({THEIRS}) or transformers' ({OURS}), got model_type "
+                f"{kind!r} in {folder}; other models need no conversion, or have none"
+            )
+        elif setting == "base" and kind == OURS:
+            problems.append(f"base: expected DeepSeek's layout, got {folder} in transformers'; name the published one")
+        else:
+            problems += folder_problems(setting, folder, trained=True)
+        size = size or sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
+    problems += output_problems("output", config.output, size)
     problems += [] if problems else hub_names.look_up(names)[0]
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
@@ -221,6 +257,14 @@ def cache_problems() -> list[str]:
         return []
     got = f"{cache}, where {there} {'cannot be written' if there.is_dir() else 'is no folder'}"
     return [f"SYNCR1_CACHE: expected a folder that can be written, got {got}; name another one"]
+
+
+def conversion_problems(folder: Path | None) -> list[str]:
+    """No place for what a checkpoint in DeepSeek's layout is converted into."""
+    if folder is None or not is_theirs(folder) or kept_conversion(folder) is not None:
+        return []
+    needed = sum((folder / name).stat().st_size for name in weight_names(folder))
+    return cache_problems() or output_problems("SYNCR1_CACHE", cache_dir(), needed)
 
 
 def space_needed(config: Any, folder: Path | None) -> int:

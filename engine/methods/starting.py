@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from syncr1.kernels.api import attention_provider
 
+from ..checkpoints.published import local_checkpoint
 from ..policies.auto import load_policy
 from ..policies.base import Policy
 from ..policies.fused import use_liger_kernels
@@ -79,10 +80,11 @@ def starting_policy(config: TrainConfig, model: str | Path, display: Display) ->
 
     Args:
         config: dtype and kernels.
-        model: folder or hub name, in transformers' format.
-        display: told which kernels are used.
+        model: folder or hub name, in transformers' format or DeepSeek's.
+        display: told which kernels are used, and what is fetched or converted.
     """
-    policy = one_at_a_time(lambda: load_policy(model, dtype=torch.bfloat16 if config.bf16 else torch.float32))
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    policy = one_at_a_time(lambda: load_policy(local_checkpoint(model, display.note), dtype=dtype))
     check_fit(Inputs.of(config).given_to(policy))
     for note in checkpoint_notes(policy):
         display.note(note)

@@ -20,6 +20,8 @@ from .janus import JanusPolicy
 KNOWN: dict[str, type[Policy]] = {"emu3": Emu3Policy, "janus": JanusPolicy}
 """`model_type` -> policy of the models that draw; a type that transformers knows as a text decoder has CausalLMPolicy,
 which itself says why it cannot take one."""
+CONVERTED: dict[str, type[Policy]] = {"multi_modality": JanusPolicy}
+"""`model_type` -> policy of what `local_checkpoint` converts before it is loaded: Janus in DeepSeek's layout."""
 
 
 def policy_class(name: str | Path) -> type[Policy]:
@@ -28,11 +30,12 @@ def policy_class(name: str | Path) -> type[Policy]:
     Raises:
         ConfigError: there is no configuration, or no policy is known for its `model_type`.
     """
+    repository, _, revision = (str(name), "", "") if Path(name).is_dir() else str(name).partition("@")
     with reading("model", name):  # the file alone: transformers refuses types that it does not know with its own error
-        settings, _ = PreTrainedConfig.get_config_dict(str(name))
+        settings, _ = PreTrainedConfig.get_config_dict(repository, revision=revision or None)
     kind = settings.get("model_type")
-    if kind in KNOWN:
-        return KNOWN[kind]
+    if kind in KNOWN or kind in CONVERTED:
+        return (KNOWN | CONVERTED)[kind]
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return CausalLMPolicy
     got = f"model_type {kind!r}" if settings else "no config.json"

@@ -14,6 +14,7 @@ import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from transformers import AutoProcessor, JanusForConditionalGeneration
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
@@ -203,7 +204,14 @@ class JanusPolicy(Policy):
 
     @torch.no_grad()
     def image_tokens(self, images: Tensor) -> Tensor:
-        """[n, 3, H, W] in [0, 1] -> [n, N] int64: the VQ codes of given images, targets of supervised training."""
-        codebook = self.model.model.vqmodel.quantize.embedding.weight
-        pixels = self.normalisation().pixels(images).to(device=codebook.device, dtype=codebook.dtype)
-        return self.model.model.vqmodel.encode(pixels).image_tokens.view(images.shape[0], -1)
+        """[n, 3, H, W] in [0, 1] -> [n, N] int64: the VQ codes of given images, targets of supervised training.
+
+        The nearest code by direction, as the codebook was trained and as `decode` reads it: transformers' `encode`
+        compares lengths as well, which gives other codes wherever the codebook's rows are not of length 1.
+        """
+        vq = self.model.model.vqmodel
+        codes = normalize(vq.quantize.embedding.weight, dim=-1)
+        pixels = self.normalisation().pixels(images).to(device=codes.device, dtype=codes.dtype)
+        found = normalize(vq.quant_conv(vq.encoder(pixels)).permute(0, 2, 3, 1).flatten(0, 2), dim=-1)
+        distances = found.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * found @ codes.T
+        return distances.argmin(1).view(images.shape[0], -1)

@@ -160,7 +160,7 @@ def drawing_problems(c: Any) -> list[str]:
     return [f"drawing_turn: {problem}"] if problem else []
 
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 def path_problems(c: Any) -> list[str]:
@@ -179,7 +179,8 @@ def path_problems(c: Any) -> list[str]:
 
 
 def may_be_hub_name(model: str) -> bool:
-    """`organisation/name` is one; `./x` and `a/b/c` are paths, and so is `runs/x` where a folder `runs` exists."""
+    """`organisation/name` is one, also with `@revision` behind it; `./x` and `a/b/c` are paths, so is `runs/x` where
+    a folder `runs` exists."""
     if not _HUB_NAME.fullmatch(model) or model.startswith((".", "~")):
         return False
     return "/" not in model or not os.path.isdir(Path(model).parent)

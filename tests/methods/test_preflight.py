@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
-import threading
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +14,17 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_files import HubFiles, hub_files
 from made import short_base, world_folder
+from mistake import LLAMA
 from mistakes import REWARD, model, text
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from syncr1.engine.checkpoints import hub_cache
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.corl.needs import reward_models
 from syncr1.engine.data.prompts import load_anchors, load_training_prompts
 from syncr1.engine.errors import kind_of
-from syncr1.engine.methods import hub_names
 from syncr1.engine.methods.crash import report_to
 from syncr1.engine.methods.data_names import EMBEDDED, data_problems
 from syncr1.engine.methods.hub_names import Wanted, look_up
@@ -209,50 +210,34 @@ def test_distance(a: str, b: str, apart: int) -> None:
 
 # The hub --------------------------------------------------------------------------------------------------------------
 
-FILES = {
-    "org/whole": [{"rfilename": "model.safetensors", "size": 3 << 20}, {"rfilename": "config.json", "size": 9}],
-    "org/pickled": [{"rfilename": "pytorch_model.bin", "size": 5}],
-    "org/huge": [{"rfilename": "model.safetensors", "size": 1 << 60}],
-}
 
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """What the hub answers about repositories, on this machine."""
-
-    def do_GET(self) -> None:
-        name = self.path.partition("/api/models/")[2].partition("?")[0].removesuffix("/revision/main")
-        if name in FILES:
-            siblings = [{**file, "blobId": "0", "lfs": None} for file in FILES[name]]
-            self._answer(200, {"id": name, "sha": "0" * 40, "siblings": siblings, "tags": [], "private": False})
-            return
-        kind = {"org/gated": (403, "GatedRepo"), "org/broken": (500, "")}.get(name, (404, "RepoNotFound"))
-        self._answer(kind[0], {"error": "no"}, kind[1])
-
-    def _answer(self, status: int, body: object, code: str = "") -> None:
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubFiles]:
+    with hub_files() as server:
+        yield server
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_address[1]}"
-        for name in hub_names._OFFLINE:
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("HF_ENDPOINT", address)
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", address)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        yield
-        server.shutdown()
+def hub(server: HubFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubFiles:
+    """What the hub answers about repositories, on this machine."""
+    server.use(monkeypatch, tmp_path / "hub")
+    config, words = {"config.json": json.dumps(LLAMA).encode()}, {"tokenizer.json": b"{}"}
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
+    weights = {"model.safetensors": bytes(3 << 20)}
+    flow = {"config.json": json.dumps({"model_type": "multi_modality", "vision_gen_enc_config": {}}).encode()}
+    files = {"preprocessor_config.json": b"{}", "tokenizer_config.json": b"{}", **words}
+    server.repositories |= {
+        "org/whole": {**config, **words, **weights},
+        "org/pickled": {**config, **words, "pytorch_model.bin": b"12345"},
+        "org/gated": {**config, **words, **weights},
+        "org/nested": {"model/config.json": b"{}", **weights},
+        "org/wordless": {**config, **weights},
+        "org/holes": {**config, **words, "model.safetensors.index.json": index, "model-1.safetensors": b""},
+        "org/strange": {**words, **weights, "config.json": b'{"model_type": "t5"}'},
+        "org/flow": {**flow, **files, "pytorch_model.bin": b"12345"},
+    }
+    server.gated.add("org/gated")
+    return server
 
 
 @pytest.mark.parametrize(
@@ -261,8 +246,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         ("org/pickled", "model: expected safetensors, got org/pickled with pytorch_model.bin; "),
         ("org/gated", "org/gated: hub: expected access to a gated repository"),
         ("org/nothing", "org/nothing: hub: expected a repository's name"),
-        ("org/broken", "org/broken: hub: expected an answer"),
-        ("org/huge", "GiB of free space for org/huge"),
+        ("org/whole@v9", "org/whole@v9: hub: expected a branch, tag or commit of the repository"),
+        ("org/nested", "expected a config.json, got org/nested without; its subfolder model has one"),
+        ("org/wordless", "expected a tokenizer beside the weights (tokenizer.json), got none in org/wordless"),
+        ("org/holes", "expected the shards that its index names, got org/holes without 1 of them (model-2"),
+        ("org/strange", "got model_type 't5' in org/strange"),
+        ("org/flow", "expected Janus or Janus-Pro, got org/flow, JanusFlow"),
     ],
 )
 @pytest.mark.usefixtures("hub")
@@ -274,20 +263,43 @@ def test_what_the_hub_says_is_a_line(name: str, words: str) -> None:
 @pytest.mark.usefixtures("hub")
 def test_what_must_be_downloaded_is_listed() -> None:
     problems, (download,) = look_up([Wanted("model", "org/whole")])
-    assert problems == [] and download.num_bytes == (3 << 20) + 9
+    assert problems == [] and download.num_bytes == (3 << 20) + len(json.dumps(LLAMA)) + 2
+
+
+def test_a_hub_that_fails_and_a_disk_that_is_full(hub: HubFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        (told,), _ = look_up([Wanted("model", "org/whole")])
+    assert "of free space for org/whole" in told
+    hub.broken.add("org/whole")
+    (told,), _ = look_up([Wanted("model", "org/whole")])
+    assert "org/whole: hub: expected" in told and "\n" not in told
+
+
+def test_half_of_a_download_is_told_where_there_is_no_network(hub: HubFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert look_up([Wanted("model", "org/whole")])[1], "its settings are in the cache now, and its weights are not"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (told,), _ = look_up([Wanted("model", "org/whole")])
+    assert "a download that was cut off (model.safetensors is missing)" in told and "`hf download org/whole`" in told
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    (told,), _ = look_up([Wanted("model", "org/whole@main")])
+    assert "does not answer" in told and "`hf download org/whole --revision main`" in told
 
 
 def test_what_is_in_the_cache_needs_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And is then not asked for in this process, which would take a minute."""
-    for name in hub_names._OFFLINE:
+    for name in hub_cache._OFFLINE:
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    text(models____org____name___snapshots___0___model__safetensors="")(tmp_path)
-    (tmp_path / "models--org--name" / "snapshots" / "0").mkdir(parents=True)
-    (tmp_path / "models--org--name" / "snapshots" / "0" / "model.safetensors").write_text("")
+    snapshots = tmp_path / "models--org--name" / "snapshots"
+    snapshots.mkdir(parents=True)
+    model()(snapshots)
+    (snapshots / "m").rename(snapshots / "0")
     assert look_up([Wanted("model", "org/name")]) == ([], [])
-    assert hub_names.is_offline()
+    assert hub_cache.is_offline()
     (told,), _ = look_up([Wanted("model", "org/other")])
     assert "org/other" in told and "offline" in told
 

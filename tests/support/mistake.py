@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,57 @@ def model(config: object = LLAMA, *, weights: str = "whole", tokenizer: bool = T
             safetensors(m / "model.safetensors", {"a": 2**40 if weights == "huge" else 8}, 5 * (weights == "cut"))
 
     return write
+
+
+GENERATION = ("gen_vision_config", "gen_aligner_config", "gen_head_config")
+"""Parts of a configuration that a model which draws nothing does not have."""
+
+
+def deepseek(
+    *,
+    weights: str = "whole",
+    config: dict[str, Any] | None = None,
+    without: Sequence[str] = (),
+    without_files: Sequence[str] = (),
+) -> Callable[[Path], object]:
+    """A folder `m` in DeepSeek's layout, and what is wrong with it."""
+
+    def write(folder: Path) -> None:
+        import torch
+        from deepseek_janus import save_small
+
+        m = folder / "m"
+        tensors: dict[str, Any] = dict(save_small(m, weights="bin_shards" if weights == "missing" else "bin"))
+        told = {**json.loads((m / "config.json").read_text()), **(config or {})}
+        (m / "config.json").write_text(json.dumps({key: value for key, value in told.items() if key not in without}))
+        for name in without_files:
+            (m / name).unlink()
+        if weights == "missing":
+            (m / "pytorch_model-00002-of-00003.bin").unlink()
+        elif weights == "pointer":
+            (m / "pytorch_model.bin").write_text(LFS)
+        elif weights == "cut":
+            os.truncate(m / "pytorch_model.bin", 100_000)
+        elif weights != "whole":
+            tensors |= {"hostile": {"x": Hostile()}, "unknown": {"language_model.adapter": torch.ones(2)}}.get(
+                weights, {}
+            )
+            tensors |= {"gen_embed.weight": torch.ones(3, 8)} if weights == "shape" else {}
+            tensors = {
+                name: tensor
+                for name, tensor in tensors.items()
+                if weights != "without one" or name != "gen_embed.weight"
+            }
+            torch.save(tensors, m / "pytorch_model.bin")
+
+    return write
+
+
+class Hostile:
+    """Unpickled, it would run a program."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("a_strangers_code_ran",)
 
 
 def both(*writers: Callable[[Path], object]) -> Callable[[Path], object]:

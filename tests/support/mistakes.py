@@ -24,6 +24,7 @@ from mistake import (
     trained_run,
     whole_model,
 )
+from mistakes_deepseek import DEEPSEEK
 
 __all__ = ["REWARD", "TABLE", "WITH_A_MODEL", "Mistake", "model", "program", "text"]
 
@@ -87,9 +88,6 @@ MODELS = [
     Mistake("no tokenizer", "sync_r1.py --model m", "expected a tokenizer", model(tokenizer=False)),
     Mistake("another kind of model", "sync_r1.py --model m", "model_type 't5'", model({"model_type": "t5"})),
     Mistake(
-        "DeepSeek's own format", "corl.py --model m", "deepseek-community/", model({"model_type": "multi_modality"})
-    ),
-    Mistake(
         "quantised weights",
         "sync_r1.py --model m",
         "quantised by awq",
@@ -132,6 +130,7 @@ MODELS = [
     Mistake(
         "a longer text than positions", "sync_r1.py --model m --max_completion_length 5000", "2048 positions", model()
     ),
+    *DEEPSEEK,
     Mistake("a model larger than the disk", "sync_r1.py --model m", "GiB of free space", model(weights="huge")),
 ]
 DATA = [
