@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-UNIFIED = ("emu3", "janus")
+UNIFIED = ("chameleon", "emu3", "janus")
 """`model_type` of the models that draw, as KNOWN of policies/auto.py has them."""
 ORIGINALS = {
     "multi_modality": "this is DeepSeek's own format; take transformers', such as deepseek-community/Janus-Pro-1B",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +141,26 @@ class Policy(nn.Module, ABC):
     def decode_text(self, tokens: Tensor) -> str:
         """[L] int64 -> the text, special tokens removed."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    # What may be asked of it ------------------------------------------------------------------------------------------
+
+    @property
+    def cannot_draw(self) -> str:
+        """Why nobody may ask it for an image, and the remedy; empty where it draws."""
+        if self.num_image_tokens:
+            return ""
+        return (
+            f"{type(self).__name__} draws none; use a checkpoint of Janus, Emu3, Chameleon or Liquid, or ask for text: "
+            "segments ('text',), or a question with its answer"
+        )
+
+    def remarks(self, plans: Collection[tuple[SegmentKind, ...]]) -> list[str]:
+        """What is worth knowing of this checkpoint before it follows such plans, a line each; most have nothing.
+
+        Args:
+            plans: `segments` of the prompts that it is about to get.
+        """
+        return []
 
     # Images, of a model that draws or sees ---------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ Dims: K codes, H = W side of an image in codes, N image tokens, D hidden, V rows
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Self
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -28,6 +29,7 @@ from ..errors import ConfigError, DataError
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
+from .halves import half_of, remarks_on_half
 from .probe import check_decoder
 from .tokens import control_tokens, escape_control_tokens
 
@@ -35,6 +37,10 @@ PIXELS_AT_ONCE = 1 << 20
 """Of images given to the VQ model at a time: it works on four frames of each, up to 256 channels at full size."""
 PUBLISHED_IMAGE_AREA = 720 * 720
 """Pixels of an image where neither the configuration nor the processor gives them."""
+
+HALVES: dict[str, SegmentKind] = {"gen": "image", "chat": "text"}
+"""What a checkpoint's name says of it."""
+CHECKPOINTS: dict[SegmentKind, str] = {"image": "BAAI/Emu3-Gen-hf", "text": "BAAI/Emu3-Chat-hf"}
 
 
 class Emu3Policy(Policy):
@@ -76,6 +82,7 @@ class Emu3Policy(Policy):
         control = control_tokens(tokenizer)
         self._control = tuple(control)
         self._forbid_in_text({*self._lay_out_images(), *control.values()} - self.end_tokens)
+        self.half = half_of(model, HALVES)
 
     def _sizes(self, image_size: int | None) -> tuple[int, int]:
         """(pixels, codes) of an image's side; the size is noted in the configuration, so that `save` keeps it."""
@@ -131,6 +138,9 @@ class Emu3Policy(Policy):
         super().train(mode)
         self.model.model.vqmodel.eval()
         return self
+
+    def remarks(self, plans: Collection[tuple[SegmentKind, ...]]) -> list[str]:
+        return remarks_on_half("Emu3", self.half, plans, CHECKPOINTS)
 
     # Text ------------------------------------------------------------------------------------------------------------
 

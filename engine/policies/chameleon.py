@@ -1,0 +1,205 @@
+"""Chameleon and Anole through transformers' own class: images are rows of the text vocabulary, found by their names.
+
+    drawn or shown:  <racm3:break>  1024 codes, row by row  <eoss>
+    a turn:          words  <reserved08706>
+
+transformers' forward gives the codes' logits the lowest value there is, so that its `generate` only writes; heads here
+take the rows of `lm_head` themselves. The VQGAN's decoder is ours (vqgan_decoder.py), since transformers has none.
+
+Source: Chameleon (arXiv 2405.09818), Anole (arXiv 2407.06135); layout of `transformers.models.chameleon` and of the
+released inference code: a drawing is asked for like an answer, and guided beside BOS and the image's start alone.
+
+Dims: K codes, N image tokens, H codes of an image's side.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
+
+import torch
+from torch import Tensor, nn
+from transformers import ChameleonForConditionalGeneration, ChameleonProcessor
+
+from ..errors import ConfigError, DataError
+from ..records import Prompt, SegmentKind
+from .attention_interface import ATTENTION_NAME
+from .one_table import OneTablePolicy
+from .probe import check_decoder
+from .tokens import control_tokens
+from .vqgan_decoder import VQGANDecoder
+from .vqgan_files import fill, own_tensors, published_tensors
+
+CODE_NAME = "IMGIMG"
+"""What the names of codes begin with; a user's words cannot have one."""
+DECODER = "decoder."
+
+
+class ChameleonPolicy(OneTablePolicy):
+    """transformers' `ChameleonForConditionalGeneration` behind the `Policy` protocol.
+
+    Args:
+        model: the loaded checkpoint; with a `decoder` in its VQGAN it draws.
+        processor: its `ChameleonProcessor` (tokenizer, image processor).
+
+    Raises:
+        ConfigError: a vocabulary without all codes, or a processor that counts another number of tokens per image.
+    """
+
+    model_class, processor_class = ChameleonForConditionalGeneration, ChameleonProcessor
+
+    def __init__(self, model: ChameleonForConditionalGeneration, processor: ChameleonProcessor) -> None:
+        super().__init__(model, processor)
+        check_decoder("ChameleonPolicy", model.model)
+        model.set_attn_implementation(ATTENTION_NAME)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        self.vqmodel.requires_grad_(False).eval()
+        self.max_positions = int(model.config.max_position_embeddings)
+        ids = self.tokenizer.convert_tokens_to_ids
+        self.image_start, self.image_end = int(ids(processor.image_start_token)), int(ids(processor.image_end_token))
+        self.image_slot = int(ids(processor.image_token))
+        self.end_tokens = self._end_tokens()
+        rows = model.lm_head.weight.shape[0]
+        unused = set(range(rows)) - set(self.tokenizer.get_vocab().values())
+        control = set(control_tokens(self.tokenizer).values())
+        never = {self.image_start, self.image_end, self.image_slot, *control, *unused}
+        self._lay_out(self._codes(), int(model.config.vq_config.resolution), never)
+        if self.num_image_tokens != processor.image_seq_length:
+            raise ConfigError(
+                f"ChameleonPolicy: expected image_seq_length {self.num_image_tokens}, as the VQGAN has {self.side} x "
+                f"{self.side} codes, got {processor.image_seq_length}; correct processor_config.json"
+            )
+
+    @property
+    def vqmodel(self) -> Any:
+        return self.model.model.vqmodel
+
+    def _end_tokens(self) -> frozenset[int]:
+        listed = getattr(self.model.generation_config, "eos_token_id", None)
+        listed = [listed] if isinstance(listed, int) else list(listed or [])
+        return frozenset({int(self.tokenizer.eos_token_id), *map(int, listed)})
+
+    def _codes(self) -> list[int]:
+        """[K] row of each code."""
+        mapping, size = self.model.model.vocabulary_mapping, self.vqmodel.config.num_embeddings
+        missing = [code for code in range(size) if code not in mapping.img2bpe]
+        if missing:
+            raise ConfigError(
+                f"ChameleonPolicy: expected a vocabulary_map with {size} codes ({CODE_NAME}…), got "
+                f"{size - len(missing)} of them; use a converted checkpoint (facebook/chameleon-7b, "
+                "leloy/Anole-7b-v0.1-hf)"
+            )
+        return [int(mapping.img2bpe[code]) for code in range(size)]
+
+    def read_vqgan(self, name: str | Path, *, shapes_alone: bool = False) -> None:
+        """The decoder alone: its other half is among the model's own weights, and must be of the same VQGAN."""
+        where: str | Path = name
+        tensors = own_tensors(name, f"model.vqmodel.{DECODER}", shapes_alone=shapes_alone)
+        if tensors is not None and not tensors:
+            found = published_tensors(name, shapes_alone=shapes_alone)
+            if found is None:
+                return
+            whole, where = found
+            self._check_codebook(whole, where)
+            tensors = {key.removeprefix(DECODER): x for key, x in whole.items() if key.startswith(DECODER)}
+        weight = self.vqmodel.quantize.embedding.weight
+        decoder = VQGANDecoder(self.vqmodel.config).to(device=weight.device, dtype=weight.dtype)
+        if tensors is not None:  # else the weights are elsewhere, and only shapes were asked for
+            fill(decoder, tensors, where)
+        self.vqmodel.decoder = decoder.requires_grad_(False).eval()
+
+    def _check_codebook(self, whole: dict[str, Tensor], where: str | Path) -> None:
+        own, other = self.vqmodel.quantize.embedding.weight, whole.get("quantize.embedding.weight")
+        if other is None or own.is_meta or other.is_meta:
+            return
+        if own.shape != other.shape or not torch.equal(own, other.to(own.dtype)):
+            raise ConfigError(
+                f"model: {where}: expected the VQGAN of this checkpoint, got one with another codebook; take the file "
+                "of the release that it was converted from"
+            )
+
+    def remarks(self, plans: Collection[tuple[SegmentKind, ...]]) -> list[str]:
+        if self.cannot_draw:
+            return [f"Chameleon: {self.cannot_draw}"] * any("image" in plan for plan in plans)
+        name = Path(str(getattr(self.model, "name_or_path", "") or "")).name.lower()
+        if "chameleon" not in name or "anole" in name or not any("image" in plan for plan in plans):
+            return []
+        return [
+            "Chameleon was released so that it does not draw, and Anole is it, taught to again; nothing but its name "
+            "tells which one a checkpoint is: look at the first drawings of this one"
+        ]
+
+    # Text -------------------------------------------------------------------------------------------------------------
+
+    def _escape(self, words: str) -> str:
+        return re.sub(CODE_NAME, "IMG IMG", super()._escape(words))
+
+    def prompt_tokens(self, prompt: Prompt) -> Tensor:
+        return self._behind_bos(self._turn(prompt.text, shows_image=prompt.image is not None))
+
+    def _turn(self, words: str, *, shows_image: bool) -> Tensor:
+        """[L] int64: a user's turn as the processor has it: the image, the words, and what separates turns."""
+        processor, words = self.processor, self._escape(words)
+        image = processor.image_token if shows_image else ""
+        if processor.chat_template is None:
+            text = f"{image}{words}{self.tokenizer.sep_token or ''}"
+        else:
+            content = [{"type": "image"}] if shows_image else []
+            turn = [{"role": "user", "content": [*content, {"type": "text", "text": words}]}]
+            text = str(processor.apply_chat_template(turn, add_generation_prompt=True))
+        slots = f"{processor.image_start_token}{image * self.num_image_tokens}{processor.image_end_token}"
+        return self.encode(text.replace(image, slots, 1) if image else text)
+
+    def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
+        ids = self._without_bos(self._turn(text, shows_image=False))
+        return torch.cat([ids, ids.new_tensor([self.image_start])])
+
+    def follow_up_tokens(self, prompt: Prompt) -> Tensor:
+        """The drawn image is closed and not shown again: Chameleon understands the very tokens that it drew."""
+        if prompt.follow_up is None:
+            raise DataError(
+                f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
+            )
+        ids = self._without_bos(self._turn(prompt.follow_up, shows_image=False))
+        return torch.cat([ids.new_tensor([self.image_end, self.tokenizer.eos_token_id]), ids])
+
+    def image_slots(self, tokens: Tensor) -> Tensor:
+        return tokens == self.image_slot
+
+    def unconditional_tokens(self, length: int | None = None) -> Tensor:
+        """[L] int64: BOS and the image's start, as the released code draws beside; with a `length` padding stands
+        between them, which Chameleon has not seen there in training."""
+        tokenizer = self.tokenizer
+        pads = [int(tokenizer.pad_token_id)] * (0 if length is None else length - 2)
+        return torch.tensor([int(tokenizer.bos_token_id), *pads, self.image_start])
+
+    # Images -----------------------------------------------------------------------------------------------------------
+
+    def _scales(self, like: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Mean and standard deviation [3, 1, 1] and factor of the image processor, whose rescaling by .0078 is not
+        quite that by 2 / 255."""
+        pictures = self.processor.image_processor
+        mean, std = (
+            torch.tensor(x, device=like.device, dtype=torch.float32)[:, None, None]
+            for x in (pictures.image_mean, pictures.image_std)
+        )
+        return mean, std, 255.0 * float(pictures.rescale_factor)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        mean, std, factor = self._scales(images)
+        return (images.float() * factor - mean) / std
+
+    def _denormalised(self, pixels: Tensor) -> Tensor:
+        mean, std, factor = self._scales(pixels)
+        return (pixels * std + mean) / factor
+
+    # The network ------------------------------------------------------------------------------------------------------
+
+    def decoder(self) -> nn.Module:
+        return self.model.model
