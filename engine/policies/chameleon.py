@@ -30,7 +30,6 @@ from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .one_table import OneTablePolicy
 from .probe import check_decoder
-from .tokens import control_tokens
 from .vqgan_decoder import VQGANDecoder
 from .vqgan_files import fill, own_tensors, published_tensors
 
@@ -61,15 +60,13 @@ class ChameleonPolicy(OneTablePolicy):
                 module.p = 0.0
         self.vqmodel.requires_grad_(False).eval()
         self.max_positions = int(model.config.max_position_embeddings)
-        ids = self.tokenizer.convert_tokens_to_ids
-        self.image_start, self.image_end = int(ids(processor.image_start_token)), int(ids(processor.image_end_token))
-        self.image_slot = int(ids(processor.image_token))
+        self.image_marks = (processor.image_start_token, processor.image_end_token, processor.image_token)
+        marks = self.tokenizer.convert_tokens_to_ids(list(self.image_marks))
+        self.image_start, self.image_end, self.image_slot = map(int, marks)
         self.end_tokens = self._end_tokens()
         rows = model.lm_head.weight.shape[0]
         unused = set(range(rows)) - set(self.tokenizer.get_vocab().values())
-        control = set(control_tokens(self.tokenizer).values())
-        never = {self.image_start, self.image_end, self.image_slot, *control, *unused}
-        self._lay_out(self._codes(), int(model.config.vq_config.resolution), never)
+        self._lay_out(self._codes(), int(model.config.vq_config.resolution), unused)
         if self.num_image_tokens != processor.image_seq_length:
             raise ConfigError(
                 f"ChameleonPolicy: expected image_seq_length {self.num_image_tokens}, as the VQGAN has {self.side} x "
@@ -137,15 +134,15 @@ class ChameleonPolicy(OneTablePolicy):
 
     # Text -------------------------------------------------------------------------------------------------------------
 
-    def _escape(self, words: str) -> str:
-        return re.sub(CODE_NAME, "IMG IMG", super()._escape(words))
+    def escape(self, words: str) -> str:
+        return re.sub(CODE_NAME, "IMG IMG", super().escape(words))
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
         return self._behind_bos(self._turn(prompt.text, shows_image=prompt.image is not None))
 
     def _turn(self, words: str, *, shows_image: bool) -> Tensor:
         """[L] int64: a user's turn as the processor has it: the image, the words, and what separates turns."""
-        processor, words = self.processor, self._escape(words)
+        processor, words = self.processor, self.escape(words)
         image = processor.image_token if shows_image else ""
         if processor.chat_template is None:
             text = f"{image}{words}{self.tokenizer.sep_token or ''}"

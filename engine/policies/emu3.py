@@ -82,7 +82,7 @@ class Emu3Policy(Policy):
         control = control_tokens(tokenizer)
         self._control = tuple(control)
         self._forbid_in_text({*self._lay_out_images(), *control.values()} - self.end_tokens)
-        self.half = half_of(model, HALVES)
+        self.trained_for = half_of(model, HALVES)
 
     def _sizes(self, image_size: int | None) -> tuple[int, int]:
         """(pixels, codes) of an image's side; the size is noted in the configuration, so that `save` keeps it."""
@@ -140,7 +140,7 @@ class Emu3Policy(Policy):
         return self
 
     def remarks(self, plans: Collection[tuple[SegmentKind, ...]]) -> list[str]:
-        return remarks_on_half("Emu3", self.half, plans, CHECKPOINTS)
+        return remarks_on_half("Emu3", self.trained_for, plans, CHECKPOINTS)
 
     # Text ------------------------------------------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class Emu3Policy(Policy):
     @torch.no_grad()
     def draw(self, tokens: Tensor) -> Tensor:
         """[n, N] int64 image ids -> [n, 3, H, W] float32 in [0, 1]; what is not sampled is left out."""
-        free = (self._forced < 0).to(tokens.device)
+        free = (self._forced < 0).nonzero()[:, 0].to(tokens.device)  # places: a mask has no size on the device `meta`
         codes = tokens[:, free].view(-1, self.side, self.side)
         mean, std = self._normalisation(tokens)
         decode = self.model.model.vqmodel.decode

@@ -33,7 +33,6 @@ from .base import Head
 from .causal_lm import CausalLMPolicy
 from .kinds import LIQUID_TOKENS
 from .one_table import OneTablePolicy
-from .tokens import control_tokens
 from .vqgan_decoder import VQGANDecoder, geometry_of
 from .vqgan_files import fill, own_tensors, published_tensors
 
@@ -61,8 +60,8 @@ class LiquidPolicy(OneTablePolicy, CausalLMPolicy):
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         super().__init__(model, tokenizer)
-        ids = tokenizer.convert_tokens_to_ids
-        self.image_start, self.image_end, self.no_words = (int(ids(token)) for token in LIQUID_TOKENS)
+        self.image_marks = LIQUID_TOKENS
+        self.image_start, self.image_end, self.no_words = map(int, tokenizer.convert_tokens_to_ids([*LIQUID_TOKENS]))
         end_of_turn = tokenizer.get_vocab().get("<end_of_turn>")
         if end_of_turn is not None:  # trained on before <eos>: an answer is over with the first of the two
             self.end_tokens |= {int(end_of_turn)}
@@ -81,7 +80,7 @@ class LiquidPolicy(OneTablePolicy, CausalLMPolicy):
         self._lay_out(
             range(tokens, min(tokens + count, rows)),
             RESOLUTION if config is None else int(config.resolution),
-            {*control_tokens(self.tokenizer).values(), *range(tokens, rows)},
+            range(tokens, rows),
         )
         self.image_slot = tokens
 
@@ -137,18 +136,24 @@ class LiquidPolicy(OneTablePolicy, CausalLMPolicy):
     # Text -------------------------------------------------------------------------------------------------------------
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
-        """[L] int64: what is drawn from words alone is asked for bare, as Liquid learnt it; all else is a turn."""
+        """[L] int64: what is drawn from words alone is asked for bare, as Liquid learnt it; all else is a turn.
+
+        Raises:
+            ConfigError: the prompt shows an image, and the VQGAN is not there.
+        """
+        if prompt.image is not None and self.vqmodel is None:
+            self.no_images(f"see images (prompt {prompt.id})")
         if prompt.image is None and prompt.segments[0] == "image":
             return self._behind_bos(self._asking(prompt.text))
         return self._behind_bos(self._answering(prompt.text, shows_image=prompt.image is not None))
 
     def _asking(self, words: str) -> Tensor:
-        return self.encode(self._escape(words) + ASKING)
+        return self.encode(self.escape(words) + ASKING)
 
     def _answering(self, words: str, *, shows_image: bool) -> Tensor:
         """[L] int64: a user's turn, and the opening of the answer."""
         start, end, _ = LIQUID_TOKENS
-        words = self._escape(words)
+        words = self.escape(words)
         ids = self._without_bos(self.encode(self._turn(f"{start}{end}\n{words}" if shows_image else words)))
         if not shows_image:
             return ids
@@ -156,7 +161,10 @@ class LiquidPolicy(OneTablePolicy, CausalLMPolicy):
         return torch.cat([ids[:behind], ids.new_full((self.num_image_tokens,), self.image_slot), ids[behind:]])
 
     def _turn(self, words: str) -> str:
-        return TURN.format(words=words) if self.tokenizer.chat_template is None else super()._turn(words)
+        if self.tokenizer.chat_template is None:
+            return TURN.format(words=words)
+        turns = [{"role": "user", "content": words}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
         """[L] int64: bare, as Liquid learnt to be asked for images."""

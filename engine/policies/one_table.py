@@ -8,6 +8,7 @@ Dims: K codes, N image tokens, D hidden, V rows of the table, H codes and S pixe
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..records import SegmentKind
 from .base import Head, Policy
-from .tokens import escape_control_tokens
+from .tokens import control_tokens, escape_control_tokens
 from .vqgan_decoder import decoded, encoded, factor_of
 from .vqgan_files import ADVICE
 
@@ -29,6 +30,8 @@ class OneTablePolicy(Policy):
 
     side: int
     """H."""
+    image_marks: tuple[str, ...]
+    """Texts of the tokens around an image, and of those that stand for one."""
     _code_rows: Tensor
     _forbidden_text: Tensor
 
@@ -49,9 +52,11 @@ class OneTablePolicy(Policy):
             never: further rows that a text never has; those at the table's end leave the text head.
         """
         self.num_codes = len(codes)
+        control, marks = control_tokens(self.tokenizer), self.tokenizer.convert_tokens_to_ids(list(self.image_marks))
+        self._control = (*self.image_marks, *control)
         self._first_code = codes[0] if list(codes) == list(range(codes[0], codes[0] + len(codes))) else None
         self.register_buffer("_code_rows", torch.tensor(list(codes), device=self.device), persistent=False)
-        forbidden = {*codes, *never} - self.end_tokens
+        forbidden = {*codes, *control.values(), *map(int, marks), *never} - self.end_tokens
         self._num_text = self.model.get_output_embeddings().weight.shape[0]
         while self._num_text - 1 in forbidden:
             self._num_text -= 1
@@ -85,8 +90,17 @@ class OneTablePolicy(Policy):
 
     # Text -------------------------------------------------------------------------------------------------------------
 
-    def _escape(self, words: str) -> str:
-        return escape_control_tokens(words, self.tokenizer)
+    def escape(self, words: str) -> str:
+        """A user's words without control tokens, nor those around images: not every tokenizer marks them as special.
+
+        Again until none is left, because what stays of one may complete another.
+        """
+        while any(token in words for token in self._control):
+            words = escape_control_tokens(words, self.tokenizer)
+            for token in self.image_marks:
+                bare = re.sub(r"\W", "", token)
+                words = words.replace(token, bare if len(bare) < len(token) else "")
+        return words
 
     def _behind_bos(self, ids: Tensor) -> Tensor:
         bos = int(self.tokenizer.bos_token_id)

@@ -108,7 +108,7 @@ def model(words: PreTrainedTokenizerFast, seed: int, **more: Any) -> ChameleonFo
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=640,
         initializer_range=0.15,
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
