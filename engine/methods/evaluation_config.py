@@ -19,7 +19,8 @@ class EvaluateConfig(Settings):
 
     # --- what is evaluated ---
     model: str | None = None
-    """Checkpoint in transformers' format (Janus, Emu3, a text decoder): a folder or a hub name. None: the tiny base."""
+    """Checkpoint in transformers' format (Janus, Emu3, Chameleon, Liquid, a text decoder): a folder or a hub name.
+    None: the tiny base."""
     data: str | None = None
     """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a table (JSONL,
     parquet, saved data set, hub name). None: the rendered world."""

@@ -150,8 +150,8 @@ class Policy(nn.Module, ABC):
         if self.num_image_tokens:
             return ""
         return (
-            f"{type(self).__name__} draws none; use a checkpoint of Janus, Emu3, Chameleon or Liquid, or ask for text: "
-            "segments ('text',), or a question with its answer"
+            f"{type(self).__name__} draws none; use a Janus or Emu3 checkpoint, or Chameleon's or Liquid's, or ask for "
+            "text: segments ('text',), or a question with its answer"
         )
 
     def remarks(self, plans: Collection[tuple[SegmentKind, ...]]) -> list[str]:

@@ -52,8 +52,8 @@ class TrainConfig(Settings):
 
     # --- model, data and output ---
     model: str | None = None
-    """Checkpoint in transformers' format (Janus, Emu3, or a text decoder such as Qwen3 for prompts that ask for text
-    alone): a folder or a hub name. None: the tiny base, trained on first use."""
+    """Checkpoint in transformers' format (Janus, Emu3, Chameleon, Liquid, or a text decoder such as Qwen3 for prompts
+    that ask for text alone): a folder or a hub name. None: the tiny base, trained on first use."""
     output_dir: Path = Path("runs/sync_r1")
     """The run's folder; a number is appended when it already holds a run."""
     run_name: str | None = None

@@ -71,6 +71,7 @@ def test_a_chain_on_a_benchmark_folder(name: str, tmp_path: Path) -> None:
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert any("layers.0" in key for key in moved) and not any("vqmodel" in key for key in moved)
     assert policy_class(last) is policy_class(tmp_path / name)
+    assert "it answers and draws" in (last / "README.md").read_text()
     text, picture = Model.load(last).reason_and_draw("draw <bobo>", max_text_tokens=4)
     assert isinstance(picture, Image.Image) and picture.size == (32, 32) and isinstance(text, str)
 
@@ -100,7 +101,7 @@ def test_half_a_model_is_told_before_anything_is_trained(tmp_path: Path) -> None
         SampleConfig(model=name, prompt=("draw it",), num_generations=1, output_dir=tmp_path / "s"),
         Console(file=written, width=400),
     )
-    assert "trained to draw" in written.getvalue() and "warning" not in written.getvalue()
+    assert "trained to draw" in written.getvalue() and "warning: prompts" not in written.getvalue()
     kept = load_policy(name)
     kept.save(tmp_path / "last")
     assert json.loads((tmp_path / "last" / "config.json").read_text())["trained_for"] == "image"
