@@ -33,8 +33,8 @@ from .probe import check_decoder
 from .vqgan_decoder import VQGANDecoder
 from .vqgan_files import fill, own_tensors, published_tensors
 
-CODE_NAME = "IMGIMG"
-"""What the names of codes begin with; a user's words cannot have one."""
+CODE_PART = "IMG"
+"""What the names of codes begin with, twice; a user's words cannot have one."""
 DECODER = "decoder."
 
 
@@ -88,7 +88,7 @@ class ChameleonPolicy(OneTablePolicy):
         missing = [code for code in range(size) if code not in mapping.img2bpe]
         if missing:
             raise ConfigError(
-                f"ChameleonPolicy: expected a vocabulary_map with {size} codes ({CODE_NAME}…), got "
+                f"ChameleonPolicy: expected a vocabulary_map with {size} codes ({2 * CODE_PART}…), got "
                 f"{size - len(missing)} of them; use a converted checkpoint (facebook/chameleon-7b, "
                 "leloy/Anole-7b-v0.1-hf)"
             )
@@ -135,7 +135,7 @@ class ChameleonPolicy(OneTablePolicy):
     # Text -------------------------------------------------------------------------------------------------------------
 
     def escape(self, words: str) -> str:
-        return re.sub(CODE_NAME, "IMG IMG", super().escape(words))
+        return re.sub(f"{CODE_PART}(?={CODE_PART})", f"{CODE_PART} ", super().escape(words))
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
         return self._behind_bos(self._turn(prompt.text, shows_image=prompt.image is not None))

@@ -110,7 +110,17 @@ def test_a_chat_template_is_followed(photo: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [IMAGE, f"a{BOI}</s>", f"<im{IMAGE}age>", code_name(3), f"IMG{code_name(1)}IMGBZ", SEP, f"<eo{BOI}ss>"]
+    "text",
+    [
+        IMAGE,
+        f"a{BOI}</s>",
+        f"<im{IMAGE}age>",
+        code_name(3),
+        f"IMG{code_name(1)}IMGBZ",
+        5 * "IMG" + "BZ",
+        SEP,
+        f"<eo{BOI}ss>",
+    ],
 )
 def test_a_users_text_cannot_hold_a_control_token(photo: Path, text: str) -> None:
     policy = sharp_chameleon(scattered=True)
