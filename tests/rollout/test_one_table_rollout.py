@@ -55,10 +55,10 @@ def shown(policy: OneTablePolicy, rollout: Rollout) -> Tensor | None:
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        *(("chameleon", way) for way in range(3)),
-        ("chameleon, swin norm, scattered", 2),
+        ("chameleon", 1),
+        ("chameleon", 2),
+        ("chameleon, swin norm, scattered", 0),
         ("liquid", 1),
-        ("liquid", 2),
         ("liquid, untied llama", 2),
     ],
 )
@@ -90,7 +90,7 @@ def test_what_is_sampled_is_what_is_trained(name: str, way: int, tmp_path: Path)
         assert min(gaps) > 0.1, "guidance counts, or the comparison would say little"
 
 
-@pytest.mark.parametrize("name", ["chameleon", "liquid"])
+@pytest.mark.parametrize("name", ["liquid"])
 def test_adapters_sit_in_the_decoder_alone(name: str, tmp_path: Path) -> None:
     """A VQGAN is no part of what is adapted; what is saved has the adapters in its weights, and draws."""
     policy = MODELS[name][0]()
