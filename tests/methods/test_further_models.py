@@ -12,7 +12,6 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 from helpers import own_process_group, rows_of
-from made import world_folder
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -39,19 +38,25 @@ def _process_group() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_a_chain_on_a_benchmark_folder(tmp_path: Path) -> None:
-    """UnifyBench++'s form: guided in the loss as in the drawing, each image in a turn of its own, previews.
+def test_a_chain(tmp_path: Path) -> None:
+    """Guided in the loss as in the drawing, each image in a turn of its own, previews.
 
-    With Liquid, of which everything is to be found out; tests/campaigns has both models in every recipe."""
+    With Liquid, of which everything is to be found out; tests/campaigns has both models, every recipe, and the folder
+    of a benchmark."""
     sharp_liquid().save(tmp_path / "model")
+    asked = {"segments": "text+image", "answer": "red"}
+    rows = [
+        asked | {"prompt": f"describe and draw the {thing}", "target": f"a red {thing}"} for thing in ("cup", "hat")
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = SyncR1Config(
         model=str(tmp_path / "model"),
-        data=world_folder(),
+        data=tmp_path / "data.jsonl",
         output_dir=tmp_path / "run",
         max_steps=1,
-        prompts_per_step=3,
+        prompts_per_step=2,
         num_generations=3,
-        max_completion_length=6,
+        max_completion_length=5,
         replay_check_steps=1,
         cfg_weight=3.0,
         policy_logp="guided",

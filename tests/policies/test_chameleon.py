@@ -161,7 +161,7 @@ def test_images_and_tokens(photo: Path, scattered: bool) -> None:
 # Against transformers' own generate -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS[1:])
 @torch.no_grad()
 def test_greedy_text_is_transformers_own(way: dict[str, Any], photo: Path) -> None:
     policy = sharp_chameleon(**way)

@@ -153,7 +153,7 @@ def test_photos_are_made_square_by_a_border(policy: LiquidPolicy, tmp_path: Path
     assert torch.equal(policy.load_images([MemoryImage("m", exact)])[0], exact)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS[:2])
 def test_images_and_tokens(way: dict[str, Any]) -> None:
     """Codes of transformers' VQGAN, in rows behind the tokenizer's; both ways by 2 / 255, as in the released code."""
     policy = sharp_liquid(**way)
