@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..policies.kinds import is_liquid_folder
 from ..show.names import INTERVALS
 from ..show.scores import Scores, measures_in, score_rows, show_change, show_interval, show_score
 from ..whole_files import write_atomically
@@ -80,8 +81,9 @@ def write_model_card(
     """
     folder = Path(folder)
     title = title or checkpoint_label(folder)
-    model_class = _model_class(Path(base_model or folder) if adapter else folder)
-    draws = not model_class.endswith(TEXT_ONLY)
+    described = Path(base_model or folder) if adapter else folder
+    model_class = _model_class(described)
+    draws = not model_class.endswith(TEXT_ONLY) or is_liquid_folder(described)
     matter = _front_matter(base_model, data, merged_from, adapter, license, draws)
     sections = [
         f"# {_plain(title)}",

@@ -39,7 +39,7 @@ from ..methods.training import (
 )
 from ..processes.group import barrier, one_at_a_time, place
 from ..records import Prompt
-from ..rollout.capacity import LOOKED_AT, check_lengths, check_plans
+from ..rollout.capacity import LOOKED_AT, check_lengths, check_plans, remarks_on
 from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .account import TITLES, Account, planned_parts
 from .config import REFINED, CorlConfig
@@ -193,6 +193,8 @@ class CorlRun:
         reference = add_adapters(config, policy) if config.lora_rank or objective.needs_reference else None
         prompts = [prompt for sample in samples for prompt in sample]
         check_plans(policy, prompts)
+        for line in remarks_on(policy, prompts):
+            self.display.note(line)
         check_lengths(policy, prompts, config.drawing_turn, config.max_completion_length, most=LOOKED_AT)
         rewards = self.parts.rewards(name, policy, samples)
         if config.unify == "advantage" and name == "unified":

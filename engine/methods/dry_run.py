@@ -24,7 +24,7 @@ from ..processes.launch import Request, Start, count_gpus, decide
 from ..records import Prompt
 from ..rewards.trial import try_rewards
 from ..rewards.yours.custom import load_reward, reward_name
-from ..rollout.capacity import check_lengths, check_plans
+from ..rollout.capacity import check_lengths, check_plans, remarks_on
 from ..settings.train_config import TrainConfig
 from ..settings.yaml_files import to_yaml
 from ..show.names import training_task_words
@@ -91,6 +91,8 @@ def show(
     for note in checkpoint_notes(policy):
         say(f"model: {note}")
     check_batch(config, policy, prompts)
+    for line in remarks_on(policy, prompts):
+        say(f"  {line}")
     try_own_rewards(config, policy, prompts, say)
     say("memory of a rank on a GPU, estimated (reward models, CUDA itself and NCCL apart):")
     for line in memory_of(config, policy, prompts, start.ranks).lines():

@@ -22,6 +22,7 @@ from ..policies.base import Policy
 from ..processes.group import init_distributed, one_at_a_time, own_device, place
 from ..records import Prompt
 from ..rewards.judge.attribute_judge import AttributeScorer
+from ..rollout.capacity import remarks_on
 from .evaluation_config import EvaluateConfig
 from .trained_with import drawing_turn_of, inputs_of, tells_concepts, unconditional_of
 
@@ -123,6 +124,8 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy = asked.given_to(load_policy(local_checkpoint(model, say), dtype=dtype))
     policy.eval().requires_grad_(False)
+    for line in remarks_on(policy, [prompt for prompts in items.values() for prompt in prompts]):
+        say(line)
     limit_threads(policy)
     return items, policy.to(own_device()), model, source
 

@@ -24,7 +24,7 @@ from ..checkpoints.deepseek_files import (
     weight_names,
 )
 
-UNIFIED = ("emu3", "janus")
+UNIFIED = ("chameleon", "emu3", "janus")
 """`model_type` of the models that draw, as KNOWN of policies/auto.py has them."""
 ORIGINALS = {
     "Emu3": "this is BAAI's own format; take transformers', such as BAAI/Emu3-Gen-hf",

@@ -20,6 +20,7 @@ from ..checkpoints.deepseek_files import is_theirs, weight_names
 from ..checkpoints.hub import problems_with_hub
 from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, kind_of, refuse
+from ..policies.kinds import is_liquid_folder
 from ..processes.launch import restarted
 from ..processes.run_folder import unused_folder
 from ..rewards.judge.chat import key_problem
@@ -200,6 +201,8 @@ def turn_problems(config: Any, folder: Path | None) -> list[str]:
     """A turn to draw in, for a model that draws nothing."""
     turn, told = getattr(config, "drawing_turn", None), {} if folder is None else settings_in(folder / "config.json")
     if turn in (None, "none") or not isinstance(told, dict) or told.get("model_type") not in text_decoders():
+        return []
+    if folder is not None and is_liquid_folder(folder):
         return []
     return [
         f"drawing_turn: expected none for {folder}, a {told['model_type']}, which draws no images, got {turn}; leave "

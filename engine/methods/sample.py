@@ -25,6 +25,7 @@ from ..policies.auto import model_draws
 from ..policies.base import Policy
 from ..processes.launch import unused_folder
 from ..records import Prompt, Rollout
+from ..rollout.capacity import remarks_on
 from ..rollout.sampling import truncation_of
 from ..settings.yaml_files import to_yaml
 from ..show.sheets import MAX_ROWS, sheet_of_models, to_picture
@@ -60,6 +61,8 @@ def run_sample(config: SampleConfig, console: Console | None = None) -> Samples:
             inputs_of(config, name).given_to(model.policy)
             if unknown := unknown_words(model.policy, [prompt.text for prompt in prompts]):
                 console.print(f"  warning: {told_unknown(model.name, unknown)}", markup=False, style="yellow")
+            for line in remarks_on(model.policy, prompts):
+                console.print(f"  {line}", markup=False)
             turn = drawing_turn_of(config, name)
             made = samples[model.name] = []
             for batch in batches(prompts, config.batch_size):

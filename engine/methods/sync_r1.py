@@ -9,7 +9,7 @@ from ..data.stream import PromptStream
 from ..learn.from_settings import objective_of
 from ..processes.group import local_device, one_at_a_time, place
 from ..records import Prompt
-from ..rollout.capacity import LOOKED_AT, check_lengths, check_plans
+from ..rollout.capacity import LOOKED_AT, check_lengths, check_plans, remarks_on
 from .data_checks import checked_chains
 from .resume import resume_point
 from .starting import add_adapters, starting_policy
@@ -35,6 +35,8 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     model = one_at_a_time(lambda: prepare_model(config, display.note))  # last: a base may be trained for minutes
     policy = starting_policy(config, model, display)
     check_plans(policy, prompts)
+    for line in remarks_on(policy, prompts):
+        display.note(line)
     check_lengths(policy, [*prompts, *anchors], config.drawing_turn, config.max_completion_length, most=LOOKED_AT)
     if not anchors and config.anchor_fraction > 0:
         display.note("no general/train in the data: training without anchors")

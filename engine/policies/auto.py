@@ -9,17 +9,21 @@ import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.hub import cached_file
 
 from ..errors import ConfigError
 from ..reasons import reading
 from .base import Policy
 from .causal_lm import CausalLMPolicy
+from .chameleon import ChameleonPolicy
 from .emu3 import Emu3Policy
 from .janus import JanusPolicy
+from .kinds import is_liquid
+from .liquid import LiquidPolicy
 
-KNOWN: dict[str, type[Policy]] = {"emu3": Emu3Policy, "janus": JanusPolicy}
+KNOWN: dict[str, type[Policy]] = {"chameleon": ChameleonPolicy, "emu3": Emu3Policy, "janus": JanusPolicy}
 """`model_type` -> policy of the models that draw; a type that transformers knows as a text decoder has CausalLMPolicy,
-which itself says why it cannot take one."""
+which itself says why it cannot take one, or LiquidPolicy where its tokenizer is Liquid's."""
 CONVERTED: dict[str, type[Policy]] = {"multi_modality": JanusPolicy}
 """`model_type` -> policy of what `local_checkpoint` converts before it is loaded: Janus in DeepSeek's layout."""
 
@@ -37,13 +41,25 @@ def policy_class(name: str | Path) -> type[Policy]:
     if kind in KNOWN or kind in CONVERTED:
         return (KNOWN | CONVERTED)[kind]
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return CausalLMPolicy
+        with reading("model", name):
+            return LiquidPolicy if is_liquid(lambda file: _found(name, file)) else CausalLMPolicy
     got = f"model_type {kind!r}" if settings else "no config.json"
     raise ConfigError(
         f"model: expected a checkpoint of {' or '.join(sorted(KNOWN))}, or a text decoder of transformers (llama, "
         f"qwen2, qwen3, gemma, …), got {got} in {name}; another unified model needs a policy (CONTRIBUTING.md, Add a "
         "model)"
     )
+
+
+def _found(name: str | Path, file: str) -> Path | None:
+    path = cached_file(
+        str(name),
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if path is None else Path(path)
 
 
 def model_draws(name: str | Path | None) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +159,26 @@ class Policy(nn.Module, ABC):
     def escape(self, words: str) -> str:
         """A user's words without structural tokens, as every prompt holds them."""
         return escape_control_tokens(words, self.tokenizer, self.control)
+
+    # What may be asked of it ------------------------------------------------------------------------------------------
+
+    @property
+    def cannot_draw(self) -> str:
+        """Why nobody may ask it for an image, and the remedy; empty where it draws."""
+        if self.num_image_tokens:
+            return ""
+        return (
+            f"{type(self).__name__} draws none; use a Janus or Emu3 checkpoint, or Chameleon's or Liquid's, or ask for "
+            "text: segments ('text',), or a question with its answer"
+        )
+
+    def remarks(self, plans: Collection[tuple[SegmentKind, ...]]) -> list[str]:
+        """What is worth knowing of this checkpoint before it follows such plans, a line each; most have nothing.
+
+        Args:
+            plans: `segments` of the prompts that it is about to get.
+        """
+        return []
 
     # Images, of a model that draws or sees ---------------------------------------------------------------------------
 

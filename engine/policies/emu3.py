@@ -19,6 +19,7 @@ Dims: K codes, H = W side of an image in codes, N image tokens, D hidden, V rows
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Self
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -33,6 +34,7 @@ from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
 from .chat_turns import later_turn, render
+from .halves import half_of, remarks_on_half
 from .picture_fit import Whole, background_of, fit_of
 from .probe import check_decoder
 from .tokens import never_sampled
@@ -41,6 +43,10 @@ PIXELS_AT_ONCE = 1 << 20
 """Of images given to the VQ model at a time: it works on four frames of each, up to 256 channels at full size."""
 PUBLISHED_IMAGE_AREA = 720 * 720
 """Pixels of an image where neither the configuration nor the processor gives them."""
+
+HALVES: dict[str, SegmentKind] = {"gen": "image", "chat": "text"}
+"""What a checkpoint's name says of it."""
+CHECKPOINTS: dict[SegmentKind, str] = {"image": "BAAI/Emu3-Gen-hf", "text": "BAAI/Emu3-Chat-hf"}
 
 
 class Emu3Policy(Policy):
@@ -81,6 +87,7 @@ class Emu3Policy(Policy):
         control = {*self._lay_out_images(), *self.control.values()}
         vocabulary = model.lm_head.weight.shape[0]
         self._forbid_in_text(never_sampled(model, tokenizer, control, self.end_tokens, vocabulary))
+        self.trained_for = half_of(model, HALVES)
 
     def _sizes(self, image_size: int | None) -> tuple[int, int]:
         """(pixels, codes) of an image's side; the size is noted in the configuration, so that `save` keeps it."""
@@ -136,6 +143,9 @@ class Emu3Policy(Policy):
         super().train(mode)
         self.model.model.vqmodel.eval()
         return self
+
+    def remarks(self, plans: Collection[tuple[SegmentKind, ...]]) -> list[str]:
+        return remarks_on_half("Emu3", self.trained_for, plans, CHECKPOINTS)
 
     # Text ------------------------------------------------------------------------------------------------------------
 
@@ -255,7 +265,7 @@ class Emu3Policy(Policy):
     @torch.no_grad()
     def draw(self, tokens: Tensor) -> Tensor:
         """[n, N] int64 image ids -> [n, 3, H, W] float32 in [0, 1]; what is not sampled is left out."""
-        free = (self._forced < 0).to(tokens.device)
+        free = (self._forced < 0).nonzero().squeeze(1).to(tokens.device)  # places, which need no number on `meta`
         codes = tokens[:, free].view(-1, self.side, self.side)
         decode = self.model.model.vqmodel.decode
         pixels = torch.cat([decode(part).float() for part in codes.split(self._images_at_once())])

@@ -78,11 +78,13 @@ def check_plans(policy: Policy, prompts: Sequence[Prompt]) -> None:
             raise DataError(
                 f"generate: prompt {prompt.id} has segments {prompt.segments}, expected one of {SUPPORTED_SEGMENTS}"
             )
-        if "image" in prompt.segments and not policy.num_image_tokens:
-            raise DataError(
-                f"generate: prompt {prompt.id} asks for an image, but {type(policy).__name__} draws none; "
-                "use a Janus or Emu3 checkpoint, or ask for text: segments ('text',), or a question with its answer"
-            )
+        if "image" in prompt.segments and (why := policy.cannot_draw):
+            raise DataError(f"generate: prompt {prompt.id} asks for an image, but {why}")
+
+
+def remarks_on(policy: Policy, prompts: Sequence[Prompt]) -> list[str]:
+    """What is worth knowing of a checkpoint that is about to get these prompts, a line each."""
+    return policy.remarks({prompt.segments for prompt in prompts})
 
 
 def check_prompts(

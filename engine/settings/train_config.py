@@ -53,8 +53,8 @@ class TrainConfig(Settings):
 
     # --- model, data and output ---
     model: str | None = None
-    """Checkpoint in transformers' format (Janus, Emu3, or a text decoder such as Qwen3 for prompts that ask for text
-    alone): a folder or a hub name. None: the tiny base, trained on first use."""
+    """Checkpoint in transformers' format (Janus, Emu3, Chameleon, Liquid, or a text decoder such as Qwen3 for prompts
+    that ask for text alone): a folder or a hub name. None: the tiny base, trained on first use."""
     picture_fit: PictureFit = "processor"
     """How a photo comes to the size that the model sees: as the checkpoint's own image processor does it, cut at the
     centre to a square (crop), or whole on grey (pad)."""

@@ -11,7 +11,9 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 from helpers import make_prompt, sharp_policy
+from small_chameleon import sharp_chameleon
 from small_emu3 import sharp_emu3
+from small_liquid import sharp_liquid
 from stepping_cases import same_draws
 from text_models import config, model, tokenizer
 from text_models import policy as text_policy
@@ -23,8 +25,10 @@ from syncr1.engine.policies.causal_lm import CausalLMPolicy
 from syncr1.engine.rollout.sampler import generate
 from syncr1.engine.rollout.sampling import Sampling
 
+DRAWING = {"chameleon": sharp_chameleon, "emu3": sharp_emu3, "gemma": sharp_liquid, "janus": sharp_policy}
 
-@pytest.mark.parametrize(("kind", "make"), [("emu3", sharp_emu3), ("janus", sharp_policy)])
+
+@pytest.mark.parametrize(("kind", "make"), DRAWING.items())
 def test_a_saved_policy_comes_back_as_what_it_was(kind: str, make: type[Policy], tmp_path: Path) -> None:
     policy = make()
     policy.save(tmp_path)
@@ -46,10 +50,10 @@ def test_a_text_decoder_loads_by_its_name_alone(family: str, tmp_path: Path) -> 
     same_draws(generate(loaded.eval(), prompts, sampling), generate(made, prompts, sampling))
 
 
-@pytest.mark.parametrize("kind", ["emu3", "janus", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", [*DRAWING, "qwen3", "gpt2"])
 def test_a_policy_without_weights_has_the_sizes_of_the_one_with(kind: str, tmp_path: Path) -> None:
     """What `--dry_run` counts memory by."""
-    made: Policy = {"emu3": sharp_emu3, "janus": sharp_policy}.get(kind, lambda: text_policy(kind))()
+    made: Policy = DRAWING.get(kind, lambda: text_policy(kind))()
     made.save(tmp_path)
     empty = policy_class(tmp_path).without_weights(tmp_path)
     assert all(parameter.is_meta for parameter in empty.parameters())

@@ -15,7 +15,9 @@ import text_models
 import torch
 from helpers import all_kinds_of_prompts, make_prompt, packed, rows_of, sharp_policy
 from skeleton_policy import SLOT, START, BlocksConfig, BlocksForConditionalGeneration, BlocksPolicy
+from small_chameleon import sharp_chameleon
 from small_emu3 import sharp_emu3
+from small_liquid import sharp_liquid
 from stepping_cases import same_draws
 
 from syncr1.engine.errors import ConfigError
@@ -39,8 +41,10 @@ def blocks() -> BlocksPolicy:
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "blocks": blocks,
+    "chameleon": sharp_chameleon,
     "emu3": sharp_emu3,
     "janus": sharp_policy,
+    "liquid": sharp_liquid,
     "qwen3": lambda: text_models.policy("qwen3"),
 }
 

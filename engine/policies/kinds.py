@@ -1,0 +1,32 @@
+"""Kinds of checkpoints that `model_type` does not tell apart, by files that are read without torch.
+
+Liquid is a plain language model, and its configuration says no more than that: `gemma`. What is its own are three
+tokens of its tokenizer, and rows of its table behind all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+LIQUID_TOKENS = ("<boi>", "<eoi>", "<unconditional>")
+_FILES = ("tokenizer_config.json", "tokenizer.json")
+"""The first is short, but transformers 5 writes added tokens into the second alone."""
+
+
+def is_liquid(find: Callable[[str], Path | None]) -> bool:
+    """Whether a text decoder's tokenizer is Liquid's.
+
+    Args:
+        find: a file of the checkpoint by its name; None where there is none.
+    """
+    for name in _FILES:
+        path = find(name)
+        if path is not None and all(f'"{token}"'.encode() in path.read_bytes() for token in LIQUID_TOKENS):
+            return True
+    return False
+
+
+def is_liquid_folder(folder: Path) -> bool:
+    """The same of a folder."""
+    return is_liquid(lambda name: folder / name if (folder / name).is_file() else None)
