@@ -1,4 +1,4 @@
-"""The published settings in recipes/: each loads, says something, and makes a plan with a small model."""
+"""The published settings in recipes/presets/: each loads, says something, and makes a plan with a small model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from syncr1.engine.learn.schedule import learning_rate
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.settings.yaml_files import from_yaml, to_yaml
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-DEFAULTS = {"sync_r1.yaml", "corl.yaml", "corl_tiny.yaml"}
-PRESETS = sorted(path.name for path in RECIPES.glob("*.yaml") if path.name not in DEFAULTS)
+FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "presets"
+PRESETS = sorted(path.name for path in FOLDER.glob("*.yaml"))
 ELSEWHERE: dict[str, list[object]] = {
     "sync_r1.py": ["--max_completion_length", 100],
     "corl.py": [
@@ -37,7 +36,7 @@ def config_type(name: str) -> type[Any]:
 
 
 def preset(name: str) -> Any:
-    return from_yaml(config_type(name), RECIPES / name)
+    return from_yaml(config_type(name), FOLDER / name)
 
 
 def test_there_are_those_that_the_documentation_names() -> None:
@@ -47,10 +46,10 @@ def test_there_are_those_that_the_documentation_names() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_short_and_every_line_is_a_setting(name: str) -> None:
-    text = (RECIPES / name).read_text(encoding="utf-8")
+    text = (FOLDER / name).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert yaml.safe_load(text).keys() == {line.split(":")[0] for line in lines}
-    assert f"recipes/{name}" in text, "its first lines say how it is used"
+    assert f"recipes/presets/{name}" in text, "its first lines say how it is used"
     assert preset(name) != config_type(name)()
 
 
@@ -87,12 +86,12 @@ def test_a_dry_run_of_each(
     """On the rendered world, with a small model in place of a published one."""
     monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
     recipe = "corl.py" if name.startswith("corl") else "sync_r1.py"
-    flags = ["--config", RECIPES / name, "--model", short_base(), "--output_dir", tmp_path / "run", "--dry_run"]
+    flags = ["--config", FOLDER / name, "--model", short_base(), "--output_dir", tmp_path / "run", "--dry_run"]
     out, _ = recipe_here(capsys, recipe, *flags, *ELSEWHERE[recipe])
     block = out[out.index("settings that differ") : out.index("plan:")].splitlines()[1:-1]
     changed = yaml.safe_load("\n".join(line.strip() for line in block))
     settings = yaml.safe_load(to_yaml(config_type(name)(), comments=False)) | changed
-    given = yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
+    given = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
     own = {"model", "max_completion_length", "cycle_text", "captioner"}
     assert {key: settings[key] for key in given.keys() - own} == {key: given[key] for key in given.keys() - own}
     assert not (tmp_path / "run").exists()
