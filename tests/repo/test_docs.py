@@ -125,7 +125,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("prompts.jsonl", "evaluation_metadata.jsonl", "runs/evaluate/manifest.json", *files):
         (tmp_path / name).write_text("{}")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=lambda _, names: [n for n in names if n.endswith(".py")])
+    shutil.copytree(
+        ROOT / "recipes", tmp_path / "recipes", ignore=lambda _, names: [n for n in names if n.endswith(".py")]
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
