@@ -112,21 +112,25 @@ class _AnyLayout:
         return attended.transpose(1, 2)
 
 
-def memory_of(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], world_size: int) -> Memory:
-    """What a rank of `world_size` needs.
-
-    Args:
-        config: settings of the run.
-        policy: on the device `meta`, where dry_run.py builds it; it is given adapters, dtype and gradient checkpointing
-            as the settings say.
-        prompts: a step's, this rank's share; they tell how long prompts are.
-        world_size: ranks that ZeRO shares over.
-    """
+def prepare(config: TrainConfig, policy: Policy) -> Policy:
+    """The policy as it is trained: with adapters, dtype and gradient checkpointing as the settings say."""
     policy.to(torch.bfloat16 if config.bf16 else torch.float32)
     if config.lora_rank:
         add_lora(policy, config.lora_rank, config.lora_alpha, target_modules=config.lora_target_modules or None)
     if config.gradient_checkpointing:
         policy.checkpoint_activations()
+    return policy
+
+
+def memory_of(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], world_size: int) -> Memory:
+    """What a rank of `world_size` needs.
+
+    Args:
+        config: settings of the run.
+        policy: on the device `meta`, where dry_run.py builds it; `prepare` has been called with it.
+        prompts: a step's, this rank's share; they tell how long prompts are.
+        world_size: ranks that ZeRO shares over.
+    """
     return Memory(
         lasting=_lasting(config, policy, world_size),
         rollout=_rollout(config, policy, prompts),
