@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-GpuName = Literal["b200", "h200", "h100", "h100-pcie", "h800", "h20", "a100", "a100-40gb", "a800", "l40s", "rtx4090"]
+from ..settings.train_config import GpuName
+
 COMPUTE_SHARE = 0.4
 """Of the peak that scoring and updates reach; usual for models of 1 to 7 billion parameters, assumed."""
 READ_SHARE = 0.45

@@ -11,7 +11,7 @@ Dims: N tokens of a micro-batch, D hidden size, H query heads, K key-value heads
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,26 +68,40 @@ class Memory:
     backward: dict[str, int]
     update: dict[str, int]
 
-    def peak(self, *, cache_stays: bool = True) -> int:
-        """At the worst moment. On a GPU keys and values stay allocated between rollouts, on a CPU they do not."""
+    def moments(self, *, cache_stays: bool = True) -> dict[str, int]:
+        """What each moment adds. On a GPU keys and values stay allocated between rollouts, on a CPU they do not."""
         kept = self.rollout["keys and values"] * cache_stays
-        moments = (self.rollout.values(), (kept, *self.backward.values()), (kept, *self.update.values()))
-        return sum(self.lasting.values()) + max(map(sum, moments))
+        adds = {"rollout": 0, "backward": kept, "update": kept}
+        return {name: stays + sum(getattr(self, name).values()) for name, stays in adds.items()}
+
+    @property
+    def worst(self) -> str:
+        """The moment at which most is held."""
+        moments = self.moments()
+        return max(moments, key=moments.__getitem__)
+
+    def peak(self, *, cache_stays: bool = True) -> int:
+        """At the worst moment."""
+        return sum(self.lasting.values()) + max(self.moments(cache_stays=cache_stays).values())
 
     def lines(self) -> list[str]:
-        """For people."""
-        moments = (
-            ("", self.lasting),
-            ("rollout: ", self.rollout),
-            ("backward: ", self.backward),
-            ("update: ", self.update),
-        )
-        parts = [(f"{when}{what}", size) for when, items in moments for what, size in items.items() if size]
-        return [f"{_sized(size)}  {what}" for what, size in (*parts, ("in all, at the worst moment", self.peak()))]
+        """For people, what it comes to first."""
+        stays = f", beside {_sized(self.rollout['keys and values'])} of keys and values that stay on a GPU"
+        return [
+            f"memory: {_sized(self.peak())} at the worst moment, the {self.worst}; lasting {_listed(self.lasting)}",
+            f"  rollout adds {_listed(self.rollout)}",
+            f"  backward adds {_listed(self.backward)}",
+            f"  update adds {_listed(self.update)}{stays}",
+        ]
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    """The sum, and what it is of."""
+    return f"{_sized(sum(parts.values()))}: {', '.join(f'{what} {_sized(n)}' for what, n in parts.items() if n)}"
 
 
 def _sized(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:8.2f} GiB" if num_bytes >= 1 << 28 else f"{num_bytes / 2**20:8.2f} MiB"
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 1 << 28 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 class _Attention(torch.autograd.Function):
@@ -122,7 +136,14 @@ def prepare(config: TrainConfig, policy: Policy) -> Policy:
     return policy
 
 
-def memory_of(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], world_size: int) -> Memory:
+def memory_of(
+    config: TrainConfig,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    world_size: int,
+    beside: Mapping[str, int] | None = None,
+    refers: bool = True,
+) -> Memory:
     """What a rank of `world_size` needs.
 
     Args:
@@ -130,22 +151,24 @@ def memory_of(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], wo
         policy: on the device `meta`, where dry_run.py builds it; `prepare` has been called with it.
         prompts: a step's, this rank's share; they tell how long prompts are.
         world_size: ranks that ZeRO shares over.
+        beside: what else lasts, by name.
+        refers: there is a frozen copy of what is trained.
     """
     return Memory(
-        lasting=_lasting(config, policy, world_size),
+        lasting={**_lasting(config, policy, world_size, refers), **(beside or {})},
         rollout=_rollout(config, policy, prompts),
         backward=_backward(config, policy, prompts, world_size),
         update={"gradients": _gradients_at_update(config, policy, world_size)},
     )
 
 
-def _lasting(config: TrainConfig, policy: Policy, world_size: int) -> dict[str, int]:
+def _lasting(config: TrainConfig, policy: Policy, world_size: int, refers: bool) -> dict[str, int]:
     item = 2 if config.bf16 else 4
     parameters = sum(p.numel() for p in policy.parameters())
     trained = _num_trained(policy)
     stage = config.zero_stage
     state = _share(trained, config, world_size)
-    copied = parameters if stage == 3 else 0 if config.lora_rank else trained
+    copied = (parameters if stage == 3 else 0 if config.lora_rank else trained) * refers
     return {
         "weights": item * parameters,
         "weights, this rank's share": item * -(-parameters // world_size) if stage == 3 else 0,

@@ -77,7 +77,7 @@ class Counted(FlopCounterMode):
     """Multiply-adds of what runs inside."""
 
     def __init__(self) -> None:
-        mapping = {op: given for op, given in FORMULAS.items()}
+        mapping: dict[Any, Any] = dict(FORMULAS)
         for formula in mapping.values():
             formula._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
         super().__init__(display=False, custom_mapping=mapping)
