@@ -13,12 +13,15 @@ Dims: P prompts, G members, L prompt tokens, N image tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import ConfigError
 from ..forward.objective import Objective
 from ..policies.base import Policy
 from ..records import Prompt, SegmentKind
@@ -92,26 +95,24 @@ class Unit:
         start = example.detach().requires_grad_(example.requires_grad)
         both = _counted(lambda: policy.trunk(start, places, _Pairs()).sum().backward()) / COUNTED
         policy.zero_grad(set_to_none=True)
-        ids, seen = torch.zeros(COUNTED, dtype=torch.long, device="meta"), policy.image_size
-        hidden = example.detach()[0]
-        heads = {kind: policy.head(hidden, kind) for kind in kinds}
-        item = hidden.dtype.itemsize
-        drawn = {"image": ids, "draw": torch.zeros(1, policy.num_image_tokens, dtype=torch.long, device="meta")}
+        ids, side = torch.zeros(COUNTED, dtype=torch.long, device="meta"), policy.image_size
+        hidden, item = example.detach()[0], example.dtype.itemsize
+        picture = torch.empty(1, 3, side, side, device="meta")
+        tokens = torch.zeros(1, policy.num_image_tokens, dtype=torch.long, device="meta")
         with torch.no_grad():
+            heads = {kind: policy.head(hidden, kind).weight for kind in kinds}
+            before = {kind: _counted(partial(policy.head, hidden, kind)) / COUNTED for kind in kinds}
             return cls(
                 token=token,
                 token_update=both,
                 pair=pairs.each,
                 pair_update=pairs.each * (1 + ATTENTION_BACKWARD + again),
-                head={
-                    kind: _counted(lambda kind=kind: policy.head(hidden, kind)) / COUNTED + head.weight.numel()
-                    for kind, head in heads.items()
-                },
-                image_embedding=_counted(lambda: policy.embed(drawn["image"], "image")) / COUNTED if seen else 0.0,
-                see=_counted(lambda: policy.see(torch.empty(1, 3, seen, seen, device="meta"))) if seen else 0.0,
-                draw=_counted(lambda: policy.draw(drawn["draw"])) if seen else 0.0,
+                head={kind: before[kind] + weight.numel() for kind, weight in heads.items()},
+                image_embedding=_counted(partial(policy.embed, ids, "image")) / COUNTED if side else 0.0,
+                see=_counted(partial(policy.see, picture)) if side else 0.0,
+                draw=_counted(partial(policy.draw, tokens)) if side else 0.0,
                 trunk_bytes=item * (_size(policy.decoder()) - _size(policy.model.get_input_embeddings())),
-                head_bytes={kind: item * head.weight.numel() for kind, head in heads.items()},
+                head_bytes={kind: item * weight.numel() for kind, weight in heads.items()},
                 column_bytes=policy.cache_shape().num_bytes(1),
             )
 
@@ -131,7 +132,8 @@ class _Pairs:
 
 
 def _counted(run: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
+    """Multiply-adds of a part; 0 of what this policy does not do."""
+    with FlopCounterMode(display=False) as counter, suppress(ConfigError):
         run()
     return counter.get_total_flops() / 2
 

@@ -26,6 +26,7 @@ from ..rollout.capacity import check_lengths, check_plans
 from ..settings.train_config import TrainConfig
 from ..settings.yaml_files import to_yaml
 from ..show.names import training_task_words
+from .cost import Unit
 from .estimate import Estimate, estimate_of
 from .memory import memory_of, prepare
 
@@ -107,7 +108,8 @@ def show(
     others = beside(policy)
     prepare(config, policy)
     memory = memory_of(config, policy, prompts, start.ranks, others, refers)
-    estimate = estimate_of(config, policy, prompts, start.ranks, memory, held_out(), times, anchor_beta)
+    unit = Unit.of(policy)
+    estimate = estimate_of(config, policy, unit, prompts, start.ranks, memory, held_out(), times, anchor_beta)
     for line in estimate.lines():
         say(line)
     for name in (name for name, size in others.items() if not size):

@@ -131,24 +131,25 @@ class Estimate:
     def lines(self) -> list[str]:
         """For people, the total first."""
         config, work, step = self.config, self.work, self.hours.step
-        peta = {name: 1e-12 * part.multiply_adds for name, part in work.rollout}
+        tera = {name: 1e-12 * part.multiply_adds for name, part in work.rollout}
+        learnt = 1e-12 * (work.score.multiply_adds + work.update.multiply_adds)
         trained = work.update.tokens / max(1, config.num_iterations)
+        text = config.max_completion_length
         told = [
             f"it will take about {self.headline()}",
-            f"  a step of a rank, {seconds_words(sum(step.values()))}: {work.sampled['text']:,.0f} tokens of text and "
-            f"{work.drawn[0]:,.0f} of images sampled behind {self.prompts} prompts, {trained:,.0f} trained on",
+            f"  a step {seconds_words(sum(step.values()))}: {work.sampled['text']:,.0f} tokens of text and "
+            f"{work.drawn[0]:,.0f} of images sampled behind a rank's {self.prompts} prompts, {trained:,.0f} trained on",
             f"    rollout {_parts(step, ('see', 'prefill', 'text', 'image', 'draw'))}; "
-            f"{sum(peta.values()):,.4g} T multiply-adds, {peta['image']:,.4g} of them image tokens",
+            f"{sum(tera.values()):,.3g} T multiply-adds, images {tera['image']:,.3g}",
             f"    update {_parts(step, ('score', 'update', 'optimizer', 'between ranks'))}; "
-            f"{1e-12 * (work.score.multiply_adds + work.update.multiply_adds):,.4g} T multiply-adds",
+            f"{learnt:,.3g} T multiply-adds",
             f"  {config.max_steps:,} steps {duration(config.max_steps * sum(step.values()))}; {self._scores()}",
             *(f"  {line}" for line in self.memory.lines()),
             f"  {self.disk.words()}",
-            f"  assumed: texts of {config.max_completion_length} tokens, the most there may be (at "
-            f"{max(1, config.max_completion_length // SHORTER)}: {hours_words(self._shorter_hours())}), and no "
-            "trajectory pruned; not in it: the rewards' own models, loading, and waiting for the slowest rank",
-            f"  {self.gpu.name} by its data sheet{self.named}: {self.gpu.bandwidth / 1e12:.3g} TB/s, of which decoding "
-            f"gets {READ_SHARE:.0%}, {self._flops() / 1e12:.3g} TFLOP/s, of which other passes get {COMPUTE_SHARE:.0%}",
+            f"  assumed: every text has its {text} tokens (at {max(1, text // SHORTER)} it is "
+            f"{hours_words(self._shorter_hours())}), nothing is pruned; {self.gpu.name}{self.named}",
+            f"    decodes at {READ_SHARE:.0%} of {self.gpu.bandwidth / 1e12:.3g} TB/s and computes at "
+            f"{COMPUTE_SHARE:.0%} of {self._flops() / 1e12:.3g} TFLOP/s; what rewards compute is not in it",
         ]
         if self.memory.peak() + OVERHEAD > self.gpu.memory:
             told.insert(1, f"  it does not fit beside CUDA's own {OVERHEAD / GIB:.1f} GiB: {self._remedy()}")
@@ -166,16 +167,24 @@ class Estimate:
         return f"scores of {self.items:,} held-out items, {self.times} times: {duration(self.hours.scoring)}"
 
     def _remedy(self) -> str:
-        config, worst = self.config, self.memory.worst
-        if worst == "rollout" and config.prompts_per_step > self.num_ranks:
-            return "lower --prompts_per_step, --num_generations or --max_completion_length"
-        if worst == "backward" and not config.gradient_checkpointing:
-            return "--gradient_checkpointing, or lower --max_tokens_per_microbatch"
-        if worst == "backward" and config.max_tokens_per_microbatch > 4096:
-            return "lower --max_tokens_per_microbatch"
-        if config.zero_stage < 2 and self.num_ranks > 1:
-            return "--zero_stage 2"
-        return "--bf16" if not config.bf16 else "more GPUs with --zero_stage 2, or --lora_rank 16"
+        """Against the part that is largest among those that a flag makes smaller."""
+        config, memory = self.config, self.memory
+        activations = memory.backward["activations"] + memory.backward["logits or the backward's own"]
+        states = sum(memory.lasting.values()) - memory.lasting["weights"]
+        parts = {
+            memory.rollout["keys and values"]: "lower --prompts_per_step or --num_generations"
+            if config.prompts_per_step > self.num_ranks
+            else "lower --num_generations or --max_completion_length",
+            activations: "lower --max_tokens_per_microbatch"
+            if config.gradient_checkpointing
+            else "--gradient_checkpointing, or lower --max_tokens_per_microbatch",
+            states: "--bf16"
+            if not config.bf16
+            else "--zero_stage 2"
+            if config.zero_stage < 2 and self.num_ranks > 1
+            else "more GPUs with --zero_stage 2, or --lora_rank 16",
+        }
+        return parts[max(parts)]
 
 
 def hours_words(hours: float) -> str:
@@ -219,14 +228,15 @@ def the_gpu(config: TrainConfig) -> tuple[Gpu, str]:
         told = torch.cuda.get_device_name(0)
         here = gpu_called(told)
         if here is not None:
-            return here, ", as it is here"
-        return GPUS[USUAL], f", as of {told} there is none here (--gpu names another)"
-    return GPUS[USUAL], ", as there is no GPU here (--gpu names another; a CPU's time is not estimated)"
+            return here, ""
+        return GPUS[USUAL], f" (of {told} no data sheet is here; --gpu names another)"
+    return GPUS[USUAL], " (no GPU is here; --gpu names another)"
 
 
 def estimate_of(
     config: TrainConfig,
     policy: Policy,
+    unit: Unit,
     prompts: Sequence[Prompt],
     num_ranks: int,
     memory: Memory,
@@ -239,6 +249,7 @@ def estimate_of(
     Args:
         config: with the steps that it will make.
         policy: prepared, on `meta`, as `memory_of` takes it.
+        unit: what its parts cost.
         prompts: a step's of one rank.
         num_ranks: one for each GPU.
         memory: of a rank.
@@ -246,7 +257,7 @@ def estimate_of(
         times: before and after, beside `eval_steps`.
         anchor_beta: weight of the KL term on prompts without a reward.
     """
-    unit, (gpu, named) = Unit.of(policy), the_gpu(config)
+    gpu, named = the_gpu(config)
     times += config.max_steps // config.eval_steps if config.eval_steps else 0
 
     def hours(text_tokens: float) -> tuple[Hours, StepWork]:

@@ -34,6 +34,8 @@ from ..rollout.free_prompts import FreePrompts
 from ..rollout.sampling import Sampling, truncation_of
 from ..settings.train_config import TrainConfig
 
+GIB = 1 << 30
+
 
 class PeakBytes(TorchDispatchMode):
     """The most bytes that tensors made inside hold at one time."""
@@ -86,22 +88,25 @@ class Memory:
 
     def lines(self) -> list[str]:
         """For people, what it comes to first."""
-        stays = f", beside {_sized(self.rollout['keys and values'])} of keys and values that stay on a GPU"
+        unit = "GiB" if self.peak() >= GIB else "MiB"
+        stays = {"keys and values": self.rollout["keys and values"]}
+        moments = {"rollout": self.rollout, "backward": stays | self.backward, "update": stays | self.update}
         return [
-            f"memory: {_sized(self.peak())} at the worst moment, the {self.worst}; lasting {_listed(self.lasting)}",
-            f"  rollout adds {_listed(self.rollout)}",
-            f"  backward adds {_listed(self.backward)}",
-            f"  update adds {_listed(self.update)}{stays}",
+            f"memory: {_sized(self.peak(), unit)} {unit} at the worst moment, the {self.worst}",
+            f"  lasting {_listed(self.lasting, unit)}",
+            *(f"  {name} + {_listed(parts, unit)}" for name, parts in moments.items()),
         ]
 
 
-def _listed(parts: Mapping[str, int]) -> str:
-    """The sum, and what it is of."""
-    return f"{_sized(sum(parts.values()))}: {', '.join(f'{what} {_sized(n)}' for what, n in parts.items() if n)}"
+def _listed(parts: Mapping[str, int], unit: str) -> str:
+    """The sum, and what it is of; what is too small to show is left out."""
+    shown = ((what, _sized(size, unit)) for what, size in parts.items() if size)
+    told = ", ".join(f"{what} {size}" for what, size in shown if float(size))
+    return f"{_sized(sum(parts.values()), unit)}: {told}"
 
 
-def _sized(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 1 << 28 else f"{num_bytes / 2**20:.2f} MiB"
+def _sized(num_bytes: int, unit: str) -> str:
+    return f"{num_bytes / (GIB if unit == 'GiB' else 1 << 20):.1f}"
 
 
 class _Attention(torch.autograd.Function):
@@ -172,10 +177,10 @@ def _lasting(config: TrainConfig, policy: Policy, world_size: int, refers: bool)
     return {
         "weights": item * parameters,
         "weights, this rank's share": item * -(-parameters // world_size) if stage == 3 else 0,
-        "frozen copy for judging and the KL term": item * copied,
+        "frozen copy": item * copied,
         "float32 weights": 4 * state if config.bf16 or stage else 0,
         "AdamW's moments": 8 * state,
-        "DeepSpeed's buffer of gradients": item * bucket_size(trained) if stage == 3 else 0,
+        "DeepSpeed's buffer": item * bucket_size(trained) if stage == 3 else 0,
     }
 
 
@@ -254,13 +259,13 @@ def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], wo
     at_most = max(WORKSPACE_BYTES["cuda"] // item, CHUNK_ROWS[0] * widest)
     logits = min(min(num_tokens, CHUNK_ROWS[1]) * widest, at_most) * item
     return {
-        "DeepSpeed's buffer of gradients": item * bucket_size(trained) if config.zero_stage in (1, 2) else 0,
+        "DeepSpeed's buffer": item * bucket_size(trained) if config.zero_stage in (1, 2) else 0,
         "gradients of other micro-batches": partial
         * item
         * (_share(trained, config, world_size) if config.zero_stage >= 2 else trained),
         "gradients of the heads": sum(4 * weight.numel() for weight in weights if weight.requires_grad),
-        "activations of a micro-batch": saved,
-        "the backward's own, or a chunk of logits": max(peak - saved, logits),
+        "activations": saved,
+        "logits or the backward's own": max(peak - saved, logits),
     }
 
 

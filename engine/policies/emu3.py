@@ -250,7 +250,7 @@ class Emu3Policy(Policy):
     @torch.no_grad()
     def draw(self, tokens: Tensor) -> Tensor:
         """[n, N] int64 image ids -> [n, 3, H, W] float32 in [0, 1]; what is not sampled is left out."""
-        free = (self._forced < 0).to(tokens.device)
+        free = (self._forced < 0).nonzero().squeeze(1).to(tokens.device)  # places, which need no number on `meta`
         codes = tokens[:, free].view(-1, self.side, self.side)
         mean, std = self._normalisation(tokens)
         decode = self.model.model.vqmodel.decode

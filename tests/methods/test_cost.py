@@ -12,6 +12,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 from helpers import all_kinds_of_prompts, make_prompt, own_process_group, random_advantages, sharp_policy
+from small_emu3 import sharp_emu3
 from text_models import policy as text_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -149,7 +150,7 @@ def estimate(policy: Policy, config: SyncR1Config, prompts: list[Prompt], sampli
 def text_of(rollouts: list[Rollout]) -> float:
     """Tokens of a text segment, on average: what the estimate has to be told."""
     lengths = [s.tokens.numel() for r in rollouts for s in r.segments if s.kind == "text"]
-    return sum(lengths) / len(lengths)
+    return sum(lengths) / max(1, len(lengths))
 
 
 def compare(policy: Policy, config: SyncR1Config, prompts: list[Prompt], gate: PreviewGate | None = None) -> None:
@@ -184,7 +185,7 @@ def compare(policy: Policy, config: SyncR1Config, prompts: list[Prompt], gate: P
 
 def config_of(**more: Any) -> SyncR1Config:
     return SyncR1Config(
-        **{"num_generations": 3, "max_completion_length": 8, "preview_fraction": 0.0, "cfg_weight": 3.0} | more
+        **{"num_generations": 2, "max_completion_length": 8, "preview_fraction": 0.0, "cfg_weight": 3.0} | more
     )
 
 
@@ -211,6 +212,10 @@ def test_multiply_adds_of_a_step(more: dict[str, Any], tmp_path: Path) -> None:
             likes_half, fraction=0.25, threshold=0.5, acceptance=0.5, max_attempts=2, completion="likely"
         )
     compare(sharp_policy(), config, all_kinds_of_prompts(tmp_path), gate)
+
+
+def test_emu3_too() -> None:
+    compare(sharp_emu3(), config_of(), [make_prompt("draw a cup", ("image",))])
 
 
 def test_a_text_model_too() -> None:

@@ -73,7 +73,7 @@ def test_what_is_published() -> None:
     assert (corl.loss_type, corl.beta, corl.refined_beta, corl.refined_num_generations) == ("grpo", 0, 0.02, 16)
     second = corl.for_stage("mcq", 1000)
     assert (second.prompts_per_step, second.learning_rate, second.max_steps) == (32, 1e-6, 32)
-    t2i = preset("t2i_r1.yaml")
+    t2i = preset("t2i_r1_janus_pro_7b.yaml")
     assert (t2i.num_generations, t2i.beta, t2i.learning_rate, t2i.zero_stage) == (8, 0.01, 1e-6, 3)
     assert Objective().loss_type == t2i.loss_type
 
