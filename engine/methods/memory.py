@@ -35,6 +35,9 @@ from ..rollout.sampling import Sampling, truncation_of
 from ..settings.train_config import TrainConfig
 
 GIB = 1 << 30
+GATHERED = "weights, gathered"
+LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's `stage3_max_live_parameters`, its default; what a ZeRO-3 step really holds was not measured."""
 
 
 class PeakBytes(TorchDispatchMode):
@@ -69,10 +72,12 @@ class Memory:
     rollout: dict[str, int]
     backward: dict[str, int]
     update: dict[str, int]
+    cache_stays: bool = True
+    """On a GPU keys and values stay allocated between rollouts, where CUDA graphs hold their addresses."""
 
-    def moments(self, *, cache_stays: bool = True) -> dict[str, int]:
-        """What each moment adds. On a GPU keys and values stay allocated between rollouts, on a CPU they do not."""
-        kept = self.rollout["keys and values"] * cache_stays
+    def moments(self) -> dict[str, int]:
+        """What each moment adds."""
+        kept = self.rollout["keys and values"] * self.cache_stays
         adds = {"rollout": 0, "backward": kept, "update": kept}
         return {name: stays + sum(getattr(self, name).values()) for name, stays in adds.items()}
 
@@ -82,14 +87,14 @@ class Memory:
         moments = self.moments()
         return max(moments, key=moments.__getitem__)
 
-    def peak(self, *, cache_stays: bool = True) -> int:
+    def peak(self) -> int:
         """At the worst moment."""
-        return sum(self.lasting.values()) + max(self.moments(cache_stays=cache_stays).values())
+        return sum(self.lasting.values()) + max(self.moments().values())
 
     def lines(self) -> list[str]:
         """For people, what it comes to first."""
         unit = "GiB" if self.peak() >= GIB else "MiB"
-        stays = {"keys and values": self.rollout["keys and values"]}
+        stays = {"keys and values": self.rollout["keys and values"] * self.cache_stays}
         moments = {"rollout": self.rollout, "backward": stays | self.backward, "update": stays | self.update}
         return [
             f"memory: {_sized(self.peak(), unit)} {unit} at the worst moment, the {self.worst}",
@@ -159,12 +164,22 @@ def memory_of(
         beside: what else lasts, by name.
         refers: there is a frozen copy of what is trained.
     """
+    whole, alive = _gathered(config, policy)
     return Memory(
         lasting={**_lasting(config, policy, world_size, refers), **(beside or {})},
-        rollout=_rollout(config, policy, prompts),
-        backward=_backward(config, policy, prompts, world_size),
+        rollout={**_rollout(config, policy, prompts), GATHERED: whole},
+        backward={**_backward(config, policy, prompts, world_size), GATHERED: alive},
         update={"gradients": _gradients_at_update(config, policy, world_size)},
+        cache_stays=config.cuda_graphs and config.zero_stage < 3,
     )
+
+
+def _gathered(config: TrainConfig, policy: Policy) -> tuple[int, int]:
+    """(bytes of weights that ZeRO 3 gathers for a rollout, those that it lets be alive at a time in training)."""
+    if config.zero_stage < 3:
+        return 0, 0
+    item, parameters = 2 if config.bf16 else 4, sum(p.numel() for p in policy.parameters())
+    return item * parameters, item * min(parameters, LIVE_PARAMETERS)
 
 
 def _lasting(config: TrainConfig, policy: Policy, world_size: int, refers: bool) -> dict[str, int]:
@@ -175,8 +190,7 @@ def _lasting(config: TrainConfig, policy: Policy, world_size: int, refers: bool)
     state = _share(trained, config, world_size)
     copied = (parameters if stage == 3 else 0 if config.lora_rank else trained) * refers
     return {
-        "weights": item * parameters,
-        "weights, this rank's share": item * -(-parameters // world_size) if stage == 3 else 0,
+        "weights": item * (-(-parameters // world_size) if stage == 3 else parameters),
         "frozen copy": item * copied,
         "float32 weights": 4 * state if config.bf16 or stage else 0,
         "AdamW's moments": 8 * state,

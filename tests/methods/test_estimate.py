@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -12,7 +13,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 import torch
-from helpers import all_kinds_of_prompts, own_process_group, rows_of
+from helpers import ROOT, all_kinds_of_prompts, own_process_group, rows_of
 from made import cache_folder, short_base
 
 from syncr1.engine.corl.config import CorlConfig
@@ -90,6 +91,18 @@ def test_tokens_and_disk_of_a_real_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert work.prefill.tokens == first["rollout/prefill_tokens"]
     assert sum(work.sampled.values()) == pytest.approx(first["num_tokens"], rel=0.1)
     assert work.update.tokens == pytest.approx(first["pack/tokens"], rel=0.1)
+
+    page = (ROOT / "docs" / "reproduce.md").read_text().partition("## 7.")[2].partition("## 8.")[0]
+    named = {
+        name
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`([^`]+)`", line.split("|")[1])
+    }
+    assert len(named) > 12
+    others = {"rewards/format/mean", "rollout/preview_acceptance"}  # CoRL's, and the preview's, which is off
+    told = {re.sub("<name>|…", "text", name) for name in named - others}
+    assert told <= first.keys(), "docs/reproduce.md names what metrics.jsonl has"
 
     disk = Disk.of(config, policy)
     states = [path for path in (folder / "checkpoints").glob("step_*") if path.is_dir()]
