@@ -20,12 +20,13 @@ from transformers import PreTrainedConfig
 
 from ..errors import EvaluationError
 from ..whole_files import write_atomically
+from .export import GENEVAL_RESULTS
 from .manifest import read_manifest
 from .published_scores import AUTHORS, SIZES, SOURCES, Published, benchmark_named, published_of
 from .score import Result
 from .store import Item
 
-TABLE, GENEVAL_RESULTS = "baseline.md", "geneval_results.jsonl"
+TABLE = "baseline.md"
 NEAR = 0.03
 """Share of a published score by which ours may differ before it is said to be another: others' tries of the same model
 are off by .01 to .10 of it."""
@@ -99,9 +100,7 @@ def _ours(benchmark: str, folder: Path, task: str, result: Result) -> tuple[floa
         path = folder / GENEVAL_RESULTS
         if path.is_file():
             return geneval_score(path), f"GenEval's own scorer ({GENEVAL_RESULTS})"
-        return None, (
-            f"`--export geneval`, its scorer with `--outfile {path}`, then `--stage score --baseline` once more"
-        )
+        return None, f"`--export geneval`, its scorer's `--outfile {path}`, then `--stage score --baseline` once more"
     if benchmark == "DPG-Bench":
         return None, "`--export dpg`, then its own scorer, which prints it"
     accuracy = result.scores.get(task, {}).get("accuracy/greedy", math.nan)
@@ -172,7 +171,7 @@ def markdown(lines: Sequence[Line], model: str) -> str:
             told.append(f"| {name} | {own} | {row.score} | {row.model} | {row.by} | {row.source} |")
     told.append("")
     for line in lines:
-        told.append(f"- {line.benchmark}: ours {'by ' if line.ours is not None else ''}{line.how}")
+        told.append(f"- {line.benchmark}: {'ours by' if line.ours is not None else 'for ours:'} {line.how}")
         told += [f"  - {words}" for words in (verdict(line), *(line.differs if line.ours is None else ())) if words]
     named = {mark for line in lines for row in line.published for mark in re.findall(r"\[(\w+)\]", row.source)}
     told += [f"- [{mark}] {words}" for mark, words in SOURCES.items() if mark in named]

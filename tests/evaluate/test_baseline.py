@@ -15,7 +15,8 @@ from evaluate_cases import few_items, generated
 from rich.console import Console
 
 from syncr1.engine.errors import EvaluationError
-from syncr1.engine.evaluate.baseline import GENEVAL_RESULTS, compare, geneval_score, markdown, model_of, verdict, write
+from syncr1.engine.evaluate.baseline import compare, geneval_score, markdown, model_of, verdict, write
+from syncr1.engine.evaluate.export import GENEVAL_RESULTS
 from syncr1.engine.evaluate.manifest import MANIFEST, Settings
 from syncr1.engine.evaluate.published_scores import (
     AUTHORS,
