@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
 from transformers import PreTrainedConfig
 
 from ..errors import EvaluationError
