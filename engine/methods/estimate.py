@@ -258,7 +258,8 @@ def estimate_of(
         anchor_beta: weight of the KL term on prompts without a reward.
     """
     gpu, named = the_gpu(config)
-    times += config.max_steps // config.eval_steps if config.eval_steps else 0
+    if config.eval_steps:  # those of the last step are the scores after training
+        times += (config.max_steps - 1) // config.eval_steps
 
     def hours(text_tokens: float) -> tuple[Hours, StepWork]:
         work = step_work(config, policy, unit, prompts, text_tokens, anchor_beta)
