@@ -131,8 +131,8 @@ class Estimate:
     def lines(self) -> list[str]:
         """For people, the total first."""
         config, work, step = self.config, self.work, self.hours.step
-        tera = {name: 1e-12 * part.multiply_adds for name, part in work.rollout}
-        learnt = 1e-12 * (work.score.multiply_adds + work.update.multiply_adds)
+        counts = {name: part.multiply_adds for name, part in work.rollout}
+        learnt = work.score.multiply_adds + work.update.multiply_adds
         trained = work.update.tokens / max(1, config.num_iterations)
         text = config.max_completion_length
         told = [
@@ -140,16 +140,17 @@ class Estimate:
             f"  a step {seconds_words(sum(step.values()))}: {work.sampled['text']:,.0f} tokens of text and "
             f"{work.drawn[0]:,.0f} of images sampled behind a rank's {self.prompts} prompts, {trained:,.0f} trained on",
             f"    rollout {_parts(step, ('see', 'prefill', 'text', 'image', 'draw'))}; "
-            f"{sum(tera.values()):,.3g} T multiply-adds, images {tera['image']:,.3g}",
+            f"{tera_words(sum(counts.values()))} multiply-adds, images {tera_words(counts['image'])}",
             f"    update {_parts(step, ('score', 'update', 'optimizer', 'between ranks'))}; "
-            f"{learnt:,.3g} T multiply-adds",
+            f"{tera_words(learnt)} multiply-adds",
             f"  {config.max_steps:,} steps {duration(config.max_steps * sum(step.values()))}; {self._scores()}",
             *(f"  {line}" for line in self.memory.lines()),
             f"  {self.disk.words()}",
             f"  assumed: every text has its {text} tokens (at {max(1, text // SHORTER)} it is "
             f"{hours_words(self._shorter_hours())}), nothing is pruned; {self.gpu.name}{self.named}",
             f"    decodes at {READ_SHARE:.0%} of {self.gpu.bandwidth / 1e12:.3g} TB/s and computes at "
-            f"{COMPUTE_SHARE:.0%} of {self._flops() / 1e12:.3g} TFLOP/s; what rewards compute is not in it",
+            f"{COMPUTE_SHARE:.0%} of {self._flops() / 1e12:.3g} TFLOP/s; what rewards compute is not in it"
+            f"{'' if self.memory.cache_stays else ', and without CUDA graphs decoding takes longer'}",
         ]
         if self.memory.peak() + OVERHEAD > self.gpu.memory:
             told.insert(1, f"  it does not fit beside CUDA's own {OVERHEAD / GIB:.1f} GiB: {self._remedy()}")
@@ -196,6 +197,10 @@ def hours_words(hours: float) -> str:
 
 def size_words(num_bytes: float) -> str:
     return f"{num_bytes / GB:,.3g} GB" if num_bytes >= 0.1 * GB else f"{num_bytes / 1e6:,.3g} MB"
+
+
+def tera_words(count: float) -> str:
+    return f"{1e-12 * count:,.0f} T" if count >= 1e14 else f"{1e-12 * count:.3g} T"
 
 
 def seconds_words(seconds: float) -> str:
