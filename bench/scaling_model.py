@@ -20,8 +20,20 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from syncr1.engine.methods.gpus import (
+    COMPUTE_SHARE,
+    GPUS,
+    LATENCY,
+    NETWORK,
+    NVLINK,
+    PER_NODE,
+    READ_SHARE,
+    STATE_BYTES,
+    collective_seconds,
+    update_bytes,
+)
+
 SIZES = (8, 64, 1024)
-PER_NODE = 8
 IN_TURN = {8: 7, 64: 8, 1024: 7}
 """Drawings of the fullest rank, 8 prompts each, dealt out as they are drawn from the mix: counted with the stream."""
 GB = 1e9
@@ -71,20 +83,16 @@ JANUS_7B = Model("Janus-Pro-7B", 4096, 30, 11008)
 class Machine:
     """Nodes of eight H200 with a 400 Gb/s port per GPU."""
 
-    memory_rate: float = 4.3e12
-    """Bytes/s that a kernel gets of HBM's 4.8e12 (data sheet); 90 %, assumed."""
-    decode_share: float = 0.5
-    """Of the decode floor that is reached; assumed. A faster decoder makes the shares of all else larger."""
-    flops: float = 989e12
-    """Dense bfloat16 (data sheet)."""
-    update_share: float = 0.4
-    """Of it that training reaches; assumed, usual for models of this size."""
-    nvlink: float = 350e9
-    """Bus bandwidth of a large all-reduce in a node, bytes/s; NVLink's 450e9 each way, less protocol; assumed."""
-    network: float = 320e9
-    """The same between nodes: eight ports of 50e9, 80 % of them; assumed. One port per node makes it 40e9."""
-    latency: float = 20e-6
-    """Seconds of a small collective beside 10e-6 per doubling of ranks; assumed."""
+    memory_rate: float = GPUS["h200"].bandwidth
+    """Bytes/s (data sheet). Here and below: what the fields are is said in engine/methods/gpus.py."""
+    decode_share: float = READ_SHARE
+    """Of it that decoding reaches. A faster decoder makes the shares of all else larger."""
+    flops: float = GPUS["h200"].flops
+    update_share: float = COMPUTE_SHARE
+    nvlink: float = NVLINK
+    network: float = NETWORK
+    """One port per node makes it an eighth."""
+    latency: float = LATENCY
     jitter: float = 0.01
     """Standard deviation of equal ranks' times, as a share (clocks, caches, the host); assumed."""
     host_copy: float = 20e9
@@ -187,27 +195,11 @@ def update_seconds(model: Model, machine: Machine, job: Job, images: float, text
     return 8 * (tokens * model.blocks + heads) / (machine.flops * machine.update_share)
 
 
-def reduced_bytes(model: Model, job: Job, num_microbatches: int) -> tuple[float, float]:
-    """(bytes all-reduced, bytes gathered or scattered) of a step in bfloat16, as DeepSpeed 0.19 does it: ZeRO 0 and 1
-    reduce once, ZeRO 2 after every micro-batch, ZeRO 3 gathers twice and scatters once in each, and for the rollout."""
-    whole = 2.0 * model.trained
-    return {
-        0: (whole, 0.0),
-        1: (whole, whole),
-        2: (num_microbatches * whole, whole),
-        3: (0.0, (3 * num_microbatches + 1) * whole),
-    }[job.zero_stage]
-
-
 def communication_seconds(model: Model, machine: Machine, job: Job, num_ranks: int, num_microbatches: int) -> float:
-    """Not overlapped with anything. A ring moves (N - 1) / N of the bytes, twice for an all-reduce."""
-    if num_ranks == 1:
-        return 0.0
+    """Gradients and weights in bfloat16."""
     rate = machine.nvlink if num_ranks <= PER_NODE else machine.network
-    reduced, gathered = reduced_bytes(model, job, num_microbatches)
-    moved = (2 * reduced + gathered) * (num_ranks - 1) / num_ranks
-    small = 8 * (machine.latency + 10e-6 * math.log2(num_ranks))
-    return moved / rate + small
+    moved = update_bytes(model.trained, job.zero_stage, num_microbatches)
+    return collective_seconds(*moved, num_ranks, rate=rate, latency=machine.latency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +269,7 @@ class Survival:
 
 def survival_of(model: Model, machine: Machine, job: Job, num_ranks: int) -> Survival:
     """A checkpoint is 12 bytes per trained parameter, shared out over ranks by ZeRO; without, rank 0 has all."""
-    whole = 12.0 * model.trained
+    whole = float(STATE_BYTES * model.trained)
     mine = whole / num_ranks if job.zero_stage else whole
     between = 3600 * machine.gpu_hours / num_ranks
     blocked = mine / machine.host_copy
@@ -352,7 +344,7 @@ def held_bytes(model: Model, stage: int, num_ranks: int) -> float:
 
     Under ZeRO 3 sampling gathers whole weights, so they count."""
     share = [1 if stage < least else 1 / num_ranks for least in (1, 2)]
-    return model.trained * (2 + 2 + 12 * share[0] + 2 * share[1])
+    return model.trained * (2 + 2 + STATE_BYTES * share[0] + 2 * share[1])
 
 
 def survival_table() -> str:

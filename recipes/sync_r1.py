@@ -3,7 +3,7 @@
 python recipes/sync_r1.py                                   the embedded default: no model, no data, no GPU needed
 python recipes/sync_r1.py --model JANUS --data FOLDER       a Janus checkpoint on a UnifyBench++ folder
 python recipes/sync_r1.py --nodes 4                         on four machines: Slurm, torchrun or --hostfile FILE
-python recipes/sync_r1.py --dry_run                         settings, ranks, memory, first prompts; nothing is trained
+python recipes/sync_r1.py --dry_run                         GPU-hours, memory, disk, first prompts; nothing is trained
 python recipes/sync_r1.py --help                            every setting
 """
 

@@ -45,7 +45,6 @@ from .account import TITLES, Account, planned_parts
 from .config import REFINED, CorlConfig
 from .config import Training as TrainingName
 from .models_table import models_table
-from .needs import check_needs
 from .parts import Parts
 from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
 from .training_data import all_trainings, check_data, refined_trainings, stream_of, training_samples
@@ -289,24 +288,11 @@ def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
 
 
 def dry_run(config: CorlConfig) -> None:
-    """Prints each training's settings, plan, memory and first prompts, without loading a model's weights."""
-    from ..methods.dry_run import show
+    """Prints what all of it takes, then each training's settings, plan, cost and first prompts; loads no weights."""
     from ..settings.yaml_files import to_yaml
-    from .parts import data_of
+    from .dry_runs import plan_all
 
     if config.stage == "merge":
         print(to_yaml(config, comments=False))
         return
-    root, instruction = data_of(config)
-    if config.data is not None:
-        check_data(config, print)
-    check_needs(config, root, instruction)
-    for training in all_trainings(config, root, instruction):
-        samples = training_samples(config, training, root, instruction)
-        settings = config.for_stage(training, len(samples))
-        print(f"\n# {training}: {len(samples)} samples of {root}, {settings.max_steps} steps\n")
-        show(settings, partial(_first_prompts, settings, training, samples))
-
-
-def _first_prompts(settings: CorlConfig, training: TrainingName, samples: list[Sample], ranks: int) -> list[Prompt]:
-    return stream_of(settings, training, samples, 0, ranks).next_step()
+    plan_all(config)

@@ -34,6 +34,8 @@ from ..rewards.builtin.tags import answer_of
 from ..whole_files import write_atomically
 from .store import Item
 
+GENEVAL_RESULTS = "geneval_results.jsonl"
+"""In the folder: where GenEval's scorer is to write, and `--baseline` reads."""
 Kind = Literal["geneval", "dpg", "lmms_eval", "vlmevalkit"]
 
 
@@ -82,7 +84,8 @@ def _export_geneval(items: Sequence[Item], folder: Path, out: Path, model: str, 
         metadata = json.dumps(item.prompt.extra["geneval_metadata"])
         (place / "metadata.jsonl").write_text(metadata + "\n", encoding="utf-8")
         shutil.copyfile(folder / str(item.drawn), place / "samples" / f"{item.member:04}.png")
-    return 'python evaluation/evaluate_images.py "{out}" --outfile results.jsonl --model-path <detectors>'
+    scored = folder / GENEVAL_RESULTS
+    return f'python evaluation/evaluate_images.py "{{out}}" --outfile "{scored}" --model-path <detectors>'
 
 
 def _export_dpg(items: Sequence[Item], folder: Path, out: Path, model: str, name: str | None) -> str:

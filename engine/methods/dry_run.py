@@ -1,4 +1,4 @@
-"""What `--dry_run` says: settings, where the run goes, memory per rank, and one step's prompts, checked.
+"""What `--dry_run` says: settings, where the run goes, what it will take, and one step's prompts, checked.
 
 No GPU and no weights are needed: of a checkpoint only the configuration and the tokenizer are read.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -28,7 +28,9 @@ from ..rollout.capacity import check_lengths, check_plans, remarks_on
 from ..settings.train_config import TrainConfig
 from ..settings.yaml_files import to_yaml
 from ..show.names import training_task_words
-from .memory import memory_of
+from .cost import Unit
+from .estimate import Estimate, estimate_of
+from .memory import memory_of, prepare
 
 
 def policy_without_weights(name: str | None) -> Policy:
@@ -65,14 +67,30 @@ def start_of(config: TrainConfig) -> tuple[Start, list[str]]:
 
 
 def show(
-    config: TrainConfig, prompts_of: Callable[[int], Sequence[Prompt]], say: Callable[[str], None] = print
-) -> None:
-    """Prints settings, plan, memory and the first step's prompts of one rank.
+    config: TrainConfig,
+    prompts_of: Callable[[int], Sequence[Prompt]],
+    say: Callable[[str], None] = print,
+    *,
+    held_out: Callable[[], Sequence[Prompt]] = lambda: (),
+    times: int = 2,
+    beside: Callable[[Policy], Mapping[str, int]] = lambda policy: {},
+    anchor_beta: float = 0.0,
+    refers: bool = True,
+) -> Estimate:
+    """Prints settings, plan, what it will take and the first step's prompts of one rank.
 
     Args:
         config: resolved settings.
         prompts_of: number of ranks to the prompts of the first one's first step.
         say: takes lines.
+        held_out: the items that are scored; asked after `prompts_of`.
+        times: that they are, beside eval_steps.
+        beside: of a policy, what memory lasts beside the learner's: models that judge, by name, in bytes.
+        anchor_beta: weight of the KL term on prompts without a reward.
+        refers: the learner or a judge has a frozen copy of what is trained.
+
+    Returns:
+        What was said of the cost.
 
     Raises:
         ConfigError: a prompt that the model cannot take, or prompts that ranks cannot share.
@@ -94,21 +112,33 @@ def show(
     for line in remarks_on(policy, prompts):
         say(f"  {line}")
     try_own_rewards(config, policy, prompts, say)
-    say("memory of a rank on a GPU, estimated (reward models, CUDA itself and NCCL apart):")
-    for line in memory_of(config, policy, prompts, start.ranks).lines():
-        say(f"  {line}")
+    others = beside(policy)
+    prepare(config, policy)
+    memory = memory_of(config, policy, prompts, start.ranks, others, refers)
+    unit = Unit.of(policy)
+    estimate = estimate_of(config, policy, unit, prompts, start.ranks, memory, held_out(), times, anchor_beta)
+    for line in estimate.lines():
+        say(line)
+    for name in (name for name, size in others.items() if not size):
+        say(f"  not in the memory: {name}, whose size is known once it is there")
     say(f"data: the first step's {len(prompts)} prompts of a rank, their pictures opened and their lengths checked:")
     for prompt in prompts:
-        photo = f" [{prompt.image.name}]" if prompt.image else ""
-        wanted = (
-            f"a text: {prompt.answer!r}"
-            if prompt.answer
-            else f"a drawing of {'it' if prompt.target in (None, prompt.text) else repr(prompt.target)}"
-        )
-        if prompt.answer and "image" in prompt.segments:
-            wanted += ", then a drawing"
-        task = training_task_words(prompt.task, drawn="image" in prompt.segments, rewarded=prompt.rewarded)
-        say(f"  {task} ({prompt.task}){photo}: {prompt.text!r} -> {wanted}")
+        say(f"  {prompt_words(prompt)}")
+    return estimate
+
+
+def prompt_words(prompt: Prompt) -> str:
+    """A prompt of a step, and what is wanted of it."""
+    photo = f" [{prompt.image.name}]" if prompt.image else ""
+    wanted = (
+        f"a text: {prompt.answer!r}"
+        if prompt.answer
+        else f"a drawing of {'it' if prompt.target in (None, prompt.text) else repr(prompt.target)}"
+    )
+    if prompt.answer and "image" in prompt.segments:
+        wanted += ", then a drawing"
+    task = training_task_words(prompt.task, drawn="image" in prompt.segments, rewarded=prompt.rewarded)
+    return f"{task} ({prompt.task}){photo}: {prompt.text!r} -> {wanted}"
 
 
 def settings_lines(config: TrainConfig) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from ..errors import ConfigError, EvaluationError, RolloutTooLarge
+from ..evaluate import baseline
 from ..evaluate.export import export
 from ..evaluate.generate import generate_items, select
 from ..evaluate.graders import Graders
@@ -24,7 +25,7 @@ from ..records import Prompt
 from ..rewards.judge.attribute_judge import AttributeScorer
 from ..rollout.capacity import remarks_on
 from .evaluation_config import EvaluateConfig
-from .trained_with import drawing_turn_of, inputs_of, tells_concepts, unconditional_of
+from .trained_with import drawing_turn_of, inputs_of, run_of, tells_concepts, unconditional_of
 
 
 def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Result | None:
@@ -57,7 +58,21 @@ def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Re
     result = score_folder(folder, graders_of(config), world_scorers(folder))
     console.print(rich_table(result))
     console.print(f"  {folder / 'scores.json'}, {folder / 'scores.md'}", markup=False, soft_wrap=True)
+    if config.baseline:
+        show_baseline(config, result, console)
     return result
+
+
+def show_baseline(config: EvaluateConfig, result: Result, console: Console) -> None:
+    """Ours beside what was published of the untouched model."""
+    folder = config.output_dir
+    if run_of(config.model) is not None:
+        console.print(
+            f"  {config.model} lies in a run's folder: it is no untouched model", markup=False, soft_wrap=True
+        )
+    text = baseline.write(folder, baseline.compare(folder, read_complete(folder), result, config.export_name))
+    console.print(text, markup=False, soft_wrap=True, end="")
+    console.print(f"  {folder / baseline.TABLE}", markup=False, soft_wrap=True)
 
 
 def generate(config: EvaluateConfig, console: Console) -> None:

@@ -89,6 +89,10 @@ class EvaluateConfig(Settings):
     judge_key_env: str | None = None
     """Environment variable with the server's key. None: no key is sent."""
 
+    baseline: bool = False
+    """Put the scores beside what was published of this very model before any training (GenEval, DPG-Bench, MMMU, ...),
+    with what was measured otherwise: check it before you train. export_name says which benchmark a table is."""
+
     # --- export ---
     export: tuple[Literal["geneval", "dpg", "lmms_eval", "vlmevalkit"], ...] = ()
     """Also write what other benchmarks' scorers read, into export/<name> of output_dir."""

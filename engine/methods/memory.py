@@ -11,7 +11,7 @@ Dims: N tokens of a micro-batch, D hidden size, H query heads, K key-value heads
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,11 @@ from ..rollout.drawing_turn import DrawingTurns
 from ..rollout.free_prompts import FreePrompts
 from ..rollout.sampling import Sampling, truncation_of
 from ..settings.train_config import TrainConfig
+
+GIB = 1 << 30
+GATHERED = "weights, gathered"
+LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's `stage3_max_live_parameters`, its default; what a ZeRO-3 step really holds was not measured."""
 
 
 class PeakBytes(TorchDispatchMode):
@@ -67,27 +72,46 @@ class Memory:
     rollout: dict[str, int]
     backward: dict[str, int]
     update: dict[str, int]
+    cache_stays: bool = True
+    """On a GPU keys and values stay allocated between rollouts, where CUDA graphs hold their addresses."""
 
-    def peak(self, *, cache_stays: bool = True) -> int:
-        """At the worst moment. On a GPU keys and values stay allocated between rollouts, on a CPU they do not."""
-        kept = self.rollout["keys and values"] * cache_stays
-        moments = (self.rollout.values(), (kept, *self.backward.values()), (kept, *self.update.values()))
-        return sum(self.lasting.values()) + max(map(sum, moments))
+    def moments(self) -> dict[str, int]:
+        """What each moment adds."""
+        kept = self.rollout["keys and values"] * self.cache_stays
+        adds = {"rollout": 0, "backward": kept, "update": kept}
+        return {name: stays + sum(getattr(self, name).values()) for name, stays in adds.items()}
+
+    @property
+    def worst(self) -> str:
+        """The moment at which most is held."""
+        moments = self.moments()
+        return max(moments, key=moments.__getitem__)
+
+    def peak(self) -> int:
+        """At the worst moment."""
+        return sum(self.lasting.values()) + max(self.moments().values())
 
     def lines(self) -> list[str]:
-        """For people."""
-        moments = (
-            ("", self.lasting),
-            ("rollout: ", self.rollout),
-            ("backward: ", self.backward),
-            ("update: ", self.update),
-        )
-        parts = [(f"{when}{what}", size) for when, items in moments for what, size in items.items() if size]
-        return [f"{_sized(size)}  {what}" for what, size in (*parts, ("in all, at the worst moment", self.peak()))]
+        """For people, what it comes to first."""
+        unit = "GiB" if self.peak() >= GIB else "MiB"
+        stays = {"keys and values": self.rollout["keys and values"] * self.cache_stays}
+        moments = {"rollout": self.rollout, "backward": stays | self.backward, "update": stays | self.update}
+        return [
+            f"memory: {_sized(self.peak(), unit)} {unit} at the worst moment, the {self.worst}",
+            f"  lasting {_listed(self.lasting, unit)}",
+            *(f"  {name} + {_listed(parts, unit)}" for name, parts in moments.items()),
+        ]
 
 
-def _sized(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:8.2f} GiB" if num_bytes >= 1 << 28 else f"{num_bytes / 2**20:8.2f} MiB"
+def _listed(parts: Mapping[str, int], unit: str) -> str:
+    """The sum, and what it is of; what is too small to show is left out."""
+    shown = ((what, _sized(size, unit)) for what, size in parts.items() if size)
+    told = ", ".join(f"{what} {size}" for what, size in shown if float(size))
+    return f"{_sized(sum(parts.values()), unit)}: {told}"
+
+
+def _sized(num_bytes: int, unit: str) -> str:
+    return f"{num_bytes / (GIB if unit == 'GiB' else 1 << 20):.1f}"
 
 
 class _Attention(torch.autograd.Function):
@@ -112,43 +136,65 @@ class _AnyLayout:
         return attended.transpose(1, 2)
 
 
-def memory_of(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], world_size: int) -> Memory:
-    """What a rank of `world_size` needs.
-
-    Args:
-        config: settings of the run.
-        policy: on the device `meta`, where dry_run.py builds it; it is given adapters, dtype and gradient checkpointing
-            as the settings say.
-        prompts: a step's, this rank's share; they tell how long prompts are.
-        world_size: ranks that ZeRO shares over.
-    """
+def prepare(config: TrainConfig, policy: Policy) -> Policy:
+    """The policy as it is trained: with adapters, dtype and gradient checkpointing as the settings say."""
     policy.to(torch.bfloat16 if config.bf16 else torch.float32)
     if config.lora_rank:
         add_lora(policy, config.lora_rank, config.lora_alpha, target_modules=config.lora_target_modules or None)
     if config.gradient_checkpointing:
         policy.checkpoint_activations()
+    return policy
+
+
+def memory_of(
+    config: TrainConfig,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    world_size: int,
+    beside: Mapping[str, int] | None = None,
+    refers: bool = True,
+) -> Memory:
+    """What a rank of `world_size` needs.
+
+    Args:
+        config: settings of the run.
+        policy: on the device `meta`, where dry_run.py builds it; `prepare` has been called with it.
+        prompts: a step's, this rank's share; they tell how long prompts are.
+        world_size: ranks that ZeRO shares over.
+        beside: what else lasts, by name.
+        refers: there is a frozen copy of what is trained.
+    """
+    whole, alive = _gathered(config, policy)
     return Memory(
-        lasting=_lasting(config, policy, world_size),
-        rollout=_rollout(config, policy, prompts),
-        backward=_backward(config, policy, prompts, world_size),
+        lasting={**_lasting(config, policy, world_size, refers), **(beside or {})},
+        rollout={**_rollout(config, policy, prompts), GATHERED: whole},
+        backward={**_backward(config, policy, prompts, world_size), GATHERED: alive},
         update={"gradients": _gradients_at_update(config, policy, world_size)},
+        cache_stays=config.cuda_graphs and config.zero_stage < 3,
     )
 
 
-def _lasting(config: TrainConfig, policy: Policy, world_size: int) -> dict[str, int]:
+def _gathered(config: TrainConfig, policy: Policy) -> tuple[int, int]:
+    """(bytes of weights that ZeRO 3 gathers for a rollout, those that it lets be alive at a time in training)."""
+    if config.zero_stage < 3:
+        return 0, 0
+    item, parameters = 2 if config.bf16 else 4, sum(p.numel() for p in policy.parameters())
+    return item * parameters, item * min(parameters, LIVE_PARAMETERS)
+
+
+def _lasting(config: TrainConfig, policy: Policy, world_size: int, refers: bool) -> dict[str, int]:
     item = 2 if config.bf16 else 4
     parameters = sum(p.numel() for p in policy.parameters())
     trained = _num_trained(policy)
     stage = config.zero_stage
     state = _share(trained, config, world_size)
-    copied = parameters if stage == 3 else 0 if config.lora_rank else trained
+    copied = (parameters if stage == 3 else 0 if config.lora_rank else trained) * refers
     return {
-        "weights": item * parameters,
-        "weights, this rank's share": item * -(-parameters // world_size) if stage == 3 else 0,
-        "frozen copy for judging and the KL term": item * copied,
+        "weights": item * (-(-parameters // world_size) if stage == 3 else parameters),
+        "frozen copy": item * copied,
         "float32 weights": 4 * state if config.bf16 or stage else 0,
         "AdamW's moments": 8 * state,
-        "DeepSpeed's buffer of gradients": item * bucket_size(trained) if stage == 3 else 0,
+        "DeepSpeed's buffer": item * bucket_size(trained) if stage == 3 else 0,
     }
 
 
@@ -227,13 +273,13 @@ def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], wo
     at_most = max(WORKSPACE_BYTES["cuda"] // item, CHUNK_ROWS[0] * widest)
     logits = min(min(num_tokens, CHUNK_ROWS[1]) * widest, at_most) * item
     return {
-        "DeepSpeed's buffer of gradients": item * bucket_size(trained) if config.zero_stage in (1, 2) else 0,
+        "DeepSpeed's buffer": item * bucket_size(trained) if config.zero_stage in (1, 2) else 0,
         "gradients of other micro-batches": partial
         * item
         * (_share(trained, config, world_size) if config.zero_stage >= 2 else trained),
         "gradients of the heads": sum(4 * weight.numel() for weight in weights if weight.requires_grad),
-        "activations of a micro-batch": saved,
-        "the backward's own, or a chunk of logits": max(peak - saved, logits),
+        "activations": saved,
+        "logits or the backward's own": max(peak - saved, logits),
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..data.mixture import Mixture
 from ..data.stream import PromptStream
+from ..evaluate.drawing import together
 from ..learn.from_settings import objective_of
 from ..processes.group import local_device, one_at_a_time, place
 from ..records import Prompt
@@ -76,13 +77,23 @@ def stream_of(
 
 
 def dry_run(config: SyncR1Config) -> None:
-    """Prints the resolved settings, the plan, memory and the first prompts, without loading a model."""
+    """Prints the resolved settings, the plan, what it will take and the first prompts, without loading a model."""
     from .dry_run import show
+    from .reward_memory import reward_models
+
+    held_out: list[Prompt] = []
 
     def prompts_of(world_size: int) -> list[Prompt]:
         root = prepare_data(config)
         loaded = checked_chains(config, root, print)
+        held_out.extend(*together(loaded.held_out, config.eval_samples))
         print(f"data: {root}: {len(loaded.prompts)} prompts, {len(loaded.anchors)} anchors")
         return stream_of(config, loaded.prompts, loaded.anchors, 0, world_size).next_step()
 
-    show(config, prompts_of)
+    show(
+        config,
+        prompts_of,
+        held_out=lambda: held_out,
+        beside=lambda policy: reward_models({"CLIP": config.clip}),
+        anchor_beta=config.anchor_beta if config.anchor_fraction > 0 else 0.0,
+    )

@@ -313,6 +313,8 @@ def evaluation_problems(c: Any) -> list[str]:
             f"output_dir: expected what stage generate has written (manifest.json), got {c.output_dir} without; run "
             "--stage generate first"
         )
+    if c.baseline and c.stage == "generate":
+        problems.append("baseline: expected a stage that scores, got generate; leave stage out, or set --stage score")
     if not (c.greedy_texts or c.sampled_texts):
         problems.append("greedy_texts, sampled_texts: expected one to answer by, got both off; leave one on")
     if "dpg" in c.export and c.images_per_prompt > 4:

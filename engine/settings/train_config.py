@@ -26,6 +26,7 @@ LRScheduler = Literal[
 ]
 Tracker = Literal["tensorboard", "trackio", "wandb", "all", "none"]
 ImportanceCorrection = Literal["none", "truncate", "mask"]
+GpuName = Literal["b200", "h200", "h100", "h100-pcie", "h800", "h20", "a100", "a100-40gb", "a800", "l40s", "rtx4090"]
 DGSRule = Literal["variance_mass", "max_variance", "top_k", "random", "none"]
 
 # Fields of several recipes, or of several stages of one.
@@ -304,8 +305,10 @@ class TrainConfig(Settings):
     """Go on from a checkpoint, in its own run's folder: `latest` (of output_dir; a new run where there is none yet), a
     run's folder, or one checkpoint."""
     dry_run: bool = False
-    """Print the resolved settings, nodes and ranks, memory per rank and one checked data batch, then end; no GPU is
-    needed."""
+    """Print the resolved settings, nodes and ranks, GPU-hours, memory and disk that it will take, and one checked data
+    batch, then end; no GPU is needed."""
+    gpu: GpuName | None = None
+    """What dry_run counts GPU-hours and memory for. None: this machine's, else an H100."""
 
     RULES: ClassVar[tuple[Rule, ...]] = TRAINING
     GOES_WITH: ClassVar[dict[str, str]] = {"reward_weights": "reward_funcs"}

@@ -85,7 +85,7 @@ def test_decoding_at_its_floor(size: int, groups: int, milliseconds: float) -> N
     """By hand: (weights + 2 G rows x 352 tokens of keys and values) / 4.3 TB/s."""
     one = SIZES[size]
     job = model.Job(prompt_tokens=64, retries=0.0)
-    seconds = model.rollout_seconds(one, replace(MACHINE, decode_share=1.0), job, groups, 0, 0)
+    seconds = model.rollout_seconds(one, replace(MACHINE, memory_rate=4.3e12, decode_share=1.0), job, groups, 0, 0)
     assert 1e3 * seconds / 576 == pytest.approx(milliseconds, rel=0.02)
 
 
@@ -108,7 +108,7 @@ def test_communication_by_hand() -> None:
     assert model.communication_seconds(one, MACHINE, job, 1, 1) == 0
     two = model.communication_seconds(one, MACHINE, job, 2, 3)
     assert two == pytest.approx(2 * 2 * one.trained / 2 / 350e9 + small)
-    moved = [sum(model.reduced_bytes(one, replace(job, zero_stage=stage), 3)) / (2 * one.trained) for stage in range(4)]
+    moved = [sum(model.update_bytes(one.trained, stage, 3)) / (2 * one.trained) for stage in range(4)]
     assert moved == [1, 2, 4, 10]
     assert model.communication_seconds(one, MACHINE, job, 9, 1) > model.communication_seconds(one, MACHINE, job, 8, 1)
 

@@ -257,6 +257,7 @@ def test_a_dry_run_shows_settings_and_prompts_and_trains_nothing(
         "--max_completion_length", 16, "--captioner", "world", "--spice_parser", "world", "--lpips_weights", "random",
     )  # fmt: skip
     assert "a cup of coffee" in out and "captioner: world" in out
+    assert out.index("all 4 trainings take about") < out.index("# unified") < out.index("it will take about")
     assert not (tmp_path / "run").exists()
 
 

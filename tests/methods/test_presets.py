@@ -1,7 +1,8 @@
-"""The published settings in recipes/: each loads, says something, and makes a plan with a small model."""
+"""The published settings in recipes/presets/: each loads, says something, and makes a plan with a small model."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from syncr1.engine.learn.from_settings import objective_of, settings_of
 from syncr1.engine.learn.schedule import learning_rate
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.settings.yaml_files import from_yaml, to_yaml
+from syncr1.engine.world.embedded import prepare_x2x
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-DEFAULTS = {"sync_r1.yaml", "corl.yaml", "corl_tiny.yaml"}
-PRESETS = sorted(path.name for path in RECIPES.glob("*.yaml") if path.name not in DEFAULTS)
+FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "presets"
+PRESETS = sorted(path.name for path in FOLDER.glob("*.yaml"))
 ELSEWHERE: dict[str, list[object]] = {
     "sync_r1.py": ["--max_completion_length", 100],
     "corl.py": [
@@ -37,20 +38,44 @@ def config_type(name: str) -> type[Any]:
 
 
 def preset(name: str) -> Any:
-    return from_yaml(config_type(name), RECIPES / name)
+    return from_yaml(config_type(name), FOLDER / name)
 
 
 def test_there_are_those_that_the_documentation_names() -> None:
-    corl, sync = ("corl_paper", "corl_released"), ("sync_r1_janus_pro", "sync_r1_paper", "sync_r1_released")
-    assert [name.removesuffix(".yaml") for name in PRESETS] == [*corl, *sync, "t2i_r1"]
+    page = (FOLDER.parents[1] / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert [name for name in PRESETS if f"`{name}`" not in page] == []
+    ours = {"sync_r1_janus_pro_1b", "sync_r1_janus_pro_7b", "corl_janus_pro_1b", "t2i_r1_janus_pro_7b"}
+    told = {"corl_paper", "corl_released", "sync_r1_paper", "sync_r1_released"}
+    assert {name.removesuffix(".yaml") for name in PRESETS} == ours | told
+
+
+def test_the_two_sizes_of_sync_r1_differ_in_what_fits_alone() -> None:
+    small, large = (yaml.safe_load((FOLDER / f"sync_r1_janus_pro_{size}.yaml").read_text()) for size in ("1b", "7b"))
+    differ = {name for name in small | large if small.get(name) != large.get(name)}
+    assert differ == {"model", "max_tokens_per_microbatch"}
+
+
+def test_corl_s_preset_is_the_paper_s_and_what_fits() -> None:
+    ours, paper = (yaml.safe_load((FOLDER / f"corl_{name}.yaml").read_text()) for name in ("janus_pro_1b", "paper"))
+    assert {name for name in paper if ours.get(name) != paper[name]} == set()
+    assert ours["data"] == "mm-vl/x2x_rft_22k" and ours["gradient_checkpointing"] is True
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_where_numbers_come_from_is_said(name: str) -> None:
+    """A paper's number, a commit or an issue stands in the comments, and each mark in brackets is explained."""
+    comments = "\n".join(line for line in (FOLDER / name).read_text().splitlines() if line.startswith("#"))
+    assert re.search(r"arXiv \d{4}\.\d{5}", comments) or re.search(r"@[0-9a-f]{7}", comments)
+    marks = set(re.findall(r"\[([A-Za-z0-9-]+)\]", comments))
+    assert {mark for mark in marks if not re.search(rf"\[{mark}\][ ,]*(is|its|a)\b|\[{mark}\] ", comments)} == set()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_short_and_every_line_is_a_setting(name: str) -> None:
-    text = (RECIPES / name).read_text(encoding="utf-8")
+    text = (FOLDER / name).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert yaml.safe_load(text).keys() == {line.split(":")[0] for line in lines}
-    assert f"recipes/{name}" in text, "its first lines say how it is used"
+    assert f"recipes/presets/{name}" in text, "its first lines say how it is used"
     assert preset(name) != config_type(name)()
 
 
@@ -74,7 +99,7 @@ def test_what_is_published() -> None:
     assert (corl.loss_type, corl.beta, corl.refined_beta, corl.refined_num_generations) == ("grpo", 0, 0.02, 16)
     second = corl.for_stage("mcq", 1000)
     assert (second.prompts_per_step, second.learning_rate, second.max_steps) == (32, 1e-6, 32)
-    t2i = preset("t2i_r1.yaml")
+    t2i = preset("t2i_r1_janus_pro_7b.yaml")
     assert (t2i.num_generations, t2i.beta, t2i.learning_rate, t2i.zero_stage) == (8, 0.01, 1e-6, 3)
     assert Objective().loss_type == t2i.loss_type
 
@@ -87,12 +112,20 @@ def test_a_dry_run_of_each(
     """On the rendered world, with a small model in place of a published one."""
     monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
     recipe = "corl.py" if name.startswith("corl") else "sync_r1.py"
-    flags = ["--config", RECIPES / name, "--model", short_base(), "--output_dir", tmp_path / "run", "--dry_run"]
-    out, _ = recipe_here(capsys, recipe, *flags, *ELSEWHERE[recipe])
+    elsewhere = ELSEWHERE[recipe]
+    if name == "corl_janus_pro_1b.yaml":  # names its data; corl_paper.yaml goes through all of its stages
+        data = str(prepare_x2x())
+        names = ("--data", "--data_t2i", "--data_mcq", "--data_oe")
+        elsewhere = [*elsewhere, *(word for flag in names for word in (flag, data)), "--stage", "unified"]
+        elsewhere = [*elsewhere, "--captioner", "policy", "--cycle_text", "soft_jaccard"]
+    flags = ["--config", FOLDER / name, "--model", short_base(), "--output_dir", tmp_path / "run", "--dry_run"]
+    out, _ = recipe_here(capsys, recipe, *flags, *elsewhere)
     block = out[out.index("settings that differ") : out.index("plan:")].splitlines()[1:-1]
     changed = yaml.safe_load("\n".join(line.strip() for line in block))
     settings = yaml.safe_load(to_yaml(config_type(name)(), comments=False)) | changed
-    given = yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
-    own = {"model", "max_completion_length", "cycle_text", "captioner"}
+    given = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+    assert "it will take about" in out and "no GPU is here" in out
+    own = {"model", "max_completion_length", "cycle_text", "captioner", "stage"}
+    own |= {"data", "data_t2i", "data_mcq", "data_oe"}
     assert {key: settings[key] for key in given.keys() - own} == {key: given[key] for key in given.keys() - own}
     assert not (tmp_path / "run").exists()

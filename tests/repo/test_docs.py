@@ -125,9 +125,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("prompts.jsonl", "evaluation_metadata.jsonl", "runs/evaluate/manifest.json", *files):
         (tmp_path / name).write_text("{}")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    (tmp_path / "recipes").mkdir()
-    for path in (ROOT / "recipes").glob("*.yaml"):
-        shutil.copy(path, tmp_path / "recipes")
+    shutil.copytree(
+        ROOT / "recipes", tmp_path / "recipes", ignore=lambda _, names: [n for n in names if n.endswith(".py")]
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -177,7 +177,7 @@ def test_files_and_flags_that_a_page_names_exist(page: str) -> None:
     known = {f"--{name}" for config in settings().values() for name in yaml.safe_load(to_yaml(config, comments=False))}
     scripts = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
     named = {flag for code in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"(?<!\S)--[a-z]\w+", code)}
-    others = {"--no", "--max_restarts", "--tool", "--repo", "--local"}
+    others = {"--no", "--max_restarts", "--tool", "--repo", "--local", "--outfile"}
     assert [flag for flag in sorted(named - known - others) if f'"{flag}"' not in scripts] == []
 
 

@@ -221,6 +221,8 @@ PLACES = [
         env=OFFLINE,
     ),
     Mistake("a list of machines", "sync_r1.py --hostfile hosts", "hostfile"),
+    Mistake("a baseline that nothing scores", "evaluate.py --baseline --stage generate", "set --stage score"),
+    Mistake("a GPU that nobody has", "sync_r1.py --dry_run --gpu h1000", "did you mean h100"),
     Mistake("nothing to score", "evaluate.py --stage score --output_dir e", "run --stage generate first"),
     Mistake("nothing to merge", "merge.py --output o", "expected two or more folders", lines=2),
     Mistake(

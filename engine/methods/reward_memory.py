@@ -1,0 +1,37 @@
+"""What rewards' own models hold of a GPU, as far as it is known without loading them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+PARAMETERS = {
+    "Salesforce/blip-image-captioning-base": 247_000_000,
+    "lizhuang144/flan-t5-base-VG-factual-sg": 248_000_000,
+    "google-bert/bert-base-uncased": 110_000_000,
+    "openai/clip-vit-base-patch32": 151_000_000,
+    "openai/clip-vit-large-patch14": 428_000_000,
+    "lpips vgg": 14_700_000,
+    "lpips alex": 2_500_000,
+    "lpips squeeze": 700_000,
+}
+"""Of the checkpoints that the settings name, as their pages tell, and of the trunks of LPIPS."""
+
+
+def reward_models(names: Mapping[str, str | None]) -> dict[str, int]:
+    """Bytes by what they are for, in float32; 0 where that is not known before they are there.
+
+    Args:
+        names: what a model is for -> its folder or hub name; None: there is none.
+    """
+    found: dict[str, int] = {}
+    for use, name in names.items():
+        if name is None:
+            continue
+        found[use] = 4 * PARAMETERS[name] if name in PARAMETERS else _bytes_of(Path(name).expanduser())
+    return found
+
+
+def _bytes_of(folder: Path) -> int:
+    """Of the weights in a folder; 0 where it is none."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
