@@ -72,10 +72,10 @@ ACROSS_VERSIONS := policies forward learn/test_learner.py methods/test_preflight
 	corl/test_corl_run.py::test_the_whole_recipe_from_a_users_checkpoints_and_photographs \
 	corl/test_corl_run.py::test_emu3_goes_through_the_same_recipe
 SET ?= oldest
-# Its file may name a Python. pyenv has commands for those that it does not run at the moment, too.
-SET_PYTHON ?= $(or $(shell for version in $$(sed -n 's/^\# python //p' constraints/$(SET).txt); do \
+# The one that its file names; pyenv has commands for those that it does not run at the moment, too.
+SET_PYTHON ?= $(or $(shell version=$$(sed -n 's/^\# python //p' constraints/$(SET).txt); \
 	for python in python$$version ~/.pyenv/versions/$$version.*/bin/python$$version; do \
-	$$python -c '' 2> /dev/null && echo $$python && break; done; done),$(PYTHON))
+	$$python -c '' 2> /dev/null && echo $$python && break; done),$(PYTHON))
 test-versions: build/versions/$(SET)/.setup-stamp
 	TRITON_CACHE_DIR=build/versions/$(SET)/triton-cache build/versions/$(SET)/bin/python -m pytest \
 		$(addprefix tests/,$(ACROSS_VERSIONS)) \

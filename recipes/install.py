@@ -237,16 +237,16 @@ def constraints_for(gpu: bool, versions: str | None = None) -> Path:
 
 
 def check_set(versions: str) -> None:
-    """Raises Failed where there is no such set of versions, or it is for another Python, which its file names."""
+    """Raises Failed where there is no such set of versions, or it is for another Python: its file names one."""
     sets = sorted(path.stem for path in SETS.glob("*.txt"))
     if versions not in sets:
         raise Failed(f"expected a set of versions, one of {', '.join(sets)}, got {versions}; name one of them")
-    wanted = re.findall(r"^# python (\S+)$", (SETS / f"{versions}.txt").read_text(), re.MULTILINE)
+    (wanted,) = re.findall(r"^# python (\S+)$", (SETS / f"{versions}.txt").read_text(), re.MULTILINE)
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if wanted not in ([], [here]):
+    if wanted != here:
         raise Failed(
-            f"the set {versions} of versions: expected Python {wanted[0]}, got {here} ({sys.executable}); name one: "
-            f"make test-versions SET={versions} SET_PYTHON=/path/to/python{wanted[0]}"
+            f"the set {versions} of versions: expected Python {wanted}, got {here} ({sys.executable}); name one: "
+            f"make test-versions SET={versions} SET_PYTHON=/path/to/python{wanted}"
         )
 
 

@@ -53,6 +53,11 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
+def python_of(name: str) -> str:
+    (python,) = re.findall(r"^# python (\S+)$", SETS[name], re.MULTILINE)
+    return str(python)
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_is_whole(name: str) -> None:
     """Its Triton is its torch's; it names nothing that the usual pins do not, for a Python that is allowed; it has a
@@ -60,14 +65,13 @@ def test_a_set_is_whole(name: str) -> None:
     pins = PINS_OF[name]
     assert pins["triton"] == BROUGHT[minor(pins["torch"])] and pins.keys() <= PINS.keys()
     assert {"torch", "torchvision", "triton", "transformers"} <= pins.keys()
-    python = re.findall(r"^# python (\S+)$", SETS[name], re.MULTILINE) or ["3.11"]
     least, most = re.findall(r"3\.\d+", PROJECT["requires-python"])
-    assert len(python) == 1 and numbers(least) <= numbers(python[0]) < numbers(most)
+    assert numbers(least) <= numbers(python_of(name)) < numbers(most)
     target = f"test-{name.replace('_', '-')}"
     assert re.search(rf"^\.PHONY:.*(\\\n.*)*\b{target}\b", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert f"`make {target}`" in (ROOT / "CONTRIBUTING.md").read_text()
     (row,) = re.findall(rf"^\| `make {target}` \|.*$", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)
-    assert row.split(" | ")[1:5] == [pins["torch"], pins["transformers"], pins["triton"], python[0]]
+    assert row.split(" | ")[1:5] == [pins["torch"], pins["transformers"], pins["triton"], python_of(name)]
 
 
 def test_the_oldest_set_is_every_floor() -> None:
@@ -96,9 +100,7 @@ def test_an_environment_of_a_set_has_its_versions() -> None:
         pytest.skip("not in an environment of `make test-versions`")
     found = {name: importlib.metadata.version(name).partition("+")[0] for name in PINS_OF[place.name]}
     assert found == PINS_OF[place.name]
-    assert [f"{sys.version_info.major}.{sys.version_info.minor}"] == (
-        re.findall(r"^# python (\S+)$", SETS[place.name], re.MULTILINE) or ["3.11"]
-    )
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" == python_of(place.name)
 
 
 def test_a_gpu_gets_its_own_build() -> None:
