@@ -18,8 +18,8 @@ export TOKENIZERS_PARALLELISM ?= false
 # suite's rewrites every assert (7 s of a core).
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup train corl test test-triton test-faults soak test-multinode test-processors coverage mutants fuzz check pyright \
-	package docs bench gpu clean
+.PHONY: setup train corl test test-triton test-versions test-oldest test-gpu-image test-newest test-faults soak \
+	test-multinode test-processors coverage mutants fuzz check pyright package docs bench gpu clean
 
 setup: $(STAMP)
 
@@ -57,6 +57,36 @@ test-triton: $(TRITONS:%=build/triton/%)
 			-m syncr1.kernels.triton_ops.aot --processes $(JOBS) --json build/triton/$$version.json > /dev/null; done
 	$(BIN)/python -m syncr1.kernels.triton_ops.aot --merge $(TRITONS:%=build/triton/%.json) > build/triton/page.md; \
 		code=$$?; test ! -s build/triton/page.md || cp build/triton/page.md bench/results/triton.md; exit $$code
+
+# What other versions of torch, transformers and Triton can change: values of the ops on every backend and in Triton's
+# interpreter, compiled kernels, policies, rollout and its replay, checkpoints, adapters, Liger, TRL, data, and runs from
+# end to end under DeepSpeed. For each set of versions in constraints/, in an environment of its own: on Linux 3 GB to
+# download, 7 GB on disk; then five minutes.
+ACROSS_VERSIONS := policies forward learn/test_learner.py methods/test_preflight.py methods/test_run.py \
+	show/test_display.py repo/test_versions.py \
+	$(patsubst %,kernels/test_%.py,token_loss sample linear linear_logp shared_prefix_attention prefix_decode_attention \
+		launches attention_provider native_trunk ops all_ops triton_interpreted liger trl) \
+	$(patsubst %,rollout/test_%.py,rollout guided_replay emu3_rollout stepping drawing_turn few_rows) \
+	$(patsubst %,checkpoints/test_%.py,checkpoint hub safetensors_stream) \
+	$(patsubst %,data/test_%.py,cells table samples pictures) $(patsubst %,rewards/test_%.py,clip captioner perceptual) \
+	corl/test_corl_run.py::test_the_whole_recipe_from_a_users_checkpoints_and_photographs \
+	corl/test_corl_run.py::test_emu3_goes_through_the_same_recipe
+SET ?= oldest
+# The one that its file names; pyenv has commands for those that it does not run at the moment, too.
+SET_PYTHON ?= $(or $(shell version=$$(sed -n 's/^\# python //p' constraints/$(SET).txt); \
+	for python in python$$version ~/.pyenv/versions/$$version.*/bin/python$$version; do \
+	$$python -c '' 2> /dev/null && echo $$python && break; done),$(PYTHON))
+test-versions: build/versions/$(SET)/.setup-stamp
+	TRITON_CACHE_DIR=build/versions/$(SET)/triton-cache build/versions/$(SET)/bin/python -m pytest \
+		$(addprefix tests/,$(ACROSS_VERSIONS)) \
+		"tests/kernels/test_triton_aot.py::test_the_hot_path_compiles[$$(sed -n 's/^triton==//p' constraints/$(SET).txt)]" \
+		-q -n $(JOBS) --dist worksteal $(ARGS)
+
+test-oldest test-gpu-image test-newest: test-%:
+	$(MAKE) test-versions SET=$(subst -,_,$*)
+
+build/versions/%/.setup-stamp: constraints/%.txt $(SETUP_INPUTS)
+	@$(SET_PYTHON) recipes/install.py --versions $*
 
 # What takes faults by the dozen: ranks killed, stopped and failed, runs cut off anywhere, nodes lost.
 test-faults: setup

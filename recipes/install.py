@@ -2,6 +2,9 @@
 
     python3 recipes/install.py              what training needs
     python3 recipes/install.py --dev        and what the tests, the linters and the documentation need
+    python3 recipes/install.py --versions oldest
+                                            into build/versions/oldest what the tests need, of the versions that
+                                            constraints/oldest.txt names
 
 By `uv` where that is on the PATH, else by pip: the same pins (constraints.txt), the same indexes. Nothing but Python's
 standard library is needed. Everything that the installer says is in build/install.log.
@@ -26,6 +29,8 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = ROOT / "build" / "install.log"
+SETS = ROOT / "constraints"
+"""Versions that are tested beside those of constraints.txt: a file a set."""
 STAMPS = {False: ".runtime-stamp", True: ".setup-stamp"}
 """In the environment, by whether the tests' packages are there: `make` compares their times with its inputs'."""
 WHAT = {
@@ -219,21 +224,40 @@ def has_gpu() -> bool:
         return False
 
 
-def constraints_for(gpu: bool) -> Path:
-    """The pins for this machine."""
+def constraints_for(gpu: bool, versions: str | None = None) -> Path:
+    """The pins for this machine, or those of a set of versions: its own, and of the rest the usual ones."""
     lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
-    kept = ROOT / "build" / "constraints.txt"
+    if versions is not None:
+        own = (SETS / f"{versions}.txt").read_text().splitlines(keepends=True)
+        names = {line.partition("==")[0] for line in own}
+        lines, gpu = [line for line in lines if line.partition("==")[0] not in names] + own, False
+    kept = ROOT / "build" / f"constraints{'' if versions is None else f'.{versions}'}.txt"
     kept.write_text("".join(line for line in lines if not (gpu and GPU_PINS.match(line))))
     return kept
 
 
-def announce(venv: Path, dev: bool) -> None:
+def check_set(versions: str) -> None:
+    """Raises Failed where there is no such set of versions, or it is for another Python: its file names one."""
+    sets = sorted(path.stem for path in SETS.glob("*.txt"))
+    if versions not in sets:
+        raise Failed(f"expected a set of versions, one of {', '.join(sets)}, got {versions}; name one of them")
+    (wanted,) = re.findall(r"^# python (\S+)$", (SETS / f"{versions}.txt").read_text(), re.MULTILINE)
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if wanted != here:
+        raise Failed(
+            f"the set {versions} of versions: expected Python {wanted}, got {here} ({sys.executable}); name one: "
+            f"make test-versions SET={versions} SET_PYTHON=/path/to/python{wanted}"
+        )
+
+
+def announce(venv: Path, dev: bool, versions: str | None = None) -> None:
     """What will come, before anything does."""
     small, on_disk, large, large_on_disk = SIZES[dev]
     place = next(path for path in venv.absolute().parents if path.is_dir())
     free = shutil.disk_usage(place).free / 1e9
     upgrade = dev and (venv / STAMPS[False]).exists()
-    print(f"syncr1: installing into {venv}: {WHAT[dev]}", flush=True)
+    what = WHAT[dev] if versions is None else f"the versions of constraints/{versions}.txt, and what the tests need"
+    print(f"syncr1: installing into {venv}: {what}", flush=True)
     if upgrade:
         print("  what is there already stays: some 300 MB are to be downloaded, 1.2 GB on disk", flush=True)
     else:
@@ -297,16 +321,18 @@ def repair_torchvision(python: Path, packages: Path) -> None:
         print("  this torchvision was built for another torch; its import is mended in this environment", flush=True)
 
 
-def whole(venv: Path, dev: bool) -> None:
-    """The environment with everything in it."""
+def whole(venv: Path, dev: bool, versions: str | None = None) -> None:
+    """The environment with everything in it; that of a set of versions has what the tests need."""
+    dev = dev or versions is not None
     began, python = time.monotonic(), venv.absolute() / "bin" / "python"
-    announce(venv, dev)
+    announce(venv, dev, versions)
     if not python.exists():
         with told(lambda: f"making {venv}"):
             run([sys.executable, "-m", "venv", str(venv)], os.environ, lambda line: None)
     packages = packages_of(venv)
     print(f"  wheels are kept for the next time in {cache_of(python)}", flush=True)
-    install(python, packages, ["-c", str(constraints_for(has_gpu())), "-e", ".[dev]" if dev else "."])
+    wanted = ".[test]" if versions is not None else ".[dev]" if dev else "."
+    install(python, packages, ["-c", str(constraints_for(has_gpu(), versions)), "-e", wanted])
     repair_torchvision(python, packages)
     if not (ROOT / "kernels" / "libsyncr1_native.so").is_file():
         print(NO_NATIVE)
@@ -326,21 +352,26 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--venv", type=Path, default=Path(".venv"), help="the environment, made where it is missing")
+    parser.add_argument("--venv", type=Path, help="the environment, made where it is missing (default: .venv)")
     parser.add_argument("--dev", action="store_true", help="what tests, linters and documentation need, too")
+    parser.add_argument("--versions", metavar="SET", help="the versions in constraints/SET.txt")
     parser.add_argument("--triton", metavar="VERSION", help="this Triton alone, into the folder TARGET")
     parser.add_argument("target", nargs="?", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    usual = ".venv" if arguments.versions is None else f"build/versions/{arguments.versions}"
+    venv: Path = arguments.venv or Path(usual)
     if (arguments.triton is None) != (arguments.target is None):
         parser.error("--triton VERSION and its folder go together")
     try:
-        check_places(LOG.parent, arguments.target or arguments.venv)
+        if arguments.versions is not None:
+            check_set(arguments.versions)
+        check_places(LOG.parent, arguments.target or venv)
         LOG.parent.mkdir(parents=True, exist_ok=True)
         LOG.write_text("")
         if arguments.triton is not None:
-            triton_alone(arguments.venv, arguments.triton, arguments.target)
+            triton_alone(venv, arguments.triton, arguments.target)
         else:
-            whole(arguments.venv, arguments.dev)
+            whole(venv, arguments.dev, arguments.versions)
     except Failed as error:
         print(f"syncr1: {error}", file=sys.stderr)
         return CANNOT

@@ -39,7 +39,8 @@ from .model_files import (
 )
 from .reward_names import reward_problems
 
-NEEDED = {"torch": (2, 10), "transformers": (5, 12, 1), "deepspeed": (0, 19, 8), "peft": (0, 18), "datasets": (4, 0)}
+NEEDED = {"torch": (2, 10), "transformers": (5, 12, 1), "deepspeed": (0, 19, 8), "peft": (0, 18), "datasets": (4, 7)}
+NEEDED |= {"safetensors": (0, 7)}
 """Versions that pyproject.toml asks for: an environment of another project's is told before it fails somewhere."""
 TOY_POSITIONS = 512
 """Longest sequence of the tiny base."""

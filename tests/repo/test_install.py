@@ -118,6 +118,26 @@ def test_a_gpu_gets_its_own_build_of_torch(recipe: types.ModuleType) -> None:
     assert recipe.constraints_for(False).read_text() == (ROOT / "constraints.txt").read_text()
 
 
+def test_a_set_of_versions_has_its_pins_and_of_the_rest_the_usual(recipe: types.ModuleType) -> None:
+    """Each name once: pip refuses two."""
+
+    def pins(path: Path) -> list[tuple[str, str]]:
+        return re.findall(r"^([\w.-]+)==(\S+)$", path.read_text(), re.MULTILINE)
+
+    for path in (ROOT / "constraints").glob("*.txt"):
+        merged, usual = pins(recipe.constraints_for(True, path.stem)), dict(pins(ROOT / "constraints.txt"))
+        assert len(merged) == len(usual) and dict(merged) == usual | dict(pins(path))
+
+
+def test_a_set_is_named_right_and_its_python_runs(recipe: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe.check_set("newest")
+    monkeypatch.setattr(recipe.sys, "version_info", types.SimpleNamespace(major=3, minor=9))
+    with pytest.raises(recipe.Failed, match=r"oldest .*expected Python 3.11, got 3.9 .*SET=oldest SET_PYTHON="):
+        recipe.check_set("oldest")
+    with pytest.raises(recipe.Failed, match="one of gpu_image, newest, oldest, got eldest; name one of them"):
+        recipe.check_set("eldest")
+
+
 def test_what_comes_is_said_and_room_for_it_is_asked(
     recipe: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

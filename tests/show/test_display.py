@@ -152,7 +152,7 @@ def test_table_of_an_interrupted_run() -> None:
 
 def test_paths_are_not_wrapped(tmp_path: Path) -> None:
     """In a log file a path of 120 characters is on one line, and on a terminal the terminal wraps it."""
-    path = str(tmp_path / ("long name " * 12))
+    path = str(tmp_path / ("long name " * 12).strip())
     for terminal in (False, True):
         stream = io.StringIO()
         console = Console(file=stream, width=80, force_terminal=terminal, color_system=None)

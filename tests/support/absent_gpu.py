@@ -86,6 +86,8 @@ class _Watch(TorchDispatchMode):
             waits = (kwargs or {}).get("output_size") is None
         if name.startswith(("aten.index.Tensor", "aten.index_put")):  # a mask's places are counted first
             waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if name == "aten.addmm.dtype_out":  # whose fake takes the dtype for a factor in torch 2.10 and 2.11
+            func, args = torch.ops.aten.mm.dtype_out, args[1:]
         result = func(*args, **(kwargs or {}))
         if name.startswith(("aten._to_copy", "aten.copy_")):
             source = args[1] if name.startswith("aten.copy_") else args[0]

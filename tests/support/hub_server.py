@@ -114,7 +114,8 @@ class HubServer:
         answer = {"url": f"{self.url}/{name}"}
         if name in self.repositories:
             return 409, answer | {"error": "You already created this model repo"}
-        self.repositories[name], self.visibility[name] = {}, asked.get("visibility")
+        hidden = "private" if asked.get("private") else "public"  # as its library asks up to 1.x
+        self.repositories[name], self.visibility[name] = {}, asked.get("visibility", hidden)
         return 200, answer
 
     def _place(self, one: dict[str, Any]) -> dict[str, Any]:
