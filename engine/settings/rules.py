@@ -66,6 +66,31 @@ def correction_problems(c: Any) -> list[str]:
     return problems
 
 
+def staleness_problems(c: Any) -> list[str]:
+    """What another process that samples one step ahead cannot be had with."""
+    if not c.rollout_staleness:
+        return []
+    problems, at = [], "with rollout_staleness 1"
+    if c.importance_correction == "none":
+        problems.append(
+            f"importance_correction: expected truncate or mask {at}, whose rollouts are of the weights of one step "
+            "before, got none; set --importance_correction truncate"
+        )
+    if c.zero_stage == 3:
+        problems.append(
+            f"zero_stage: expected 0, 1 or 2 {at}, which hands whole weights to another process, got 3; lower it"
+        )
+    if c.compile_decode:
+        problems.append(f"compile_decode: expected false {at}, got true; leave it out")
+    for name in ("nodes", "ranks_per_node"):
+        if (getattr(c, name) or 1) > 1:
+            problems.append(
+                f"{name}: expected 1 {at}, which one rank alone can have so far, got {getattr(c, name)}; set "
+                "--rollout_staleness 0"
+            )
+    return problems
+
+
 def judge_problems(c: Any) -> list[str]:
     words = "" if c.judge_url is None else address_problem(c.judge_url)
     problems = [f"judge_url: {words}"] if words else []
@@ -236,7 +261,8 @@ def hub_problems(c: Any) -> list[str]:
 
 
 TRAINING: tuple[Rule, ...] = (
-    *(drawing_problems, objective_problems, correction_problems, judge_problems, reward_problems, dgs_problems),
+    *(drawing_problems, objective_problems, correction_problems, staleness_problems),
+    *(judge_problems, reward_problems, dgs_problems),
     *(path_problems, run_problems, held_out_problems, hub_problems),
 )
 """What every training's settings must keep."""

@@ -33,9 +33,8 @@ from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings
 from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.methods.resume import Checkpoints
-from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.sync_r1_parts import build_reward_set
+from syncr1.engine.methods.sync_r1_parts import build_reward_set, stream_of
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.lora import add_lora
 from syncr1.engine.processes.group import init_distributed

@@ -1,0 +1,112 @@
+"""Starts what gathers one step ahead (learn/ahead.py) with a training's settings, and ends it with the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..learn.ahead import Ahead
+from ..learn.trajectories import ResumablePrompts
+from ..policies.base import Policy
+from ..policies.shared_weights import SharedWeights
+from ..processes.beside import Beside, Message
+from ..processes.group import own_device, place
+from ..rollout.preview_gate import PreviewGate
+from ..settings.train_config import TrainConfig
+
+WHAT = "the process that samples ahead (rollout_staleness 1)"
+
+
+@dataclass(frozen=True, slots=True)
+class AheadOf:
+    """How another process makes what a training gathers with."""
+
+    module: str
+    """What `python -m` runs there; it calls `ahead_worker.work`."""
+    told: Mapping[str, Any]
+    """What it makes it from; plain values, as JSON has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The other process, which loads while this one goes on."""
+
+    process: Beside
+    weights: SharedWeights
+
+    def of(self, prompts: ResumablePrompts, preview: PreviewGate | None) -> Ahead:
+        """What the trainer takes its steps from."""
+        return Ahead(self.process, self.weights, prompts, preview)
+
+    def close(self) -> None:
+        """Ends it; nothing is to be drawn any more."""
+        self.process.close()
+
+
+@contextmanager
+def started_ahead(config: TrainConfig, policy: Policy, ahead: AheadOf | None) -> Iterator[Started | None]:
+    """The process, for the block; None with `rollout_staleness` 0. An error ends it at once.
+
+    Args:
+        config: of the training.
+        policy: whose weights it will be handed, on this process's device.
+        ahead: what it makes.
+
+    Raises:
+        ConfigError: the method has none, there are several ranks, or a GPU and no second one.
+    """
+    if not config.rollout_staleness:
+        yield None
+        return
+    if ahead is None:
+        raise ConfigError("rollout_staleness: expected 0 for this method, whose parts no other process can make, got 1")
+    check_ranks(place()[1])
+    weights = SharedWeights(policy)
+    process = Beside(
+        ahead.module, WHAT, descriptors=[weights.memory.descriptor], variables=device_beside(os.environ, own_device())
+    )
+    started = Started(process, weights)
+    try:
+        first = {"seed": config.seed, "threads": torch.get_num_threads(), "descriptor": weights.memory.descriptor}
+        process.send(Message({**first, "told": dict(ahead.told)}))
+        yield started
+    except BaseException:
+        process.close(grace=0.0)
+        raise
+    finally:
+        process.close()
+        weights.memory.close()
+
+
+def check_ranks(world_size: int) -> None:
+    """Raises ConfigError where there are several."""
+    if world_size > 1:
+        raise ConfigError(
+            f"rollout_staleness: expected 0 on several ranks, which cannot sample ahead so far, got 1 on {world_size}; "
+            "set --rollout_staleness 0, or start one rank"
+        )
+
+
+def device_beside(environ: Mapping[str, str], device: torch.device) -> dict[str, str]:
+    """The variables by which the other process sees one GPU, the one behind this process's; {} on a CPU.
+
+    Raises:
+        ConfigError: there is no other one. Two processes on one take its memory and its time from each other.
+    """
+    if device.type != "cuda":
+        return {}
+    count = torch.cuda.device_count()
+    if count < 2:
+        raise ConfigError(
+            f"rollout_staleness: expected a second GPU for the process that samples, got {count}; set "
+            "--rollout_staleness 0, or make another one visible (CUDA_VISIBLE_DEVICES)"
+        )
+    names = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    beside = ((device.index or 0) + 1) % count
+    return {"CUDA_VISIBLE_DEVICES": names[beside] if names else str(beside)}
