@@ -53,18 +53,25 @@ class Ahead:
         self._error: Exception | None = None
         self._generators: dict[str, Tensor] = {}
 
+    def wait_until_ready(self) -> None:
+        """Returns once the other process has loaded; raises as `ask`."""
+        if self._is_ready:
+            return
+        theirs, ours = self.process.receive().about["layout"], self.weights.layout
+        if theirs != ours:
+            other = next((pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]), ("more", "fewer"))
+            raise RuntimeError(
+                f"ahead: expected the same weights in both processes, got there {other[0]}, here {other[1]}"
+            )
+        self._is_ready = True
+
     def ask(self, step: int, policy: Policy, *, trained: int) -> None:
         """Has a step drawn with the policy's weights, of which `trained` steps are done; nothing else is under way.
 
         Raises:
             RankFailed: the other process has ended; any error that it had while it loaded.
         """
-        if not self._is_ready:
-            theirs = self.process.receive().about["layout"]
-            if theirs != self.weights.layout:
-                other = next(pair for pair in zip(theirs, self.weights.layout, strict=False) if pair[0] != pair[1])
-                raise RuntimeError(f"ahead: the processes have other weights, there {other[0]}, here {other[1]}")
-            self._is_ready = True
+        self.wait_until_ready()
         self.weights.write(policy)
         preview = None if self.preview is None else self.preview.state_dict()
         about = {"step": step, "trained": trained, "prompts": self.prompts.state_dict(), "preview": preview}

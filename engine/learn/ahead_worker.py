@@ -54,10 +54,10 @@ def _begin(make: Callable[[Mapping[str, Any]], Side], first: Message) -> tuple[M
     torch.set_num_threads(first.about["threads"])
     side.policy.eval()
     weights = SharedWeights(side.policy, first.about["descriptor"])
-    return Message({"layout": weights.layout}), _Gathering(side, weights)
+    return Message({"layout": weights.layout}), Gathering(side, weights)
 
 
-class _Gathering:
+class Gathering:
     """Answers with a step's trajectories and rewards."""
 
     def __init__(self, side: Side, weights: SharedWeights) -> None:

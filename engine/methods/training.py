@@ -284,6 +284,9 @@ def train(
         checkpoints.restore(trainer, resumed.checkpoint)
         display.note(f"going on after {trainer.step} steps, in {resumed.run_folder}")
     log.cut(trainer.step)
+    if ahead is not None:
+        watchdog.mark("loading what samples ahead", within=config.stage_timeout)
+        ahead.wait_until_ready()
     with (
         _cheap_collections(config),
         display.training(config.max_steps, trainer.step),
