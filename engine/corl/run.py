@@ -22,8 +22,8 @@ from ..checkpoints.merge import merge_checkpoints
 from ..checkpoints.model_card import write_model_card
 from ..data.samples import Sample
 from ..evaluate.held_out import Evaluation
-from ..learn.credit import shared_advantages
 from ..learn.from_settings import objective_of
+from ..methods.ahead_start import AheadOf
 from ..methods.starting import add_adapters, starting_policy
 from ..methods.training import (
     EMBEDDED_BASE,
@@ -40,13 +40,14 @@ from ..methods.training import (
 from ..processes.group import barrier, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import LOOKED_AT, check_lengths, check_plans
+from ..settings.yaml_files import to_yaml
 from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .account import TITLES, Account, planned_parts
 from .config import REFINED, CorlConfig
 from .config import Training as TrainingName
 from .models_table import models_table
 from .needs import check_needs
-from .parts import Parts
+from .parts import Parts, credit_of_training
 from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
 from .training_data import all_trainings, check_data, refined_trainings, stream_of, training_samples
 
@@ -189,19 +190,12 @@ class CorlRun:
 
     def _put_together(self, config: CorlConfig, name: TrainingName, samples: list[Sample], start: Model) -> Training:
         policy = starting_policy(config, start.folder, self.display)
-        objective, credit = objective_of(config, policy.num_image_tokens), None
+        objective = objective_of(config, policy.num_image_tokens)
         reference = add_adapters(config, policy) if config.lora_rank or objective.needs_reference else None
         prompts = [prompt for sample in samples for prompt in sample]
         check_plans(policy, prompts)
         check_lengths(policy, prompts, config.drawing_turn, config.max_completion_length, most=LOOKED_AT)
         rewards = self.parts.rewards(name, policy, samples)
-        if config.unify == "advantage" and name == "unified":
-            credit = partial(
-                shared_advantages,
-                rewards=rewards,
-                scale=config.scale_rewards,
-                text_weight=config.understanding_weight,
-            )
         return Training(
             method=f"CoRL, {name}",
             data=self.config.data,
@@ -211,12 +205,18 @@ class CorlRun:
             objective=objective,
             prompts=stream_of(config, name, samples, *place()),
             rewards=rewards,
-            credit=credit,
+            credit=credit_of_training(config, name, rewards),
+            ahead=AheadOf("syncr1.engine.corl.corl_ahead", self._told(config, name, start)),
             evaluator=self.parts.evaluator,
             main_tasks=MAIN_TASKS[name],
             before=start.scores,
             alone=False,
         )
+
+    def _told(self, config: CorlConfig, name: str, start: Model) -> dict[str, str]:
+        """What another process makes a training's parts from."""
+        run, training = (to_yaml(settings, comments=False) for settings in (self.config, config))
+        return {"run": run, "training": training, "name": name, "model": start.folder}
 
     def _merge(self, name: str, base: str, sources: list[str]) -> Model:
         """Two models into one; rank 0 writes, all wait and score."""
@@ -289,7 +289,6 @@ def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
 def dry_run(config: CorlConfig) -> None:
     """Prints each training's settings, plan, memory and first prompts, without loading a model's weights."""
     from ..methods.dry_run import show
-    from ..settings.yaml_files import to_yaml
     from .parts import data_of
 
     if config.stage == "merge":

@@ -18,6 +18,7 @@ from ..policies.shared_weights import SharedWeights
 from ..processes.beside import Beside, Message
 from ..processes.group import own_device, place
 from ..rollout.preview_gate import PreviewGate
+from ..settings.rules import gpus_problem, ranks_problem
 from ..settings.train_config import TrainConfig
 
 WHAT = "the process that samples ahead (rollout_staleness 1)"
@@ -66,7 +67,8 @@ def started_ahead(config: TrainConfig, policy: Policy, ahead: AheadOf | None) ->
         return
     if ahead is None:
         raise ConfigError("rollout_staleness: expected 0 for this method, whose parts no other process can make, got 1")
-    check_ranks(place()[1])
+    if problem := ranks_problem(place()[1]):
+        raise ConfigError(problem)
     weights = SharedWeights(policy)
     process = Beside(
         ahead.module, WHAT, descriptors=[weights.memory.descriptor], variables=device_beside(os.environ, own_device())
@@ -84,29 +86,17 @@ def started_ahead(config: TrainConfig, policy: Policy, ahead: AheadOf | None) ->
         weights.memory.close()
 
 
-def check_ranks(world_size: int) -> None:
-    """Raises ConfigError where there are several."""
-    if world_size > 1:
-        raise ConfigError(
-            f"rollout_staleness: expected 0 on several ranks, which cannot sample ahead so far, got 1 on {world_size}; "
-            "set --rollout_staleness 0, or start one rank"
-        )
-
-
 def device_beside(environ: Mapping[str, str], device: torch.device) -> dict[str, str]:
     """The variables by which the other process sees one GPU, the one behind this process's; {} on a CPU.
 
     Raises:
-        ConfigError: there is no other one. Two processes on one take its memory and its time from each other.
+        ConfigError: there is no other one.
     """
     if device.type != "cuda":
         return {}
     count = torch.cuda.device_count()
-    if count < 2:
-        raise ConfigError(
-            f"rollout_staleness: expected a second GPU for the process that samples, got {count}; set "
-            "--rollout_staleness 0, or make another one visible (CUDA_VISIBLE_DEVICES)"
-        )
+    if problem := gpus_problem(count):
+        raise ConfigError(problem)
     names = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     beside = ((device.index or 0) + 1) % count
     return {"CUDA_VISIBLE_DEVICES": names[beside] if names else str(beside)}

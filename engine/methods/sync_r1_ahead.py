@@ -7,15 +7,12 @@ from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
-import torch
-
 from ..learn.ahead_worker import Side, work
-from ..policies.auto import load_policy
-from ..processes.group import own_device
+from ..processes.group import local_device
 from ..settings.yaml_files import from_yaml
 from ..show.display import Display
 from .data_checks import checked_chains
-from .starting import add_adapters, fuse_kernels, quieten
+from .starting import add_adapters, quieten, starting_policy
 from .sync_r1_config import SyncR1Config
 from .sync_r1_parts import build_reward_set, own_rewards, prepare_data, prepare_model, stream_of
 
@@ -25,10 +22,8 @@ def side(told: Mapping[str, Any]) -> Side:
     quieten()
     config = from_yaml(SyncR1Config, told["settings"])
     loaded = checked_chains(config, prepare_data(config), lambda line: None)
-    policy = load_policy(prepare_model(config), dtype=torch.bfloat16 if config.bf16 else torch.float32)
-    policy.to(own_device())
-    fuse_kernels(config, policy, Display(max_steps=config.max_steps, quiet=True))
-    frozen = add_adapters(config, policy).to(own_device())
+    policy = starting_policy(config, prepare_model(config), Display(max_steps=config.max_steps, quiet=True))
+    frozen = add_adapters(config, policy).to(local_device())
     return Side(
         config=config,
         policy=policy,

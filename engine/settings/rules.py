@@ -68,7 +68,7 @@ def correction_problems(c: Any) -> list[str]:
 
 def staleness_problems(c: Any) -> list[str]:
     """What another process that samples one step ahead cannot be had with."""
-    if not c.rollout_staleness:
+    if c.rollout_staleness != 1:
         return []
     problems, at = [], "with rollout_staleness 1"
     if c.importance_correction == "none":
@@ -89,6 +89,22 @@ def staleness_problems(c: Any) -> list[str]:
                 "--rollout_staleness 0"
             )
     return problems
+
+
+def ranks_problem(count: int) -> str:
+    """Why so many ranks cannot sample one step ahead; "" where they can."""
+    if count == 1:
+        return ""
+    remedy = "set it to 0, or start one rank"
+    return f"rollout_staleness: expected 0 on {count} ranks, none of which can sample ahead so far, got 1; {remedy}"
+
+
+def gpus_problem(count: int) -> str:
+    """Why a run on a GPU cannot sample one step ahead beside so many; two processes on one would share its time."""
+    if count > 1:
+        return ""
+    remedy = "set it to 0, or make another GPU visible (CUDA_VISIBLE_DEVICES)"
+    return f"rollout_staleness: expected a second GPU for the process that samples ahead, got {count}; {remedy}"
 
 
 def judge_problems(c: Any) -> list[str]:
