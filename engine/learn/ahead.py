@@ -11,8 +11,8 @@ threshold).  The trainer weighs what it learns by how far its policy has moved s
 A checkpoint is taken when the next step's trajectories have come, and holds them; its other state is what it would be
 without another process.
 
-Source: one step off policy, as AReaL (arXiv 2505.24298) and verl's one-step-off trainer; the loss is the decoupled one
-of both, with truncated importance weights.
+Source: the order is PRIME-RL's (its step n samples with the weights of n - 1) and NeMo-RL's at an age of one step; the
+loss is AReaL's decoupled one (arXiv 2505.24298) with truncated or masked weights.
 """
 
 from __future__ import annotations
