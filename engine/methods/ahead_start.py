@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,23 +36,31 @@ class AheadOf:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The other process, which loads while this one goes on."""
+    """The other process, which loads while this one goes on; with `rollout_staleness` 0 there is none."""
 
-    process: Beside
-    weights: SharedWeights
+    timeout: float
+    """Seconds that it may take to load."""
+    beside: tuple[Beside, SharedWeights] | None = None
+    """With the memory in which it is handed weights."""
 
-    def of(self, prompts: ResumablePrompts, preview: PreviewGate | None) -> Ahead:
-        """What the trainer takes its steps from."""
-        return Ahead(self.process, self.weights, prompts, preview)
+    def of(self, prompts: ResumablePrompts, preview: PreviewGate | None, mark: Callable[..., None]) -> Ahead | None:
+        """What the trainer takes its steps from, once it has loaded; None: it draws itself. `mark`: a watchdog's."""
+        if self.beside is None:
+            return None
+        mark("loading what samples ahead", within=self.timeout)
+        ahead = Ahead(*self.beside, prompts, preview)
+        ahead.wait_until_ready()
+        return ahead
 
     def close(self) -> None:
-        """Ends it; nothing is to be drawn any more."""
-        self.process.close()
+        """Ends it: nothing is to be drawn any more."""
+        if self.beside is not None:
+            self.beside[0].close()
 
 
 @contextmanager
-def started_ahead(config: TrainConfig, policy: Policy, ahead: AheadOf | None) -> Iterator[Started | None]:
-    """The process, for the block; None with `rollout_staleness` 0. An error ends it at once.
+def started_ahead(config: TrainConfig, policy: Policy, ahead: AheadOf | None) -> Iterator[Started]:
+    """The process, for the block. An error ends it at once.
 
     Args:
         config: of the training.
@@ -63,21 +71,20 @@ def started_ahead(config: TrainConfig, policy: Policy, ahead: AheadOf | None) ->
         ConfigError: the method has none, there are several ranks, or a GPU and no second one.
     """
     if not config.rollout_staleness:
-        yield None
+        yield Started(config.stage_timeout)
         return
     if ahead is None:
         raise ConfigError("rollout_staleness: expected 0 for this method, whose parts no other process can make, got 1")
     if problem := ranks_problem(place()[1]):
         raise ConfigError(problem)
+    variables = device_beside(os.environ, own_device())
     weights = SharedWeights(policy)
-    process = Beside(
-        ahead.module, WHAT, descriptors=[weights.memory.descriptor], variables=device_beside(os.environ, own_device())
-    )
-    started = Started(process, weights)
+    descriptor = weights.memory.descriptor
+    process = Beside(ahead.module, WHAT, descriptors=[descriptor], variables=variables)
     try:
-        first = {"seed": config.seed, "threads": torch.get_num_threads(), "descriptor": weights.memory.descriptor}
+        first = {"seed": config.seed, "threads": torch.get_num_threads(), "descriptor": descriptor}
         process.send(Message({**first, "told": dict(ahead.told)}))
-        yield started
+        yield Started(config.stage_timeout, (process, weights))
     except BaseException:
         process.close(grace=0.0)
         raise

@@ -181,7 +181,7 @@ def run_training(
     announce: Callable[[str], None] = display.stage if training.alone else lambda title: None
     learner = Learner(training.policy, training.objective, settings_of(config), training.reference)
     with (
-        started_ahead(config, training.policy, training.ahead) as ahead,
+        started_ahead(config, training.policy, training.ahead) as started,
         open_run_log(config.output_dir, config, resumed) as log,
     ):
         session.writes_in(log.folder)
@@ -199,7 +199,7 @@ def run_training(
 
         root = log.folder / "checkpoints"
         held_out = HeldOut(config, learner, evaluator, before, training.main_tasks, root, card, display.note)
-        num_steps = train(config, training, learner, log, session, held_out, resumed, ahead)
+        num_steps = train(config, training, learner, log, session, held_out, resumed, started)
         display.gradients(config.max_grad_norm)
         learner.save(root / LAST)
         announce("scores after training")
@@ -241,8 +241,7 @@ def try_rewards_on(config: TrainConfig, rewards: RewardSet, prompts: Sequence[Pr
         encode=lambda text: policy.encode(text).tolist(),
         timeout=config.reward_timeout,
     )
-    told = [line for words in of_all_ranks("\n".join(problems)) for line in words.splitlines()]
-    if told:
+    if told := [line for words in of_all_ranks("\n".join(problems)) for line in words.splitlines()]:
         raise RewardSpecError("\n".join(dict.fromkeys(told)))
 
 
@@ -254,7 +253,7 @@ def train(
     session: Session,
     held_out: HeldOut,
     resumed: ResumePoint | None,
-    started: Started | None = None,
+    started: Started,
 ) -> int:
     """The loop, watched: metrics, samples, scores, checkpoints and the terminal's bar, from the start or from where a
     checkpoint left it. Returns how many steps are done: fewer than asked for after Ctrl-C. Raises as `run_training`."""
@@ -275,7 +274,7 @@ def train(
 
     prompts, rewards = training.prompts, training.rewards
     sampler, preview = sampler_of(config, learner.policy), build_preview(config, rewards)
-    ahead = None if started is None else started.of(prompts, preview)
+    ahead = started.of(prompts, preview, watchdog.mark)
     trainer = Trainer(
         config, learner, sampler, prompts, rewards, preview, on_step, training.credit, watchdog.mark, ahead
     )
@@ -284,9 +283,6 @@ def train(
         checkpoints.restore(trainer, resumed.checkpoint)
         display.note(f"going on after {trainer.step} steps, in {resumed.run_folder}")
     log.cut(trainer.step)
-    if ahead is not None:
-        watchdog.mark("loading what samples ahead", within=config.stage_timeout)
-        ahead.wait_until_ready()
     with (
         _cheap_collections(config),
         display.training(config.max_steps, trainer.step),
@@ -316,8 +312,7 @@ def train(
     log.sync()
     checkpoints.save(trainer)
     checkpoints.wait()
-    if started is not None:
-        started.close()  # its memory and its core are for the scores now
+    started.close()  # its memory and its core are for the scores now
     if trainer.step < config.max_steps:
         display.note(f"stopped at step {trainer.step}; scoring what there is")
     return trainer.step

@@ -50,4 +50,5 @@ def test_a_method_that_has_none() -> None:
     with pytest.raises(ConfigError, match="expected 0 for this method"), started_ahead(STALE, sharp_policy(), None):
         pass
     with started_ahead(TrainConfig(), sharp_policy(), None) as started:
-        assert started is None
+        assert started.beside is None
+        started.close()
