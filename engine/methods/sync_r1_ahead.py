@@ -11,7 +11,7 @@ from ..learn.ahead_worker import Side, work
 from ..processes.group import local_device
 from ..settings.yaml_files import from_yaml
 from ..show.display import Display
-from .data_checks import checked_chains
+from .data_checks import chains
 from .starting import add_adapters, quieten, starting_policy
 from .sync_r1_config import SyncR1Config
 from .sync_r1_parts import build_reward_set, own_rewards, prepare_data, prepare_model, stream_of
@@ -21,7 +21,7 @@ def side(told: Mapping[str, Any]) -> Side:
     """What `sync_r1.train_and_score` makes of the same settings, as far as it samples and scores."""
     quieten()
     config = from_yaml(SyncR1Config, told["settings"])
-    loaded = checked_chains(config, prepare_data(config), lambda line: None)
+    loaded = chains(config, prepare_data(config))  # which the run has checked
     policy = starting_policy(config, prepare_model(config), Display(max_steps=config.max_steps, quiet=True))
     frozen = add_adapters(config, policy).to(local_device())
     return Side(

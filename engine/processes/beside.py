@@ -3,9 +3,9 @@
     messages    a pipe each way; JSON, and vectors of numbers behind it: nothing is pickled
     weights     memory that both see (`SharedBytes`), written while the second one waits
 
-It ends with the first one, however that ends, and ignores what terminals and schedulers send to all processes: the
-first one decides.  When it is killed, `receive` says so at once; an error there is raised here, in the words that it
-would have had here.  Python's warnings and what is printed there go to stderr, log records to this process's log.
+It ends with the first one, however that ends, and ignores what schedulers send to all processes: the first one decides.
+When it is killed, `receive` says so at once; an error there is raised here, in the words that it would have had here.
+Python's warnings and what is printed there go to stderr, log records to this process's log.
 
 This is both sides: `Beside` is the first process's, `serve` the second one's.
 """
@@ -126,6 +126,7 @@ class Beside:
             bufsize=0,
             pass_fds=tuple(descriptors),
             env=kept | dict(variables or {}),
+            process_group=0,  # a terminal's Ctrl-C is for the first process, also while this one still loads
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
