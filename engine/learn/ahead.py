@@ -4,9 +4,9 @@
     the other one    draw 0         | draw 1           | draw 2          | ...
     weights          of step 0      | of step 0        | of step 1
 
-Step s is drawn with the weights that step s - 1 was drawn for, whoever is faster: both processes wait for each other
-once a step, and what is asked for says all that the answer depends on (weights, place in the data, the preview's
-threshold).  The trainer weighs what it learns by how far its policy has moved since (correction.py).
+Step s is drawn with the weights that step s - 1 begins with, whoever is faster: both processes wait for each other once
+a step, and what is asked for says all that the answer depends on (weights, place in the data, the preview's threshold).
+The trainer weighs what it learns by how far its policy has moved since (correction.py).
 
 A checkpoint is taken when the next step's trajectories have come, and holds them; its other state is what it would be
 without another process.
