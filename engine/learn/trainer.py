@@ -165,9 +165,10 @@ class Trainer:
         num_kept, elapsed = sum(s.tokens.numel() for r in rollouts for s in r.segments), sum(seconds.values())
         num_sampled = num_kept + (0 if waste is None else waste.tokens)
         values = {**trl_names(learned), **self.learner.scoring}
-        if c.replay_check_steps == 0 or self.step % c.replay_check_steps or gathered.staleness:
-            values.pop("rollout/replay_logp_max_abs", None)  # of older weights it would say how far training moved them
-        elif c.cfg_weight != 1.0:
+        checks = c.replay_check_steps > 0 and self.step % c.replay_check_steps == 0
+        if not checks or gathered.staleness:  # of older weights it would say how far training has moved them
+            values.pop("rollout/replay_logp_max_abs", None)
+        if checks and c.cfg_weight != 1.0:
             values |= of_guidance(rollouts)
         values |= {
             **of_rewards(drawn.table, credit.total_S, c.num_generations),

@@ -96,6 +96,20 @@ def test_the_first_step_is_that_of_one_process(whole: list[dict[str, object]], t
     assert {name: value for name, value in whole[0].items() if name != "rollout/staleness"} == row
 
 
+def test_corl(tmp_path: Path) -> None:
+    """Its first stage, whose halves share an advantage: the first step is that of one process, the others are stale."""
+    flags = ["--stage=unified", "--unify=advantage", "--max_steps=2", "--prompts_per_step=2", "--num_generations=4"]
+    flags += ["--max_completion_length=24", "--eval_samples=0", "--replay_check_steps=1"]
+    rows = []
+    for name, stale in (("one", STALE[2:]), ("two", STALE)):
+        run = Launched(tmp_path / name, tmp_path / f"{name}.log", ["recipes/corl.py", *flags, *stale])
+        code, said = ended(run)
+        assert code == 0, said[-3000:]
+        rows.append(metrics_of(run.run))
+    one, two = rows
+    assert [row.pop("rollout/staleness") for row in two] == [0, 1] and one[0] == two[0] and one[1] != two[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_end(number: int, whole: list[dict[str, object]], tmp_path: Path) -> None:
     """All processes, as a scheduler does: a checkpoint, 75, and the same command goes on as if nothing had been."""

@@ -98,6 +98,7 @@ def test_the_metrics_say_how_stale_and_the_replay_is_not_misread(whole: Training
     assert [row["rollout/staleness"] for row in values] == [0, 1, 1]
     assert values[0]["rollout/replay_logp_max_abs"] <= 1e-4
     assert not any("rollout/replay_logp_max_abs" in row for row in values[1:])
+    assert all("rollout/guidance_logp_mean_abs" in row for row in values)
     moved = [row["sampling/sampling_logp_difference/max"] for row in values]
     assert moved[0] <= 1e-4 < min(moved[1:])
     for metrics, _, _ in whole.steps:
