@@ -40,9 +40,8 @@ from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.methods.resume import Checkpoints
 from syncr1.engine.methods.starting import add_adapters
-from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.sync_r1_parts import build_reward_set, prepare_data, prepare_model
+from syncr1.engine.methods.sync_r1_parts import build_reward_set, prepare_data, prepare_model, stream_of
 from syncr1.engine.policies.auto import load_policy
 from syncr1.engine.processes.group import local_device
 from syncr1.engine.rewards.preview_scorer import build_preview

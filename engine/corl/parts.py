@@ -6,6 +6,7 @@ Without `--model` and `--data` they are the embedded ones, made on first use and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from ..data.questions import THINK_THEN_ANSWER
 from ..data.samples import Sample
 from ..errors import DataError
 from ..evaluate.held_out import Evaluator
+from ..learn.credit import CreditRule, shared_advantages
 from ..methods.judges import checker_of, world_reader, world_readers
 from ..methods.sync_r1_parts import own_rewards
 from ..policies.auto import load_policy
@@ -74,3 +76,12 @@ class Parts:
         readers = world_readers(checker_of(self.frozen)) if self.config.data is None else None
         rewards = self._rewards.of("t2i", self.frozen) if "t2i" in benchmark else None
         return evaluator_of(self.config, benchmark, rewards, readers, None if readers is None else world_reader)
+
+
+def credit_of_training(config: CorlConfig, name: Training, rewards: RewardSet) -> CreditRule | None:
+    """What tokens of one training answer for; None: as `config.credit` says."""
+    if config.unify != "advantage" or name != "unified":
+        return None
+    return partial(
+        shared_advantages, rewards=rewards, scale=config.scale_rewards, text_weight=config.understanding_weight
+    )

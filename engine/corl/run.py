@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +21,8 @@ from ..checkpoints.merge import merge_checkpoints
 from ..checkpoints.model_card import write_model_card
 from ..data.samples import Sample
 from ..evaluate.held_out import Evaluation
-from ..learn.credit import shared_advantages
 from ..learn.from_settings import objective_of
+from ..methods.ahead_start import AheadOf
 from ..methods.starting import add_adapters, starting_policy
 from ..methods.training import (
     EMBEDDED_BASE,
@@ -38,14 +37,14 @@ from ..methods.training import (
     write_scores,
 )
 from ..processes.group import barrier, one_at_a_time, place
-from ..records import Prompt
 from ..rollout.capacity import LOOKED_AT, check_lengths, check_plans, remarks_on
+from ..settings.yaml_files import to_yaml
 from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .account import TITLES, Account, planned_parts
 from .config import REFINED, CorlConfig
 from .config import Training as TrainingName
 from .models_table import models_table
-from .parts import Parts
+from .parts import Parts, credit_of_training
 from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
 from .training_data import all_trainings, check_data, refined_trainings, stream_of, training_samples
 
@@ -188,7 +187,7 @@ class CorlRun:
 
     def _put_together(self, config: CorlConfig, name: TrainingName, samples: list[Sample], start: Model) -> Training:
         policy = starting_policy(config, start.folder, self.display)
-        objective, credit = objective_of(config, policy.num_image_tokens), None
+        objective = objective_of(config, policy.num_image_tokens)
         reference = add_adapters(config, policy) if config.lora_rank or objective.needs_reference else None
         prompts = [prompt for sample in samples for prompt in sample]
         check_plans(policy, prompts)
@@ -196,13 +195,6 @@ class CorlRun:
             self.display.note(line)
         check_lengths(policy, prompts, config.drawing_turn, config.max_completion_length, most=LOOKED_AT)
         rewards = self.parts.rewards(name, policy, samples)
-        if config.unify == "advantage" and name == "unified":
-            credit = partial(
-                shared_advantages,
-                rewards=rewards,
-                scale=config.scale_rewards,
-                text_weight=config.understanding_weight,
-            )
         return Training(
             method=f"CoRL, {name}",
             data=self.config.data,
@@ -212,12 +204,18 @@ class CorlRun:
             objective=objective,
             prompts=stream_of(config, name, samples, *place()),
             rewards=rewards,
-            credit=credit,
+            credit=credit_of_training(config, name, rewards),
+            ahead=AheadOf("syncr1.engine.corl.corl_ahead", self._told(config, name, start)),
             evaluator=self.parts.evaluator,
             main_tasks=MAIN_TASKS[name],
             before=start.scores,
             alone=False,
         )
+
+    def _told(self, config: CorlConfig, name: str, start: Model) -> dict[str, str]:
+        """What another process makes a training's parts from."""
+        run, training = (to_yaml(settings, comments=False) for settings in (self.config, config))
+        return {"run": run, "training": training, "name": name, "model": start.folder}
 
     def _merge(self, name: str, base: str, sources: list[str]) -> Model:
         """Two models into one; rank 0 writes, all wait and score."""
@@ -289,7 +287,6 @@ def best_of_both(scored: Mapping[str, Evaluation]) -> Evaluation:
 
 def dry_run(config: CorlConfig) -> None:
     """Prints what all of it takes, then each training's settings, plan, cost and first prompts; loads no weights."""
-    from ..settings.yaml_files import to_yaml
     from .dry_runs import plan_all
 
     if config.stage == "merge":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -66,6 +67,11 @@ def credited_rewards(values_SK: Tensor, rollouts: Sequence[Rollout], rewards: Re
         own = [k for k, name in enumerate(rewards.kinds) if name == kind]
         columns.append(combine(shared_SK[:, own], weights[own]) if own else torch.full_like(total_S, math.nan))
     return Credit(total_S=total_S, tokens_S2=torch.stack(columns, dim=1))
+
+
+def credit_of(config: TrainConfig, rewards: RewardSet) -> CreditRule:
+    """The rule that the settings name."""
+    return partial(credited_rewards, rewards=rewards, credit=config.credit)
 
 
 def shared_advantages(

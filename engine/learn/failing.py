@@ -12,8 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from ..errors import RewardError
 from ..rewards.scoring import RewardTable
 
@@ -35,10 +33,9 @@ class Failing:
         self._broken = ""
         self._errors: dict[str, str] = {}
 
-    def broken(self, error: RewardError, num_rows: int) -> RewardTable:
-        """The table of a step in which a function broke its contract on this rank: no reward for anybody."""
+    def broken(self, error: RewardError) -> None:
+        """In this step a function broke its contract on this rank."""
         self._broken = str(error)
-        return RewardTable(values=torch.full((num_rows, len(self.names)), math.nan), names=self.names)
 
     def told(self, table: RewardTable, num_shown: int) -> dict[str, float]:
         """What this rank tells the others of a step: 1 for yes, 0 for no, NaN where nothing was called."""

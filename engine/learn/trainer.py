@@ -5,31 +5,26 @@ Dims: P prompts, G members, S = P * G trajectories.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from ..errors import RewardError, RewardsFailed
+from ..errors import RewardsFailed
 from ..forward.packing import pack
-from ..records import PackedBatch, Prompt, Rollout, StepMetrics
+from ..records import PackedBatch, Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
-from ..rewards.scoring import RewardTable, score
 from ..rollout.preview_gate import PreviewGate
 from ..rollout.sampler import RolloutEngine
-from ..rollout.sampling import Sampling, truncation_of
 from ..settings.train_config import TrainConfig
 from ..stopwatch import Stopwatch, split
-from .credit import Credit, CreditRule, StepPlan, credited_rewards, plan_of
+from .ahead import Ahead
+from .credit import Credit, CreditRule, StepPlan, credit_of, plan_of
 from .failing import Failing
 from .learner import Learner
 from .metrics import counted, merged, of_guidance, of_rewards, of_rollouts, of_savings, trl_names
-from .refill import Drawn, Waste, refilled
 from .schedule import learning_rate
+from .trajectories import Gathered, Gatherer, Prompts
 
 OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
 """Called after each step with its metrics, its trajectories and their total rewards [S] (NaN: unrewarded)."""
@@ -37,16 +32,6 @@ OnStep = Callable[[StepMetrics, Sequence[Rollout], Tensor], None]
 
 OnStage = Callable[[str, int], None]
 """Called with a stage's name and the step before it begins."""
-
-
-class Prompts(Protocol):
-    """An endless, resumable source of prompts."""
-
-    def next_step(self) -> list[Prompt]: ...
-
-    def more(self, wanted: Sequence[int]) -> list[Prompt] | None:
-        """Others for the step under way, by ranks, as `PromptStream.more`; asked for by `refill`."""
-        ...
 
 
 class Trainer:
@@ -62,6 +47,8 @@ class Trainer:
         on_step: where metrics and samples go.
         credit: rewards to credit; None: `credited_rewards` by `config.credit`.
         on_stage: what watches that no stage takes forever.
+        ahead: gathers in another process, one step ahead, in place of `rollouts`; then `preview` and `prompts` are only
+            told where that is.
     """
 
     def __init__(
@@ -75,13 +62,25 @@ class Trainer:
         on_step: OnStep = lambda metrics, rollouts, totals: None,
         credit: CreditRule | None = None,
         on_stage: OnStage = lambda stage, step: None,
+        ahead: Ahead | None = None,
     ) -> None:
-        self.config, self.learner, self.rollouts = config, learner, rollouts
-        self.prompts, self.rewards = prompts, rewards
-        self.preview, self.on_step = preview, on_step
-        self.credit = credit or partial(credited_rewards, rewards=rewards, credit=config.credit)
+        self.config, self.learner = config, learner
+        self.preview, self.ahead, self.on_step = preview, ahead, on_step
+        self.credit = credit or credit_of(config, rewards)
         self.on_stage = on_stage
         self.step, self._time = 0, Stopwatch()
+        self._gatherer = Gatherer(
+            config,
+            rollouts,
+            prompts,
+            rewards,
+            self.credit,
+            preview,
+            stage=self._stage,
+            sampling=learner.sampling,
+            of_each_rank=learner.of_each_rank,
+            sum_over_ranks=learner.all_reduce,
+        )
         self._failing, self._ended = Failing(rewards.names), ""
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> None:
@@ -98,9 +97,8 @@ class Trainer:
         config, learner, stage = self.config, self.learner, self._stage
         self._time = Stopwatch()
         learner.set_learning_rate(learning_rate(config, self.step))
-        drawn, waste = self._draw(self.prompts.next_step()), None
-        if config.refill:
-            drawn, waste = self._refilled(drawn)
+        gathered = self._gathered()
+        drawn = gathered.drawn
         with stage("pack"):
             credit = self.credit(drawn.table.values, drawn.rollouts)
             plan = plan_of(
@@ -116,7 +114,7 @@ class Trainer:
             scored = learner.score(batches)
         with stage("update"):
             learned = learner.update(scored)
-        metrics = self._metrics(drawn, waste, credit, plan.keep_S, batches, learned)
+        metrics = self._metrics(gathered, credit, plan.keep_S, batches, learned)
         self.step += 1
         self.on_step(metrics, drawn.rollouts, credit.total_S)
         if self._ended:
@@ -129,51 +127,15 @@ class Trainer:
         with self._time(name):
             yield
 
-    def _draw(self, prompts: Sequence[Prompt]) -> Drawn:
-        """Trajectories of prompts, possibly none, and their rewards. Collective under ZeRO-3."""
-        with self._stage("rollout"), self.learner.sampling():
-            rollouts = self.rollouts.generate(prompts, self._sampling(), self.preview)
-        with self._stage("reward"):
-            return Drawn(rollouts=rollouts, table=self._scored(rollouts), stats=self.rollouts.stats)
-
-    def _refilled(self, drawn: Drawn) -> tuple[Drawn, Waste]:
-        """What is left once groups without variance are drawn anew, and what was given up for it. Collective."""
-
-        def credit(drawn: Drawn) -> tuple[Tensor, Tensor]:
-            found = self.credit(drawn.table.values, drawn.rollouts)
-            return found.total_S, found.tokens_S2
-
-        return refilled(
-            drawn,
-            self.config.refill,
-            credit=credit,
-            wanted_by_ranks=self.learner.of_each_rank,
-            more=self.prompts.more,
-            draw=self._draw,
-            num_generations=self.config.num_generations,
-        )
-
-    def _scored(self, rollouts: Sequence[Rollout]) -> RewardTable:
-        """The rewards of the step; NaN all over where a function broke its contract, which ends the run after it."""
-        try:
-            return score(rollouts, self.rewards.functions, timeout=self.config.reward_timeout, step=self.step + 1)
-        except RewardError as error:
-            return self._failing.broken(error, len(rollouts))
-
-    def _sampling(self) -> Sampling:
-        c = self.config
-        return Sampling(
-            num_generations=c.num_generations,
-            temperature=c.temperature,
-            image_temperature=c.image_temperature,
-            max_text_tokens=c.max_completion_length,
-            cfg_weight=c.cfg_weight,
-            unconditional=c.unconditional,
-            drawing_turn=c.drawing_turn,
-            **truncation_of(c),
-            seed=c.seed,
-            step=self.step,
-        )
+    def _gathered(self) -> Gathered:
+        """What this step is trained on. Collective."""
+        if self.ahead is None:
+            return self._gatherer.gather(self.step)
+        with self._stage("wait"), self.learner.sampling() as policy:
+            gathered = self.ahead.take(self.step, policy)
+            if self.step + 1 < self.config.max_steps:
+                self.ahead.ask(self.step + 1, policy, trained=self.step)
+        return gathered
 
     def _packed(self, rollouts: Sequence[Rollout], plan: StepPlan) -> list[PackedBatch]:
         c = self.config
@@ -190,22 +152,23 @@ class Trainer:
 
     def _metrics(
         self,
-        drawn: Drawn,
-        waste: Waste | None,
+        gathered: Gathered,
         credit: Credit,
         keep_S: Tensor,
         batches: Sequence[PackedBatch],
         learned: dict[str, float],
     ) -> StepMetrics:
         """Of the step, over all ranks. Collective."""
-        c, rollouts = self.config, drawn.rollouts
+        c, drawn, waste = self.config, gathered.drawn, gathered.waste
+        rollouts = drawn.rollouts
         seconds = split(self._time.seconds, rollout=drawn.stats.seconds, update=self.learner.seconds)
         num_kept, elapsed = sum(s.tokens.numel() for r in rollouts for s in r.segments), sum(seconds.values())
         num_sampled = num_kept + (0 if waste is None else waste.tokens)
         values = {**trl_names(learned), **self.learner.scoring}
-        if c.replay_check_steps == 0 or self.step % c.replay_check_steps:
+        checks = c.replay_check_steps > 0 and self.step % c.replay_check_steps == 0
+        if not checks or gathered.staleness:  # of older weights it would say how far training has moved them
             values.pop("rollout/replay_logp_max_abs", None)
-        elif c.cfg_weight != 1.0:
+        if checks and c.cfg_weight != 1.0:
             values |= of_guidance(rollouts)
         values |= {
             **of_rewards(drawn.table, credit.total_S, c.num_generations),
@@ -219,17 +182,12 @@ class Trainer:
         }
         if waste is not None:
             values |= waste.metrics(credit.total_S, num_kept)
-        if self.preview is not None:
-            values["rollout/preview_threshold"] = math.nan if self.preview.threshold is None else self.preview.threshold
-            values["rollout/preview_acceptance"] = self._adapt_preview(self.preview)
+        values |= gathered.preview
+        if self.ahead is not None:
+            values |= {"rollout/staleness": float(gathered.staleness), **gathered.seconds}
+        if gathered.broken is not None:
+            self._failing.broken(gathered.broken)
         shown = sum(rollout.prompt.rewarded and not rollout.dropped for rollout in rollouts)
         ranks = self.learner.gathered(values | self._failing.told(drawn.table, shown))
         self._ended = self._failing.heard(ranks)
         return StepMetrics(step=self.step, values=merged(ranks), seconds=seconds)
-
-    def _adapt_preview(self, preview: PreviewGate) -> float:
-        """One threshold for all ranks: each took its own from its first previews, and all count for the next move."""
-        own = torch.tensor([preview.threshold or 0.0, float(preview.threshold is not None)], dtype=torch.float64)
-        accepted, tried, total, known = self.learner.all_reduce(torch.cat([preview.counts, own])).tolist()
-        preview.threshold = total / known if known else None
-        return preview.adapt(int(accepted), int(tried))

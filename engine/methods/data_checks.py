@@ -25,6 +25,14 @@ from .sync_r1_config import SyncR1Config
 Say = Callable[[str], None]
 
 
+def chains(config: SyncR1Config, source: Path) -> Loaded:
+    """What Sync-R1 reads of `source`; raises DataError for what cannot be read."""
+    draws, scored = model_draws(config.model), config.eval_samples > 0
+    told = config.tells_concepts
+    reading = partial(load_chains, source, draws=draws, scored=scored, eval_data=config.eval_data, concept_info=told)
+    return read_whole(source, reading)
+
+
 def checked_chains(config: SyncR1Config, source: Path, say: Say) -> Loaded:
     """What Sync-R1 reads of `source`; the user's own data are checked, and `say` is told what is not used. Collective.
 
@@ -32,10 +40,7 @@ def checked_chains(config: SyncR1Config, source: Path, say: Say) -> Loaded:
         DataError: what cannot be used of it; PictureError: pictures that cannot be read.
         ConfigError: none of the rewards can score it, or there is no model that could learn from it.
     """
-    draws, scored = model_draws(config.model), config.eval_samples > 0
-    told = config.tells_concepts
-    reading = partial(load_chains, source, draws=draws, scored=scored, eval_data=config.eval_data, concept_info=told)
-    loaded = read_whole(source, reading)
+    loaded = chains(config, source)
     for line in loaded.told[:1]:
         say(line)
     if config.drawing_turn == "none" and any(prompt.info for prompt in loaded.prompts):

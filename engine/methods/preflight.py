@@ -21,9 +21,10 @@ from ..checkpoints.hub import problems_with_hub
 from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, kind_of, refuse
 from ..policies.kinds import is_liquid_folder
-from ..processes.launch import restarted
+from ..processes.launch import count_gpus, restarted
 from ..processes.run_folder import unused_folder
 from ..rewards.judge.chat import key_problem
+from ..settings.rules import gpus_problem, ranks_problem
 from ..whole_files import cache_dir
 from . import hub_names
 from .data_names import data_problems
@@ -46,6 +47,8 @@ TOY_POSITIONS = 512
 """Longest sequence of the tiny base."""
 LEAST_SPACE = 1 << 24
 """Bytes that must be free where anything is written: a page, pictures, a log."""
+NVIDIA = Path("/dev/nvidiactl")
+"""Is there where a GPU is."""
 STATE_BYTES = 12
 """A checkpoint to resume from holds so much for each trained weight."""
 
@@ -63,6 +66,7 @@ def check_start(config: Any) -> None:
     problems += [] if problems else length_problems(config, models.get("model"))
     problems += [] if problems else turn_problems(config, models.get("model"))
     problems += [] if problems else conversion_problems(models.get("model"))
+    problems += ahead_problems(config)
     problems += judge_problems(config)
     problems += reward_problems("reward_funcs", getattr(config, "reward_funcs", ()), getattr(config, "REWARDS", ()))
     problems += data_problems(config)
@@ -209,6 +213,16 @@ def turn_problems(config: Any, folder: Path | None) -> list[str]:
         f"drawing_turn: expected none for {folder}, a {told['model_type']}, which draws no images, got {turn}; leave "
         "it out, or name a Janus or Emu3 checkpoint as model"
     ]
+
+
+def ahead_problems(config: Any) -> list[str]:
+    """A process that samples ahead, for several ranks or beside a single GPU."""
+    if not getattr(config, "rollout_staleness", 0):
+        return []
+    on_gpu = NVIDIA.exists() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    found = [ranks_problem(int(os.environ.get("WORLD_SIZE", "1")))]
+    found += [gpus_problem(count_gpus(os.environ))] if on_gpu else []
+    return [problem for problem in found if problem]
 
 
 def judge_problems(config: Any) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -40,7 +40,9 @@ from ..checkpoints.sharded import (
 from ..errors import CheckpointError, ConfigError
 from ..learn.learner import Learner
 from ..learn.schedule import learning_rate
-from ..learn.trainer import Prompts, Trainer
+from ..learn.trainer import Trainer
+from ..learn.trajectories import ResumablePrompts
+from ..processes.beside import Message
 from ..processes.group import place
 from ..processes.run_folder import numbered
 from ..processes.watchdog import gathering
@@ -69,16 +71,9 @@ ROUNDING = frozenset(
 FORMERLY = {"picture_fit": "crop"}
 """What runs did from before there was the setting, where its default is another; of the tiny base's pictures, which are
 of its size, it makes nothing else."""
-RANDOM = "random/"
+RANDOM, AHEAD = "random/", "ahead/"
+"""Before the names of generators and of what was drawn ahead."""
 Made = TypeVar("Made")
-
-
-class ResumablePrompts(Prompts, Protocol):
-    """A source of prompts that can go on where it was."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,10 +269,14 @@ class Checkpoints:
         if rank == 0 or self.learner.settings.zero_stage > 0:  # without ZeRO all ranks have the same
             mine = optimizer_tensors(self.learner.optimizer, self.learner.policy)
             tensors |= {OPTIMIZER + name: value for name, value in mine.items()}
+        ahead = None if trainer.ahead is None else trainer.ahead.settled()
+        if ahead is not None:
+            tensors |= {f"{AHEAD}{name}": value for name, value in ahead.tensors.items()}
         state = {
             "step": trainer.step,
             "prompts": copy.deepcopy(self.prompts.state_dict()),
             "preview": None if trainer.preview is None else copy.deepcopy(trainer.preview.state_dict()),
+            **({} if ahead is None else {"ahead": dict(ahead.about)}),
             **self._constant,
         }
         copies, step, keep, group = self._copied(tensors), trainer.step, self.config.save_total_limit, self._saver.group
@@ -364,6 +363,9 @@ class Checkpoints:
             self.prompts.load_state_dict(_entry(state, "prompts", dict))
             if trainer.preview is not None and state.get("preview") is not None:
                 trainer.preview.load_state_dict(_entry(state, "preview", dict))
+            if trainer.ahead is not None and "ahead" in state:
+                drawn = checkpoint.tensors(rank, AHEAD)
+                trainer.ahead.restore(Message(_entry(state, "ahead", dict), drawn))
         except (ValueError, KeyError, TypeError) as error:
             told = str(error) if isinstance(error, ValueError) else f"state.json: {type(error).__name__} {error}"
             raise CheckpointError(told) from error

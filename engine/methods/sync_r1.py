@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..data.mixture import Mixture
-from ..data.stream import PromptStream
 from ..evaluate.drawing import together
 from ..learn.from_settings import objective_of
 from ..processes.group import local_device, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import LOOKED_AT, check_lengths, check_plans, remarks_on
+from ..settings.yaml_files import to_yaml
+from .ahead_start import AheadOf
 from .data_checks import checked_chains
 from .resume import resume_point
 from .starting import add_adapters, starting_policy
 from .sync_r1_config import SyncR1Config
-from .sync_r1_parts import build_reward_set, evaluator_of, own_rewards, prepare_data, prepare_model
+from .sync_r1_parts import build_reward_set, evaluator_of, own_rewards, prepare_data, prepare_model, stream_of
 from .training import Session, Summaries, Training, run_method, run_training
 
 
@@ -58,22 +56,9 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
         prompts=stream,
         rewards=build_reward_set(config, frozen, prompts, own),
         evaluator=one_at_a_time(lambda: evaluator_of(config, frozen, benchmark)) if benchmark else None,
+        ahead=AheadOf("syncr1.engine.methods.sync_r1_ahead", {"settings": to_yaml(config, comments=False)}),
     )
     return run_training(config, training, session, resumed).summaries
-
-
-def stream_of(
-    config: SyncR1Config, prompts: Sequence[Prompt], anchors: Sequence[Prompt], rank: int = 0, world_size: int = 1
-) -> PromptStream:
-    """The prompts of each step: every task's share, and anchors among them."""
-    order = Mixture(
-        prompts,
-        anchors,
-        seed=config.seed,
-        prompts_per_step=config.prompts_per_step,
-        anchor_fraction=config.anchor_fraction,
-    )
-    return PromptStream(order, rank, world_size)
 
 
 def dry_run(config: SyncR1Config) -> None:

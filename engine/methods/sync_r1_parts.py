@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ..data.mixture import Mixture
+from ..data.stream import PromptStream
 from ..evaluate.drawing import together
 from ..evaluate.held_out import Evaluator, score_rollouts
 from ..learn.from_settings import held_out_sampling
@@ -120,3 +122,17 @@ def evaluator_of(config: TrainConfig, frozen: Policy, benchmark: Mapping[str, Se
         ),
         read=world_reader if named else None,
     )
+
+
+def stream_of(
+    config: SyncR1Config, prompts: Sequence[Prompt], anchors: Sequence[Prompt], rank: int = 0, world_size: int = 1
+) -> PromptStream:
+    """The prompts of each step: every task's share, and anchors among them."""
+    order = Mixture(
+        prompts,
+        anchors,
+        seed=config.seed,
+        prompts_per_step=config.prompts_per_step,
+        anchor_fraction=config.anchor_fraction,
+    )
+    return PromptStream(order, rank, world_size)

@@ -28,6 +28,7 @@ from ..learn.credit import CreditRule
 from ..learn.from_settings import sampler_of, settings_of
 from ..learn.learner import Learner
 from ..learn.trainer import Trainer
+from ..learn.trajectories import ResumablePrompts
 from ..policies.base import Policy
 from ..processes.group import of_all_ranks, place
 from ..processes.heaps import bound_heaps
@@ -43,9 +44,10 @@ from ..settings.train_config import TrainConfig
 from ..show.display import Display
 from ..show.in_words import reward_lines
 from ..show.runlog import NullRunLog, RunLog, open_run_log
+from .ahead_start import AheadOf, Started, started_ahead
 from .best import BEST, HeldOut
 from .dry_run import nothing_trained
-from .resume import Checkpoints, ResumablePrompts, ResumePoint
+from .resume import Checkpoints, ResumePoint
 from .starting import RUN_FOLDER, going_on, quieten, starting_policy, supervised
 from .stopping import StopRequests
 
@@ -103,6 +105,8 @@ class Training:
     """Tasks whose held-out scores say which model is the best; none: all that are trained."""
     before: Evaluation | None = None
     """The starting model's scores, where they are known already."""
+    ahead: AheadOf | None = None
+    """What gathers in another process with `rollout_staleness` 1; None: the method has none."""
     alone: bool = True
     """The run's only training, which announces its stages and shows its table; else its method does."""
 
@@ -176,7 +180,10 @@ def run_training(
     display, evaluator, before = session.display, training.evaluator, training.before
     announce: Callable[[str], None] = display.stage if training.alone else lambda title: None
     learner = Learner(training.policy, training.objective, settings_of(config), training.reference)
-    with open_run_log(config.output_dir, config, resumed) as log:
+    with (
+        started_ahead(config, training.policy, training.ahead) as started,
+        open_run_log(config.output_dir, config, resumed) as log,
+    ):
         session.writes_in(log.folder)
         announce("scores before training")
         before = before or evaluate(evaluator, learner)
@@ -192,7 +199,7 @@ def run_training(
 
         root = log.folder / "checkpoints"
         held_out = HeldOut(config, learner, evaluator, before, training.main_tasks, root, card, display.note)
-        num_steps = train(config, training, learner, log, session, held_out, resumed)
+        num_steps = train(config, training, learner, log, session, held_out, resumed, started)
         display.gradients(config.max_grad_norm)
         learner.save(root / LAST)
         announce("scores after training")
@@ -234,8 +241,7 @@ def try_rewards_on(config: TrainConfig, rewards: RewardSet, prompts: Sequence[Pr
         encode=lambda text: policy.encode(text).tolist(),
         timeout=config.reward_timeout,
     )
-    told = [line for words in of_all_ranks("\n".join(problems)) for line in words.splitlines()]
-    if told:
+    if told := [line for words in of_all_ranks("\n".join(problems)) for line in words.splitlines()]:
         raise RewardSpecError("\n".join(dict.fromkeys(told)))
 
 
@@ -247,6 +253,7 @@ def train(
     session: Session,
     held_out: HeldOut,
     resumed: ResumePoint | None,
+    started: Started,
 ) -> int:
     """The loop, watched: metrics, samples, scores, checkpoints and the terminal's bar, from the start or from where a
     checkpoint left it. Returns how many steps are done: fewer than asked for after Ctrl-C. Raises as `run_training`."""
@@ -267,7 +274,10 @@ def train(
 
     prompts, rewards = training.prompts, training.rewards
     sampler, preview = sampler_of(config, learner.policy), build_preview(config, rewards)
-    trainer = Trainer(config, learner, sampler, prompts, rewards, preview, on_step, training.credit, watchdog.mark)
+    ahead = started.of(prompts, preview, watchdog.mark)
+    trainer = Trainer(
+        config, learner, sampler, prompts, rewards, preview, on_step, training.credit, watchdog.mark, ahead
+    )
     checkpoints = Checkpoints(config, log.folder / "checkpoints", learner, prompts)
     if resumed is not None and resumed.checkpoint is not None:
         checkpoints.restore(trainer, resumed.checkpoint)
@@ -302,6 +312,7 @@ def train(
     log.sync()
     checkpoints.save(trainer)
     checkpoints.wait()
+    started.close()  # its memory and its core are for the scores now
     if trainer.step < config.max_steps:
         display.note(f"stopped at step {trainer.step}; scoring what there is")
     return trainer.step

@@ -25,7 +25,11 @@ class Lifetime:
     @classmethod
     def own(cls) -> Self:
         """Of this process."""
-        pid = os.getpid()
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Self:
+        """Of one of this machine that has not been waited for."""
         return cls(machine(), pid, (_state(pid) or ("", 0))[1])
 
     @classmethod

@@ -48,6 +48,7 @@ from ..errors import (
     RewardSpecError,
     RunEnded,
 )
+from .beside import living
 from .lifetimes import Lifetime
 from .meeting import REFUSED, Meeting
 
@@ -307,6 +308,9 @@ class Watchdog:
             self._say(f"is at {self._where}; stacks follow")
             with suppress(OSError, ValueError):
                 faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+                for process in living():
+                    self._say(f"stacks of {process.what}, process {process.pid}:")
+                    process.show_stacks()
         if not self._over.wait(GRACE if code not in FINAL else min(GRACE, 3 * POLL)):
             self._say("ends")
             sys.stdout.flush()

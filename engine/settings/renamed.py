@@ -17,6 +17,7 @@ def _all(remedy: str, *names: str) -> dict[str, str]:
 OWN_ROLLOUTS = "rollouts are the engine's own, in the trainer's process; leave it out"
 ADAMW = "the optimizer is AdamW; set learning_rate, weight_decay, adam_beta1, adam_beta2 and adam_epsilon"
 CORRECTION = "set importance_correction (truncate, mask), importance_level and importance_cap"
+AHEAD = "set rollout_staleness (0 or 1) and importance_correction truncate"
 WHOLE_MEMORY = "for memory set max_tokens_per_microbatch, gradient_checkpointing, zero_stage or lora_rank"
 NO_TOKEN = "leave it out: the token comes from HF_TOKEN or `hf auth login`, and is written nowhere"
 RANKS = "set nodes and ranks_per_node; zero_stage shares the model out"
@@ -54,6 +55,7 @@ TRL: dict[str, str] = {
     **_all("accumulation follows from max_tokens_per_microbatch", "gradient_accumulation_steps"),
     **_all("set prompts_per_step, which counts groups", "generation_batch_size"),
     **_all("set num_iterations; a step has one rollout", "steps_per_generation"),
+    **_all(AHEAD, "max_staleness", "max_async_level", "max_head_offpolicyness", "max_trajectory_age_steps"),
     **_all("held-out items are drawn by the batch; set eval_samples", "per_device_eval_batch_size", "eval_batch_size"),
     **_all("set eval_samples", "num_generations_eval", "eval_accumulation_steps", "batch_eval_metrics"),
     **_all(NO_LOADER, *(f"dataloader_{name}" for name in ("num_workers", "pin_memory", "persistent_workers"))),

@@ -67,6 +67,47 @@ def correction_problems(c: Any) -> list[str]:
     return problems
 
 
+def staleness_problems(c: Any) -> list[str]:
+    """What another process that samples one step ahead cannot be had with."""
+    if c.rollout_staleness != 1:
+        return []
+    problems, at = [], "with rollout_staleness 1"
+    if c.importance_correction == "none":
+        problems.append(
+            f"importance_correction: expected truncate or mask {at}, whose rollouts are of the weights of one step "
+            "before, got none; set --importance_correction truncate"
+        )
+    if c.zero_stage == 3:
+        problems.append(
+            f"zero_stage: expected 0, 1 or 2 {at}, which hands whole weights to another process, got 3; lower it"
+        )
+    if c.compile_decode:
+        problems.append(f"compile_decode: expected false {at}, got true; leave it out")
+    for name in ("nodes", "ranks_per_node"):
+        if (getattr(c, name) or 1) > 1:
+            problems.append(
+                f"{name}: expected 1 {at}, which one rank alone can have so far, got {getattr(c, name)}; set "
+                "--rollout_staleness 0"
+            )
+    return problems
+
+
+def ranks_problem(count: int) -> str:
+    """Why so many ranks cannot sample one step ahead; "" where they can."""
+    if count == 1:
+        return ""
+    remedy = "set it to 0, or start one rank"
+    return f"rollout_staleness: expected 0 on {count} ranks, none of which can sample ahead so far, got 1; {remedy}"
+
+
+def gpus_problem(count: int) -> str:
+    """Why a run on a GPU cannot sample one step ahead beside so many; two processes on one would share its time."""
+    if count > 1:
+        return ""
+    remedy = "set it to 0, or make another GPU visible (CUDA_VISIBLE_DEVICES)"
+    return f"rollout_staleness: expected a second GPU for the process that samples ahead, got {count}; {remedy}"
+
+
 def judge_problems(c: Any) -> list[str]:
     words = "" if c.judge_url is None else address_problem(c.judge_url)
     problems = [f"judge_url: {words}"] if words else []
@@ -238,7 +279,8 @@ def hub_problems(c: Any) -> list[str]:
 
 
 TRAINING: tuple[Rule, ...] = (
-    *(drawing_problems, objective_problems, correction_problems, judge_problems, reward_problems, dgs_problems),
+    *(drawing_problems, objective_problems, correction_problems, staleness_problems),
+    *(judge_problems, reward_problems, dgs_problems),
     *(path_problems, run_problems, held_out_problems, hub_problems, template_kwargs_problems),
 )
 """What every training's settings must keep."""

@@ -83,6 +83,10 @@ class TrainConfig(Settings):
     """Rounds of a step, at most, in which groups whose rewards are all equal are given up for new prompts (DAPO's
     dynamic sampling); 0: none."""
 
+    rollout_staleness: Annotated[int, Range("0 samples each step with the newest weights", ge=0, le=1)] = 0
+    """1: another process draws and scores the next step while this one trains, with the weights of one step before; one
+    rank, an importance_correction, and on GPUs a second one for it. 0: one after the other."""
+
     # --- sampling ---
     temperature: Annotated[
         float, Range("1 samples the model's own distribution; greedy groups would be all alike", gt=0)

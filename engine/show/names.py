@@ -130,6 +130,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 """Least and most that a built-in reward can say; of the others it is not known."""
 STAGES = {
+    "wait": "waiting for what another process samples",
     "rollout": "sampling",
     "reward": "rewards",
     "pack": "packing",

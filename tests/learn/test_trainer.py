@@ -21,9 +21,8 @@ from syncr1.engine.learn.credit import credited_rewards
 from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
 from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.trainer import Trainer
-from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.sync_r1_parts import build_reward_set
+from syncr1.engine.methods.sync_r1_parts import build_reward_set, stream_of
 from syncr1.engine.policies.janus import JanusPolicy
 from syncr1.engine.records import PackedBatch, Prompt, Rollout, StepMetrics
 from syncr1.engine.rewards.ensemble import RewardSet, combine

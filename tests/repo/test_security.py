@@ -74,6 +74,7 @@ READS_IN_MEMORY = {("bench/gpu_wheels.py", "zipfile")}
 SHELLS = {
     *(
         "engine/show/environment.py",
+        "engine/processes/beside.py",
         "engine/processes/launch.py",
         "engine/processes/nodes.py",
         "engine/rewards/yours/isolated.py",
@@ -117,7 +118,7 @@ def test_modules_that_unpickle_listen_or_unpack_are_not_imported() -> None:
 
 
 def test_programs_are_started_from_words() -> None:
-    """No shell, and only where it is needed: a run's commit, a compiler, the other machines, the installer."""
+    """No shell, and only where it is needed: a commit, a compiler, other machines and processes, the installer."""
     users = {name for name, tree in sources() for _, module in imports(tree, name) if module == "subprocess"}
     assert {name for name in users if not name.startswith("bench/")} <= SHELLS
     for name, function, call in all_calls():

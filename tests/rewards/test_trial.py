@@ -189,9 +189,8 @@ def test_no_reward_for_anybody_ends_it_too() -> None:
 
 def test_a_broken_contract_ends_every_rank() -> None:
     ranks = [Failing(("a", "b")) for _ in range(2)]
-    broken = ranks[0].broken(RewardError("a", 1, "got nan"), 2)
-    assert broken.values.isnan().all() and broken.values.shape == (2, 2)
-    told = [ranks[0].told(broken, 2), ranks[1].told(GOOD, 2)]
+    ranks[0].broken(RewardError("a", 1, "got nan"))
+    told = [ranks[0].told(table([NO, NO], [NO, NO]), 2), ranks[1].told(GOOD, 2)]
     own, other = (rank.heard([dict(values) for values in told]) for rank in ranks)
     assert "got nan" in own and "another rank" in other
 

@@ -60,6 +60,24 @@ FLAGS = [
     Mistake("settings that exclude each other", "sync_r1.py --dgs top_k", "dgs_keep"),
     Mistake("a preview by a CLIP that is not named", "sync_r1.py --preview_score clip", "expected a CLIP"),
     Mistake("a rule over two timeouts", "sync_r1.py --reward_timeout 9000", "expected less than stage_timeout"),
+    Mistake(
+        "stale rollouts as if they were new", "sync_r1.py --rollout_staleness 1", "--importance_correction truncate"
+    ),
+    Mistake(
+        "two steps behind", "corl.py --rollout_staleness 2", "rollout_staleness: expected at least 0 and at most 1"
+    ),
+    Mistake(
+        "what one rank alone can do",
+        "sync_r1.py --rollout_staleness 1 --importance_correction mask --zero_stage 3 --compile_decode --nodes 2",
+        "zero_stage: expected 0, 1 or 2 with rollout_staleness 1",
+        lines=3,
+    ),
+    Mistake(
+        "the same of torchrun's ranks",
+        "sync_r1.py --rollout_staleness 1 --importance_correction mask",
+        "rollout_staleness: expected 0 on 2 ranks",
+        env=(("WORLD_SIZE", "2"), ("RANK", "0")),
+    ),
     Mistake("no settings file", "sync_r1.py --config no.yaml", "no.yaml"),
     Mistake("an empty settings file", "sync_r1.py --config a.yaml", "a file without any", text(a__yaml="# later\n")),
     Mistake("no YAML", "sync_r1.py --config a.yaml", "not plain YAML", text(a__yaml="a: b: c\n")),

@@ -21,6 +21,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import torch
 import torch.distributed as dist
+from ahead_twin import twin_of
 from helpers import everything_partitioned, same_bits, sharp_policy, state_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,13 +30,13 @@ from syncr1.engine.checkpoints import sharded as checkpoint
 from syncr1.engine.checkpoints.sharded import folders, save, verified
 from syncr1.engine.data.prompts import load_anchors, load_training_prompts
 from syncr1.engine.errors import CheckpointError
+from syncr1.engine.learn.ahead_worker import Side
 from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
 from syncr1.engine.learn.learner import Learner
 from syncr1.engine.learn.trainer import Trainer
 from syncr1.engine.methods.resume import Checkpoints
-from syncr1.engine.methods.sync_r1 import stream_of
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.methods.sync_r1_parts import build_reward_set
+from syncr1.engine.methods.sync_r1_parts import build_reward_set, stream_of
 from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.lora import add_lora
 from syncr1.engine.processes.group import init_distributed
@@ -43,7 +44,7 @@ from syncr1.engine.records import Rollout, StepMetrics
 from syncr1.engine.rewards.ensemble import RewardSet
 from syncr1.engine.rewards.preview_scorer import build_preview
 
-TIMES = {"step_time", "tokens_per_second"}
+TIMES = {"step_time", "tokens_per_second", "ahead/rollout_seconds", "ahead/reward_seconds"}
 
 
 def config_of(**changes: Any) -> SyncR1Config:
@@ -100,7 +101,7 @@ class Training:
         num_prompts: int = 9,
     ) -> None:
         self.rewards = rewards = uneven(rewards) if config.refill else rewards
-        policy = sharp_policy() if policy is None else policy
+        policy, ahead = sharp_policy() if policy is None else policy, None
         if config.lora_rank:
             add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed)
         self.learner = Learner(
@@ -110,14 +111,23 @@ class Training:
         prompts, anchors = load_training_prompts(world)[:: 97 // num_prompts][:num_prompts], load_anchors(world)[:3]
         stream = stream_of(config, prompts, anchors, rank, world_size)
         self.steps: list[tuple[StepMetrics, Sequence[Rollout], Tensor]] = []
+        preview = build_preview(config, rewards)
+        if config.rollout_staleness:
+            other = sharp_policy()
+            if config.lora_rank:
+                add_lora(other, config.lora_rank, config.lora_alpha, seed=config.seed)
+            own = stream_of(config, prompts, anchors)
+            side = Side(config=config, policy=other.eval(), prompts=own, rewards=rewards)
+            ahead = twin_of(side, policy, stream, preview)
         self.trainer = Trainer(
             config,
             self.learner,
             sampler_of(config, policy),
             stream,
             rewards,
-            build_preview(config, rewards),
+            preview,
             lambda *step: self.steps.append(step),
+            ahead=ahead,
         )
         self.checkpoints = Checkpoints(config, root, self.learner, stream)
 
