@@ -17,6 +17,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 
+# What collecting imports and makes stays: the collector would look through it a hundred times (2.2 s of a core).
+gc.disable()
+
 hypothesis.settings.register_profile("syncr1", deadline=None, derandomize=True, max_examples=25, database=None)
 # New examples every time, many of them; on failure the smallest is printed with the line that reproduces it.
 hypothesis.settings.register_profile(
@@ -33,13 +36,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What was imported stays: the collector, which ZeRO-3 calls in every step, need not look through it (0.6 s)."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
     """Else nanobind calls all that is left a leak, at length."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _session_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where the processes of the session share what they make."""
+    from warm import SESSION_FOLDER, session_folder
+
+    os.environ[SESSION_FOLDER] = str(session_folder(tmp_path_factory))
 
 
 @pytest.fixture(autouse=True)
