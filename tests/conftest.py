@@ -5,6 +5,7 @@ Torch is imported where it is used: the process that shares the tests out has no
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from collections.abc import Iterator
@@ -38,11 +39,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: the collector, which ZeRO-3 calls in every step, need not look through it (0.6 s)."""
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    """Else nanobind calls all that is left a leak, at length."""
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)  # else nanobind calls all that is left a leak, at length
 
 
 @pytest.fixture(autouse=True, scope="session")
