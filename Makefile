@@ -1,8 +1,8 @@
 # train and test make the environment first, as far as they need it; nothing is done when nothing changed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
-# Processes that the tests are shared out over.
-JOBS ?= 2
+# Processes that the tests are shared out over: one more than two cores, for a fifth of the time a test waits for others.
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 # Written by recipes/install.py, which says what it does: what training needs, and what tests, linters and docs need, too.

@@ -5,6 +5,7 @@ Torch is imported where it is used: the process that shares the tests out has no
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
 import pytest
+
+# What collecting imports and makes stays: the collector would look through it a hundred times (2.2 s of a core).
+gc.disable()
 
 hypothesis.settings.register_profile("syncr1", deadline=None, derandomize=True, max_examples=25, database=None)
 # New examples every time, many of them; on failure the smallest is printed with the line that reproduces it.
@@ -33,13 +37,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What was imported stays: the collector, which ZeRO-3 calls in every step, need not look through it (0.6 s)."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # else nanobind calls all that is left a leak, at length
 
 
-def pytest_unconfigure() -> None:
-    """Else nanobind calls all that is left a leak, at length."""
-    gc.unfreeze()
+@pytest.fixture(autouse=True, scope="session")
+def _session_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where the processes of the session share what they make."""
+    from warm import SESSION_FOLDER, session_folder
+
+    os.environ[SESSION_FOLDER] = str(session_folder(tmp_path_factory))
 
 
 @pytest.fixture(autouse=True)

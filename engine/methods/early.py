@@ -7,6 +7,7 @@ Ctrl-C while libraries load exit code 130, in a line
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -43,10 +44,24 @@ def unix_habits() -> Iterator[None]:
 def loading(what: str = "torch and transformers") -> Iterator[None]:
     """Around the imports that take seconds: nothing is begun, so that Ctrl-C can end the process at once."""
     words = f"loading {what}"
-    with _ends_at_once({signal.SIGINT: EXIT_INTERRUPTED}):
+    with _ends_at_once({signal.SIGINT: EXIT_INTERRUPTED}), _no_collections():
         print(f"syncr1: {words} ...", flush=True)
         with pulse(words):
             yield
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """What is imported stays: a third of the seconds went into looking through it for garbage, as it grew and when a
+    run then began."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
 
 
 @contextmanager

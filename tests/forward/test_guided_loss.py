@@ -23,6 +23,7 @@ from syncr1.engine.rollout.sampler import generate
 from syncr1.engine.rollout.sampling import Sampling
 from syncr1.engine.settings.train_config import PolicyLogp
 
+pytestmark = pytest.mark.slow
 GUIDED: tuple[PolicyLogp, ...] = ("guided", "guided_detached")
 GROUP, WEIGHT, TEMPERATURE = 2, 5.0, 0.8
 

@@ -167,22 +167,25 @@ LOSSES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def cuts(policy: JanusPolicy, reference: JanusPolicy, rollouts: list[Rollout]) -> list[list[PackedBatch]]:
+    """One pack, a few, and one a group; four members pruned."""
+    keep = torch.ones(len(rollouts), dtype=torch.bool)
+    keep[[1, 4, 9, 10]] = False
+    return [with_scores(packed(policy, rollouts, GROUP, budget, keep=keep), reference) for budget in (1 << 30, 200, 1)]
+
+
 @pytest.mark.parametrize("settings", LOSSES, ids=lambda s: "-".join(map(str, s.values())))
 def test_gradient_does_not_depend_on_the_micro_batches(
-    policy: JanusPolicy, reference: JanusPolicy, rollouts: list[Rollout], settings: dict[str, Any]
+    policy: JanusPolicy, cuts: list[list[PackedBatch]], settings: dict[str, Any]
 ) -> None:
     """`max_tokens_per_microbatch` is about memory alone, for every loss: relative difference at most 1e-6."""
     objective = Objective(beta=0.05, **settings)
-    keep = torch.ones(len(rollouts), dtype=torch.bool)
-    keep[[1, 4, 9, 10]] = False
-    results = []
-    for budget in (1 << 30, 200, 1):
-        batches = with_scores(packed(policy, rollouts, GROUP, budget, keep=keep), reference)
-        results.append((len(batches), gradients(update_loss(policy, objective, batches), policy)))
-    assert results[0][0] == 1 and results[-1][0] == 6 and 1 < results[1][0] < 6
-    assert any(batch.prefix_tokens.numel() for batch in batches), "prompts are shared"
-    for _, got in results[1:]:
-        assert_same(got, results[0][1], 1e-6)
+    assert len(cuts[0]) == 1 and len(cuts[-1]) == 6 and 1 < len(cuts[1]) < 6
+    assert any(batch.prefix_tokens.numel() for batch in cuts[-1]), "prompts are shared"
+    whole, *others = (gradients(update_loss(policy, objective, batches), policy) for batches in cuts)
+    for got in others:
+        assert_same(got, whole, 1e-6)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -35,7 +35,7 @@ from torch import Tensor
 from syncr1.kernels.api import TokenStream
 from syncr1.kernels.streams import Modality
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 

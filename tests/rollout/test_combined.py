@@ -22,6 +22,7 @@ from syncr1.engine.records import Prompt
 from syncr1.engine.rollout.sampler import generate
 from syncr1.engine.rollout.sampling import Sampling
 
+pytestmark = pytest.mark.slow
 G = 3
 COLUMNS: dict[str, tuple[Any, ...]] = {
     "model": (cache(sharp_policy), cache(sharp_emu3)),

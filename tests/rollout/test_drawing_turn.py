@@ -27,6 +27,7 @@ from syncr1.engine.rollout.sampler import RolloutEngine, generate
 from syncr1.engine.rollout.sampling import Sampling
 from syncr1.engine.settings.turn_templates import filled, template_problem
 
+pytestmark = pytest.mark.slow
 REPLAY_TOLERANCE = 1e-4
 """Nats, float32; about 1e-5 is measured."""
 OWN = "Now draw {prompt} ({{{concept}}}): {text}"

@@ -26,6 +26,7 @@ from syncr1.engine.rollout.preview import preview_length
 from syncr1.engine.rollout.sampler import RolloutEngine, generate
 from syncr1.engine.rollout.sampling import Sampling
 
+pytestmark = pytest.mark.slow
 REPLAY_TOLERANCE = 1e-4
 """Nats, float32; about 1e-5 is measured."""
 

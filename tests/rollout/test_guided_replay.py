@@ -27,6 +27,7 @@ from syncr1.engine.rollout.sampler import RolloutEngine, generate
 from syncr1.engine.rollout.sampling import Sampling
 from syncr1.engine.settings.train_config import PolicyLogp, Unconditional
 
+pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
 """Nats, float32; about 2e-5 is measured."""
 MODELS = ("janus", "emu3")

@@ -22,7 +22,10 @@ from syncr1.engine.show.report import write_report
 from syncr1.engine.show.report_compare import write_comparison
 from syncr1.engine.show.runlog import RunLog
 
-pytestmark = pytest.mark.skipif(found() is None, reason="no Chromium; Debian's package chromium has it")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(found() is None, reason="no Chromium; Debian's package chromium has it"),
+]
 
 WIDTHS = (400, 800, 1280)
 # What sticks out of the page, but for what scrolls in a frame of its own; and text that its box cuts off.

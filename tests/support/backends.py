@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -42,3 +43,23 @@ def run_on_triton(device: str, *files: str) -> None:
     command = [sys.executable, "-m", "pytest", *(str(TESTS / file) for file in files), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def patch_once() -> None:
+    """Triton's interpreter puts its own functions in the place of `triton.language`'s at each call of a device function
+    anew, which takes half of its time. What the launch around it, or a call before, has replaced is replaced."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_what_is_not(fn: Any) -> Any:
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        replaced = not any(tl.core.is_builtin(language.load) for language in languages)
+        return interpreter._LangPatchScope() if replaced else patch(fn)
+
+    interpreter._patch_lang = patch_what_is_not
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once()

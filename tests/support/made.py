@@ -13,9 +13,9 @@ from pathlib import Path
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
-import pytest
 import torch
 import transformers
+from warm import session_folder as session_folder
 
 from syncr1.engine.world.base_model import BaseSettings, train_base
 from syncr1.engine.world.disk import write_world
@@ -23,12 +23,6 @@ from syncr1.engine.world.general import write_general
 from syncr1.kernels.native.library import ISA_VARIABLE, LIBRARY
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def session_folder(factory: pytest.TempPathFactory) -> Path:
-    """One for all processes of a session: those of xdist keep theirs below it."""
-    folder = factory.getbasetemp()
-    return folder.parent if folder.name.startswith("popen-gw") else folder
 
 
 @cache

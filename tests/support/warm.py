@@ -1,13 +1,16 @@
 """Programs as forks of a process that has imported everything: they start in a tenth of a second, not in seven.
 
 For tests of what a program does.  How it starts (flags before torch, a launcher) is for a process of its own.  As a
-script this is the process that is forked: it reads a line of JSON for each program.
+script this is the process that is forked, one for all of a session's: for each program it reads the name of a file that
+says what to run.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
+import gc
 import importlib
 import json
 import os
@@ -20,11 +23,16 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from syncr1.engine.processes.meeting import free_port
+
+if TYPE_CHECKING:
+    import pytest  # the process that is forked has no need of it
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
@@ -37,8 +45,16 @@ IMPORTED = (
 LIGHT = ("syncr1.engine.corl.config", "syncr1.engine.methods.evaluation_config", "syncr1.engine.methods.preflight")
 """What a recipe imports before torch."""
 NO_TORCH = "no-torch"
+SESSION_FOLDER = "SYNCR1_TEST_SESSION"
+"""Variable that names `session_folder`; conftest.py sets it."""
 LAST_WORDS = 20.0
 """Seconds that ranks have to end by themselves once one of them has failed, as a launcher gives them."""
+
+
+def session_folder(factory: pytest.TempPathFactory) -> Path:
+    """One for all processes of a session: those of xdist keep theirs below it."""
+    folder = factory.getbasetemp()
+    return folder.parent if folder.name.startswith("popen-gw") else folder
 
 
 def environment(cache_dir: Path | None = None) -> dict[str, str]:
@@ -80,10 +96,10 @@ class Program:
                 "argv": [script, *flags],
                 "env": env | more,
                 "cwd": str(cwd),
-                "path": str(path),
                 "file_size": file_size,
             }
-            _forks(torch).write(json.dumps(asked) + "\n")
+            path.with_suffix(".asked").write_text(json.dumps(asked))
+            os.write(_forks(torch), f"{path}\n".encode())  # whole: it is shorter than what a pipe takes at once
         self.pids = [int(_awaited(path.with_suffix(".pid"))) for path in self._paths]
 
     def poll(self) -> int | None:
@@ -139,14 +155,32 @@ def run(
 
 
 @cache
-def _forks(torch: bool = True) -> Any:
-    """Where the one process that is forked reads what to run; it ends with this one."""
-    offline = environment() | {"HF_HUB_OFFLINE": "1"}  # read when its library is imported
-    command = [sys.executable, __file__, *[NO_TORCH] * (not torch)]
-    process = subprocess.Popen(command, cwd=ROOT, env=offline, text=True, bufsize=1, stdin=subprocess.PIPE)
-    assert process.stdin is not None
-    atexit.register(process.stdin.close)
-    return process.stdin
+def _forks(torch: bool = True) -> int:
+    """Where the process that is forked reads what to run.  It is that of all processes of a session, and ends with the
+    last of them."""
+    folder = Path(os.environ[SESSION_FOLDER], "warm" if torch else NO_TORCH)
+    with _locked(folder):
+        pipe = folder / "asked"
+        if pipe.exists():
+            with contextlib.suppress(OSError):  # nobody reads: all that wrote have ended
+                return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        else:
+            os.mkfifo(pipe)
+        reads = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # waits for nobody, and so does the next
+        writes = os.open(pipe, os.O_WRONLY)
+        command = [sys.executable, __file__, str(folder), *[NO_TORCH] * (not torch)]
+        offline = environment() | {"HF_HUB_OFFLINE": "1"}  # read when its library is imported
+        subprocess.Popen(command, cwd=ROOT, env=offline, stdin=reads)
+        os.close(reads)
+    return writes
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _told(path: Path) -> str:
@@ -168,34 +202,72 @@ def main() -> None:
     os.setpgrp()
     sys.path.insert(0, str(Path(__file__).parent))
     before = set(os.environ)
+    gc.disable()  # what is imported stays
     if NO_TORCH in sys.argv:
         sys.modules["torch"] = None  # type: ignore[assignment]  # `import torch` then raises ImportError
     for name in LIGHT if NO_TORCH in sys.argv else IMPORTED:
         importlib.import_module(name)
     if NO_TORCH not in sys.argv:
         importlib.import_module("kills").preload()
+        _read_the_world_once()
+        gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a guard ended
     set_by_imports = {name: value for name, value in os.environ.items() if name not in before}
-    for line in sys.stdin:
-        asked = json.loads(line)
+    for path in _asked(Path(sys.argv[1])):
+        asked = json.loads(path.with_suffix(".asked").read_text())
         asked["env"] = set_by_imports | asked["env"]
         if os.fork() == 0:
-            _guard(**asked)
-    os.killpg(0, signal.SIGKILL)  # who asked has ended: so do the programs that still run
+            _guard(path=path, **asked)
 
 
-def _guard(argv: list[str], env: dict[str, str], cwd: str, path: str, file_size: int) -> None:
+def _read_the_world_once() -> None:
+    """What the world's tokenizer makes of the world, which takes a second in each program that scores drawings; by the
+    tokenizer's weights."""
+    judges = importlib.import_module("syncr1.engine.methods.judges")
+    made: dict[bytes, Any] = {}
+    round_trip = judges._round_trip
+
+    def once(policy: Any, images: Any) -> Any:
+        digest = blake2b(images.numpy().tobytes())
+        for weight in getattr(policy.model.model, "vqmodel", policy.model).state_dict().values():
+            digest.update(str(weight.dtype).encode() + weight.float().cpu().numpy().tobytes())
+        if digest.digest() not in made:
+            made[digest.digest()] = round_trip(policy, images)
+        return made[digest.digest()].clone()
+
+    judges._round_trip = once
+    judges.checker_of(importlib.import_module("syncr1.engine.world.tiny_janus").build_policy(["a"], [], seed=0))
+
+
+def _asked(folder: Path) -> Iterator[Path]:
+    """Until all who ask have ended: then so do the programs that still run, and this process."""
+    rest = b""
+    while True:
+        os.set_blocking(0, True)
+        read = os.read(0, 1 << 16)
+        if not read:
+            with _locked(folder), contextlib.suppress(BlockingIOError):  # somebody has come meanwhile
+                os.set_blocking(0, False)
+                read = os.read(0, 1 << 16)
+                if not read:
+                    os.killpg(0, signal.SIGKILL)
+        *lines, rest = (rest + read).split(b"\n")
+        yield from (Path(line.decode()) for line in lines)
+
+
+def _guard(argv: list[str], env: dict[str, str], cwd: str, path: Path, file_size: int) -> None:
     """Starts the program, and writes how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
     if child == 0:
         if file_size:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-        _become(argv, env, cwd, Path(path))
-    _write(Path(path).with_suffix(".pid"), child)
+        _become(argv, env, cwd, path)
+    _write(path.with_suffix(".pid"), child)
     _, status, used = os.wait4(child, 0)
-    _write(Path(path).with_suffix(".seconds"), used.ru_utime + used.ru_stime)
-    _write(Path(path).with_suffix(".code"), os.waitstatus_to_exitcode(status))
+    _write(path.with_suffix(".seconds"), used.ru_utime + used.ru_stime)
+    _write(path.with_suffix(".code"), os.waitstatus_to_exitcode(status))
     os._exit(0)
 
 
