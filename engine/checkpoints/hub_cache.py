@@ -20,6 +20,8 @@ from .deepseek_files import NEEDED, PICKLED, SAFE, is_theirs, weight_names
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
 """What lies beside the weights, indices among them."""
+_VQGAN = ("*vqgan.safetensors", "*vqgan.ckpt")
+"""What Chameleon and Liquid draw with, where a repository has it (policies/vqgan_files.py)."""
 
 
 def split(name: str) -> tuple[str, str]:
@@ -96,7 +98,7 @@ def fetched(name: str, say: Callable[[str], object]) -> Path:
         say(f"fetching {name} from the hub ...")
         shards = [file for file in files if theirs or file.endswith(".safetensors")]
         with pulse(f"fetching {name}"):
-            folder = _get(name, [*_BESIDE, *shards] if shards else [*_BESIDE, SAFE])
+            folder = _get(name, [*_BESIDE, *_VQGAN, *(shards or [SAFE])])
             if theirs and not weight_names(folder):
                 folder = _get(name, [*_BESIDE, PICKLED])
     return _complete(name, folder, absent_from(folder))

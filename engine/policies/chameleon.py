@@ -29,6 +29,7 @@ from ..errors import ConfigError, DataError
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .chat_turns import later_turn, render
+from .kinds import called
 from .one_table import OneTablePolicy
 from .probe import check_decoder
 from .vqgan_decoder import VQGANDecoder
@@ -117,7 +118,7 @@ class ChameleonPolicy(OneTablePolicy):
     def remarks(self, plans: Collection[tuple[SegmentKind, ...]]) -> list[str]:
         if self.cannot_draw:
             return [f"Chameleon: {self.cannot_draw}"] * any("image" in plan for plan in plans)
-        name = Path(str(getattr(self.model, "name_or_path", "") or "")).name.lower()
+        name = called(getattr(self.model, "name_or_path", None) or "")
         if "chameleon" not in name or "anole" in name or not any("image" in plan for plan in plans):
             return []
         return [

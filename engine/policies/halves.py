@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..records import MODALITY_NAMES, SegmentKind
+from .kinds import called
 
 NOTE = "trained_for"
 DOING: Mapping[SegmentKind, str] = {"text": "to answer in text", "image": "to draw"}
@@ -32,7 +33,7 @@ def half_of(model: Any, words: Mapping[str, SegmentKind]) -> SegmentKind | None:
     """
     noted = getattr(model.config, NOTE, None)
     if noted is None:
-        name = re.split(r"[/\\]", str(getattr(model, "name_or_path", "") or "").rstrip("/\\"))[-1].lower()
+        name = called(getattr(model, "name_or_path", None) or "")
         told = {words[word] for word in re.split(r"[^a-z0-9]+", name) if word in words}
         noted = told.pop() if len(told) == 1 else None
         if noted is not None:

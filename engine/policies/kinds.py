@@ -1,4 +1,4 @@
-"""Kinds of checkpoints that `model_type` does not tell apart, by files that are read without torch.
+"""Kinds of checkpoints that `model_type` does not tell apart, by files that are read without torch, or by a name.
 
 Liquid is a plain language model, and its configuration says no more than that: `gemma`. What is its own are three
 tokens of its tokenizer, and rows of its table behind all tokens.
@@ -6,6 +6,7 @@ tokens of its tokenizer, and rows of its table behind all tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,3 +31,12 @@ def is_liquid(find: Callable[[str], Path | None]) -> bool:
 def is_liquid_folder(folder: Path) -> bool:
     """The same of a folder."""
     return is_liquid(lambda name: folder / name if (folder / name).is_file() else None)
+
+
+def called(name: str | Path) -> str:
+    """What a checkpoint is called, in lower case: the last part of its hub name, also where it lies in the hub's cache
+    (`models--org--name/snapshots/<commit>`), else its folder's name."""
+    parts = [part for part in re.split(r"[/\\]", str(name)) if part]
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].rpartition("--")[2].lower()
+    return parts[-1].partition("@")[0].lower() if parts else ""
