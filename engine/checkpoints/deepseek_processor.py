@@ -192,8 +192,12 @@ def generation_of(processor: JanusProcessor) -> GenerationConfig:
     )
 
 
-def processor_to_theirs(processor: JanusProcessor, folder: Path) -> list[str]:
-    """Writes DeepSeek's files of a processor of transformers'; returns, in words, what has no counterpart there."""
+def processor_to_theirs(processor: JanusProcessor, folder: Path, num_slots: int) -> list[str]:
+    """Writes DeepSeek's files of a processor of transformers'; returns, in words, what has no counterpart there.
+
+    Args:
+        num_slots: places that one picture has in a prompt; the processor's own count is 576 before transformers 5.14.
+    """
     tokenizer, pictures = processor.tokenizer, processor.image_processor
     vocabulary, lost = tokenizer.get_vocab(), []
     size = pictures.size["height"]
@@ -208,7 +212,7 @@ def processor_to_theirs(processor: JanusProcessor, folder: Path) -> list[str]:
         "pad_tag": tokenizer.pad_token,
     }
     settings = {"add_special_token": False, "ignore_id": -100, "mask_prompt": True, "sft_format": SFT_FORMATS[0]}
-    settings |= {"num_image_tokens": processor.num_image_tokens, "processor_class": "VLChatProcessor", **tags}
+    settings |= {"num_image_tokens": num_slots, "processor_class": "VLChatProcessor", **tags}
     if not _same_format(processor, chat_template(vocabulary, tags["image_tag"])):
         lost.append("chat template: not DeepSeek's conversation format, by which its code makes prompts")
     if not processor.use_default_system_prompt:
