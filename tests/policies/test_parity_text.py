@@ -45,8 +45,8 @@ from syncr1.engine.rollout.sampler import generate
 from syncr1.engine.rollout.sampling import Sampling
 
 TEXT = ("text",)
-MOST = 20
-WORDS = ("what is the colour?", "red", "a creature at the beach with hats")
+MOST = 12
+WORDS = ("what is the colour?", "a creature at the beach with hats")
 
 
 def decoder(cell: Cell, seed: int) -> Any:
@@ -100,8 +100,8 @@ def test_text_models(name: str) -> None:
     check_texts(policy, [make_prompt(text, TEXT) for text in WORDS], inputs_of)
 
 
-FAST = ("tied", "padded vocabulary", "yarn rope")
-"""What a text model's cells (above) leave open."""
+IN_JANUS = ("tied", "one key head", "padded vocabulary", "dynamic rope", "llama3 rope", "yarn rope", "qwen3")
+"""The others differ from these in nothing that the model around the decoder could change."""
 
 
 def janus_inputs(policy: JanusPolicy, prompt: Prompt) -> dict[str, Any]:
@@ -132,12 +132,10 @@ def test_a_text_model_in_bfloat16() -> None:
 def asked(tmp_path: Path) -> list[Prompt]:
     """A photo that is no square, and words alone."""
     Image.effect_noise((96, 40), 90).convert("RGB").save(tmp_path / "wide.png")
-    return [make_prompt("who is this?", TEXT, tmp_path / "wide.png"), *(make_prompt(text, TEXT) for text in WORDS[:2])]
+    return [make_prompt("who is this?", TEXT, tmp_path / "wide.png"), make_prompt(WORDS[0], TEXT)]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CELLS]
-)
+@pytest.mark.parametrize("name", IN_JANUS)
 @torch.no_grad()
 def test_janus(name: str, tmp_path: Path) -> None:
     size = 48 if name == "tied" else 32
@@ -157,12 +155,12 @@ EMU3: dict[str, dict[str, int]] = {
 def test_emu3(name: str) -> None:
     policy = emu3_policy(*emu3_of(2, **EMU3[name]))
     check_texts(
-        policy, [make_prompt(text, TEXT) for text in WORDS[:2]], lambda p: {"input_ids": policy.prompt_tokens(p)[None]}
+        policy, [make_prompt(text, TEXT) for text in WORDS], lambda p: {"input_ids": policy.prompt_tokens(p)[None]}
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
 def test_random_decoders(seed: int, tmp_path: Path) -> None:
     """Heads, layers and widths at random, in a text model and in a Janus."""
