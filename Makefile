@@ -61,7 +61,7 @@ test-triton: $(TRITONS:%=build/triton/%)
 # What other versions of torch, transformers and Triton can change: values of the ops on every backend and in Triton's
 # interpreter, compiled kernels, policies, rollout and its replay, checkpoints, adapters, Liger, TRL, data, and runs from
 # end to end under DeepSpeed. For each set of versions in constraints/, in an environment of its own: on Linux 3 GB to
-# download, 7 GB on disk; then five minutes.
+# download, 6 to 8 GB on disk.
 ACROSS_VERSIONS := policies forward learn/test_learner.py methods/test_preflight.py methods/test_run.py \
 	show/test_display.py repo/test_versions.py \
 	$(patsubst %,kernels/%.py,test_token_loss test_sample test_linear test_linear_logp test_shared_prefix_attention \
