@@ -61,14 +61,17 @@ test-triton: $(TRITONS:%=build/triton/%)
 # What other versions of torch, transformers and Triton can change: values of the ops on every backend and in Triton's
 # interpreter, compiled kernels, policies, rollout and its replay, checkpoints, adapters, Liger, TRL, data, and runs from
 # end to end under DeepSpeed. For each set of versions in constraints/, in an environment of its own: on Linux 3 GB to
-# download, 7 GB on disk; then five minutes.
+# download, 6 to 8 GB on disk.
 ACROSS_VERSIONS := policies forward learn/test_learner.py methods/test_preflight.py methods/test_run.py \
 	show/test_display.py repo/test_versions.py \
-	$(patsubst %,kernels/test_%.py,token_loss sample linear linear_logp shared_prefix_attention prefix_decode_attention \
-		launches attention_provider native_trunk ops all_ops triton_interpreted liger trl) \
-	$(patsubst %,rollout/test_%.py,rollout guided_replay emu3_rollout stepping drawing_turn few_rows) \
-	$(patsubst %,checkpoints/test_%.py,checkpoint hub safetensors_stream) \
-	$(patsubst %,data/test_%.py,cells table samples pictures) $(patsubst %,rewards/test_%.py,clip captioner perceptual) \
+	$(patsubst %,kernels/%.py,test_token_loss test_sample test_linear test_linear_logp test_shared_prefix_attention \
+		test_prefix_decode_attention test_launches test_attention_provider test_native_trunk test_ops test_all_ops \
+		test_triton_interpreted test_liger test_trl) \
+	$(patsubst %,rollout/%.py,test_rollout test_guided_replay test_emu3_rollout test_stepping test_drawing_turn \
+		test_few_rows) \
+	$(patsubst %,checkpoints/%.py,test_checkpoint test_hub test_safetensors_stream) \
+	$(patsubst %,data/%.py,test_cells test_table test_samples test_pictures) \
+	$(patsubst %,rewards/%.py,test_clip test_captioner test_perceptual) \
 	corl/test_corl_run.py::test_the_whole_recipe_from_a_users_checkpoints_and_photographs \
 	corl/test_corl_run.py::test_emu3_goes_through_the_same_recipe
 SET ?= oldest

@@ -237,10 +237,7 @@ def constraints_for(gpu: bool, versions: str | None = None) -> Path:
 
 
 def check_set(versions: str) -> None:
-    """Raises Failed where there is no such set of versions, or it is for another Python: its file names one."""
-    sets = sorted(path.stem for path in SETS.glob("*.txt"))
-    if versions not in sets:
-        raise Failed(f"expected a set of versions, one of {', '.join(sets)}, got {versions}; name one of them")
+    """Raises Failed where a set of versions is for another Python: its file names one."""
     (wanted,) = re.findall(r"^# python (\S+)$", (SETS / f"{versions}.txt").read_text(), re.MULTILINE)
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if wanted != here:
@@ -354,7 +351,8 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, help="the environment, made where it is missing (default: .venv)")
     parser.add_argument("--dev", action="store_true", help="what tests, linters and documentation need, too")
-    parser.add_argument("--versions", metavar="SET", help="the versions in constraints/SET.txt")
+    sets = sorted(path.stem for path in SETS.glob("*.txt"))
+    parser.add_argument("--versions", metavar="SET", choices=sets, help="the versions in constraints/SET.txt")
     parser.add_argument("--triton", metavar="VERSION", help="this Triton alone, into the folder TARGET")
     parser.add_argument("target", nargs="?", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -294,7 +294,7 @@ RECIPES = [
     ),
     Mistake("garbage for metrics", "report.py g", "metrics.jsonl without a line", text(g___metrics__jsonl=GARBAGE)),
     Mistake("an installer's flag", "install.py --vnev x", "unrecognized arguments: --vnev"),
-    Mistake("a set of versions", "install.py --versions eldest", "one of gpu_image, newest, oldest, got eldest"),
+    Mistake("a set of versions", "install.py --versions eldest", "invalid choice: 'eldest'"),
     Mistake("an installer's half", "install.py --triton 3.6", "go together"),
 ]
 KINDS = [
