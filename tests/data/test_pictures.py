@@ -366,4 +366,4 @@ def test_a_picture_first_loaded_in_inference_mode_trains(tmp_path: Path) -> None
     weight = torch.ones(1, 3, 8, 8, requires_grad=True)
     torch.nn.functional.conv2d(images, weight).sum().backward()
     assert images.equal(first) and weight.grad is not None
-    assert not pictures._load_small(path, 8, pictures.version_of(path)).is_inference()
+    assert not pictures._load_small(path, 8, pictures.to_tensor, pictures.version_of(path)).is_inference()

@@ -89,7 +89,7 @@ def test_no_path_of_one_machine() -> None:
 
 def test_files_that_are_named_exist() -> None:
     """Paths from the top in comments, docstrings and pages; not what a build makes, nor a name with `<…>` in it."""
-    path = re.compile(r"(?<![\w./-])(?:engine|kernels|recipes|bench|tests|docs)(?:/[\w.-]*\w)+(?![\w<*{/-])")
+    path = re.compile(r"(?<![\w./-])(?:engine|kernels|recipes|bench|tests|docs)(?:/[\w.-]*\w)+(?![\w<*{%/-])")
     kinds = {".py", ".md", ".yaml", ".yml", ".toml", ".cpp", ".h"}
     texts = [file for file in tracked() if file.suffix in kinds or file.name == "Makefile"]
     gone = {

@@ -150,5 +150,6 @@ def test_nothing_is_named_by_a_process_number() -> None:
     """In a container it is 1, whoever asks. Here it is sent to, or compared with a process of this machine."""
     files = [path for folder in ("engine", "recipes", "kernels") for path in (ROOT / folder).rglob("*.py")]
     users = [str(path.relative_to(ROOT)) for path in files if "getpid" in path.read_text()]
-    known = {"engine/rewards/yours/worker.py", "engine/processes/lifetimes.py", "engine/show/outcome.py"}
+    known = {"engine/rewards/yours/worker.py", "engine/show/outcome.py"}
+    known |= {f"engine/processes/{name}.py" for name in ("lifetimes", "beside")}
     assert set(users) == known
