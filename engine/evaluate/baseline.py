@@ -20,6 +20,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 from transformers import PreTrainedConfig
 
+from ..checkpoints.hub_cache import split
 from ..errors import EvaluationError
 from ..whole_files import write_atomically
 from .export import GENEVAL_RESULTS
@@ -54,9 +55,10 @@ class Line(NamedTuple):
 
 
 def model_of(name: str) -> str | None:
-    """The published model that a folder or hub name has the sizes of; None: none that is known."""
-    with suppress(OSError, ValueError):
-        settings, _ = PreTrainedConfig.get_config_dict(name)
+    """The published model whose sizes a folder has, or a hub name in the hub's cache; None: none that is known."""
+    repository, revision = (name, "") if Path(name).is_dir() else split(name)
+    with suppress(OSError, ValueError):  # it was loaded to be evaluated, so that nothing need be fetched
+        settings, _ = PreTrainedConfig.get_config_dict(repository, revision=revision or None, local_files_only=True)
         text = settings.get("text_config") or settings.get("language_config") or {}
         return SIZES.get((int(text.get("hidden_size", 0)), int(text.get("num_hidden_layers", 0))))
     return None

@@ -12,6 +12,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 from benchmark_files import geneval
 from evaluate_cases import few_items, generated
+from made import cache_folder, short_base
 from rich.console import Console
 
 from syncr1.engine.errors import EvaluationError
@@ -151,12 +152,13 @@ def test_questions_are_compared_as_shares_of_hundred(tmp_path: Path) -> None:
     assert [row.score for row in line.published] == ["86.2", "84.11", "88.9"]
 
 
-def test_data_of_one_s_own_have_ours_alone(tmp_path: Path) -> None:
+def test_data_of_one_s_own_have_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the recipe's own function; the rendered world's tasks are named in no benchmark either."""
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
     out, console = tmp_path / "out", Console(record=True, width=200)
     assert not any(benchmark_named(name) for name in ("world", *few_items()))
     generated({"qa": few_items()["qa"]}, out)
-    run_evaluation(EvaluateConfig(output_dir=out, stage="score", baseline=True), console)
+    run_evaluation(EvaluateConfig(model=str(short_base()), output_dir=out, stage="score", baseline=True), console)
     text = console.export_text()
     assert "nothing is published of these data" in text and "baseline.md" in text
     assert markdown([], "tiny") == (out / "baseline.md").read_text()
