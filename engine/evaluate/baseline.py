@@ -20,6 +20,8 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 from transformers import PreTrainedConfig
 
+from ..checkpoints.deepseek_config import LLAMA, THEIRS
+from ..checkpoints.hub_cache import split
 from ..errors import EvaluationError
 from ..whole_files import write_atomically
 from .export import GENEVAL_RESULTS
@@ -56,8 +58,10 @@ class Line(NamedTuple):
 def model_of(name: str) -> str | None:
     """The published model that a folder or hub name has the sizes of; None: none that is known."""
     with suppress(OSError, ValueError):
-        settings, _ = PreTrainedConfig.get_config_dict(name)
-        text = settings.get("text_config") or settings.get("language_config") or {}
+        repository, revision = (name, "") if Path(name).is_dir() else split(name)
+        settings, _ = PreTrainedConfig.get_config_dict(repository, revision=revision or None)
+        theirs = settings.get("model_type") == THEIRS  # whose 7B leaves out what LlamaConfig has by default
+        text = {**LLAMA, **settings.get("language_config", {})} if theirs else settings.get("text_config") or {}
         return SIZES.get((int(text.get("hidden_size", 0)), int(text.get("num_hidden_layers", 0))))
     return None
 
