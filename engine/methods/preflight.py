@@ -20,7 +20,7 @@ from ..checkpoints.deepseek_files import is_theirs, weight_names
 from ..checkpoints.hub import problems_with_hub
 from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, kind_of, refuse
-from ..policies.kinds import is_liquid_folder
+from ..policies.kinds import DRAWING, is_liquid_folder
 from ..processes.launch import count_gpus, restarted
 from ..processes.run_folder import unused_folder
 from ..rewards.judge.chat import key_problem
@@ -28,6 +28,7 @@ from ..settings.rules import gpus_problem, ranks_problem
 from ..whole_files import cache_dir
 from . import hub_names
 from .data_names import data_problems
+from .gpus import STATE_BYTES
 from .hub_names import Wanted, gib
 from .mistyped import mistyped_run
 from .model_files import (
@@ -49,8 +50,6 @@ LEAST_SPACE = 1 << 24
 """Bytes that must be free where anything is written: a page, pictures, a log."""
 NVIDIA = Path("/dev/nvidiactl")
 """Is there where a GPU is."""
-STATE_BYTES = 12
-"""A checkpoint to resume from holds so much for each trained weight."""
 
 
 def check_start(config: Any) -> None:
@@ -93,7 +92,7 @@ def check_weights(models: Mapping[str, str], output: Path | None = None) -> None
     for setting, model in models.items():
         folder = Path(model).expanduser()
         if folder.is_dir():
-            problems += [f"{setting}: expected whole safetensors, got {problem}" for problem in weight_problems(folder)]
+            problems += _merged_problems(setting, folder)
         else:
             names.append(Wanted(setting, model))
     if output is not None:
@@ -103,6 +102,13 @@ def check_weights(models: Mapping[str, str], output: Path | None = None) -> None
     problems += [] if problems else hub_names.look_up(names)[0]
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
+
+
+def _merged_problems(setting: str, folder: Path) -> list[str]:
+    """Of a folder that is merged: its weights; of one in DeepSeek's layout, which is converted first, all of it."""
+    if is_theirs(folder):
+        return folder_problems(setting, folder, trained=True) or conversion_problems(folder)
+    return [f"{setting}: expected whole safetensors, got {problem}" for problem in weight_problems(folder)]
 
 
 def check_conversion(config: Any) -> None:
@@ -211,7 +217,7 @@ def turn_problems(config: Any, folder: Path | None) -> list[str]:
         return []
     return [
         f"drawing_turn: expected none for {folder}, a {told['model_type']}, which draws no images, got {turn}; leave "
-        "it out, or name a Janus or Emu3 checkpoint as model"
+        f"it out, or name {DRAWING} as model"
     ]
 
 

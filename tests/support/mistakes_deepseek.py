@@ -25,10 +25,10 @@ DEEPSEEK = [
         deepseek(without_files=("preprocessor_config.json",)),
     ),
     Mistake(
-        "DeepSeek's pickles to merge",
+        "DeepSeek's pickles to merge, one missing",
         "merge.py --base m --models m m --output out",
-        "convert them first, by recipes/convert.py",
-        deepseek(),
+        "expected whole files of torch.save, got 1 of 3 shards missing",
+        deepseek(weights="missing"),
         lines=2,
     ),
     Mistake("nothing to convert", "convert.py", "model: expected a folder or a hub name, got none", lines=2),
