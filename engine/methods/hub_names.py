@@ -18,6 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from ..checkpoints.deepseek_config import THEIRS
 from ..checkpoints.deepseek_files import weight_names
 from ..checkpoints.hub_cache import (
     absent_from,
@@ -206,7 +207,7 @@ def _incomplete(wanted: Wanted, sizes: Mapping[str, int], config: Mapping[str, A
         remedy = f"its subfolder {given.rpartition('/')[0]} has one: download that, and name the folder"
         remedy = remedy if given else "take a checkpoint that save_pretrained wrote"
         return f"{wanted.setting}: expected a config.json, got {wanted.name} without; {remedy}"
-    theirs = config.get("model_type") == "multi_modality"
+    theirs = config.get("model_type") == THEIRS
     if any(name.endswith(".safetensors") for name in sizes) or (theirs and any(PICKLE.match(name) for name in sizes)):
         return ""
     others = next((name for name in sizes if name.endswith((".bin", ".pt", ".pth", ".gguf"))), "no weights")
