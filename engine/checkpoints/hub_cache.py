@@ -20,8 +20,8 @@ from .deepseek_files import NEEDED, PICKLED, SAFE, is_theirs, weight_names
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
 """What lies beside the weights, indices among them."""
-_VQGAN = ("*vqgan.safetensors", "*vqgan.ckpt")
-"""What Chameleon and Liquid draw with, where a repository has it (policies/vqgan_files.py)."""
+VQGAN = ("vqgan.safetensors", "vqgan.ckpt")
+"""Ends of names of what Chameleon and Liquid draw with, where a repository has it (policies/vqgan_files.py)."""
 
 
 def split(name: str) -> tuple[str, str]:
@@ -73,7 +73,7 @@ def absent_from(folder: Path) -> list[str]:
     if not is_theirs(folder) and not all(name.endswith(".safetensors") for name in names):
         names = []  # pickles, which are not taken
     if not names:
-        return [] if any(folder.glob("*.safetensors")) else [SAFE]
+        return [] if any(not path.name.endswith(VQGAN) for path in folder.glob("*.safetensors")) else [SAFE]
     return [name for name in names if not (folder / name).is_file()]
 
 
@@ -121,7 +121,7 @@ def settings_fetched(name: str, *, drawing: bool = False) -> Path:
         drawing: with a VQGAN that lies beside the weights (0.3 GB): without it nothing tells whether the model draws.
     """
     with pulse(f"fetching {name}"):
-        folder = _get(name, [*_BESIDE, *(_VQGAN if drawing else ())])
+        folder = _get(name, [*_BESIDE, *(f"*{name}" for name in VQGAN if drawing)])
     return _complete(name, folder, absent_settings(folder))
 
 

@@ -21,6 +21,7 @@ from urllib.request import getproxies, proxy_bypass
 from ..checkpoints.deepseek_config import THEIRS
 from ..checkpoints.deepseek_files import weight_names
 from ..checkpoints.hub_cache import (
+    VQGAN,
     absent_from,
     cache_folder,
     is_offline,
@@ -219,7 +220,8 @@ def _fetched(sizes: Mapping[str, int]) -> int:
     """Bytes of the files that are taken."""
     whole = any(name.endswith(".safetensors") and "/" not in name for name in sizes)
     kinds = (".json", ".model", ".txt", ".jinja", *((".safetensors",) if whole else (".bin",)))
-    return sum(size for name, size in sizes.items() if name.endswith(kinds) and "/" not in name)
+    beside = {name for name in sizes if name.endswith(VQGAN)}
+    return sum(size for name, size in sizes.items() if name in beside or (name.endswith(kinds) and "/" not in name))
 
 
 def _space(downloads: list[Download]) -> list[str]:

@@ -62,6 +62,8 @@ def check_start(config: Any) -> None:
     models, names = models_of(config)
     for setting, folder in models.items():
         problems += folder_problems(setting, folder, trained=setting == "model")
+    damage, others = _merged_problems(_merged_of(config))
+    problems, names = problems + damage, names + others
     problems += [] if problems else length_problems(config, models.get("model"))
     problems += [] if problems else turn_problems(config, models.get("model"))
     problems += [] if problems else conversion_problems(models.get("model"))
@@ -88,13 +90,7 @@ def check_start(config: Any) -> None:
 def check_weights(models: Mapping[str, str], output: Path | None = None) -> None:
     """Ends the process with exit code 2 where one of the models, by setting, has no whole safetensors: folders by their
     headers, other names by what the hub tells; or where `output`, a folder for one of their size, cannot be written."""
-    problems, names = list[str](), list[Wanted]()
-    for setting, model in models.items():
-        folder = Path(model).expanduser()
-        if folder.is_dir():
-            problems += _merged_problems(setting, folder)
-        else:
-            names.append(Wanted(setting, model))
+    problems, names = _merged_problems(models)
     if output is not None:
         last = Path(list(models.values())[-1]).expanduser()
         size = sum(path.stat().st_size for path in last.glob("*.safetensors")) if last.is_dir() else 0
@@ -104,11 +100,27 @@ def check_weights(models: Mapping[str, str], output: Path | None = None) -> None
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
 
 
-def _merged_problems(setting: str, folder: Path) -> list[str]:
-    """Of a folder that is merged: its weights; of one in DeepSeek's layout, which is converted first, all of it."""
-    if is_theirs(folder):
-        return folder_problems(setting, folder, trained=True) or conversion_problems(folder)
-    return [f"{setting}: expected whole safetensors, got {problem}" for problem in weight_problems(folder)]
+def _merged_problems(models: Mapping[str, str]) -> tuple[list[str], list[Wanted]]:
+    """What is wrong with folders that are merged, by setting, and names on the hub among them: of a folder its weights,
+    of one in DeepSeek's layout, which is converted first, all of it."""
+    problems, names = list[str](), list[Wanted]()
+    for setting, model in models.items():
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
+            names.append(Wanted(setting, model))
+        elif is_theirs(folder):
+            problems += folder_problems(setting, folder, trained=True) or conversion_problems(folder)
+        else:
+            found = weight_problems(folder)
+            problems += [f"{setting}: expected whole safetensors, got {problem}" for problem in found]
+    return problems, names
+
+
+def _merged_of(config: Any) -> dict[str, str]:
+    """What CoRL merges besides what it trains, by setting."""
+    base = getattr(config, "merge_base", None)
+    models = {f"merge_models {name}": name for name in getattr(config, "merge_models", ())}
+    return models if base is None else {"merge_base": base, **models}
 
 
 def check_conversion(config: Any) -> None:

@@ -184,8 +184,10 @@ def test_what_a_model_draws_with_comes_with_its_settings(hub: HubFiles, tmp_path
     with settings_alone("org/liquid", lambda line: None) as folder:
         assert not policy_class(folder).without_weights(folder).cannot_draw
     assert not any(file.startswith("model-") for file in hub.fetched)
+    (snapshot,) = snapshots("org/liquid", "model")
+    (snapshot / "model.safetensors.index.json").unlink()
+    assert absent_from(snapshot) == ["model.safetensors"], "a VQGAN is no model"
     hub.fetched.clear()
-    (snapshots("org/liquid", "model")[0] / "vqgan.safetensors").unlink()
     folder = fetched("org/liquid", lambda line: None)  # the weights, as another program would have left them
     (folder / "vqgan.safetensors").unlink()
     assert (fetched("org/liquid", lambda line: None) / "vqgan.safetensors").is_file()

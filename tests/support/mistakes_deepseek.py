@@ -31,6 +31,15 @@ DEEPSEEK = [
         deepseek(weights="missing"),
         lines=2,
     ),
+    Mistake(
+        "a base that a later merge cannot have",
+        "corl.py --merge_base m",
+        "merge_base: expected whole files of torch.save, got 1 of 3 shards missing",
+        deepseek(weights="missing"),
+    ),
+    Mistake(
+        "a base to merge against, out of reach", "corl.py --merge_base no/where", "merge_base: expected", env=OFFLINE
+    ),
     Mistake("nothing to convert", "convert.py", "model: expected a folder or a hub name, got none", lines=2),
     Mistake("a conversion over files", "convert.py --model m --output m", "got m with files", deepseek()),
     Mistake("a conversion of a llama", "convert.py --model m --output out", "got model_type 'llama' in m", model()),
