@@ -20,7 +20,7 @@ class EvaluateConfig(Settings):
 
     # --- what is evaluated ---
     model: str | None = None
-    """Checkpoint in transformers' format (Janus, Emu3, Chameleon, Liquid, a text decoder): a folder or a hub name.
+    """Checkpoint in transformers' format or DeepSeek's (Janus, Emu3, Chameleon, Liquid, a text decoder): a folder or hub name.
     None: the tiny base."""
     picture_fit: PictureFit | None = None
     """How a photo comes to the size that the model sees: as the checkpoint's own image processor does it (processor),
