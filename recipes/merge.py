@@ -34,7 +34,7 @@ def _problems(config: Any) -> list[str]:
     if len(config.models) < 2:
         problems.append(f"models: expected two or more folders, got {len(config.models)}; list them after --models")
     for name, folder in [("base", config.base), *(("models", model) for model in config.models)]:
-        if folder is not None and not os.path.isdir(folder) and not is_hub_name(folder):
+        if folder is not None and not os.path.isdir(folder) and not is_hub_name(folder.partition("@")[0]):
             problems.append(f"{name}: expected a folder or a hub name, got {folder}, which is neither; check the path")
     if config.output is None:
         problems.append("output: expected a folder for the result, got none; name one")
@@ -60,7 +60,8 @@ class MergeConfig(Settings):
 
     # --- checkpoints ---
     base: str | None = None
-    """Folder or hub name of the checkpoint that all models were trained from. Another base gives another merge."""
+    """Folder or hub name of the checkpoint that all models were trained from, also in DeepSeek's layout. Another base
+    gives another merge."""
     models: tuple[str, ...] = ()
     """Two or more folders or hub names; configuration, tokenizer and processor are taken from the first."""
     output: Path | None = None
@@ -106,6 +107,7 @@ def merge(config: MergeConfig) -> None:
             config.width,
             say,
             max_shard_bytes=int(config.max_shard_gb * 1e9),
+            say=lambda line: print(f"  {line}", flush=True),
         )
     except OSError as error:  # of the files that the settings name
         raise CheckpointError(reason_of(error, "merging") or f"merge: {one_line(error)}") from error

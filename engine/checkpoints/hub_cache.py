@@ -20,8 +20,8 @@ from .deepseek_files import NEEDED, PICKLED, SAFE, is_theirs, weight_names
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
 """What lies beside the weights, indices among them."""
-_VQGAN = ("*vqgan.safetensors", "*vqgan.ckpt")
-"""What Chameleon and Liquid draw with, where a repository has it (policies/vqgan_files.py)."""
+VQGAN = ("vqgan.safetensors", "vqgan.ckpt")
+"""Ends of names of what Chameleon and Liquid draw with, where a repository has it (policies/vqgan_files.py)."""
 
 
 def split(name: str) -> tuple[str, str]:
@@ -73,7 +73,7 @@ def absent_from(folder: Path) -> list[str]:
     if not is_theirs(folder) and not all(name.endswith(".safetensors") for name in names):
         names = []  # pickles, which are not taken
     if not names:
-        return [] if any(folder.glob("*.safetensors")) else [SAFE]
+        return [] if any(not path.name.endswith(VQGAN) for path in folder.glob("*.safetensors")) else [SAFE]
     return [name for name in names if not (folder / name).is_file()]
 
 
@@ -92,13 +92,13 @@ def fetched(name: str, say: Callable[[str], object]) -> Path:
     whole = [path for path in snapshots(name, "model") if not absent_from(path)]
     if whole and is_offline():
         return whole[0]
-    folder = settings_fetched(name)
+    folder = settings_fetched(name, drawing=True)
     theirs, files = is_theirs(folder), weight_names(folder)
     if not files or not all((folder / file).is_file() for file in files):
         say(f"fetching {name} from the hub ...")
         shards = [file for file in files if theirs or file.endswith(".safetensors")]
         with pulse(f"fetching {name}"):
-            folder = _get(name, [*_BESIDE, *_VQGAN, *(shards or [SAFE])])
+            folder = _get(name, [*_BESIDE, *(shards or [SAFE])])
             if theirs and not weight_names(folder):
                 folder = _get(name, [*_BESIDE, PICKLED])
     return _complete(name, folder, absent_from(folder))
@@ -113,9 +113,15 @@ def _complete(name: str, folder: Path, absent: list[str]) -> Path:
     return folder
 
 
-def settings_fetched(name: str) -> Path:
-    """The snapshot of a model's repository, with its settings and its tokenizer at least; ConfigError as `fetched`."""
-    folder = _get(name, _BESIDE)
+def settings_fetched(name: str, *, drawing: bool = False) -> Path:
+    """The snapshot of a model's repository, with its settings and its tokenizer at least; ConfigError as `fetched`.
+
+    Args:
+        name: of it.
+        drawing: with a VQGAN that lies beside the weights (0.3 GB): without it nothing tells whether the model draws.
+    """
+    with pulse(f"fetching {name}"):
+        folder = _get(name, [*_BESIDE, *(f"*{name}" for name in VQGAN if drawing)])
     return _complete(name, folder, absent_settings(folder))
 
 

@@ -39,7 +39,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..whole_files import whole_folder
+from .deepseek_files import RECORD as CONVERSION
 from .model_card import is_hub_name, model_name
+from .published import local_checkpoint
 from .safetensors_stream import INDEX, MAX_SHARD_BYTES, MappedCheckpoint, SafetensorsWriter, TensorInfo
 
 MergeMethod = Literal["gaussian", "fnorm", "mean"]
@@ -48,7 +50,7 @@ PIECE = 1 << 18
 """Elements at a time: two megabytes in float64, which the processor's cache holds."""
 RECORD = "merge.json"
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-NOT_COPIED = (INDEX, RECORD, "trainer_state.json", "best.json")
+NOT_COPIED = (INDEX, RECORD, CONVERSION, "trainer_state.json", "best.json")
 
 Progress = Callable[[int, int, str], None]
 
@@ -125,20 +127,23 @@ def merge_checkpoints(
     report: Progress | None = None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    say: Callable[[str], object] = lambda line: None,
 ) -> MergeReport:
     """Writes the merge of `models`, all trained from `base`, as a checkpoint folder in transformers' format.
 
     Args:
-        base: folder, or hub name, of the checkpoint that every model started from.  There is no default: another base
-            gives another merge, and nothing in the models tells.
+        base: folder, or hub name, of the checkpoint that every model started from, in either layout of Janus.
+            There is no default: another base gives another merge, and nothing in the models tells.
         models: two or more of them with the same tensors, shapes and dtypes; the base's dtype may be another.
             Configuration, tokenizer, processor, and tensors that cannot be merged are those of the first.
         output: folder to make; it may exist if it is empty.  It appears whole, under its name, or not at all.
         width: of the gaussian band, in standard deviations.
         report: called with (tensors done, tensors in all, name) after every tensor.
+        say: takes lines about what is fetched or converted first.
 
     Raises:
         CheckpointError: folders that cannot be merged (before anything is written), or weights that are not finite.
+        ConfigError: a hub name that cannot be had.
         FileExistsError: `output` has files.
     """
     started = time.perf_counter()
@@ -146,7 +151,7 @@ def merge_checkpoints(
     output = Path(output)
     _check_output(output)
     names = [model_name(source) for source in (base, *models)]
-    opened = MappedCheckpoint(_folder(base)), [MappedCheckpoint(_folder(model)) for model in models]
+    opened = MappedCheckpoint(_folder(base, say)), [MappedCheckpoint(_folder(model, say)) for model in models]
     plan = _plan(*opened)
     _check_space(output, plan)
     with whole_folder(output) as draft:
@@ -182,13 +187,11 @@ def _check_arguments(models: Sequence[str | Path], method: str, width: float) ->
         raise ValueError(f"merge: expected a positive width, got {width}; 2 is usual")
 
 
-def _folder(source: str | Path) -> Path:
-    """The folder of a checkpoint; a hub name is fetched to the hub's cache, without pickles and code."""
-    if Path(source).is_dir() or not is_hub_name(source):
-        return Path(source)
-    from huggingface_hub import snapshot_download  # comes with transformers; merging folders does not need it
-
-    return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", *(f"*{s}" for s in COPIED_SUFFIXES)]))
+def _folder(source: str | Path, say: Callable[[str], object]) -> Path:
+    """The folder of a checkpoint in transformers' format: a hub name is fetched, DeepSeek's layout is converted, as
+    where a training starts from it."""
+    there = Path(source).expanduser().is_dir() or is_hub_name(str(source).partition("@")[0])
+    return local_checkpoint(source, say) if there else Path(source)
 
 
 def _check_output(output: Path) -> None:

@@ -120,8 +120,14 @@ def redact(text: str) -> str:
 
 
 def model_name(model: str | Path) -> str:
-    """A hub name as it is, a folder's own name."""
-    return str(model) if is_hub_name(model) else checkpoint_label(model)
+    """A hub name as it is, with its revision; a folder's own name."""
+    return str(model) if _repository(model) else checkpoint_label(model)
+
+
+def _repository(model: str | Path | None) -> str:
+    """Of a hub name, without its revision; empty for all else."""
+    name = model.partition("@")[0] if isinstance(model, str) else ""
+    return name if is_hub_name(name) else ""
 
 
 def is_hub_name(name: str | Path | None) -> bool:
@@ -145,7 +151,7 @@ def _front_matter(
     from huggingface_hub import ModelCardData
 
     origins: Sequence[str | Path | None] = merged_from or [base_model]
-    parents = [str(model) for model in origins if is_hub_name(model)]
+    parents = [name for model in origins if (name := _repository(model))]
     relation = "merge" if merged_from else "adapter" if adapter else "finetune"
     tags = ["merge"] if merged_from else ["grpo", "reinforcement-learning"]
     matter = ModelCardData(
@@ -186,7 +192,10 @@ def _summary(
 
 
 def _loading(folder: Path, model_class: str, base_model: str | Path | None, adapter: bool) -> str:
-    own, base = json.dumps(folder.absolute().name), json.dumps(model_name(base_model or "base"))
+    own = json.dumps(folder.absolute().name)
+    name, known = model_name(base_model or "base"), _repository(base_model)
+    revision = name.removeprefix(f"{known}@") if known and name != known else ""
+    base = json.dumps(known or name) + (f", revision={json.dumps(revision)}" if revision else "")
     lines = [f"from transformers import AutoProcessor, {model_class}", ""]
     if adapter:
         lines[0] = f"from peft import PeftModel\n{lines[0]}"

@@ -51,7 +51,7 @@ def settings_alone(name: str | Path, say: Say) -> Iterator[str | Path]:
     are checked."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        folder = settings_fetched(str(name))
+        folder = settings_fetched(str(name), drawing=True)
     if not is_theirs(folder):
         yield folder
         return

@@ -68,9 +68,8 @@ def total(trainings: Sequence[Training], estimates: Sequence[Estimate]) -> list[
     merged = estimates[-1].disk.model * merges(trainings)
     disk = sum(one.disk.total for one in estimates) + merged
     worst = max(estimates, key=lambda one: one.memory.peak())
-    gpus = f"{worst.num_ranks} x {worst.gpu.name}" if worst.num_ranks > 1 else f"one {worst.gpu.name}"
     return [
-        f"all {len(estimates)} trainings take about {hours_words(hours)} on {gpus} ({duration(seconds)}), "
+        f"all {len(estimates)} trainings take about {hours_words(hours)} on {worst.gpus} ({duration(seconds)}), "
         f"{worst.memory.peak() / 2**30:.1f} GiB of a GPU's {worst.gpu.memory / 2**30:.0f}, {size_words(disk)} of disk",
         *(f"  {name}: {one.headline()}" for name, one in zip(trainings, estimates, strict=True)),
     ]

@@ -223,7 +223,7 @@ class CorlRun:
         self.display.stage(f"merging {len(sources)} models ({config.merge_method})")
         self.account.begins(name, [model_name(source, self.log.folder) for source in sources])
         if place()[0] == 0 and not (config.resume_from_checkpoint and folder.is_dir()):
-            merge_checkpoints(base, sources, folder, config.merge_method)
+            merge_checkpoints(base, sources, folder, config.merge_method, say=self.display.note)
         barrier()
         model = self._scored(name, str(folder))
         if place()[0] == 0:

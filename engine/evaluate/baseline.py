@@ -20,6 +20,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 from transformers import PreTrainedConfig
 
+from ..checkpoints.deepseek_config import LLAMA, THEIRS
 from ..checkpoints.hub_cache import split
 from ..errors import EvaluationError
 from ..whole_files import write_atomically
@@ -59,7 +60,8 @@ def model_of(name: str) -> str | None:
     repository, revision = (name, "") if Path(name).is_dir() else split(name)
     with suppress(OSError, ValueError):  # it was loaded to be evaluated, so that nothing need be fetched
         settings, _ = PreTrainedConfig.get_config_dict(repository, revision=revision or None, local_files_only=True)
-        text = settings.get("text_config") or settings.get("language_config") or {}
+        theirs = settings.get("model_type") == THEIRS  # whose 7B leaves out what LlamaConfig has by default
+        text = {**LLAMA, **settings.get("language_config", {})} if theirs else settings.get("text_config") or {}
         return SIZES.get((int(text.get("hidden_size", 0)), int(text.get("num_hidden_layers", 0))))
     return None
 

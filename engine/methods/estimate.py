@@ -31,6 +31,8 @@ STEP_BYTES = STATE_BYTES * 2 + 4 + 2
 """Of a trained parameter that AdamW's step reads and writes: state, gradient, and the bfloat16 weight."""
 SAMPLED_ITEMS = 48
 """Held-out items whose work stands for all."""
+LEARNING = ("score", "update", "optimizer", "between ranks")
+"""Parts of a step that the process that trains has."""
 SHORTER = 4
 """The estimate is made with texts of a quarter of their limit, too."""
 
@@ -86,10 +88,19 @@ class Hours:
     num_steps: int
     scoring: float
     """Of held-out items, all times together."""
+    ahead: bool = False
+    """Another GPU draws the next step meanwhile."""
+
+    @property
+    def of_step(self) -> float:
+        """Of one step: of all its parts, or of the half that takes longer."""
+        learning = sum(self.step[name] for name in LEARNING)
+        drawing = sum(self.step.values()) - learning
+        return max(drawing, learning) if self.ahead else drawing + learning
 
     @property
     def seconds(self) -> float:
-        return self.num_steps * sum(self.step.values()) + self.scoring
+        return self.num_steps * self.of_step + self.scoring
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,15 +126,23 @@ class Estimate:
     """They are."""
 
     @property
+    def num_gpus(self) -> int:
+        """One for each rank, and one for the process that samples ahead."""
+        return self.num_ranks * (1 + self.hours.ahead)
+
+    @property
+    def gpus(self) -> str:
+        return f"{self.num_gpus} x {self.gpu.name}" if self.num_gpus > 1 else f"one {self.gpu.name}"
+
+    @property
     def gpu_hours(self) -> float:
-        return self.hours.seconds * self.num_ranks / 3600
+        return self.hours.seconds * self.num_gpus / 3600
 
     def headline(self) -> str:
         """The total."""
         fits = self.memory.peak() + OVERHEAD <= self.gpu.memory
-        gpus = f"{self.num_ranks} x {self.gpu.name}" if self.num_ranks > 1 else f"one {self.gpu.name}"
         return (
-            f"{hours_words(self.gpu_hours)} on {gpus} ({duration(self.hours.seconds)}), "
+            f"{hours_words(self.gpu_hours)} on {self.gpus} ({duration(self.hours.seconds)}), "
             f"{self.memory.peak() / GIB:.1f} GiB of a GPU's {self.gpu.memory / GIB:.0f}"
             f"{'' if fits else ', WHICH DOES NOT FIT'}, {size_words(self.disk.peak)} of disk"
         )
@@ -137,13 +156,12 @@ class Estimate:
         text = config.max_completion_length
         told = [
             f"it will take about {self.headline()}",
-            f"  a step {seconds_words(sum(step.values()))}: {work.sampled['text']:,.0f} tokens of text and "
+            f"  a step {seconds_words(self.hours.of_step)}: {work.sampled['text']:,.0f} tokens of text and "
             f"{work.drawn[0]:,.0f} of images sampled behind a rank's {self.prompts} prompts, {trained:,.0f} trained on",
             f"    rollout {_parts(step, ('see', 'prefill', 'text', 'image', 'draw'))}; "
             f"{tera_words(sum(counts.values()))} multiply-adds, images {tera_words(counts['image'])}",
-            f"    update {_parts(step, ('score', 'update', 'optimizer', 'between ranks'))}; "
-            f"{tera_words(learnt)} multiply-adds",
-            f"  {config.max_steps:,} steps {duration(config.max_steps * sum(step.values()))}; {self._scores()}",
+            f"    update {_parts(step, LEARNING)}; {tera_words(learnt)} multiply-adds",
+            f"  {config.max_steps:,} steps {duration(config.max_steps * self.hours.of_step)}; {self._scores()}",
             *(f"  {line}" for line in self.memory.lines()),
             f"  {self.disk.words()}",
             f"  assumed: every text has its {text} tokens (at {max(1, text // SHORTER)} it is "
@@ -152,6 +170,10 @@ class Estimate:
             f"{COMPUTE_SHARE:.0%} of {self._flops() / 1e12:.3g} TFLOP/s; what rewards compute is not in it"
             f"{'' if self.memory.cache_stays else ', and without CUDA graphs decoding takes longer'}",
         ]
+        if self.hours.ahead:
+            told.insert(
+                4, "    one GPU draws while the other trains: a step is the longer of the two, and neither holds more"
+            )
         if self.memory.peak() + OVERHEAD > self.gpu.memory:
             told.insert(1, f"  it does not fit beside CUDA's own {OVERHEAD / GIB:.1f} GiB: {self._remedy()}")
         return told
@@ -160,7 +182,7 @@ class Estimate:
         return self.gpu.flops if self.config.bf16 else self.gpu.float32
 
     def _shorter_hours(self) -> float:
-        return self.shorter.seconds * self.num_ranks / 3600
+        return self.shorter.seconds * self.num_gpus / 3600
 
     def _scores(self) -> str:
         if not self.items or not self.times:
@@ -270,7 +292,8 @@ def estimate_of(
         work = step_work(config, policy, unit, prompts, text_tokens, anchor_beta)
         step = _step_seconds(config, policy, gpu, work, num_ranks)
         scoring = times * _scoring_seconds(config, policy, gpu, unit, held_out, text_tokens)
-        return Hours(step=step, num_steps=config.max_steps, scoring=scoring), work
+        ahead = config.rollout_staleness > 0
+        return Hours(step=step, num_steps=config.max_steps, scoring=scoring, ahead=ahead), work
 
     most, work = hours(config.max_completion_length)
     shorter, _ = hours(max(1, config.max_completion_length // SHORTER))

@@ -122,6 +122,7 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     """Data and model; the embedded ones where `config` names none."""
     from ..checkpoints.published import local_checkpoint
     from ..policies.auto import load_policy
+    from ..policies.inputs import check_fit
     from ..world.base_model import BaseSettings
     from ..world.embedded import tiny_base, world_folder
     from .starting import limit_threads
@@ -137,7 +138,7 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     model = config.model or str(tiny_base(BaseSettings(), say))
     asked = inputs_of(config, config.model)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    policy = asked.given_to(load_policy(local_checkpoint(model, say), dtype=dtype))
+    policy = check_fit(asked.given_to(load_policy(local_checkpoint(model, say), dtype=dtype)))
     policy.eval().requires_grad_(False)
     for line in remarks_on(policy, [prompt for prompts in items.values() for prompt in prompts]):
         say(line)

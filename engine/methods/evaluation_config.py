@@ -20,12 +20,12 @@ class EvaluateConfig(Settings):
 
     # --- what is evaluated ---
     model: str | None = None
-    """Checkpoint in transformers' format (Janus, Emu3, Chameleon, Liquid, a text decoder): a folder or a hub name.
-    None: the tiny base."""
+    """Checkpoint in transformers' format or DeepSeek's (Janus, Emu3, Chameleon, Liquid, a text decoder): a folder or
+    hub name. None: the tiny base."""
     picture_fit: PictureFit | None = None
     """How a photo comes to the size that the model sees: as the checkpoint's own image processor does it (processor),
-    cut at the centre to a square (crop), or whole on grey (pad). None: as the run did in whose folder the checkpoint
-    lies, else processor."""
+    cut at the centre to a square (crop), or whole on the mean colour (pad). None: as the run did in whose folder the
+    checkpoint lies, else processor."""
     chat_template_kwargs: tuple[str, ...] = ()
     """Arguments of the checkpoint's chat template, NAME=VALUE. None given: as in that run."""
     data: str | None = None

@@ -18,8 +18,10 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from ..checkpoints.deepseek_config import THEIRS
 from ..checkpoints.deepseek_files import weight_names
 from ..checkpoints.hub_cache import (
+    VQGAN,
     absent_from,
     cache_folder,
     is_offline,
@@ -206,7 +208,7 @@ def _incomplete(wanted: Wanted, sizes: Mapping[str, int], config: Mapping[str, A
         remedy = f"its subfolder {given.rpartition('/')[0]} has one: download that, and name the folder"
         remedy = remedy if given else "take a checkpoint that save_pretrained wrote"
         return f"{wanted.setting}: expected a config.json, got {wanted.name} without; {remedy}"
-    theirs = config.get("model_type") == "multi_modality"
+    theirs = config.get("model_type") == THEIRS
     if any(name.endswith(".safetensors") for name in sizes) or (theirs and any(PICKLE.match(name) for name in sizes)):
         return ""
     others = next((name for name in sizes if name.endswith((".bin", ".pt", ".pth", ".gguf"))), "no weights")
@@ -218,7 +220,8 @@ def _fetched(sizes: Mapping[str, int]) -> int:
     """Bytes of the files that are taken."""
     whole = any(name.endswith(".safetensors") and "/" not in name for name in sizes)
     kinds = (".json", ".model", ".txt", ".jinja", *((".safetensors",) if whole else (".bin",)))
-    return sum(size for name, size in sizes.items() if name.endswith(kinds) and "/" not in name)
+    beside = {name for name in sizes if name.endswith(VQGAN)}
+    return sum(size for name, size in sizes.items() if name in beside or (name.endswith(kinds) and "/" not in name))
 
 
 def _space(downloads: list[Download]) -> list[str]:

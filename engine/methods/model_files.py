@@ -23,6 +23,7 @@ from ..checkpoints.deepseek_files import (
     theirs_problems,
     weight_names,
 )
+from ..policies.kinds import DRAWING
 
 UNIFIED = ("chameleon", "emu3", "janus")
 """`model_type` of the models that draw, as KNOWN of policies/auto.py has them."""
@@ -79,7 +80,7 @@ def settings_in(path: Path) -> dict[str, Any] | str:
         if path.name == "config.json" and (path.parent / "adapter_config.json").is_file():
             return "which holds an adapter alone; merge it into its base first (peft's merge_and_unload)"
         if (path.parent / "model_index.json").is_file():
-            return "which is a pipeline of diffusers; take a Janus or Emu3 checkpoint"
+            return f"which is a pipeline of diffusers; take {DRAWING}"
         return f"which has no {path.name}; {_meant(path.parent)}"
     try:
         text = path.read_bytes()
@@ -163,10 +164,6 @@ def weight_files(folder: Path) -> list[Path] | str:
 
 def _other_weights(folder: Path) -> str:
     pickled = sorted(path.name for kind in _PICKLED for path in folder.glob(kind))
-    if pickled and is_theirs(folder):
-        return (
-            ", but pickles in DeepSeek's layout; convert them first, by recipes/convert.py --model FOLDER --output OUT"
-        )
     if pickled:
         return f", but {pickled[0]}, whose loading would run code; convert it with save_pretrained where you trust it"
     if quantised := sorted(path.name for path in folder.glob("*.gguf")):

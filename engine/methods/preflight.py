@@ -20,7 +20,7 @@ from ..checkpoints.deepseek_files import is_theirs, weight_names
 from ..checkpoints.hub import problems_with_hub
 from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, kind_of, refuse
-from ..policies.kinds import is_liquid_folder
+from ..policies.kinds import DRAWING, is_liquid_folder
 from ..processes.launch import count_gpus, restarted
 from ..processes.run_folder import unused_folder
 from ..rewards.judge.chat import key_problem
@@ -28,6 +28,7 @@ from ..settings.rules import gpus_problem, ranks_problem
 from ..whole_files import cache_dir
 from . import hub_names
 from .data_names import data_problems
+from .gpus import STATE_BYTES
 from .hub_names import Wanted, gib
 from .mistyped import mistyped_run
 from .model_files import (
@@ -49,8 +50,6 @@ LEAST_SPACE = 1 << 24
 """Bytes that must be free where anything is written: a page, pictures, a log."""
 NVIDIA = Path("/dev/nvidiactl")
 """Is there where a GPU is."""
-STATE_BYTES = 12
-"""A checkpoint to resume from holds so much for each trained weight."""
 
 
 def check_start(config: Any) -> None:
@@ -63,6 +62,8 @@ def check_start(config: Any) -> None:
     models, names = models_of(config)
     for setting, folder in models.items():
         problems += folder_problems(setting, folder, trained=setting == "model")
+    damage, others = _merged_problems(_merged_of(config))
+    problems, names = problems + damage, names + others
     problems += [] if problems else length_problems(config, models.get("model"))
     problems += [] if problems else turn_problems(config, models.get("model"))
     problems += [] if problems else conversion_problems(models.get("model"))
@@ -89,13 +90,7 @@ def check_start(config: Any) -> None:
 def check_weights(models: Mapping[str, str], output: Path | None = None) -> None:
     """Ends the process with exit code 2 where one of the models, by setting, has no whole safetensors: folders by their
     headers, other names by what the hub tells; or where `output`, a folder for one of their size, cannot be written."""
-    problems, names = list[str](), list[Wanted]()
-    for setting, model in models.items():
-        folder = Path(model).expanduser()
-        if folder.is_dir():
-            problems += [f"{setting}: expected whole safetensors, got {problem}" for problem in weight_problems(folder)]
-        else:
-            names.append(Wanted(setting, model))
+    problems, names = _merged_problems(models)
     if output is not None:
         last = Path(list(models.values())[-1]).expanduser()
         size = sum(path.stat().st_size for path in last.glob("*.safetensors")) if last.is_dir() else 0
@@ -103,6 +98,29 @@ def check_weights(models: Mapping[str, str], output: Path | None = None) -> None
     problems += [] if problems else hub_names.look_up(names)[0]
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
+
+
+def _merged_problems(models: Mapping[str, str]) -> tuple[list[str], list[Wanted]]:
+    """What is wrong with folders that are merged, by setting, and names on the hub among them: of a folder its weights,
+    of one in DeepSeek's layout, which is converted first, all of it."""
+    problems, names = list[str](), list[Wanted]()
+    for setting, model in models.items():
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
+            names.append(Wanted(setting, model))
+        elif is_theirs(folder):
+            problems += folder_problems(setting, folder, trained=True) or conversion_problems(folder)
+        else:
+            found = weight_problems(folder)
+            problems += [f"{setting}: expected whole safetensors, got {problem}" for problem in found]
+    return problems, names
+
+
+def _merged_of(config: Any) -> dict[str, str]:
+    """What CoRL merges besides what it trains, by setting."""
+    base = getattr(config, "merge_base", None)
+    models = {f"merge_models {name}": name for name in getattr(config, "merge_models", ())}
+    return models if base is None else {"merge_base": base, **models}
 
 
 def check_conversion(config: Any) -> None:
@@ -211,7 +229,7 @@ def turn_problems(config: Any, folder: Path | None) -> list[str]:
         return []
     return [
         f"drawing_turn: expected none for {folder}, a {told['model_type']}, which draws no images, got {turn}; leave "
-        "it out, or name a Janus or Emu3 checkpoint as model"
+        f"it out, or name {DRAWING} as model"
     ]
 
 

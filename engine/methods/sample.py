@@ -23,6 +23,7 @@ from ..evaluate.manifest import picture_name
 from ..evaluate.sources import load_items
 from ..policies.auto import model_draws
 from ..policies.base import Policy
+from ..policies.inputs import check_fit
 from ..processes.launch import unused_folder
 from ..records import Prompt, Rollout
 from ..rollout.capacity import remarks_on
@@ -58,7 +59,7 @@ def run_sample(config: SampleConfig, console: Console | None = None) -> Samples:
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as rows:
         for number, name in enumerate(names):
             model = Model.load(name, bf16=config.bf16)
-            inputs_of(config, name).given_to(model.policy)
+            check_fit(inputs_of(config, name).given_to(model.policy))
             if unknown := unknown_words(model.policy, [prompt.text for prompt in prompts]):
                 console.print(f"  warning: {told_unknown(model.name, unknown)}", markup=False, style="yellow")
             for line in remarks_on(model.policy, prompts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -34,7 +35,7 @@ def policy_class(name: str | Path) -> type[Policy]:
     Raises:
         ConfigError: there is no configuration, or no policy is known for its `model_type`.
     """
-    repository, _, revision = (str(name), "", "") if Path(name).is_dir() else str(name).partition("@")
+    repository, revision = _split(name)
     with reading("model", name):  # the file alone: transformers refuses types that it does not know with its own error
         settings, _ = PreTrainedConfig.get_config_dict(repository, revision=revision or None)
     kind = settings.get("model_type")
@@ -42,7 +43,7 @@ def policy_class(name: str | Path) -> type[Policy]:
         return (KNOWN | CONVERTED)[kind]
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         with reading("model", name):
-            return LiquidPolicy if is_liquid(lambda file: _found(name, file)) else CausalLMPolicy
+            return LiquidPolicy if is_liquid(partial(_found, repository, revision)) else CausalLMPolicy
     got = f"model_type {kind!r}" if settings else "no config.json"
     raise ConfigError(
         f"model: expected a checkpoint of {' or '.join(sorted(KNOWN))}, or a text decoder of transformers (llama, "
@@ -51,10 +52,20 @@ def policy_class(name: str | Path) -> type[Policy]:
     )
 
 
-def _found(name: str | Path, file: str) -> Path | None:
+def _split(name: str | Path) -> tuple[str, str]:
+    """A folder, or a repository and its revision, which is empty where none is named."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder), ""
+    repository, _, revision = str(name).partition("@")
+    return repository, revision
+
+
+def _found(repository: str, revision: str, file: str) -> Path | None:
     path = cached_file(
-        str(name),
+        repository,
         file,
+        revision=revision or None,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,

@@ -32,6 +32,7 @@ from ..records import Prompt, SegmentKind
 from ..settings.train_config import PictureFit
 from .attention_interface import AttentionLayout
 from .cache import CacheShape
+from .kinds import DRAWING
 from .lora import merged
 from .picture_fit import Normalisation, fit_of
 from .tokens import control_tokens, end_tokens, escape_control_tokens
@@ -168,8 +169,8 @@ class Policy(nn.Module, ABC):
         if self.num_image_tokens:
             return ""
         return (
-            f"{type(self).__name__} draws none; use a Janus or Emu3 checkpoint, or Chameleon's or Liquid's, or ask for "
-            "text: segments ('text',), or a question with its answer"
+            f"{type(self).__name__} draws none; use {DRAWING}, or ask for text: "
+            "segments ('text',), or a question with its answer"
         )
 
     def remarks(self, plans: Collection[tuple[SegmentKind, ...]]) -> list[str]:
@@ -252,8 +253,7 @@ class Policy(nn.Module, ABC):
     def no_images(self, what: str) -> NoReturn:
         """Raises ConfigError: this model cannot do `what`."""
         raise ConfigError(
-            f"{type(self).__name__} cannot {what}: {type(self.model).__name__} has no image vocabulary; "
-            "use a Janus or Emu3 checkpoint"
+            f"{type(self).__name__} cannot {what}: {type(self.model).__name__} has no image vocabulary; use {DRAWING}"
         )
 
     # Files and copies -------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
 from .cache import CacheShape
 from .chat_turns import render
+from .kinds import DRAWING
 from .probe import check_decoder, max_positions, measure
 from .tokens import never_sampled
 
@@ -75,7 +76,7 @@ class CausalLMPolicy(Policy):
             wants = "shows an image" if prompt.image is not None else f"asks for segments {prompt.segments}"
             raise DataError(
                 f"prompt {prompt.id}: {wants}, but CausalLMPolicy reads and writes text only; "
-                "use a Janus or Emu3 checkpoint, or text prompts with segments=('text',)"
+                f"use {DRAWING}, or text prompts with segments=('text',)"
             )
         words, bos = self.escape(prompt.text), self.tokenizer.bos_token_id
         if self.tokenizer.chat_template is not None:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+DRAWING = "a checkpoint that draws (Janus, Emu3, Anole, Liquid)"
+"""What messages name as a remedy where a model draws nothing."""
 LIQUID_TOKENS = ("<boi>", "<eoi>", "<unconditional>")
 _FILES = ("tokenizer_config.json", "tokenizer.json")
 """The first is short, but transformers 5 writes added tokens into the second alone."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..policies.base import Policy
+from ..policies.kinds import DRAWING
 from ..records import Prompt
 from ..settings.turn_templates import filled, template_of, template_problem
 
@@ -45,7 +46,7 @@ class DrawingTurns:
         if self.template is not None and not policy.num_image_tokens:
             raise ConfigError(
                 f"generate: drawing_turn: expected none for {type(policy).__name__}, which draws no images, got "
-                f"{drawing_turn!r}; leave it out, or use a Janus or Emu3 checkpoint"
+                f"{drawing_turn!r}; leave it out, or use {DRAWING}"
             )
         self._start = torch.tensor([policy.image_start])
         self._made: dict[tuple[str, str], Tensor] = {}

@@ -55,10 +55,11 @@ class TrainConfig(Settings):
     # --- model, data and output ---
     model: str | None = None
     """Checkpoint in transformers' format (Janus, Emu3, Chameleon, Liquid, or a text decoder such as Qwen3 for prompts
-    that ask for text alone): a folder or a hub name. None: the tiny base, trained on first use."""
+    that ask for text alone) or, of Janus, DeepSeek's: a folder or a hub name. None: the tiny base, trained on
+    first use."""
     picture_fit: PictureFit = "processor"
     """How a photo comes to the size that the model sees: as the checkpoint's own image processor does it, cut at the
-    centre to a square (crop), or whole on grey (pad)."""
+    centre to a square (crop), or whole on the mean colour (pad)."""
     chat_template_kwargs: tuple[str, ...] = ()
     """Arguments of the checkpoint's chat template, NAME=VALUE, where it takes any: enable_thinking=false,
     date_string="26 Jul 2024"."""

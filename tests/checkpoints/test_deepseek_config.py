@@ -1,43 +1,15 @@
-"""Names and settings of Janus in DeepSeek's layout, into transformers' and back, and what neither can say."""
+"""DeepSeek's config.json of Janus and transformers', both ways: sizes, defaults, and what has no counterpart."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
-
 import pytest
-from deepseek_janus import THREE, Sizes, config_of, shapes_of
+from deepseek_janus import THREE, config_of
 
 from syncr1.engine.checkpoints.deepseek_config import TOWERS, VQ_16, refusal, to_ours, to_theirs
-from syncr1.engine.checkpoints.deepseek_janus import NO_COUNTERPART, RULES, origin_of, place_of
 from syncr1.engine.errors import ConfigError
-
-# Names ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sizes", THREE.values(), ids=THREE)
-def test_every_name_leads_there_and_back(sizes: Sizes) -> None:
-    taken = set()
-    for name in shapes_of(sizes):
-        place = place_of(name)
-        assert place is not None, name
-        for index, ours in enumerate(place.names):
-            assert origin_of(ours) == (name, index, place.leading_axis) and ours not in taken
-            taken.add(ours)
-    assert all(rule.why for rule in RULES) and all(NO_COUNTERPART.values())
-
-
-@pytest.mark.parametrize(
-    "name", ["aligner.layers.1.weight", "vision_model.blocks.0.norm1.weight", "lm_head.weight", ""]
-)
-def test_a_name_that_janus_does_not_have(name: str) -> None:
-    assert place_of(name) is None
-    assert origin_of(f"x.{name}") is None
-
-
-# Configurations -------------------------------------------------------------------------------------------------------
 
 PRO_7B: dict[str, Any] = {
     "model_type": "multi_modality",

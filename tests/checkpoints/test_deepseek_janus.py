@@ -18,12 +18,13 @@ import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 import numpy as np
 import pytest
 import torch
-from deepseek_janus import THREE, Sizes, config_of, save_small
+from deepseek_janus import THREE, Sizes, config_of, save_small, shapes_of
 from PIL import Image
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT, JanusProcessor
 
 from syncr1.engine.checkpoints.convert import convert, hashes_of
 from syncr1.engine.checkpoints.deepseek_config import to_ours
+from syncr1.engine.checkpoints.deepseek_janus import NO_COUNTERPART, RULES, origin_of, place_of
 from syncr1.engine.checkpoints.deepseek_processor import chat_template
 from syncr1.engine.checkpoints.weight_source import weights_in
 from syncr1.engine.errors import CheckpointError
@@ -39,6 +40,29 @@ def same_bits(one: Path, other: Path) -> None:
         assert torch.equal(
             a.elements(name, 0, count).view(torch.uint8), b.elements(name, 0, count).view(torch.uint8)
         ), name
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", THREE.values(), ids=THREE)
+def test_every_name_leads_there_and_back(sizes: Sizes) -> None:
+    taken = set()
+    for name in shapes_of(sizes):
+        place = place_of(name)
+        assert place is not None, name
+        for index, ours in enumerate(place.names):
+            assert origin_of(ours) == (name, index, place.leading_axis) and ours not in taken
+            taken.add(ours)
+    assert all(rule.why for rule in RULES) and all(NO_COUNTERPART.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["aligner.layers.1.weight", "vision_model.blocks.0.norm1.weight", "lm_head.weight", ""]
+)
+def test_a_name_that_janus_does_not_have(name: str) -> None:
+    assert place_of(name) is None
+    assert origin_of(f"x.{name}") is None
 
 
 # Conversations --------------------------------------------------------------------------------------------------------

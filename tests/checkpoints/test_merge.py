@@ -19,7 +19,7 @@ from torch import Tensor
 from syncr1.engine.checkpoints import merge
 from syncr1.engine.checkpoints.merge import RECORD, MergeReport, Moments, merge_checkpoints
 from syncr1.engine.checkpoints.safetensors_stream import INDEX, SINGLE
-from syncr1.engine.errors import CheckpointError
+from syncr1.engine.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 State = dict[str, Tensor]
@@ -315,7 +315,7 @@ def test_a_base_on_the_hub(folders: list[Path], tmp_path: Path, monkeypatch: pyt
     states = [load_file(tmp_path / name / SINGLE) for name in ("named", "direct")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
     assert named.base.name == "org/w0" and named.base.sha256 == direct.base.sha256
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match="org/absent"):
         merge_checkpoints("org/absent", folders[1:], tmp_path / "out")
 
 

@@ -43,6 +43,12 @@ def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
     assert front_matter(card)["base_model_relation"] == "finetune"
 
 
+def test_a_revision_is_said_and_is_no_part_of_the_hub_s_name(tmp_path: Path) -> None:
+    card = write_model_card(tmp_path, base_model="a/base@refs/pr/1", method="CoRL", adapter=True)
+    assert front_matter(card)["base_model"] == "a/base" and "from `a/base@refs/pr/1`" in card.read_text()
+    assert 'from_pretrained("a/base", revision="refs/pr/1"' in card.read_text()
+
+
 def test_only_names_that_the_hub_has_are_in_the_front_matter(tmp_path: Path) -> None:
     """A folder as `base_model`, or a guessed licence, would be wrong on the hub's page."""
     for base in (None, tmp_path / "w0", str(tmp_path / "w0"), "runs with spaces/x"):

@@ -13,14 +13,18 @@ import pytest
 import torch
 from deepseek_janus import THREE, config_of, save_small
 from hub_files import HubFiles, hub_files
+from safetensors.torch import save_file
+from small_liquid import sharp_liquid
 
 from syncr1.engine.checkpoints.deepseek_files import RECORD
 from syncr1.engine.checkpoints.hub_cache import absent_from, fetched, snapshots
+from syncr1.engine.checkpoints.merge import merge_checkpoints
 from syncr1.engine.checkpoints.published import kept_conversion, local_checkpoint, settings_alone
 from syncr1.engine.checkpoints.weight_source import weights_in
 from syncr1.engine.errors import CheckpointError, ConfigError
-from syncr1.engine.policies.auto import policy_class
+from syncr1.engine.policies.auto import load_policy, policy_class
 from syncr1.engine.policies.janus import JanusPolicy
+from syncr1.engine.policies.liquid import LiquidPolicy
 
 
 @pytest.fixture
@@ -70,6 +74,17 @@ def test_of_several_at_once_one_converts(theirs: Path) -> None:
         made = list(pool.map(lambda _: local_checkpoint(theirs, said.append), range(3)))
     assert len(set(made)) == 1 and sum("converting it" in line for line in said) == 1
     assert sum("is kept in" in line for line in said) == 2
+
+
+def test_a_base_in_deepseeks_layout_is_merged_against(theirs: Path, tmp_path: Path) -> None:
+    """What a training that started from it left is in transformers' format, and its base is the one that was named."""
+    said: list[str] = []
+    trained = local_checkpoint(theirs, said.append)
+    report = merge_checkpoints(theirs, [trained, trained], tmp_path / "merged", "mean", say=said.append)
+    assert report.moved == (0.0, 0.0) and "is kept in" in said[-1] and not (tmp_path / "merged" / RECORD).exists()
+    merged, own = weights_in(tmp_path / "merged"), weights_in(trained)
+    assert merged.tensors == own.tensors
+    assert torch.equal(*(weights.elements("lm_head.weight", 0, 64) for weights in (merged, own)))
 
 
 def test_settings_alone_write_no_weights(theirs: Path, tmp_path: Path) -> None:
@@ -151,3 +166,29 @@ def test_half_a_download_is_told_and_gone_on_with(hub: HubFiles, monkeypatch: py
     assert absent_from(folder) == [hub.cut]
     hub.cut = ""
     assert absent_from(fetched("org/janus", lambda line: None)) == []
+
+
+def test_what_a_model_draws_with_comes_with_its_settings(hub: HubFiles, tmp_path: Path) -> None:
+    """Else a dry run would say of a repository that it cannot draw, and so would a run whose weights were there."""
+    liquid = sharp_liquid()
+    vqgan = liquid.vqmodel
+    liquid.save(tmp_path / "liquid")
+    save_file(vqgan.state_dict(), tmp_path / "liquid" / "vqgan.safetensors")
+    liquid.model.vqmodel = None
+    liquid.model.save_pretrained(tmp_path / "liquid", max_shard_size="20KB")
+    (tmp_path / "liquid" / "model.safetensors").unlink()
+    told = json.loads((tmp_path / "liquid" / "config.json").read_text())
+    (tmp_path / "liquid" / "config.json").write_text(json.dumps({**told, "vq_config": None}))
+    hub.add("org/liquid", tmp_path / "liquid")
+    assert policy_class("org/liquid@main") is LiquidPolicy
+    with settings_alone("org/liquid", lambda line: None) as folder:
+        assert not policy_class(folder).without_weights(folder).cannot_draw
+    assert not any(file.startswith("model-") for file in hub.fetched)
+    (snapshot,) = snapshots("org/liquid", "model")
+    (snapshot / "model.safetensors.index.json").unlink()
+    assert absent_from(snapshot) == ["model.safetensors"], "a VQGAN is no model"
+    hub.fetched.clear()
+    folder = fetched("org/liquid", lambda line: None)  # the weights, as another program would have left them
+    (folder / "vqgan.safetensors").unlink()
+    assert (fetched("org/liquid", lambda line: None) / "vqgan.safetensors").is_file()
+    assert not load_policy(folder).cannot_draw

@@ -38,7 +38,8 @@ from syncr1.engine.records import Prompt
 
 def sizes(folder: Path, hidden: int, layers: int, key: str = "text_config") -> Path:
     folder.mkdir()
-    config = {"model_type": "janus", key: {"hidden_size": hidden, "num_hidden_layers": layers}}
+    kind = "janus" if key == "text_config" else "multi_modality"
+    config = {"model_type": kind, key: {"hidden_size": hidden, "num_hidden_layers": layers}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -93,6 +94,9 @@ def test_benchmarks_by_their_names(name: str, known: str | None) -> None:
 def test_a_model_by_its_sizes(tmp_path: Path) -> None:
     assert model_of(str(sizes(tmp_path / "a", 2048, 24))) == JANUS_1B
     assert model_of(str(sizes(tmp_path / "b", 4096, 30, "language_config"))) == JANUS_7B
+    theirs = sizes(tmp_path / "as_published", 4096, 30, "language_config") / "config.json"
+    theirs.write_text(json.dumps({"model_type": "multi_modality", "language_config": {"num_hidden_layers": 30}}))
+    assert model_of(str(theirs.parent)) == JANUS_7B, "its hidden size is LlamaConfig's own"
     assert model_of(str(sizes(tmp_path / "c", 128, 4))) is None and model_of(str(tmp_path / "none")) is None
     assert {row.model for row in published_of("GenEval", JANUS_1B)} == {JANUS_1B, "ULM-R1"}
     assert {row.model for row in published_of("GenEval", JANUS_7B)} == {JANUS_7B}

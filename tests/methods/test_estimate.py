@@ -189,6 +189,19 @@ def test_a_dozen_lines_the_total_first(prompts: list[Prompt]) -> None:
     assert not any(len(line) > 160 for line in lines)
 
 
+def test_sampling_ahead_takes_a_second_gpu(prompts: list[Prompt]) -> None:
+    """Its steps take the longer half, and both GPUs are paid for."""
+    plain = of(config_of(), prompts)
+    ahead = of(config_of(rollout_staleness=1, importance_correction="truncate"), prompts)
+    learning = sum(ahead.hours.step[name] for name in ("score", "update", "optimizer", "between ranks"))
+    longer = max(learning, sum(ahead.hours.step.values()) - learning)
+    assert ahead.hours.seconds == pytest.approx(2 * longer) and ahead.hours.seconds < plain.hours.seconds
+    assert ahead.gpu_hours == pytest.approx(2 * ahead.hours.seconds / 3600)
+    said = "\n".join(ahead.lines())
+    assert "on 2 x H100 SXM (" in said and "one GPU draws while the other trains" in said
+    assert "draws while" not in "\n".join(plain.lines())
+
+
 @pytest.mark.parametrize(
     ("part", "more", "said"),
     [

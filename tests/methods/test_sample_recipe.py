@@ -123,7 +123,7 @@ def test_a_photo_is_answered_about_and_a_language_model_only_answers(base: Path,
     )
     (rollouts,) = run_sample(config).values()
     assert all(rollout.image is None for rollout in rollouts) and len(lines(tmp_path / "s")) == 2
-    with pytest.raises(ConfigError, match="draws none; use a Janus or Emu3"):
+    with pytest.raises(ConfigError, match="draws none; use a checkpoint that draws"):
         run_sample(
             SampleConfig(model=str(tmp_path / "language"), prompt=("a",), produce=("image",), output_dir=tmp_path)
         )

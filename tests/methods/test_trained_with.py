@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from evaluate_cases import SETTINGS, few_items, generated
 from helpers import sharp_policy
 from made import cache_folder
+from rich.console import Console
 
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.evaluate.manifest import read_manifest
 from syncr1.engine.learn.from_settings import held_out_sampling
+from syncr1.engine.methods.evaluation import parts_of
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.methods.model import Model
 from syncr1.engine.methods.resume import check_settings
-from syncr1.engine.methods.sample import prompts_of
+from syncr1.engine.methods.sample import prompts_of, run_sample
 from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.trained_with import (
@@ -111,6 +114,18 @@ def test_every_way_to_a_model_prepares_as_its_run_did(tmp_path: Path) -> None:
     )
     assert read_manifest(items)["sampling"]["picture_fit"] == "pad"
     assert read_manifest(items)["sampling"]["chat_template_kwargs"] == ["a=1"]
+
+
+def test_a_processor_that_does_not_fit_is_told_before_anything_is_drawn(tmp_path: Path) -> None:
+    odd = sharp_policy()
+    odd.processor.image_processor.size = {"height": 48, "width": 48}
+    odd.save(tmp_path / "odd")
+    asked: dict[str, Any] = {"model": str(tmp_path / "odd"), "output_dir": tmp_path / "out"}
+    with pytest.raises(ConfigError, match="picture_fit: expected"):
+        run_sample(SampleConfig(prompt=("a",), **asked))
+    with pytest.raises(ConfigError, match="picture_fit: expected"):
+        parts_of(EvaluateConfig(**asked), Console(quiet=True))
+    assert parts_of(EvaluateConfig(picture_fit="crop", **asked), Console(quiet=True))[1].picture_fit == "crop"
 
 
 def test_a_run_tells_of_concepts_where_model_and_data_are_given(tmp_path: Path) -> None:

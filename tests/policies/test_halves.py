@@ -28,7 +28,7 @@ DRAWS, ANSWERS, CHAIN = make_prompt("draw", ("image",)), make_prompt("what?", ("
         ("models/Emu3-Chat/", "text"),
         ("C:\\models\\emu3.gen", "image"),
         ("BAAI/Emu3-Gen-hf@v1.0", "image"),
-        ("/data/hub/models--BAAI--Emu3-Chat-hf/snapshots/0c5b", "text"),
+        ("~/.cache/huggingface/hub/models--BAAI--Emu3-Chat-hf/snapshots/0c5b", "text"),
         ("BAAI/Emu3-Stage1", None),
         ("runs/gen/checkpoints/last", None),
         ("emu3-gen-chat", None),

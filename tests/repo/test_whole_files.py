@@ -150,6 +150,6 @@ def test_nothing_is_named_by_a_process_number() -> None:
     """In a container it is 1, whoever asks. Here it is sent to, or compared with a process of this machine."""
     files = [path for folder in ("engine", "recipes", "kernels") for path in (ROOT / folder).rglob("*.py")]
     users = [str(path.relative_to(ROOT)) for path in files if "getpid" in path.read_text()]
-    known = {"engine/rewards/yours/worker.py", "engine/show/outcome.py"}
-    known |= {f"engine/processes/{name}.py" for name in ("lifetimes", "beside")}
+    known = {f"engine/{name}.py" for name in ("rewards/yours/worker", "processes/lifetimes", "processes/beside")}
+    known.add("engine/show/outcome.py")
     assert set(users) == known

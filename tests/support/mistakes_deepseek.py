@@ -25,11 +25,20 @@ DEEPSEEK = [
         deepseek(without_files=("preprocessor_config.json",)),
     ),
     Mistake(
-        "DeepSeek's pickles to merge",
+        "DeepSeek's pickles to merge, one missing",
         "merge.py --base m --models m m --output out",
-        "convert them first, by recipes/convert.py",
-        deepseek(),
+        "expected whole files of torch.save, got 1 of 3 shards missing",
+        deepseek(weights="missing"),
         lines=2,
+    ),
+    Mistake(
+        "a base that a later merge cannot have",
+        "corl.py --merge_base m",
+        "merge_base: expected whole files of torch.save, got 1 of 3 shards missing",
+        deepseek(weights="missing"),
+    ),
+    Mistake(
+        "a base to merge against, out of reach", "corl.py --merge_base no/where", "merge_base: expected", env=OFFLINE
     ),
     Mistake("nothing to convert", "convert.py", "model: expected a folder or a hub name, got none", lines=2),
     Mistake("a conversion over files", "convert.py --model m --output m", "got m with files", deepseek()),
