@@ -19,6 +19,8 @@ from ..policies.kinds import is_liquid_folder
 from ..show.names import INTERVALS
 from ..show.scores import Scores, measures_in, score_rows, show_change, show_interval, show_score
 from ..whole_files import write_atomically
+from .deepseek_files import is_theirs
+from .hub_cache import snapshots
 
 CARD = "README.md"
 REDACTED = "[redacted]"
@@ -197,8 +199,13 @@ def _loading(folder: Path, model_class: str, base_model: str | Path | None, adap
     revision = name.removeprefix(f"{known}@") if known and name != known else ""
     base = json.dumps(known or name) + (f", revision={json.dumps(revision)}" if revision else "")
     lines = [f"from transformers import AutoProcessor, {model_class}", ""]
+    if adapter and _in_deepseeks_layout(base_model):
+        base = '"janus"'
+        lines.insert(
+            0, f"# transformers cannot read this base; first: python recipes/convert.py --model {name} --output janus"
+        )
     if adapter:
-        lines[0] = f"from peft import PeftModel\n{lines[0]}"
+        lines[-2] = f"from peft import PeftModel\n{lines[-2]}"
         lines += [f'model = {model_class}.from_pretrained({base}, dtype="auto", use_safetensors=True)']
         lines += [f"model = PeftModel.from_pretrained(model, {own})"]
     else:
@@ -208,8 +215,18 @@ def _loading(folder: Path, model_class: str, base_model: str | Path | None, adap
     return "\n".join(["## Loading", "", "```python", *lines, "```", "", where])
 
 
+def _in_deepseeks_layout(model: str | Path | None) -> bool:
+    """Whether a folder is, or a hub name that was fetched."""
+    if model is None:
+        return False
+    folders = snapshots(str(model), "model") if _repository(model) else [Path(model)]
+    return any(is_theirs(folder) for folder in folders)
+
+
 def _model_class(folder: Path) -> str:
     """The class that wrote config.json; the one that transformers picks where it does not say."""
+    if is_theirs(folder):
+        return "JanusForConditionalGeneration"  # of what it is converted into
     try:
         names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
         name = str(names[0])

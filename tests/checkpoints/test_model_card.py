@@ -66,6 +66,15 @@ def test_a_merge_and_an_adapter_say_so(tmp_path: Path) -> None:
     matter = front_matter(card)
     assert matter["library_name"] == "peft" and matter["base_model_relation"] == "adapter"
     assert "PeftModel.from_pretrained(model, " in card.read_text()
+    assert "convert.py" not in card.read_text()
+
+
+def test_an_adapter_on_deepseeks_layout_says_how_its_base_is_converted(tmp_path: Path) -> None:
+    (tmp_path / "janus-pro").mkdir()
+    (tmp_path / "janus-pro" / "config.json").write_text('{"model_type": "multi_modality"}')
+    card = write_model_card(tmp_path, base_model=tmp_path / "janus-pro", method="CoRL", adapter=True)
+    assert "# transformers cannot read this base; first: python recipes/convert.py --model janus-pro " in code_of(card)
+    assert 'JanusForConditionalGeneration.from_pretrained("janus", dtype="auto"' in code_of(card)
 
 
 def code_of(card: Path) -> str:
