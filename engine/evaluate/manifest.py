@@ -29,7 +29,12 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 PACKAGES = ("syncr1", "torch", "transformers")
 """Whose versions may change what is generated, bit by bit."""
-LATER = (("drawing_turn", "none"), ("unconditional", "fixed"), ("picture_fit", "crop"), ("chat_template_kwargs", []))
+LATER: tuple[tuple[str, object], ...] = (
+    ("drawing_turn", "none"),
+    ("unconditional", "fixed"),
+    ("picture_fit", "crop"),
+    ("chat_template_kwargs", []),
+)
 """Settings that are not written down at these values: folders begun before there were such settings go on."""
 SAMPLED_VALUES = 4096
 """Of each weight tensor, this many values, evenly spread, go into the fingerprint."""
