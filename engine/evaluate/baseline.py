@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
+from ..checkpoints.hub_cache import split
 from ..errors import EvaluationError
 from ..whole_files import write_atomically
 from .export import GENEVAL_RESULTS
@@ -55,10 +56,20 @@ class Line(NamedTuple):
 
 def model_of(name: str) -> str | None:
     """The published model that a folder or hub name has the sizes of; None: none that is known."""
-    with suppress(OSError, ValueError):
-        settings, _ = PreTrainedConfig.get_config_dict(name)
+    sizes = _sizes_of(name)
+    return None if sizes is None else SIZES.get(sizes)
+
+
+def _sizes_of(name: str) -> tuple[int, int] | None:
+    """Hidden size and layers of the decoder, 0 where it has none; None: its settings cannot be read here."""
+    repository, revision = (name, "") if Path(name).is_dir() else split(name)
+    with suppress(OSError, ValueError, TypeError):
+        settings, _ = PreTrainedConfig.get_config_dict(repository, revision=revision or None)
         text = settings.get("text_config") or settings.get("language_config") or {}
-        return SIZES.get((int(text.get("hidden_size", 0)), int(text.get("num_hidden_layers", 0))))
+        # DeepSeek leaves out of Janus-Pro-7B's what LlamaConfig has by default.
+        usual = LlamaConfig() if settings.get("model_type") in ("janus", "multi_modality") else None
+        hidden, layers = (int(text.get(key, getattr(usual, key, 0))) for key in ("hidden_size", "num_hidden_layers"))
+        return hidden, layers
     return None
 
 
@@ -81,7 +92,8 @@ def compare(folder: Path, items: Sequence[Item], result: Result, name: str | Non
         benchmark = _benchmark(items, task, name or Path(str(manifest["data"]["source"])).stem)
         if benchmark is None:
             continue
-        ours, how = _ours(benchmark, folder, task, result)
+        images = int(manifest["data"]["items"][task]) * int(sampling.get("images_per_prompt", 1))
+        ours, how = _ours(benchmark, folder, task, result, images)
         found.append(
             Line(benchmark, ours, how, published_of(benchmark, model), _differs(benchmark, sampling, items, task))
         )
@@ -97,11 +109,13 @@ def _benchmark(items: Sequence[Item], task: str, source: str) -> str | None:
     return benchmark_named(source) or benchmark_named(task)
 
 
-def _ours(benchmark: str, folder: Path, task: str, result: Result) -> tuple[float | None, str]:
+def _ours(benchmark: str, folder: Path, task: str, result: Result, images: int) -> tuple[float | None, str]:
     if benchmark == "GenEval":
         path = folder / GENEVAL_RESULTS
         if path.is_file():
-            return geneval_score(path), f"GenEval's own scorer ({GENEVAL_RESULTS})"
+            score, scored = geneval_score(path), len(path.read_text(encoding="utf-8").splitlines())
+            some = "" if scored == images else f", which has {scored} of the folder's {images} images: run it again"
+            return score, f"GenEval's own scorer ({GENEVAL_RESULTS}{some})"
         return None, f"`--export geneval`, its scorer's `--outfile {path}`, then `--stage score --baseline` once more"
     if benchmark == "DPG-Bench":
         return None, "`--export dpg`, then its own scorer, which prints it"
@@ -164,7 +178,8 @@ def markdown(lines: Sequence[Line], model: str) -> str:
     if not lines:
         return "nothing is published of these data: scores.md has ours\n"
     known = model_of(model)
-    said = f"{model}, of the sizes of {known}" if known else f"{model}, whose sizes are those of no model in the table"
+    unknown = "settings cannot be read here" if _sizes_of(model) is None else "sizes are those of no model in the table"
+    said = f"{model}, of the sizes of {known}" if known else f"{model}, whose {unknown}"
     told = [f"{said}.", "", "| benchmark | ours | published | of | by | source |", "|---|--:|--:|---|---|---|"]
     for line in lines:
         ours = "" if line.ours is None else f"{line.ours:.3g}" if line.ours < 1.5 else f"{line.ours:.1f}"
