@@ -25,6 +25,8 @@ from syncr1.engine.reasons import reason_of
 from syncr1.engine.settings.flags import parse
 from syncr1.engine.settings.schema import Range, Rule, Settings
 
+LAYOUTS = {"transformers": "transformers'", "deepseek": "DeepSeek's"}
+
 
 def _problems(config: Any) -> list[str]:
     problems = []
@@ -83,8 +85,11 @@ def run(config: ConvertConfig) -> None:
     base = None if config.base is None else published_folder(config.base, _say)
     to = kind_of_checkpoint(source)
     if config.to not in (None, to):
-        raise ConfigError(f"to: expected {to}, as {config.model} is in the other layout, got {config.to}; leave it out")
-    print(f"syncr1: converting {config.model} into {to}'s layout ...", flush=True)
+        raise ConfigError(
+            f"to: expected {to}, got {config.to}, whose layout {config.model} has already; use it as it is, or leave "
+            "--to out for the other one"
+        )
+    print(f"syncr1: converting {config.model} into {LAYOUTS[to]} layout ...", flush=True)
     try:
         done: Conversion = convert(
             source,

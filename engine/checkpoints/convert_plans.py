@@ -238,6 +238,9 @@ def write_theirs(folder: Path, config: JanusConfig, origin: Path | None, dtype: 
     (draft / "config.json").write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     tower = config.vision_config
     lost = processor_to_theirs(processor, draft, (tower.image_size // tower.patch_size) ** 2)
+    if origin is not None:
+        where = f"{KEPT}/" if origin.name == KEPT else "the base"
+        lost.append(f"settings files of {where}: another model's sizes or vocabulary; they are made anew")
     params = made["vision_config"]["params"], made["gen_vision_config"]["cls"]
     if "width" in params[0] or params[1] != "VQ-16":
         lost.append("sizes: DeepSeek's code builds its vision tower and VQ model at sizes that it knows by name alone")

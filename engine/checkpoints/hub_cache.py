@@ -128,6 +128,7 @@ def settings_fetched(name: str, *, drawing: bool = False) -> Path:
 def _get(name: str, patterns: Iterable[str]) -> Path:
     """Fetches what is not in the cache of the files that match."""
     repository, revision = split(name)
+    _check_name(name, repository)
     with reading("model", name):
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils import disable_progress_bars, logging
@@ -136,3 +137,16 @@ def _get(name: str, patterns: Iterable[str]) -> Path:
         logging.set_verbosity_error()  # it warns of each try anew; what fails in the end is told in a line
 
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
+
+
+def _check_name(name: str, repository: str) -> None:
+    """ConfigError where no repository can be called so: it was meant as a path."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        is_file = Path(name).is_file()
+        what = "a file; name the folder that it is in" if is_file else "which is not a folder; correct it"
+        raise ConfigError(f"model: expected a checkpoint folder or a hub name, got {name}, {what}") from None

@@ -20,7 +20,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 from transformers import PreTrainedConfig
 
-from ..checkpoints.deepseek_config import LLAMA, THEIRS
+from ..checkpoints.deepseek_config import LLAMA, OURS, THEIRS
 from ..checkpoints.hub_cache import split
 from ..errors import EvaluationError
 from ..whole_files import write_atomically
@@ -57,12 +57,19 @@ class Line(NamedTuple):
 
 def model_of(name: str) -> str | None:
     """The published model whose sizes a folder has, or a hub name in the hub's cache; None: none that is known."""
+    sizes = _sizes_of(name)
+    return None if sizes is None else SIZES.get(sizes)
+
+
+def _sizes_of(name: str) -> tuple[int, int] | None:
+    """Hidden size and layers of the decoder, 0 where it has none; None: its settings cannot be read here."""
     repository, revision = (name, "") if Path(name).is_dir() else split(name)
-    with suppress(OSError, ValueError):  # it was loaded to be evaluated, so that nothing need be fetched
+    with suppress(OSError, ValueError, TypeError):  # it was loaded to be evaluated, so that nothing need be fetched
         settings, _ = PreTrainedConfig.get_config_dict(repository, revision=revision or None, local_files_only=True)
-        theirs = settings.get("model_type") == THEIRS  # whose 7B leaves out what LlamaConfig has by default
-        text = {**LLAMA, **settings.get("language_config", {})} if theirs else settings.get("text_config") or {}
-        return SIZES.get((int(text.get("hidden_size", 0)), int(text.get("num_hidden_layers", 0))))
+        text = settings.get("text_config") or settings.get("language_config") or {}
+        if settings.get("model_type") in (OURS, THEIRS):  # of the 7B is left out what LlamaConfig has by default
+            text = {**LLAMA, **text}
+        return int(text.get("hidden_size", 0)), int(text.get("num_hidden_layers", 0))
     return None
 
 
@@ -85,7 +92,8 @@ def compare(folder: Path, items: Sequence[Item], result: Result, name: str | Non
         benchmark = _benchmark(items, task, name or Path(str(manifest["data"]["source"])).stem)
         if benchmark is None:
             continue
-        ours, how = _ours(benchmark, folder, task, result)
+        images = int(manifest["data"]["items"][task]) * int(sampling.get("images_per_prompt", 1))
+        ours, how = _ours(benchmark, folder, task, result, images)
         found.append(
             Line(benchmark, ours, how, published_of(benchmark, model), _differs(benchmark, sampling, items, task))
         )
@@ -101,11 +109,13 @@ def _benchmark(items: Sequence[Item], task: str, source: str) -> str | None:
     return benchmark_named(source) or benchmark_named(task)
 
 
-def _ours(benchmark: str, folder: Path, task: str, result: Result) -> tuple[float | None, str]:
+def _ours(benchmark: str, folder: Path, task: str, result: Result, images: int) -> tuple[float | None, str]:
     if benchmark == "GenEval":
         path = folder / GENEVAL_RESULTS
         if path.is_file():
-            return geneval_score(path), f"GenEval's own scorer ({GENEVAL_RESULTS})"
+            score, scored = geneval_score(path), len(path.read_text(encoding="utf-8").splitlines())
+            some = "" if scored == images else f", which has {scored} of the folder's {images} images: run it again"
+            return score, f"GenEval's own scorer ({GENEVAL_RESULTS}{some})"
         return None, f"`--export geneval`, its scorer's `--outfile {path}`, then `--stage score --baseline` once more"
     if benchmark == "DPG-Bench":
         return None, "`--export dpg`, then its own scorer, which prints it"
@@ -168,7 +178,8 @@ def markdown(lines: Sequence[Line], model: str) -> str:
     if not lines:
         return "nothing is published of these data: scores.md has ours\n"
     known = model_of(model)
-    said = f"{model}, of the sizes of {known}" if known else f"{model}, whose sizes are those of no model in the table"
+    unknown = "settings cannot be read here" if _sizes_of(model) is None else "sizes are those of no model in the table"
+    said = f"{model}, of the sizes of {known}" if known else f"{model}, whose {unknown}"
     told = [f"{said}.", "", "| benchmark | ours | published | of | by | source |", "|---|--:|--:|---|---|---|"]
     for line in lines:
         ours = "" if line.ours is None else f"{line.ours:.3g}" if line.ours < 1.5 else f"{line.ours:.1f}"

@@ -29,7 +29,12 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 PACKAGES = ("syncr1", "torch", "transformers")
 """Whose versions may change what is generated, bit by bit."""
-LATER = (("drawing_turn", "none"), ("unconditional", "fixed"), ("picture_fit", "crop"), ("chat_template_kwargs", ()))
+LATER: tuple[tuple[str, object], ...] = (
+    ("drawing_turn", "none"),
+    ("unconditional", "fixed"),
+    ("picture_fit", "crop"),
+    ("chat_template_kwargs", []),
+)
 """Settings that are not written down at these values: folders begun before there were such settings go on."""
 SAMPLED_VALUES = 4096
 """Of each weight tensor, this many values, evenly spread, go into the fingerprint."""
@@ -71,13 +76,18 @@ def describe(
             "fingerprint": prompts_fingerprint([prompt for task in items for prompt in items[task]]),
             "items": {task: len(prompts) for task, prompts in items.items()},
         },
-        "sampling": {k: v for k, v in asdict(settings).items() if (k, v) not in LATER},
+        "sampling": {k: v for k, v in _as_json(asdict(settings)).items() if (k, v) not in LATER},
         "versions": {
             **{name: _version(name) for name in PACKAGES},
             "device": parameter.device.type,
             "dtype": str(parameter.dtype).removeprefix("torch."),
         },
     }
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as a manifest that is read again has them: a tuple is a list there, and would differ from itself."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _version(package: str) -> str:
@@ -131,7 +141,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """What differs, one line each: `sampling.seed: 3407 then, 1 now`.  Names and paths do not count, contents do."""
     told = {"model.fingerprint": "model.name", "data.fingerprint": "data.source"}
-    old, new = dict(_flat(before)), dict(_flat(now))
+    unsaid = {f"sampling.{name}": value for name, value in LATER}
+    old, new = (unsaid | dict(_flat(side)) for side in (before, now))
     for name in dict.fromkeys([*old, *new]):
         if name in told.values() or old.get(name) == new.get(name):
             continue

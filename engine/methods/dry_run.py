@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -160,9 +161,30 @@ def shown(value: object) -> str:
 
 def nothing_trained(say: Callable[[str], None] = print) -> None:
     """The last line: what this was, and the command that trains."""
-    words = [word for word in sys.argv if word not in ("--dry_run", "--dry-run")]
+    words = _without_the_flag(sys.argv)
     flag = [] if len(words) < len(sys.argv) else ["--no_dry_run"]  # a file for --config asks for it
-    say(f"this was a dry run: nothing was trained; to train: {shlex.join(['python', *words, *flag])}")
+    say(f"this was a dry run: nothing was trained; to train: {shlex.join([_interpreter(), *words, *flag])}")
+
+
+def _without_the_flag(words: Sequence[str]) -> list[str]:
+    """The words but `--dry_run`, `--dry-run`, `--dry_run=yes` and `--dry_run yes`, as the flags' reader takes them."""
+    kept, pending = [], list(words)
+    while pending:
+        word = pending.pop(0)
+        name, equals, _ = word.partition("=")
+        if name.replace("-", "_") not in ("__dry_run", "__no_dry_run"):
+            kept.append(word)
+        elif not equals and pending and not pending[0].startswith("--"):
+            pending.pop(0)
+    return kept
+
+
+def _interpreter() -> str:
+    """This Python as a shell finds it from here: another has none of what is installed."""
+    here, found = Path(sys.executable), shutil.which("python")
+    if found is not None and Path(found).absolute() == here:
+        return "python"
+    return str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here)
 
 
 def try_own_rewards(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], say: Callable[[str], None]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -225,6 +225,12 @@ def test_what_was_trained_takes_the_rest_from_its_base_or_has_zeros(ours: Path, 
     assert len(done.zeros) == 14 and any("sizes" in line for line in done.lost)
     based = convert(tmp_path / "trained", tmp_path / "based", base=ours.parent / "theirs")
     assert based.zeros == () and based.lost == ()
+    save_small(tmp_path / "other", replace(THREE["pro_1b"], layers=3))
+    wrong = convert(tmp_path / "trained", tmp_path / "on_another", base=tmp_path / "other")
+    assert wrong.lost[0].startswith("settings files of the base: another model's sizes"), "the wrong size is named"
+    assert (
+        json.loads((tmp_path / "on_another" / "config.json").read_text())["language_config"]["num_hidden_layers"] == 2
+    )
     before, after = weights_in(ours.parent / "theirs"), weights_in(tmp_path / "based")
     plain = weights_in(tmp_path / "plain")
     assert before.tensors == after.tensors and set(plain.tensors) == set(after.tensors)

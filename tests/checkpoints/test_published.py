@@ -157,6 +157,22 @@ def test_what_cannot_be_fetched_is_a_line(hub: HubFiles, theirs: Path, name: str
     assert name != "org/pickles" or not any(file.endswith(".bin") for file in hub.fetched)
 
 
+@pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c", "../janus", "@main", "file.json"])
+def test_a_path_that_is_no_folder_is_told_as_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No repository is called so, and nothing is to be fetched again."""
+    monkeypatch.chdir(tmp_path)
+    Path("file.json").touch()
+    given = str(tmp_path / name) if name == "file.json" else name
+    remedy = "a file; name the folder that it is in" if name == "file.json" else "which is not a folder; correct it"
+    told = f"model: expected a checkpoint folder or a hub name, got {given}, {remedy}"
+    with pytest.raises(ConfigError) as refused:
+        local_checkpoint(given, lambda line: None)
+    assert str(refused.value) == told
+    with pytest.raises(ConfigError) as refused, settings_alone(given, lambda line: None):
+        pass
+    assert str(refused.value) == told
+
+
 def test_half_a_download_is_told_and_gone_on_with(hub: HubFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     hub.cut = "pytorch_model-00002-of-00003.bin"

@@ -98,9 +98,26 @@ def test_a_model_by_its_sizes(tmp_path: Path) -> None:
     theirs.write_text(json.dumps({"model_type": "multi_modality", "language_config": {"num_hidden_layers": 30}}))
     assert model_of(str(theirs.parent)) == JANUS_7B, "its hidden size is LlamaConfig's own"
     assert model_of(str(sizes(tmp_path / "c", 128, 4))) is None and model_of(str(tmp_path / "none")) is None
+    theirs = sizes(tmp_path / "d", 4096, 30, "language_config") / "config.json"
+    left_out = {"model_type": "multi_modality", "language_config": {"model_type": "llama", "num_hidden_layers": 30}}
+    theirs.write_text(json.dumps(left_out))
+    assert model_of(str(theirs.parent)) == JANUS_7B, "as DeepSeek publishes it, without the hidden size"
     assert {row.model for row in published_of("GenEval", JANUS_1B)} == {JANUS_1B, "ULM-R1"}
     assert {row.model for row in published_of("GenEval", JANUS_7B)} == {JANUS_7B}
     assert len(published_of("GenEval", None)) > 3
+
+
+def test_a_model_by_its_revision_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`org/name@revision`, as --model takes it, from the hub's cache."""
+    home = tmp_path / "hub" / "models--org--name"
+    (home / "snapshots").mkdir(parents=True)
+    (home / "refs").mkdir()
+    sizes(home / "snapshots" / ("a" * 40), 2048, 24)
+    (home / "refs" / "tuned").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert model_of("org/name@tuned") == JANUS_1B
 
 
 # A folder -------------------------------------------------------------------------------------------------------------
@@ -123,6 +140,9 @@ def test_geneval_as_its_own_scorer_counts(tmp_path: Path) -> None:
     assert (folder / "baseline.md").read_text() == text
     assert "of the sizes of Janus-Pro-1B" in text
     assert "| GenEval | 0.625 | 0.73 | Janus-Pro-1B | authors | [J] by [C], [237] |" in text
+    assert (
+        f"(geneval_results.jsonl, which has 6 of the folder's {4 * len(items['geneval'])} images: run it again)" in text
+    )
     assert "14% below the published 0.73; measured otherwise: cfg_weight is 1.5" in text
     assert "- [210] https://github.com/deepseek-ai/Janus/issues/210" in text and "[V794]" not in text
 

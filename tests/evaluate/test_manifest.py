@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
@@ -15,7 +16,9 @@ from syncr1.engine.errors import EvaluationError
 from syncr1.engine.evaluate.manifest import (
     MANIFEST,
     SAMPLED_VALUES,
+    Settings,
     claim,
+    describe,
     differences,
     prompts_fingerprint,
     read_manifest,
@@ -61,6 +64,20 @@ def test_differences_name_added_and_removed_settings() -> None:
         "a.d: None then, 3 now",
     ]
     assert list(differences(BEGUN, BEGUN)) == []
+
+
+@pytest.mark.parametrize("kwargs", [(), ("date_string=26 Jul 2024", "enable_thinking=false")])
+@pytest.mark.parametrize("fit", ["processor", "crop"])
+def test_a_folder_goes_on_with_every_kind_of_setting(kwargs: tuple[str, ...], fit: Any, tmp_path: Path) -> None:
+    """A manifest that was read again equals the one it was written from: JSON has no tuples."""
+    policy, items = torch.nn.Linear(2, 2), {"qa": [ASKED]}
+    settings = Settings(chat_template_kwargs=kwargs, picture_fit=fit)
+    assert claim(tmp_path, describe(policy, "a", items, "b", settings)) is False  # type: ignore[arg-type]
+    assert claim(tmp_path, describe(policy, "a", items, "b", settings)) is True  # type: ignore[arg-type]
+    other = replace(settings, chat_template_kwargs=("x=1",), picture_fit="pad")
+    with pytest.raises(EvaluationError, match=rf"sampling\.picture_fit: {fit} then, pad now") as raised:
+        claim(tmp_path, describe(policy, "a", items, "b", other))  # type: ignore[arg-type]
+    assert f"chat_template_kwargs: {list(kwargs)} then, ['x=1'] now" in str(raised.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

@@ -57,9 +57,10 @@ def test_a_run_from_deepseeks_layout_and_back(tmp_path: Path) -> None:
 def test_flags_to_a_folder_and_what_is_said(tmp_path: Path) -> None:
     save_small(tmp_path / "janus")
     there = run(tmp_path, "convert.py", "--model", "janus", "--output", "ours", "--to", "transformers")
+    assert "converting janus into transformers' layout" in there
     assert "282 tensors, 0.00 GB in 1 file, bit for bit" in there and "attn_pool (13)" in there
     assert "no counterpart: processor_config.json: mask_prompt and ignore_id" in there
     back = run(tmp_path, "convert.py", "--model", "ours", "--output", "theirs", "--max_shard_gb", "0.001")
-    assert "288 tensors" in back and "written as zeros" not in back
+    assert "into DeepSeek's layout" in back and "288 tensors" in back and "written as zeros" not in back
     record = json.loads((tmp_path / "theirs" / RECORD).read_text())
     assert record["to"] == "deepseek" and len(record["written"]) > 3 and list(record["read"]) == ["model.safetensors"]

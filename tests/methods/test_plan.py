@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 from recipe_cases import leaks, recipe_here, started
 
 from syncr1.engine.errors import ConfigError, PictureError
-from syncr1.engine.methods.dry_run import check_batch, policy_without_weights, show
+from syncr1.engine.methods.dry_run import check_batch, nothing_trained, policy_without_weights, show
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.policies.auto import load_policy
 
@@ -91,13 +92,40 @@ def test_what_would_stop_the_run_stops_the_plan() -> None:
         show(SyncR1Config(), refuse, lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        (["--dry_run", "--seed", "1"], ["--seed", "1"]),
+        (["--dry-run", "true", "--seed", "1"], ["--seed", "1"]),
+        (["--dry_run=yes", "--chat_template_kwargs", "day=26 Jul"], ["--chat_template_kwargs", "day=26 Jul"]),
+        (["--seed", "1", "--dry_run", "1"], ["--seed", "1"]),
+        (["--config", "mine.yaml"], ["--config", "mine.yaml", "--no_dry_run"]),
+    ],
+)
+def test_the_last_line_is_the_command_that_trains(
+    given: list[str], left: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the flag was written, none of it stays; and the command starts this Python, not whichever is found."""
+    lines: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["recipes/sync_r1.py", *given])
+    monkeypatch.setattr(sys, "executable", str(Path.cwd() / "env/bin/python"))
+    nothing_trained(lines.append)
+    assert shlex.split(lines[0].partition("to train: ")[2]) == ["env/bin/python", "recipes/sync_r1.py", *left]
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    nothing_trained(lines.append)
+    assert shlex.split(lines[1].partition("to train: ")[2])[0] == "python"
+
+
 @pytest.mark.slow
 def test_dry_run_of_the_recipe_needs_less_than_a_minute(tmp_path: Path) -> None:
     """Of which importing torch and the rest takes no ten seconds; nothing is written, and no secret is said."""
     flags = ["--nodes", 4, "--zero_stage", 2, "--judge_key_env", "JUDGE_KEY", "--output_dir", tmp_path / "run"]
     out, seconds = started(cache_folder(), "sync_r1.py", "--dry_run", *flags)
     assert seconds < 50
-    assert out.rstrip().splitlines()[-1].startswith("this was a dry run: nothing was trained; to train: python ")
+    last = out.rstrip().splitlines()[-1]
+    assert re.match(r"this was a dry run: nothing was trained; to train: \S*python\S* \S*sync_r1\.py --nodes 4 ", last)
     for words in (
         "zero_stage: 2",
         "plan: 4 nodes, 4 ranks",

@@ -100,7 +100,7 @@ DEEPSEEK = [
     Mistake(
         "a layout that it is in",
         "convert.py --model m --output out --to deepseek",
-        "to: expected transformers",
+        "to: expected transformers, got deepseek, whose layout m has already; use it as it is",
         deepseek(),
         needs_torch=True,
     ),
