@@ -66,6 +66,26 @@ THREE = {
     ),
 }
 """In miniature: one head size, grouped keys, a tower that loses its last layer and a VQ model of another depth."""
+PRO_7B = Sizes(
+    hidden=4096,
+    intermediate=11008,
+    layers=30,
+    heads=32,
+    kv_heads=32,
+    vocabulary=102_400,
+    width=1024,
+    vision_layers=24,
+    vision_heads=16,
+    mlp_ratio=4.0,
+    patch=16,
+    image_size=384,
+    ch=128,
+    num_res_blocks=2,
+    z_channels=256,
+    codes=16_384,
+    ch_mult=(1, 1, 2, 2, 4),
+)
+"""As published."""
 
 
 def config_of(sizes: Sizes, dtype: str = "float32") -> dict[str, Any]:
@@ -269,6 +289,14 @@ def save_small(
     Args:
         weights: `bin`, `safetensors`, or either with `_shards` behind it.
     """
+    save_settings(folder, sizes, dtype)
+    tensors = tensors_of(sizes, dtype, seed)
+    save_weights(folder, tensors, weights)
+    return tensors
+
+
+def save_settings(folder: Path, sizes: Sizes, dtype: torch.dtype = torch.float32) -> None:
+    """Configuration, processor and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(sizes, str(dtype).removeprefix("torch."))
     picture = {"image_processor_type": "VLMImageProcessor", "processor_class": "VLChatProcessor"}
@@ -286,9 +314,20 @@ def save_small(
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False))
     tokenizer_of(sizes).save(str(folder / "tokenizer.json"))
-    tensors = tensors_of(sizes, dtype, seed)
-    save_weights(folder, tensors, weights)
-    return tensors
+
+
+def save_holes(folder: Path, sizes: Sizes) -> int:
+    """Weights in bfloat16 that are zeros and take no room: a safetensors file of one hole; returns its bytes."""
+    header, end = {}, 0
+    for name, shape in shapes_of(sizes).items():
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
 
 
 def save_weights(folder: Path, tensors: dict[str, Tensor], weights: str) -> None:
