@@ -61,7 +61,9 @@ def settings_alone(name: str | Path, say: Say) -> Iterator[str | Path]:
     names = weight_names(folder)
     if names and all((folder / file).is_file() for file in names):
         plan_of(folder)
-    say(f"{name} is in DeepSeek's layout: a run converts it once, into {cache_dir() / HOME}")
+    kept = kept_conversion(folder)
+    told = f"a run converts it once, into {cache_dir() / HOME}" if kept is None else f"its conversion is kept in {kept}"
+    say(f"{name} is in DeepSeek's layout: {told}")
     with tempfile.TemporaryDirectory() as draft:
         write_ours(folder, ours_of(folder), Path(draft))
         yield Path(draft)

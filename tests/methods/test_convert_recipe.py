@@ -39,6 +39,7 @@ def test_a_run_from_deepseeks_layout_and_back(tmp_path: Path) -> None:
     said = run(tmp_path, "sync_r1.py", *flags, "--output_dir", "run")
     assert "converting it to transformers', once" in said and "step 1/1" in said
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "its conversion is kept in" in run(tmp_path, "sync_r1.py", *flags, "--output_dir", "run", "--dry_run")
     assert "model: janus" in (tmp_path / "run" / "config.yaml").read_text(), "not a place in the cache"
     told = run(tmp_path, "convert.py", "--model", "run/checkpoints/last", "--base", "janus", "--output", "back")
     assert f"{len(before)} tensors" in told and "saved back in" in told
