@@ -296,8 +296,10 @@ def _add_image(work: StepWork, u: Unit, line: Line, G: int, assumed: Assumed) ->
     work.image.add(0, u.image_embedding * G * (fed + again * early))
     if assumed.likely and early:
         rest, times = line.image - 1 - early, G * assumed.tries
-        multiplied = (u.token + u.image_embedding) * rest + u.head["image"] * (rest + 1)
-        work.image.add(times * rest, times * (multiplied + u.pair * _seen(base + early, rest)))
+        for behind in (base, line.free) if line.free else (base,):
+            multiplied = (u.token + u.image_embedding) * rest + u.pair * _seen(behind + early, rest)
+            work.image.add(times * rest, times * multiplied)
+        work.image.add(0, times * u.head["image"] * (rest + 1))
     work.draw.add(0, u.draw * G * (1 + assumed.tries * (early > 0)))
     work.sampled["image"] += G * line.image
     work.drawn[0] += G * (line.image + again * early)
