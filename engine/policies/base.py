@@ -161,6 +161,10 @@ class Policy(nn.Module, ABC):
         """A user's words without structural tokens, as every prompt holds them."""
         return escape_control_tokens(words, self.tokenizer, self.control)
 
+    def without_bos(self, ids: Tensor) -> Tensor:
+        """[L] int64 ids of a turn that others stand before: BOS is theirs."""
+        return ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
+
     # What may be asked of it ------------------------------------------------------------------------------------------
 
     @property

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from transformers import ChameleonForConditionalGeneration, ChameleonProcessor
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
-from .chat_turns import later_turn, render
+from .chat_turns import follow_up_of, later_turn, render, text_part, user_turn
 from .kinds import called
 from .one_table import OneTablePolicy
 from .probe import check_decoder
@@ -132,19 +132,10 @@ class ChameleonPolicy(OneTablePolicy):
         return re.sub(f"{CODE_PART}(?={CODE_PART})", f"{CODE_PART} ", super().escape(words))
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
-        turn = self._turn(prompt.text, shows_image=prompt.image is not None)
+        turn = user_turn(self.escape(prompt.text), shows_image=prompt.image is not None)
         if self.processor.chat_template is None:
             return self._behind_bos(self._expanded(self._bare(turn)))
         return self._behind_bos(self._expanded(render(self.processor, [turn], self.template_kwargs)))
-
-    def _turn(self, words: str, *, shows_image: bool) -> dict[str, Any]:
-        """A user's turn, an image before the words if there is one."""
-        shown = [{"type": "image"}] if shows_image else []
-        return {"role": "user", "content": [*shown, *self._content(self.escape(words))]}
-
-    @staticmethod
-    def _content(words: str) -> list[dict[str, str]]:
-        return [{"type": "text", "text": words}]
 
     def _bare(self, turn: dict[str, Any]) -> str:
         """A turn as the processor has it: the image, the words, and what separates turns."""
@@ -159,12 +150,12 @@ class ChameleonPolicy(OneTablePolicy):
 
     def _later(self, words: str) -> Tensor:
         """[L] int64: a turn behind an answer."""
-        turn = self._turn(words, shows_image=False)
+        turn = user_turn(self.escape(words), shows_image=False)
         if self.processor.chat_template is None:
-            return self._without_bos(self._expanded(self._bare(turn)))
+            return self.without_bos(self._expanded(self._bare(turn)))
         ends = self.tokenizer.convert_ids_to_tokens(sorted(self.end_tokens))
-        text = later_turn(self.processor, self._content, turn, self.template_kwargs, ends)
-        return self._without_bos(self._expanded(text))
+        text = later_turn(self.processor, text_part, turn, self.template_kwargs, ends)
+        return self.without_bos(self._expanded(text))
 
     def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
         ids = self._later(text)
@@ -172,11 +163,7 @@ class ChameleonPolicy(OneTablePolicy):
 
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
         """The drawn image is closed and not shown again: Chameleon understands the very tokens that it drew."""
-        if prompt.follow_up is None:
-            raise DataError(
-                f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
-            )
-        ids = self._later(prompt.follow_up)
+        ids = self._later(follow_up_of(prompt))
         return torch.cat([ids.new_tensor([self.image_end, *self.text_tokens("").tolist()]), ids])
 
     def image_slots(self, tokens: Tensor) -> Tensor:

@@ -9,10 +9,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
+from ..records import Prompt
 
 ANSWER = "xyzzyanswer"
 """Stands for the policy's answer where a later turn is rendered; a word that no template writes."""
+
+
+def text_part(words: str) -> list[dict[str, str]]:
+    """A turn's content that is words alone, as processors' templates read it."""
+    return [{"type": "text", "text": words}]
+
+
+def user_turn(words: str, *, shows_image: bool) -> dict[str, Any]:
+    """A user's turn for a processor's template, an image before the words if there is one."""
+    shown = [{"type": "image"}] if shows_image else []
+    return {"role": "user", "content": [*shown, *text_part(words)]}
+
+
+def follow_up_of(prompt: Prompt) -> str:
+    """The question about the image that was drawn; DataError where the prompt has none."""
+    if prompt.follow_up is None:
+        raise DataError(
+            f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
+        )
+    return prompt.follow_up
 
 
 def render(owner: Any, turns: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any], *, opens: bool = True) -> str:

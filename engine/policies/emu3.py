@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Emu3ForConditionalGeneration, Emu3Processor
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..pictures import Fit
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
-from .chat_turns import later_turn, render
+from .chat_turns import follow_up_of, later_turn, render, text_part, user_turn
 from .halves import half_of, remarks_on_half
 from .picture_fit import Whole, background_of, fit_of
 from .probe import check_decoder
@@ -152,22 +152,10 @@ class Emu3Policy(Policy):
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
         """[L] int64: what is drawn from words alone is asked for bare, as Emu3 learnt it; all else is a user's turn."""
         bare = prompt.image is None and prompt.segments[0] == "image"
-        turn = self._turn(prompt.text, shows_image=prompt.image is not None)
+        turn = user_turn(self.escape(prompt.text), shows_image=prompt.image is not None)
         text = self.escape(prompt.text) if bare else render(self.processor, [turn], self.template_kwargs)
         bos = self.tokenizer.bos_token  # what the processor puts before a text that has none
         return self._encoded(text if text.startswith(bos) else f"{bos}{text}")
-
-    def _without_bos(self, ids: Tensor) -> Tensor:
-        return ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
-
-    def _turn(self, words: str, *, shows_image: bool) -> dict[str, object]:
-        """A user's turn, an image before the words if there is one."""
-        shown = [{"type": "image"}] if shows_image else []
-        return {"role": "user", "content": [*shown, *self._content(self.escape(words))]}
-
-    @staticmethod
-    def _content(words: str) -> list[dict[str, str]]:
-        return [{"type": "text", "text": words}]
 
     def _encoded(self, text: str) -> Tensor:
         """[L] int64, an image's placeholder framed and repeated for each of its places."""
@@ -181,20 +169,14 @@ class Emu3Policy(Policy):
 
     def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
         """[L] int64: bare, as Emu3 learnt to be asked for images; see `prompt_tokens`."""
-        ids = self._without_bos(self.encode(self.escape(text)))
+        ids = self.without_bos(self.encode(self.escape(text)))
         return torch.cat([ids, ids.new_tensor([self.image_start])])
 
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
         """The drawn image is closed and not shown again: Emu3 understands the very tokens that it drew."""
-        if prompt.follow_up is None:
-            raise DataError(
-                f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
-            )
-        tokenizer, turn = self.tokenizer, self._turn(prompt.follow_up, shows_image=False)
+        tokenizer, turn = self.tokenizer, user_turn(self.escape(follow_up_of(prompt)), shows_image=False)
         ends = tokenizer.convert_ids_to_tokens(sorted(self.end_tokens))
-        ids = self._without_bos(
-            self._encoded(later_turn(self.processor, self._content, turn, self.template_kwargs, ends))
-        )
+        ids = self.without_bos(self._encoded(later_turn(self.processor, text_part, turn, self.template_kwargs, ends)))
         closing = [tokenizer.eof_token_id, tokenizer.eoi_token_id, *self.text_tokens("").tolist()]
         return torch.cat([ids.new_tensor(closing), ids])
 

@@ -18,12 +18,11 @@ from torch.nn.functional import normalize
 from transformers import AutoProcessor, JanusForConditionalGeneration
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
-from ..errors import DataError
 from ..pictures import MemoryImage
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
-from .chat_turns import later_turn, render
+from .chat_turns import follow_up_of, later_turn, render, text_part, user_turn
 from .probe import check_decoder
 from .tokens import ids_of, never_sampled
 
@@ -89,7 +88,8 @@ class JanusPolicy(Policy):
         Where the answer is a text it begins with the default system prompt, if the checkpoint has that; where an image
         is drawn at once (`generation_mode="image"`) it does not, and `image_start`, which follows, is not in it.
         """
-        text = self._expanded(render(self.processor, [self._turn(prompt.text, prompt.image)], self.template_kwargs))
+        turn = user_turn(self.escape(prompt.text), shows_image=prompt.image is not None)
+        text = self._expanded(render(self.processor, [turn], self.template_kwargs))
         bos = self.tokenizer.bos_token
         # As transformers' own: a template that writes BOS has it once, wherever the system prompt puts it.
         adds = bos is None or not text.startswith(bos)
@@ -105,28 +105,15 @@ class JanusPolicy(Policy):
 
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
         """The drawn image is closed and shown again: Janus understands through its vision tower, not its VQ codes."""
-        if prompt.follow_up is None:
-            raise DataError(
-                f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
-            )
-        ids = self._later(prompt.follow_up, shows_image=True)
+        ids = self._later(follow_up_of(prompt), shows_image=True)
         return torch.cat([ids.new_tensor([self._end_of_image, *self.text_tokens("").tolist()]), ids])
 
     def _later(self, words: str, *, shows_image: bool) -> Tensor:
         """[L] int64: a turn behind an answer: no second BOS, and no second system prompt."""
         ends = self.tokenizer.convert_ids_to_tokens(sorted(self.end_tokens))
-        turn = self._turn(words, shows_image or None)
-        ids = self.encode(self._expanded(later_turn(self.processor, self._content, turn, self.template_kwargs, ends)))
-        return ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
-
-    def _turn(self, words: str, image: object) -> dict[str, object]:
-        """A user's turn, an image before the words if there is one."""
-        shown = [] if image is None else [{"type": "image"}]
-        return {"role": "user", "content": [*shown, *self._content(self.escape(words))]}
-
-    @staticmethod
-    def _content(words: str) -> list[dict[str, str]]:
-        return [{"type": "text", "text": words}]
+        turn = user_turn(self.escape(words), shows_image=shows_image)
+        text = later_turn(self.processor, text_part, turn, self.template_kwargs, ends)
+        return self.without_bos(self.encode(self._expanded(text)))
 
     def _expanded(self, text: str) -> str:
         """One placeholder for each of an image's places, between the tokens that begin and end it."""

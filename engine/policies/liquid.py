@@ -25,12 +25,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, PreTrainedModel
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..pictures import Fit, to_tensor
 from ..records import Prompt, SegmentKind
 from .base import Head
 from .causal_lm import CausalLMPolicy
-from .chat_turns import later_turn, render
+from .chat_turns import follow_up_of, later_turn, render
 from .kinds import LIQUID_TOKENS
 from .one_table import OneTablePolicy
 from .picture_fit import Normalisation, fit_of
@@ -153,7 +153,7 @@ class LiquidPolicy(OneTablePolicy, CausalLMPolicy):
         start, end, _ = LIQUID_TOKENS
         words = self.escape(words)
         words = f"{start}{end}\n{words}" if shows_image else words
-        ids = self._without_bos(self.encode(self._turn(words, later=later)))
+        ids = self.without_bos(self.encode(self._turn(words, later=later)))
         if not shows_image:
             return ids
         behind = int((ids == self.image_start).nonzero()[0, 0]) + 1
@@ -170,16 +170,12 @@ class LiquidPolicy(OneTablePolicy, CausalLMPolicy):
 
     def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
         """[L] int64: bare, as Liquid learnt to be asked for images."""
-        ids = self._without_bos(self._asking(text))
+        ids = self.without_bos(self._asking(text))
         return torch.cat([ids, ids.new_tensor([self.image_start])])
 
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
         """The drawn image is closed and not shown again: Liquid understands the very tokens that it drew."""
-        if prompt.follow_up is None:
-            raise DataError(
-                f"prompt {prompt.id}: expected a follow_up question before text after the image, got none; add one"
-            )
-        ids = self._answering(prompt.follow_up, shows_image=False, later=True)
+        ids = self._answering(follow_up_of(prompt), shows_image=False, later=True)
         return torch.cat([ids.new_tensor([self.image_end, self.tokenizer.eos_token_id]), ids])
 
     def image_slots(self, tokens: Tensor) -> Tensor:

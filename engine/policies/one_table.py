@@ -96,9 +96,6 @@ class OneTablePolicy(Policy):
         bos = int(self.tokenizer.bos_token_id)
         return ids if ids.numel() and int(ids[0]) == bos else torch.cat([ids.new_tensor([bos]), ids])
 
-    def _without_bos(self, ids: Tensor) -> Tensor:
-        return ids[1:] if ids.numel() and int(ids[0]) == self.tokenizer.bos_token_id else ids
-
     # Images -----------------------------------------------------------------------------------------------------------
 
     @property
