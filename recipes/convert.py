@@ -10,14 +10,13 @@ tensor arrives bit for bit; the model may be larger than memory. OUT/conversion.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from syncr1.engine.checkpoints.model_card import is_hub_name
-from syncr1.engine.errors import CheckpointError, ConfigError, kind_of, one_line
+from syncr1.engine.errors import CheckpointError, ConfigError, one_line
+from syncr1.engine.methods.checkpoint_folders import new_folder_problems, source_problems
 from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
 from syncr1.engine.methods.preflight import check_conversion
@@ -32,17 +31,8 @@ def _problems(config: Any) -> list[str]:
     problems = []
     if config.model is None:
         problems.append("model: expected a folder or a hub name, got none; name the checkpoint to convert")
-    for name, folder in (("model", config.model), ("base", config.base)):
-        if folder is not None and not os.path.isdir(folder) and not is_hub_name(folder.partition("@")[0]):
-            problems.append(f"{name}: expected a folder or a hub name, got {folder}, which is neither; check the path")
-    if config.output is None:
-        problems.append("output: expected a folder for the result, got none; name one")
-    elif os.path.lexists(config.output) and not config.output.is_dir():
-        got = f"{config.output}, {kind_of(config.output)}"
-        problems.append(f"output: expected a new or empty folder, got {got}; choose another name")
-    elif config.output.is_dir() and os.access(config.output, os.R_OK) and any(config.output.iterdir()):
-        problems.append(f"output: expected a new or empty folder, got {config.output} with files; choose another name")
-    return problems
+    problems += source_problems([("model", config.model), ("base", config.base)])
+    return problems + new_folder_problems(config.output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

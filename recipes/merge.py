@@ -9,14 +9,14 @@ compute is written atop engine/checkpoints/merge.py.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from syncr1.engine.checkpoints.model_card import is_hub_name, write_model_card
-from syncr1.engine.errors import CheckpointError, kind_of, one_line
+from syncr1.engine.checkpoints.model_card import write_model_card
+from syncr1.engine.errors import CheckpointError, one_line
+from syncr1.engine.methods.checkpoint_folders import new_folder_problems, source_problems
 from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
 from syncr1.engine.methods.preflight import check_weights
@@ -33,25 +33,8 @@ def _problems(config: Any) -> list[str]:
         )
     if len(config.models) < 2:
         problems.append(f"models: expected two or more folders, got {len(config.models)}; list them after --models")
-    for name, folder in [("base", config.base), *(("models", model) for model in config.models)]:
-        if folder is not None and not os.path.isdir(folder) and not is_hub_name(folder.partition("@")[0]):
-            problems.append(f"{name}: expected a folder or a hub name, got {folder}, which is neither; check the path")
-    if config.output is None:
-        problems.append("output: expected a folder for the result, got none; name one")
-    elif os.path.lexists(config.output) and not config.output.is_dir():
-        got = f"{config.output}, {kind_of(config.output)}"
-        problems.append(f"output: expected a new or empty folder, got {got}; choose another name")
-    elif _is_full(config.output):
-        problems.append(f"output: expected a new or empty folder, got {config.output} with files; choose another name")
-    return problems
-
-
-def _is_full(folder: Path) -> bool:
-    """A folder with anything in it; one that may not be looked into is told of by check_weights."""
-    try:
-        return folder.is_dir() and any(folder.iterdir())
-    except OSError:
-        return False
+    problems += source_problems([("base", config.base), *(("models", model) for model in config.models)])
+    return problems + new_folder_problems(config.output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
