@@ -6,6 +6,7 @@ distribution, unless a setting says otherwise.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -74,6 +75,9 @@ def checkpoint_notes(policy: Policy) -> list[str]:
             "its chat template writes today's date into prompts; --chat_template_kwargs date_string=... or its like "
             "keeps a run of several days, and a later evaluation, on one"
         )
+    unread = [name for name in policy.template_kwargs if not re.search(rf"\b{name}\b", template)]
+    if unread:
+        notes.append(f"its chat template reads no {', '.join(unread)}: of --chat_template_kwargs that changes nothing")
     return notes
 
 

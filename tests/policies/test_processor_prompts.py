@@ -190,7 +190,15 @@ def test_arguments_reach_the_template(template: str) -> None:
     if template == ARGUED:
         with pytest.raises(ConfigError, match=r"chat template fails .*mood is missing.*--chat_template_kwargs NAME=V"):
             bare.prompt_tokens(make_prompt("red?", TEXT))
-    assert any("today's date" in note for note in checkpoint_notes(bare)) and not checkpoint_notes(made)
+    assert any("today's date" in note for note in checkpoint_notes(bare))
+    told = checkpoint_notes(made)
+    assert [note.partition(":")[0] for note in told] == ["its chat template reads no mood"] * (template != ARGUED)
+
+
+def test_an_argument_that_the_template_does_not_read_is_told() -> None:
+    made = Inputs(chat_template_kwargs=("enable_thinking=false", "think=true")).given_to(policy())
+    (note,) = checkpoint_notes(made)
+    assert note.startswith("its chat template reads no enable_thinking, think:")
 
 
 def test_without_a_template_the_tokenizer_decides() -> None:
