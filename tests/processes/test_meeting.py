@@ -13,18 +13,11 @@ import torch.distributed as dist
 from starts import Starts
 
 from syncr1.engine.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError, Preempted
-from syncr1.engine.processes import watchdog as watchdog_file
 from syncr1.engine.processes.group import join
 from syncr1.engine.processes.meeting import meet
 from syncr1.engine.processes.watchdog import Watchdog
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks are forks of this process."""
-    monkeypatch.setattr(watchdog_file, "GRACE", 0.5)
 
 
 @pytest.fixture
@@ -88,12 +81,17 @@ def test_joining_is_watched(starts: Starts) -> None:
     assert "rank 1 (last at starting) gave no sign of life" in starts.said(0)
 
 
+def meets(rank: int, folder: Path) -> None:
+    """In a second, or not at all."""
+    meet(1)
+
+
 def test_who_does_not_come_is_named(tmp_path: Path) -> None:
     starts = Starts(tmp_path, ranks=3)
-    assert starts.start(lambda rank, folder: [meet(1)].clear(), without=(1,)) == [EXIT_FAILED, None, EXIT_FAILED]
+    assert starts.start(meets, without=(1,)) == [EXIT_FAILED, None, EXIT_FAILED]
     assert "of 3 ranks 1 (1) did not come: their programs end, or hang, before they join" in starts.said(0)
     assert "rank 2 has met rank 0, and others have not" in starts.said(2)
-    assert starts.start(lambda rank, folder: [meet(1)].clear(), without=(0,)) == [None, EXIT_FAILED, EXIT_FAILED]
+    assert starts.start(meets, without=(0,)) == [None, EXIT_FAILED, EXIT_FAILED]
     assert "rank 1 was not welcomed by rank 0" in starts.said(1)
 
 

@@ -1,25 +1,16 @@
-"""Ranks as forks of a test, over a store that outlives them, as torchrun's does."""
+"""Ranks as processes of their own, over a store that outlives them, as torchrun's does."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkProcess
+import time
 from pathlib import Path
 
+from rank_of import Act
 from torch.distributed import TCPStore
+from warm import Program, environment
 
-from syncr1.engine.errors import Refused, RunEnded
-
-BEGINS_WITHIN = 10.0
-"""Seconds. A test's process has threads of other libraries, whose locks a fork may catch closed: such a child stands
-still before it has run a line, and another is forked in its place."""
-
-Act = Callable[[int, Path], None]
-"""What a rank does, in a process of its own: its number, and a folder for what it has to tell."""
+SCRIPT = str(Path(__file__).with_name("rank_of.py"))
 
 
 class Starts:
@@ -30,58 +21,39 @@ class Starts:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def start(self, act: Act, *, without: tuple[int, ...] = (), seconds: float = 60) -> list[int | None]:
-        """The ranks' exit codes, negative for signals; None: it had to be ended. What they say is in `said`."""
-        processes = {rank: self._begun(act, rank) for rank in range(self.ranks) if rank not in without}
-        for process in processes.values():
-            process.join(seconds)
-        codes = [processes[rank].exitcode if rank in processes else None for rank in range(self.ranks)]
-        for process in processes.values():
-            process.kill()
-            process.join()
+        """The ranks' exit codes, negative for signals; None: it had to be ended. What they say is in `said`.
+
+        `act` is a function of a module: this process has threads, so that ranks are no forks of it.
+        """
+        ranks = [rank for rank in range(self.ranks) if rank not in without]
+        programs = {rank: self._program(act, rank) for rank in ranks}
+        deadline = time.monotonic() + seconds
+        while any(program.poll() is None for program in programs.values()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        codes = [programs[rank].poll() if rank in programs else None for rank in range(self.ranks)]
+        for rank, program in programs.items():
+            program.kill()
+            self._path(rank).write_text("".join(program.communicate(0)))
         self.count += 1
         return codes
 
-    def _begun(self, act: Act, rank: int) -> ForkProcess:
-        """A rank that runs."""
-        context = multiprocessing.get_context("fork")
-        for _ in range(3):
-            heard, tells = context.Pipe(duplex=False)
-            process = context.Process(target=self._rank, args=(act, rank, tells))
-            process.start()
-            if heard.poll(BEGINS_WITHIN):
-                return process
-            process.kill()
-            process.join()
-        raise AssertionError(f"rank {rank}: three forks one after the other did not begin")
-
     def said(self, rank: int) -> str:
-        return (self.folder / f"said_{rank}").read_text(errors="replace")
+        return self._path(rank).read_text()
 
-    def _rank(self, act: Act, rank: int, tells: Connection) -> None:
-        tells.send(os.getpid())
-        log = os.open(self.folder / f"said_{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(self.ranks),
-            LOCAL_WORLD_SIZE=str(self.ranks),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(self.store.port),
-            TORCHELASTIC_USE_AGENT_STORE="True",
-            TORCHELASTIC_RESTART_COUNT=str(self.count),
-        )
-        code = 0
-        try:
-            act(rank, self.folder)
-        except RunEnded as ended:
-            os.write(2, f"{ended}\n".encode())
-            code = ended.code
-        except Refused as refused:
-            os.write(2, f"{refused}\n".encode())
-            code = 2
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-            code = 1
-        os._exit(code)
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"said_{rank}"
+
+    def _program(self, act: Act, rank: int) -> Program:
+        told = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": self.ranks,
+            "LOCAL_WORLD_SIZE": self.ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": self.store.port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCHELASTIC_RESTART_COUNT": self.count,
+        }
+        env = environment() | {name: str(value) for name, value in told.items()}
+        file = act.__globals__["__file__"]
+        return Program(SCRIPT, os.path.abspath(file), act.__name__, str(self.folder), env=env)
