@@ -87,7 +87,9 @@ def read_run(folder: Path) -> dict[str, float]:
         if isinstance(value, int | float)  # what is said of single items stays in the run's folder
     }
     found["seconds"] = sum(step["step_time"] for step in steps)
-    found["update_seconds"] = sum(step["seconds/update"] + step["seconds/score"] for step in steps)
+    found["update_seconds"] = sum(
+        value for step in steps for name, value in step.items() if name.startswith(("seconds/update/", "seconds/score"))
+    )
     found["trained_tokens"] = sum(step["num_tokens"] * (1 - step["dgs/tokens_saved_fraction"]) for step in steps)
     found["tokens_saved"] = statistics.mean(step["dgs/tokens_saved_fraction"] for step in steps)
     found["replay_logp_max_abs"] = max(step.get("rollout/replay_logp_max_abs") or 0.0 for step in steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -169,6 +170,16 @@ def test_a_run_leaves_everything_that_it_promises(finished: tuple[Path, str]) ->
     }
     with Image.open(folder / "samples" / "step_000001.png") as sheet:
         assert min(sheet.size) > 64
+
+
+@pytest.mark.slow
+def test_the_ablations_read_a_run(finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    read = importlib.import_module("ablations").read_run(finished[0])
+    rows = rows_of(finished[0])
+    spent = sum(value for row in rows for name, value in row.items() if name.startswith("seconds/update/"))
+    assert 0 < spent < read["update_seconds"] < read["seconds"] and read["trained_tokens"] > 0
+    assert read["before/qa/score/sampled"] >= 0 and 0 <= read["after/pure_gen/all_right/cnn"] <= 1
 
 
 @pytest.mark.slow
