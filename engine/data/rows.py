@@ -16,14 +16,22 @@ from ..errors import DataError, shown
 from ..pictures import ImageRef
 from ..records import Prompt
 from .faults import STRICT, Faults
-from .questions import options_in, text_of
+from .forms.chat import has_reply, is_chat, read_chat, reply_of
+from .forms.choices import INDEX_COLUMNS, OPTION_COLUMNS, list_in, option_columns
+from .forms.numbered import in_order
+from .forms.truths import inner, is_empty
 from .table import SPLITS, Table
 
 Row = Mapping[str, Any]
 
-QUESTION_COLUMNS = ("qa_problem", "problem", "question")
-ANSWER_COLUMNS = ("qa_solution", "solution", "answer", "ground_truth", "reward_model")
-"""The last is verl's: an object whose `ground_truth` is meant."""
+QUESTION_COLUMNS = ("qa_problem", "problem", "question", "query")
+CHAT_COLUMNS = ("messages", "conversations")
+"""Chats, whose last turn is what is right where no column of answers says it."""
+ANSWER_COLUMNS = (
+    *("qa_solution", "answer", "ground_truth", "answerKey", "reward_model", "solution", "answers", "direct_answers"),
+)
+"""`reward_model` is verl's: an object whose `ground_truth` is meant. A `solution` beside an `answer` is how it is
+found (ScienceQA, MATH), and is not what a policy is to say."""
 SHOWN_COLUMNS = ("image", "images", "image_path", "file_name", "real_image")
 DRAWN_COLUMNS = ("real_image", "image", "images", "image_path", "file_name")
 QA_TYPES: Mapping[str, Literal["MC", "OE"]] = {"MC": "MC", "MCQ": "MC", "OE": "OE", "VQA": "OE"}
@@ -43,12 +51,15 @@ class Reading:
         """All rows; one whose pictures cannot be used is empty and bad."""
         found: list[Row] = []
         for index in range(len(self.table)):
+            row: Row = {}
             try:
-                found.append(self.table.row(index))
+                row = self.table.row(index)
             except DataError as error:
                 self.bad.add(index)
                 self.faults.add(error)
-                found.append({})
+            with self.at(index):
+                row = in_order(row)
+            found.append({} if index in self.bad else row)
         return found
 
     @contextmanager
@@ -72,9 +83,17 @@ class Layout:
     answer: str | None
 
     @classmethod
-    def of(cls, table: Table) -> Layout:
-        prompt = first_of(("prompt",), table.columns)
-        question, answer = first_of(QUESTION_COLUMNS, table.columns), first_of(ANSWER_COLUMNS, table.columns)
+    def of(cls, table: Table, rows: Sequence[Row]) -> Layout:
+        """Columns that are empty in all rows come after those that are not."""
+        filled = [name for name in table.columns if any(not is_empty(row.get(name)) for row in rows)]
+        columns = (*filled, *(name for name in table.columns if name not in filled))
+        prompt, chat = first_of(("prompt",), columns), first_of(CHAT_COLUMNS, filled)
+        question = first_of(QUESTION_COLUMNS, filled) or first_of(QUESTION_COLUMNS, columns)
+        answer = answers_in(filled, question) or answers_in(columns, question)
+        if question is None and chat is not None:
+            if answer is None and any(has_reply(chat_cell(row.get(chat))) for row in rows):
+                answer = chat
+            question, prompt = (chat, prompt) if answer is not None else (None, prompt or chat)
         if question is None and answer is not None:
             question, prompt = prompt, None
         if question is None and prompt is None:
@@ -85,9 +104,32 @@ class Layout:
         if question is not None and answer is None:
             raise DataError(
                 f"{table.source}: has questions in {question!r} and no column of answers; found "
-                f"{list(table.columns)}; add one of {list(ANSWER_COLUMNS[:-1])}"
+                f"{list(table.columns)}; add one of {[name for name in ANSWER_COLUMNS if name != 'reward_model']}"
             )
         return cls(prompt, question, answer)
+
+
+def answers_in(columns: Sequence[str], question: str | None) -> str | None:
+    """The column that says what is right."""
+    names: tuple[str, ...] = ANSWER_COLUMNS
+    if any(name in columns for name in OPTION_COLUMNS) or option_columns(columns):
+        names = ("qa_solution", *INDEX_COLUMNS, *names)
+    if question is None:
+        names = (*names, "completion")  # TRL's prompt and completion
+    if question == "query":
+        names = (*names, "response")  # ms-swift's
+    return first_of(names, columns)
+
+
+def chat_cell(value: Any) -> Any:
+    """A chat, also one that a table of texts holds as JSON."""
+    return list_in(value) or value if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[ ") else value
+
+
+def asked_in(value: Any, column: str) -> Any:
+    """A cell with a question; of a chat that has its answer as well, what is asked."""
+    value = chat_cell(value)
+    return read_chat(value, column).asked if column in CHAT_COLUMNS and is_chat(value) else value
 
 
 def first_of(names: Iterable[str], columns: Sequence[str]) -> str | None:
@@ -109,8 +151,11 @@ def names_of(table: Table, rows: Sequence[Row], split: str) -> list[str]:
 
 
 def answer_cell(row: Row, column: str) -> Any:
+    """What is right, as the data have it; None where they do not say."""
     value = row.get(column)
-    return value.get("ground_truth") if isinstance(value, Mapping) else value
+    if column in CHAT_COLUMNS or (column == "completion" and is_chat(value)):
+        return reply_of(chat_cell(value), column)
+    return inner(value)
 
 
 def pictures_of(
@@ -140,19 +185,6 @@ def single(value: Any, column: str | None) -> ImageRef | None:
 
 def extra_of(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in OWN_COLUMNS}
-
-
-def options_of(row: Row) -> tuple[str, ...]:
-    """The texts of a column `options` or `choices`, without letters in front."""
-    for column in ("options", "choices"):
-        value = row.get(column)
-        if value is None or value in ("", [], ()):
-            continue
-        if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value) or len(value) > 26:
-            raise DataError(f"column {column!r} must be a list of at most 26 texts, got {type(value).__name__}")
-        lettered = options_in("\n".join(value))
-        return lettered if len(lettered) == len(value) else tuple(text_of(text, column) for text in value)
-    return ()
 
 
 def qa_type_of(value: Any) -> Literal["MC", "OE"] | None:

@@ -1,0 +1,45 @@
+"""Chains, Sync-R1's prompts: which columns of a table ask and answer, and which text is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...errors import DataError, shown
+from ..rows import CHAT_COLUMNS, QUESTION_COLUMNS, Row, answer_cell, answers_in, chat_cell, first_of
+from ..table import Table
+from .chat import has_reply
+from .choices import Choices
+from .truths import answers_of, letters_of
+
+
+def chain_columns(table: Table, rows: Sequence[Row]) -> tuple[str, str | None]:
+    """The column that asks, and the one that says what is right; a chat may be both."""
+    column = first_of(("prompt", *CHAT_COLUMNS), table.columns)
+    if column is None:
+        asked = [name for name in QUESTION_COLUMNS if name in table.columns]
+        remedy = "rename the one with the text"
+        if asked:
+            remedy += f", or train on {asked[0]!r} with recipes/corl.py"
+        raise DataError(f"{table.source}: has no column 'prompt'; found {list(table.columns)}; {remedy}")
+    answer = answers_in(table.columns, None)
+    if answer is None and column in CHAT_COLUMNS and any(has_reply(chat_cell(row.get(column))) for row in rows):
+        answer = column
+    return column, answer
+
+
+def chain_answers(row: Row, columns: tuple[str, str | None, bool], choices: Choices | None) -> tuple[str, ...]:
+    """What is right; of options the text, whatever the data name it by, for that is what rewards of chains compare."""
+    _, column, untyped = columns
+    value = None if column is None else answer_cell(row, column)
+    if column is None or value is None:
+        return ()
+    if choices is None:
+        return answers_of(value, column)
+    letters = letters_of(value, choices, column, untyped=untyped)
+    if len(letters) != 1:
+        what = "names none" if not letters else f"names {len(letters)}"
+        raise DataError(
+            f"column {column!r}: the answer {shown(value)} {what} of the options {shown(list(choices.texts), 200)}; a "
+            "chain has one that is right; correct it"
+        )
+    return (choices.texts[ord(letters[0]) - ord("A")],)
