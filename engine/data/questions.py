@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DataError, shown
-from .forms.chat import read_chat
+from .forms.dialogue import read_chat
 
 THINK_THEN_ANSWER = (
     "{question}\n\n"

@@ -15,9 +15,10 @@ from typing import Any, Literal
 from ..errors import DataError, shown
 from ..pictures import ImageRef
 from ..records import Prompt
+from ..settings.source_names import split_named
 from .faults import STRICT, Faults
-from .forms.chat import has_reply, is_chat, read_chat, reply_of
 from .forms.choices import INDEX_COLUMNS, OPTION_COLUMNS, list_in, option_columns
+from .forms.dialogue import has_reply, is_chat, read_chat, reply_of
 from .forms.numbered import in_order
 from .forms.truths import inner, is_empty
 from .table import SPLITS, Table
@@ -138,8 +139,8 @@ def first_of(names: Iterable[str], columns: Sequence[str]) -> str | None:
 
 def names_of(table: Table, rows: Sequence[Row], split: str) -> list[str]:
     """Ids of the rows: those of column `id` where they are unique, else numbers; the source's name comes first."""
-    path = Path(table.source)
-    name = table.source
+    name, _ = split_named(table.source)
+    path = Path(name).expanduser()
     if os.path.exists(path):
         name = path.resolve().parent.name if os.path.isfile(path) and path.stem in SPLITS else path.resolve().stem
     own = [row.get("id") for row in rows] if "id" in table.columns else []

@@ -22,9 +22,10 @@ from typing import Any
 
 from ..errors import DataError, NoSplitError
 from ..pictures import ImageRef
+from ..settings.source_names import split_named
 from .cells import ArrowCells, Part, arrow_part, parquet_part
 from .faults import STRICT, Faults
-from .forms.chat import pictures_in
+from .forms.dialogue import pictures_in
 from .readers.arrow_files import arrow_file_part
 from .readers.named import named_picture
 from .readers.separated import separated_part
@@ -103,15 +104,6 @@ def _files(root: Path, value: Any, where: str) -> ImageRef | tuple[ImageRef, ...
     if isinstance(value, list | tuple):
         return tuple(named_picture(root, item, where) for item in value)
     return named_picture(root, value, where)
-
-
-def split_named(source: str | Path) -> tuple[str, str | None]:
-    """A source without the split that it names behind `#`, and that split; what exists by the whole name has none."""
-    name = str(source)
-    base, mark, split = name.rpartition("#")
-    if not mark or not base or not split or os.path.exists(os.path.expanduser(name)):
-        return name, None
-    return base, split
 
 
 def open_table(

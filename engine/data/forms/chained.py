@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ...errors import DataError, shown
 from ..rows import CHAT_COLUMNS, QUESTION_COLUMNS, Row, answer_cell, answers_in, chat_cell, first_of
 from ..table import Table
-from .chat import has_reply
 from .choices import Choices
+from .dialogue import has_reply
 from .truths import answers_of, letters_of
 
 

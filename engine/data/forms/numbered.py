@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import DataError
-from .chat import SIGN
+from .dialogue import SIGN
 
 COLUMN = re.compile(r"image_(\d{1,2})")
 NUMBERED = re.compile(r"<image[ _](\d{1,2})>")

@@ -3,7 +3,7 @@
 A chat is one turn of the user, with or without a system message before it, and, where the data say what is right in
 the chat itself, the assistant's reply behind it.
 
-Sources: TRL's `dataset_formats`, LLaVA's `docs/Finetune_Custom_Data.md`, Qwen-VL's and OpenAI's message parts.
+Sources: TRL's dataset formats, LLaVA's page on custom data, Qwen-VL's and OpenAI's message parts.
 """
 
 from __future__ import annotations
