@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from ..pictures import ImageRef
 from ..records import Prompt
 from ..settings.source_names import split_named
 from .faults import STRICT, Faults
-from .forms.choices import INDEX_COLUMNS, OPTION_COLUMNS, list_in, option_columns
+from .forms.choices import INDEX_COLUMNS, OPTION_COLUMNS, Meaning, choices_of, list_in, number_means, option_columns
 from .forms.dialogue import has_reply, is_chat, read_chat, reply_of
 from .forms.numbered import in_order
-from .forms.truths import inner, is_empty
+from .forms.truths import Truths, inner, is_empty, whole_number
 from .table import SPLITS, Table
 
 Row = Mapping[str, Any]
@@ -157,6 +157,20 @@ def answer_cell(row: Row, column: str) -> Any:
     if column in CHAT_COLUMNS or (column == "completion" and is_chat(value)):
         return reply_of(chat_cell(value), column)
     return inner(value)
+
+
+def truths_of(table: Table, rows: Sequence[Row], column: str) -> Truths:
+    """How a table says what is right; what numbers are is told by rows that leave one meaning, if none contradicts."""
+    told: set[str | None] = set()
+    for row in rows:
+        with suppress(DataError):  # said where the row is read
+            number = whole_number(answer_cell(row, column), table.untyped)
+            choices = None if number is None else choices_of(row)
+            if number is not None and choices is not None:
+                told.add(number_means(number, choices))
+    told.discard(None)
+    numbers: Meaning | None = "index" if told == {"index"} else "text" if told == {"text"} else None
+    return Truths(column, table.untyped, numbers)
 
 
 def pictures_of(

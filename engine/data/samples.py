@@ -30,6 +30,7 @@ from .forms.asked import read_question
 from .forms.chained import chain_answers, chain_columns
 from .forms.choices import choices_of
 from .forms.lettered import options_in, with_options
+from .forms.truths import Truths
 from .forms.unseen import check_unseen
 from .prompts import load_training_prompts
 from .questions import THINK_THEN_ANSWER, instructed, letter_of, text_of
@@ -47,6 +48,7 @@ from .rows import (
     pictures_of,
     qa_type_of,
     references_of,
+    truths_of,
 )
 from .table import Table, open_table
 
@@ -124,6 +126,7 @@ def samples_of(
     rows = reading.rows()
     layout = Layout.of(table, rows)
     check_unseen(table, rows)
+    truths = truths_of(table, rows, layout.answer or "")
     names = names_of(table, rows, split)
     halves = [_halves(reading, index, row, layout) for index, row in enumerate(rows)]
     shown = pictures_of(reading, rows, SHOWN_COLUMNS, [asks for _, asks in halves])
@@ -138,7 +141,7 @@ def samples_of(
             elif draws:
                 prompts.append(_drawing(row, layout, names[index], drawn[index], extra))
             if asks:
-                prompts.append(_asking(row, layout, names[index], shown[index], extra, instruction, table.untyped))
+                prompts.append(_asking(row, layout, names[index], shown[index], extra, instruction, truths))
         if index not in reading.bad:
             samples.append(tuple(prompts))
     return samples
@@ -208,7 +211,7 @@ def _asking(
     picture: ImageRef | None,
     extra: Row,
     instruction: str | None,
-    untyped: bool,
+    truths: Truths,
 ) -> Prompt:
     assert layout.question is not None and layout.answer is not None
     problem = _problem(asked_in(row[layout.question], layout.question), layout.question, picture)
@@ -216,9 +219,8 @@ def _asking(
         row,
         problem,
         answer_cell(row, layout.answer),
-        layout.answer,
+        truths,
         kind=qa_type_of(row.get("qa_type")),
-        untyped=untyped,
     )
     return Prompt(
         id=f"{name}/mm2t",
@@ -275,7 +277,7 @@ def chains_of(table: Table, split: str = "train", model_draws: bool = True, faul
     for index, row in enumerate(rows):
         if index not in reading.bad:
             with reading.at(index):
-                prompts.append(_chain(row, names[index], shown[index], (asked, answered, table.untyped), model_draws))
+                prompts.append(_chain(row, names[index], shown[index], (asked, answered), model_draws))
     return prompts
 
 
@@ -285,9 +287,9 @@ def _shows(row: Row) -> bool:
 
 
 def _chain(
-    row: Row, name: str, picture: ImageRef | None, columns: tuple[str, str | None, bool], model_draws: bool
+    row: Row, name: str, picture: ImageRef | None, columns: tuple[str, Truths | None], model_draws: bool
 ) -> Prompt:
-    """`columns`: which asks, which says what is right, and whether the table has no numbers."""
+    """`columns`: which asks, and which says what is right."""
     draws = model_draws and picture is None
     segments = _segments(row.get("segments"), IMAGE_ONLY if draws else TEXT_ONLY)
     told: dict[str, str | None] = {
@@ -301,7 +303,7 @@ def _chain(
     options = () if choices is None else choices.texts
     if options and segments == TEXT_ONLY and not all(option in text for option in options) and not options_in(text):
         text = with_options(text, options)
-    answers = chain_answers(row, columns, choices)
+    answers = chain_answers(row, columns[1], choices)
     return Prompt(
         id=name,
         task=told["task"] or _task(segments, picture),

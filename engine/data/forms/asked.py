@@ -18,7 +18,7 @@ from ...errors import DataError, shown
 from ..questions import letter_of
 from .choices import Choices, choices_of
 from .lettered import options_in, with_options
-from .truths import answers_of, is_lone_letter, joined, letters_of, several_in
+from .truths import Truths, answers_of, is_lone_letter, joined, letters_of, several_in, whole_number
 
 Kind = Literal["MC", "OE"]
 HINT = "hint"
@@ -38,28 +38,26 @@ class Asked:
     options: tuple[str, ...] = ()
 
 
-def read_question(
-    row: Mapping[str, Any], text: str, value: Any, column: str, *, kind: Kind | None = None, untyped: bool = False
-) -> Asked:
+def read_question(row: Mapping[str, Any], text: str, value: Any, truths: Truths, *, kind: Kind | None = None) -> Asked:
     """The question of a row.
 
     Args:
         row: where options and a hint may stand.
         text: the question.
         value: what is right, as the data have it.
-        column: where that stands.
+        truths: where that stands.
         kind: what the data call it; None: they do not say.
-        untyped: the table has no numbers.
 
     Raises:
         DataError: the answer names none of the options, or what it means is not clear; names the column.
     """
+    column = truths.column
     if kind == "OE":
         return _open(text, value, column)
     given = choices_of(row)
     if given is None:
-        return _from_text(text, value, column, kind, untyped)
-    letters = letters_of(value, given, column, untyped=untyped)
+        return _from_text(text, value, truths, kind)
+    letters = letters_of(value, given, truths)
     if not letters:
         raise _none_of(value, column, given.texts)
     hint = row.get(HINT)
@@ -70,9 +68,9 @@ def read_question(
     return _choice(text, letters, given.texts)
 
 
-def _from_text(text: str, value: Any, column: str, kind: Kind | None, untyped: bool) -> Asked:
+def _from_text(text: str, value: Any, truths: Truths, kind: Kind | None) -> Asked:
     """Options, if any, stand in the question."""
-    options = options_in(text)
+    options, column = options_in(text), truths.column
     if not options:
         if kind is None:
             return _open(text, value, column)
@@ -84,8 +82,8 @@ def _from_text(text: str, value: Any, column: str, kind: Kind | None, untyped: b
             )
         return _choice(text, tuple(sorted(letters)), ())
     listed = Choices(options, tuple(chr(ord("A") + index) for index in range(len(options))), "question")
-    _check_number(value, listed, column, untyped)
-    letters = letters_of(value, listed, column) if not _is_number(value) else _by_text(value, listed)
+    number = whole_number(value, truths.untyped)
+    letters = _by_text(number, listed, column) if number is not None else letters_of(value, listed, truths)
     if letters:
         return _choice(text, letters, options)
     if kind == "MC" or is_lone_letter(answers_of(value, column)[0]):
@@ -93,24 +91,15 @@ def _from_text(text: str, value: Any, column: str, kind: Kind | None, untyped: b
     return _open(text, value, column)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _by_text(value: Any, listed: Choices) -> tuple[str, ...]:
-    letter = letter_of(f"{value:g}" if isinstance(value, float) else str(value), listed.texts)
-    return () if letter is None else (letter,)
-
-
-def _check_number(value: Any, listed: Choices, column: str, untyped: bool) -> None:
-    """A number that could be the index of an option which a text lists, or an answer of its own, is asked about."""
-    if untyped and isinstance(value, str) and value.strip().isdecimal() and len(value) < 3:
-        value = int(value)
-    if _is_number(value) and 0 <= value < len(listed.texts) and not _by_text(value, listed):
+def _by_text(value: int, listed: Choices, column: str) -> tuple[str, ...]:
+    """The option of a text whose text a number is; what could be an index or an answer is asked about."""
+    letter = letter_of(str(value), listed.texts)
+    if letter is None and 0 <= value < len(listed.texts):
         raise DataError(
             f"column {column!r}: {value} may be the index of an option in the question, or an answer of its own; write "
             "the option's letter, or qa_type OE"
         )
+    return () if letter is None else (letter,)
 
 
 def _open(text: str, value: Any, column: str) -> Asked:

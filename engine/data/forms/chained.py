@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...errors import DataError, shown
-from ..rows import CHAT_COLUMNS, QUESTION_COLUMNS, Row, answer_cell, answers_in, chat_cell, first_of
+from ..rows import CHAT_COLUMNS, QUESTION_COLUMNS, Row, answer_cell, answers_in, chat_cell, first_of, truths_of
 from ..table import Table
 from .choices import Choices
 from .dialogue import has_reply
-from .truths import answers_of, letters_of
+from .truths import Truths, answers_of, letters_of
 
 
-def chain_columns(table: Table, rows: Sequence[Row]) -> tuple[str, str | None]:
+def chain_columns(table: Table, rows: Sequence[Row]) -> tuple[str, Truths | None]:
     """The column that asks, and the one that says what is right; a chat may be both."""
     column = first_of(("prompt", *CHAT_COLUMNS), table.columns)
     if column is None:
@@ -24,22 +24,21 @@ def chain_columns(table: Table, rows: Sequence[Row]) -> tuple[str, str | None]:
     answer = answers_in(table.columns, None)
     if answer is None and column in CHAT_COLUMNS and any(has_reply(chat_cell(row.get(column))) for row in rows):
         answer = column
-    return column, answer
+    return column, None if answer is None else truths_of(table, rows, answer)
 
 
-def chain_answers(row: Row, columns: tuple[str, str | None, bool], choices: Choices | None) -> tuple[str, ...]:
+def chain_answers(row: Row, truths: Truths | None, choices: Choices | None) -> tuple[str, ...]:
     """What is right; of options the text, whatever the data name it by, for that is what rewards of chains compare."""
-    _, column, untyped = columns
-    value = None if column is None else answer_cell(row, column)
-    if column is None or value is None:
+    value = None if truths is None else answer_cell(row, truths.column)
+    if truths is None or value is None:
         return ()
     if choices is None:
-        return answers_of(value, column)
-    letters = letters_of(value, choices, column, untyped=untyped)
+        return answers_of(value, truths.column)
+    letters = letters_of(value, choices, truths)
     if len(letters) != 1:
         what = "names none" if not letters else f"names {len(letters)}"
         raise DataError(
-            f"column {column!r}: the answer {shown(value)} {what} of the options {shown(list(choices.texts), 200)}; a "
-            "chain has one that is right; correct it"
+            f"column {truths.column!r}: the answer {shown(value)} {what} of the options {shown(list(choices.texts), 200)}; "
+            "a chain has one that is right; correct it"
         )
     return (choices.texts[ord(letters[0]) - ord("A")],)

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import DataError, shown
 from .lettered import options_in
@@ -35,6 +35,7 @@ EMPTY = ("", "nan", "none", "null")
 LONGEST_LIST = 20_000
 """Characters of a list that is written as text."""
 QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+Meaning = Literal["index", "text"]
 LETTERS = re.compile(r"[A-Z](?:(?:\s*(?:[,;/&、，；]|和|and)\s*|\s*)[A-Z])+")
 
 
@@ -165,8 +166,24 @@ def list_in(text: str) -> Any:
 # Which are right ------------------------------------------------------------------------------------------------------
 
 
-def by_number(value: int, choices: Choices, column: str) -> str:
+def number_means(value: int, choices: Choices) -> Meaning | None:
+    """What a whole number can only be, of these options: an index, or an option's text; None where both are possible.
+
+    A number that is a label, or that is neither, tells nothing.
+    """
+    if str(value) in choices.labels:
+        return None
+    same = [index for index, text in enumerate(choices.texts) if _number(text) == value]
+    inside = 0 <= value < len(choices.texts)
+    if bool(same) == inside:
+        return None
+    return "index" if inside else "text"
+
+
+def by_number(value: int, choices: Choices, column: str, meant: Meaning | None = None) -> str:
     """The letter that a whole number means: a label, an option's text, or an index counted from 0.
+
+    `meant`: which of the last two, where other rows of the table tell it.
 
     Raises:
         DataError: it is none of them, or an index and another option's text.
@@ -176,7 +193,7 @@ def by_number(value: int, choices: Choices, column: str) -> str:
         return _letters(len(texts))[choices.labels.index(number)]
     same = [index for index, text in enumerate(texts) if _number(text) == value]
     inside = 0 <= value < len(texts)
-    if column in INDEX_COLUMNS or not same:
+    if column in INDEX_COLUMNS or meant == "index" or not same:
         if not inside:
             hint = "; indices count from 0" if value == len(texts) else ""
             raise DataError(
@@ -184,7 +201,7 @@ def by_number(value: int, choices: Choices, column: str) -> str:
                 f"{choices.column!r}{hint}; correct it, or write the option's letter or text"
             )
         return _letters(len(texts))[value]
-    if len(same) > 1 or (inside and same != [value]):
+    if len(same) > 1 or (inside and same != [value] and meant != "text"):
         first, other = _letters(len(texts))[same[0]], _letters(len(texts))[value] if inside else "none"
         raise DataError(
             f"column {column!r}: {value} is the text of option {first} and the index (from 0) of "

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError, shown
 from ..questions import answer_of, letter_of
-from .choices import Choices, by_number, letter_by_label, letters_in, list_in
+from .choices import Choices, Meaning, by_number, letter_by_label, letters_in, list_in
 
 INNER = ("ground_truth", "target", "answer", "text")
 """Where an object that is an answer has it: verl's `reward_model`, Search-R1, VQA's annotators, SQuAD."""
@@ -22,6 +23,17 @@ LONGEST = 200
 """Characters of an answer that may be several letters."""
 DIGITS = 18
 """Of a whole number that a table of texts holds."""
+
+
+@dataclass(frozen=True)
+class Truths:
+    """How a table says what is right."""
+
+    column: str
+    untyped: bool = False
+    """It has no numbers: digits may be an index."""
+    numbers: Meaning | None = None
+    """What numbers are, where some rows leave only one meaning; None: each row must tell by itself."""
 
 
 def inner(value: Any) -> Any:
@@ -61,35 +73,40 @@ def answers_of(value: Any, column: str) -> tuple[str, ...]:
     return tuple(sorted(dict.fromkeys(found), key=lambda answer: -found.count(answer)))
 
 
-def letters_of(value: Any, choices: Choices, column: str, *, untyped: bool = False) -> tuple[str, ...]:
+def letters_of(value: Any, choices: Choices, truths: Truths) -> tuple[str, ...]:
     """The letters of the right options, in their order; () where the answer names none of them.
 
     Args:
         value: a letter, a label, an option's text, an index, or a list of these.
         choices: the options.
-        column: where the answer stands.
-        untyped: the table has no numbers, so that digits may be an index.
+        truths: where the answer stands, and what its numbers are.
 
     Raises:
         DataError: a number is the index of no option, or could mean two of them.
     """
     found: list[str] = []
     for item in several_in(value):
-        letters = _letters_of(item, choices, column, untyped)
+        letters = _letters_of(item, choices, truths)
         if not letters:
             return ()
         found += letters
     return tuple(sorted(set(found)))
 
 
-def _letters_of(value: Any, choices: Choices, column: str, untyped: bool) -> tuple[str, ...]:
+def whole_number(value: Any, untyped: bool) -> int | None:
+    """The whole number that a cell is; of a table without numbers, also digits."""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (by_number(value, choices, column),)
-    answer = answer_of(value, column)
-    if untyped and answer.isascii() and answer.isdigit() and len(answer) <= DIGITS:
-        return (by_number(int(answer), choices, column),)
+        return int(value)
+    if untyped and isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= DIGITS:
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _letters_of(value: Any, choices: Choices, truths: Truths) -> tuple[str, ...]:
+    number = whole_number(value, truths.untyped)
+    if number is not None:
+        return (by_number(number, choices, truths.column, truths.numbers),)
+    answer = answer_of(value, truths.column)
     lettered = choices.labels == tuple(chr(ord("A") + index) for index in range(len(choices.labels)))
     letter = (None if lettered else letter_by_label(answer, choices)) or letter_of(answer, choices.texts)
     if letter is not None:
