@@ -36,9 +36,9 @@ def chain_answers(row: Row, truths: Truths | None, choices: Choices | None) -> t
         return answers_of(value, truths.column)
     letters = letters_of(value, choices, truths)
     if len(letters) != 1:
-        what = "names none" if not letters else f"names {len(letters)}"
+        what, options = ("names none" if not letters else f"names {len(letters)}"), shown(list(choices.texts), 200)
         raise DataError(
-            f"column {truths.column!r}: the answer {shown(value)} {what} of the options {shown(list(choices.texts), 200)}; "
-            "a chain has one that is right; correct it"
+            f"column {truths.column!r}: the answer {shown(value)} {what} of the options {options}; a "
+            "chain has one that is right; correct it"
         )
     return (choices.texts[ord(letters[0]) - ord("A")],)

@@ -39,10 +39,10 @@ class EncodedText(StoredImage):
 
 def decoded(text: str, where: str) -> bytes:
     """The bytes of base64, a data URI's head left off; PictureError where it is none."""
+    head = DATA_URI.match(text)
+    bare = text if head is None else text[head.end() :]
     try:
-        return base64.b64decode(
-            "".join(DATA_URI.sub("", text[:100]).split()) + "".join(text[100:].split()), validate=True
-        )
+        return base64.b64decode("".join(bare.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise PictureError(f"{where}: is no whole base64 ({error}); write the picture again") from error
 
@@ -107,10 +107,10 @@ def confined(root: Path, name: Any, where: str) -> Path:
 def looks_like_picture(value: Any) -> bool:
     """Whether a cell of text names a picture, or is one as base64."""
     if isinstance(value, list | tuple):
-        return bool(value) and all(looks_like_picture(item) for item in value)
+        return bool(value) and all(isinstance(item, str) and looks_like_picture(item) for item in value)
     if not isinstance(value, str) or not value or (len(value) > MAX_PATH and not is_encoded(value)):
         return False
+    if is_encoded(value):
+        return True
     plain = value.split("?")[0] if "://" in value else value
-    return is_encoded(value) or (
-        "\n" not in plain and Path(plain).suffix.lower() in PICTURE_SUFFIXES and " " not in plain
-    )
+    return len(plain.splitlines()) == 1 and Path(plain).suffix.lower() in PICTURE_SUFFIXES

@@ -30,7 +30,7 @@ from torch import Tensor
 from ...errors import ChatError
 from ...pictures import ImageRef, open_picture
 from ..builtin.batches import Kept
-from .dialogue import ChatClient, Message, ServerOptions
+from .chat import ChatClient, Message, ServerOptions
 
 logger = logging.getLogger(__name__)
 
