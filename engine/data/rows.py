@@ -114,11 +114,11 @@ def answers_in(columns: Sequence[str], question: str | None) -> str | None:
     """The column that says what is right."""
     names: tuple[str, ...] = ANSWER_COLUMNS
     if any(name in columns for name in OPTION_COLUMNS) or option_columns(columns):
-        names = ("qa_solution", *INDEX_COLUMNS, *names)
+        names = ("qa_solution", *INDEX_COLUMNS, *names, "label")
     if question is None:
         names = (*names, "completion")  # TRL's prompt and completion
     if question == "query":
-        names = (*names, "response")  # ms-swift's
+        names = (*names, "response", "label")  # ms-swift's; ChartQA's
     return first_of(names, columns)
 
 
@@ -160,17 +160,23 @@ def answer_cell(row: Row, column: str) -> Any:
 
 
 def truths_of(table: Table, rows: Sequence[Row], column: str) -> Truths:
-    """How a table says what is right; what numbers are is told by rows that leave one meaning, if none contradicts."""
+    """How a table says what is right; what numbers are is told by rows that leave one meaning, if none contradicts.
+
+    Where all answers are digits written as texts, and can be indices alone (AI2D), they are.
+    """
     told: set[str | None] = set()
+    digits = True
     for row in rows:
         with suppress(DataError):  # said where the row is read
-            number = whole_number(answer_cell(row, column), table.untyped)
-            choices = None if number is None else choices_of(row)
-            if number is not None and choices is not None:
-                told.add(number_means(number, choices))
+            value = answer_cell(row, column)
+            choices = None if value is None else choices_of(row)
+            if choices is not None:
+                number = whole_number(value, True)
+                digits = digits and number is not None
+                told.add(None if number is None else number_means(number, choices))
     told.discard(None)
     numbers: Meaning | None = "index" if told == {"index"} else "text" if told == {"text"} else None
-    return Truths(column, table.untyped, numbers)
+    return Truths(column, table.untyped or (digits and numbers == "index"), numbers)
 
 
 def pictures_of(

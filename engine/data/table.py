@@ -25,6 +25,7 @@ from ..pictures import ImageRef
 from ..settings.source_names import split_named
 from .cells import ArrowCells, Part, arrow_part, parquet_part
 from .faults import STRICT, Faults
+from .forms.choices import list_in
 from .forms.dialogue import pictures_in
 from .readers.arrow_files import arrow_file_part
 from .readers.named import named_picture
@@ -101,6 +102,8 @@ class Table:
 def _files(root: Path, value: Any, where: str) -> ImageRef | tuple[ImageRef, ...] | None:
     if value is None or value == "":
         return None
+    if isinstance(value, str) and value[:1] == "[" and isinstance(written := list_in(value), list):
+        value = written  # a table of texts has no other way to name several
     if isinstance(value, list | tuple):
         return tuple(named_picture(root, item, where) for item in value)
     return named_picture(root, value, where)

@@ -52,6 +52,8 @@ def read(folder: Path, *rows: Mapping[str, Any]) -> list[Prompt]:
         ({**RGB, "answer": ["blue", "red"]}, "A, C", ("red", "green", "blue")),
         ({**RGB, "answer": "AC"}, "A, C", ("red", "green", "blue")),
         ({**RGB, "answer": "A and C"}, "A, C", ("red", "green", "blue")),
+        ({**Q, "option": "A. red; B. blue;", "answer": "B"}, "B", ("red", "blue")),
+        ({**Q, "choices": ["red", "blue"], "label": 1}, "B", ("red", "blue")),
         ({"question": "Which?\nA.红\nB.蓝", "answer": "蓝"}, "B", ("红", "蓝")),
         ({"question": "Which? A) red; B) blue", "answer": "B"}, "B", ("red", "blue")),
         ({"question": "哪种？A、红 B、蓝", "answer": "A"}, "A", ("红", "蓝")),
@@ -81,6 +83,7 @@ def test_multiple_choice(tmp_path: Path, row: dict[str, Any], answer: str, optio
         ({"question": "q", "answers": {"text": ["in May"], "answer_start": [3]}}, "in May"),
         ({"question": "q", "answers": [{"answer": "no"}, {"answer": "yes"}, {"answer": "yes"}]}, "yes"),
         ({"question": "q", "answer": "[1, 2]"}, "[1, 2]"),
+        ({"query": "q", "label": ["0.57"]}, "0.57"),
     ],
 )
 def test_open_ended(tmp_path: Path, row: dict[str, Any], answer: str) -> None:
@@ -95,12 +98,13 @@ def test_open_ended(tmp_path: Path, row: dict[str, Any], answer: str) -> None:
         ({**Q, "choices": ["1", "1.0"], "answer": 1}, "column 'answer': 1 is the text"),
         ({**RGB, "answer": 3}, "3 is the index of none of the 3 options of column 'choices'; indices count from 0"),
         ({**RGB, "answer": -1}, "-1 is the index of none"),
-        ({**RGB, "answer": "1"}, r"the answer '1' is not among the options \['red', 'green', 'blue'\]"),
+        ({**RGB, "answer": "3"}, r"the answer '3' is not among the options \['red', 'green', 'blue'\]"),
         ({**RGB, "answer": "yellow"}, "'yellow' is not among .* or say qa_type OE"),
         ({**RGB, "answer": ["red", "yellow"]}, "is not among the options"),
         ({**Q, "A": "red", "B": None, "C": "blue", "answer": "C"}, "column 'B' is empty and options follow it"),
         ({**Q, "choices": {"text": ["a"], "label": ["A", "B"]}, "answer": "A"}, "1 texts and 2 labels"),
         ({**Q, "choices": [["a"], "b"], "answer": "A"}, "column 'choices' must hold texts"),
+        ({**Q, "choices": ["\ud800", "b"], "answer": "B"}, "column 'choices' holds half of a surrogate pair"),
         ({**Q, "choices": "red or blue", "answer": "A"}, "column 'choices' must be a list"),
         ({"question": "Which? A. red B. blue", "answer": "C"}, "'C' is not among the options"),
         ({"question": "Which? A. red B. blue", "answer": 1}, "1 may be the index of an option in the question"),
@@ -120,6 +124,14 @@ def test_rows_that_leave_one_meaning_tell_what_numbers_are(tmp_path: Path) -> No
     assert [p.answer for p in read(tmp_path, texts, unclear)] == ["B", "C"], "texts"
     with pytest.raises(DataError, match=r"line 3.*1 is the text of option C"):
         read(tmp_path, {**RGB, "answer": 0}, texts, unclear)
+
+
+def test_digits_that_can_be_indices_alone_are(tmp_path: Path) -> None:
+    """AI2D writes indices as texts."""
+    rows = [{**Q, "options": ["face", "hand"], "answer": "1"}, {**Q, "options": ["1", "2"], "answer": "0"}]
+    assert [p.answer for p in read(tmp_path, *rows)] == ["B", "A"]
+    with pytest.raises(DataError, match="'1' is not among the options"):
+        read(tmp_path, *rows, {**Q, "options": ["face", "hand"], "answer": "hand"})
 
 
 def test_several_right_answers_earn_by_any_text_and_by_all_letters(tmp_path: Path) -> None:

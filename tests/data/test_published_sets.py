@@ -143,6 +143,9 @@ def test_mmmu(tmp_path: Path) -> None:
     assert "<image" not in choice.text and "image_1" not in choice.extra
     with pytest.raises(DataError, match="column 'image_2' is empty, and the text shows <image 2>"):
         read(published(tmp_path, MMMU, [rows[0] | {"question": "Compare <image 1> with <image 2>."}]))
+    both = MMMU | {"image": PICTURE}
+    with pytest.raises(DataError, match="columns 'image' and 'image_1' both hold pictures"):
+        read(published(tmp_path, both, [rows[0] | {"image": CELL}]))
     with pytest.raises(DataError, match="'image_3' has a picture, and no text says <image 3>"):
         read(published(tmp_path, MMMU, [rows[0] | {"image_3": CELL}]))
 
@@ -189,6 +192,17 @@ def test_math_vista(tmp_path: Path) -> None:
     assert (free.qa_type, free.answer) == ("OE", "1.2")
     assert (choice.answer, number.answer) == ("B", "B"), "a text is a text"
     assert all(prompt.image is not None for prompt in (free, choice, number))
+
+
+def test_math_vision(tmp_path: Path) -> None:
+    """Its one picture is `<image1>` in the text."""
+    features: Feature = {"question": TEXT, "options": datasets.Sequence(TEXT), "image": TEXT, "decoded_image": PICTURE}
+    row = {"question": "<image1> Which one?", "options": ["A", "B"], "image": "images/1.jpg", "decoded_image": CELL}
+    features["answer"] = TEXT
+    (prompt,) = read(published(tmp_path, features, [row | {"answer": "B"}]))
+    assert prompt.answer == "B" and prompt.image is not None and prompt.text == "Which one?\nA. A\nB. B"
+    with pytest.raises(DataError, match="the text shows <image 2>"):
+        read(published(tmp_path, features, [row | {"answer": "B", "question": "<image2> Which?"}]))
 
 
 def test_geometry3k(tmp_path: Path) -> None:

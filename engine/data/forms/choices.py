@@ -25,6 +25,8 @@ from ...errors import DataError, shown
 from .lettered import options_in
 
 OPTION_COLUMNS = ("options", "choices")
+LINE_COLUMN = "option"
+"""We-Math's: all options in one text."""
 INDEX_COLUMNS = ("answer_index", "answer_idx", "correct_choice_idx", "correct_index", "correct_idx")
 """Answers that are indices, counted from 0, whatever the options are."""
 LETTER_COLUMN = re.compile(r"(?:(?:option|choice|opt)_?([A-Za-z])|([A-Z]))")
@@ -55,6 +57,9 @@ def choices_of(row: Mapping[str, Any]) -> Choices | None:
     for column in OPTION_COLUMNS:
         if (found := _of_cell(row.get(column), column)) is not None:
             return found
+    text = row.get(LINE_COLUMN)
+    if isinstance(text, str) and (listed := options_in(text)):
+        return Choices(listed, _letters(len(listed)), LINE_COLUMN)
     return _of_columns(row)
 
 
@@ -122,12 +127,17 @@ def _missing(value: Any) -> bool:
 def _text(value: Any, column: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
         raise DataError(f"column {column!r} must hold texts, got {shown(value)}; write each option as text")
     if not value.strip():
         raise DataError(f"column {column!r} is empty in one option; fill it or drop the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"column {column!r} holds half of a surrogate pair ({error}); write it as UTF-8") from error
     return value.strip()
 
 
