@@ -110,10 +110,15 @@ class Layout:
         return cls(prompt, question, answer)
 
 
+def has_options(columns: Sequence[str]) -> bool:
+    """Whether a table has columns of options."""
+    return any(name in columns for name in OPTION_COLUMNS) or bool(option_columns(tuple(columns)))
+
+
 def answers_in(columns: Sequence[str], question: str | None) -> str | None:
     """The column that says what is right."""
     names: tuple[str, ...] = ANSWER_COLUMNS
-    if any(name in columns for name in OPTION_COLUMNS) or option_columns(columns):
+    if has_options(columns):
         names = ("qa_solution", *INDEX_COLUMNS, *names, "label")
     if question is None:
         names = (*names, "completion")  # TRL's prompt and completion
@@ -164,6 +169,8 @@ def truths_of(table: Table, rows: Sequence[Row], column: str) -> Truths:
 
     Where all answers are digits written as texts, and can be indices alone (AI2D), they are.
     """
+    if not has_options(table.columns):
+        return Truths(column, table.untyped)
     told: set[str | None] = set()
     digits = True
     for row in rows:

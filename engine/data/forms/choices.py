@@ -17,8 +17,9 @@ import ast
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from ...errors import DataError, shown
@@ -92,7 +93,8 @@ def _of_object(value: Mapping[str, Any], column: str) -> Choices | None:
     return Choices(tuple(_text(text, column) for _, text in pairs), labels, column) if pairs else None
 
 
-def option_columns(names: Sequence[str]) -> dict[str, str]:
+@lru_cache(maxsize=64)
+def option_columns(names: tuple[str, ...]) -> Mapping[str, str]:
     """Letter -> the column that holds its option; {} where there is no A and B of one kind."""
     kinds: dict[str, dict[str, str]] = {}
     for name in names:
@@ -103,7 +105,7 @@ def option_columns(names: Sequence[str]) -> dict[str, str]:
 
 
 def _of_columns(row: Mapping[str, Any]) -> Choices | None:
-    columns = option_columns(list(row))
+    columns = option_columns(tuple(row))
     there = {letter: row[name] for letter, name in sorted(columns.items()) if not _missing(row[name])}
     if not there:
         return None

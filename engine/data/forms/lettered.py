@@ -27,7 +27,7 @@ def options_in(problem: str) -> tuple[str, ...]:
 
     Lines come first; marks within lines count where they make the longer run, and then all are written alike.
     """
-    lines = _longest((letter.translate(FULL_WIDTH), text.rstrip()) for letter, text in LINE.findall(problem))
+    lines = _longest((_latin(letter), text.rstrip()) for letter, text in LINE.findall(problem))
     return max(lines, *_inline(problem), key=len)
 
 
@@ -49,10 +49,15 @@ def _inline(problem: str) -> list[tuple[str, ...]]:
 def _between(problem: str, marks: Sequence[re.Match[str]]) -> Iterable[tuple[str, str]]:
     """Letter and text of each mark: up to the next mark, or to the end of the line behind the last."""
     for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        letter = (mark[2] or mark[3]).upper().translate(FULL_WIDTH)
+        letter = _latin(mark[2] or mark[3])
         end = following.start() if following is not None else len(problem)
         text = problem[mark.end() : end].strip(SEPARATORS)
         yield letter, text.split("\n")[0].rstrip(SEPARATORS)
+
+
+def _latin(letter: str) -> str:
+    """A capital letter of ASCII."""
+    return letter.upper() if letter.isascii() else letter.translate(FULL_WIDTH)
 
 
 def _longest(marked: Iterable[tuple[str, str]]) -> tuple[str, ...]:

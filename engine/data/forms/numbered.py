@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ...errors import DataError
@@ -18,8 +19,10 @@ ASKING = ("qa_problem", "problem", "question", "query", "prompt", "options", "ch
 """Columns that a policy reads, in the order in which it does."""
 
 
-def numbered_columns(row: Mapping[str, Any]) -> dict[int, str]:
-    return {int(found[1]): name for name in row if (found := COLUMN.fullmatch(name))}
+@lru_cache(maxsize=64)
+def numbered_columns(names: tuple[str, ...]) -> Mapping[int, str]:
+    """Number -> column."""
+    return {int(found[1]): name for name in sorted(names) if (found := COLUMN.fullmatch(name))}
 
 
 def in_order(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -31,7 +34,9 @@ def in_order(row: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         DataError: a sign without its picture, or a picture that no text names while others are named.
     """
-    columns = numbered_columns(row)
+    columns = numbered_columns(tuple(row))
+    if not columns and not row.get("images") and not row.get("image"):
+        return row
     pictures = {number: row[name] for number, name in sorted(columns.items()) if row[name]}
     rest = {name: value for name, value in row.items() if name not in columns.values()}
     plain = next((name for name in ("images", "image") if rest.get(name)), None)
