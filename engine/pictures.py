@@ -77,7 +77,8 @@ def open_picture(ref: ImageRef) -> Image.Image:
     """
     with _opened(ref) as picture:
         picture.load()
-        return _rgb(ImageOps.exif_transpose(picture))
+        white = _white(picture) if picture.mode in DEEP_GREY else None
+        return _rgb(ImageOps.exif_transpose(picture), white)
 
 
 def check_picture(ref: ImageRef, *, whole: bool = True, contents: bytes | None = None) -> tuple[int, int]:
@@ -96,6 +97,8 @@ def check_picture(ref: ImageRef, *, whole: bool = True, contents: bytes | None =
         if whole:
             picture.draft("RGB", (SMALL, SMALL))  # a JPEG is read to its end, but made no larger than this
             picture.load()
+            if picture.mode in DEEP_GREY:
+                _white(picture)
         return size
 
 
@@ -126,15 +129,38 @@ def _undecoded(ref: ImageRef) -> Image.Image:
     return Image.open(io.BytesIO(contents) if isinstance(contents, bytes) else contents, formats=FORMATS)
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture, dtype=np.float64)
-        top = 65535.0 if values.max() > 255 else 255.0
-        return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8)).convert("RGB")
+def _rgb(picture: Image.Image, white: float | None) -> Image.Image:
+    if white is not None:
+        values = np.asarray(picture, dtype=np.float64) * (255.0 / white)
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return picture.convert("RGB")
+
+
+DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+"""Modes of grey pictures of more than 8 bits."""
+BITS_PER_SAMPLE = 258
+"""A TIFF's tag."""
+
+
+def _white(picture: Image.Image) -> float:
+    """The value that is white in a deep grey picture: by its mode and a TIFF's bits, not by what is in it.
+
+    A dark photo of 16 bits is dark. Real numbers lie in [0, 1] or in [0, 255], as they are written; 32-bit integers
+    have no white that all agree on.
+    """
+    (bits, *_) = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, (16 if picture.mode != "I" else 32,))
+    if picture.mode.startswith("I;16"):
+        return float(2**bits - 1)
+    if picture.mode == "I" and bits == 16:  # with a sign
+        return 32767.0
+    top = float(np.asarray(picture).max())
+    if picture.mode == "F" and top <= 255:
+        return 1.0 if top <= 1 else 255.0
+    kind = "real numbers" if picture.mode == "F" else "integers of 32 bits"
+    raise ValueError(f"grey {kind} up to {top:g}, whose white nobody knows: save it with 8 or 16 bits")
 
 
 def to_tensor(picture: Image.Image, size: int) -> Tensor:

@@ -49,6 +49,9 @@ class Prompt:
     `("text", "image")` is Sync-R1's chain."""
     answer: str | None = None
     """Ground truth of the first text segment."""
+    right_answers: tuple[str, ...] = ()
+    """All that is right, where it is more than `answer` alone: texts of which any will do (OE), or letters that must
+    all be chosen (MC), which `answer` then lists."""
     follow_up: str | None = None
     """What the user asks about the drawn image, where `segments` has text behind the image."""
     follow_up_answer: str | None = None

@@ -5,7 +5,6 @@ A sample is a drawing prompt and a question about one picture (`data/samples.py`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +19,7 @@ from ..errors import DataError
 from ..methods.data_checks import Say, check_usable, say_unused
 from ..policies.auto import model_draws
 from ..records import Prompt
+from ..settings.source_names import is_one_file
 from .config import REFINED, CorlConfig, Training
 
 WANTED: Mapping[Training, tuple[Kind, ...]] = {
@@ -53,6 +53,7 @@ def training_samples(
         config.data_split,
         kinds=WANTED[training],
         instruction=instruction,
+        image_folder=config.image_folder,
         model_draws=model_draws(config.model),
     )
     if training != "unified" or config.unify == "none" or config.strategy == "alternating":
@@ -69,7 +70,13 @@ def refined_trainings(
     """
     if config.stage not in ("all", "refined"):
         return tuple(training for training in REFINED if training == config.stage), ""
-    samples = load_samples(root, config.data_split, instruction=instruction, model_draws=model_draws(config.model))
+    samples = load_samples(
+        root,
+        config.data_split,
+        instruction=instruction,
+        image_folder=config.image_folder,
+        model_draws=model_draws(config.model),
+    )
     kinds = {prompt.task for sample in samples for prompt in sample}
     there = tuple(training for training in REFINED if getattr(config, f"data_{training}") or training in kinds)
     if config.stage == "all" and ("t2i" not in there or there == ("t2i",)):
@@ -96,12 +103,12 @@ def check_data(config: CorlConfig, say: Say) -> None:
         ConfigError: none of the rewards can score it, or there is no model that could learn from it.
     """
     assert config.data is not None
-    draws = model_draws(config.model)
+    draws, folder = model_draws(config.model), config.image_folder
     sources = dict.fromkeys(
         str(source) for source in (config.data, config.data_t2i, config.data_mcq, config.data_oe) if source is not None
     )
     for source in sources:
-        loaded = read_whole(source, partial(load_pairs, source, config.data_split, draws=draws))
+        loaded = read_whole(source, partial(load_pairs, source, config.data_split, draws=draws, image_folder=folder))
         say_unused(loaded.unused, say)
         if source == str(config.data) and config.eval_samples:
             with suppress(DataError):  # said where the evaluation is put together
@@ -111,12 +118,19 @@ def check_data(config: CorlConfig, say: Say) -> None:
 
 def held_out_prompts(config: CorlConfig, root: str | Path, instruction: str | None = None) -> dict[str, list[Prompt]]:
     """Task (t2i, mcq, oe) -> prompts of the evaluation split that the model can do; DataError where there is none."""
-    if config.eval_data is None and os.path.isfile(root):
-        raise DataError(f"{root}: a file has no held-out part; give one by --eval_data")
+    if config.eval_data is None and is_one_file(root):
+        raise DataError(f"{root}: a file or a named split has no held-out part; give one by --eval_data")
     draws, source = model_draws(config.model), config.eval_data or root
     kinds: tuple[Kind, ...] = KINDS if draws else ("mcq", "oe")
     tasks: dict[str, list[Prompt]] = {}
-    for sample in load_samples(source, config.eval_split, kinds=kinds, instruction=instruction, model_draws=draws):
+    for sample in load_samples(
+        source,
+        config.eval_split,
+        kinds=kinds,
+        instruction=instruction,
+        image_folder=config.image_folder,
+        model_draws=draws,
+    ):
         for prompt in sample:
             tasks.setdefault(prompt.task, []).append(replace(prompt, sample=None))
     return {task: tasks[task] for task in KINDS if task in tasks}

@@ -14,18 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import DataError, PictureError, one_line, shown
-from ..pictures import StoredImage
-from .unifybench_files import inside
+from ..errors import DataError, PictureError, one_line
+from ..pictures import ImageRef, StoredImage
+from .readers.named import confined
 
-MAX_PATH = 4096
-"""Characters; as many bytes are what Linux takes."""
 BATCH = 4
 """Rows of a picture column that become arrow arrays at once while one of them is looked for in its row group."""
 
@@ -70,32 +69,6 @@ class StoredCell(StoredImage):
         return confined(self.root, path, self.name).read_bytes()
 
 
-def confined(root: Path, name: Any, where: str) -> Path:
-    """The picture that data name by a path relative to `root`; it may not be absolute or lead out of `root`.
-
-    Raises:
-        DataError: anything else, or there is no such file.
-    """
-    if isinstance(name, dict):
-        name = name.get("path") or name.get("image")
-    if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: a picture must be a path relative to {root}, got {shown(name)}")
-    if "://" in name:
-        raise DataError(f"{where}: {shown(name)} is an address; download the picture and give its path")
-    if len(name) > MAX_PATH:  # resolving it would take quadratic time
-        raise DataError(f"{where}: a path of {len(name)} characters is no usable path; rename the picture")
-    try:
-        if Path(name).is_absolute():
-            raise DataError(f"{where}: the path {shown(name)} is absolute; give it relative to {root}")
-        return inside(root, root / name, where)
-    except (OSError, RuntimeError) as error:  # too long; a loop of symbolic links
-        raise DataError(f"{where}: {shown(name)} is no usable path ({error}); rename the picture") from error
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{where}: {shown(name)} is no usable path ({error}); rename the picture") from error
-
-
 @dataclass(frozen=True)
 class Part:
     """Rows that come from one file or dataset."""
@@ -116,21 +89,32 @@ class Part:
     lists: frozenset[str] = frozenset()
     """Those of them that hold lists."""
     cells: Cells | None = None
+    paths: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Of columns whose cells may hold a path in place of bytes: for each row None, a path, or a list of these."""
+    untyped: bool = False
+    """All values are texts, as in CSV."""
 
     def where(self, row: int) -> str:
         return f"{self.label}, {self.unit} {row if self.numbers is None else self.numbers[row]}"
 
-    def pictures(self, row: int, column: str) -> StoredCell | tuple[StoredCell, ...] | None:
-        """The encoded pictures of a cell; none of their bytes are read."""
-        assert self.cells is not None
-        name = f"{self.where(row)}, {column}"
+    def pictures(self, row: int, column: str) -> ImageRef | tuple[ImageRef, ...] | None:
+        """The encoded pictures of a cell, none of whose bytes are read; a path in place of bytes is a file's.
+
+        Raises:
+            DataError: such a path leads out of the folder, or names nothing.
+        """
+        held = self.paths[column][row] if column in self.paths else None
         if column not in self.lists:
-            cell = StoredCell(name, self.stamp, row, column, None, self.cells, self.root)
-            return cell if self.counts[column][row] else None
-        return tuple(
-            StoredCell(f"{name}[{i}]", self.stamp, row, column, i, self.cells, self.root)
-            for i in range(self.counts[column][row])
-        )
+            return self._picture(row, column, None, held) if self.counts[column][row] else None
+        paths = held or [None] * self.counts[column][row]
+        return tuple(self._picture(row, column, i, path) for i, path in enumerate(paths))
+
+    def _picture(self, row: int, column: str, position: int | None, path: str | None) -> ImageRef:
+        assert self.cells is not None
+        if path is not None:
+            return confined(self.root, path, f"{self.where(row)}, column {column!r}")
+        name = f"{self.where(row)}, {column}" + ("" if position is None else f"[{position}]")
+        return StoredCell(name, self.stamp, row, column, position, self.cells, self.root)
 
 
 # Schemas --------------------------------------------------------------------------------------------------------------
@@ -235,12 +219,57 @@ def parquet_part(path: Path, root: Path, stamp: str) -> Part:
             name: [_count(row[name], many) for row in read] if name in with_path else cells.counts(name, many)
             for name, many in pictures.items()
         }
+        paths = {
+            name: found
+            for name in with_path
+            if (found := _paths_of(cells, name, [row[name] for row in read], counts[name], pictures[name]))
+        }
     except (pa.ArrowException, OSError, ValueError) as error:
         got = f"what is not readable as parquet ({one_line(error)})"
         raise DataError(f"{path}: expected a parquet file, got {got}; write it again") from error
     rows = [{name: value for name, value in row.items() if name not in pictures} for row in read]
+    rows = [{name: value for name, value in row.items() if name not in pictures} for row in read]
     lists = frozenset(name for name, many in pictures.items() if many)
-    return Part(path.name, stamp, root, tuple(schema.names), rows, counts=counts, lists=lists, cells=cells)
+    names = tuple(schema.names)
+    return Part(path.name, stamp, root, names, rows, counts=counts, lists=lists, cells=cells, paths=paths)
+
+
+def _paths_of(
+    cells: ParquetCells, column: str, read: Sequence[Any], counts: Sequence[int], many: bool
+) -> list[Any] | None:
+    """See `Part.paths`; None where all pictures have bytes.
+
+    Statistics tell it of a row group whose pictures all have bytes, or none; others are gone through.
+    """
+    found: list[Any] = []
+    for index in range(cells.metadata.num_row_groups):
+        group = cells.metadata.row_group(index)
+        rows = slice(len(found), len(found) + group.num_rows)
+        leaves = [group.column(i) for i in range(group.num_columns)]
+        leaf = next(part for part in leaves if part.path_in_schema == _bytes_leaf(part.path_in_schema, column))
+        empty = counts[rows].count(0)
+        nulls = leaf.statistics.null_count if leaf.statistics is not None else empty
+        if nulls == empty:
+            found += [None] * group.num_rows
+        elif nulls == leaf.num_values:
+            found += [_path_in(value, many) for value in read[rows]]
+        else:
+            found += [_path_in(v, many) for batch in cells.batches(index, column) for v in batch.to_pylist()]
+    return found if any(item is not None for item in found) else None
+
+
+def _bytes_leaf(path: str, column: str) -> str | None:
+    """`path` where it is that of the bytes in a column."""
+    return path if _within(path, column) and path.endswith(".bytes") else None
+
+
+def _path_in(value: Any, many: bool) -> Any:
+    """What stands for the bytes of a cell: None, a path, or a list of these."""
+    if many:
+        return None if not value else [_path_in(item, False) for item in value]
+    if not isinstance(value, Mapping) or value.get("bytes") is not None:
+        return None
+    return value.get("path") or None
 
 
 def _within(leaf: str, column: str) -> bool:
@@ -270,19 +299,39 @@ class ArrowCells:
             yield from (item.as_py() for item in chunk)
 
 
-def arrow_part(dataset: Any, label: str, root: Path, stamp: str) -> Part:
-    """The rows of a `datasets.Dataset`. Pictures are neither decoded nor read."""
-    data = dataset.data
+def arrow_part(data: Any, label: str, root: Path, stamp: str, cells: Cells) -> Part:
+    """The rows of an arrow table, or of a `datasets.Dataset`'s. Pictures are neither decoded nor read."""
     pictures = picture_columns(data.schema)
     texts = [name for name in data.schema.names if name not in pictures]
-    rows = data.select(texts).to_pylist() if texts else [{} for _ in range(len(dataset))]
+    rows = data.select(texts).to_pylist() if texts else [{} for _ in range(data.num_rows)]
     counts = {
         name: [count for chunk in data.column(name).chunks for count in _counts(chunk, many)]
         for name, many in pictures.items()
     }
+    paths = {
+        name: found
+        for name, many in pictures.items()
+        if _has_path(data.schema.field(name).type)
+        and any(found := [path for chunk in data.column(name).chunks for path in _paths(chunk, many)])
+    }
     lists = frozenset(name for name, many in pictures.items() if many)
-    names, cells = tuple(data.schema.names), ArrowCells(dataset)
-    return Part(label, stamp, root, names, rows, counts=counts, lists=lists, cells=cells)
+    names = tuple(data.schema.names)
+    return Part(label, stamp, root, names, rows, counts=counts, lists=lists, cells=cells, paths=paths)
+
+
+def _paths(chunk: pa.Array, many: bool) -> list[Any]:
+    """See `Part.paths`, of the rows of a chunk: what stands for bytes that are null."""
+    if many:
+        lengths = [length or 0 for length in chunk.value_lengths().to_pylist()]
+        inner = _paths(chunk.flatten(), False)
+        ends = list(accumulate(lengths))
+        lists = [inner[end - length : end] for length, end in zip(lengths, ends, strict=True)]
+        return [found if any(found) else None for found in lists]
+    held, paths = chunk.field("bytes").is_valid().to_pylist(), chunk.field("path")
+    if all(held):
+        return [None] * len(chunk)
+    whole = zip(chunk.is_valid().to_pylist(), held, paths.to_pylist(), strict=True)
+    return [path or None if valid and not has else None for valid, has, path in whole]
 
 
 def _counts(chunk: pa.Array, many: bool) -> list[int]:

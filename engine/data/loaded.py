@@ -10,17 +10,19 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from ..errors import NoSplitError, shown
 from ..records import Prompt
+from ..settings.source_names import is_one_file
 from .faults import Faults
 from .prompts import benchmark_prompts, by_task, load_anchors, load_training_prompts
 from .samples import Sample, chains_of, load_samples, samples_of
 from .table import Table, open_table
 from .unifybench import told_of_concepts
-from .unused import unused_columns, unused_files
+from .unused import lone_letters, unused_columns, unused_files
 
 Read = TypeVar("Read")
 
@@ -72,6 +74,7 @@ def load_chains(
     scored: bool = True,
     eval_data: Path | None = None,
     concept_info: bool = False,
+    image_folder: Path | None = None,
     faults: Faults,
 ) -> Loaded:
     """What Sync-R1 reads.
@@ -82,6 +85,7 @@ def load_chains(
         scored: whether held-out prompts are wanted.
         eval_data: where they come from; None: the held-out part of `source`.
         concept_info: the policy is told what info.json has of a concept.
+        image_folder: of a table, what paths of pictures are relative to and confined to; None: the data's folder.
         faults: where what cannot be used is told of.
     """
     loaded = Loaded()
@@ -92,32 +96,42 @@ def load_chains(
         loaded.anchors = load_anchors(source, faults)
         loaded.unused = unused_files(source)
     else:
-        table = open_table(source, "train", faults=faults)
+        table = open_table(source, "train", image_folder=image_folder, faults=faults)
         loaded.samples = [(prompt,) for prompt in chains_of(table, "train", draws, faults)]
         loaded.unused = unused_columns(table, _good_rows(table), loaded.prompts, "sync_r1")
+        loaded.unused += lone_letters(loaded.prompts)
     if not scored:
         return loaded
+    held_out = partial(_held_out_chains, draws=draws, told=concept_info, image_folder=image_folder, faults=faults)
     if eval_data is not None:
-        loaded.held_out = _held_out_chains(eval_data, draws, concept_info, faults)
-    elif not os.path.isfile(source):
+        loaded.held_out = held_out(eval_data)
+    elif not is_one_file(source):
         with suppress(NoSplitError):  # a table may be all for training
-            loaded.held_out = _held_out_chains(source, draws, concept_info, faults)
+            loaded.held_out = held_out(source)
     if not loaded.held_out:
-        what = "a file has no held-out part" if os.path.isfile(source) else f"{source} has no held-out part"
+        what = f"{'a file or a named split' if is_one_file(source) else source} has no held-out part"
         loaded.no_scores = f"no table before and after: {what}; give one by --eval_data, or --eval_samples 0"
     return loaded
 
 
 def load_pairs(
-    source: str | Path, split: str, *, draws: bool = True, instruction: str | None = None, faults: Faults
+    source: str | Path,
+    split: str,
+    *,
+    draws: bool = True,
+    instruction: str | None = None,
+    image_folder: Path | None = None,
+    faults: Faults,
 ) -> Loaded:
     """What CoRL's first stage reads of one split, drawings and questions; Sync-R1's arguments otherwise."""
     if is_folder_of_concepts(source):
         samples = load_samples(source, split, instruction=instruction, model_draws=draws, faults=faults)
         return Loaded(samples, unused=unused_files(Path(source)))
-    table = open_table(source, split, faults=faults)
+    table = open_table(source, split, image_folder=image_folder, faults=faults)
     samples = samples_of(table, split, instruction, draws, faults)
-    return Loaded(samples, unused=unused_columns(table, _good_rows(table), [], "corl"))
+    loaded = Loaded(samples, unused=unused_columns(table, _good_rows(table), [], "corl"))
+    loaded.unused += lone_letters(loaded.prompts)
+    return loaded
 
 
 def is_folder_of_concepts(source: str | Path) -> bool:
@@ -144,10 +158,14 @@ def _told(root: Path, prompts: Sequence[Prompt]) -> list[str]:
     return lines
 
 
-def _held_out_chains(source: Path, draws: bool, concept_info: bool, faults: Faults) -> dict[str, list[Prompt]]:
+def _held_out_chains(
+    source: Path, *, draws: bool, told: bool, image_folder: Path | None, faults: Faults
+) -> dict[str, list[Prompt]]:
     if is_folder_of_concepts(source):
-        return benchmark_prompts(source, faults, concept_info=concept_info)
-    return by_task(chains_of(open_table(source, "test", faults=faults), "test", draws, faults))
+        return benchmark_prompts(source, faults, concept_info=told)
+    return by_task(
+        chains_of(open_table(source, "test", image_folder=image_folder, faults=faults), "test", draws, faults)
+    )
 
 
 def _good_rows(table: Table) -> list[dict[str, object]]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
 
 from ..errors import DataError, PictureError
-from ..pictures import ImageRef, StoredImage, check_picture
+from ..pictures import ImageRef, check_picture
 from ..records import Prompt
 from .cells import StoredCell
 
@@ -37,7 +37,7 @@ def pictures_of(prompts: Iterable[Prompt]) -> list[ImageRef]:
 def broken_pictures(refs: Sequence[ImageRef], say: Say = lambda line: None) -> list[str]:
     """What is wrong with each picture that cannot be read, in words; progress is said where it takes long."""
     cells = [ref for ref in refs if isinstance(ref, StoredCell)]
-    files = [ref for ref in refs if not isinstance(ref, StoredImage)]
+    files = [ref for ref in refs if not isinstance(ref, StoredCell)]
     decoded = files[:MOST_DECODED]
     headers = files[len(decoded) :]
     broken: list[str] = []

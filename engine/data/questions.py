@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DataError, shown
+from .forms.dialogue import read_chat
 
 THINK_THEN_ANSWER = (
     "{question}\n\n"
@@ -21,6 +22,7 @@ THINK_THEN_ANSWER = (
 )
 """Default instruction: same meaning as that of the released CoRL data. `{form}` says what an answer looks like."""
 LETTER_FORM = "the letter of the right option alone"
+LETTERS_FORM = "the letters of all right options, separated by commas,"
 WORDS_FORM = "a short answer of one to three words"
 LONGER_FORM = "a concise answer"
 MAX_WORDS = 3
@@ -38,7 +40,7 @@ def text_of(value: Any, column: str) -> str:
     Raises:
         DataError: it is neither, or more than one turn of a user.
     """
-    text = value if isinstance(value, str) else _messages(value, column)
+    text = value if isinstance(value, str) else _asked(value, column)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -48,40 +50,14 @@ def text_of(value: Any, column: str) -> str:
     return text.strip()
 
 
-def _messages(value: Any, column: str) -> str:
-    if not isinstance(value, list | tuple) or not all(isinstance(turn, Mapping) for turn in value):
-        raise DataError(f"column {column!r} must be text or chat messages, got {shown(value)}")
-    said: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
-    for turn in value:
-        told = turn.get("role")
-        role = told.strip("<|>").lower() if isinstance(told, str) else shown(told)
-        if role not in said:
-            raise DataError(f"column {column!r} has a message of role {role!r}; expected system, user or assistant")
-        said[role].append(_content(turn.get("content"), column))
-    if len(said["user"]) != 1 or any(text.strip() for text in said["assistant"]):
+def _asked(value: Any, column: str) -> str:
+    chat = read_chat(value, column)
+    if chat.reply:
         raise DataError(
-            f"column {column!r} must hold one turn of the user and no answer, got {len(said['user'])} turns and "
-            f"{len(said['assistant'])} answers; put what was said before into that one turn"
+            f"column {column!r} must hold one turn of the user and no answer, got {shown(chat.reply)}; name the column "
+            "'messages', whose last turn is what is right, or leave the answer out"
         )
-    return "\n\n".join(text.strip() for text in (*said["system"], *said["user"]) if text.strip())
-
-
-def _content(value: Any, column: str) -> str:
-    """A message's text: plain, or its typed parts; a part that stands for a picture becomes `<image>`."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if not isinstance(value, list | tuple):
-        raise DataError(f"column {column!r} has a message whose content is {shown(value)}; expected text or parts")
-    texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind == "image":
-            texts.append("<image>")
-        else:
-            raise DataError(f"column {column!r} has a part {shown(part)}; expected type 'text' or 'image'")
-    return "\n".join(texts)
+    return chat.asked
 
 
 def answer_of(value: Any, column: str) -> str:
@@ -104,24 +80,6 @@ def answer_of(value: Any, column: str) -> str:
     return text_of(tagged[-1] if tagged else value, column)
 
 
-def options_in(problem: str) -> tuple[str, ...]:
-    """The texts of the lines `A. text`, `B. text`, …: the longest run of letters that begins with A."""
-    best: list[str] = []
-    run: list[str] = []
-    for letter, text in OPTION_LINE.findall(problem):
-        if letter == "A":
-            run = []
-        if ord(letter) - ord("A") == len(run):
-            run.append(text.rstrip(" \t"))
-            best = run if len(run) > len(best) else best
-    return tuple(best) if len(best) > 1 else ()
-
-
-def with_options(problem: str, options: Sequence[str]) -> str:
-    """`problem` with its options below, one `A. text` a line."""
-    return "\n".join([problem, *(f"{chr(ord('A') + i)}. {text}" for i, text in enumerate(options))])
-
-
 def letter_of(answer: str, options: Sequence[str]) -> str | None:
     """The letter that `answer` names: `B`, `b`, `(B)`, `B. text` or an option's text; None when it names no option.
 
@@ -137,9 +95,14 @@ def letter_of(answer: str, options: Sequence[str]) -> str | None:
     return chr(ord("A") + texts.index(answer.casefold())) if texts.count(answer.casefold()) == 1 else None
 
 
-def instructed(problem: str, qa_type: str, answer: str, instruction: str | None) -> str:
-    """`problem` within the instruction; as it is when it has one already (it says <think>), or for None."""
+def instructed(problem: str, qa_type: str, answer: str, instruction: str | None, *, several: bool = False) -> str:
+    """`problem` within the instruction; as it is when it has one already (it says <think>), or for None.
+
+    `several`: more than one answer is right; of options all must be chosen, of texts any will do.
+    """
     if instruction is None or "<think>" in problem:
         return problem
-    form = LETTER_FORM if qa_type == "MC" else WORDS_FORM if len(answer.split()) <= MAX_WORDS else LONGER_FORM
+    form = WORDS_FORM if len(answer.split()) <= MAX_WORDS else LONGER_FORM
+    if qa_type == "MC":
+        form = LETTERS_FORM if several else LETTER_FORM
     return instruction.replace("{form}", form).replace("{question}", problem)

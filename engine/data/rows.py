@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +15,24 @@ from typing import Any, Literal
 from ..errors import DataError, shown
 from ..pictures import ImageRef
 from ..records import Prompt
+from ..settings.source_names import split_named
 from .faults import STRICT, Faults
-from .questions import options_in, text_of
+from .forms.choices import INDEX_COLUMNS, OPTION_COLUMNS, Meaning, choices_of, list_in, number_means, option_columns
+from .forms.dialogue import has_reply, is_chat, read_chat, reply_of
+from .forms.numbered import in_order
+from .forms.truths import Truths, inner, is_empty, whole_number
 from .table import SPLITS, Table
 
 Row = Mapping[str, Any]
 
-QUESTION_COLUMNS = ("qa_problem", "problem", "question")
-ANSWER_COLUMNS = ("qa_solution", "solution", "answer", "ground_truth", "reward_model")
-"""The last is verl's: an object whose `ground_truth` is meant."""
+QUESTION_COLUMNS = ("qa_problem", "problem", "question", "query")
+CHAT_COLUMNS = ("messages", "conversations")
+"""Chats, whose last turn is what is right where no column of answers says it."""
+ANSWER_COLUMNS = (
+    *("qa_solution", "answer", "ground_truth", "answerKey", "reward_model", "solution", "answers", "direct_answers"),
+)
+"""`reward_model` is verl's: an object whose `ground_truth` is meant. A `solution` beside an `answer` is how it is
+found (ScienceQA, MATH), and is not what a policy is to say."""
 SHOWN_COLUMNS = ("image", "images", "image_path", "file_name", "real_image")
 DRAWN_COLUMNS = ("real_image", "image", "images", "image_path", "file_name")
 QA_TYPES: Mapping[str, Literal["MC", "OE"]] = {"MC": "MC", "MCQ": "MC", "OE": "OE", "VQA": "OE"}
@@ -43,12 +52,15 @@ class Reading:
         """All rows; one whose pictures cannot be used is empty and bad."""
         found: list[Row] = []
         for index in range(len(self.table)):
+            row: Row = {}
             try:
-                found.append(self.table.row(index))
+                row = self.table.row(index)
             except DataError as error:
                 self.bad.add(index)
                 self.faults.add(error)
-                found.append({})
+            with self.at(index):
+                row = in_order(row)
+            found.append({} if index in self.bad else row)
         return found
 
     @contextmanager
@@ -72,9 +84,17 @@ class Layout:
     answer: str | None
 
     @classmethod
-    def of(cls, table: Table) -> Layout:
-        prompt = first_of(("prompt",), table.columns)
-        question, answer = first_of(QUESTION_COLUMNS, table.columns), first_of(ANSWER_COLUMNS, table.columns)
+    def of(cls, table: Table, rows: Sequence[Row]) -> Layout:
+        """Columns that are empty in all rows come after those that are not."""
+        filled = [name for name in table.columns if any(not is_empty(row.get(name)) for row in rows)]
+        columns = (*filled, *(name for name in table.columns if name not in filled))
+        prompt, chat = first_of(("prompt",), columns), first_of(CHAT_COLUMNS, filled)
+        question = first_of(QUESTION_COLUMNS, filled) or first_of(QUESTION_COLUMNS, columns)
+        answer = answers_in(filled, question) or answers_in(columns, question)
+        if question is None and chat is not None:
+            if answer is None and any(has_reply(chat_cell(row.get(chat))) for row in rows):
+                answer = chat
+            question, prompt = (chat, prompt) if answer is not None else (None, prompt or chat)
         if question is None and answer is not None:
             question, prompt = prompt, None
         if question is None and prompt is None:
@@ -85,9 +105,37 @@ class Layout:
         if question is not None and answer is None:
             raise DataError(
                 f"{table.source}: has questions in {question!r} and no column of answers; found "
-                f"{list(table.columns)}; add one of {list(ANSWER_COLUMNS[:-1])}"
+                f"{list(table.columns)}; add one of {[name for name in ANSWER_COLUMNS if name != 'reward_model']}"
             )
         return cls(prompt, question, answer)
+
+
+def has_options(columns: Sequence[str]) -> bool:
+    """Whether a table has columns of options."""
+    return any(name in columns for name in OPTION_COLUMNS) or bool(option_columns(tuple(columns)))
+
+
+def answers_in(columns: Sequence[str], question: str | None) -> str | None:
+    """The column that says what is right."""
+    names: tuple[str, ...] = ANSWER_COLUMNS
+    if has_options(columns):
+        names = ("qa_solution", *INDEX_COLUMNS, *names, "label")
+    if question is None:
+        names = (*names, "completion")  # TRL's prompt and completion
+    if question == "query":
+        names = (*names, "response", "label")  # ms-swift's; ChartQA's
+    return first_of(names, columns)
+
+
+def chat_cell(value: Any) -> Any:
+    """A chat, also one that a table of texts holds as JSON."""
+    return list_in(value) or value if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[ ") else value
+
+
+def asked_in(value: Any, column: str) -> Any:
+    """A cell with a question; of a chat that has its answer as well, what is asked."""
+    value = chat_cell(value)
+    return read_chat(value, column).asked if column in CHAT_COLUMNS and is_chat(value) else value
 
 
 def first_of(names: Iterable[str], columns: Sequence[str]) -> str | None:
@@ -96,8 +144,8 @@ def first_of(names: Iterable[str], columns: Sequence[str]) -> str | None:
 
 def names_of(table: Table, rows: Sequence[Row], split: str) -> list[str]:
     """Ids of the rows: those of column `id` where they are unique, else numbers; the source's name comes first."""
-    path = Path(table.source)
-    name = table.source
+    name, _ = split_named(table.source)
+    path = Path(name).expanduser()
     if os.path.exists(path):
         name = path.resolve().parent.name if os.path.isfile(path) and path.stem in SPLITS else path.resolve().stem
     own = [row.get("id") for row in rows] if "id" in table.columns else []
@@ -109,8 +157,33 @@ def names_of(table: Table, rows: Sequence[Row], split: str) -> list[str]:
 
 
 def answer_cell(row: Row, column: str) -> Any:
+    """What is right, as the data have it; None where they do not say."""
     value = row.get(column)
-    return value.get("ground_truth") if isinstance(value, Mapping) else value
+    if column in CHAT_COLUMNS or (column == "completion" and is_chat(value)):
+        return reply_of(chat_cell(value), column)
+    return inner(value)
+
+
+def truths_of(table: Table, rows: Sequence[Row], column: str) -> Truths:
+    """How a table says what is right; what numbers are is told by rows that leave one meaning, if none contradicts.
+
+    Where all answers are digits written as texts, and can be indices alone (AI2D), they are.
+    """
+    if not has_options(table.columns):
+        return Truths(column, table.untyped)
+    told: set[str | None] = set()
+    digits = True
+    for row in rows:
+        with suppress(DataError):  # said where the row is read
+            value = answer_cell(row, column)
+            choices = None if value is None else choices_of(row)
+            if choices is not None:
+                number = whole_number(value, True)
+                digits = digits and number is not None
+                told.add(None if number is None else number_means(number, choices))
+    told.discard(None)
+    numbers: Meaning | None = "index" if told == {"index"} else "text" if told == {"text"} else None
+    return Truths(column, table.untyped or (digits and numbers == "index"), numbers)
 
 
 def pictures_of(
@@ -140,19 +213,6 @@ def single(value: Any, column: str | None) -> ImageRef | None:
 
 def extra_of(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in OWN_COLUMNS}
-
-
-def options_of(row: Row) -> tuple[str, ...]:
-    """The texts of a column `options` or `choices`, without letters in front."""
-    for column in ("options", "choices"):
-        value = row.get(column)
-        if value is None or value in ("", [], ()):
-            continue
-        if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value) or len(value) > 26:
-            raise DataError(f"column {column!r} must be a list of at most 26 texts, got {type(value).__name__}")
-        lettered = options_in("\n".join(value))
-        return lettered if len(lettered) == len(value) else tuple(text_of(text, column) for text in value)
-    return ()
 
 
 def qa_type_of(value: Any) -> Literal["MC", "OE"] | None:

@@ -26,33 +26,29 @@ from ..errors import DataError, shown
 from ..pictures import ImageRef
 from ..records import Prompt, SegmentKind
 from .faults import STRICT, Faults
+from .forms.asked import read_question
+from .forms.chained import chain_answers, chain_columns
+from .forms.choices import choices_of
+from .forms.lettered import options_in, with_options
+from .forms.truths import Truths
+from .forms.unseen import check_unseen
 from .prompts import load_training_prompts
-from .questions import (
-    THINK_THEN_ANSWER,
-    answer_of,
-    instructed,
-    letter_of,
-    options_in,
-    text_of,
-    with_options,
-)
+from .questions import THINK_THEN_ANSWER, instructed, letter_of, text_of
 from .rows import (
-    ANSWER_COLUMNS,
     DRAWN_COLUMNS,
-    QUESTION_COLUMNS,
     SHOWN_COLUMNS,
     Layout,
     Reading,
     Row,
     answer_cell,
+    asked_in,
     attributes_of,
     extra_of,
-    first_of,
     names_of,
-    options_of,
     pictures_of,
     qa_type_of,
     references_of,
+    truths_of,
 )
 from .table import Table, open_table
 
@@ -65,6 +61,7 @@ IMAGE_ONLY: tuple[SegmentKind, ...] = ("image",)
 TEXT_ONLY: tuple[SegmentKind, ...] = ("text",)
 PLACEHOLDER = re.compile(r"<image>[ \t]*\n?")
 """Where data say that the picture goes; here it always comes first."""
+CHAIN_PICTURES = tuple(column for column in SHOWN_COLUMNS if column != "real_image")
 SEGMENTS: tuple[tuple[SegmentKind, ...], ...] = (
     TEXT_ONLY,
     IMAGE_ONLY,
@@ -125,8 +122,11 @@ def samples_of(
     faults: Faults = STRICT,
 ) -> list[Sample]:
     """The samples of a table, one per row; arguments and errors as for `load_samples`."""
-    layout, reading = Layout.of(table), Reading(table, faults)
+    reading = Reading(table, faults)
     rows = reading.rows()
+    layout = Layout.of(table, rows)
+    check_unseen(table, rows)
+    truths = truths_of(table, rows, layout.answer or "")
     names = names_of(table, rows, split)
     halves = [_halves(reading, index, row, layout) for index, row in enumerate(rows)]
     shown = pictures_of(reading, rows, SHOWN_COLUMNS, [asks for _, asks in halves])
@@ -141,7 +141,7 @@ def samples_of(
             elif draws:
                 prompts.append(_drawing(row, layout, names[index], drawn[index], extra))
             if asks:
-                prompts.append(_asking(row, layout, names[index], shown[index], extra, instruction))
+                prompts.append(_asking(row, layout, names[index], shown[index], extra, instruction, truths))
         if index not in reading.bad:
             samples.append(tuple(prompts))
     return samples
@@ -154,14 +154,16 @@ def _halves(reading: Reading, index: int, row: Row, layout: Layout) -> tuple[boo
     """Whether the row has something to draw, and a question; neither where it is of no use."""
     draws = layout.drawing is not None and row.get(layout.drawing) is not None
     question = None if layout.question is None else row.get(layout.question)
-    answer = None if layout.answer is None else answer_cell(row, layout.answer)
     if index in reading.bad:
         return False, False
     with reading.at(index):
+        answer = None if layout.answer is None else answer_cell(row, layout.answer)
         if (question is None) != (answer is None):
             missing, other = layout.question, layout.answer
             if question is not None:
                 missing, other = other, missing
+            if missing == other:
+                raise DataError(f"column {missing!r} ends without an answer of the assistant; add one or drop the row")
             raise DataError(f"column {missing!r} is missing or None where {other!r} is given; fill it or drop the row")
         if not draws and question is None:
             wanted = [name for name in (layout.drawing, layout.question) if name]
@@ -209,30 +211,27 @@ def _asking(
     picture: ImageRef | None,
     extra: Row,
     instruction: str | None,
+    truths: Truths,
 ) -> Prompt:
     assert layout.question is not None and layout.answer is not None
-    problem = _problem(row[layout.question], layout.question, picture)
-    answer = answer_of(answer_cell(row, layout.answer), layout.answer)
-    given = options_of(row)
-    options = given or options_in(problem)
-    letter = letter_of(answer, options)
-    kind = qa_type_of(row.get("qa_type")) or ("MC" if options and letter else "OE")
-    if kind == "MC":
-        if letter is None:
-            named = f"the options {list(options)}" if options else "a letter, and the question lists no options"
-            raise DataError(f"column {layout.answer!r}: the answer {answer!r} is not among {named}; correct it")
-        answer = letter
-        if not options_in(problem):
-            problem = with_options(problem, given)
+    problem = _problem(asked_in(row[layout.question], layout.question), layout.question, picture)
+    asked = read_question(
+        row,
+        problem,
+        answer_cell(row, layout.answer),
+        truths,
+        kind=qa_type_of(row.get("qa_type")),
+    )
     return Prompt(
         id=f"{name}/mm2t",
-        task="mcq" if kind == "MC" else "oe",
-        text=instructed(problem, kind, answer, instruction),
+        task="mcq" if asked.kind == "MC" else "oe",
+        text=instructed(asked.text, asked.kind, asked.answer, instruction, several=bool(asked.several)),
         image=picture,
         segments=TEXT_ONLY,
-        answer=answer,
-        options=options if kind == "MC" else (),
-        qa_type=kind,
+        answer=asked.answer,
+        right_answers=asked.several,
+        options=asked.options,
+        qa_type=asked.kind,
         sample=name,
         extra=extra,
     )
@@ -268,31 +267,29 @@ def load_prompts(
 
 def chains_of(table: Table, split: str = "train", model_draws: bool = True, faults: Faults = STRICT) -> list[Prompt]:
     """The prompts of a table, one per row; as `load_prompts`."""
-    if "prompt" not in table.columns:
-        asked = [name for name in QUESTION_COLUMNS if name in table.columns]
-        remedy = "rename the one with the text"
-        if asked:
-            remedy += f", or train on {asked[0]!r} with recipes/corl.py"
-        raise DataError(f"{table.source}: has no column 'prompt'; found {list(table.columns)}; {remedy}")
     reading = Reading(table, faults)
     rows = reading.rows()
+    asked, answered = chain_columns(table, rows)
+    check_unseen(table, rows)
     names = names_of(table, rows, split)
-    shown = pictures_of(reading, rows, ("image", "images"), [_shows(row) for row in rows])
-    answers = first_of(ANSWER_COLUMNS, table.columns)
+    shown = pictures_of(reading, rows, CHAIN_PICTURES, [_shows(row) for row in rows])
     prompts = []
     for index, row in enumerate(rows):
         if index not in reading.bad:
             with reading.at(index):
-                prompts.append(_chain(row, names[index], shown[index], answers, model_draws))
+                prompts.append(_chain(row, names[index], shown[index], (asked, answered), model_draws))
     return prompts
 
 
 def _shows(row: Row) -> bool:
     """A row need not have a picture because others do: `segments` may make drawings of some and answers of others."""
-    return bool(row.get("image") or row.get("images"))
+    return any(row.get(column) for column in CHAIN_PICTURES)
 
 
-def _chain(row: Row, name: str, picture: ImageRef | None, answer_column: str | None, model_draws: bool) -> Prompt:
+def _chain(
+    row: Row, name: str, picture: ImageRef | None, columns: tuple[str, Truths | None], model_draws: bool
+) -> Prompt:
+    """`columns`: which asks, and which says what is right."""
     draws = model_draws and picture is None
     segments = _segments(row.get("segments"), IMAGE_ONLY if draws else TEXT_ONLY)
     told: dict[str, str | None] = {
@@ -301,18 +298,23 @@ def _chain(row: Row, name: str, picture: ImageRef | None, answer_column: str | N
     }
     if segments[-2:] == ("image", "text") and told["follow_up"] is None:
         raise DataError("column 'follow_up' is missing, and 'segments' has text behind the image; ask something there")
-    text = _problem(row.get("prompt"), "prompt", picture)
-    answer = None if answer_column is None else answer_cell(row, answer_column)
+    text = _problem(asked_in(row.get(columns[0]), columns[0]), columns[0], picture)
+    choices = choices_of(row)
+    options = () if choices is None else choices.texts
+    if options and segments == TEXT_ONLY and not all(option in text for option in options) and not options_in(text):
+        text = with_options(text, options)
+    answers = chain_answers(row, columns[1], choices)
     return Prompt(
         id=name,
         task=told["task"] or _task(segments, picture),
         text=text,
         image=picture,
         segments=segments,
-        answer=None if answer is None or answer_column is None else answer_of(answer, answer_column),
+        answer=answers[0] if answers else None,
+        right_answers=answers if len(answers) > 1 else (),
         follow_up=told["follow_up"],
         follow_up_answer=told["follow_up_answer"],
-        options=options_of(row),
+        options=options,
         concept=told["concept"],
         request=row["request"] if isinstance(row.get("request"), str) else None,
         info=row["info"] if isinstance(row.get("info"), str) else "",

@@ -1,8 +1,9 @@
-"""Tables of training data: JSONL, JSON, parquet, folders of these, saved `datasets`, and data sets on the hub.
+"""Tables of training data: files of rows (`SUFFIXES`), folders of these, saved `datasets`, and data sets on the hub.
 
     open_table("album/")                     train.jsonl, train-*.parquet, metadata.jsonl, … and pictures beside them
     open_table("rows.jsonl")                 paths of pictures are relative to the file's folder and stay within it
     open_table("org/name@revision:config")   through `datasets`; no code of the data set is ever run
+    open_table("album/#dev")                 the split `dev`, whatever the caller would take otherwise
 
 Opening reads the text of all rows and not one picture: a picture is a `Path`, or a `StoredImage` inside a data file.
 """
@@ -21,13 +22,26 @@ from typing import Any
 
 from ..errors import DataError, NoSplitError
 from ..pictures import ImageRef
-from .cells import Part, arrow_part, confined, parquet_part
+from ..settings.source_names import split_named
+from .cells import ArrowCells, Part, arrow_part, parquet_part
 from .faults import STRICT, Faults
+from .forms.choices import list_in
+from .forms.dialogue import pictures_in
+from .readers.arrow_files import arrow_file_part
+from .readers.named import named_picture
+from .readers.separated import separated_part
+from .readers.tar_shards import tar_part
 
 PICTURE_COLUMNS = ("real_image", "image", "images", "image_path", "file_name", "references")
 """Columns of text that are paths of pictures, or lists of paths."""
+CHATS = ("prompt", "problem", "question", "messages", "conversations")
+"""Columns whose chats may hold pictures in their parts."""
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".tar")
+"""Of files of rows."""
+SHARDED = (".parquet", ".arrow", ".tar")
+"""Of those that a split may be made of several of."""
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
-HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@:]+))?(:(?P<config>[^@:]+))?")
+HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@:#]+))?(:(?P<config>[^@:#]+))?")
 
 
 class Table:
@@ -38,6 +52,10 @@ class Table:
         self.source, self._parts = source, tuple(parts)
         self.columns: tuple[str, ...] = tuple(dict.fromkeys(name for part in parts for name in part.columns))
         self._ends = list(accumulate(len(part.rows) for part in parts))
+        self.untyped = any(part.untyped for part in parts)
+        """Numbers are texts, as in CSV."""
+        self.encoded: tuple[str, ...] = tuple(dict.fromkeys(name for part in parts for name in part.counts))
+        """Columns of encoded pictures."""
         if not len(self):
             raise DataError(f"{source}: has no rows; add some")
 
@@ -63,9 +81,15 @@ class Table:
         values = {**dict.fromkeys(self.columns), **part.rows[row]}
         for name in part.counts:
             values[name] = part.pictures(row, name)
+        if "decoded_image" in part.counts:  # MathVista's picture; its `image` is where it once lay
+            values["image"] = values.pop("decoded_image")
         for name in PICTURE_COLUMNS:
-            if name in values and name not in part.counts:
+            if name in values and name not in part.counts and (name != "image" or "decoded_image" not in part.counts):
                 values[name] = _files(part.root, values[name], f"{part.where(row)}, column {name!r}")
+        if not any(values.get(name) for name in PICTURE_COLUMNS):
+            for name in CHATS:
+                if shown := pictures_in(values.get(name)):
+                    values["images"] = _files(part.root, shown, f"{part.where(row)}, column {name!r}")
         return values
 
     def _locate(self, index: int) -> tuple[Part, int]:
@@ -78,9 +102,11 @@ class Table:
 def _files(root: Path, value: Any, where: str) -> ImageRef | tuple[ImageRef, ...] | None:
     if value is None or value == "":
         return None
+    if isinstance(value, str) and value[:1] == "[" and isinstance(written := list_in(value), list):
+        value = written  # a table of texts has no other way to name several
     if isinstance(value, list | tuple):
-        return tuple(confined(root, item, where) for item in value)
-    return confined(root, value, where)
+        return tuple(named_picture(root, item, where) for item in value)
+    return named_picture(root, value, where)
 
 
 def open_table(
@@ -89,10 +115,11 @@ def open_table(
     """The rows of one split of a source; see above for what a source may be.
 
     Args:
-        source: a `.jsonl`, `.json` or `.parquet` file, which is taken as it is, whatever `split` says; a folder with
-            `<split>.jsonl`, `<split>/metadata.jsonl`, `metadata.jsonl` (all of it training data) or
-            `<split>*.parquet`, the last also in `data/` or `<split>/`; a folder that `datasets` saved; or a hub name.
-        split: which part of a folder or data set.
+        source: a file of rows (`SUFFIXES`), which is taken as it is, whatever `split` says; a folder with
+            `<split>.jsonl`, `<split>/metadata.jsonl`, `metadata.jsonl` (all of it training data; also `.csv`, `.tsv`)
+            or `<split>*.parquet` (also `.arrow`, `.tar`), the last also in `data/` or `<split>/`; a folder that
+            `datasets` saved; or a hub name. `#split` behind it names the split.
+        split: which part of a folder or data set, where the source does not say.
         image_folder: what paths of pictures are relative to and confined to; None: the folder of the data file.
         faults: where lines that cannot be read are told of.
 
@@ -100,17 +127,18 @@ def open_table(
         NoSplitError: the source is there and lacks the split.
         DataError: there is no such source, or it cannot be read; names the file, the line and the remedy.
     """
-    name, path = str(source), Path(source).expanduser()
+    base, told = split_named(source)
+    name, path, split = str(source), Path(base).expanduser(), told or split
     if os.path.isfile(path):  # unlike Path's, False for a name that no file could have
         return Table(name, [_file(path, image_folder or path.parent, faults)])
     if os.path.isdir(path):
         if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
             return Table(name, [_saved(path, split, image_folder or path)])
         return Table(name, [_file(file, image_folder or path, faults) for file in _of_split(path, split)])
-    match = HUB_NAME.fullmatch(name)
+    match = HUB_NAME.fullmatch(base)
     if match is None:
         raise DataError(
-            f"{name}: there is no such file or folder; expected .jsonl, .json, .parquet, a folder of these, "
+            f"{name}: there is no such file or folder; expected {', '.join(SUFFIXES)}, a folder of these, "
             f"or a data set's name on the hub, org/name"
         )
     return Table(name, [_from_hub(match, split, image_folder)])
@@ -124,7 +152,13 @@ def _file(path: Path, root: Path, faults: Faults) -> Part:
         return parquet_part(path, root, _stamp(path))
     if path.suffix in (".jsonl", ".json"):
         return _json_part(path, root, faults)
-    raise DataError(f"{path}: the suffix {path.suffix!r} is not understood; expected .jsonl, .json or .parquet")
+    if path.suffix in (".csv", ".tsv"):
+        return separated_part(path, root, _stamp(path), faults)
+    if path.suffix in (".arrow", ".feather"):
+        return arrow_file_part(path, root, _stamp(path))
+    if path.suffix == ".tar":
+        return tar_part(path, root, _stamp(path), faults)
+    raise DataError(f"{path}: the suffix {path.suffix!r} is not understood; expected one of {', '.join(SUFFIXES)}")
 
 
 def _stamp(path: Path) -> str:
@@ -137,17 +171,23 @@ def _stamp(path: Path) -> str:
 
 def _of_split(folder: Path, split: str) -> list[Path]:
     """The data files of a split of a folder, in order of their names."""
-    named = [f"{split}.jsonl", f"{split}.json", f"{split}/metadata.jsonl"] + ["metadata.jsonl"] * (split == "train")
-    for name in named:
+    texts = [suffix for suffix in SUFFIXES if suffix not in SHARDED]
+    named = [f"{split}{suffix}" for suffix in texts] + [f"{split}/metadata{suffix}" for suffix in texts]
+    for name in (*named, *([f"metadata{suffix}" for suffix in texts] if split == "train" else ())):
         if (folder / name).is_file():
             return [folder / name]
-    shards = [file for place in (folder, folder / "data") for file in sorted(place.glob("*.parquet"))]
-    told = [file for file in shards if _split_of(file) is not None]
-    mine = [file for file in told if _split_of(file) == split] or sorted((folder / split).glob("*.parquet"))
-    if not mine and not told and split == "train":
-        mine = shards
+    told: list[Path] = []
+    mine: list[Path] = []
+    for suffix in SHARDED:
+        shards = [file for place in (folder, folder / "data") for file in sorted(place.glob(f"*{suffix}"))]
+        told += (named_so := [file for file in shards if _split_of(file) is not None])
+        mine = [file for file in named_so if _split_of(file) == split] or sorted((folder / split).glob(f"*{suffix}"))
+        mine = mine or (shards if not named_so and split == "train" else [])
+        if mine:
+            break
     if not mine:
-        have = sorted({file.stem for file in folder.glob("*.json*")} | {str(_split_of(file)) for file in told})
+        written = {file.stem for suffix in texts for file in folder.glob(f"*{suffix}")}
+        have = sorted(written | {str(_split_of(file)) for file in told})
         raise NoSplitError(
             f"{folder}: has nothing for the split {split!r}; found {have or 'no data file'}; {_instead(folder, split)}"
         )
@@ -253,4 +293,4 @@ def _from_hub(match: re.Match[str], split: str, image_folder: Path | None) -> Pa
 def _arrow(dataset: Any, label: str, root: Path) -> Part:
     if getattr(dataset, "_indices", None) is not None:  # a selection: its rows lie elsewhere in the data
         dataset = dataset.flatten_indices()
-    return arrow_part(dataset, label, root, str(dataset._fingerprint))
+    return arrow_part(dataset.data, label, root, str(dataset._fingerprint), ArrowCells(dataset))

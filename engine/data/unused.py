@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..records import Prompt
 from .faults import Faults
+from .forms.truths import is_lone_letter
 from .rows import ANSWER_COLUMNS, QUESTION_COLUMNS, Row, first_of
 from .table import Table
 from .unifybench import DENSE, PAIRS
@@ -29,7 +30,7 @@ LISTS = (*(name for pair in PAIRS.values() for name in pair), DENSE)
 """Of t2i_conditions.json."""
 CHAIN_COLUMNS = ("segments", "follow_up", "follow_up_answer", "task")
 """Read by Sync-R1 alone, whose trajectories may hold text and image."""
-PAIR_COLUMNS = ("real_image", "image_path", "file_name", "qa_type")
+PAIR_COLUMNS = ("real_image", "qa_type")
 """Read by CoRL alone."""
 
 
@@ -128,3 +129,14 @@ def unused_columns(table: Table, rows: Iterable[Row], prompts: Sequence[Prompt],
                 'drawing; give them "segments": "text" (or "text+image") to have them answered'
             )
     return found
+
+
+def lone_letters(prompts: Sequence[Prompt]) -> list[str]:
+    """What is said of open-ended questions whose answer is a letter: options that nobody found, more often than not."""
+    alone = [p for p in prompts if p.answer and p.qa_type != "MC" and not p.options and is_lone_letter(p.answer)]
+    if not alone:
+        return []
+    return [
+        f"options: none were found of {len(alone)} questions whose answer is a letter, e.g. {alone[0].answer!r} of "
+        f"{alone[0].id}; they are open-ended; write options as lines 'A. red', or into a column 'options'"
+    ]

@@ -119,7 +119,8 @@ def tagged_scores(prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, 
     Raises:
         RewardError: a question without a ground truth.
     """
-    columns = {name: [getattr(prompt, name) for prompt in prompts] for name in ("answer", "options", "qa_type", "id")}
+    names = ("answer", "options", "qa_type", "right_answers", "id")
+    columns = {name: [getattr(prompt, name) for prompt in prompts] for name in names}
     asked: list[tuple[SegmentKind, ...]] = [("text",)] * len(prompts)
     right = AccuracyReward()(completions=list(texts), segments=asked, **columns)
     formed = format_reward(completions=list(texts), segments=asked)

@@ -16,6 +16,7 @@ from ..data.opened import broken_pictures, pictures_of
 from ..errors import ConfigError, NoSplitError
 from ..records import Prompt
 from ..rewards.scorable import check_scorable
+from ..settings.source_names import is_one_file
 from .check_data_config import CheckDataConfig
 from .data_checks import check_attributes
 from .sync_r1_config import SyncR1Config
@@ -68,12 +69,17 @@ def _read(config: CheckDataConfig, faults: Faults) -> Loaded:
     assert config.data is not None
     if config.recipe == "sync_r1":
         return load_chains(
-            config.data, draws=config.model_draws, eval_data=config.eval_data, concept_info=True, faults=faults
+            config.data,
+            draws=config.model_draws,
+            eval_data=config.eval_data,
+            concept_info=True,
+            image_folder=config.image_folder,
+            faults=faults,
         )
-    read = partial(load_pairs, draws=config.model_draws, faults=faults)
+    read = partial(load_pairs, draws=config.model_draws, image_folder=config.image_folder, faults=faults)
     loaded = read(config.data, config.data_split)
     with suppress(NoSplitError):
-        if config.eval_data is not None or not (config.data.is_file() or is_folder_of_concepts(config.data)):
+        if config.eval_data is not None or not (is_one_file(config.data) or is_folder_of_concepts(config.data)):
             held_out = read(config.eval_data or config.data, config.eval_split)
             for prompt in held_out.prompts:
                 loaded.held_out.setdefault(prompt.task, []).append(prompt)

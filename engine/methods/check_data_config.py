@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from ..settings.rules import may_be_hub_name
 from ..settings.schema import Rule, Settings
+from ..settings.source_names import split_named
 
 
 def check_problems(c: Any) -> list[str]:
@@ -17,7 +18,8 @@ def check_problems(c: Any) -> list[str]:
         problems.append("data: expected a folder, a file or a hub name, got none; name what is to be checked")
     for name in ("data", "eval_data"):
         path = getattr(c, name)
-        if path is not None and not os.path.exists(path) and not ("/" in str(path) and may_be_hub_name(str(path))):
+        base = "" if path is None else split_named(path)[0]
+        if base and not os.path.exists(base) and not ("/" in base and may_be_hub_name(base)):
             problems.append(f"{name}: expected a folder, file or hub name, got {path}, which is not there; correct it")
     return problems
 
@@ -29,6 +31,8 @@ class CheckDataConfig(Settings):
     # --- data ---
     data: Path | None = None
     """What is to be trained on, as the recipes take it."""
+    image_folder: Path | None = None
+    """Folder that paths of pictures are relative to and stay within. None: that of the data file."""
     recipe: Literal["sync_r1", "corl"] = "sync_r1"
     """Which recipe is to train on it; they read different columns."""
     eval_data: Path | None = None

@@ -29,7 +29,15 @@ def chains(config: SyncR1Config, source: Path) -> Loaded:
     """What Sync-R1 reads of `source`; raises DataError for what cannot be read."""
     draws, scored = model_draws(config.model), config.eval_samples > 0
     told = config.tells_concepts
-    reading = partial(load_chains, source, draws=draws, scored=scored, eval_data=config.eval_data, concept_info=told)
+    reading = partial(
+        load_chains,
+        source,
+        draws=draws,
+        scored=scored,
+        eval_data=config.eval_data,
+        concept_info=told,
+        image_folder=config.image_folder,
+    )
     return read_whole(source, reading)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from ..errors import DataError, kind_of
 from ..settings.rules import may_be_hub_name
+from ..settings.source_names import split_named
 
-FORMS = "a UnifyBench++ folder (with concept/), .jsonl, .json, .parquet, a folder of these, or a hub name"
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".tar")
+FORMS = f"a UnifyBench++ folder (with concept/), {', '.join(SUFFIXES)}, a folder of these, or a hub name"
 SETTINGS = ("data", "data_t2i", "data_mcq", "data_oe", "eval_data")
 COUNTED = 1 << 28
 """Bytes of a file whose lines are counted."""
@@ -30,7 +31,10 @@ def data_problems(config: Any) -> list[str]:
     for setting in SETTINGS:
         source = getattr(config, setting, None)
         if source is not None:
-            found += [f"{setting}: {problem}" for problem in [_problem(str(source))] if problem]
+            found += [f"{setting}: {problem}" for problem in [_problem(split_named(source)[0])] if problem]
+    folder = getattr(config, "image_folder", None)
+    if folder is not None and not os.path.isdir(os.path.expanduser(folder)):
+        found.append(f"image_folder: expected a folder of pictures, got {folder}, {kind_of(folder)}; correct it")
     return found or _unreadable(config) or _too_few(config)
 
 
@@ -71,7 +75,7 @@ def _folder_problem(folder: Path) -> str:
 
 def _has_tables(folder: Path) -> bool:
     """Something that a table or the evaluation's own forms are read from; pictures alone are none."""
-    kinds = ("*.jsonl", "*.json", "*.parquet", "*.txt", "*/*.jsonl", "*/*.json", "*/*.parquet", "*/*.arrow", "*.arrow")
+    kinds = ["*.txt", *(f"{place}*{suffix}" for suffix in SUFFIXES for place in ("", "*/"))]
     return any(next(folder.glob(kind), None) is not None for kind in kinds)
 
 

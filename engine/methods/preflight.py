@@ -25,6 +25,7 @@ from ..processes.launch import count_gpus, restarted
 from ..processes.run_folder import unused_folder
 from ..rewards.judge.chat import key_problem
 from ..settings.rules import gpus_problem, ranks_problem
+from ..settings.source_names import split_named
 from ..whole_files import cache_dir
 from . import hub_names
 from .data_names import data_problems
@@ -180,8 +181,9 @@ def _data_sets(config: Any) -> list[Wanted]:
     found = []
     for setting in ("data", "data_t2i", "data_mcq", "data_oe", "eval_data"):
         source = getattr(config, setting, None)
-        if source is not None and not os.path.exists(os.path.expanduser(source)):
-            found.append(Wanted(setting, str(source), "dataset"))
+        base = None if source is None else split_named(source)[0]
+        if base is not None and not os.path.exists(os.path.expanduser(base)):
+            found.append(Wanted(setting, base, "dataset"))
     return found
 
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from ..errors import kind_of, shown
 from .modality import clip_of
 from .schema import Rule
+from .source_names import split_named
 from .template_kwargs import template_kwargs_problems
 from .turn_templates import template_problem
 
@@ -292,7 +293,8 @@ TRAINING: tuple[Rule, ...] = (
 def sync_r1_problems(c: Any) -> list[str]:
     problems = []
     held_out = c.eval_data
-    if held_out is not None and not held_out.exists() and not ("/" in str(held_out) and may_be_hub_name(str(held_out))):
+    there = held_out is None or os.path.exists(os.path.expanduser(split_named(held_out)[0]))
+    if not there and not ("/" in str(held_out) and may_be_hub_name(split_named(held_out)[0])):
         problems.append(
             "eval_data: expected a folder in the UnifyBench++ layout, a table of prompts or a hub name, got "
             f"{held_out}, which is not there; leave it out for that of data"

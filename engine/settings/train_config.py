@@ -57,6 +57,8 @@ class TrainConfig(Settings):
     """Checkpoint in transformers' format (Janus, Emu3, Chameleon, Liquid, or a text decoder such as Qwen3 for prompts
     that ask for text alone) or, of Janus, DeepSeek's: a folder or a hub name. None: the tiny base, trained on
     first use."""
+    image_folder: Path | None = None
+    """Folder that the data's paths of pictures are relative to and stay within. None: that of the data file."""
     picture_fit: PictureFit = "processor"
     """How a photo comes to the size that the model sees: as the checkpoint's own image processor does it, cut at the
     centre to a square (crop), or whole on the mean colour (pad)."""

@@ -78,15 +78,26 @@ def test_transparency_lies_on_white(tmp_path: Path) -> None:
     assert centre(saved(Image.new("1", (4, 4), 1), tmp_path / "g.png")) == (255, 255, 255)
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    """A 16-bit scan is not a white sheet; low values of a 16-bit file that only uses 8 bits keep their meaning."""
+def test_the_depth_of_grey_is_told_by_the_mode(tmp_path: Path) -> None:
+    """A 16-bit scan is not a white sheet, and a dark one not a bright one: what is in a picture does not tell it."""
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16)[None].repeat(8, 0)
     read = np.asarray(open_picture(saved(Image.fromarray(ramp), tmp_path / "ramp.png")))[0, :, 0]
     assert read[0] == 0 and read[-1] == 255 and np.abs(read.astype(int) - np.linspace(0, 255, 64)).max() <= 1
-    small = np.full((4, 4), 200, dtype=np.uint16)
-    assert centre(saved(Image.fromarray(small), tmp_path / "small.png")) == (200, 200, 200)
-    deep = Image.fromarray(np.full((4, 4), 128.0, dtype=np.float32))
-    assert centre(saved(deep, tmp_path / "float.tiff")) == (128, 128, 128)
+
+    def grey(value: float, kind: type, name: str) -> tuple[int, ...]:
+        return centre(saved(Image.fromarray(np.full((4, 4), value, dtype=kind)), tmp_path / name))
+
+    for suffix in ("png", "tiff"):
+        assert grey(200, np.uint16, f"dark.{suffix}") == (0, 0, 0), "200 of 65535"
+        assert grey(200 * 257, np.uint16, f"light.{suffix}") == (200, 200, 200)
+        assert grey(200, np.uint8, f"eight.{suffix}") == (200, 200, 200)
+    assert grey(128.0, np.float32, "float.tiff") == (128, 128, 128)
+    assert grey(0.5, np.float32, "unit.tiff") == (127, 127, 127)
+    for value, kind in ((200, np.int32), (70_000.0, np.float32)):
+        with pytest.raises(PictureError, match=r"deep\.tiff.*whose white nobody knows: save it with 8 or 16 bits"):
+            grey(value, kind, "deep.tiff")
+        with pytest.raises(PictureError, match="whose white nobody knows"):
+            pictures.check_picture(tmp_path / "deep.tiff")
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:

@@ -6,15 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncr1.engine.data.questions import (
-    THINK_THEN_ANSWER,
-    answer_of,
-    instructed,
-    letter_of,
-    options_in,
-    text_of,
-    with_options,
-)
+from syncr1.engine.data.forms.lettered import options_in, with_options
+from syncr1.engine.data.questions import THINK_THEN_ANSWER, answer_of, instructed, letter_of, text_of
 from syncr1.engine.errors import DataError
 
 
@@ -27,8 +20,8 @@ from syncr1.engine.errors import DataError
         ("Which?\nA. one\nB. two\n\nThink first.\nA. note", ("one", "two")),
         ("Which?\nB. two\nC. three", ()),
         ("A. one", ()),
-        ("Which? A. one B. two", ()),
-        ("Which?\nA.one\nB.two", ()),
+        ("Which? A. one B. two", ("one", "two")),
+        ("Which?\nA.one\nB.two", ("one", "two")),
     ],
 )
 def test_options_in_a_problem(problem: str, options: tuple[str, ...]) -> None:

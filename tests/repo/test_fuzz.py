@@ -150,6 +150,10 @@ GOOD_ROWS = [
     {"prompt": "a cat", "segments": "text+image", "attributes": {"colour": "red"}, "options": ["a", "b"]},
     {"prompt": "What?", "segments": ["image", "text"], "follow_up": "And?", "follow_up_answer": "so", "answer": 3},
     {"id": 7, "question": "Which?", "options": ["a", "b"], "answer": "b", "qa_type": ["MCQ"], "concept": "x"},
+    {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "so"}]},
+    {"question": "<image 1> Which? (A) x (B) y", "answer": "B", "choices": "['x' 'y']", "hint": "z"},
+    {"question": "Which?", "A": "x", "B": "y", "answer": 1},
+    {"query": "Which?", "options": {"text": ["1", "2"], "label": ["a", "b"]}, "answers": ["a", "b"]},
 ]
 ROW_TEXTS = [json.dumps(row) for row in GOOD_ROWS]
 ROW_PIECES = [*JSON_PIECES, "<answer>", "</answer>", "<image>", "\\nA. ", "\\nB) ", " ", *map(json.dumps, COLUMNS)]

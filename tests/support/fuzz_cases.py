@@ -289,6 +289,7 @@ TAGS = [
 COLUMNS = [
     "prompt", "real_image", "image", "images", "qa_problem", "qa_solution", "qa_type", "problem", "solution", "answer",
     "id", "options", "segments", "follow_up", "attributes", "references", "reward_model", "concept", "extra", "text",
-    "target", "choices", "task",
+    "target", "choices", "task", "messages", "conversations", "answers", "answer_index", "hint", "A", "B", "image_1",
+    "completion", "query", "picture",
 ]
 # fmt: on

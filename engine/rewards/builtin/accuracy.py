@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ...errors import RewardError
 from ...records import SegmentKind
 from .answers import NUMBER_WORDS, chosen_letter, same_answer, true_letter
+from .letter_sets import chosen_letters
 from .tags import ANSWER, ANSWER_END, THINK, THINK_END, answer_of
 
 Variant = Literal["paper", "released"]
@@ -43,6 +44,7 @@ class AccuracyReward:
         segments: Sequence[tuple[SegmentKind, ...]],
         options: Sequence[Sequence[str]] | None = None,
         qa_type: Sequence[str | None] | None = None,
+        right_answers: Sequence[Sequence[str]] | None = None,
         id: Sequence[str] | None = None,
         **_: Any,
     ) -> list[float | None]:
@@ -54,6 +56,8 @@ class AccuracyReward:
             segments: what each prompt produces.
             options: MC: the texts of A, B, C, …; may be empty, and then only letters are compared.
             qa_type: per row; None with a ground truth is read as OE, None without one is no question.
+            right_answers: per row, all that is right where it is several: texts of which any will do (OE), or the
+                letters that must all be chosen and no other (MC).
             id: names of the prompts, for errors.
 
         Raises:
@@ -63,14 +67,27 @@ class AccuracyReward:
         count = len(completions)
         choices: Sequence[Sequence[str]] = options or [()] * count
         kinds: Sequence[str | None] = qa_type or [None] * count
+        several: Sequence[Sequence[str]] = right_answers or [()] * count
         rewards: list[float | None] = []
         for index, row in enumerate(zip(completions, answer, segments, choices, kinds, strict=True)):
             try:
-                rewards.append(self._score(*row))
+                rewards.append(self._best(row, several[index]) if several[index] else self._score(*row))
             except ValueError as error:
                 which = f" (prompt {id[index]!r})" if id else ""
                 raise RewardError(self.__name__, index, f"{error}{which}") from None
         return rewards
+
+    def _best(
+        self,
+        row: tuple[str, str | None, tuple[SegmentKind, ...], Sequence[str], str | None],
+        several: Sequence[str],
+    ) -> float | None:
+        """Of a question with several right answers: the best of them, or whether all letters were chosen."""
+        text, _, segments, options, kind = row
+        if kind == "MC" and "text" in segments:
+            return float(chosen_letters(answer_of(text) or "", options) == set(several))
+        scores = [self._score(text, answer, segments, options, kind) for answer in several]
+        return max((score for score in scores if score is not None), default=None)
 
     def _score(
         self,

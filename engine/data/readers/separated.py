@@ -1,0 +1,74 @@
+"""Tables of text: CSV and TSV, all of whose values are texts.
+
+An empty cell is None. A picture may stand in a cell as base64; MMBench, which shows a picture in several rows, writes
+it once and elsewhere the `index` of that row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from ...errors import DataError
+from ..cells import Part
+from ..faults import Faults
+from .named import is_encoded
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+def separated_part(path: Path, root: Path, stamp: str, faults: Faults) -> Part:
+    """The rows of a CSV or TSV file with a line of column names.
+
+    Raises:
+        DataError: not UTF-8, no column names, or (as a fault) a row of another length.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable as UTF-8 text ({error}); rewrite it in UTF-8") from error
+    limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[path.suffix], strict=True)
+        columns = next(reader, [])
+        _check_columns(path, columns)
+        rows: list[dict[str, Any]] = []
+        numbers: list[int] = []
+        for cells in reader:
+            if not any(cells):
+                continue
+            with faults.here():
+                if len(cells) != len(columns):
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: expected {len(columns)} cells, got {len(cells)}; put texts "
+                        "with separators into quotes"
+                    )
+                rows.append({name: cell if cell != "" else None for name, cell in zip(columns, cells, strict=True)})
+                numbers.append(reader.line_num)
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num}: not readable as a table ({error}); quote its texts"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    _follow(rows)
+    return Part(path.name, stamp, root, tuple(columns), rows, "line", numbers, untyped=True)
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    if not columns:
+        raise DataError(f"{path}: has no rows; the first line names the columns")
+    if len(set(columns)) < len(columns):
+        twice = next(name for name in columns if columns.count(name) > 1)
+        raise DataError(f"{path}, line 1: expected a name of its own for each column, got {twice!r} twice; rename one")
+
+
+def _follow(rows: list[dict[str, Any]]) -> None:
+    """Pictures in place of the `index` of the row that has them."""
+    pictures = {row["index"]: row["image"] for row in rows if row.get("index") and is_encoded(row.get("image") or "")}
+    for row in rows:
+        if pictures and row.get("image") in pictures:
+            row["image"] = pictures[row["image"]]
