@@ -8,6 +8,7 @@ Dims: S trajectories.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RewardError
+from ..processes.group import place
 from ..records import Prompt, Rollout
 from ..rewards.ensemble import RewardSet
+from ..rewards.hooks import TrainerState
 from ..rewards.scoring import RewardTable, score
 from ..rollout.preview_gate import PreviewGate
 from ..rollout.sampler import RolloutEngine
@@ -142,7 +145,9 @@ class Gatherer:
     def _scored(self, rollouts: Sequence[Rollout], step: int) -> RewardTable:
         """The rewards of the step; NaN all over where a function broke its contract, which ends the run after it."""
         try:
-            return score(rollouts, self.rewards.functions, timeout=self.config.reward_timeout, step=step + 1)
+            state = state_of(self.config, step)
+            functions, timeout = self.rewards.functions, self.config.reward_timeout
+            return score(rollouts, functions, timeout=timeout, step=step + 1, state=state)
         except RewardError as error:
             self._broken, names = error, self.rewards.names
             return RewardTable(values=torch.full((len(rollouts), len(names)), math.nan), names=names)
@@ -154,6 +159,20 @@ class Gatherer:
         told = {"rollout/preview_threshold": math.nan if preview.threshold is None else preview.threshold}
         preview.threshold = total / known if known else None
         return told | {"rollout/preview_acceptance": preview.adapt(int(accepted), int(tried))}
+
+
+def state_of(config: TrainConfig, step: int) -> TrainerState:
+    """What a reward function hears of the training while the step after `step` others is rewarded. In the process of
+    `rollout_staleness` 1, which is no rank, each calls itself the first."""
+    return TrainerState(
+        global_step=step,
+        max_steps=config.max_steps,
+        logging_steps=config.logging_steps,
+        eval_steps=config.eval_steps,
+        save_steps=config.checkpointing_steps,
+        is_local_process_zero=os.environ.get("LOCAL_RANK", "0") == "0",
+        is_world_process_zero=place()[0] == 0,
+    )
 
 
 def sampling_of(config: TrainConfig, step: int) -> Sampling:

@@ -267,7 +267,7 @@ def train(
         display.step(metrics)
         ends = metrics.step == config.max_steps - 1 or interrupts.stop
         if config.sample_steps and (metrics.step % config.sample_steps == 0 or ends):
-            log.samples(metrics.step, rollouts, totals)
+            log.samples(metrics.step, rollouts, totals, metrics.extras)
         if checkpoints.due(trainer.step):
             log.sync()
             checkpoints.save(trainer)

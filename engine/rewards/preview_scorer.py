@@ -14,6 +14,9 @@ from .ensemble import RewardSet, combine
 from .judge.llm_judge import LLMJudge
 from .reward import columns_for
 from .scoring import score_columns
+from .yours.remote import RemoteReward
+
+REMOTE = (LLMJudge, RemoteReward)
 
 
 def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None:
@@ -23,7 +26,7 @@ def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None
     A remote judge, slow and costly, is not asked.  None when it is switched off, and when no reward looks at images.
     """
     judged = zip(rewards.kinds, rewards.functions.values(), strict=True)
-    columns = [k for k, (kind, judge) in enumerate(judged) if kind == "image" and not isinstance(judge, LLMJudge)]
+    columns = [k for k, (kind, judge) in enumerate(judged) if kind == "image" and not isinstance(judge, REMOTE)]
     weights = rewards.weight_tensor()[columns]
     if config.preview_fraction == 0 or not bool((weights > 0).any()):
         return None

@@ -23,8 +23,6 @@ from .reward import Columns, RewardFunction, columns_for
 MOST_PROMPTS = 4
 """Shown: each brings two trajectories."""
 OURS = ("syncr1.engine.rewards.builtin.", "syncr1.engine.rewards.judge.attribute_judge", "syncr1.engine.world.")
-TRL_HOOKS = ("log_metric", "log_extra", "trainer_state")
-"""What TRL's trainer hands to a reward beside the columns."""
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -123,10 +121,6 @@ def _remedy(said: str, columns: Columns) -> str:
     if "unexpected keyword argument" in said:
         return "; a reward gets every column as a keyword, and there may be more of them: end its parameters with **_"
     missing = re.findall(r"'(\w+)'", said) if "missing" in said and "required" in said else []
-    hooks = [name for name in missing if name in TRL_HOOKS]
-    if hooks:
-        given = ", ".join(f"{name}=None" for name in hooks)
-        return f"; TRL's trainer has such a hook, this one has not: give it a default ({given}), or leave it out"
     if missing:
         return f"; the data have no such column; there are {', '.join(columns)}"
     return ""

@@ -25,8 +25,9 @@ from syncr1.engine.rewards.reward import columns_of
 from syncr1.engine.rewards.scoring import score
 from syncr1.engine.rewards.trial import try_rewards
 from syncr1.engine.rewards.yours.adapters import ADAPTERS
-from syncr1.engine.rewards.yours.custom import load_reward, reward_name
+from syncr1.engine.rewards.yours.custom import load_reward
 from syncr1.engine.settings.flags import parse
+from syncr1.engine.settings.reward_specs import reward_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "rewards.md").read_text()

@@ -19,7 +19,8 @@ from syncr1.engine.rewards.builtin.text import text_reward
 from syncr1.engine.rewards.judge.llm_judge import LLMJudge
 from syncr1.engine.rewards.scoring import RewardTable
 from syncr1.engine.rewards.trial import try_rewards
-from syncr1.engine.rewards.yours.custom import load_reward, reward_name
+from syncr1.engine.rewards.yours.custom import load_reward
+from syncr1.engine.settings.reward_specs import reward_name
 
 PROMPTS = [
     Prompt(id="a", task="rea", text="draw it", segments=("text", "image"), answer="a dog", extra={"topic": "dogs"}),
