@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import kind_of, shown
-from ..settings.reward_specs import is_address, server_problem, split_spec
+from ..settings.reward_specs import is_address, reward_name, server_problem, split_spec
 from ..settings.rules import SCORER_ADDRESS, address_problem
 
 FORM = "[adapter@]package.module:function or [adapter@]path/to/file.py:function"
@@ -33,7 +33,7 @@ def _problem(spec: str, built_in: Collection[str]) -> str:
     if is_address(target):
         address = target.partition("#")[0]
         problem = server_problem(before, target) or address_problem(address, form=SCORER_ADDRESS)
-        return f"{problem} ({shown(spec)})" if problem else ""
+        return f"{problem} (reward {reward_name(spec)!r})" if problem else ""  # not the address: it may hold a secret
     where, colon, attribute = target.rpartition(":")
     if not colon or not where or not attribute:
         near = difflib.get_close_matches(spec, built_in, n=1)

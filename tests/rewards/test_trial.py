@@ -37,9 +37,14 @@ def closed(prompts, completions): return [1.0] * len(prompts)
 def few(*, prompts, **_): return [1.0]
 def words(*, prompts, **_): return ["good" for _ in prompts]
 def nan(*, prompts, **_): return [float("nan") for _ in prompts]
-def hooks(*, prompts, log_metric, log_extra, **_): return [0.0] * len(prompts)
+def hooks(*, prompts, log_metric, log_extra, **_):
+    log_metric("mean", 0.5); log_extra("said", prompts)
+    return [0.0] * len(prompts)
+def few_extras(*, prompts, log_extra, **_): return log_extra("said", ["a"]) or [0.0] * len(prompts)
+def many_words(*, prompts, log_metric, **_): return log_metric("acc", "much") or [0.0] * len(prompts)
 def column(*, prompts, difficulty, **_): return [0.0] * len(prompts)
 def tensor(*, prompts, **_): return torch.zeros(len(prompts))
+def square(*, prompts, **_): return torch.zeros(2, len(prompts))
 def positional(prompts, /, **_): return [0.0]
 def nothing(**_): pass
 def leaves(**_): raise SystemExit(3)
@@ -96,12 +101,10 @@ def line_of(text: str) -> int:
         ("few", "expected 6 values, one per trajectory, got 1"),
         ("words", "expected a number or None, got str"),
         ("nan", "expected a finite float32, got nan"),
-        (
-            "hooks",
-            "TRL's trainer has such a hook, this one has not: give it a default (log_metric=None, log_extra=None)",
-        ),
+        ("few_extras", "log_extra('said'): expected 6 values, one per trajectory, got 1; log one for each completion"),
+        ("many_words", "ValueError: could not convert string to float: 'much', at mine.py:{here} in many_words"),
         ("column", "'difficulty'; the data have no such column; there are id, task, text"),
-        ("tensor", "expected a list of 6 numbers or None, got Tensor; use .tolist()"),
+        ("square", "expected 6 values in one dimension, got an array of shape (2, 6); return one number for each"),
         ("positional", "missing 1 required positional argument: 'prompts'"),
         ("nothing", "expected a list of 6 numbers or None, got NoneType"),
         ("leaves", "SystemExit: 3, at mine.py:{here} in leaves"),
@@ -124,7 +127,7 @@ def test_adapters_tell_the_same(mine: Path) -> None:
 
 def test_what_works_is_called_as_a_step_calls_it(mine: Path) -> None:
     """Right shapes, a right and a wrong text, anchors not shown; giving None to all is no failure."""
-    assert tried("mine.py:sound", "mine.py:none_at_all") == []
+    assert tried("mine.py:sound", "mine.py:none_at_all", "mine.py:hooks", "mine.py:tensor") == []
     assert tried("mine.py:divides", prompts=[PROMPTS[3]]) == [], "nothing is rewarded, so nothing is tried"
 
 

@@ -72,12 +72,12 @@ class RemoteReward:
         """
         before, target = split_spec(spec)
         if problem := server_problem(before[-1:], target):
-            raise RewardSpecError(f"reward {spec!r}: {problem}")
+            raise RewardSpecError(f"reward {reward_name(spec)!r}: {problem}")
         size = 1 if batch_size is None else batch_size
         if not (size >= 1 and max_concurrency >= 1 and budget > 0):
             raise RewardSpecError(
-                f"reward {spec!r}: expected batch_size >= 1, max_concurrency >= 1 and budget > 0, got {batch_size}, "
-                f"{max_concurrency} and {budget}; correct them"
+                f"reward {reward_name(spec)!r}: expected batch_size >= 1, max_concurrency >= 1 and budget > 0, got "
+                f"{batch_size}, {max_concurrency} and {budget}; correct them"
             )
         self.speech = speech_of(before[-1], served_name(target))
         address = target.partition("#")[0]
