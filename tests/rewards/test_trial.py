@@ -11,16 +11,19 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 from judge_server import JudgeServer
+from test_adapters import rollout
 
 from syncr1.engine.errors import RewardError
 from syncr1.engine.learn.failing import PATIENCE, Failing
 from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.builtin.text import text_reward
 from syncr1.engine.rewards.judge.llm_judge import LLMJudge
-from syncr1.engine.rewards.scoring import RewardTable
+from syncr1.engine.rewards.scoring import RewardTable, score
 from syncr1.engine.rewards.trial import try_rewards
+from syncr1.engine.rewards.yours.adapters import ADAPTERS
 from syncr1.engine.rewards.yours.custom import load_reward
-from syncr1.engine.settings.reward_specs import reward_name
+from syncr1.engine.rewards.yours.remote import RemoteReward
+from syncr1.engine.settings.reward_specs import SERVERS, reward_name
 
 PROMPTS = [
     Prompt(id="a", task="rea", text="draw it", segments=("text", "image"), answer="a dog", extra={"topic": "dogs"}),
@@ -174,6 +177,26 @@ def verdicts(*steps: list[RewardTable]) -> list[str]:
 def test_a_reward_that_fails_for_everyone_in_its_first_step_ends_the_run() -> None:
     (said,) = verdicts([FAILED, FAILED])
     assert "reward 'a' failed for everyone in the first step that called it: RuntimeError: quota, at mine.py:3" in said
+
+
+@pytest.mark.parametrize("adapter", [None, *ADAPTERS, *SERVERS])
+def test_so_does_one_of_each_other_codebase_and_a_server_that_is_away(adapter: str | None) -> None:
+    def theirs(*_: object, **__: object) -> list[float]:
+        raise OSError("quota")
+
+    if adapter in SERVERS:
+        away = RemoteReward(f"{adapter}@http://127.0.0.1:9#x", retries=0)
+        check_first_step(away, "ChatError: 127.0.0.1: ConnectionRefusedError")
+    if adapter not in SERVERS or adapter in ADAPTERS:
+        check_first_step(ADAPTERS[adapter](theirs) if adapter else theirs, "OSError: quota, at ")
+
+
+def check_first_step(function: Any, why: str) -> None:
+    result = score([rollout(0, "dog", torch.full((3, 4, 6), 0.5))], {"a": function})
+    assert result.failures == {"a": 1}
+    failing = Failing(("a",))
+    said = failing.heard([failing.told(result, 1)])
+    assert f"reward 'a' failed for everyone in the first step that called it: {why}" in said
 
 
 def test_one_rank_or_a_step_now_and_then_is_only_counted() -> None:

@@ -166,8 +166,7 @@ class VerlOmni(_Pickled):
     batch = 16
 
     def request(self, columns: Columns, rows: Sequence[int]) -> bytes:
-        nothing = {name: column for name, column in columns.items() if name != "answer"}
-        texts = [str(truth) for truth in truths(nothing, rows, drawn=True)]
+        texts = [str(truth) for truth in truths(columns, rows, drawn=True)]
         return pickled.dumps({"images": _jpegs(columns, rows), "prompts": texts, "metadata": {}})
 
 

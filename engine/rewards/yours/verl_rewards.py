@@ -1,8 +1,9 @@
 """Reward functions of verl and verl-omni, called as ours are: row by row, as a batch, or on drawn images.
 
-`ground_truth` is the row's `reward_model["ground_truth"]`, as verl's data have it, else our `answer`; `data_source` a
-column of that name, else the task; `extra_info` that column's dict, to which all other columns of the row are added,
-and what verl's managers add.  A result is a number or a dict with "score"; its other entries are logged per row.
+`ground_truth` is the row's `reward_model["ground_truth"]`, as verl's data have it, else our `answer` (of an image: what
+was to be drawn); `data_source` a column of that name, else the task; `extra_info` that column's dict, to which all
+other columns of the row are added, and what verl's managers add.  A result is a number or a dict with "score"; its
+other entries are logged per row.
 
 Source: verl's `verl/experimental/reward_loop/reward_manager/{naive,dapo}.py` and
 `verl/workers/reward_manager/batch.py`, verl-omni's `verl_omni/reward_loop/reward_manager/{visual,multi}.py`.
@@ -122,13 +123,15 @@ def verl_omni(function: Foreign) -> RewardFunction:
 
 
 def truths(columns: Columns, rows: Sequence[int], *, drawn: bool = False) -> list[Any]:
-    """The ground truth of each row; `drawn`: what was to be drawn, where the data have none."""
+    """The ground truth of each row. `drawn`: of its image, which is what was to be drawn, not the answer, where the
+    data have none in verl's form."""
     given, answers = columns.get("reward_model"), columns.get("answer")
     found = []
     for row in rows:
         truth = given[row].get("ground_truth") if given and isinstance(given[row], Mapping) else None
-        truth = answers[row] if truth is None and answers else truth
-        found.append(asked_of(columns, row) if truth is None and drawn else truth)
+        if truth is None:
+            truth = asked_of(columns, row) if drawn else answers and answers[row]
+        found.append(truth)
     return found
 
 
