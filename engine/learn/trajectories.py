@@ -8,7 +8,6 @@ Dims: S trajectories.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import RewardError
-from ..processes.group import place
 from ..records import Prompt, Rollout
 from ..rewards.ensemble import RewardSet
-from ..rewards.hooks import TrainerState
+from ..rewards.hooks import state_of
 from ..rewards.scoring import RewardTable, score
 from ..rollout.preview_gate import PreviewGate
 from ..rollout.sampler import RolloutEngine
@@ -137,6 +135,8 @@ class Gatherer:
 
     def _draw(self, prompts: Sequence[Prompt], step: int) -> Drawn:
         """Trajectories of prompts, possibly none, and their rewards. Collective under ZeRO-3."""
+        if self.preview is not None:
+            self.preview.step = step
         with self._stage("rollout"), self._sampling():
             rollouts = self.rollouts.generate(prompts, sampling_of(self.config, step), self.preview)
         with self._stage("reward"):
@@ -159,20 +159,6 @@ class Gatherer:
         told = {"rollout/preview_threshold": math.nan if preview.threshold is None else preview.threshold}
         preview.threshold = total / known if known else None
         return told | {"rollout/preview_acceptance": preview.adapt(int(accepted), int(tried))}
-
-
-def state_of(config: TrainConfig, step: int) -> TrainerState:
-    """What a reward function hears of the training while the step after `step` others is rewarded. In the process of
-    `rollout_staleness` 1, which is no rank, each calls itself the first."""
-    return TrainerState(
-        global_step=step,
-        max_steps=config.max_steps,
-        logging_steps=config.logging_steps,
-        eval_steps=config.eval_steps,
-        save_steps=config.checkpointing_steps,
-        is_local_process_zero=os.environ.get("LOCAL_RANK", "0") == "0",
-        is_world_process_zero=place()[0] == 0,
-    )
 
 
 def sampling_of(config: TrainConfig, step: int) -> Sampling:

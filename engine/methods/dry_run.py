@@ -23,6 +23,7 @@ from ..policies.base import Policy
 from ..policies.inputs import Inputs, checkpoint_notes
 from ..processes.launch import Request, Start, count_gpus, decide
 from ..records import Prompt
+from ..rewards.hooks import state_of
 from ..rewards.trial import try_rewards
 from ..rewards.yours.custom import load_reward
 from ..rollout.capacity import check_lengths, check_plans, remarks_on
@@ -198,6 +199,7 @@ def try_own_rewards(config: TrainConfig, policy: Policy, prompts: Sequence[Promp
         image_size=policy.image_size,
         encode=lambda text: policy.encode(text).tolist(),
         timeout=config.reward_timeout,
+        state=state_of(config, 0),
     )
     if problems:
         raise RewardSpecError("\n".join(problems))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,6 +21,8 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import RewardError
+from ..processes.group import place
+from ..settings.train_config import TrainConfig
 
 HOOKS = ("trainer_state", "log_extra", "log_metric")
 """Keywords that are no columns; a column of the data under such a name is not shown, as in TRL."""
@@ -55,6 +58,20 @@ class TrainerState:
     trial_name: str | None = None
     trial_params: dict[str, Any] | None = None
     stateful_callbacks: dict[str, Any] = field(default_factory=dict)
+
+
+def state_of(config: TrainConfig, step: int) -> TrainerState:
+    """What a reward function hears of a training after `step` steps. In the process of `rollout_staleness` 1, which is
+    no rank, each calls itself the first."""
+    return TrainerState(
+        global_step=step,
+        max_steps=config.max_steps,
+        logging_steps=config.logging_steps,
+        eval_steps=config.eval_steps,
+        save_steps=config.checkpointing_steps,
+        is_local_process_zero=os.environ.get("LOCAL_RANK", "0") == "0",
+        is_world_process_zero=place()[0] == 0,
+    )
 
 
 class Logged:

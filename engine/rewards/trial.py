@@ -16,6 +16,7 @@ import torch
 from ..errors import RewardError
 from ..records import Prompt
 from .calling import call_all
+from .hooks import TrainerState
 from .judge.llm_judge import LLMJudge
 from .places import defined_at, raised_at, told
 from .reward import Columns, RewardFunction, columns_for
@@ -34,6 +35,7 @@ def try_rewards(
     image_size: int,
     encode: Encode,
     timeout: float,
+    state: TrainerState | None = None,
 ) -> list[str]:
     """What is wrong with the user's own rewards, and with a judge behind an address: a line each, with its place.
 
@@ -43,13 +45,14 @@ def try_rewards(
         image_size: pixels squared of the pictures that prompts ask for.
         encode: text -> token ids, as the policy has them.
         timeout: seconds that a step's rewards may take.
+        state: of the training, before its first step.
     """
     own = {name: function for name, function in functions.items() if is_brought(function)}
     shown = _of_each_form([prompt for prompt in prompts if prompt.rewarded])
     if not own or not shown:
         return []
     columns = trial_columns(shown, image_size, encode)
-    outcomes = call_all(own, columns, timeout)
+    outcomes = call_all(own, columns, timeout, state)
     return [
         _problem(name, own[name], outcome.error, columns)
         for name, outcome in outcomes.items()

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...errors import RewardError
 from ..builtin.batches import by_shape
 from ..reward import RewardFunction, RewardValues
-from .foreign import (
+from .adapting import (
     Columns,
     Foreign,
     checked_at,

@@ -9,7 +9,7 @@ Each is how one codebase's own client speaks: which rows, in what form, and wher
     openrlhf    POST, JSON: {"query", "prompts", "labels"} -> {"rewards"}
 
 Source: UniRL's `unirl-reward-service/reward_service/schemas.py` and `unirl/reward/remote.py`, verl-omni's
-`docs/start/http_scorer.md` and `verl_omni/utils/reward_score/http_scorer_client.py`, flow_grpo's `flow_grpo/rewards.py`
+page on HTTP scorers and `verl_omni/utils/reward_score/http_scorer_client.py`, flow_grpo's `flow_grpo/rewards.py`
 and its reward-server's `app_{geneval,deqa}.py`, OpenRLHF's `openrlhf/utils/agent.py`.  Dims: n rows of a request.
 """
 
@@ -31,7 +31,7 @@ from ...pictures import open_picture
 from ...records import Prompt
 from ..hooks import plain
 from . import pickled
-from .foreign import Columns, data_of, to_picture, with_image, with_text
+from .adapting import Columns, data_of, to_picture, with_image, with_text
 from .verl_rewards import asked_of, truths
 
 JSON, PICKLE = "application/json", "application/octet-stream"

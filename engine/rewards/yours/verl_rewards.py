@@ -23,7 +23,7 @@ import torch
 
 from ...errors import RewardError
 from ..reward import RewardFunction, RewardValues
-from .foreign import Columns, Foreign, later, like, log_entries, only_wanted, row_of, spread, with_image, with_text
+from .adapting import Columns, Foreign, later, like, log_entries, only_wanted, row_of, spread, with_image, with_text
 
 SCORES = ("score", "reward")
 """The entry that is trained on; older functions have the second."""
