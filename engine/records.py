@@ -7,7 +7,7 @@ Dims: T packed tokens, S sequences (trajectories), P prompts (groups), G members
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -267,3 +267,5 @@ class StepMetrics:
     """Scalars for metrics.jsonl and the trackers, e.g. `reward`, `rewards/text/mean`, `clip_ratio/region_mean`."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall time of each stage: rollout, reward, pack, score, update."""
+    extras: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """What rewards logged of each of this rank's trajectories: by column, [S] plain values or None."""

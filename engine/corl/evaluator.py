@@ -6,7 +6,7 @@ that they show, where the data says which are right, and by every image reward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..evaluate.tasks import tagged_scores
 from ..learn.from_settings import held_out_sampling
 from ..records import Prompt, Rollout
 from ..rewards.ensemble import RewardSet
+from ..rewards.hooks import state_of
 from ..rewards.judge.attribute_judge import AttributeScorer
 from ..rewards.reward import RewardFunction
 from ..rewards.scoring import score
@@ -49,7 +50,7 @@ def evaluator_of(
     return Evaluator(
         batches=by_task(benchmark, config.eval_samples, MAX_ROLLOUTS),
         sampling=held_out_sampling(config),
-        score=partial(scores_of, readers=readers or {}, judges=judges, timeout=config.reward_timeout),
+        score=partial(scores_of, readers=readers or {}, rewards=partial(_rewards, judges=judges, config=config)),
         asked=lambda prompt: "text" in prompt.segments,
         summarise=summary,
         read=read,
@@ -61,8 +62,7 @@ def scores_of(
     sampled: Sequence[Rollout],
     *,
     readers: Mapping[str, AttributeScorer],
-    judges: Mapping[str, RewardFunction],
-    timeout: float,
+    rewards: Callable[[Sequence[Rollout]], dict[str, Measured]],
 ) -> dict[str, TaskScores]:
     """Of each task: `score` and `format` of answers, `all_right/<reader>`, `attributes/<reader>` and `reward/<judge>`
     of drawings."""
@@ -72,7 +72,7 @@ def scores_of(
         if task in answered:
             measures = _answers(group, "sampled") | _answers(answered[task], "greedy")
         else:
-            measures = _attributes(group, readers) | _rewards(group, judges, timeout)
+            measures = _attributes(group, readers) | rewards(group)
         tasks[task] = TaskScores(num_items=len(group), measures=measures)
     return tasks
 
@@ -108,10 +108,13 @@ def _attributes(rollouts: Sequence[Rollout], readers: Mapping[str, AttributeScor
     return attribute_metrics(_ids(drawn), readers, pictures, wanted) if all(wanted) else {}
 
 
-def _rewards(rollouts: Sequence[Rollout], judges: Mapping[str, RewardFunction], timeout: float) -> dict[str, Measured]:
+def _rewards(
+    rollouts: Sequence[Rollout], judges: Mapping[str, RewardFunction], config: CorlConfig
+) -> dict[str, Measured]:
+    """By the judges as they are at the run's end: one that changes as training goes on would compare nothing."""
     if not judges:
         return {}
-    table = score(rollouts, judges, timeout=timeout)
+    table = score(rollouts, judges, timeout=config.reward_timeout, state=state_of(config, config.max_steps))
     columns = zip(table.names, table.values.double().unbind(1), strict=True)
     found = {f"reward/{name}": Measured.of(_ids(rollouts), column.tolist()) for name, column in columns}
     return {name: one for name, one in found.items() if one.by_item}

@@ -95,7 +95,7 @@ class RewardParts:
 
     def _own(self, spec: str) -> RewardFunction:
         if spec not in self._made:
-            self._made[spec] = load_reward(spec)
+            self._made[spec] = load_reward(spec, budget=0.9 * self.config.reward_timeout)
         return self._made[spec]
 
     def _built_in(self, name: str, policy: Policy) -> RewardFunction:

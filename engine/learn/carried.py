@@ -35,7 +35,7 @@ def carried(gathered: Gathered) -> Message:
         "wanted": gathered.wanted,
         "rollouts": [_rollout_out(rollout, places[id(rollout.prompt)], bag) for rollout in drawn.rollouts],
         "stats": asdict(drawn.stats),
-        "table": {**_fields_out(table, bag), "failures": dict(table.failures), "errors": dict(table.errors)},
+        "table": _table_out(table, bag),
         "waste": None if waste is None else {**_fields_out(waste, bag), "totals": [bag.put(t) for t in waste.totals]},
         "broken": None if gathered.broken is None else error_fields(gathered.broken),
         "preview": gathered.preview,
@@ -55,7 +55,8 @@ def gathered_of(message: Message, prompts: list[Prompt]) -> Gathered:
     ids = [prompt.id for prompt in prompts]
     if ids != list(about["prompts"]):
         raise ValueError(f"expected trajectories of the prompts {ids[:3]} ..., got those of {about['prompts'][:3]} ...")
-    table = RewardTable(**{**_fields_in(RewardTable, about["table"], took), "names": tuple(about["table"]["names"])})
+    told = {"metrics": {}, "extras": {}, **about["table"]}  # a checkpoint of an older version has none
+    table = RewardTable(**{**_fields_in(RewardTable, told, took), "names": tuple(told["names"])})
     waste = about["waste"]
     return Gathered(
         drawn=Drawn(
@@ -130,6 +131,11 @@ def _fields_in(record: type, told: Mapping[str, Any], took: _Taken) -> dict[str,
     tensors = _tensors_of(record)
     names = [field.name for field in fields(record)]
     return {n: took.take(told[n]) if n in tensors and told[n] is not None else told[n] for n in names}
+
+
+def _table_out(table: RewardTable, bag: _Bag) -> dict[str, Any]:
+    told = _fields_out(table, bag)
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in told.items()}
 
 
 def _rollout_out(rollout: Rollout, place: int, bag: _Bag) -> dict[str, Any]:

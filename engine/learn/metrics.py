@@ -30,6 +30,10 @@ LARGEST |= {"sampling/importance_sampling_ratio/max", "sampling/sampling_logp_di
 SMALLEST = {f"ratio_min/{name}" for name in MODALITY_NAMES} | {"sampling/importance_sampling_ratio/min"}
 OF_TOKENS = {"kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
 """Means over the tokens of both modalities."""
+LOGGED = "logged/"
+"""Before the name of what rewards logged, as ranks tell each other, and where a metric of the run has that name."""
+RESERVED = ("eval/", "seconds/", LOGGED)
+"""Beginnings of names that mean something where metrics are read."""
 COUNT = "count/"
 """Before the name of a mean: how many things it is over. Parts tell each other; no metric begins so."""
 
@@ -106,6 +110,33 @@ def of_rewards(table: RewardTable, total_S: Tensor, num_generations: int) -> dic
         **{f"{COUNT}rewards/{name}/mean": float(count) for name, count in has.items() if count},
         "reward_failures": float(sum(table.failures.values())),
     }
+
+
+def of_logged(table: RewardTable) -> dict[str, float]:
+    """What rewards logged on this rank, for `taken_logged`: sums, and of how many numbers."""
+    told: dict[str, float] = {}
+    for name, values in table.metrics.items():
+        told |= {f"{LOGGED}sum/{name}": math.fsum(values), f"{LOGGED}num/{name}": float(len(values))}
+    return told
+
+
+def taken_logged(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Takes what rewards logged out of what ranks told: by name, the mean over all calls."""
+    sums: dict[str, list[float]] = {}
+    for values in ranks:
+        for key in [key for key in values if key.startswith(f"{LOGGED}sum/")]:
+            name = key.removeprefix(f"{LOGGED}sum/")
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += values.pop(key)
+            total[1] += values.pop(f"{LOGGED}num/{name}")
+    return {name: total / count for name, (total, count) in sums.items()}
+
+
+def with_logged(values: Mapping[str, float], logged: Mapping[str, float]) -> dict[str, float]:
+    """A step's metrics and what rewards logged, under its own name; where that is one of the run's, behind `LOGGED`."""
+    own = {*values, "step"}
+    free = {name: name not in own and not name.startswith(RESERVED) for name in logged}
+    return {**values, **{name if free[name] else f"{LOGGED}{name}": value for name, value in logged.items()}}
 
 
 def _spreads(table: RewardTable) -> dict[str, float]:

@@ -22,7 +22,18 @@ from .ahead import Ahead
 from .credit import Credit, CreditRule, StepPlan, credit_of, plan_of
 from .failing import Failing
 from .learner import Learner
-from .metrics import counted, merged, of_guidance, of_rewards, of_rollouts, of_savings, trl_names
+from .metrics import (
+    counted,
+    merged,
+    of_guidance,
+    of_logged,
+    of_rewards,
+    of_rollouts,
+    of_savings,
+    taken_logged,
+    trl_names,
+    with_logged,
+)
 from .schedule import learning_rate
 from .trajectories import Gathered, Gatherer, Prompts
 
@@ -188,6 +199,7 @@ class Trainer:
         if gathered.broken is not None:
             self._failing.broken(gathered.broken)
         shown = sum(rollout.prompt.rewarded and not rollout.dropped for rollout in rollouts)
-        ranks = self.learner.gathered(values | self._failing.told(drawn.table, shown))
-        self._ended = self._failing.heard(ranks)
-        return StepMetrics(step=self.step, values=merged(ranks), seconds=seconds)
+        ranks = self.learner.gathered(values | self._failing.told(drawn.table, shown) | of_logged(drawn.table))
+        self._ended, logged = self._failing.heard(ranks), taken_logged(ranks)
+        values = with_logged(merged(ranks), logged)
+        return StepMetrics(step=self.step, values=values, seconds=seconds, extras=drawn.table.extras)

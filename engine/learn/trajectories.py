@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import RewardError
 from ..records import Prompt, Rollout
 from ..rewards.ensemble import RewardSet
+from ..rewards.hooks import state_of
 from ..rewards.scoring import RewardTable, score
 from ..rollout.preview_gate import PreviewGate
 from ..rollout.sampler import RolloutEngine
@@ -134,6 +135,8 @@ class Gatherer:
 
     def _draw(self, prompts: Sequence[Prompt], step: int) -> Drawn:
         """Trajectories of prompts, possibly none, and their rewards. Collective under ZeRO-3."""
+        if self.preview is not None:
+            self.preview.step = step
         with self._stage("rollout"), self._sampling():
             rollouts = self.rollouts.generate(prompts, sampling_of(self.config, step), self.preview)
         with self._stage("reward"):
@@ -142,7 +145,9 @@ class Gatherer:
     def _scored(self, rollouts: Sequence[Rollout], step: int) -> RewardTable:
         """The rewards of the step; NaN all over where a function broke its contract, which ends the run after it."""
         try:
-            return score(rollouts, self.rewards.functions, timeout=self.config.reward_timeout, step=step + 1)
+            state = state_of(self.config, step)
+            functions, timeout = self.rewards.functions, self.config.reward_timeout
+            return score(rollouts, functions, timeout=timeout, step=step + 1, state=state)
         except RewardError as error:
             self._broken, names = error, self.rewards.names
             return RewardTable(values=torch.full((len(rollouts), len(names)), math.nan), names=names)

@@ -23,9 +23,11 @@ from ..policies.base import Policy
 from ..policies.inputs import Inputs, checkpoint_notes
 from ..processes.launch import Request, Start, count_gpus, decide
 from ..records import Prompt
+from ..rewards.hooks import state_of
 from ..rewards.trial import try_rewards
-from ..rewards.yours.custom import load_reward, reward_name
+from ..rewards.yours.custom import load_reward
 from ..rollout.capacity import check_lengths, check_plans, remarks_on
+from ..settings.reward_specs import reward_name
 from ..settings.train_config import TrainConfig
 from ..settings.yaml_files import to_yaml
 from ..show.names import training_task_words
@@ -189,13 +191,15 @@ def _interpreter() -> str:
 
 def try_own_rewards(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], say: Callable[[str], None]) -> None:
     """Loads the user's own rewards and calls each once, as a run does; RewardSpecError where one fails."""
-    own = {reward_name(spec): load_reward(spec) for spec in config.reward_funcs if spec not in config.REWARDS}
+    specs, budget = [spec for spec in config.reward_funcs if spec not in config.REWARDS], 0.9 * config.reward_timeout
+    own = {reward_name(spec): load_reward(spec, budget=budget) for spec in specs}
     problems = try_rewards(
         own,
         prompts,
         image_size=policy.image_size,
         encode=lambda text: policy.encode(text).tolist(),
         timeout=config.reward_timeout,
+        state=state_of(config, 0),
     )
     if problems:
         raise RewardSpecError("\n".join(problems))

@@ -23,7 +23,7 @@ from ..errors import ConfigError, kind_of, refuse
 from ..policies.kinds import DRAWING, is_liquid_folder
 from ..processes.launch import count_gpus, restarted
 from ..processes.run_folder import unused_folder
-from ..rewards.judge.chat import key_problem
+from ..rewards.transport import key_problem
 from ..settings.rules import gpus_problem, ranks_problem
 from ..settings.source_names import split_named
 from ..whole_files import cache_dir

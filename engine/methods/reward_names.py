@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import kind_of, shown
+from ..settings.reward_specs import is_address, reward_name, server_problem, split_spec
+from ..settings.rules import SCORER_ADDRESS, address_problem
 
 FORM = "[adapter@]package.module:function or [adapter@]path/to/file.py:function"
 
@@ -27,9 +29,11 @@ def reward_problems(setting: str, specs: Sequence[str], built_in: Collection[str
 
 
 def _problem(spec: str, built_in: Collection[str]) -> str:
-    target = spec
-    while (parts := target.partition("@"))[1] and parts[0].isidentifier():  # adapters; a path's own @ is behind a mark
-        target = parts[2]
+    before, target = split_spec(spec)
+    if is_address(target):
+        address = target.partition("#")[0]
+        problem = server_problem(before, target) or address_problem(address, form=SCORER_ADDRESS)
+        return f"{problem} (reward {reward_name(spec)!r})" if problem else ""  # not the address: it may hold a secret
     where, colon, attribute = target.rpartition(":")
     if not colon or not where or not attribute:
         near = difflib.get_close_matches(spec, built_in, n=1)

@@ -33,7 +33,7 @@ class SyncR1Config(TrainConfig):
     # --- rewards ---
     reward_funcs: tuple[str, ...] = ("identity", "judge", "text")
     """identity, judge, text (the paper's three), or your own: `module:function`, `file.py:function`,
-    `verl@file.py:function` (docs/rewards.md)."""
+    `verl@file.py:function`, `unirl@http://127.0.0.1:8080#pickscore` (docs/rewards.md)."""
     reward_weights: tuple[float, ...] = ()
     """One for each of reward_funcs. None given: identity_weight, judge_weight and text_weight, and 1 for your own."""
     clip: str | None = None

@@ -46,7 +46,8 @@ def prepare_model(config: TrainConfig, report: Callable[[str], None] | None = No
 
 def own_rewards(config: TrainConfig) -> dict[str, RewardFunction]:
     """The user's own functions by their names in `reward_funcs`; RewardSpecError where one cannot be loaded."""
-    return {spec: load_reward(spec) for spec in config.reward_funcs if spec not in config.REWARDS}
+    budget = 0.9 * config.reward_timeout
+    return {spec: load_reward(spec, budget=budget) for spec in config.reward_funcs if spec not in config.REWARDS}
 
 
 def build_reward_set(

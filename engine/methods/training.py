@@ -37,6 +37,7 @@ from ..processes.meeting import Meeting
 from ..processes.watchdog import Watchdog
 from ..records import Prompt, Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
+from ..rewards.hooks import state_of
 from ..rewards.preview_scorer import build_preview
 from ..rewards.told import told_rewards
 from ..rewards.trial import try_rewards
@@ -240,6 +241,7 @@ def try_rewards_on(config: TrainConfig, rewards: RewardSet, prompts: Sequence[Pr
         image_size=policy.image_size,
         encode=lambda text: policy.encode(text).tolist(),
         timeout=config.reward_timeout,
+        state=state_of(config, 0),
     )
     if told := [line for words in of_all_ranks("\n".join(problems)) for line in words.splitlines()]:
         raise RewardSpecError("\n".join(dict.fromkeys(told)))
@@ -267,7 +269,7 @@ def train(
         display.step(metrics)
         ends = metrics.step == config.max_steps - 1 or interrupts.stop
         if config.sample_steps and (metrics.step % config.sample_steps == 0 or ends):
-            log.samples(metrics.step, rollouts, totals)
+            log.samples(metrics.step, rollouts, totals, metrics.extras)
         if checkpoints.due(trainer.step):
             log.sync()
             checkpoints.save(trainer)

@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from .judge.llm_judge import LLMJudge
     from .yours.adapters import ADAPTERS
     from .yours.custom import load_reward
+    from .yours.remote import RemoteReward
+    from .yours.verl_rewards import Overlong
 
-__all__ = ["ADAPTERS", "AccuracyReward", "LLMJudge", "load_reward"]
+__all__ = ["ADAPTERS", "AccuracyReward", "LLMJudge", "Overlong", "RemoteReward", "load_reward"]
 
 _HOMES = {
     "ADAPTERS": "yours.adapters",
     "AccuracyReward": "builtin.accuracy",
     "LLMJudge": "judge.llm_judge",
+    "Overlong": "yours.verl_rewards",
+    "RemoteReward": "yours.remote",
     "load_reward": "yours.custom",
 }
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from .hooks import HOOKS, Logged, TrainerState, hooks_of
 from .reward import Columns, RewardFunction, RewardValues, checked
 
 CANCELLED = 5.0
@@ -39,17 +40,23 @@ class Outcome:
     values: RewardValues = field(default_factory=list)
     error: BaseException | None = None
     """Why there are no values; a RewardError where the function broke its contract."""
+    logged: Logged = field(default_factory=lambda: Logged("", 0))
+    """What the call logged, until it ended."""
 
 
-def call_all(functions: Mapping[str, RewardFunction], columns: Columns, timeout: float) -> dict[str, Outcome]:
+def call_all(
+    functions: Mapping[str, RewardFunction], columns: Columns, timeout: float, state: TrainerState | None = None
+) -> dict[str, Outcome]:
     """What came out, by name: values, or why a function has none (it raised, ran late, hangs from an earlier call).
 
     Args:
         functions: by name.
         columns: their keyword arguments; each function gets lists of its own.
         timeout: seconds that a function may take, counted from the common start.
+        state: of the training, for those that ask for it.
     """
     outcomes: dict[str, Outcome] = {}
+    state = state or TrainerState()
     threads: dict[str, threading.Thread] = {}
     deadline = time.monotonic() + timeout
     for name, function in functions.items():
@@ -58,11 +65,9 @@ def call_all(functions: Mapping[str, RewardFunction], columns: Columns, timeout:
             outcomes[name] = Outcome(error=TimeoutError(f"an earlier call is still running{_stuck_at(earlier)}"))
             continue
         _abandoned.pop(id(function), None)
-        own = _copied(columns)
-        outcome = outcomes[name] = Outcome()
-        thread = threading.Thread(
-            target=call, args=(name, function, own, outcome, deadline), name=f"reward-{name}", daemon=True
-        )
+        outcome = outcomes[name] = Outcome(logged=Logged(name, len(columns["images"])))
+        given = (name, function, _copied(columns), outcome, deadline, state)
+        thread = threading.Thread(target=call, args=given, name=f"reward-{name}", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # the system has no more threads
@@ -101,15 +106,23 @@ def _stuck_at(thread: threading.Thread) -> str:
     return f", at {places[-1]}" + (f", within {places[0]}" if len(places) > 1 else "")
 
 
-def call(name: str, function: RewardFunction, columns: Columns, outcome: Outcome, deadline: float = math.inf) -> None:
-    """Leaves in `outcome` what a function returns, checked, or raises; an async one is awaited until `deadline`
-    (monotonic)."""
+def call(
+    name: str,
+    function: RewardFunction,
+    columns: Columns,
+    outcome: Outcome,
+    deadline: float = math.inf,
+    state: TrainerState | None = None,
+) -> None:
+    """Leaves in `outcome` what a function logs and returns, checked, or raises; an async one is awaited until
+    `deadline` (monotonic)."""
+    shown = {column: values for column, values in columns.items() if column not in HOOKS}
     try:
         with torch.no_grad():  # grad mode is per thread
-            result: Any = function(**columns)
+            result: Any = function(**shown, **hooks_of(function, outcome.logged, state or TrainerState()))
             if inspect.isawaitable(result):
                 result = asyncio.run(_awaited(result, deadline))
-        outcome.values = checked(name, result, len(columns["images"]))
+            outcome.values = checked(name, result, len(columns["images"]))
     except BaseException as error:  # SystemExit and CancelledError too: a thread would end by them without a word
         outcome.error = error
 

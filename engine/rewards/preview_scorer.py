@@ -11,9 +11,13 @@ from ..records import Prompt
 from ..rollout.preview_gate import PreviewGate
 from ..settings.train_config import TrainConfig
 from .ensemble import RewardSet, combine
+from .hooks import state_of
 from .judge.llm_judge import LLMJudge
 from .reward import columns_for
 from .scoring import score_columns
+from .yours.remote import RemoteReward
+
+REMOTE = (LLMJudge, RemoteReward)
 
 
 def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None:
@@ -23,7 +27,7 @@ def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None
     A remote judge, slow and costly, is not asked.  None when it is switched off, and when no reward looks at images.
     """
     judged = zip(rewards.kinds, rewards.functions.values(), strict=True)
-    columns = [k for k, (kind, judge) in enumerate(judged) if kind == "image" and not isinstance(judge, LLMJudge)]
+    columns = [k for k, (kind, judge) in enumerate(judged) if kind == "image" and not isinstance(judge, REMOTE)]
     weights = rewards.weight_tensor()[columns]
     if config.preview_fraction == 0 or not bool((weights > 0).any()):
         return None
@@ -35,10 +39,11 @@ def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None
         """As `score`: anchors are not shown to the judges and have no score."""
         shown, pictures = [i for i, prompt in enumerate(prompts) if prompt.rewarded], images.cpu()
         under_way = columns_for([prompts[i] for i in shown], [texts[i] for i in shown], [pictures[i] for i in shown])
-        table = score_columns(under_way, judges, config.reward_timeout).placed(shown, len(prompts))
+        state = state_of(config, gate.step)
+        table = score_columns(under_way, judges, config.reward_timeout, state=state).placed(shown, len(prompts))
         return combine(table.values, weights, renormalise=True)
 
-    return PreviewGate(
+    gate = PreviewGate(
         scorer,
         fraction=config.preview_fraction,
         threshold=config.preview_threshold,
@@ -48,3 +53,4 @@ def build_preview(config: TrainConfig, rewards: RewardSet) -> PreviewGate | None
         max_attempts=config.preview_max_attempts,
         min_keep=config.preview_min_keep,
     )
+    return gate

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import fields
+from decimal import Decimal
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,33 +81,49 @@ def columns_for(
 
 
 def checked(name: str, result: Any, num_expected: int) -> RewardValues:
-    """What a function returned, as a list.
+    """What a function returned, as a list of numbers and None.
+
+    Taken is what TRL takes: a list or any other sequence in order, an array or a tensor of one dimension (or [n, 1]),
+    whose entries are numbers of Python, NumPy or torch, truths, or None.
 
     Raises:
         RewardError: another number of values, or one that is neither None nor a finite number.
     """
-    if not isinstance(result, list | tuple):
-        what = (
-            f"expected a list of {num_expected} numbers or None, got {type(result).__name__}; use .tolist() on arrays"
-        )
-        raise RewardError(name, None, what)
-    if len(result) != num_expected:
+    values = _listed(name, result, num_expected)
+    if len(values) != num_expected:
         raise RewardError(
             name,
             None,
-            f"expected {num_expected} values, one per trajectory, got {len(result)}; return one for each completion",
+            f"expected {num_expected} values, one per trajectory, got {len(values)}; return one for each completion",
         )
-    for index, value in enumerate(result):
-        if value is None:
-            continue
-        if not isinstance(value, numbers.Real):
-            what = f"expected a number or None, got {type(value).__name__}; use float(...) or .item()"
-            raise RewardError(name, index, what)
-        try:
-            number = float(value)
-        except OverflowError:  # Python's integers have no limit
-            number = math.inf
-        if not -LARGEST <= number <= LARGEST:  # false for NaN
-            what = f"expected a finite float32, got {number:g}; return None where there is nothing to say"
-            raise RewardError(name, index, what)
+    return [None if value is None else _number(name, index, value) for index, value in enumerate(values)]
+
+
+def _listed(name: str, result: Any, num_expected: int) -> list[Any]:
+    """The entries of what is a sequence of rewards; RewardError where it is none."""
+    if isinstance(result, Tensor | np.ndarray):
+        if result.ndim != 1 and tuple(result.shape) != (num_expected, 1):
+            what = f"expected {num_expected} values in one dimension, got an array of shape {tuple(result.shape)}"
+            raise RewardError(name, None, f"{what}; return one number for each completion")
+        return list(result.detach().cpu() if isinstance(result, Tensor) else result)
+    no_order = isinstance(result, str | bytes | Mapping | Set)
+    if result is None or no_order or not isinstance(result, Iterable):
+        what = f"expected a list of {num_expected} numbers or None, got {type(result).__name__}"
+        raise RewardError(name, None, f"{what}; return one number for each completion")
     return list(result)
+
+
+def _number(name: str, index: int, value: Any) -> float:
+    """One entry; RewardError where it is no finite number."""
+    single = isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1
+    said = value.item() if single else value
+    if not isinstance(said, numbers.Real | np.bool_ | Decimal):
+        raise RewardError(name, index, f"expected a number or None, got {type(said).__name__}; use float(...)")
+    try:
+        number = float(said)
+    except OverflowError:  # Python's integers have no limit
+        number = math.inf
+    if not -LARGEST <= number <= LARGEST:  # false for NaN
+        what = f"expected a finite float32, got {number:g}; return None where there is nothing to say"
+        raise RewardError(name, index, what)
+    return number

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..errors import RewardError
 from ..records import Rollout
 from .calling import call_all
+from .hooks import TrainerState, logged_columns, logged_metrics
 from .places import told
 from .reward import Columns, RewardFunction, columns_of
 
@@ -39,6 +41,10 @@ class RewardTable:
     remote judge's requests that it gave up; 0 for the others."""
     errors: Mapping[str, str] = field(default_factory=dict)
     """Why a function gave nothing at all, with the line of the user's file."""
+    metrics: Mapping[str, list[float]] = field(default_factory=dict)
+    """What functions logged by `log_metric`: by name, a number for each time."""
+    extras: Mapping[str, list[Any]] = field(default_factory=dict)
+    """What they logged by `log_extra`: by column, [S] plain values, None where nothing was logged."""
 
     def means(self) -> dict[str, float]:
         """`rewards/<name>/mean` over the trajectories that have it; a reward that nobody has is absent."""
@@ -51,11 +57,13 @@ class RewardTable:
         """The same of `num_rows` trajectories, of which `rows` are these; the others have no reward."""
         values = torch.full((num_rows, len(self.names)), math.nan)
         values[list(rows)] = self.values
-        return replace(self, values=values)
+        extras = {name: _placed(column, rows, num_rows) for name, column in self.extras.items()}
+        return replace(self, values=values, extras=extras)
 
     def of_rows(self, rows: Sequence[int]) -> RewardTable:
         """The same of a part of the trajectories."""
-        return replace(self, values=self.values[list(rows)])
+        extras = {name: [column[row] for row in rows] for name, column in self.extras.items()}
+        return replace(self, values=self.values[list(rows)], extras=extras)
 
     def and_then(self, later: RewardTable) -> RewardTable:
         """Both, one behind the other, of the same functions. One that gave anything in either has no error."""
@@ -63,8 +71,22 @@ class RewardTable:
         errors = {**self.errors, **later.errors}
         if self.values.numel() and later.values.numel():
             errors = {name: said for name, said in errors.items() if name in self.errors and name in later.errors}
+        both = (self, later)
+        logged = {n: [v for part in both for v in part.metrics.get(n, ())] for part in both for n in part.metrics}
+        extras = {name: [v for part in both for v in part._extra(name)] for part in both for name in part.extras}
         values = torch.cat([self.values, later.values])
-        return RewardTable(values=values, names=self.names, failures=failures, errors=errors)
+        return RewardTable(
+            values=values, names=self.names, failures=failures, errors=errors, metrics=logged, extras=extras
+        )
+
+    def _extra(self, name: str) -> list[Any]:
+        """[S] values of a column, None where nobody logged it."""
+        return self.extras.get(name) or [None] * len(self.values)
+
+
+def _placed(column: Sequence[Any], rows: Sequence[int], num_rows: int) -> list[Any]:
+    known = dict(zip(rows, column, strict=True))
+    return [known.get(row) for row in range(num_rows)]
 
 
 def score(
@@ -73,6 +95,7 @@ def score(
     timeout: float = 120.0,
     *,
     step: int | None = None,
+    state: TrainerState | None = None,
 ) -> RewardTable:
     """Score trajectories by every function.
 
@@ -82,6 +105,7 @@ def score(
         reward_functions: [K] name -> function; names become columns in this order.
         timeout: seconds that a function may take, counted from the common start.
         step: of the training, for errors and the log.
+        state: of the training, for functions that ask for `trainer_state`.
 
     Returns:
         RewardTable, `values` [S, K]. NaN all over for anchors and for what was dropped. A member that lacks a reward
@@ -93,7 +117,7 @@ def score(
     """
     shown = [i for i, rollout in enumerate(rollouts) if rollout.prompt.rewarded and not rollout.dropped]
     columns = columns_of([rollouts[i] for i in shown])
-    table = score_columns(columns, reward_functions, timeout, step=step)
+    table = score_columns(columns, reward_functions, timeout, step=step, state=state)
     return table.placed(shown, len(rollouts))
 
 
@@ -103,13 +127,14 @@ def score_columns(
     timeout: float = 120.0,
     *,
     step: int | None = None,
+    state: TrainerState | None = None,
 ) -> RewardTable:
     """`score` of the trajectories [n] that `columns` describe, all of which are shown."""
     ids = columns["id"]
     values = torch.full((len(ids), len(reward_functions)), math.nan)
     failures, errors = dict.fromkeys(reward_functions, 0), {}
     counted = {name: failed_calls(function) for name, function in reward_functions.items()}
-    outcomes = call_all(reward_functions, columns, timeout) if ids else {}
+    outcomes = call_all(reward_functions, columns, timeout, state) if ids else {}
     for column, (name, outcome) in enumerate(outcomes.items()):
         error = outcome.error
         failures[name] = failed_calls(reward_functions[name]) - counted[name]
@@ -125,7 +150,15 @@ def score_columns(
             "reward %r failed (%s) and is None for all %d trajectories: %s", name, _where(step), len(ids), said
         )
     values[_incomplete(ids, values)] = math.nan
-    return RewardTable(values=values, names=tuple(reward_functions), failures=failures, errors=errors)
+    calls = {name: outcome.logged for name, outcome in outcomes.items() if outcome.error is None}
+    return RewardTable(
+        values=values,
+        names=tuple(reward_functions),
+        failures=failures,
+        errors=errors,
+        metrics=logged_metrics(calls.values()),
+        extras=logged_columns(calls, reward_functions),
+    )
 
 
 def failed_calls(function: RewardFunction) -> int:

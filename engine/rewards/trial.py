@@ -16,6 +16,7 @@ import torch
 from ..errors import RewardError
 from ..records import Prompt
 from .calling import call_all
+from .hooks import TrainerState
 from .judge.llm_judge import LLMJudge
 from .places import defined_at, raised_at, told
 from .reward import Columns, RewardFunction, columns_for
@@ -23,8 +24,6 @@ from .reward import Columns, RewardFunction, columns_for
 MOST_PROMPTS = 4
 """Shown: each brings two trajectories."""
 OURS = ("syncr1.engine.rewards.builtin.", "syncr1.engine.rewards.judge.attribute_judge", "syncr1.engine.world.")
-TRL_HOOKS = ("log_metric", "log_extra", "trainer_state")
-"""What TRL's trainer hands to a reward beside the columns."""
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -36,6 +35,7 @@ def try_rewards(
     image_size: int,
     encode: Encode,
     timeout: float,
+    state: TrainerState | None = None,
 ) -> list[str]:
     """What is wrong with the user's own rewards, and with a judge behind an address: a line each, with its place.
 
@@ -45,13 +45,14 @@ def try_rewards(
         image_size: pixels squared of the pictures that prompts ask for.
         encode: text -> token ids, as the policy has them.
         timeout: seconds that a step's rewards may take.
+        state: of the training, before its first step.
     """
     own = {name: function for name, function in functions.items() if is_brought(function)}
     shown = _of_each_form([prompt for prompt in prompts if prompt.rewarded])
     if not own or not shown:
         return []
     columns = trial_columns(shown, image_size, encode)
-    outcomes = call_all(own, columns, timeout)
+    outcomes = call_all(own, columns, timeout, state)
     return [
         _problem(name, own[name], outcome.error, columns)
         for name, outcome in outcomes.items()
@@ -123,10 +124,6 @@ def _remedy(said: str, columns: Columns) -> str:
     if "unexpected keyword argument" in said:
         return "; a reward gets every column as a keyword, and there may be more of them: end its parameters with **_"
     missing = re.findall(r"'(\w+)'", said) if "missing" in said and "required" in said else []
-    hooks = [name for name in missing if name in TRL_HOOKS]
-    if hooks:
-        given = ", ".join(f"{name}=None" for name in hooks)
-        return f"; TRL's trainer has such a hook, this one has not: give it a default ({given}), or leave it out"
     if missing:
         return f"; the data have no such column; there are {', '.join(columns)}"
     return ""

@@ -75,6 +75,8 @@ class PreviewGate:
         self.dead_band = dead_band
         self.completion = completion
         self.min_keep = min_keep
+        self.step = 0
+        """Steps of the training that are done, for a scorer that asks."""
         self._accepted = 0
         self._tried = 0
 

@@ -10,11 +10,12 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ..errors import kind_of, shown
 from .modality import clip_of
+from .reward_specs import reward_name
 from .schema import Rule
 from .source_names import split_named
 from .template_kwargs import template_kwargs_problems
@@ -140,31 +141,53 @@ def reward_problems(c: Any) -> list[str]:
         problems.append(f"reward_funcs: expected at least one, got none; try {' '.join(c.REWARDS[:4])}")
     for name in sorted({name for name in c.reward_funcs if c.reward_funcs.count(name) > 1}):
         problems.append(f"reward_funcs: expected each reward once, got {name} twice; name it once")
-    called = [spec.rpartition(":")[2].removesuffix("()") for spec in dict.fromkeys(c.reward_funcs)]
+    called = [reward_name(spec) for spec in dict.fromkeys(c.reward_funcs)]
     for name in sorted({name for name in called if called.count(name) > 1}):
         problems.append(f"reward_funcs: expected names that differ, as columns have them, got {name} twice; rename one")
     return problems
 
 
-def address_problem(address: str, *, allow_http: bool = False) -> str:
+class AddressForm(NamedTuple):
+    """What an address is of, for the words about one that cannot be."""
+
+    example: str
+    whose: str
+    """Which one to give."""
+    key: str
+    """What to do with a key."""
+
+
+CHAT_ADDRESS = AddressForm(
+    "https://host/v1",
+    "an OpenAI-compatible server's, up to and with /v1",
+    "name the variable that holds the key (judge_key_env)",
+)
+SCORER_ADDRESS = AddressForm(
+    "https://host:8080/path",
+    "a reward server's",
+    "make it in a function, which names the variable that holds a key (docs/rewards.md)",
+)
+
+
+def address_problem(address: str, *, allow_http: bool = False, form: AddressForm = CHAT_ADDRESS) -> str:
     """What is wrong with a server's address, in words; "" where nothing is. A secret in it would stand in the run's
     config.yaml; the words do not repeat it.
 
     Args:
-        address: what stands before `/chat/completions`.
+        address: of a judge, what stands before `/chat/completions`.
         allow_http: plain http to other hosts than this machine.
+        form: what the address is of.
     """
-    form = "expected an address like https://host/v1"
+    expected = f"expected an address like {form.example}"
     try:
         url = urlsplit(address)
         port = url.port
     except ValueError:
-        return f"{form}, got one with no host or port that there can be; correct it"
+        return f"{expected}, got one with no host or port that there can be; correct it"
     if "@" in url.netloc or url.query or url.fragment:
-        remedy = "name the variable that holds the key (judge_key_env)"
-        return f"{form}, got one with a user, password, query or fragment; {remedy}"
+        return f"{expected}, got one with a user, password, query or fragment; {form.key}"
     if url.scheme not in ("http", "https") or not url.hostname or port == 0:
-        return f"{form}, got {shown(address)}; give an OpenAI-compatible server's, up to and with /v1"
+        return f"{expected}, got {shown(address)}; give {form.whose}"
     if url.scheme == "http" and not (allow_http or is_this_machine(url.hostname)):
         return (
             f"expected https, or this machine, got {url.hostname} over plain http; use https, or forward its port to "

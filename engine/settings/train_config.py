@@ -188,8 +188,8 @@ class TrainConfig(Settings):
 
     # --- rewards ---
     reward_funcs: tuple[str, ...] = ()
-    """Rewards: the recipe's own by name, and yours: `module:function`, `file.py:function`, `verl@file.py:function`
-    (docs/rewards.md)."""
+    """Rewards: the recipe's own by name, and yours: `module:function`, `file.py:function`, `verl@file.py:function`,
+    `unirl@http://127.0.0.1:8080#pickscore` (docs/rewards.md)."""
     reward_weights: tuple[float, ...] = ()
     """One for each of reward_funcs. None given: 1 for each."""
     judge_url: str | None = None

@@ -43,7 +43,7 @@ from .run_files import read_jsonl
 from .run_status import RunStatus, State
 from .scores import Scores, flatten_scores, score_rows
 from .sheets import Rewards, as_rewards
-from .trackers import Trackers, completions_of
+from .trackers import Trackers, completions_of, of_row
 
 MAX_FOLDERS = 10_000
 MAX_REASON = 500
@@ -172,7 +172,13 @@ class RunLog:
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
 
-    def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards | Tensor) -> None:
+    def samples(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        rewards: Rewards | Tensor,
+        extras: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         """Writes a step's trajectories as a picture to look at and a JSONL file to search in.
 
         Args:
@@ -180,8 +186,9 @@ class RunLog:
             rollouts: whole groups look best; at most 24 prompts and 8 members each are drawn, all are written.
             rewards: reward name -> one value per rollout, None or NaN where it did not apply; `reward` is the total.
                 A tensor [S] is the total alone.
+            extras: further columns, one plain value per rollout: what rewards logged.
         """
-        known, step = as_rewards(rewards, len(rollouts)), step + 1
+        known, step, extras = as_rewards(rewards, len(rollouts)), step + 1, extras or {}
         if not rollouts:
             return
         folder = self.folder / "samples"
@@ -189,13 +196,13 @@ class RunLog:
         picture = folder / f"step_{step:06d}.png"
         sheets.sample_sheet(step, rollouts, known).save(picture)
         rows = [
-            _sample_row(step, rollout, {name: values[index] for name, values in known.items()})
+            _sample_row(step, rollout, of_row(known, index), of_row(extras, index))
             for index, rollout in enumerate(rollouts)
         ]
         _write_jsonl(folder / f"step_{step:06d}.jsonl", rows)
         self._trackers.picture(step, "samples", picture)
         if self._log_completions and self._trackers.active:
-            self._trackers.table(step, "completions", completions_of(rollouts, known))
+            self._trackers.table(step, "completions", completions_of(rollouts, known, extras))
 
     def scores(
         self,
@@ -295,7 +302,13 @@ class NullRunLog:
     def sync(self) -> None:
         """Does nothing."""
 
-    def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards | Tensor) -> None:
+    def samples(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        rewards: Rewards | Tensor,
+        extras: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         """Does nothing."""
 
     def scores(
@@ -341,7 +354,9 @@ def _claim_folder(wanted: Path, config_yaml: str) -> Path:
     raise ConfigError(f"output_dir: expected a free name near {wanted}, got {MAX_FOLDERS} runs; choose another one")
 
 
-def _sample_row(step: int, rollout: Rollout, rewards: Mapping[str, float | None]) -> dict[str, Any]:
+def _sample_row(
+    step: int, rollout: Rollout, rewards: Mapping[str, float | None], extra: Mapping[str, Any]
+) -> dict[str, Any]:
     prompt = rollout.prompt
     asked = {"id": prompt.id, "task": prompt.task, "prompt": prompt.text}
     return {
@@ -353,6 +368,7 @@ def _sample_row(step: int, rollout: Rollout, rewards: Mapping[str, float | None]
         "has_image": rollout.image is not None,
         "attempts": rollout.attempts,
         "rewards": dict(rewards),
+        **({"extra": dict(extra)} if extra else {}),
     }
 
 

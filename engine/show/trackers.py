@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import sys
@@ -35,6 +36,8 @@ class Completion(NamedTuple):
     picture: Image.Image | None
     rewards: Mapping[str, float | None]
     """By name; `reward` is the total."""
+    extra: Mapping[str, Any] = {}
+    """Further columns by name."""
 
 
 class Tracker(Protocol):
@@ -73,10 +76,12 @@ class TensorBoard:
 
     def table(self, step: int, name: str, rows: Sequence[Completion]) -> None:
         """A table in Markdown, which has no room for pictures, and those beside it, numbered alike."""
-        head = ["#", "prompt", "text", *_rewards(rows)]
+        head = ["#", "prompt", "text", *_rewards(rows), *_extras(rows)]
         lines = [head, ["---"] * len(head)]
         for number, row in enumerate(rows):
-            lines.append([str(number), row.prompt, row.text, *(_shown(row.rewards.get(n)) for n in _rewards(rows))])
+            told = [_shown(row.rewards.get(name)) for name in _rewards(rows)]
+            told += [_in_a_cell(row.extra.get(name)) for name in _extras(rows)]
+            lines.append([str(number), row.prompt, row.text, *told])
         cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines]
         self.writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
         for number, row in enumerate(rows):
@@ -143,22 +148,33 @@ class Wandb:
         self.run.finish()
 
 
-def completions_of(rollouts: Sequence[Rollout], known: Mapping[str, Sequence[float | None]]) -> list[Completion]:
+def completions_of(
+    rollouts: Sequence[Rollout],
+    known: Mapping[str, Sequence[float | None]],
+    extras: Mapping[str, Sequence[Any]] | None = None,
+) -> list[Completion]:
     """Of the first trajectories of a step.
 
     Args:
         rollouts: its trajectories.
         known: reward name -> one value per trajectory, None where it did not apply.
+        extras: column -> one value per trajectory: what rewards logged.
     """
     return [
         Completion(
             prompt=rollout.prompt.text,
             text=rollout.text,
             picture=None if rollout.image is None else sheets.to_picture(rollout.image),
-            rewards={name: values[index] for name, values in known.items()},
+            rewards=of_row(known, index),
+            extra=of_row(extras or {}, index),
         )
         for index, rollout in enumerate(rollouts[:MAX_ROWS])
     ]
+
+
+def of_row(columns: Mapping[str, Sequence[Any]], index: int) -> dict[str, Any]:
+    """One trajectory's values, by column."""
+    return {name: values[index] for name, values in columns.items()}
 
 
 def _rewards(rows: Sequence[Completion]) -> list[str]:
@@ -166,8 +182,13 @@ def _rewards(rows: Sequence[Completion]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.rewards))
 
 
+def _extras(rows: Sequence[Completion]) -> list[str]:
+    """Names of all further columns, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.extra))
+
+
 def _columns(rows: Sequence[Completion]) -> list[str]:
-    return ["step", "prompt", "text", "image", *_rewards(rows)]
+    return ["step", "prompt", "text", "image", *_rewards(rows), *_extras(rows)]
 
 
 def _cells(step: int, rows: Sequence[Completion], image: Any) -> list[list[Any]]:
@@ -176,9 +197,19 @@ def _cells(step: int, rows: Sequence[Completion], image: Any) -> list[list[Any]]
         [
             *(step, row.prompt, row.text, None if row.picture is None else image(row.picture)),
             *(row.rewards.get(name) for name in _rewards(rows)),
+            *(_of_one_kind(row.extra.get(name)) for name in _extras(rows)),
         ]
         for row in rows
     ]
+
+
+def _of_one_kind(value: Any) -> str | None:
+    """A further column's cell: a tracker's table takes one type a column, and a reward may log any."""
+    return None if value is None else _in_a_cell(value)
+
+
+def _in_a_cell(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _shown(value: float | None) -> str:

@@ -181,6 +181,9 @@ def test_what_is_carried_is_what_comes_out(whole: Training) -> None:
     back = gathered_of(message, prompts)
     assert_same_rollouts(back.drawn.rollouts, rollouts)
     assert back.drawn.rollouts[1].prompt_tokens is back.drawn.rollouts[0].prompt_tokens
+    assert_same_fields(back.drawn.table, drawn.table, type(drawn.table))
+    older = {name: value for name, value in message.about["table"].items() if name not in ("metrics", "extras")}
+    assert gathered_of(Message({**message.about, "table": older}, message.tensors), prompts).drawn.table.extras == {}
     assert str(back.broken) == str(told) and back.staleness == 1 and repr(back.preview) == "{'a': nan}"
     with pytest.raises(ValueError, match="expected trajectories of the prompts"):
         gathered_of(message, prompts[::-1])
@@ -224,6 +227,8 @@ def _drawn(rollouts: Sequence[Rollout], whole: Training) -> Any:
 
     names = whole.rewards.names
     table = RewardTable(values=torch.rand(len(rollouts), len(names)), names=names, errors={"text": "late"})
+    said = [None, *({"words": [rollout.text]} for rollout in rollouts[1:])]
+    table = dataclasses.replace(table, metrics={"acc": [0.5, 1.0]}, extras={"said": said})
     return Drawn(rollouts=rollouts, table=table, stats=RolloutStats(kv_bytes=3, seconds={"text": 0.5}))
 
 

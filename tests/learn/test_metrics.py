@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from syncr1.engine.learn.metrics import COUNT, merged, of_guidance, of_rewards, of_rollouts, trl_names
+from syncr1.engine.learn.metrics import (
+    COUNT,
+    merged,
+    of_guidance,
+    of_logged,
+    of_rewards,
+    of_rollouts,
+    taken_logged,
+    trl_names,
+    with_logged,
+)
 from syncr1.engine.records import Prompt, Rollout, Segment, SegmentKind
 from syncr1.engine.rewards.scoring import RewardTable
 
@@ -74,6 +84,28 @@ def test_parts_of_unequal_size_count_by_what_they_hold() -> None:
     silent = {"tokens/text": 0.0, "ratio_max/text": 1.0, "ratio_min/text": 1.0, "entropy/text": 0.0}
     speaks = {"tokens/text": 5.0, "ratio_max/text": 0.9, "ratio_min/text": 1.2, "entropy/text": 0.4}
     assert merged([silent, speaks]) == merged([speaks, silent, silent]) == speaks and merged([silent] * 2) == silent
+
+
+def test_what_rewards_log_is_a_mean_over_the_calls_of_all_ranks() -> None:
+    """Also where a name looks like one of the run's sums, extremes or spreads, and where a rank logged nothing."""
+    logged: list[dict[str, list[float]]] = [
+        {"acc": [0.0, 0.5], "num_tokens": [1.0], "x/std": [2.0]},
+        {"acc": [1.0]},
+        {},
+    ]
+    empty = torch.zeros(0, 1)
+    ranks = [{"reward": 0.2} | of_logged(RewardTable(values=empty, names=("a",), metrics=told)) for told in logged]
+    found = taken_logged(ranks)
+    assert ranks == [{"reward": 0.2}] * 3 and found == {"acc": 0.5, "num_tokens": 1.0, "x/std": 2.0}
+    taken = {"reward": 0.2, "acc": 1.0} | dict.fromkeys(("eval/acc", "seconds/mine", "step"), 0.0)
+    assert with_logged({"reward": 0.3}, taken) == {
+        "reward": 0.3,
+        "acc": 1.0,
+        "logged/reward": 0.2,
+        "logged/eval/acc": 0.0,
+        "logged/seconds/mine": 0.0,
+        "logged/step": 0.0,
+    }
 
 
 @given(

@@ -172,6 +172,29 @@ def test_metrics_have_trls_names(world: Path, rewards: RewardSet) -> None:
     assert len(rollouts) == 16 and metrics.values["reward_failures"] == 0
 
 
+def test_what_a_reward_logs_is_in_the_step_s_metrics_and_rows(world: Path) -> None:
+    """TRL's hooks in a training: the state counts, metrics keep their names, columns go with the trajectories."""
+    steps: list[tuple[int, int]] = []
+
+    def mine(*, completions: list[str], trainer_state: Any, log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
+        steps.append((trainer_state.global_step, trainer_state.max_steps))
+        log_metric("mine/words", sum(map(len, completions)) / len(completions))
+        log_metric("reward", 7.0)
+        log_extra("said", completions)
+        return [float(len(text)) for text in completions]
+
+    rewards = RewardSet(functions={"mine": mine}, weights=(1.0,), kinds=("text",))
+    run = Run(config_of(max_steps=2, preview_fraction=0.0), world, rewards).train()
+    assert steps == [(0, 2), (1, 2)]
+    for metrics, rollouts, _ in run.steps:
+        shown = [rollout for rollout in rollouts if rollout.prompt.rewarded]
+        said = [rollout.text if rollout.prompt.rewarded else None for rollout in rollouts]
+        assert metrics.extras == {"said": said} and 0 < len(shown) < len(rollouts)
+        words = sum(len(rollout.text) for rollout in shown) / len(shown)
+        assert metrics.values["mine/words"] == pytest.approx(words)
+        assert metrics.values["logged/reward"] == 7.0 != metrics.values["reward"], "the run's own keeps its name"
+
+
 def test_credited_rewards_by_hand() -> None:
     nan, total = math.nan, torch.tensor([1.0, 0.2, 0.25, math.nan])
     rewards = RewardSet(

@@ -7,6 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
@@ -15,18 +17,22 @@ import pytest
 import torch
 from made import cache_folder
 from recipe_cases import recipe_here
+from scorer_servers import deqa, serving, unirl, verl_omni
+from scorer_servers import openrlhf as rlhf
 
 from syncr1.engine import rewards
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.records import Prompt, Rollout
+from syncr1.engine.rewards.hooks import HOOKS
 from syncr1.engine.rewards.judge.llm_judge import FIELDS
 from syncr1.engine.rewards.reward import columns_of
 from syncr1.engine.rewards.scoring import score
 from syncr1.engine.rewards.trial import try_rewards
 from syncr1.engine.rewards.yours.adapters import ADAPTERS
-from syncr1.engine.rewards.yours.custom import load_reward, reward_name
+from syncr1.engine.rewards.yours.custom import load_reward
 from syncr1.engine.settings.flags import parse
+from syncr1.engine.settings.reward_specs import SERVERS, reward_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "rewards.md").read_text()
@@ -69,7 +75,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
     return {"score": float((ground_truth or "") in solution_str), "acc": True}
 """
 COMMANDS = [
-    shlex.split(line, comments=True)
+    shlex.split(re.sub(r"(^|\s)#.*", "", line))  # within a word the sign is none of a comment
     for block in blocks("bash")
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip()
@@ -87,15 +93,33 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def served() -> Iterator[Callable[[str], str]]:
+    """A spec with the address of a small server that speaks what the page says, where it names a server."""
+    speaks = {"unirl": unirl, "verl_omni": verl_omni, "flow_grpo": deqa, "openrlhf": rlhf}
+    with ExitStack() as stack:
+
+        def at_home(spec: str) -> str:
+            codebase, found, name = spec.partition("@http://")
+            if not found:
+                return spec
+            address, _, name = name.partition("#")
+            path = address.partition("/")[2]
+            url = stack.enter_context(serving(speaks[codebase])).url
+            return f"{codebase}@{url}/{path}#{'red' if codebase == 'unirl' else name}".replace("/#", "#")
+
+        yield at_home
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_commands_name_functions_that_work(command: list[str], workplace: Path) -> None:
+def test_commands_name_functions_that_work(command: list[str], workplace: Path, served: Callable[[str], str]) -> None:
     """As printed: the settings are taken, and each function is loaded and called once. What `isolated@` does besides,
     in a process of its own, is in test_isolated.py."""
     python, script, *flags = command
     kind = {"recipes/corl.py": CorlConfig, "recipes/sync_r1.py": SyncR1Config}[script]
     default = ROOT / "recipes" / "corl_tiny.yaml" if kind is CorlConfig else None
     config = parse(kind, flags, default_yaml=default)
-    own = [spec.removeprefix("isolated@") for spec in config.reward_funcs if spec not in kind.REWARDS]
+    own = [served(spec.removeprefix("isolated@")) for spec in config.reward_funcs if spec not in kind.REWARDS]
     prompts = [
         Prompt(id="a", task="t2i", text="a dog", segments=("image",), target="a dog"),
         Prompt(id="b", task="oe", text="what is it?", segments=("text",), answer="a dog", qa_type="OE"),
@@ -127,12 +151,19 @@ def test_weights_go_with_the_names(workplace: Path) -> None:
 
 
 def test_tables_name_what_there_is() -> None:
-    columns, adapters = (
-        re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for table in PAGE.split("## Functions of")[:2]
+    sections = {part.partition("\n")[0]: part for part in PAGE.split("\n## ")}
+    columns, hooks, adapters, servers = (
+        re.findall(r"^\| (`.*?) \|", sections[title], re.MULTILINE)
+        for title in (
+            *("# Your reward", "What it may log, and the training's state"),
+            *("Functions of other codebases", "A reward server"),
+        )
     )
     named = {name for cell in columns for name in re.findall(r"`(\w+)`", cell)}
     assert named <= set(columns_of([drawing(0, 0.5)]))
     assert [cell.strip("`") for cell in adapters] == list(ADAPTERS)
+    assert [cell.strip("`") for cell in servers] == list(SERVERS)
+    assert {re.sub(r"[`(].*", "", cell[1:]) for cell in hooks} == set(HOOKS)
     assert all(f"`{{{field}}}`" in PAGE for field in FIELDS)
 
 

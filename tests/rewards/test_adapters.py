@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # TRL's import needs it where torchvision's wheel does not fit torch
@@ -15,6 +16,7 @@ from PIL import Image
 
 from syncr1.engine.errors import RewardError
 from syncr1.engine.records import Prompt, Rollout, Segment
+from syncr1.engine.rewards.hooks import TrainerState
 from syncr1.engine.rewards.scoring import score
 from syncr1.engine.rewards.yours.adapters import (
     ADAPTERS,
@@ -26,7 +28,9 @@ from syncr1.engine.rewards.yours.adapters import (
     trl_chat,
     verl,
     verl_batch,
+    verl_omni,
 )
+from syncr1.engine.rewards.yours.verl_rewards import Overlong
 
 GREY = torch.full((3, 4, 6), 0.5)
 
@@ -117,10 +121,100 @@ def test_openrlhf(wrap: Any) -> None:
     assert values(openrlhf(reward_func), MIXED[1:2]) == [None]
 
 
-def test_openrlhf_functions_for_one_row_are_refused_for_many() -> None:
-    with pytest.raises(RewardError, match="expected 2 scores, one per row, got 1"):
-        values(openrlhf(lambda *_: torch.tensor(1.0)), MIXED)
-    assert values(openrlhf(lambda *_: torch.tensor(1.0)), MIXED[:1]) == [1.0]
+@pytest.mark.parametrize("wrap", [float, torch.tensor, lambda r: [r], lambda r: {"rewards": torch.tensor([r])}])
+def test_openrlhf_functions_for_one_row_are_called_row_by_row(wrap: Any) -> None:
+    """As OpenRLHF calls them since it became asynchronous."""
+    calls: list[list[str]] = []
+
+    def of_one(queries: list[str], prompts: list[str], labels: list[str]) -> Any:
+        calls.append(queries)
+        return wrap(float(queries[0].endswith(labels[0])))
+
+    assert values(openrlhf(of_one), MIXED) == [1.0, None, 0.0]
+    assert calls == [["what?dog", "what?cat"], ["what?dog"], ["what?cat"]]
+    assert values(openrlhf(of_one), MIXED[:1]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "result", "said"),
+    [
+        (verl, {"acc": 1.0}, "expected a dict with 'score', got one with acc; add the score"),
+        (verl_batch, [{"acc": 1.0}], "expected a dict with 'score', got one with acc"),
+        (openrlhf, {"scores": [1.0]}, "expected a dict with 'rewards', got one with scores"),
+        (flow_grpo, ({"ocr": [1.0]}, {}), "expected a dict with 'avg', got one with ocr"),
+    ],
+)
+def test_a_dict_without_the_score_is_a_broken_contract_not_none(adapter: Any, result: Any, said: str) -> None:
+    with pytest.raises(RewardError, match=said):
+        values(adapter(lambda *_, **__: result), [rollout(0, "dog", GREY)])
+
+
+def logged(reward: Any, rollouts: list[Rollout]) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
+    table = score(rollouts, {"foreign": reward})
+    assert not table.errors
+    return dict(table.metrics), dict(table.extras)
+
+
+def test_what_functions_say_beside_their_scores_is_logged_as_theirs_is() -> None:
+    def told(data_source: str, solution_str: str, **_: Any) -> dict[str, Any]:
+        return {"score": 1.0, "acc": solution_str == "dog", "pred": solution_str}
+
+    assert logged(verl(told), MIXED) == ({}, {"acc": [True, None, False], "pred": ["dog", None, "cat"]})
+    batch = verl_batch(lambda solution_strs, **_: [told("", text) for text in solution_strs])
+    assert logged(batch, MIXED) == ({}, {"acc": [True, None, False], "pred": ["dog", None, "cat"]})
+    extra = {"math_accuracy": torch.tensor(0.5), "dummy": torch.tensor([1.0, 0.0]), "note": "text"}
+    both = openrlhf(lambda queries, *_: {"rewards": torch.ones(len(queries)), "extra_logs": extra})
+    assert logged(both, MIXED) == ({"math_accuracy": [0.5], "dummy": [0.5]}, {})
+
+    def multi(images: torch.Tensor, prompts: list[str], metadata: Any, only_strict: bool) -> Any:
+        assert only_strict is True, "as in training"
+        scores = [0.25] * len(images)
+        return {"avg": scores, "ocr": np.array(scores) * 2, "counting_accuracy": [-10.0] * len(images)}, {}
+
+    assert logged(flow_grpo(multi), MIXED) == ({"reward_avg": [0.25], "reward_ocr": [0.5]}, {})
+
+
+def test_verl_s_own_data_and_what_its_managers_add() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def compute(data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any]) -> float:
+        seen.append({"truth": ground_truth, **extra_info})
+        return 1.0
+
+    data = {"reward_model": {"style": "rule", "ground_truth": ["a", "b"]}, "extra_info": {"index": 3}}
+    assert values(verl(compute), [rollout(0, "dog", answer=None, extra=data)]) == [1.0]
+    assert seen[0]["truth"] == ["a", "b"] and seen[0]["index"] == 3 and seen[0]["images"] is None
+    assert seen[0]["num_turns"] is None and seen[0]["rollout_reward_scores"] == {} and "log_extra" not in seen[0]
+
+
+@pytest.mark.parametrize(
+    ("length", "lost"), [(0, 0.0), (4, 0.0), (6, 0.0), (7, -0.25), (8, -0.5), (10, -1.0), (12, -1.5)]
+)
+def test_verl_s_dapo_manager_takes_from_long_texts(length: int, lost: float) -> None:
+    """10 - 4 = 6 tokens are free, and the four behind them cost a quarter each."""
+    reward = verl(lambda **_: 1.0, overlong=Overlong(max_resp_len=10, len=4, penalty_factor=1.0))
+    table = score([rollout(0, "x" * length)], {"dapo": reward})
+    assert table.values[0, 0] == 1.0 + lost and table.extras == {"overlong_reward": [lost], "overlong": [lost < 0]}
+    with pytest.raises(ValueError, match="expected 0 < len <= max_resp_len, got 12 and 10"):
+        Overlong(max_resp_len=10, len=12)
+
+
+def test_verl_omni_s_functions_see_bytes() -> None:
+    def compute_score(solution_image: torch.Tensor, ground_truth: str) -> dict[str, Any]:
+        assert solution_image.dtype == torch.uint8 and solution_image.shape == (3, 4, 6)
+        return {"score": float(solution_image.float().mean()), "truth": ground_truth}
+
+    table = score(MIXED, {"omni": verl_omni(compute_score)})
+    assert table.values[1:, 0].tolist() == [128.0, 255.0] and table.values[0].isnan().all()
+    assert table.extras == {"truth": [None, "a dog", "what?"]}, "what is to be drawn, where the data have no truth"
+
+    async def later(
+        data_source: str, solution_image: torch.Tensor, ground_truth: str, extra_info: Any, **_: Any
+    ) -> int:
+        await asyncio.sleep(0)
+        return len(ground_truth)
+
+    assert values(verl_omni(later), MIXED) == [None, 5.0, 5.0]
 
 
 def incompressibility(
@@ -196,6 +290,23 @@ def test_trl_shows_an_image_as_completion() -> None:
     assert values(trl(later), MIXED) == [1.0, 2.0, 3.0]
 
 
+def test_nan_is_none_to_trl_s_trainer_and_hooks_are_its_own() -> None:
+    apart = [rollout(number, "dog") for number in range(3)]
+    assert values(trl(lambda **_: [1.0, float("nan"), None]), apart) == [1.0, None, None]
+    assert values(trl_chat(lambda **_: torch.tensor([1.0, math.nan, 2.0])), apart) == [1.0, None, 2.0]
+
+    def hooked(
+        completions: list[Any], log_metric: Any, log_extra: Any, trainer_state: Any, **kwargs: Any
+    ) -> list[float]:
+        log_metric("length", np.mean([len(text) for text in completions]))
+        log_extra("first", [text[0] for text in completions])
+        return [float(trainer_state.global_step)] * len(completions)
+
+    table = score(apart, {"hooked": trl(hooked)}, state=TrainerState(global_step=4, max_steps=9))
+    assert table.values[:, 0].tolist() == [4.0] * 3
+    assert table.metrics == {"length": [3.0]} and table.extras == {"first": ["d"] * 3}
+
+
 def test_trl_s_own_reward_reads_conversations() -> None:
     rewards = pytest.importorskip("trl.rewards")
     thought = rollout(0, "<think>\nhm\n</think>\ndog")
@@ -215,8 +326,9 @@ def test_wrong_results_name_the_function(adapter: Any, result: Any) -> None:
 @pytest.mark.parametrize("adapter", list(ADAPTERS.values()))
 def test_none_and_tensors_pass(adapter: Any) -> None:
     both = [rollout(0, "dog", GREY), rollout(1, "cat", GREY)]
-    assert len(values(adapter(lambda *_, **__: 1.0 if adapter is verl else torch.tensor([1.0, 1.0])), both)) == 2
-    missing = adapter(lambda *_, **__: None if adapter is verl else [None, None])
+    single = adapter in (verl, verl_omni)
+    assert values(adapter(lambda *_, **__: 1.0 if single else torch.tensor([1.0, 1.0])), both) == [1.0, 1.0]
+    missing = adapter(lambda *_, **__: None if single else [None, None])
     assert values(missing, both) == [None, None]
 
 
@@ -224,7 +336,7 @@ def test_kinds_are_known_where_the_call_tells() -> None:
     kinds = {name: getattr(adapter(lambda *_: None), "kind", None) for name, adapter in ADAPTERS.items()}
     texts, images = (
         dict.fromkeys(["verl", "verl_batch", "openrlhf"], "text"),
-        dict.fromkeys(["flow_grpo", "t2i_r1"], "image"),
+        dict.fromkeys(["verl_omni", "flow_grpo", "t2i_r1"], "image"),
     )
     assert kinds == texts | images | {"trl": None, "trl_chat": None}
 

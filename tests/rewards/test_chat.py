@@ -288,9 +288,9 @@ def test_plain_http_to_other_machines_needs_leave() -> None:
     for url in ("http://judge.example/v1", "http://10.0.0.7/v1", "http://localhost.example/v1"):
         with pytest.raises(ValueError, match="plain http"):
             ChatClient(url, "m")
-        assert ChatClient(url, "m", allow_http=True).path == "/v1/chat/completions"
+        assert ChatClient(url, "m", allow_http=True).transport.path == "/v1/chat/completions"
     for url in ("http://localhost:8000", "http://127.0.0.1", "http://[::1]:8000", "https://judge.example/"):
-        assert ChatClient(url, "m").path == "/chat/completions"
+        assert ChatClient(url, "m").transport.path == "/chat/completions"
 
 
 @pytest.mark.parametrize("setting", [{"timeout": 0}, {"retries": -1}, {"backoff": -1}, {"max_bytes": 0}])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from syncr1.engine.errors import RewardSpecError
-from syncr1.engine.rewards.yours.custom import load_reward, reward_name
+from syncr1.engine.rewards.yours.custom import load_reward
+from syncr1.engine.settings.reward_specs import reward_name
 
 SOURCE = """
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def test_an_adapter(file: str) -> None:
             "no module 'no_such_package_here'; install it, put its folder",
         ),
         ("syncr1.engine.rewards.nothing:f", "no module 'syncr1.engine.rewards.nothing'"),
-        ("very@my_rewards.py:f", "unknown adapter 'very'; known: verl, verl_batch, openrlhf"),
+        ("very@my_rewards.py:f", "unknown adapter 'very'; known: verl, verl_batch, verl_omni, openrlhf"),
         ("bad.py:f", "running .*bad.py failed with ZeroDivisionError"),
         ("wrong.py:f", "failed with SyntaxError"),
         ("needs.py:f", "ModuleNotFoundError: No module named 'no_such_package_here'"),

@@ -19,8 +19,9 @@ from test_rewards import group, lengths
 from syncr1.engine.errors import RewardError, RewardSpecError
 from syncr1.engine.rewards.calling import still_running
 from syncr1.engine.rewards.scoring import score
-from syncr1.engine.rewards.yours.custom import load_reward, reward_name
+from syncr1.engine.rewards.yours.custom import load_reward
 from syncr1.engine.rewards.yours.isolated import IsolatedReward
+from syncr1.engine.settings.reward_specs import reward_name
 
 SOURCE = '''
 import ctypes, re

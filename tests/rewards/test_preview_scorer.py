@@ -90,6 +90,19 @@ def test_what_stands_for_the_rewards_in_a_preview_is_asked_in_their_place() -> N
     assert build_preview(TrainConfig(), RewardSet(functions={}, weights=(), kinds=(), preview=clip)) is None
 
 
+def test_a_reward_that_asks_hears_which_step_is_drawn() -> None:
+    """One that gives less as training goes on judges a preview as it will judge the drawing."""
+
+    def fades(*, images: list[torch.Tensor], trainer_state: Any, **_: Any) -> list[float]:
+        return [1 - trainer_state.global_step / trainer_state.max_steps] * len(images)
+
+    config = TrainConfig(max_steps=8)
+    gate = build_preview(config, RewardSet(functions={"fades": fades}, weights=(1.0,), kinds=("image",)))
+    assert gate is not None and gate.score(PROMPTS[:1], TEXTS[:1], IMAGES[:1]).tolist() == [1.0]
+    gate.step = 6
+    assert gate.score(PROMPTS[:1], TEXTS[:1], IMAGES[:1]).tolist() == [0.25]
+
+
 def test_anchors_alone_ask_nobody() -> None:
     light = Watching()
     gate = gate_of(light, Watching(), Watching())

@@ -10,9 +10,12 @@ import multiprocessing
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import fields
 from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +85,33 @@ def test_sync_and_async_functions_share_a_table() -> None:
     assert table.means() == {"rewards/length/mean": 1.5, "rewards/half/mean": 0.75}
 
 
-def test_numpy_numbers_booleans_and_integers_are_numbers() -> None:
-    table = score(group(["a", "b", "c"]), {"mixed": lambda **_: [np.float32(0.5), True, 2]})
+@pytest.mark.parametrize(
+    "result",
+    [
+        [np.float32(0.5), True, 2],
+        (0.5, np.bool_(True), np.int64(2)),
+        torch.tensor([0.5, 1.0, 2.0]),
+        torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.bfloat16, requires_grad=True),
+        np.array([0.5, 1, 2], dtype=np.float16),
+        [torch.tensor(0.5), torch.tensor([1]), np.array([[2.0]])],
+        [Decimal("0.5"), Fraction(1), torch.tensor(2)],
+        deque([0.5, 1.0, 2.0]),
+        (value for value in (0.5, 1.0, 2.0)),
+        {"a": 0.5, "b": 1, "c": 2}.values(),
+    ],
+    ids=lambda result: type(result).__name__,
+)
+def test_what_trl_takes_are_numbers(result: Any) -> None:
+    """Numbers of Python, NumPy and torch, in whatever has an order."""
+    table = score(group(["a", "b", "c"]), {"mixed": lambda **_: result})
     assert table.values[:, 0].tolist() == [0.5, 1.0, 2.0]
+
+
+def test_none_stays_none_and_truths_are_numbers() -> None:
+    table = score([*group(["a"], "p0"), *group(["b"], "p1")], {"mixed": lambda **_: [None, np.bool_(False)]})
+    assert table.values[0].isnan().all() and table.values[1].tolist() == [0.0]
+    values = score(group(["a", "b"]), {"truths": lambda **_: np.array([True, False])}).values
+    assert values[:, 0].tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -97,8 +124,17 @@ def test_numpy_numbers_booleans_and_integers_are_numbers() -> None:
         ([1.0, 1e39], 1),  # infinite once it is a float32
         ([10**400, 1.0], 0),
         (["1.0", 1.0], 0),
-        ([1.0, torch.tensor(1.0)], 1),
-        (torch.ones(2), None),
+        ([1.0, torch.ones(2)], 1),
+        ([1.0, 1j], 1),
+        ([np.array("1.0"), 1.0], 0),
+        (torch.tensor([1.0, math.nan]), 1),
+        (torch.ones(2, dtype=torch.complex64), 0),
+        (torch.ones(1, 2), None),
+        (np.ones((2, 2)), None),
+        (torch.tensor(1.0), None),
+        ({0: 1.0, 1: 2.0}, None),
+        ({1.0, 2.0}, None),
+        (1.0, None),
         ("12", None),
         (None, None),
     ],

@@ -11,15 +11,19 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 from judge_server import JudgeServer
+from test_adapters import rollout
 
 from syncr1.engine.errors import RewardError
 from syncr1.engine.learn.failing import PATIENCE, Failing
 from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.builtin.text import text_reward
 from syncr1.engine.rewards.judge.llm_judge import LLMJudge
-from syncr1.engine.rewards.scoring import RewardTable
+from syncr1.engine.rewards.scoring import RewardTable, score
 from syncr1.engine.rewards.trial import try_rewards
-from syncr1.engine.rewards.yours.custom import load_reward, reward_name
+from syncr1.engine.rewards.yours.adapters import ADAPTERS
+from syncr1.engine.rewards.yours.custom import load_reward
+from syncr1.engine.rewards.yours.remote import RemoteReward
+from syncr1.engine.settings.reward_specs import SERVERS, reward_name
 
 PROMPTS = [
     Prompt(id="a", task="rea", text="draw it", segments=("text", "image"), answer="a dog", extra={"topic": "dogs"}),
@@ -36,9 +40,14 @@ def closed(prompts, completions): return [1.0] * len(prompts)
 def few(*, prompts, **_): return [1.0]
 def words(*, prompts, **_): return ["good" for _ in prompts]
 def nan(*, prompts, **_): return [float("nan") for _ in prompts]
-def hooks(*, prompts, log_metric, log_extra, **_): return [0.0] * len(prompts)
+def hooks(*, prompts, log_metric, log_extra, **_):
+    log_metric("mean", 0.5); log_extra("said", prompts)
+    return [0.0] * len(prompts)
+def few_extras(*, prompts, log_extra, **_): return log_extra("said", ["a"]) or [0.0] * len(prompts)
+def many_words(*, prompts, log_metric, **_): return log_metric("acc", "much") or [0.0] * len(prompts)
 def column(*, prompts, difficulty, **_): return [0.0] * len(prompts)
 def tensor(*, prompts, **_): return torch.zeros(len(prompts))
+def square(*, prompts, **_): return torch.zeros(2, len(prompts))
 def positional(prompts, /, **_): return [0.0]
 def nothing(**_): pass
 def leaves(**_): raise SystemExit(3)
@@ -95,12 +104,10 @@ def line_of(text: str) -> int:
         ("few", "expected 6 values, one per trajectory, got 1"),
         ("words", "expected a number or None, got str"),
         ("nan", "expected a finite float32, got nan"),
-        (
-            "hooks",
-            "TRL's trainer has such a hook, this one has not: give it a default (log_metric=None, log_extra=None)",
-        ),
+        ("few_extras", "log_extra('said'): expected 6 values, one per trajectory, got 1; log one for each completion"),
+        ("many_words", "ValueError: could not convert string to float: 'much', at mine.py:{here} in many_words"),
         ("column", "'difficulty'; the data have no such column; there are id, task, text"),
-        ("tensor", "expected a list of 6 numbers or None, got Tensor; use .tolist()"),
+        ("square", "expected 6 values in one dimension, got an array of shape (2, 6); return one number for each"),
         ("positional", "missing 1 required positional argument: 'prompts'"),
         ("nothing", "expected a list of 6 numbers or None, got NoneType"),
         ("leaves", "SystemExit: 3, at mine.py:{here} in leaves"),
@@ -123,7 +130,7 @@ def test_adapters_tell_the_same(mine: Path) -> None:
 
 def test_what_works_is_called_as_a_step_calls_it(mine: Path) -> None:
     """Right shapes, a right and a wrong text, anchors not shown; giving None to all is no failure."""
-    assert tried("mine.py:sound", "mine.py:none_at_all") == []
+    assert tried("mine.py:sound", "mine.py:none_at_all", "mine.py:hooks", "mine.py:tensor") == []
     assert tried("mine.py:divides", prompts=[PROMPTS[3]]) == [], "nothing is rewarded, so nothing is tried"
 
 
@@ -170,6 +177,26 @@ def verdicts(*steps: list[RewardTable]) -> list[str]:
 def test_a_reward_that_fails_for_everyone_in_its_first_step_ends_the_run() -> None:
     (said,) = verdicts([FAILED, FAILED])
     assert "reward 'a' failed for everyone in the first step that called it: RuntimeError: quota, at mine.py:3" in said
+
+
+@pytest.mark.parametrize("adapter", [None, *ADAPTERS, *SERVERS])
+def test_so_does_one_of_each_other_codebase_and_a_server_that_is_away(adapter: str | None) -> None:
+    def theirs(*_: object, **__: object) -> list[float]:
+        raise OSError("quota")
+
+    if adapter in SERVERS:
+        away = RemoteReward(f"{adapter}@http://127.0.0.1:9#x", retries=0)
+        check_first_step(away, "ChatError: 127.0.0.1: ConnectionRefusedError")
+    if adapter not in SERVERS or adapter in ADAPTERS:
+        check_first_step(ADAPTERS[adapter](theirs) if adapter else theirs, "OSError: quota, at ")
+
+
+def check_first_step(function: Any, why: str) -> None:
+    result = score([rollout(0, "dog", torch.full((3, 4, 6), 0.5))], {"a": function})
+    assert result.failures == {"a": 1}
+    failing = Failing(("a",))
+    said = failing.heard([failing.told(result, 1)])
+    assert f"reward 'a' failed for everyone in the first step that called it: {why}" in said
 
 
 def test_one_rank_or_a_step_now_and_then_is_only_counted() -> None:

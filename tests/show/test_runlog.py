@@ -108,6 +108,10 @@ def test_samples_are_a_picture_and_lines(tmp_path: Path) -> None:
         assert picture.height > 128
     log.samples(40, rollouts, torch.arange(6.0))  # the total alone, as the trainer hands it over
     assert read_lines(log.folder / "samples" / "step_000041.jsonl")[5]["rewards"] == {"reward": 5.0}
+    assert "extra" not in rows[0]
+    log.samples(50, rollouts, torch.arange(6.0), {"said": [f"t{i}" for i in range(6)], "boxes": [[1, 2], *[None] * 5]})
+    row = read_lines(log.folder / "samples" / "step_000051.jsonl")[0]
+    assert row["extra"] == {"said": "t0", "boxes": [1, 2]}, "what rewards logged of it"
     with pytest.raises(ValueError, match="expected 6 values of reward"):
         log.samples(60, rollouts, torch.arange(5.0))
     log.samples(80, [], {})
@@ -297,7 +301,7 @@ def test_tensorboard_gets_scalars_scores_pictures_and_completions(tmp_path: Path
         for step in range(4):
             log.metrics(make_metrics(step, **({"eval/score": 0.5} if step % 2 else {})))
         rollouts = [*make_group(make_prompt("bobo")), *make_group(make_prompt("what|is\nit", draws=False))]
-        log.samples(2, rollouts, torch.arange(6.0))
+        log.samples(2, rollouts, torch.arange(6.0), {"said": ["a|b", *[None] * 5], "n": [{"x": 1}, *range(5)]})
     assert [path.name for path in (log.folder / "tensorboard").iterdir()] == ["a-b"]
     events = EventAccumulator(str(log.folder / "tensorboard" / "a-b"), {"tensors": 0, "images": 0})
     events.Reload()
@@ -309,8 +313,9 @@ def test_tensorboard_gets_scalars_scores_pictures_and_completions(tmp_path: Path
     assert (events.Images(images[0])[0].width, events.Images(images[0])[0].step) == (24, 3)
     (text,) = events.Tensors("completions/text_summary")
     lines = text.tensor_proto.string_val[0].decode().splitlines()
-    assert lines[0] == "| # | prompt | text | reward |" and len(lines) == 2 + 6
-    assert lines[3].endswith("| red | 1.000 |") and "<what\\|is it>" in lines[5]
+    assert lines[0] == "| # | prompt | text | reward | said | n |" and len(lines) == 2 + 6
+    assert lines[2].endswith('| 0.000 | a\\|b | {"x": 1} |'), lines[2]
+    assert lines[3].endswith("| red | 1.000 |  | 0 |") and "<what\\|is it>" in lines[5]
 
 
 def test_no_completions_where_nobody_wants_them(tmp_path: Path) -> None:

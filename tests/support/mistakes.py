@@ -192,6 +192,8 @@ REWARDS = [
     Mistake("a reward's name", "corl.py --reward_funcs acuracy", "did you mean accuracy?"),
     Mistake("a reward's name in a plan", "corl.py --reward_funcs acuracy --dry_run", "did you mean accuracy?"),
     Mistake("no file of rewards", "corl.py --reward_funcs no.py:good", "no file no.py"),
+    Mistake("a server's reward unnamed", "corl.py --reward_funcs unirl@https://host:8080", "as in #pickscore"),
+    Mistake("a server of no codebase", "corl.py --reward_funcs https://host:8080#clip", "expected the codebase whose"),
     Mistake("no such module", "corl.py --reward_funcs no_such:good", "no module 'no_such'"),
     Mistake(
         "a reward with a slip of syntax", "corl.py --reward_funcs r.py:good", "at line 1", text(r__py="def good(:\n")

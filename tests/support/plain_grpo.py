@@ -22,7 +22,8 @@ from syncr1.engine.methods.training import Session, Summaries, Training, run_met
 from syncr1.engine.processes.group import local_device, place
 from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.ensemble import RewardSet
-from syncr1.engine.rewards.yours.custom import load_reward, reward_name
+from syncr1.engine.rewards.yours.custom import load_reward
+from syncr1.engine.settings.reward_specs import reward_name
 from syncr1.engine.settings.train_config import TrainConfig
 
 

@@ -1,38 +1,20 @@
 """A client for OpenAI-compatible `/chat/completions`: one request, one text back, or a `ChatError` that says why.
 
-The server is not trusted: redirects are refused (they would carry the key to another host), an answer has a size limit,
-and a deadline holds for the whole of it, not for each packet. The key is read from an environment variable right
-before it is sent, and is in no attribute, log or error text. Standard library only; proxies are not used. (The
-`openai` package was tried in its place: NOTES.md has the numbers.)
+What goes over the network, and by what rules, is transport.py's. (The `openai` package was tried in its place: NOTES.md
+has the numbers.)
 """
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
-import logging
-import os
-import random
-import socket
-import ssl
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from email.utils import parsedate_to_datetime
 from typing import Any, TypedDict
-from urllib.parse import urlsplit
 
 from ...errors import ChatError
-from ...settings.rules import address_problem
-
-logger = logging.getLogger(__name__)
+from ..transport import Transport
 
 Message = Mapping[str, Any]
 """`{"role": …, "content": text or list of parts}`, as the API has it."""
-
-MAX_WAIT = 30.0
-"""Seconds between two tries, whatever a server asks for."""
 
 
 class ServerOptions(TypedDict, total=False):
@@ -46,19 +28,6 @@ class ServerOptions(TypedDict, total=False):
     max_tokens: int
     temperature: float
     allow_http: bool
-
-
-_jitter = random.Random()  # its own generator: the global one belongs to the run's seed
-
-
-def key_problem(variable: str) -> str:
-    """What is wrong with the key in an environment variable, in words; "" where nothing is. Never the key."""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        return f"expected a key in the environment variable {variable}, got nothing; put it there"
-    if not (key.isascii() and key.isprintable()):  # http.client would quote it in its error
-        return f"expected a key that a header can carry, got other characters in {variable}; copy it again"
-    return ""
 
 
 class ChatClient:
@@ -93,21 +62,19 @@ class ChatClient:
         Raises:
             ValueError: an address, number or key that cannot work. The text never holds the key.
         """
-        if problem := address_problem(base_url, allow_http=allow_http):
-            in_code = " (in code, on a network that you trust: allow_http=True)" if "plain http" in problem else ""
-            raise ValueError(f"chat client: {problem}{in_code}")
-        url = urlsplit(base_url)
-        if not (timeout > 0 and retries >= 0 and backoff >= 0 and max_bytes > 0):
-            raise ValueError(
-                "chat client: expected timeout > 0, retries >= 0, backoff >= 0 and max_bytes > 0, "
-                f"got {timeout}, {retries}, {backoff} and {max_bytes}"
-            )
-        self.host, self.port, self.is_https = url.hostname or "", url.port, url.scheme == "https"
-        self.path = url.path.rstrip("/") + "/chat/completions"
-        self.model, self.api_key_env = model, api_key_env
-        self.timeout, self.retries, self.backoff, self.max_bytes = timeout, retries, backoff, max_bytes
-        self.max_tokens, self.temperature = max_tokens, temperature
-        self._key()  # a missing key is found before a run starts
+        self.transport = Transport(
+            "chat client",
+            base_url,
+            "/chat/completions",
+            api_key_env=api_key_env,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+            max_bytes=max_bytes,
+            allow_http=allow_http,
+        )
+        self.host, self.retries, self.api_key_env = self.transport.host, retries, api_key_env
+        self.model, self.max_tokens, self.temperature = model, max_tokens, temperature
 
     def __repr__(self) -> str:
         return f"ChatClient(host={self.host!r}, model={self.model!r}, api_key_env={self.api_key_env!r})"
@@ -128,106 +95,8 @@ class ChatClient:
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
         }
-        body = json.dumps(content).encode()
         deadline = float("inf") if deadline is None else deadline
-        for attempt in range(self.retries + 1):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise ChatError(f"{self.host}: no time left for try {attempt + 1}")
-            try:
-                return _text_of(self._post(body, min(self.timeout, left)), self.host)
-            except ChatError as error:
-                wait = max(error.wait, self.backoff * 2**attempt * _jitter.uniform(0.5, 1.0))
-                wait = min(wait, MAX_WAIT)
-                if not error.again or attempt == self.retries or time.monotonic() + wait >= deadline:
-                    raise
-                logger.info("chat: try %d of %d failed (%s)", attempt + 1, self.retries + 1, error)
-                time.sleep(wait)
-        raise AssertionError("unreachable: the last try returns or raises")
-
-    def _key(self) -> str | None:
-        if self.api_key_env is None:
-            return None
-        if problem := key_problem(self.api_key_env):
-            raise ValueError(f"chat client: {problem}")
-        return os.environ[self.api_key_env].strip()
-
-    def _post(self, body: bytes, seconds: float) -> bytes:
-        """One try: the body of a 200 answer."""
-        key = self._key()
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        connection = self._connection(seconds)
-        expired = threading.Event()
-        # A socket's timeout counts from packet to packet, so a server that drips bytes would never time out.
-        watchdog = threading.Timer(seconds, lambda: _hang_up(opened, expired))
-        watchdog.daemon = True
-        opened: list[socket.socket] = []  # the connection forgets its socket while an answer is still being read
-        try:
-            watchdog.start()
-            connection.connect()
-            opened.append(connection.sock)
-            if expired.is_set():
-                raise TimeoutError
-            connection.request("POST", self.path, body, headers)
-            response = connection.getresponse()
-            status, after = response.status, response.getheader("Retry-After")
-            data = response.read(self.max_bytes + 1)
-            cut_off = len(data) <= self.max_bytes and response.length not in (None, 0)
-        except (OSError, http.client.HTTPException) as error:
-            raise self._failed(error, expired.is_set(), seconds) from None
-        finally:
-            watchdog.cancel()
-            connection.close()
-        if expired.is_set() or cut_off:
-            raise self._failed(ConnectionError(), expired.is_set(), seconds)
-        if status != 200:
-            raise self._refused(status, after, data, key)
-        if len(data) > self.max_bytes:
-            raise ChatError(f"{self.host}: an answer above {self.max_bytes} bytes; refused", status=status)
-        return data
-
-    def _connection(self, seconds: float) -> http.client.HTTPConnection:
-        if self.is_https:
-            context = ssl.create_default_context()
-            return http.client.HTTPSConnection(self.host, self.port, timeout=seconds, context=context)
-        return http.client.HTTPConnection(self.host, self.port, timeout=seconds)
-
-    def _failed(self, error: Exception, expired: bool, seconds: float) -> ChatError:
-        if expired or isinstance(error, TimeoutError):
-            return ChatError(f"{self.host}: no answer within {seconds:.3g} s", again=True)
-        lost = isinstance(error, ConnectionError | http.client.IncompleteRead)
-        return ChatError(f"{self.host}: {type(error).__name__}", again=lost)
-
-    def _refused(self, status: int, after: str | None, data: bytes, key: str | None) -> ChatError:
-        if 300 <= status < 400:
-            problem = f"HTTP {status}, a redirect; refused, give its target as base_url"
-            return ChatError(f"{self.host}: {problem}", status=status)
-        said = " ".join(data[: self.max_bytes].decode("utf-8", "replace").split())
-        if key:
-            said = said.replace(key, "***")
-        again = status == 429 or status >= 500
-        wait = _seconds_of(after) if again else 0.0
-        return ChatError(f"{self.host}: HTTP {status}: {said[:200]}", status=status, again=again, wait=wait)
-
-
-def _hang_up(opened: list[socket.socket], expired: threading.Event) -> None:
-    expired.set()
-    for connected in opened:
-        with contextlib.suppress(OSError):  # closed already
-            connected.shutdown(socket.SHUT_RDWR)
-
-
-def _seconds_of(retry_after: str | None) -> float:
-    """`Retry-After` as seconds from now: a number or a date; 0 where it is neither."""
-    if not retry_after:
-        return 0.0
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return min(MAX_WAIT, max(0.0, float(retry_after)))
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return min(MAX_WAIT, max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()))
-    return 0.0
+        return _text_of(self.transport.post(json.dumps(content).encode(), deadline=deadline), self.host)
 
 
 def _text_of(data: bytes, host: str) -> str:

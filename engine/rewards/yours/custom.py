@@ -15,18 +15,15 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import ConfigError, IsolatedError, RewardSpecError
+from ...settings.reward_specs import is_address, reward_name
 from ..ensemble import Column
 from ..reward import RewardFunction
 from .adapters import ADAPTERS
 from .isolated import IsolatedReward
+from .remote import BUDGET, RemoteReward
 
 ISOLATED = "isolated"
 FORM = "expected [adapter@]package.module:function or [adapter@]path/to/file.py:function"
-
-
-def reward_name(spec: str) -> str:
-    """The column's name: what stands behind the last colon, `brightness` for `verl@my.py:brightness`."""
-    return spec.rpartition(":")[2].removesuffix("()")
 
 
 def own_column(spec: str, function: RewardFunction, weight: float, otherwise: str) -> Column:
@@ -41,15 +38,18 @@ def own_column(spec: str, function: RewardFunction, weight: float, otherwise: st
     return Column(reward_name(spec), function, weight, kind)
 
 
-def load_reward(spec: str) -> RewardFunction:
+def load_reward(spec: str, *, budget: float = BUDGET) -> RewardFunction:
     """The reward function that `spec` names.
 
     A class is made into an object without arguments, and so is what stands before `()`: the result of a call without
     arguments, for functions that make reward functions. `adapter@` wraps one of another codebase, see `ADAPTERS`;
-    `isolated@` runs it in a process of its own, and may stand before another adapter.
+    `isolated@` runs it in a process of its own, and may stand before another adapter. Before an address the codebase is
+    the one whose protocol the server there speaks, see `RemoteReward`.
 
     Args:
-        spec: e.g. `my_rewards.py:brightness`, `my_package.rewards:Likeness`, `verl@scores.py:compute_score`.
+        spec: e.g. `my_rewards.py:brightness`, `my_package.rewards:Likeness`, `verl@scores.py:compute_score`,
+            `unirl@http://127.0.0.1:8080#pickscore`.
+        budget: seconds that a server has for a step.
 
     Raises:
         RewardSpecError: of another form, nothing there, an import that fails, or something that cannot be called.
@@ -62,6 +62,8 @@ def load_reward(spec: str) -> RewardFunction:
             return IsolatedReward(target)
         except IsolatedError as error:
             raise RewardSpecError(f"in a process of its own: {error}") from None
+    if is_address(target):
+        return RemoteReward(spec, budget=budget)
     if adapter and adapter not in ADAPTERS:
         known = ", ".join([*ADAPTERS, ISOLATED])
         raise RewardSpecError(f"reward {spec!r}: unknown adapter {adapter!r}; known: {known}")

@@ -19,12 +19,15 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from ...errors import IsolatedError, RewardError
+from ..hooks import TrainerState
 from ..reward import RewardValues
-from .wire import packed, receive, send
+from .wire import STATE, packed, receive, send
 
 STARTUP = 300.0
 """Seconds that a worker has to load its function."""
@@ -49,8 +52,15 @@ class IsolatedReward:
         if about["kind"] is not None:
             self.kind = str(about["kind"])
 
-    def __call__(self, **columns: Any) -> RewardValues:
-        """Values of the S trajectories.
+    def __call__(
+        self,
+        *,
+        trainer_state: TrainerState | None = None,
+        log_metric: Callable[[str, float], None] = lambda name, value: None,
+        log_extra: Callable[[str, list[Any]], None] = lambda column, values: None,
+        **columns: Any,
+    ) -> RewardValues:
+        """Values of the S trajectories. What the function logs there is logged here, once it has returned.
 
         Raises:
             RewardError: what the function returned is no list of S numbers or None, or it raised this itself.
@@ -65,11 +75,16 @@ class IsolatedReward:
                     self._load()
                 if self._is_given_up:
                     raise TimeoutError("loading took too long")
-                reply = self._ask(columns)
+                reply = self._ask(columns | {STATE: asdict(trainer_state or TrainerState())})
             except IsolatedError:
                 self._restart()
                 raise
         if "values" in reply:
+            for name, logged in reply["metrics"].items():
+                for value in logged:
+                    log_metric(name, value)
+            for column, entries in reply["extras"].items():
+                log_extra(column, entries)
             return list(reply["values"])
         if reply["is_contract"]:
             raise RewardError(self.__name__, reply["index"], reply["error"])

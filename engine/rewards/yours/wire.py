@@ -1,7 +1,7 @@
 """What goes between a run and the process of an isolated reward (isolated.py, worker.py).
 
     to the worker     the columns as JSON, the drawn images and the token ids as plain numbers behind it
-    back              a number or None for each trajectory, or why there is none
+    back              a number or None for each trajectory and what was logged, or why there is none
 
 Nothing is pickled.  Columns of anything other than texts, numbers, lists, dicts, and paths are left out: pictures that
 lie inside a data file.  Tuples arrive as lists.
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 _SIZES = struct.Struct("<QQ")
+STATE = "syncr1.state"
+"""Key of the training's state among the columns."""
 _PATH = "syncr1.path"
 """Key of the dict that stands for a path."""
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from ...errors import RewardError, RewardSpecError, refuse, shown
 from ..calling import Outcome, call
+from ..hooks import Logged, TrainerState
 from ..places import defined_at, told
 from ..reward import RewardFunction
 from .custom import load_reward
-from .wire import receive, send, unpacked
+from .wire import STATE, receive, send, unpacked
 
 
 def serve(spec: str) -> None:
@@ -45,11 +46,12 @@ def serve(spec: str) -> None:
 
 
 def _answer(name: str, function: RewardFunction, columns: dict[str, Any]) -> dict[str, Any]:
-    outcome = Outcome()
-    call(name, function, columns, outcome)
-    error = outcome.error
+    state = TrainerState(**columns.pop(STATE))
+    outcome = Outcome(logged=Logged(name, len(columns["images"])))
+    call(name, function, columns, outcome, state=state)
+    error, logged = outcome.error, outcome.logged
     if error is None:
-        return {"values": [None if value is None else float(value) for value in outcome.values]}
+        return {"values": outcome.values, "metrics": logged.metrics, "extras": logged.extras}
     if isinstance(error, RewardError):
         return {"is_contract": True, "index": error.index, "error": error.problem}
     return {"is_contract": False, "error": told(error)}
