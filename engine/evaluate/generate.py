@@ -69,7 +69,7 @@ def plan(items: Mapping[str, Sequence[Prompt]], settings: Settings) -> list[Batc
 def select(
     items: Mapping[str, Sequence[Prompt]], tasks: Sequence[str] = (), num_items: int | None = None
 ) -> dict[str, list[Prompt]]:
-    """The wanted tasks, at most `num_items` of each: always the same ones.
+    """The wanted tasks, at most `num_items` of each: always the same ones; prompts of one sample count as one.
 
     Raises:
         EvaluationError: a task that the data does not have.
@@ -78,7 +78,15 @@ def select(
     if unknown:
         raise EvaluationError(f"tasks: the data has no {', '.join(unknown)}; it has {', '.join(items)}")
     wanted = {task: items[task] for task in (tasks or items)}
-    return {task: list(all_) if num_items is None else choose(all_, num_items, 0) for task, all_ in wanted.items()}
+    return {task: list(all_) if num_items is None else _some(all_, num_items) for task, all_ in wanted.items()}
+
+
+def _some(prompts: Sequence[Prompt], num_items: int) -> list[Prompt]:
+    """At most `num_items` samples, whole: MMBench asks a question several times, and all of them count together."""
+    first = {prompt.sample or prompt.id: prompt for prompt in reversed(prompts)}
+    samples = list(dict.fromkeys(prompt.sample or prompt.id for prompt in prompts))
+    chosen = {prompt.sample or prompt.id for prompt in choose([first[name] for name in samples], num_items, 0)}
+    return [prompt for prompt in prompts if (prompt.sample or prompt.id) in chosen]
 
 
 def generate_items(

@@ -1,7 +1,7 @@
 """Which option, or which of yes and no, a free text names: by each benchmark's own published rule, never by guessing.
 
-Answers in <answer> tags are read from the tags. A text that names no option is wrong; MMMU's own code guesses one there,
-at random, so that its scores of models that do not answer are higher by a few points.
+Answers in <answer> tags are read from the tags. A text that names no option is wrong; MMMU's own code guesses one at
+random there, so that its scores of models that do not answer are higher by a few points.
 
 Sources, rewritten: MMMU `mmmu/utils/eval_utils.py`; VLMEvalKit `vlmeval/utils/matching_util.py`; POPE `evaluate.py`.
 """

@@ -76,7 +76,9 @@ class Row:
         if isinstance(value, str) and re.fullmatch(r"\d{1,12}", value.strip()):
             value = int(value)
         if type(value) is not int:
-            raise DataError(f"{self.where}: column {name!r} must be a whole number, got {shown(value)}; correct the row")
+            raise DataError(
+                f"{self.where}: column {name!r} must be a whole number, got {shown(value)}; correct the row"
+            )
         return value
 
     def pictures(self, name: str) -> tuple[ImageRef, ...]:
@@ -184,7 +186,9 @@ def tsv_rows(path: Path) -> Iterator[Row]:
                 raise DataError(f"{path}: is empty; download it again")
             for values in reader:
                 if None in values:
-                    raise DataError(f"{path}, line {reader.line_num}: has more cells than the header; download it again")
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: has more cells than the header; download it again"
+                    )
                 yield Row(values, f"{path}, line {reader.line_num}")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as a TSV ({error}); download it again") from error
@@ -208,7 +212,9 @@ def json_rows(path: Path) -> list[Row]:
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
-        rows = [_line(line, f"{path}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [
+            _line(line, f"{path}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()
+        ]
         if not rows:
             raise DataError(f"{path}: is empty; download it again") from None
         return rows
@@ -246,4 +252,6 @@ def picture_file(source: Source, name: str, where: str, *folders: str) -> ImageR
         if (place / name).is_file():
             return confined(place, name, where)
     looked = ", ".join(str(place) for place in places)
-    raise DataError(f"{where}: there is no picture {name!r} in {looked}; name the folder that has it with --image_folder")
+    raise DataError(
+        f"{where}: there is no picture {name!r} in {looked}; name the folder that has it with --image_folder"
+    )

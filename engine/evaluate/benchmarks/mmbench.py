@@ -22,7 +22,7 @@ from ..store import Item
 from .asking import BY_LETTER, Asked, lettered, question
 from .choices import said, sure_choice
 from .layouts import EncodedImage, Row, Source, table_rows, tsv_rows
-from .outcome import Outcome, Scored, mean_part
+from .outcome import PER_CENT, Outcome, Scored, mean_part
 
 LETTERS = "ABCDEFGH"
 ORDERS = 1_000_000
@@ -127,13 +127,13 @@ def score(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -> 
     first = {name: right[group[0].prompt.id] for name, group in asked.items()}
     circular = Measured.of(list(whole), list(whole.values()))
     parts = [
-        mean_part("overall, every order right", [circular], 100),
-        mean_part("first order", [Measured.of(list(first), list(first.values()))], 100),
+        mean_part("overall, every order right", [circular], PER_CENT),
+        mean_part("first order", [Measured.of(list(first), list(first.values()))], PER_CENT),
     ]
     groups = list(dict.fromkeys(str(item.prompt.extra["group"]) for item in items))
     for group in sorted(groups) if len(groups) > 1 else ():
         names = [name for name, some in asked.items() if some[0].prompt.extra["group"] == group]
-        parts.append(mean_part(group, [Measured.of(names, [whole[name] for name in names])], 100))
+        parts.append(mean_part(group, [Measured.of(names, [whole[name] for name in names])], PER_CENT))
     unread = sum(choice is None for choice in choices.values())
     remarks = [f"{unread} of {len(items)} answers name no option: wrong, as in VLMEvalKit's exact matching"]
     outcome = Outcome(

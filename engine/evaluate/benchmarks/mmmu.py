@@ -24,7 +24,7 @@ from ..store import Item
 from .asking import BY_LETTER, BY_WORDS, Asked, lettered, question
 from .choices import last_choice, said
 from .layouts import Row, Source, table_rows
-from .outcome import Outcome, Scored, mean_part
+from .outcome import PER_CENT, Outcome, Scored, mean_part
 
 SUBJECTS: Mapping[str, tuple[str, ...]] = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
@@ -117,10 +117,10 @@ def score(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -> 
             right.append(float(open_right(said(item), item.prompt.answer or "")))
     ids = [item.prompt.id for item in items]
     accuracy = Measured.of(ids, right)
-    parts = [mean_part("overall", [accuracy], 100)]
+    parts = [mean_part("overall", [accuracy], PER_CENT)]
     for group in [*SUBJECTS, "other"]:
         of = [value if item.prompt.extra["group"] == group else None for item, value in zip(items, right, strict=True)]
-        parts.append(mean_part(group, [Measured.of(ids, of)], 100))
+        parts.append(mean_part(group, [Measured.of(ids, of)], PER_CENT))
     remarks = []
     if unread:
         remarks.append(f"{unread} answers name no option: wrong here, guessed by MMMU's own code")

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from ...show.intervals import LEVEL, MIN_ITEMS, NUM_DRAWS, Interval, intervals_of
 from ...show.measured import Measured
 
+PER_CENT = 100.0
+"""Scale of the numbers of benchmarks that are published in per cent."""
 MAX_AT_ONCE = 4_000_000
 """Answers that are drawn at once for an F1's interval: 8 bytes each."""
 
@@ -33,6 +35,8 @@ class Part(NamedTuple):
     """In the published unit: a share in [0, 1], or per cent."""
     interval: Interval | None
     """95 %, in the same unit; None where there are too few items to tell."""
+    percent: bool = False
+    """Whether that unit is per cent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +79,7 @@ def weighted_part(name: str, parts: Sequence[tuple[Measured, float]], scale: flo
     Args:
         name: of the number.
         parts: each with its weight.
-        scale: 100 for per cent.
+        scale: `PER_CENT`, or 1 for a share.
     """
     parts = [(one, weight) for one, weight in parts if one.by_item]
     total = sum(weight for _, weight in parts)
@@ -88,7 +92,7 @@ def weighted_part(name: str, parts: Sequence[tuple[Measured, float]], scale: flo
     else:
         interval = _taken_together(parts, total, value)
     scaled = None if interval is None else (scale * interval[0], scale * interval[1])
-    return Part(name, count, scale * value, scaled)
+    return Part(name, count, scale * value, scaled, scale == PER_CENT)
 
 
 def _taken_together(parts: Sequence[tuple[Measured, float]], total: float, value: float) -> Interval | None:
@@ -133,7 +137,7 @@ def f1_part(name: str, said: Sequence[bool], right: Sequence[bool], scale: float
         drawn = _f1_draws(np.asarray(said), np.asarray(right))
         low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         interval = (scale * float(low), scale * float(high))
-    return Part(name, len(said), scale * value, interval)
+    return Part(name, len(said), scale * value, interval, scale == PER_CENT)
 
 
 def _f1_draws(said: NDArray[np.bool_], right: NDArray[np.bool_]) -> NDArray[np.float64]:

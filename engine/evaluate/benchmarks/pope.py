@@ -22,7 +22,7 @@ from ..store import Item
 from .asking import Asked, question
 from .choices import said, says_yes
 from .layouts import Row, Source, json_rows, picture_file, table_rows
-from .outcome import Outcome, Part, Scored, f1_part, mean_part
+from .outcome import PER_CENT, Outcome, Part, Scored, f1_part, mean_part
 
 KINDS = ("random", "popular", "adversarial")
 PICTURES = ("val2014", "images", "coco/val2014")
@@ -44,7 +44,9 @@ def load(source: Source) -> list[Prompt]:
     else:
         files = []
     if not files:
-        return [_asked(row, row.maybe("category") or "all", row.pictures("image"), source) for row in table_rows(source)]
+        return [
+            _asked(row, row.maybe("category") or "all", row.pictures("image"), source) for row in table_rows(source)
+        ]
     prompts = []
     for file in files:
         for row in json_rows(file):
@@ -65,24 +67,23 @@ def _asked(row: Row, kind: str, pictures: Sequence[ImageRef], source: Source) ->
         raise DataError(f"{row.where}: has no picture; download it again")
     number = row.values.get("question_id", row.values.get("index"))
     asked = Asked(_ENDING.sub("", row.text("text", "question")), answer)
-    extra = {"question_id": number} if isinstance(number, int | str) else {}
-    return question("pope", f"{kind}/{number}", asked, pictures, group=kind, think=source.think, **extra)
+    return question("pope", f"{kind}/{number}", asked, pictures, group=kind, think=source.think, question_id=number)
 
 
 def score(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -> Scored:
     """By POPE's own rule for yes and no."""
     answers = [(item, says_yes(said(item)), item.prompt.answer == "yes") for item in items]
-    parts: list[Part | None] = [f1_part("F1", [a for _, a, _ in answers], [r for _, _, r in answers], 100)]
+    parts: list[Part | None] = [f1_part("F1", [a for _, a, _ in answers], [r for _, _, r in answers], PER_CENT)]
     ids = [item.prompt.id for item, _, _ in answers]
     accuracy = Measured.of(ids, [float(a == r) for _, a, r in answers], chance=0.5)
-    parts.append(mean_part("accuracy", [accuracy], 100))
+    parts.append(mean_part("accuracy", [accuracy], PER_CENT))
     parts.append(_share("precision", [(item, r) for item, a, r in answers if a]))
     parts.append(_share("recall", [(item, a) for item, a, r in answers if r]))
     parts.append(_share("share of yes", [(item, a) for item, a, _ in answers]))
     groups = list(dict.fromkeys(str(item.prompt.extra["group"]) for item in items))
     for group in groups if len(groups) > 1 else ():
         of = [(a, r) for item, a, r in answers if item.prompt.extra["group"] == group]
-        parts.append(f1_part(f"F1, {group}", [a for a, _ in of], [r for _, r in of], 100))
+        parts.append(f1_part(f"F1, {group}", [a for a, _ in of], [r for _, r in of], PER_CENT))
     outcome = Outcome(
         benchmark="POPE",
         parts=tuple(part for part in parts if part is not None),
@@ -93,4 +94,4 @@ def score(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -> 
 
 def _share(name: str, marked: Sequence[tuple[Item, bool]]) -> Part | None:
     measured = Measured.of([item.prompt.id for item, _ in marked], [float(mark) for _, mark in marked])
-    return mean_part(name, [measured], 100)
+    return mean_part(name, [measured], PER_CENT)
