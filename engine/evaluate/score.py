@@ -125,20 +125,20 @@ def score_folder(
             if lost:
                 left_out[f"{task}/{metric}"] = f"no verdict for {lost} of {len(found)} items; score again to ask again"
     scored = score_benchmarks(items, folder, graders)
-    for name, one in scored.items():
-        _add_benchmark(tasks, name, one, [item for item in items if benchmark_of(item.prompt) == name])
-        left_out |= one.left_out
+    for name, rules in scored.items():
+        _add_benchmark(tasks, rules, [item for item in items if benchmark_of(item.prompt) == name])
+        left_out |= rules.left_out
     for of in tasks.values():
         if "clip_i" in of.measures and not any(name.startswith("score/") for name in of.measures):
             of.measures["score/sampled"] = of.measures["clip_i"]
-    outcomes = {name: one.outcome for name, one in scored.items()}
+    outcomes = {name: rules.outcome for name, rules in scored.items()}
     result = Result(tasks=tasks, left_out=left_out, outcomes=outcomes)
     write_atomically(folder / SCORES, _as_json(result))
     write_atomically(folder / TABLE, markdown(result))
     return result
 
 
-def _add_benchmark(tasks: dict[str, TaskScores], name: str, scored: Scored, items: Sequence[Item]) -> None:
+def _add_benchmark(tasks: dict[str, TaskScores], scored: Scored, items: Sequence[Item]) -> None:
     """A benchmark's metrics under its task; those of answers under how these came about."""
     task = items[0].prompt.task
     of = tasks.setdefault(task, TaskScores(num_items=len({item.prompt.id for item in items}), measures={}))

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ..errors import ConfigError, EvaluationError, RolloutTooLarge
 from ..evaluate import baseline
+from ..evaluate.benchmarks.known import load_benchmark_prompts, source_of
 from ..evaluate.export import export
 from ..evaluate.generate import generate_items, select
 from ..evaluate.graders import Graders
@@ -58,15 +59,15 @@ def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Re
     result = score_folder(folder, graders_of(config), world_scorers(folder))
     console.print(rich_table(result))
     console.print(f"  {folder / 'scores.json'}, {folder / 'scores.md'}", markup=False, soft_wrap=True)
-    if config.baseline:
-        show_baseline(config, result, console)
+    if config.baseline or config.benchmark or result.outcomes:
+        show_published(config, result, console)
     return result
 
 
-def show_baseline(config: EvaluateConfig, result: Result, console: Console) -> None:
-    """Ours beside what was published of the untouched model."""
+def show_published(config: EvaluateConfig, result: Result, console: Console) -> None:
+    """Ours beside what was published of the untouched model, and of what was trained from it."""
     folder = config.output_dir
-    if run_of(config.model) is not None:
+    if config.baseline and run_of(config.model) is not None:
         console.print(
             f"  {config.model} lies in a run's folder: it is no untouched model", markup=False, soft_wrap=True
         )
@@ -124,13 +125,11 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     from ..policies.auto import load_policy
     from ..policies.inputs import check_fit
     from ..world.base_model import BaseSettings
-    from ..world.embedded import tiny_base, world_folder
+    from ..world.embedded import tiny_base
     from .starting import limit_threads
 
-    source = str(world_folder()) if config.data is None else config.data
-    told = tells_concepts(config, config.model)
-    found = load_items(source, config.data_form, config.split, think=config.think, concept_info=told)
-    items = select(found, config.tasks, config.num_items)
+    found, source = items_of(config)
+    items = select(found, config.tasks, config.limit)
 
     def say(line: str) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
@@ -144,6 +143,32 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
         say(line)
     limit_threads(policy)
     return items, policy.to(own_device()), model, source
+
+
+def items_of(config: EvaluateConfig) -> tuple[dict[str, list[Prompt]], str]:
+    """What is asked, by task, and the name of the data: a benchmark's, data of one's own, or the rendered world."""
+    from ..world.embedded import world_folder
+
+    told = tells_concepts(config, config.model)
+    if config.benchmark is not None and config.benchmark != "unifybench":
+        found = load_benchmark_prompts(
+            config.benchmark,
+            config.data,
+            config.split,
+            image_folder=config.image_folder,
+            think=bool(config.think),
+        )
+        return found, source_of(config.benchmark, config.data)
+    source = str(world_folder()) if config.data is None else config.data
+    items = load_items(
+        source,
+        config.benchmark or config.data_form,
+        config.split or "test",
+        think=config.think is not False,
+        concept_info=told,
+        image_folder=config.image_folder,
+    )
+    return items, source
 
 
 def graders_of(config: EvaluateConfig) -> Graders:

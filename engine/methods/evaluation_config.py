@@ -13,6 +13,8 @@ from ..settings.schema import Range, Rule, Settings
 from ..settings.template_kwargs import template_kwargs_problems
 from ..settings.train_config import Guidance, MaxTokens, PictureFit, Seed, Unconditional
 
+BenchmarkName = Literal["geneval", "dpg", "wise", "t2i_compbench", "mmmu", "mmbench", "pope", "mathvista", "unifybench"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig(Settings):
@@ -28,21 +30,30 @@ class EvaluateConfig(Settings):
     checkpoint lies, else processor."""
     chat_template_kwargs: tuple[str, ...] = ()
     """Arguments of the checkpoint's chat template, NAME=VALUE. None given: as in that run."""
+    benchmark: BenchmarkName | None = None
+    """A benchmark that papers report: data are read in its own layout, asked in its own words, scored by its own rules
+    and put beside published numbers. geneval, dpg, wise and t2i_compbench draw; mmmu, mmbench, pope and mathvista
+    answer; unifybench does both."""
     data: str | None = None
-    """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a table (JSONL,
-    parquet, saved data set, hub name). None: the rendered world."""
+    """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, a table (JSONL, parquet,
+    saved data set, hub name), or the files of the benchmark. None: the benchmark's own name on the hub, or the rendered
+    world."""
     data_form: Literal["unifybench", "geneval", "dpg", "table"] | None = None
-    """How to read data. None: told by its contents."""
-    split: str = "test"
-    """Of a table."""
-    think: bool = True
-    """A table's questions ask to think in <think> tags and to answer in <answer> tags, as CoRL trains it."""
+    """How to read data without a benchmark. None: told by its contents."""
+    split: str | None = None
+    """Of a table, or of the benchmark. None: test; of a benchmark the part that papers report (MMMU validation, MMBench
+    dev, POPE test, MathVista testmini)."""
+    image_folder: Path | None = None
+    """Where the pictures lie that data name (POPE's are COCO's val2014). None: beside the data."""
+    think: bool | None = None
+    """Questions ask to think in <think> tags and to answer in <answer> tags, as CoRL trains it. None: a table's do, a
+    benchmark's are asked in its own words."""
     concept_info: bool | None = None
     """Whether the model is told what info.json of a UnifyBench++ folder has of a concept. None: as in the run in whose
     folder the checkpoint lies; else of data that are given, to a model that is given."""
     tasks: tuple[str, ...] = ()
     """Only these tasks of the data, by name; none given: all."""
-    num_items: Annotated[int | None, Range("leave it out for all", ge=1)] = None
+    limit: Annotated[int | None, Range("leave it out for all", ge=1)] = None
     """At most this many items per task, always the same ones. None: all."""
     output_dir: Path = Path("runs/evaluate")
     """Folder for what is generated and scored. One that an interrupted run left goes on, with the same settings."""
@@ -66,7 +77,7 @@ class EvaluateConfig(Settings):
     """How an image is asked for behind the model's own text: none, sync_r1, t2i_r1 or a template, as in training. None:
     as the run did in whose folder the checkpoint lies, else none."""
     images_per_prompt: Annotated[int, Range("4 is usual", ge=1)] = 1
-    """Trajectories of each prompt that draws. GenEval and DPG-Bench report 4."""
+    """Trajectories of each prompt that draws. GenEval and DPG-Bench report 4, T2I-CompBench 10, WISE 1."""
     greedy_texts: bool = True
     """Answer every question greedily; what judges and exports read."""
     sampled_texts: bool = True
@@ -83,18 +94,20 @@ class EvaluateConfig(Settings):
     clip_references: Annotated[int, Range("0 takes all", ge=0)] = 1
     """Held-out photos that CLIP-I compares with. UnifyBench++ takes 1; 0: all."""
     judge_url: str | None = None
-    """OpenAI-compatible server of the judge, up to and with /v1. None: judged metrics are left out."""
+    """OpenAI-compatible server of the judge, up to and with /v1. None: judged metrics are left out (DPG-Bench, WISE and
+    T2I-CompBench are of a judge wholly, MathVista where rules cannot read an answer)."""
     judge_model: str | None = None
     """The judge's name on that server. UnifyBench++ has gpt-4.1-mini."""
     judge_key_env: str | None = None
     """Environment variable with the server's key. None: no key is sent."""
 
     baseline: bool = False
-    """Put the scores beside what was published of this very model before any training (GenEval, DPG-Bench, MMMU, ...),
-    with what was measured otherwise: check it before you train. export_name says which benchmark a table is."""
+    """Put the scores of any data beside what was published of this very model before any training (GenEval, DPG-Bench,
+    MMMU, ...), with what was measured otherwise: check it before you train. A benchmark's always are. export_name says
+    which benchmark a table is."""
 
     # --- export ---
-    export: tuple[Literal["geneval", "dpg", "lmms_eval", "vlmevalkit"], ...] = ()
+    export: tuple[Literal["geneval", "dpg", "wise", "t2i_compbench", "lmms_eval", "vlmevalkit"], ...] = ()
     """Also write what other benchmarks' scorers read, into export/<name> of output_dir."""
     export_name: str | None = None
     """What lmms-eval or VLMEvalKit calls the task or data set. None: the tasks' names here."""

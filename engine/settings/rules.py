@@ -342,6 +342,12 @@ def corl_problems(c: Any) -> list[str]:
 
 def evaluation_problems(c: Any) -> list[str]:
     problems = []
+    if c.benchmark is not None and c.data_form not in (None, c.benchmark):
+        problems.append(
+            f"data_form: expected none beside benchmark, which says how data are read, got {c.data_form}; leave it out"
+        )
+    if c.image_folder is not None and not c.image_folder.expanduser().is_dir():
+        problems.append(f"image_folder: expected a folder of pictures, got {c.image_folder}, which is none; correct it")
     if (
         c.data is not None
         and c.data_form in ("unifybench", "geneval", "dpg")

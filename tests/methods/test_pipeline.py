@@ -168,7 +168,7 @@ def test_what_is_wrong_is_said_without_a_traceback(
 @pytest.mark.slow
 def test_the_rendered_world_is_read_by_both_readers(model: Path, cache_dir: Path, tmp_path: Path) -> None:
     """Trains the independent reader where no earlier test did."""
-    config = EvaluateConfig(model=str(model), num_items=2, tasks=("pure_gen", "rec"), output_dir=tmp_path / "out")
+    config = EvaluateConfig(model=str(model), limit=2, tasks=("pure_gen", "rec"), output_dir=tmp_path / "out")
     result = run_evaluation(config, Console(quiet=True))
     assert result is not None and {"image/checker", "image/cnn", "understanding/greedy"} <= set(result.summary)
     assert all(0.0 <= result.scores["pure_gen"][f"attributes/{reader}"] <= 1.0 for reader in ("checker", "cnn"))
