@@ -53,7 +53,7 @@ FORMS = {
 _TOLD = re.compile(r"(?:answer|value|result)(?:\s+is|\s*[:=])\s*([^\n]{1,200})", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 _LAST = re.compile(rf"(?:^|[\s=$(])({_NUMBER.pattern})\s*[.)$%°]{{0,3}}\s*$")
-_LIST = re.compile(r"\[[^\[\]]{1,200}\]")
+_LIST = re.compile(r"\[[^\[\]]{1,200}\](?!\s*\])")
 
 
 def load(source: Source) -> list[Prompt]:
