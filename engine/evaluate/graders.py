@@ -102,7 +102,7 @@ class Graders:
         if metric in JUDGED and self.judge is None:
             return "no judge was given (--judge_url, --judge_model)"
         if metric == "geneval" and self.detector is None:
-            return "no detector was given (--geneval_detector)"
+            return "no detector was given (--geneval_detector facebook/mask2former-swin-small-coco-instance)"
         return None
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from ..errors import ConfigError, EvaluationError, RolloutTooLarge
 from ..evaluate import baseline
-from ..evaluate.benchmarks.known import load_benchmark_prompts, source_of
+from ..evaluate.benchmarks.data_sets import source_of
+from ..evaluate.benchmarks.known import load_benchmark_prompts
 from ..evaluate.export import export
 from ..evaluate.generate import generate_items, select
 from ..evaluate.graders import Graders
@@ -172,8 +173,8 @@ def items_of(config: EvaluateConfig) -> tuple[dict[str, list[Prompt]], str]:
 
 
 def graders_of(config: EvaluateConfig) -> Graders:
-    """CLIP and the judge, as far as `config` names them."""
-    clip = judge = None
+    """CLIP, the judge and GenEval's detector, as far as `config` names them."""
+    clip = judge = detector = None
     if config.clip is not None:
         from ..rewards.builtin.clip import ClipScorer
 
@@ -185,12 +186,19 @@ def graders_of(config: EvaluateConfig) -> Graders:
         from ..rewards.judge.llm_judge import LLMJudge
 
         judge = LLMJudge(config.judge_url, config.judge_model, api_key_env=config.judge_key_env)
+    if config.geneval_detector is not None:
+        # Not there before this branch meets that of the image rewards.
+        from ..rewards.images.geneval import GenEval  # type: ignore[import-not-found, unused-ignore]
+
+        detector = GenEval.from_pretrained(config.geneval_detector, config.geneval_colours, device=own_device())
     return Graders(
         clip=clip,
         clip_name=config.clip or "",
         clip_references=config.clip_references,
         judge=judge,
         judge_name=config.judge_model or "",
+        detector=detector,
+        detector_name=f"{config.geneval_detector}, {config.geneval_colours}" if config.geneval_detector else "",
     )
 
 

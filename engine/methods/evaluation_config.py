@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from ..errors import DataError
+from ..evaluate.benchmarks.data_sets import source_of
 from ..settings.renamed import OF_EVALUATION
 from ..settings.rules import drawing_problems, evaluation_problems, judge_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
@@ -14,6 +16,17 @@ from ..settings.template_kwargs import template_kwargs_problems
 from ..settings.train_config import Guidance, MaxTokens, PictureFit, Seed, Unconditional
 
 BenchmarkName = Literal["geneval", "dpg", "wise", "t2i_compbench", "mmmu", "mmbench", "pope", "mathvista", "unifybench"]
+
+
+def benchmark_problems(c: Any) -> list[str]:
+    """Files of a benchmark that are not there, with the command that fetches them."""
+    if c.benchmark is None or c.benchmark == "unifybench" or c.stage == "score":
+        return []
+    try:
+        source_of(c.benchmark, c.data)
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +114,13 @@ class EvaluateConfig(Settings):
     judge_key_env: str | None = None
     """Environment variable with the server's key. None: no key is sent."""
 
+    geneval_detector: str | None = None
+    """What finds the objects that GenEval's rules judge by: Mask2Former, OWLv2 or Grounding DINO in transformers'
+    format, a folder or a hub name; the published rules' is facebook/mask2former-swin-small-coco-instance. None:
+    GenEval's own program scores the export."""
+    geneval_colours: str = "openai/clip-vit-large-patch14"
+    """CLIP that tells the colours of what geneval_detector finds; the default is the published rules'."""
+
     baseline: bool = False
     """Put the scores of any data beside what was published of this very model before any training (GenEval, DPG-Bench,
     MMMU, ...), with what was measured otherwise: check it before you train. A benchmark's always are. export_name says
@@ -117,6 +137,7 @@ class EvaluateConfig(Settings):
         drawing_problems,
         judge_problems,
         evaluation_problems,
+        benchmark_problems,
         template_kwargs_problems,
     )
     RENAMED: ClassVar[Mapping[str, str]] = OF_EVALUATION

@@ -20,6 +20,7 @@ from ..checkpoints.deepseek_files import is_theirs, weight_names
 from ..checkpoints.hub import problems_with_hub
 from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, kind_of, refuse
+from ..evaluate.benchmarks.data_sets import DATA_SETS
 from ..policies.kinds import DRAWING, is_liquid_folder
 from ..processes.launch import count_gpus, restarted
 from ..processes.run_folder import unused_folder
@@ -158,9 +159,11 @@ def check_conversion(config: Any) -> None:
 def models_of(config: Any) -> tuple[dict[str, Path], list[Wanted]]:
     """Checkpoints that a run needs whatever its data: folders by setting, and names on the hub."""
     folders, names = dict[str, Path](), list[Wanted]()
-    for setting in ("model", "clip"):
+    for setting in ("model", "clip", "geneval_detector", "geneval_colours"):
         name = getattr(config, setting, None)
         if name is None or (setting == "clip" and not _uses_clip(config)):
+            continue
+        if setting == "geneval_colours" and config.geneval_detector is None:
             continue
         folder = Path(name).expanduser()
         if folder.is_dir():
@@ -180,6 +183,8 @@ def _data_sets(config: Any) -> list[Wanted]:
     found = []
     for setting in ("data", "data_t2i", "data_mcq", "data_oe", "eval_data"):
         source = getattr(config, setting, None)
+        if setting == "data" and getattr(config, "benchmark", None) in DATA_SETS:
+            source = source or DATA_SETS[config.benchmark].hub
         if source is not None and not os.path.exists(os.path.expanduser(source)):
             found.append(Wanted(setting, str(source), "dataset"))
     return found

@@ -12,5 +12,6 @@
 | mathvista | mathvista | mathematics in pictures | rules, and the judge for answers that rules cannot read |
 | unifybench | (`engine.data.unifybench`) | concepts | as without --benchmark |
 
-`known.py` lists them; `asking.py` and `layouts.py` are what their readers share, `outcome.py` what their scores are.
+`known.py` lists them, `data_sets.py` says where to get them; `asking.py` and `layouts.py` are what their readers share,
+`outcome.py` what their scores are.
 """

@@ -1,78 +1,41 @@
-"""Which benchmarks there are, where each is to be had, and who reads and scores it."""
+"""Which benchmarks there are: who reads and who scores each."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ...errors import DataError
 from ...records import Prompt
 from ..graders import Graders, Kept
 from ..store import Item
 from . import compbench, dpg_bench, geneval_prompts, mathvista, mmbench, mmmu, pope, wise
-from .layouts import HUB_NAME, Source
+from .data_sets import DATA_SETS, source_of
+from .layouts import Source
 from .outcome import Scored
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Benchmark:
+class Benchmark(NamedTuple):
     """One of them."""
 
     load: Callable[[Source], list[Prompt]]
     score: Callable[[Sequence[Item], Path, Graders, Kept], Scored]
-    hub: str | None = None
-    """Its name on the hub, which serves where no data are named."""
-    get: str = ""
-    """How to get it, where it is not there."""
-    split: str = ""
-    """The part with answers that papers report; "" where it has but one."""
 
 
 KNOWN: Mapping[str, Benchmark] = {
-    "geneval": Benchmark(
-        load=geneval_prompts.load, score=geneval_prompts.score, get="git clone https://github.com/djghosh13/geneval"
-    ),
-    "dpg": Benchmark(
-        load=dpg_bench.load, score=dpg_bench.score, get="git clone https://github.com/TencentQQGYLab/ELLA"
-    ),
-    "wise": Benchmark(load=wise.load, score=wise.score, get="git clone https://github.com/PKU-YuanGroup/WISE"),
-    "t2i_compbench": Benchmark(
-        load=compbench.load, score=compbench.score, get="git clone https://github.com/Karine-Huang/T2I-CompBench"
-    ),
-    "mmmu": Benchmark(load=mmmu.load, score=mmmu.score, hub="MMMU/MMMU", split="validation"),
-    "mmbench": Benchmark(load=mmbench.load, score=mmbench.score, hub="lmms-lab/MMBench:en", split="dev"),
-    "pope": Benchmark(load=pope.load, score=pope.score, hub="lmms-lab/POPE", split="test"),
-    "mathvista": Benchmark(load=mathvista.load, score=mathvista.score, hub="AI4Math/MathVista", split="testmini"),
+    "geneval": Benchmark(geneval_prompts.load, geneval_prompts.score),
+    "dpg": Benchmark(dpg_bench.load, dpg_bench.score),
+    "wise": Benchmark(wise.load, wise.score),
+    "t2i_compbench": Benchmark(compbench.load, compbench.score),
+    "mmmu": Benchmark(mmmu.load, mmmu.score),
+    "mmbench": Benchmark(mmbench.load, mmbench.score),
+    "pope": Benchmark(pope.load, pope.score),
+    "mathvista": Benchmark(mathvista.load, mathvista.score),
 }
 """By the name that `--benchmark` takes; `unifybench`, read as without it, has no rules of its own."""
 OF_COLUMN = {"geneval_metadata": "geneval", "dpg_name": "dpg"}
 """Columns that prompts of these two have always had, by which they are told without a name."""
-
-
-def source_of(name: str, data: str | None) -> str:
-    """What is read: the named data, or the benchmark's own name on the hub.
-
-    Raises:
-        DataError: neither; says how to get it.
-    """
-    benchmark = KNOWN[name]
-    if data is not None:
-        there = os.path.exists(os.path.expanduser(data))
-        if there or (benchmark.hub is not None and HUB_NAME.fullmatch(data)):
-            return data
-        missing = f"{data}, which is not there"
-    elif benchmark.hub is not None:
-        return benchmark.hub
-    else:
-        missing = "none"
-    repository = str(benchmark.hub).partition(":")[0]
-    get = benchmark.get or f"hf download --repo-type dataset {repository} --local-dir {name}"
-    raise DataError(
-        f"data: expected {name}'s files for --benchmark {name}, got {missing}; get them by `{get}` and name the folder "
-        "with --data"
-    )
 
 
 def load_benchmark_prompts(
@@ -91,7 +54,7 @@ def load_benchmark_prompts(
         DataError: what its reader says, or there is nothing in it.
     """
     found = source_of(name, data)
-    source = Source(name=found, split=split or KNOWN[name].split, image_folder=image_folder, think=think)
+    source = Source(name=found, split=split or DATA_SETS[name].split, image_folder=image_folder, think=think)
     prompts = KNOWN[name].load(source)
     if not prompts:
         raise DataError(f"{found}: has nothing of {name}; get it again")

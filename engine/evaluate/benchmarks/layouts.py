@@ -19,8 +19,8 @@ from typing import Any
 from ...data.cells import Part, arrow_part, confined, parquet_part
 from ...errors import DataError, PictureError, one_line, shown
 from ...pictures import ImageRef, StoredImage
+from .data_sets import HUB_NAME
 
-HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@:]+))?(:(?P<config>[^@:]+))?")
 MAX_CELL = 1 << 28
 """Characters of a TSV's cell; a picture in base64 is a few hundred thousand."""
 
