@@ -187,7 +187,7 @@ def test_graders_that_cannot_be_had(values: dict[str, Any], said: str) -> None:
 def test_a_benchmark_from_its_files_to_its_table(
     model: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """POPE asked, read by its rule, and put beside what was published; again with a limit, into another folder."""
+    """POPE asked, read by its rule, and put beside what was published; the same command again changes nothing."""
     data, out = pope_github(tmp_path / "pope"), tmp_path / "out"
     flags = ["--model", model, "--benchmark", "pope", "--data", data, "--max_completion_length", "4"]
     said, err = recipe_here(capsys, "evaluate.py", *flags, "--no_sampled_texts", "--output_dir", out)
@@ -200,6 +200,3 @@ def test_a_benchmark_from_its_files_to_its_table(
     before = contents(out)
     recipe_here(capsys, "evaluate.py", *flags, "--no_sampled_texts", "--output_dir", out)
     assert contents(out) == before, "it goes on, and has nothing left to do"
-    few = EvaluateConfig(model=str(model), benchmark="pope", data=str(data), limit=3, output_dir=tmp_path / "few")
-    result = run_evaluation(few, Console(quiet=True))
-    assert result is not None and result.outcomes["pope"].parts[0].num_items == 3
