@@ -22,8 +22,8 @@ from transformers import PreTrainedConfig
 from ..checkpoints.deepseek_config import LLAMA, OURS, THEIRS
 from ..checkpoints.hub_cache import split
 from ..whole_files import write_atomically
+from .benchmarks.benchmark_outcome import PER_CENT, Part, mean_part
 from .benchmarks.known import benchmark_of
-from .benchmarks.outcome import PER_CENT, Part, mean_part
 from .manifest import read_manifest
 from .published_scores import AUTHORS, SIZES, SOURCES, Published, benchmark_named, published_of
 from .score import Result

@@ -28,8 +28,8 @@ from ..show.measured import PER_ITEM, Measured, dumps
 from ..show.names import ANSWERS, INDEPENDENT, INTERVALS, MEASURES, READ, READERS, TASKS
 from ..show.scores import chance_mark, show_interval, show_score
 from ..whole_files import write_atomically
+from .benchmarks.benchmark_outcome import Outcome, Scored
 from .benchmarks.known import benchmark_of, score_benchmarks
-from .benchmarks.outcome import Outcome, Scored
 from .graders import Graders, grade
 from .held_out import Scores, TaskScores, means, score_rollouts, summary, table_of, values_of
 from .manifest import read_manifest

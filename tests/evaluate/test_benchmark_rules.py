@@ -10,12 +10,12 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 
+from syncr1.engine.evaluate.benchmarks.benchmark_outcome import f1_part, mean_part, weighted_part, yes_no
 from syncr1.engine.evaluate.benchmarks.choices import MAX_TEXT, last_choice, said, says_yes, sure_choice
 from syncr1.engine.evaluate.benchmarks.compbench import grade_of
 from syncr1.engine.evaluate.benchmarks.dpg_bench import image_score
 from syncr1.engine.evaluate.benchmarks.mathvista import judged, value_of
 from syncr1.engine.evaluate.benchmarks.mmmu import open_right
-from syncr1.engine.evaluate.benchmarks.outcome import f1_part, mean_part, weighted_part, yes_no
 from syncr1.engine.evaluate.benchmarks.wise import wiscore
 from syncr1.engine.evaluate.store import Item
 from syncr1.engine.records import Prompt

@@ -13,5 +13,5 @@
 | unifybench | (`engine.data.unifybench`) | concepts | as without --benchmark |
 
 `known.py` lists them, `data_sets.py` says where to get them; `asking.py` and `layouts.py` are what their readers share,
-`outcome.py` what their scores are.
+`benchmark_outcome.py` what their scores are.
 """

@@ -21,8 +21,8 @@ from ..graders import Graders, Kept, Nobody, ask_judge, earlier
 from ..sources import MAX_PROMPT_BYTES
 from ..store import Item
 from .asking import drawing
+from .benchmark_outcome import Outcome, Scored, mean_part
 from .layouts import Source
-from .outcome import Outcome, Scored, mean_part
 
 CRITERIA: Mapping[str, str] = {
     "color": "every object that is named is there, in the colour that is named",

@@ -24,8 +24,8 @@ from ...show.measured import Measured
 from ..graders import Graders, Kept, Nobody, ask_judge, earlier, one_of
 from ..sources import load_dpg
 from ..store import Item, Key
+from .benchmark_outcome import PER_CENT, Outcome, Scored, mean_part
 from .layouts import Source
-from .outcome import PER_CENT, Outcome, Scored, mean_part
 
 QUESTIONS = "dpg_bench.csv"
 QUESTION = (

@@ -24,8 +24,8 @@ from ..export import GENEVAL_RESULTS
 from ..graders import Detector, Graders, Kept, Nobody, drawn_images, earlier, in_parts, key_of
 from ..sources import load_geneval
 from ..store import Item, file_name
+from .benchmark_outcome import Outcome, Part, Scored, mean_part
 from .layouts import Source
-from .outcome import Outcome, Part, Scored, mean_part
 
 METADATA = "evaluation_metadata.jsonl"
 SCORED = "geneval_scored.jsonl"

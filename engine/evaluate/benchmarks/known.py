@@ -11,9 +11,9 @@ from ...records import Prompt
 from ..graders import Graders, Kept
 from ..store import Item
 from . import compbench, dpg_bench, geneval_prompts, mathvista, mmbench, mmmu, pope, wise
+from .benchmark_outcome import Scored
 from .data_sets import DATA_SETS, source_of
 from .layouts import Source
-from .outcome import Scored
 
 
 class Benchmark(NamedTuple):

@@ -25,9 +25,9 @@ from ...show.measured import Measured
 from ..graders import Graders, Kept, Nobody, ask_judge, earlier
 from ..store import Item
 from .asking import Asked, lettered, question
+from .benchmark_outcome import PER_CENT, Outcome, Scored, mean_part
 from .choices import letters_of, said, sure_choice
 from .layouts import Row, Source, json_rows, picture_file, table_rows
-from .outcome import PER_CENT, Outcome, Scored, mean_part
 
 HINTS: Mapping[str, str] = {
     "multi_choice": "provide the correct option letter, e.g., A, B, C, D, at the end.",

@@ -20,9 +20,9 @@ from ...show.measured import Measured
 from ..graders import Graders, Kept
 from ..store import Item
 from .asking import BY_LETTER, Asked, lettered, question
+from .benchmark_outcome import PER_CENT, Outcome, Scored, mean_part
 from .choices import said, sure_choice
 from .layouts import EncodedImage, Row, Source, table_rows, tsv_rows
-from .outcome import PER_CENT, Outcome, Scored, mean_part
 
 LETTERS = "ABCDEFGH"
 ORDERS = 1_000_000

@@ -22,9 +22,9 @@ from ...show.measured import Measured
 from ..graders import Graders, Kept
 from ..store import Item
 from .asking import BY_LETTER, BY_WORDS, Asked, lettered, question
+from .benchmark_outcome import PER_CENT, Outcome, Scored, mean_part
 from .choices import last_choice, said
 from .layouts import Row, Source, table_rows
-from .outcome import PER_CENT, Outcome, Scored, mean_part
 
 SUBJECTS: Mapping[str, tuple[str, ...]] = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),

@@ -20,9 +20,9 @@ from ...show.measured import Measured
 from ..graders import Graders, Kept
 from ..store import Item
 from .asking import Asked, question
+from .benchmark_outcome import PER_CENT, Outcome, Part, Scored, f1_part, mean_part
 from .choices import said, says_yes
 from .layouts import Row, Source, json_rows, picture_file, table_rows
-from .outcome import PER_CENT, Outcome, Part, Scored, f1_part, mean_part
 
 KINDS = ("random", "popular", "adversarial")
 PICTURES = ("val2014", "images", "coco/val2014")

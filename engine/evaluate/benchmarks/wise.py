@@ -23,8 +23,8 @@ from ...show.measured import Measured
 from ..graders import Graders, Kept, Nobody, ask_judge, earlier, one_of
 from ..store import Item
 from .asking import drawing
+from .benchmark_outcome import Outcome, Scored, mean_part, weighted_part
 from .layouts import Source, json_rows
-from .outcome import Outcome, Scored, mean_part, weighted_part
 
 LEGACY: Mapping[str, tuple[int, float]] = {
     "culture": (400, 0.4),
