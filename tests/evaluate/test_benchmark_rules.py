@@ -11,9 +11,9 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 
 from syncr1.engine.evaluate.benchmarks.benchmark_outcome import f1_part, mean_part, weighted_part, yes_no
-from syncr1.engine.evaluate.benchmarks.choices import MAX_TEXT, last_choice, said, says_yes, sure_choice
 from syncr1.engine.evaluate.benchmarks.compbench import grade_of
 from syncr1.engine.evaluate.benchmarks.dpg_bench import image_score
+from syncr1.engine.evaluate.benchmarks.free_answers import MAX_TEXT, last_choice, said, says_yes, sure_choice
 from syncr1.engine.evaluate.benchmarks.mathvista import judged, value_of
 from syncr1.engine.evaluate.benchmarks.mmmu import open_right
 from syncr1.engine.evaluate.benchmarks.wise import wiscore

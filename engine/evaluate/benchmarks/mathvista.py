@@ -26,7 +26,7 @@ from ..graders import Graders, Kept, Nobody, ask_judge, earlier
 from ..store import Item
 from .asking import Asked, lettered, question
 from .benchmark_outcome import PER_CENT, Outcome, Scored, mean_part
-from .choices import letters_of, said, sure_choice
+from .free_answers import letters_of, said, sure_choice
 from .layouts import Row, Source, json_rows, picture_file, table_rows
 
 HINTS: Mapping[str, str] = {

@@ -21,7 +21,7 @@ from ..graders import Graders, Kept
 from ..store import Item
 from .asking import BY_LETTER, Asked, lettered, question
 from .benchmark_outcome import PER_CENT, Outcome, Scored, mean_part
-from .choices import said, sure_choice
+from .free_answers import said, sure_choice
 from .layouts import EncodedImage, Row, Source, table_rows, tsv_rows
 
 LETTERS = "ABCDEFGH"

@@ -23,7 +23,7 @@ from ..graders import Graders, Kept
 from ..store import Item
 from .asking import BY_LETTER, BY_WORDS, Asked, lettered, question
 from .benchmark_outcome import PER_CENT, Outcome, Scored, mean_part
-from .choices import last_choice, said
+from .free_answers import last_choice, said
 from .layouts import Row, Source, table_rows
 
 SUBJECTS: Mapping[str, tuple[str, ...]] = {

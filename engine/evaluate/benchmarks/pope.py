@@ -21,7 +21,7 @@ from ..graders import Graders, Kept
 from ..store import Item
 from .asking import Asked, question
 from .benchmark_outcome import PER_CENT, Outcome, Part, Scored, f1_part, mean_part
-from .choices import said, says_yes
+from .free_answers import said, says_yes
 from .layouts import Row, Source, json_rows, picture_file, table_rows
 
 KINDS = ("random", "popular", "adversarial")
