@@ -159,17 +159,20 @@ def check_conversion(config: Any) -> None:
 def models_of(config: Any) -> tuple[dict[str, Path], list[Wanted]]:
     """Checkpoints that a run needs whatever its data: folders by setting, and names on the hub."""
     folders, names = dict[str, Path](), list[Wanted]()
-    for setting in ("model", "clip", "geneval_detector", "geneval_colours"):
+    for setting in ("model", "clip"):
         name = getattr(config, setting, None)
         if name is None or (setting == "clip" and not _uses_clip(config)):
-            continue
-        if setting == "geneval_colours" and config.geneval_detector is None:
             continue
         folder = Path(name).expanduser()
         if folder.is_dir():
             folders[setting] = folder
         else:
             names.append(Wanted(setting, name))
+    if getattr(config, "geneval_detector", None) is not None:
+        for setting in ("geneval_detector", "geneval_colours"):
+            folder = Path(getattr(config, setting)).expanduser()
+            folders |= {setting: folder} if folder.is_dir() else {}
+            names += [] if folder.is_dir() else [Wanted(setting, getattr(config, setting))]
     return folders, names
 
 
