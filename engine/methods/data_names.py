@@ -29,7 +29,7 @@ def data_problems(config: Any) -> list[str]:
     found = []
     for setting in SETTINGS:
         source = getattr(config, setting, None)
-        if source is not None and getattr(config, "benchmark", None) is None:  # a benchmark's files are its reader's
+        if source is not None and not getattr(config, "benchmark", ()):  # a benchmark's files are its reader's
             found += [f"{setting}: {problem}" for problem in [_problem(str(source))] if problem]
     return found or _unreadable(config) or _too_few(config)
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..errors import ConfigError, EvaluationError, RolloutTooLarge
 from ..evaluate import baseline
-from ..evaluate.benchmarks.data_sets import source_of
+from ..evaluate.benchmarks.data_sets import DATA_SETS, sources_of
 from ..evaluate.benchmarks.known import load_benchmark_prompts
 from ..evaluate.export import export
 from ..evaluate.generate import generate_items, select
@@ -57,7 +57,8 @@ def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Re
         console.print(f"  {kind}: {out}\n  to score it: {how}", markup=False, soft_wrap=True)
     if config.stage == "generate":
         return None
-    result = score_folder(folder, graders_of(config), world_scorers(folder))
+    with console.status("scoring"):
+        result = score_folder(folder, graders_of(config), world_scorers(folder))
     console.print(rich_table(result))
     console.print(f"  {folder / 'scores.json'}, {folder / 'scores.md'}", markup=False, soft_wrap=True)
     if config.baseline or config.benchmark or result.outcomes:
@@ -150,26 +151,25 @@ def items_of(config: EvaluateConfig) -> tuple[dict[str, list[Prompt]], str]:
     """What is asked, by task, and the name of the data: a benchmark's, data of one's own, or the rendered world."""
     from ..world.embedded import world_folder
 
-    told = tells_concepts(config, config.model)
-    if config.benchmark is not None and config.benchmark != "unifybench":
-        found = load_benchmark_prompts(
-            config.benchmark,
-            config.data,
-            config.split,
-            image_folder=config.image_folder,
-            think=bool(config.think),
-        )
-        return found, source_of(config.benchmark, config.data)
-    source = str(world_folder()) if config.data is None else config.data
-    items = load_items(
-        source,
-        config.benchmark or config.data_form,
-        config.split or "test",
-        think=config.think is not False,
-        concept_info=told,
-        image_folder=config.image_folder,
-    )
-    return items, source
+    told, found, sources = tells_concepts(config, config.model), dict[str, list[Prompt]](), list[str]()
+    own = {} if config.benchmark else {"": config.data}
+    for name, source in (sources_of(config.benchmark, config.data) | own).items():
+        read = source or str(world_folder())
+        if name in DATA_SETS:
+            found |= load_benchmark_prompts(
+                name, read, config.split, image_folder=config.image_folder, think=bool(config.think)
+            )
+        else:
+            found |= load_items(
+                read,
+                "unifybench" if name else config.data_form,
+                config.split or "test",
+                think=config.think is not False,
+                concept_info=told,
+                image_folder=config.image_folder,
+            )
+        sources.append(read)
+    return found, ", ".join(sources)
 
 
 def graders_of(config: EvaluateConfig) -> Graders:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from ..errors import DataError
-from ..evaluate.benchmarks.data_sets import source_of
+from ..evaluate.benchmarks.data_sets import sources_of
 from ..settings.renamed import OF_EVALUATION
 from ..settings.rules import drawing_problems, evaluation_problems, judge_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
@@ -20,10 +20,12 @@ BenchmarkName = Literal["geneval", "dpg", "wise", "t2i_compbench", "mmmu", "mmbe
 
 def benchmark_problems(c: Any) -> list[str]:
     """Files of a benchmark that are not there, with the command that fetches them."""
-    if c.benchmark is None or c.benchmark == "unifybench" or c.stage == "score":
-        return []
+    twice = [name for name in dict.fromkeys(c.benchmark) if c.benchmark.count(name) > 1]
+    if twice:
+        return [f"benchmark: expected each once, got {twice[0]} twice; name it once"]
     try:
-        source_of(c.benchmark, c.data)
+        if c.stage != "score":
+            sources_of(c.benchmark, c.data)
     except DataError as error:
         return [str(error)]
     return []
@@ -43,14 +45,14 @@ class EvaluateConfig(Settings):
     checkpoint lies, else processor."""
     chat_template_kwargs: tuple[str, ...] = ()
     """Arguments of the checkpoint's chat template, NAME=VALUE. None given: as in that run."""
-    benchmark: BenchmarkName | None = None
-    """A benchmark that papers report: data are read in its own layout, asked in its own words, scored by its own rules
-    and put beside published numbers. geneval, dpg, wise and t2i_compbench draw; mmmu, mmbench, pope and mathvista
-    answer; unifybench does both."""
+    benchmark: tuple[BenchmarkName, ...] = ()
+    """Benchmarks that papers report: data are read in their own layout, asked in their own words, scored by their own
+    rules and put beside published numbers, in one table. geneval, dpg, wise and t2i_compbench draw; mmmu, mmbench, pope
+    and mathvista answer; unifybench does both."""
     data: str | None = None
     """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, a table (JSONL, parquet,
-    saved data set, hub name), or the files of the benchmark. None: the benchmark's own name on the hub, or the rendered
-    world."""
+    saved data set, hub name), or the files of the benchmark; of several, a folder with a sub-folder of each one's name.
+    None: the benchmark's own name on the hub, or the rendered world."""
     data_form: Literal["unifybench", "geneval", "dpg", "table"] | None = None
     """How to read data without a benchmark. None: told by its contents."""
     split: str | None = None

@@ -20,7 +20,7 @@ from ..checkpoints.deepseek_files import is_theirs, weight_names
 from ..checkpoints.hub import problems_with_hub
 from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, kind_of, refuse
-from ..evaluate.benchmarks.data_sets import DATA_SETS
+from ..evaluate.benchmarks.data_sets import sources_of
 from ..policies.kinds import DRAWING, is_liquid_folder
 from ..processes.launch import count_gpus, restarted
 from ..processes.run_folder import unused_folder
@@ -186,8 +186,10 @@ def _data_sets(config: Any) -> list[Wanted]:
     found = []
     for setting in ("data", "data_t2i", "data_mcq", "data_oe", "eval_data"):
         source = getattr(config, setting, None)
-        if setting == "data" and getattr(config, "benchmark", None) in DATA_SETS:
-            source = source or DATA_SETS[config.benchmark].hub
+        if setting == "data" and (benchmarks := getattr(config, "benchmark", ())):
+            read = () if config.stage == "score" else sources_of(benchmarks, source).values()
+            found += [Wanted(setting, name, "dataset") for name in read if name and not os.path.exists(name)]
+            continue
         if source is not None and not os.path.exists(os.path.expanduser(source)):
             found.append(Wanted(setting, str(source), "dataset"))
     return found

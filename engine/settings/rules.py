@@ -342,7 +342,7 @@ def corl_problems(c: Any) -> list[str]:
 
 def evaluation_problems(c: Any) -> list[str]:
     problems = []
-    if c.benchmark is not None and c.data_form not in (None, c.benchmark):
+    if c.benchmark and c.data_form is not None:
         problems.append(
             f"data_form: expected none beside benchmark, which says how data are read, got {c.data_form}; leave it out"
         )

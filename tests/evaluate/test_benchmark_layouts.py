@@ -12,11 +12,12 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import benchmark_layouts as made
 import pytest
 
-from syncr1.engine.errors import DataError, PictureError
-from syncr1.engine.evaluate.benchmarks.data_sets import DATA_SETS, source_of
+from syncr1.engine.errors import ConfigError, DataError, PictureError
+from syncr1.engine.evaluate.benchmarks.data_sets import DATA_SETS, source_of, sources_of
 from syncr1.engine.evaluate.benchmarks.known import KNOWN, benchmark_of, load_benchmark_prompts
 from syncr1.engine.evaluate.benchmarks.layouts import EncodedImage
 from syncr1.engine.evaluate.generate import select
+from syncr1.engine.methods.evaluation import items_of
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.pictures import open_picture
 from syncr1.engine.records import Prompt
@@ -200,6 +201,24 @@ def test_what_is_not_there_says_how_to_get_it(tmp_path: Path) -> None:
         source_of("mmmu", str(tmp_path / "none"))
     with pytest.raises(DataError, match=r"git clone .*ELLA"):
         source_of("dpg", "org/name")
+
+
+def test_several_are_read_from_one_folder_or_the_hub(tmp_path: Path) -> None:
+    made.wise(tmp_path / "wise")
+    made.mmmu(tmp_path / "mmmu")
+    found = sources_of(("wise", "mmmu", "pope"), str(tmp_path))
+    assert found == {"wise": str(tmp_path / "wise"), "mmmu": str(tmp_path / "mmmu"), "pope": "lmms-lab/POPE"}
+    assert sources_of(("mmmu", "pope"), None) == {"mmmu": "MMMU/MMMU", "pope": "lmms-lab/POPE"}
+    with pytest.raises(DataError, match=r"git clone .*geneval"):
+        sources_of(("wise", "geneval"), str(tmp_path))
+    with pytest.raises(DataError, match="a sub-folder for each of wise, pope"):
+        sources_of(("wise", "pope"), "org/name")
+    config = EvaluateConfig(benchmark=("wise", "mmmu"), data=str(tmp_path))
+    items, source = items_of(config)
+    assert {name: len(prompts) for name, prompts in items.items()} == {"wise": 6, "mmmu": 7}
+    assert source == f"{tmp_path / 'wise'}, {tmp_path / 'mmmu'}"
+    with pytest.raises(ConfigError, match="benchmark: expected each once, got pope twice"):
+        EvaluateConfig(benchmark=("pope", "pope"))
 
 
 def change(column: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -15,6 +15,7 @@ import benchmark_layouts as made
 import pytest
 from benchmark_files import GENEVAL
 from evaluate_cases import plain, written
+from small_models import small_clip
 from torch import Tensor
 
 from syncr1.engine.errors import EvaluationError
@@ -205,6 +206,22 @@ def test_geneval_whole(tmp_path: Path) -> None:
 class Few:
     def verdicts(self, images: Sequence[Tensor], metadata: Sequence[Mapping[str, Any]]) -> list[Said]:
         return []
+
+
+def test_geneval_by_a_real_detector(tmp_path: Path) -> None:
+    """OWLv2 and CLIP of random weights, of transformers' own classes."""
+    geneval = pytest.importorskip("syncr1.engine.rewards.images.geneval")
+    small = pytest.importorskip("small_detectors")
+    names = [str(make(tmp_path / make.__name__)) for make in (small.small_owlv2, small_clip)]
+    asked = prompts("geneval", made.geneval_clone(tmp_path / "geneval"))
+    folder = drawn(tmp_path / "out", asked, [0.9, 0.1])
+    graders = Graders(detector=geneval.GenEval.from_pretrained(*names), detector_name=names[0])
+    result = score_folder(folder, graders)
+    assert list(parts(result, "geneval")) == ["overall", "single_object", "color_attr"] and result.left_out.keys() == {
+        "clip_t"
+    }
+    lines = [json.loads(line) for line in (folder / SCORED).read_text().splitlines()]
+    assert all(line["correct"] or "expected" in line["reason"] for line in lines) and len(lines) == 2
 
 
 def test_dpg_by_the_judge(tmp_path: Path) -> None:

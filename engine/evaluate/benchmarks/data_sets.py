@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ...errors import DataError
@@ -41,13 +41,32 @@ DATA_SETS: Mapping[str, DataSet] = {
 """By the name that `--benchmark` takes; `unifybench` is a folder like any other."""
 
 
+def sources_of(names: Sequence[str], data: str | None) -> dict[str, str]:
+    """Benchmark -> what is read of it: of several, the data's sub-folder of that name, where it is there.
+
+    Raises:
+        DataError: as `source_of`, or there is no such folder.
+    """
+    if len(names) < 2 or data is None:
+        return {name: source_of(name, data) for name in names}
+    folder = os.path.expanduser(data)
+    if not os.path.isdir(folder):
+        raise DataError(
+            f"data: expected a folder with a sub-folder for each of {', '.join(names)}, got {data}; name one"
+        )
+    inside = {name: os.path.join(folder, name) for name in names}
+    return {name: source_of(name, path if os.path.exists(path) else None) for name, path in inside.items()}
+
+
 def source_of(name: str, data: str | None) -> str:
     """What is read: the named data, or the benchmark's own name on the hub.
 
     Raises:
         DataError: neither; says how to get it.
     """
-    known = DATA_SETS[name]
+    known = DATA_SETS.get(name)
+    if known is None:  # UnifyBench++'s folder is read as ever; none is the rendered world
+        return data or ""
     if data is not None:
         there = os.path.exists(os.path.expanduser(data))
         if there or (known.hub is not None and HUB_NAME.fullmatch(data)):
