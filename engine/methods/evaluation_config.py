@@ -69,7 +69,7 @@ class EvaluateConfig(Settings):
     tasks: tuple[str, ...] = ()
     """Only these tasks of the data, by name; none given: all."""
     limit: Annotated[int | None, Range("leave it out for all", ge=1)] = None
-    """At most this many items per task, always the same ones. None: all."""
+    """At most this many items per task, always the same ones, spread over a benchmark's categories. None: all."""
     output_dir: Path = Path("runs/evaluate")
     """Folder for what is generated and scored. One that an interrupted run left goes on, with the same settings."""
     stage: Literal["generate", "score", "all"] = "all"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,20 @@ def test_drawings(tmp_path: Path) -> None:
     assert [prompt.extra["group"] for prompt in prompts] == ["color", "color", "numeracy"]
     assert prompts[1].text == "a red/white car" == prompts[1].target and prompts[1].segments == ("image",)
     assert len(read("t2i_compbench", tmp_path / "t2i" / "examples" / "dataset" / "color_val.txt")) == 2
+
+
+@pytest.mark.parametrize("limit", [1, 3, 5, 12, 100])
+def test_a_limit_is_spread_over_the_categories(limit: int, tmp_path: Path) -> None:
+    """A mean over categories of which some are missing would be another number."""
+    asked = read("pope", made.pope_github(tmp_path / "pope"))
+    (chosen,) = select({"pope": asked}, num_items=limit).values()
+    counts = [sum(prompt.extra["group"] == kind for prompt in chosen) for kind in ("random", "popular", "adversarial")]
+    assert len(chosen) == min(limit, 12) == sum(counts) and max(counts) - min(counts) <= 1
+    assert chosen == [prompt for prompt in asked if prompt in chosen], "in their order"
+    drawings = read("geneval", made.geneval_clone(tmp_path / "g"))
+    twice = [replace(prompt, id=f"{prompt.id}/{n}") for n in range(3) for prompt in drawings]
+    (some,) = select({"geneval": twice}, num_items=2).values()
+    assert {prompt.extra["geneval_metadata"]["tag"] for prompt in some} == {"single_object", "color_attr"}
 
 
 def test_both_editions_of_wise(tmp_path: Path) -> None:
