@@ -115,6 +115,8 @@ def _metadata(line: str, where: str) -> Mapping[str, Any]:
         value = metadata.get(name) if isinstance(metadata, dict) else None
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: {name!r} must be text, got {shown(value)}; GenEval's scorer needs it")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(f"{where}: {name!r} holds half of a surrogate pair; download the file again")
     return dict(metadata)
 
 

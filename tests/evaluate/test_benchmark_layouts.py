@@ -240,6 +240,22 @@ def change(column: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]
     return lambda row: {**row, column: value}
 
 
+MATHS = json.dumps(
+    {
+        "1": {
+            "pid": "1",
+            "question": "How many?",
+            "image": "1.jpg",
+            "choices": None,
+            "answer": "3",
+            "question_type": "free_form",
+            "answer_type": "integer",
+            "metadata": 7,
+        }
+    }
+)
+
+
 @pytest.mark.parametrize(
     ("name", "file", "text", "said"),
     [
@@ -261,6 +277,11 @@ def change(column: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]
         ("mmbench", "a.tsv", "index\tquestion\tA\tB\tanswer\timage\n1\tq\tx\ty\tA\t7", "names no row that has"),
         ("mmbench", "a.tsv", "index\tquestion\n1\tq\tx\n", "more cells"),
         ("mathvista", "testmini.json", '{"1": {"question_type": "free_form", "answer_type": "float"}}', "no answer"),
+        ("mathvista", "testmini.json", MATHS.replace('"choices": null', '"choices": 3'), "'choices' must be a list"),
+        ("mathvista", "testmini.json", MATHS.replace('"integer"', '"date"'), "answer_type must be integer"),
+        ("mathvista", "testmini.json", MATHS.replace("How many?", "\\ud800"), "is not UTF-8"),
+        ("mathvista", "testmini.json", MATHS.replace('"1.jpg"', f'"{"x" * 3000}"'), "there is no picture"),
+        ("geneval", "evaluation_metadata.jsonl", '{"prompt": "\\ud800", "tag": "x"}', "surrogate pair"),
         ("mmmu", "readme.md", "x", r"has no validation\*\.parquet"),
     ],
 )

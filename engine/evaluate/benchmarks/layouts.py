@@ -10,6 +10,7 @@ import base64
 import binascii
 import csv
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,14 +62,17 @@ class Row:
         """
         for name in names:
             if isinstance(value := self.values.get(name), str) and value.strip():
-                return value.strip()
+                return utf8(value, name, self.where)
         got = {name: shown(self.values.get(name)) for name in names}
         raise DataError(f"{self.where}: expected text in {' or '.join(map(repr, names))}, got {got}; correct the row")
 
     def maybe(self, *names: str) -> str:
         """As `text`; "" where there is none, and for what pandas writes for an empty cell."""
-        found = next((value for name in names if isinstance(value := self.values.get(name), str) and value.strip()), "")
-        return "" if found.strip().lower() == "nan" else found.strip()
+        for name in names:
+            value = self.values.get(name)
+            if isinstance(value, str) and value.strip() and value.strip().lower() != "nan":
+                return utf8(value, name, self.where)
+        return ""
 
     def number(self, name: str) -> int:
         """A whole number; DataError for anything else."""
@@ -87,6 +91,15 @@ class Row:
             return ()
         found = self.part.pictures(self.index, name)
         return found if isinstance(found, tuple) else () if found is None else (found,)
+
+
+def utf8(value: str, name: str, where: str) -> str:
+    """A cell's text without outer white space; DataError for half of a surrogate pair, which no file can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: column {name!r} is not UTF-8 ({error}); download it again") from error
+    return value.strip()
 
 
 @dataclass(frozen=True)
@@ -249,7 +262,7 @@ def picture_file(source: Source, name: str, where: str, *folders: str) -> ImageR
     roots = [source.image_folder] if source.image_folder is not None else [beside]
     places = [root / folder for root in roots for folder in ("", *folders)]
     for place in places:
-        if (place / name).is_file():
+        if os.path.isfile(place / name):  # unlike Path's, False for a name that no file could have
             return confined(place, name, where)
     looked = ", ".join(str(place) for place in places)
     raise DataError(

@@ -75,7 +75,7 @@ def _asked(row: Row, source: Source) -> Prompt:
     answer = row.maybe("answer")
     if not answer:
         raise DataError(f"{row.where}: has no answer; the split test has none: choose --split testmini")
-    options = tuple(str(option) for option in row.values.get("choices") or ())
+    options = _choices(row)
     if kind == "multi_choice":
         if options.count(answer) < 1 or len(options) > 26:
             raise DataError(f"{row.where}: the answer {answer!r} is none of the choices {shown(options)}; correct it")
@@ -91,17 +91,24 @@ def _asked(row: Row, source: Source) -> Prompt:
         raise DataError(f"{row.where}: answer_type must be integer, float (precision 1 or 2) or list, got {asked!r}")
     opening = f"Hint: Please answer the question {'and ' if kind == 'multi_choice' else ''}{HINTS[asked]}"
     pictures = row.pictures("decoded_image") or (picture_file(source, row.text("image"), row.where, "..", "data"),)
-    about: Any = row.values.get("metadata") or {}
+    about: Any = row.values.get("metadata")
     return question(
         "mathvista",
         row.text("pid"),
         Asked(text, answer, options if kind == "multi_choice" else (), "", opening),
         pictures,
-        group=str(about.get("task", "all")),
+        group=str(about.get("task", "all")) if isinstance(about, Mapping) else "all",
         think=source.think,
         answer_type=form,
         precision=digits,
     )
+
+
+def _choices(row: Row) -> tuple[str, ...]:
+    found = row.values.get("choices")
+    if found is not None and not (isinstance(found, list) and all(isinstance(option, str) for option in found)):
+        raise DataError(f"{row.where}: 'choices' must be a list of texts, got {shown(found)}; correct it")
+    return tuple(found or ())
 
 
 def score(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -> Scored:
