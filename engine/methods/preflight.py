@@ -183,13 +183,12 @@ def _uses_clip(config: Any) -> bool:
 
 
 def _data_sets(config: Any) -> list[Wanted]:
+    if benchmarks := getattr(config, "benchmark", ()):
+        read = () if config.stage == "score" else sources_of(benchmarks, config.data).values()
+        return [Wanted("data", name, "dataset") for name in read if name and not os.path.exists(name)]
     found = []
     for setting in ("data", "data_t2i", "data_mcq", "data_oe", "eval_data"):
         source = getattr(config, setting, None)
-        if setting == "data" and (benchmarks := getattr(config, "benchmark", ())):
-            read = () if config.stage == "score" else sources_of(benchmarks, source).values()
-            found += [Wanted(setting, name, "dataset") for name in read if name and not os.path.exists(name)]
-            continue
         if source is not None and not os.path.exists(os.path.expanduser(source)):
             found.append(Wanted(setting, str(source), "dataset"))
     return found
