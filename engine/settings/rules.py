@@ -367,6 +367,8 @@ def evaluation_problems(c: Any) -> list[str]:
         problems.append("greedy_texts, sampled_texts: expected one to answer by, got both off; leave one on")
     if "dpg" in c.export and c.images_per_prompt > 4:
         problems.append(f"images_per_prompt: expected at most 4, DPG-Bench's grid, got {c.images_per_prompt}; lower it")
+    if "wise" in c.export and c.images_per_prompt > 1:
+        problems.append(f"images_per_prompt: expected 1, as WISE scores them, got {c.images_per_prompt}; leave it out")
     for kind in sorted(set(c.export)):
         if c.export.count(kind) > 1:
             problems.append(f"export: expected each kind once, got {kind} twice; name it once")
