@@ -3,7 +3,8 @@
 python recipes/evaluate.py                                     the tiny base on the rendered world
 python recipes/evaluate.py --model JANUS --data FOLDER --clip openai/clip-vit-base-patch32 --output_dir OUT
 python recipes/evaluate.py --stage score --output_dir OUT --judge_url https://…/v1 --judge_model NAME
-python recipes/evaluate.py --model JANUS --data evaluation_metadata.jsonl --images_per_prompt 4 --export geneval
+python recipes/evaluate.py --benchmark geneval --model JANUS --data GENEVAL --images_per_prompt 4 --geneval_detector M2F
+python recipes/evaluate.py --benchmark mmmu --model JANUS      a benchmark's own files, rules and published numbers
 python recipes/evaluate.py --help                              every setting
 """
 

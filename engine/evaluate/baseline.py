@@ -1,15 +1,14 @@
-"""An untouched model's scores beside the published ones, before anything is trained: is it the model that is meant?
+"""A model's scores beside the published ones: of a benchmark, and, before anything is trained, is it the model that is
+meant?
 
 What can be compared is said, and what differs from how the published number was measured; where nothing was published
 (the rendered world, UnifyBench++, data of one's own) ours stand alone.
 
-    baseline.md     the table
+    published.md     the table: each number with its items, its 95 % interval, and what others have
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,15 +21,15 @@ from transformers import PreTrainedConfig
 
 from ..checkpoints.deepseek_config import LLAMA, OURS, THEIRS
 from ..checkpoints.hub_cache import split
-from ..errors import EvaluationError
 from ..whole_files import write_atomically
-from .export import GENEVAL_RESULTS
+from .benchmarks.benchmark_outcome import PER_CENT, Part, mean_part
+from .benchmarks.known import benchmark_of
 from .manifest import read_manifest
 from .published_scores import AUTHORS, SIZES, SOURCES, Published, benchmark_named, published_of
 from .score import Result
 from .store import Item
 
-TABLE = "baseline.md"
+TABLE = "published.md"
 NEAR = 0.03
 """Share of a published score by which ours may differ before it is said to be another: others' tries of the same model
 are off by .01 to .10 of it."""
@@ -38,21 +37,30 @@ HOW = {
     "GenEval": ("images_per_prompt 4", "cfg_weight 5", "unconditional pads"),
     "DPG-Bench": ("images_per_prompt 4", "cfg_weight 5", "unconditional pads"),
     "WISE": ("cfg_weight 5", "unconditional pads"),
+    "WISE Verified": ("cfg_weight 5", "unconditional pads"),
+    "T2I-CompBench": ("images_per_prompt 10", "cfg_weight 5", "unconditional pads"),
 }
 """As Janus-Pro's own script draws (guidance 5 against padding, temperature 1), and as these benchmarks count."""
+OTHERWISE = "answers are read by rules, and prompts are the table's own; VLMEvalKit has both otherwise"
+"""Of a table that is a benchmark by name alone."""
 
 
 class Line(NamedTuple):
     """One benchmark: ours, and what others have."""
 
     benchmark: str
-    ours: float | None
-    """In the published number's unit; None where it is scored by another program."""
+    parts: tuple[Part, ...]
+    """Ours in the published numbers' unit, the headline first; none where it is scored by another program."""
     how: str
-    """Where ours comes from, or how to get it."""
+    """Where ours come from, or how to get them."""
     published: list[Published]
     differs: list[str]
     """What was measured otherwise than the published number."""
+
+    @property
+    def ours(self) -> float | None:
+        """The headline number; None without any."""
+        return self.parts[0].value if self.parts else None
 
 
 def model_of(name: str) -> str | None:
@@ -87,82 +95,49 @@ def compare(folder: Path, items: Sequence[Item], result: Result, name: str | Non
     """
     manifest = read_manifest(folder)
     model, sampling = model_of(str(manifest["model"]["name"])), manifest["sampling"]
-    found = []
+    of_task = {item.prompt.task: found for item in items if (found := benchmark_of(item.prompt)) is not None}
+    lines = []
     for task in manifest["data"]["items"]:
-        benchmark = _benchmark(items, task, name or Path(str(manifest["data"]["source"])).stem)
-        if benchmark is None:
-            continue
-        images = int(manifest["data"]["items"][task]) * int(sampling.get("images_per_prompt", 1))
-        ours, how = _ours(benchmark, folder, task, result, images)
-        found.append(
-            Line(benchmark, ours, how, published_of(benchmark, model), _differs(benchmark, sampling, items, task))
-        )
-    return found
+        outcome = result.outcomes.get(of_task.get(task, ""))
+        if outcome is not None:
+            title, parts, how = outcome.benchmark, outcome.parts, outcome.how
+            differs = [*_settings(title, sampling, items, task), *outcome.remarks]
+        else:
+            known = benchmark_named(name or Path(str(manifest["data"]["source"])).stem) or benchmark_named(task)
+            if known is None:
+                continue
+            title, (parts, how) = known, _answers(task, result)
+            differs = [*_settings(title, sampling, items, task), *([] if title in HOW else [OTHERWISE])]
+        lines.append(Line(title, parts, how, published_of(title, model), differs))
+    return lines
 
 
-def _benchmark(items: Sequence[Item], task: str, source: str) -> str | None:
-    extra = next((item.prompt.extra for item in items if item.prompt.task == task), {})
-    if "geneval_metadata" in extra:
-        return "GenEval"
-    if "dpg_name" in extra:
-        return "DPG-Bench"
-    return benchmark_named(source) or benchmark_named(task)
+def _answers(task: str, result: Result) -> tuple[tuple[Part, ...], str]:
+    """A table's questions: the share that is right, in per cent."""
+    of = result.tasks.get(task)
+    measured = None if of is None else of.measures.get("accuracy/greedy")
+    part = None if measured is None else mean_part("accuracy", [measured], PER_CENT)
+    if part is None:
+        return (), "by lmms-eval or VLMEvalKit from `--export lmms_eval` or `--export vlmevalkit`"
+    return (part,), "share of right answers, read from the greedy text here"
 
 
-def _ours(benchmark: str, folder: Path, task: str, result: Result, images: int) -> tuple[float | None, str]:
-    if benchmark == "GenEval":
-        path = folder / GENEVAL_RESULTS
-        if path.is_file():
-            score, scored = geneval_score(path), len(path.read_text(encoding="utf-8").splitlines())
-            some = "" if scored == images else f", which has {scored} of the folder's {images} images: run it again"
-            return score, f"GenEval's own scorer ({GENEVAL_RESULTS}{some})"
-        return None, f"`--export geneval`, its scorer's `--outfile {path}`, then `--stage score --baseline` once more"
-    if benchmark == "DPG-Bench":
-        return None, "`--export dpg`, then its own scorer, which prints it"
-    accuracy = result.scores.get(task, {}).get("accuracy/greedy", math.nan)
-    if math.isnan(accuracy):
-        return None, "by lmms-eval or VLMEvalKit from `--export lmms_eval` or `--export vlmevalkit`"
-    return 100 * accuracy, "share of right answers, read from the greedy text here"
-
-
-def geneval_score(path: Path) -> float:
-    """The overall score, a mean over tasks of the share of right images, as GenEval's summary_scores.py makes it.
-
-    Raises:
-        EvaluationError: no lines with `tag` and `correct`, which its evaluate_images.py writes.
-    """
-    tasks: dict[str, list[bool]] = {}
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            tasks.setdefault(str(row["tag"]), []).append(bool(row["correct"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EvaluationError(
-            f"{path}: expected what GenEval's evaluate_images.py writes, a line with `tag` and `correct` per image "
-            f"({type(error).__name__}: {error}); run it again with --outfile {path}, or remove the file"
-        ) from error
-    if not tasks:
-        raise EvaluationError(f"{path}: is empty; run GenEval's evaluate_images.py again, or remove the file")
-    return sum(sum(right) / len(right) for right in tasks.values()) / len(tasks)
-
-
-def _differs(benchmark: str, sampling: Mapping[str, Any], items: Sequence[Item], task: str) -> list[str]:
+def _settings(benchmark: str, sampling: Mapping[str, Any], items: Sequence[Item], task: str) -> list[str]:
+    """Settings other than those that the published number has."""
     told = []
     for wanted in HOW.get(benchmark, ()):
         setting, _, value = wanted.partition(" ")
         here = sampling.get(setting, "fixed" if setting == "unconditional" else None)
         if str(here).removesuffix(".0") != value:
             told.append(f"{setting} is {here}, not {value}")
-    if benchmark not in HOW:
-        if any("<think>" in item.prompt.text for item in items if item.prompt.task == task):
-            told.append("asked to think first (--no_think asks plainly)")
-        told.append("answers are read by rules, and prompts are the table's own; VLMEvalKit has both otherwise")
+    if any("<think>" in item.prompt.text for item in items if item.prompt.task == task):
+        told.append("asked to think first (--no_think asks plainly)")
     return told
 
 
 def verdict(line: Line) -> str:
     """Whether ours is the published one, in words; "" where they cannot be compared."""
-    authors = [row for row in line.published if row.by == AUTHORS and row.model in SIZES.values()]
+    authors = [row for row in line.published if not row.part and row.by == AUTHORS and row.model in SIZES.values()]
     if line.ours is None or len(authors) != 1:
         return ""
     told = float(authors[0].score)
@@ -173,6 +148,31 @@ def verdict(line: Line) -> str:
     return f"{abs(gap):.0%} {'above' if gap > 0 else 'below'} the published {authors[0].score}{why}"
 
 
+COLUMNS = ("benchmark", "n", "ours", "95 %", "published", "of", "by", "source")
+
+
+def rows_of(line: Line) -> list[tuple[str, ...]]:
+    """The table's rows of one benchmark: the headline, then its parts, each beside what others have of it."""
+    rows: list[tuple[str, ...]] = []
+    ours = line.parts or (None,)
+    for place, part in enumerate(ours):
+        name = line.benchmark if place == 0 else f"… {part.name}" if part else ""
+        own = ("", "", "") if part is None else (f"{part.num_items:,}", _shown(part, part.value), _interval(part))
+        others = [row for row in line.published if row.part == ("" if place == 0 else part and part.name)]
+        for number, row in enumerate(others or [Published("", "", "" if place else "none known", "", "")]):
+            first = (name, *own) if number == 0 else ("", "", "", "")
+            rows.append((*first, row.score, row.model, row.by, row.source))
+    return rows
+
+
+def _shown(part: Part, value: float) -> str:
+    return f"{value:.1f}" if part.percent else f"{value:.3f}"
+
+
+def _interval(part: Part) -> str:
+    return "" if part.interval is None else " to ".join(_shown(part, end) for end in part.interval)
+
+
 def markdown(lines: Sequence[Line], model: str) -> str:
     """The table, with what it says below it."""
     if not lines:
@@ -180,16 +180,13 @@ def markdown(lines: Sequence[Line], model: str) -> str:
     known = model_of(model)
     unknown = "settings cannot be read here" if _sizes_of(model) is None else "sizes are those of no model in the table"
     said = f"{model}, of the sizes of {known}" if known else f"{model}, whose {unknown}"
-    told = [f"{said}.", "", "| benchmark | ours | published | of | by | source |", "|---|--:|--:|---|---|---|"]
-    for line in lines:
-        ours = "" if line.ours is None else f"{line.ours:.3g}" if line.ours < 1.5 else f"{line.ours:.1f}"
-        for number, row in enumerate(line.published or [Published(line.benchmark, "", "none known", "", "")]):
-            name, own = (line.benchmark, ours) if number == 0 else ("", "")
-            told.append(f"| {name} | {own} | {row.score} | {row.model} | {row.by} | {row.source} |")
-    told.append("")
+    told = [f"{said}.", "", f"| {' | '.join(COLUMNS)} |", "|---|--:|--:|--:|--:|---|---|---|"]
+    told += [f"| {' | '.join(row)} |" for line in lines for row in rows_of(line)]
+    told += [""]
     for line in lines:
         told.append(f"- {line.benchmark}: {'ours by' if line.ours is not None else 'for ours:'} {line.how}")
-        told += [f"  - {words}" for words in (verdict(line), *(line.differs if line.ours is None else ())) if words]
+        said = verdict(line)
+        told += [f"  - {words}" for words in (said, *(words for words in line.differs if words not in said)) if words]
     named = {mark for line in lines for row in line.published for mark in re.findall(r"\[(\w+)\]", row.source)}
     told += [f"- [{mark}] {words}" for mark, words in SOURCES.items() if mark in named]
     return "\n".join(told) + "\n"

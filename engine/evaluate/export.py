@@ -3,6 +3,8 @@
 | kind | what is written | read by |
 |---|---|---|
 | geneval | `00000/metadata.jsonl`, `00000/samples/0000.png`, … | djghosh13/geneval `evaluation/evaluate_images.py` |
+| wise | `<prompt_id>.png` | PKU-YuanGroup/WISE `vllm_eval.py`, `WISE_legacy/gpt_eval.py` |
+| t2i_compbench | `<category>/samples/<prompt>_000000.png`, … | Karine-Huang/T2I-CompBench: one `--out_dir` a category |
 | dpg | `<prompt's name>.png`: one image, or up to four as a 2x2 grid | ELLA `dpg_bench/compute_dpg_bench.py` |
 | lmms_eval | `<task>.json` with `args`, `model_configs`, `logs: [{doc_id, resps: [[text]]}]` | lmms-eval
   `lmms_eval/models/simple/from_log.py`: `--model from_log --model_args logs=<folder>` scores it without a model |
@@ -36,7 +38,7 @@ from .store import Item
 
 GENEVAL_RESULTS = "geneval_results.jsonl"
 """In the folder: where GenEval's scorer is to write, and `--baseline` reads."""
-Kind = Literal["geneval", "dpg", "lmms_eval", "vlmevalkit"]
+Kind = Literal["geneval", "dpg", "wise", "t2i_compbench", "lmms_eval", "vlmevalkit"]
 
 
 def export(items: Sequence[Item], folder: Path, kind: Kind, out: Path, *, model: str, name: str | None = None) -> str:
@@ -116,6 +118,35 @@ def grid(pictures: Sequence[Image.Image]) -> Image.Image:
     for place, picture in enumerate(pictures):
         sheet.paste(picture, (place % 2 * width, place // 2 * height))
     return sheet
+
+
+def _export_wise(items: Sequence[Item], folder: Path, out: Path, model: str, name: str | None) -> str:
+    chosen = [item for item in items if item.prompt.task == "wise" and item.drawn]
+    _some(chosen, "wise", "evaluate with --benchmark wise")
+    if any(item.member for item in chosen):
+        raise EvaluationError("export wise: WISE scores one image of a prompt; set --images_per_prompt 1")
+    for item in chosen:
+        shutil.copyfile(folder / str(item.drawn), out / f"{item.prompt.extra['prompt_id']}.png")
+    if chosen[0].prompt.extra["edition"] == "verified":
+        return 'IMAGE_DIR="{out}" JUDGE_MODEL=<judge> VLLM_API_BASE=<server>/v1 bash eval_qwen.sh, in WISE\'s clone'
+    return 'python gpt_eval.py --image_dir "{out}" … for each file of data/, then Calculate.py, in WISE_legacy'
+
+
+def _export_compbench(items: Sequence[Item], folder: Path, out: Path, model: str, name: str | None) -> str:
+    chosen = [item for item in items if item.prompt.task == "t2i_compbench" and item.drawn]
+    _some(chosen, "t2i_compbench", "evaluate with --benchmark t2i_compbench")
+    counts: dict[str, int] = {}
+    for item in chosen:
+        group = str(item.prompt.extra["group"])
+        samples = out / group / "samples"
+        samples.mkdir(parents=True, exist_ok=True)
+        number = counts[group] = counts.get(group, -1) + 1
+        text = item.prompt.text.replace("/", " ").replace("_", " ")  # its programs read the prompt before the first _
+        shutil.copyfile(folder / str(item.drawn), samples / f"{text[:200]}_{number:06}.png")
+    return (
+        "T2I-CompBench's programs, in its clone, for each category: BLIPvqa_eval/BLIP_vqa.py --out_dir={out}/color/, … "
+        "(UniDet for spatial, 3d_spatial and numeracy, CLIPScore for non_spatial, 3_in_1 for complex)"
+    )
 
 
 def _export_lmms(items: Sequence[Item], folder: Path, out: Path, model: str, name: str | None) -> str:
@@ -217,6 +248,8 @@ def _some(found: Sequence[Any], kind: str, remedy: str) -> None:
 _WRITERS: Mapping[str, Callable[[Sequence[Item], Path, Path, str, str | None], str]] = {
     "geneval": _export_geneval,
     "dpg": _export_dpg,
+    "wise": _export_wise,
+    "t2i_compbench": _export_compbench,
     "lmms_eval": _export_lmms,
     "vlmevalkit": _export_vlmevalkit,
 }

@@ -69,7 +69,9 @@ def plan(items: Mapping[str, Sequence[Prompt]], settings: Settings) -> list[Batc
 def select(
     items: Mapping[str, Sequence[Prompt]], tasks: Sequence[str] = (), num_items: int | None = None
 ) -> dict[str, list[Prompt]]:
-    """The wanted tasks, at most `num_items` of each: always the same ones.
+    """The wanted tasks, at most `num_items` of each: always the same ones, spread over a benchmark's categories.
+
+    Prompts of one sample count as one.
 
     Raises:
         EvaluationError: a task that the data does not have.
@@ -78,7 +80,32 @@ def select(
     if unknown:
         raise EvaluationError(f"tasks: the data has no {', '.join(unknown)}; it has {', '.join(items)}")
     wanted = {task: items[task] for task in (tasks or items)}
-    return {task: list(all_) if num_items is None else choose(all_, num_items, 0) for task, all_ in wanted.items()}
+    return {task: list(all_) if num_items is None else _some(all_, num_items) for task, all_ in wanted.items()}
+
+
+def _some(prompts: Sequence[Prompt], num_items: int) -> list[Prompt]:
+    """At most `num_items` samples, whole, spread evenly over the published categories where the prompts have any.
+
+    A sample is whole because MMBench asks a question several times, and all of them count together.
+    """
+    first = {prompt.sample or prompt.id: prompt for prompt in reversed(prompts)}
+    groups: dict[str, list[Prompt]] = {}
+    for name in dict.fromkeys(prompt.sample or prompt.id for prompt in prompts):
+        groups.setdefault(_category(first[name]), []).append(first[name])
+    taken = dict.fromkeys(groups, 0)
+    while sum(taken.values()) < min(num_items, len(first)):
+        open_ = [group for group in groups if taken[group] < len(groups[group])]
+        for group in open_[: num_items - sum(taken.values())]:
+            taken[group] += 1
+    chosen = {prompt.sample or prompt.id for group, some in groups.items() for prompt in choose(some, taken[group], 0)}
+    return [prompt for prompt in prompts if (prompt.sample or prompt.id) in chosen]
+
+
+def _category(prompt: Prompt) -> str:
+    """Of a benchmark's prompt its published one, and GenEval's tag; "" for any other prompt."""
+    metadata = prompt.extra.get("geneval_metadata")
+    tag = metadata.get("tag") if isinstance(metadata, Mapping) else None
+    return str(tag or (prompt.extra.get("group") if "benchmark" in prompt.extra else ""))
 
 
 def generate_items(

@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -39,6 +39,8 @@ AT_ONCE = 32
 """Images or questions between two writes to the disk."""
 
 Entry = TypeVar("Entry")
+Reading = Callable[[str | None, Item], float | None]
+"""A reply and the item that it is about, to the value."""
 Values = dict[str, dict[str, list[tuple[str, float | None]]]]
 """task -> metric -> an item's id and its value, of each trajectory; None where the grader had no answer."""
 
@@ -60,6 +62,26 @@ class Asker(Protocol):
         """One answer per question; None where none came."""
 
 
+class Verdict(Protocol):
+    """What GenEval's rules say of one image."""
+
+    @property
+    def correct(self) -> bool: ...
+    @property
+    def reason(self) -> str: ...
+
+
+class Detector(Protocol):
+    """`GenEval`, or anything that finds objects and judges by its rules."""
+
+    def verdicts(self, images: Sequence[Tensor], metadata: Sequence[Mapping[str, Any]]) -> Sequence[Verdict]:
+        """One for each image [3, H, W] in [0, 1] and its line of evaluation_metadata.jsonl."""
+
+
+JUDGED = frozenset({"judge", "clauses", "dpg", "wise", "t2i_compbench", "mathvista"})
+"""Metrics that the judge is asked for."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graders:
     """The models that grade, each with a name that tells it from others."""
@@ -70,13 +92,17 @@ class Graders:
     """Photos that clip_i compares with, the first ones; 0: all. UnifyBench++ takes one."""
     judge: Asker | None = None
     judge_name: str = ""
+    detector: Detector | None = None
+    detector_name: str = ""
 
     def missing(self, metric: str) -> str | None:
         """Why a metric cannot be computed; None when it can."""
         if metric in ("clip_t", "clip_i") and self.clip is None:
             return "no CLIP model was given (--clip)"
-        if metric in ("judge", "clauses") and self.judge is None:
+        if metric in JUDGED and self.judge is None:
             return "no judge was given (--judge_url, --judge_model)"
+        if metric == "geneval" and self.detector is None:
+            return "no detector was given (--geneval_detector facebook/mask2former-swin-small-coco-instance)"
         return None
 
 
@@ -104,6 +130,8 @@ class Kept:
         """
         self._path = folder / KEPT
         self.values: dict[str, float] = {}
+        self.told: dict[str, str] = {}
+        """What was said beside a value, where something was."""
         self.graders: dict[str, set[str]] = {}
         """metric -> whose values there are."""
         lines = self._path.read_bytes().split(b"\n") if self._path.is_file() else [b""]
@@ -111,6 +139,8 @@ class Kept:
             try:
                 row = json.loads(line)
                 self.values[row["key"]] = float(row["value"])
+                if "told" in row:
+                    self.told[row["key"]] = str(row["told"])
                 self.graders.setdefault(row["metric"], set()).add(row["grader"])
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise EvaluationError(
@@ -119,10 +149,12 @@ class Kept:
         if lines[-1]:
             write_atomically(self._path, b"".join(line + b"\n" for line in lines[:-1]))
 
-    def add(self, metric: str, grader: str, rows: Sequence[tuple[str, Item, float]]) -> None:
-        """Keeps (key, item, value) of each row; on disk when this returns."""
+    def add(
+        self, metric: str, grader: str, rows: Sequence[tuple[str, Item, float]], told: Sequence[str] | None = None
+    ) -> None:
+        """Keeps (key, item, value) of each row, and what was told beside it; on disk when this returns."""
         with self._path.open("a", encoding="utf-8") as file:
-            for key, item, value in rows:
+            for place, (key, item, value) in enumerate(rows):
                 self.values[key] = value
                 row = {
                     "key": key,
@@ -132,6 +164,8 @@ class Kept:
                     "member": item.member,
                     "value": value,
                 }
+                if told is not None:
+                    row["told"] = self.told[key] = told[place]
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -157,10 +191,10 @@ def grade(items: Sequence[Item], folder: Path, graders: Graders) -> tuple[Values
         if not wanted:
             continue
         missing = graders.missing(metric)
-        at_hand = graders if missing is None else _earlier(kept, metric, graders)
+        at_hand = graders if missing is None else earlier(kept, metric, graders)
         try:
             found = grader([item for item, _ in wanted], folder, at_hand, kept)
-        except (ChatError, _Nobody) as error:
+        except (ChatError, Nobody) as error:
             left_out[metric] = missing or str(error)
             continue
         for item, task in wanted:
@@ -168,7 +202,7 @@ def grade(items: Sequence[Item], folder: Path, graders: Graders) -> tuple[Values
     return values, left_out
 
 
-class _Nobody(Exception):
+class Nobody(Exception):
     """Takes the place of a grader that was not given; asking it raises itself."""
 
     def clip_t(self, images: Sequence[Tensor], texts: Sequence[str]) -> list[float]:
@@ -180,13 +214,25 @@ class _Nobody(Exception):
     def ask_many(self, questions: Sequence[str], images: Sequence[Tensor | None]) -> list[str | None]:
         raise self
 
+    def verdicts(self, images: Sequence[Tensor], metadata: Sequence[Mapping[str, Any]]) -> Sequence[Verdict]:
+        raise self
 
-def _earlier(kept: Kept, metric: str, graders: Graders) -> Graders:
-    """The one grader whose values are kept, without itself; nobody where there were several."""
+
+def earlier(kept: Kept, metric: str, graders: Graders) -> Graders:
+    """The one grader whose values are kept, without itself; nobody where there were several. Asking it raises
+    `Nobody`."""
     names = kept.graders.get(metric, set())
     name = next(iter(names)) if len(names) == 1 else ""
-    nobody = _Nobody()
-    return replace(graders, clip=nobody, clip_name=name, judge=nobody, judge_name=name)
+    nobody = Nobody()
+    return replace(
+        graders,
+        clip=nobody,
+        clip_name=name,
+        judge=nobody,
+        judge_name=name,
+        detector=nobody,
+        detector_name=name,
+    )
 
 
 Found = dict[Key, float | None]
@@ -204,9 +250,9 @@ def key_of(metric: str, grader: str, *inputs: object) -> str:
 def _clip_t(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -> Found:
     texts = {item.key: scored_text(item) for item in items}
     keys = {item.key: key_of("clip_t", graders.clip_name, item.digest, texts[item.key]) for item in items}
-    for part in _parts([item for item in items if keys[item.key] not in kept.values]):
+    for part in in_parts([item for item in items if keys[item.key] not in kept.values]):
         assert graders.clip is not None
-        cosines = graders.clip.clip_t(_drawn(part, folder), [texts[item.key] for item in part])
+        cosines = graders.clip.clip_t(drawn_images(part, folder), [texts[item.key] for item in part])
         rows = [(keys[item.key], item, cosine) for item, cosine in zip(part, cosines, strict=True)]
         kept.add("clip_t", graders.clip_name, rows)
     return {item.key: kept.values[keys[item.key]] for item in items}
@@ -218,17 +264,17 @@ def _clip_i(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -
         item.key: key_of("clip_i", graders.clip_name, item.digest, *(photo.name for photo in photos[item.key]))
         for item in items
     }
-    for part in _parts([item for item in items if keys[item.key] not in kept.values]):
+    for part in in_parts([item for item in items if keys[item.key] not in kept.values]):
         assert graders.clip is not None
         shown = [[folder / str(photo) for photo in photos[item.key]] for item in part]
-        cosines = graders.clip.clip_i(_drawn(part, folder), shown)
+        cosines = graders.clip.clip_i(drawn_images(part, folder), shown)
         found = zip(part, cosines, strict=True)
         rows = [(keys[item.key], item, cosine) for item, cosine in found if cosine is not None]
         kept.add("clip_i", graders.clip_name, rows)
     return {item.key: kept.values.get(keys[item.key]) for item in items}
 
 
-def _drawn(items: Sequence[Item], folder: Path) -> list[Tensor]:
+def drawn_images(items: Sequence[Item], folder: Path) -> list[Tensor]:
     """n of [3, H, W] in [0, 1]: the items' images."""
     pictures = [open_picture(folder / str(item.drawn)) for item in items]
     return [to_tensor(picture, picture.width) for picture in pictures]
@@ -266,6 +312,11 @@ def verdict_of(reply: str | None, allowed: Sequence[float]) -> float | None:
     return named.pop() if len(named) == 1 and named <= set(allowed) else None
 
 
+def one_of(*allowed: float) -> Reading:
+    """Reads the only one of these numbers that a reply names."""
+    return lambda reply, _: verdict_of(reply, allowed)
+
+
 def clauses_of(text: str) -> list[str]:
     """The parts of a text between commas and full stops, without repetitions."""
     return list(dict.fromkeys(part.strip() for part in _BETWEEN.split(text) if part.strip()))
@@ -277,7 +328,7 @@ def _judge(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) ->
         wording = REWRITE_QUESTION if item.prompt.task in IMAGE_OF else ANSWER_QUESTION
         reference = item.prompt.target if item.prompt.task in IMAGE_OF else item.prompt.answer
         asked.append((item, wording.format(question=item.prompt.text, reference=reference, answer=item.text)))
-    verdicts = _ask("judge", asked, (0.0, 0.5, 1.0), None, graders, kept)
+    verdicts = ask_judge("judge", asked, one_of(0.0, 0.5, 1.0), None, graders, kept)
     return {item.key: value for (item, _), value in zip(asked, verdicts, strict=True)}
 
 
@@ -285,41 +336,49 @@ def _clauses(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) 
     asked = [
         (item, CLAUSE_QUESTION.format(clause=clause)) for item in items for clause in clauses_of(scored_text(item))
     ]
-    verdicts = _ask("clauses", asked, (0.0, 1.0), folder, graders, kept)
+    verdicts = ask_judge("clauses", asked, one_of(0.0, 1.0), folder, graders, kept)
     by_item: dict[Key, list[float | None]] = {item.key: [] for item in items}
     for (item, _), value in zip(asked, verdicts, strict=True):
         by_item[item.key].append(value)
-    return {key: _mean_of_all(values) for key, values in by_item.items()}
+    return {key: mean_of_all(values) for key, values in by_item.items()}
 
 
-def _mean_of_all(values: Sequence[float | None]) -> float | None:
+def mean_of_all(values: Sequence[float | None]) -> float | None:
     """Mean; None when one is missing, since a share of an unknown number of clauses would not compare."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _ask(
+def ask_judge(
     metric: str,
     asked: Sequence[tuple[Item, str]],
-    allowed: Sequence[float],
+    read: Reading,
     images: Path | None,
     graders: Graders,
     kept: Kept,
 ) -> list[float | None]:
-    """A verdict per question, about the items' images when their folder is given; what is kept is not asked."""
+    """A value per question, about the items' images when their folder is given; what is kept is not asked.
+
+    Args:
+        metric: that the values are kept under.
+        asked: items and questions; the same question about the same image is asked once.
+        read: a reply, and the item that it is about, to the value; None where the reply has none.
+        images: the folder of the items; None: the judge sees no image.
+        graders, kept: who is asked, and what was answered before.
+    """
     keys = [key_of(metric, graders.judge_name, question, item.digest if images else "") for item, question in asked]
     new = {key: entry for key, entry in zip(keys, asked, strict=True) if key not in kept.values}
-    for part in _parts(list(new.items())):
+    for part in in_parts(list(new.items())):
         assert graders.judge is not None
-        shown = [None] * len(part) if images is None else _drawn([item for _, (item, _) in part], images)
+        shown = [None] * len(part) if images is None else drawn_images([item for _, (item, _) in part], images)
         replies = graders.judge.ask_many([question for _, (_, question) in part], shown)
-        verdicts = [verdict_of(reply, allowed) for reply in replies]
-        found = zip(part, verdicts, strict=True)
+        values = [read(reply, item) for reply, (_, (item, _)) in zip(replies, part, strict=True)]
+        found = zip(part, values, strict=True)
         kept.add(metric, graders.judge_name, [(key, item, v) for (key, (item, _)), v in found if v is not None])
     return [kept.values.get(key) for key in keys]
 
 
-def _parts(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
+def in_parts(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
     for start in range(0, len(entries), AT_ONCE):
         yield entries[start : start + AT_ONCE]
 

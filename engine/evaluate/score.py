@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Group
@@ -28,6 +28,8 @@ from ..show.measured import PER_ITEM, Measured, dumps
 from ..show.names import ANSWERS, INDEPENDENT, INTERVALS, MEASURES, READ, READERS, TASKS
 from ..show.scores import chance_mark, show_interval, show_score
 from ..whole_files import write_atomically
+from .benchmarks.benchmark_outcome import Outcome, Scored
+from .benchmarks.known import benchmark_of, score_benchmarks
 from .graders import Graders, grade
 from .held_out import Scores, TaskScores, means, score_rollouts, summary, table_of, values_of
 from .manifest import read_manifest
@@ -49,6 +51,11 @@ LABELS = {
     "clip_i": "CLIP-I",
     "clauses": "share of clauses (judge)",
     "identity": "likeness (own tower)",
+    "geneval": "right by GenEval's rules",
+    "dpg": "DPG-Bench's questions answered yes (judge)",
+    "wise": "WiScore (judge)",
+    "t2i_compbench": "as T2I-CompBench asks (judge)",
+    "mathvista": "answers that rules cannot read (judge)",
 }
 """Metrics in words, whole drawings before their attributes; another name is shown as it is."""
 EXPLAINED = {
@@ -62,6 +69,8 @@ EXPLAINED = {
 """Metrics that the table explains below, by their names in MEASURES."""
 
 
+OF_BENCHMARKS = frozenset({"geneval", "dpg", "wise", "t2i_compbench"})
+"""Metrics of images by a benchmark's own rules."""
 MAIN = ("recall", "words", "accuracy", "bleu")
 """What a text task's main score may be (tasks.py)."""
 
@@ -74,6 +83,8 @@ class Result:
     """task -> metric -> value of each item; text metrics as `bleu/greedy`, `bleu/sampled`."""
     left_out: dict[str, str]
     """`task/metric` or metric -> why it is not there."""
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    """Benchmark, as its task is called -> its own numbers."""
 
     @property
     def scores(self) -> Scores:
@@ -100,7 +111,8 @@ def score_folder(
     """
     graders = graders or Graders()
     items = read_complete(folder)
-    tasks = score_rollouts(*read_items(items, folder, with_images=bool(image_scorers)), image_scorers=image_scorers)
+    plain = [item for item in items if benchmark_of(item.prompt) is None]
+    tasks = score_rollouts(*read_items(plain, folder, with_images=bool(image_scorers)), image_scorers=image_scorers)
     values, left_out = grade(items, folder, graders)
     for task, metrics in values.items():
         for metric, found in metrics.items():
@@ -112,13 +124,28 @@ def score_folder(
             lost = sum(value is None for value in graded)
             if lost:
                 left_out[f"{task}/{metric}"] = f"no verdict for {lost} of {len(found)} items; score again to ask again"
+    scored = score_benchmarks(items, folder, graders)
+    for name, rules in scored.items():
+        _add_benchmark(tasks, rules, [item for item in items if benchmark_of(item.prompt) == name])
+        left_out |= rules.left_out
     for of in tasks.values():
         if "clip_i" in of.measures and not any(name.startswith("score/") for name in of.measures):
             of.measures["score/sampled"] = of.measures["clip_i"]
-    result = Result(tasks=tasks, left_out=left_out)
+    outcomes = {name: rules.outcome for name, rules in scored.items()}
+    result = Result(tasks=tasks, left_out=left_out, outcomes=outcomes)
     write_atomically(folder / SCORES, _as_json(result))
     write_atomically(folder / TABLE, markdown(result))
     return result
+
+
+def _add_benchmark(tasks: dict[str, TaskScores], scored: Scored, items: Sequence[Item]) -> None:
+    """A benchmark's metrics under its task; those of answers under how these came about."""
+    task = items[0].prompt.task
+    of = tasks.setdefault(task, TaskScores(num_items=len({item.prompt.id for item in items}), measures={}))
+    how = "sampled" if items[0].greedy is None else "greedy"
+    for metric, measured in scored.measures.items():
+        of.measures[metric if metric in OF_BENCHMARKS else f"{metric}/{how}"] = measured
+        of.measures[f"score/{'sampled' if metric in OF_BENCHMARKS else how}"] = measured
 
 
 def read_complete(folder: Path) -> list[Item]:
@@ -168,14 +195,21 @@ def _as_json(result: Result) -> str:
         for task, metrics in scores.items()
     }
     intervals = {name: interval for name, interval in _intervals(result, names).items() if interval is not None}
-    contents = {
+    contents: dict[str, object] = {
         "scores": finite,
         "summary": result.summary,
         "left_out": result.left_out,
         "intervals": intervals,
         PER_ITEM: table_of(result.tasks)[PER_ITEM],
     }
+    if result.outcomes:
+        contents["benchmarks"] = {name: _outcome_json(outcome) for name, outcome in result.outcomes.items()}
     return dumps(contents)
+
+
+def _outcome_json(outcome: Outcome) -> dict[str, object]:
+    parts = [{**part._asdict(), "interval": part.interval and list(part.interval)} for part in outcome.parts]
+    return {"of": outcome.benchmark, "parts": parts, "how": outcome.how, "remarks": list(outcome.remarks)}
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -206,9 +240,9 @@ def _metrics(
     names = {name.partition("/")[0] for name in measures}
     told = names | {name.removeprefix(f"{task}/") for name in left_out}
     published = [name for name in PUBLISHED.get(task, ()) if name in told]
-    repeats = bool(names & {"all_right", "identity", "clip_i"})  # a drawing's main score is one of them
+    repeats = bool(names & {*OF_BENCHMARKS, "all_right", "identity", "clip_i"})  # a drawing's main score is one of them
     main = _main(measures)
-    always = names & {"all_right", "attributes", "clip_t", "clip_i", "clauses", "judge", "identity"}
+    always = names & {*OF_BENCHMARKS, "all_right", "attributes", "clip_t", "clip_i", "clauses", "judge", "identity"}
     for name in LABELS:
         pair = [key if (key := f"{name}/{how}") in measures else "" for how in ("greedy", "sampled")]
         if name == "score" and name in names and not repeats:

@@ -35,6 +35,7 @@ def load_items(
     *,
     think: bool = True,
     concept_info: bool = False,
+    image_folder: Path | None = None,
 ) -> dict[str, list[Prompt]]:
     """Task -> prompts.
 
@@ -44,6 +45,7 @@ def load_items(
         split: of a table.
         think: a table's questions get the instruction to think and to answer in tags.
         concept_info: of a UnifyBench++ folder, the policy is told what info.json has of a concept.
+        image_folder: what a table's paths of pictures are relative to; None: the folder of the table.
 
     Raises:
         DataError: the source is missing, empty, or an entry cannot be used; names the entry and the remedy.
@@ -56,7 +58,8 @@ def load_items(
         return {"geneval": load_geneval(path)}
     if form == "dpg":
         return {"dpg": load_dpg(path)}
-    samples = load_samples(source, split, instruction=THINK_THEN_ANSWER if think else None)
+    instruction = THINK_THEN_ANSWER if think else None
+    samples = load_samples(source, split, instruction=instruction, image_folder=image_folder)
     return by_task(prompt for sample in samples for prompt in sample)
 
 
@@ -112,6 +115,8 @@ def _metadata(line: str, where: str) -> Mapping[str, Any]:
         value = metadata.get(name) if isinstance(metadata, dict) else None
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: {name!r} must be text, got {shown(value)}; GenEval's scorer needs it")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(f"{where}: {name!r} holds half of a surrogate pair; download the file again")
     return dict(metadata)
 
 

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from ..errors import ConfigError, EvaluationError, RolloutTooLarge
 from ..evaluate import baseline
+from ..evaluate.benchmarks.data_sets import DATA_SETS, sources_of
+from ..evaluate.benchmarks.known import load_benchmark_prompts
 from ..evaluate.export import export
 from ..evaluate.generate import generate_items, select
 from ..evaluate.graders import Graders
@@ -55,18 +57,19 @@ def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Re
         console.print(f"  {kind}: {out}\n  to score it: {how}", markup=False, soft_wrap=True)
     if config.stage == "generate":
         return None
-    result = score_folder(folder, graders_of(config), world_scorers(folder))
+    with console.status("scoring"):
+        result = score_folder(folder, graders_of(config), world_scorers(folder))
     console.print(rich_table(result))
     console.print(f"  {folder / 'scores.json'}, {folder / 'scores.md'}", markup=False, soft_wrap=True)
-    if config.baseline:
-        show_baseline(config, result, console)
+    if config.baseline or config.benchmark or result.outcomes:
+        show_published(config, result, console)
     return result
 
 
-def show_baseline(config: EvaluateConfig, result: Result, console: Console) -> None:
-    """Ours beside what was published of the untouched model."""
+def show_published(config: EvaluateConfig, result: Result, console: Console) -> None:
+    """Ours beside what was published of the untouched model, and of what was trained from it."""
     folder = config.output_dir
-    if run_of(config.model) is not None:
+    if config.baseline and run_of(config.model) is not None:
         console.print(
             f"  {config.model} lies in a run's folder: it is no untouched model", markup=False, soft_wrap=True
         )
@@ -124,13 +127,11 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     from ..policies.auto import load_policy
     from ..policies.inputs import check_fit
     from ..world.base_model import BaseSettings
-    from ..world.embedded import tiny_base, world_folder
+    from ..world.embedded import tiny_base
     from .starting import limit_threads
 
-    source = str(world_folder()) if config.data is None else config.data
-    told = tells_concepts(config, config.model)
-    found = load_items(source, config.data_form, config.split, think=config.think, concept_info=told)
-    items = select(found, config.tasks, config.num_items)
+    found, source = items_of(config)
+    items = select(found, config.tasks, config.limit)
 
     def say(line: str) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
@@ -146,9 +147,34 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     return items, policy.to(own_device()), model, source
 
 
+def items_of(config: EvaluateConfig) -> tuple[dict[str, list[Prompt]], str]:
+    """What is asked, by task, and the name of the data: a benchmark's, data of one's own, or the rendered world."""
+    from ..world.embedded import world_folder
+
+    told, found, sources = tells_concepts(config, config.model), dict[str, list[Prompt]](), list[str]()
+    own = {} if config.benchmark else {"": config.data}
+    for name, source in (sources_of(config.benchmark, config.data) | own).items():
+        read = source or str(world_folder())
+        if name in DATA_SETS:
+            found |= load_benchmark_prompts(
+                name, read, config.split, image_folder=config.image_folder, think=bool(config.think)
+            )
+        else:
+            found |= load_items(
+                read,
+                "unifybench" if name else config.data_form,
+                config.split or "test",
+                think=config.think is not False,
+                concept_info=told,
+                image_folder=config.image_folder,
+            )
+        sources.append(read)
+    return found, ", ".join(sources)
+
+
 def graders_of(config: EvaluateConfig) -> Graders:
-    """CLIP and the judge, as far as `config` names them."""
-    clip = judge = None
+    """CLIP, the judge and GenEval's detector, as far as `config` names them."""
+    clip = judge = detector = None
     if config.clip is not None:
         from ..rewards.builtin.clip import ClipScorer
 
@@ -160,12 +186,19 @@ def graders_of(config: EvaluateConfig) -> Graders:
         from ..rewards.judge.llm_judge import LLMJudge
 
         judge = LLMJudge(config.judge_url, config.judge_model, api_key_env=config.judge_key_env)
+    if config.geneval_detector is not None:
+        # Not there before this branch meets that of the image rewards.
+        from ..rewards.images.geneval import GenEval  # type: ignore[import-not-found, unused-ignore]
+
+        detector = GenEval.from_pretrained(config.geneval_detector, config.geneval_colours, device=own_device())
     return Graders(
         clip=clip,
         clip_name=config.clip or "",
         clip_references=config.clip_references,
         judge=judge,
         judge_name=config.judge_model or "",
+        detector=detector,
+        detector_name=f"{config.geneval_detector}, {config.geneval_colours}" if config.geneval_detector else "",
     )
 
 

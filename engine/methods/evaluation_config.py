@@ -5,13 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from ..errors import DataError
+from ..evaluate.benchmarks.data_sets import sources_of
 from ..settings.renamed import OF_EVALUATION
 from ..settings.rules import drawing_problems, evaluation_problems, judge_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
 from ..settings.template_kwargs import template_kwargs_problems
 from ..settings.train_config import Guidance, MaxTokens, PictureFit, Seed, Unconditional
+
+BenchmarkName = Literal["geneval", "dpg", "wise", "t2i_compbench", "mmmu", "mmbench", "pope", "mathvista", "unifybench"]
+
+
+def benchmark_problems(c: Any) -> list[str]:
+    """Files of a benchmark that are not there, with the command that fetches them."""
+    twice = [name for name in dict.fromkeys(c.benchmark) if c.benchmark.count(name) > 1]
+    if twice:
+        return [f"benchmark: expected each once, got {twice[0]} twice; name it once"]
+    try:
+        if c.stage != "score":
+            sources_of(c.benchmark, c.data)
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,22 +45,31 @@ class EvaluateConfig(Settings):
     checkpoint lies, else processor."""
     chat_template_kwargs: tuple[str, ...] = ()
     """Arguments of the checkpoint's chat template, NAME=VALUE. None given: as in that run."""
+    benchmark: tuple[BenchmarkName, ...] = ()
+    """Benchmarks that papers report: data are read in their own layout, asked in their own words, scored by their own
+    rules and put beside published numbers, in one table. geneval, dpg, wise and t2i_compbench draw; mmmu, mmbench, pope
+    and mathvista answer; unifybench does both."""
     data: str | None = None
-    """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a table (JSONL,
-    parquet, saved data set, hub name). None: the rendered world."""
+    """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, a table (JSONL, parquet,
+    saved data set, hub name), or the files of the benchmark; of several, a folder with a sub-folder of each one's name.
+    None: the benchmark's own name on the hub, or the rendered world."""
     data_form: Literal["unifybench", "geneval", "dpg", "table"] | None = None
-    """How to read data. None: told by its contents."""
-    split: str = "test"
-    """Of a table."""
-    think: bool = True
-    """A table's questions ask to think in <think> tags and to answer in <answer> tags, as CoRL trains it."""
+    """How to read data without a benchmark. None: told by its contents."""
+    split: str | None = None
+    """Of a table, or of the benchmark. None: test; of a benchmark the part that papers report (MMMU validation, MMBench
+    dev, POPE test, MathVista testmini)."""
+    image_folder: Path | None = None
+    """Where the pictures lie that data name (POPE's are COCO's val2014). None: beside the data."""
+    think: bool | None = None
+    """Questions ask to think in <think> tags and to answer in <answer> tags, as CoRL trains it. None: a table's do, a
+    benchmark's are asked in its own words."""
     concept_info: bool | None = None
     """Whether the model is told what info.json of a UnifyBench++ folder has of a concept. None: as in the run in whose
     folder the checkpoint lies; else of data that are given, to a model that is given."""
     tasks: tuple[str, ...] = ()
     """Only these tasks of the data, by name; none given: all."""
-    num_items: Annotated[int | None, Range("leave it out for all", ge=1)] = None
-    """At most this many items per task, always the same ones. None: all."""
+    limit: Annotated[int | None, Range("leave it out for all", ge=1)] = None
+    """At most this many items per task, always the same ones, spread over a benchmark's categories. None: all."""
     output_dir: Path = Path("runs/evaluate")
     """Folder for what is generated and scored. One that an interrupted run left goes on, with the same settings."""
     stage: Literal["generate", "score", "all"] = "all"
@@ -66,7 +92,7 @@ class EvaluateConfig(Settings):
     """How an image is asked for behind the model's own text: none, sync_r1, t2i_r1 or a template, as in training. None:
     as the run did in whose folder the checkpoint lies, else none."""
     images_per_prompt: Annotated[int, Range("4 is usual", ge=1)] = 1
-    """Trajectories of each prompt that draws. GenEval and DPG-Bench report 4."""
+    """Trajectories of each prompt that draws. GenEval and DPG-Bench report 4, T2I-CompBench 10, WISE 1."""
     greedy_texts: bool = True
     """Answer every question greedily; what judges and exports read."""
     sampled_texts: bool = True
@@ -83,18 +109,27 @@ class EvaluateConfig(Settings):
     clip_references: Annotated[int, Range("0 takes all", ge=0)] = 1
     """Held-out photos that CLIP-I compares with. UnifyBench++ takes 1; 0: all."""
     judge_url: str | None = None
-    """OpenAI-compatible server of the judge, up to and with /v1. None: judged metrics are left out."""
+    """OpenAI-compatible server of the judge, up to and with /v1. None: judged metrics are left out (DPG-Bench, WISE and
+    T2I-CompBench are of a judge wholly, MathVista where rules cannot read an answer)."""
     judge_model: str | None = None
     """The judge's name on that server. UnifyBench++ has gpt-4.1-mini."""
     judge_key_env: str | None = None
     """Environment variable with the server's key. None: no key is sent."""
 
+    geneval_detector: str | None = None
+    """What finds the objects that GenEval's rules judge by: Mask2Former, OWLv2 or Grounding DINO in transformers'
+    format, a folder or a hub name; the published rules' is facebook/mask2former-swin-small-coco-instance. None:
+    GenEval's own program scores the export."""
+    geneval_colours: str = "openai/clip-vit-large-patch14"
+    """CLIP that tells the colours of what geneval_detector finds; the default is the published rules'."""
+
     baseline: bool = False
-    """Put the scores beside what was published of this very model before any training (GenEval, DPG-Bench, MMMU, ...),
-    with what was measured otherwise: check it before you train. export_name says which benchmark a table is."""
+    """Put the scores of any data beside what was published of this very model before any training (GenEval, DPG-Bench,
+    MMMU, ...), with what was measured otherwise: check it before you train. A benchmark's always are. export_name says
+    which benchmark a table is."""
 
     # --- export ---
-    export: tuple[Literal["geneval", "dpg", "lmms_eval", "vlmevalkit"], ...] = ()
+    export: tuple[Literal["geneval", "dpg", "wise", "t2i_compbench", "lmms_eval", "vlmevalkit"], ...] = ()
     """Also write what other benchmarks' scorers read, into export/<name> of output_dir."""
     export_name: str | None = None
     """What lmms-eval or VLMEvalKit calls the task or data set. None: the tasks' names here."""
@@ -104,6 +139,7 @@ class EvaluateConfig(Settings):
         drawing_problems,
         judge_problems,
         evaluation_problems,
+        benchmark_problems,
         template_kwargs_problems,
     )
     RENAMED: ClassVar[Mapping[str, str]] = OF_EVALUATION

@@ -20,6 +20,7 @@ from ..checkpoints.deepseek_files import is_theirs, weight_names
 from ..checkpoints.hub import problems_with_hub
 from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, kind_of, refuse
+from ..evaluate.benchmarks.data_sets import sources_of
 from ..policies.kinds import DRAWING, is_liquid_folder
 from ..processes.launch import count_gpus, restarted
 from ..processes.run_folder import unused_folder
@@ -168,6 +169,11 @@ def models_of(config: Any) -> tuple[dict[str, Path], list[Wanted]]:
             folders[setting] = folder
         else:
             names.append(Wanted(setting, name))
+    if getattr(config, "geneval_detector", None) is not None:
+        for setting in ("geneval_detector", "geneval_colours"):
+            folder = Path(getattr(config, setting)).expanduser()
+            folders |= {setting: folder} if folder.is_dir() else {}
+            names += [] if folder.is_dir() else [Wanted(setting, getattr(config, setting))]
     return folders, names
 
 
@@ -178,6 +184,9 @@ def _uses_clip(config: Any) -> bool:
 
 
 def _data_sets(config: Any) -> list[Wanted]:
+    if benchmarks := getattr(config, "benchmark", ()):
+        read = () if config.stage == "score" else sources_of(benchmarks, config.data).values()
+        return [Wanted("data", name, "dataset") for name in read if name and not os.path.exists(name)]
     found = []
     for setting in ("data", "data_t2i", "data_mcq", "data_oe", "eval_data"):
         source = getattr(config, setting, None)

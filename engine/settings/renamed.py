@@ -291,7 +291,8 @@ RENAMED: Mapping[str, str] = VERL | DIFFUSERS | TRL
 OF_EVALUATION: Mapping[str, str] = {
     **_all("set model", "model_name_or_path", "pretrained_model_name_or_path", "pretrained", "checkpoint"),
     **_all("set data", "dataset_name", "dataset"),
-    **_all("set num_items", "limit", "eval_samples", "num_samples"),
+    **_all("set limit", "num_items", "eval_samples", "num_samples"),
+    **_all("set benchmark", "benchmarks", "eval_tasks"),
     **_all("set cfg_weight", "eval_cfg_weight", "guidance_scale", "cfg_scale"),
     **_all("set max_completion_length", "max_new_tokens", "max_tokens"),
     **_all("set images_per_prompt", "num_generations", "num_images_per_prompt", "n"),

@@ -367,6 +367,12 @@ def corl_problems(c: Any) -> list[str]:
 
 def evaluation_problems(c: Any) -> list[str]:
     problems = []
+    if c.benchmark and c.data_form is not None:
+        problems.append(
+            f"data_form: expected none beside benchmark, which says how data are read, got {c.data_form}; leave it out"
+        )
+    if c.image_folder is not None and not c.image_folder.expanduser().is_dir():
+        problems.append(f"image_folder: expected a folder of pictures, got {c.image_folder}, which is none; correct it")
     if (
         c.data is not None
         and c.data_form in ("unifybench", "geneval", "dpg")
@@ -386,6 +392,8 @@ def evaluation_problems(c: Any) -> list[str]:
         problems.append("greedy_texts, sampled_texts: expected one to answer by, got both off; leave one on")
     if "dpg" in c.export and c.images_per_prompt > 4:
         problems.append(f"images_per_prompt: expected at most 4, DPG-Bench's grid, got {c.images_per_prompt}; lower it")
+    if "wise" in c.export and c.images_per_prompt > 1:
+        problems.append(f"images_per_prompt: expected 1, as WISE scores them, got {c.images_per_prompt}; leave it out")
     for kind in sorted(set(c.export)):
         if c.export.count(kind) > 1:
             problems.append(f"export: expected each kind once, got {kind} twice; name it once")

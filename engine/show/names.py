@@ -33,6 +33,12 @@ TASKS = {
     "oe": "Open questions",
     "geneval": "GenEval's prompts",
     "dpg": "DPG-Bench's prompts",
+    "wise": "WISE's prompts",
+    "t2i_compbench": "T2I-CompBench's prompts",
+    "mmmu": "MMMU's questions",
+    "mmbench": "MMBench's questions",
+    "pope": "POPE: is it in the picture?",
+    "mathvista": "MathVista's problems",
     SUMMARY: "All tasks but those not trained on: means",
 }
 """Tasks of UnifyBench++ and of CoRL in words; another name is shown as it is. A concept is what the data gives a name

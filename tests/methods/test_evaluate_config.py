@@ -34,10 +34,10 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_flags(tmp_path: Path) -> None:
-    flags = ["--tasks", "rec", "vqa", "--export", "geneval", "dpg", "--no_think", "--num_items", "3", "--data", "a/b"]
+    flags = ["--tasks", "rec", "vqa", "--export", "geneval", "dpg", "--no_think", "--limit", "3", "--data", "a/b"]
     config = parse(EvaluateConfig, flags)
     assert config.tasks == ("rec", "vqa") and config.export == ("geneval", "dpg") and config.think is False
-    assert config.num_items == 3 and config.data == "a/b"
+    assert config.limit == 3 and config.data == "a/b"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,13 @@ def test_flags(tmp_path: Path) -> None:
         ({"greedy_texts": False, "sampled_texts": False}, "got both off"),
         ({"export": ("dpg",), "images_per_prompt": 5}, "DPG-Bench's grid, got 5"),
         ({"export": ("dpg", "dpg")}, "got dpg twice"),
-        ({"num_items": 0}, "num_items: expected at least 1"),
+        ({"export": ("wise",), "images_per_prompt": 2}, "as WISE scores them, got 2"),
+        ({"benchmark": ("pope",), "data_form": "table"}, "data_form: expected none beside benchmark"),
+        ({"benchmark": ("geneval",)}, "git clone https://github.com/djghosh13/geneval"),
+        ({"benchmark": ("mmmu", "mmmu")}, "benchmark: expected each once, got mmmu twice"),
+        ({"benchmark": ("mmmu",), "data": "./nowhere"}, "got ./nowhere, which is not there"),
+        ({"image_folder": Path("nowhere")}, "image_folder: expected a folder of pictures"),
+        ({"limit": 0}, "limit: expected at least 1"),
         ({"batch_size": 0}, "batch_size"),
         ({"temperature": -1.0}, "temperature"),
         ({"clip_references": -1}, "clip_references"),
@@ -73,5 +79,5 @@ def test_a_slip_is_refused_before_torch_is_loaded() -> None:
 
 def test_names_from_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(EvaluateConfig, ["--limit", "3"])
-    assert "set num_items" in capsys.readouterr().err
+        parse(EvaluateConfig, ["--num_items", "3"])
+    assert "set limit" in capsys.readouterr().err

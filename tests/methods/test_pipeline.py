@@ -15,6 +15,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import warm
 from benchmark_files import dpg
+from benchmark_layouts import pope_github
 from helpers import ROOT, environment
 from judge_server import server
 from made import cache_folder, made_once, session_folder
@@ -138,7 +139,7 @@ def test_dpg_from_prompts_to_grids(model: Path, cache_dir: Path, tmp_path: Path)
     config = EvaluateConfig(model=str(model), data=data, images_per_prompt=4, export=("dpg",), output_dir=out)
     console = Console(width=200, record=True, file=io.StringIO())
     result = run_evaluation(config, console)
-    assert result is not None and set(result.scores) == {"dpg"} and set(result.left_out) == {"clip_t"}
+    assert result is not None and set(result.scores) == {"dpg"} and set(result.left_out) == {"clip_t", "dpg"}
     assert len(list((tmp_path / "out" / "export" / "dpg").glob("*.png"))) == 3
     assert "--resolution 32 --pic-num 4" in console.export_text()
 
@@ -168,7 +169,7 @@ def test_what_is_wrong_is_said_without_a_traceback(
 @pytest.mark.slow
 def test_the_rendered_world_is_read_by_both_readers(model: Path, cache_dir: Path, tmp_path: Path) -> None:
     """Trains the independent reader where no earlier test did."""
-    config = EvaluateConfig(model=str(model), num_items=2, tasks=("pure_gen", "rec"), output_dir=tmp_path / "out")
+    config = EvaluateConfig(model=str(model), limit=2, tasks=("pure_gen", "rec"), output_dir=tmp_path / "out")
     result = run_evaluation(config, Console(quiet=True))
     assert result is not None and {"image/checker", "image/cnn", "understanding/greedy"} <= set(result.summary)
     assert all(0.0 <= result.scores["pure_gen"][f"attributes/{reader}"] <= 1.0 for reader in ("checker", "cnn"))
@@ -181,3 +182,21 @@ def test_the_rendered_world_is_read_by_both_readers(model: Path, cache_dir: Path
 def test_graders_that_cannot_be_had(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         graders_of(EvaluateConfig(**values))
+
+
+def test_a_benchmark_from_its_files_to_its_table(
+    model: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """POPE asked, read by its rule, and put beside what was published; the same command again changes nothing."""
+    data, out = pope_github(tmp_path / "pope"), tmp_path / "out"
+    flags = ["--model", model, "--benchmark", "pope", "--data", data, "--max_completion_length", "4"]
+    said, err = recipe_here(capsys, "evaluate.py", *flags, "--no_sampled_texts", "--output_dir", out)
+    assert "12 items of 1 tasks" in said and "Traceback" not in err
+    table = (out / "published.md").read_text()
+    assert "| benchmark | n | ours | 95 % | published | of | by | source |" in table and "| POPE | 12 | " in table
+    assert "| 86.2 | Janus-Pro-1B | authors |" in table and "| … share of yes | 12 | " in table
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["scores"]["pope"]["num_items"] == 12 and scores["benchmarks"]["pope"]["of"] == "POPE"
+    before = contents(out)
+    recipe_here(capsys, "evaluate.py", *flags, "--no_sampled_texts", "--output_dir", out)
+    assert contents(out) == before, "it goes on, and has nothing left to do"

@@ -117,6 +117,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "OE",
         "runs/sync_r1/checkpoints/last",
         "runs/corl/unified/checkpoints/last",
+        *("geneval", "val2014", "POPE/output/coco", "WISE/WISE_legacy/data"),
     ):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text("{}")

@@ -179,8 +179,8 @@ def test_a_file_of_trls_or_verls_gets_its_remedies() -> None:
 
 
 def test_evaluation_has_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = refused(capsys, "--limit", "5", "--max_new_tokens", "9", "--bf16", "True", config=EvaluateConfig)
-    assert [line.split("; ")[-1] for line in lines if "; " in line] == ["set num_items", "set max_completion_length"]
+    lines = refused(capsys, "--num_items", "5", "--max_new_tokens", "9", "--bf16", "True", config=EvaluateConfig)
+    assert [line.split("; ")[-1] for line in lines if "; " in line] == ["set limit", "set max_completion_length"]
     assert "did you mean" in unknown_name("sampled_text", EvaluateConfig)
 
 
