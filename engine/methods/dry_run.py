@@ -23,6 +23,7 @@ from ..policies.base import Policy
 from ..policies.inputs import Inputs, checkpoint_notes
 from ..processes.launch import Request, Start, count_gpus, decide
 from ..records import Prompt
+from ..rewards.images.names import NAMED
 from ..rewards.trial import try_rewards
 from ..rewards.yours.custom import load_reward, reward_name
 from ..rollout.capacity import check_lengths, check_plans, remarks_on
@@ -189,7 +190,8 @@ def _interpreter() -> str:
 
 def try_own_rewards(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], say: Callable[[str], None]) -> None:
     """Loads the user's own rewards and calls each once, as a run does; RewardSpecError where one fails."""
-    own = {reward_name(spec): load_reward(spec) for spec in config.reward_funcs if spec not in config.REWARDS}
+    specs = [spec for spec in config.reward_funcs if spec not in (*config.REWARDS, *NAMED)]
+    own = {reward_name(spec): load_reward(spec) for spec in specs}
     problems = try_rewards(
         own,
         prompts,
