@@ -91,8 +91,9 @@ def small_mask2former(folder: Path) -> Path:
 
 
 def small_owlv2(folder: Path) -> Path:
-    """OWLv2 over pictures of 32 pixels in 16 patches, CLIP's tokenizer."""
+    """OWLv2 over pictures of 32 pixels in 16 patches, CLIP's tokenizer, 16 text positions."""
     tokenizer = clip_tokenizer()
+    tokenizer.model_max_length = 16
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "bos_token_id": tokenizer.bos_token_id}
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

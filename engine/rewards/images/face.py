@@ -57,8 +57,7 @@ class FaceReader:
     """
 
     def __init__(self, models: Path, facenet: Any = None, *, max_kept: int = 4096) -> None:
-        import dlib  # of the extra `face`
-
+        dlib = importlib.import_module("dlib")  # of the extra `face`
         self.find = dlib.get_frontal_face_detector()
         self.place = dlib.shape_predictor(str(models / MODELS[0]))
         self.describe = dlib.face_recognition_model_v1(str(models / MODELS[1]))
@@ -166,7 +165,8 @@ class FaceReward:
     ) -> list[float | None]:
         rows, _ = drawn_rows(images)
         known = self.reader.photos(list(dict.fromkeys(ref for row in rows for ref in references[row])))
-        people = {row: faces for row in rows if (faces := [f for ref in references[row] if (f := known[ref])])}
+        shown = {row: [face for ref in references[row] if (face := known[ref]) is not None] for row in rows}
+        people = {row: photos for row, photos in shown.items() if photos}
         faces = self.reader.of_drawings([image for row in people if (image := images[row]) is not None])
         values: dict[int, float | None] = {}
         for (row, photos), drawn in zip(people.items(), faces, strict=True):

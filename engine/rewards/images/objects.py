@@ -50,6 +50,7 @@ class DetectorReward:
 def _labels(columns: Mapping[str, Sequence[Any]], row: int) -> tuple[str, ...]:
     """What to look for, each once."""
     task, info = _task(columns, row)
+    names: tuple[str, ...]
     if task == "spatial":
         names = (str(info["obj1"]), str(info["obj2"]))
     elif task == "numeracy":
