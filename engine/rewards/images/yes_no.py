@@ -8,7 +8,7 @@ Dims: n pictures, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -58,35 +58,27 @@ class BlipYesNo:
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor], questions: Sequence[str]) -> list[float]:
         """See `YesNo`."""
-        scores: list[float] = []
-        model, device = self.model, self.model.device
-        for start in range(0, len(images), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            inputs = self.processor(
-                images=[as_bytes(image) for image in images[part]],
-                text=list(questions[part]),
-                padding=True,
-                truncation=True,
-                max_length=model.config.text_config.max_position_embeddings,
-                return_tensors="pt",
-            ).to(device)
-            seen = model.vision_model(pixel_values=inputs["pixel_values"].to(model.dtype))[0]
+        most = self.model.config.text_config.max_position_embeddings
+        ids = self.processor.tokenizer(list(questions), truncation=True, max_length=most)["input_ids"]
+        model, device, scores = self.model, self.model.device, [0.0] * len(images)
+        for part in _of_one_length(ids, self.batch_size):
+            pixels = self.processor.image_processor(images=[as_bytes(images[i]) for i in part], return_tensors="pt")
+            seen = model.vision_model(pixel_values=pixels["pixel_values"].to(device, model.dtype))[0]
             read = model.text_encoder(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                input_ids=torch.tensor([ids[i] for i in part], device=device),
                 encoder_hidden_states=seen,
                 encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=device),
                 return_dict=False,
             )[0]
-            start_ids = torch.full((len(read), 1), model.decoder_start_token_id, device=device)
             out = model.text_decoder(
-                input_ids=start_ids,
+                input_ids=torch.full((len(part), 1), model.decoder_start_token_id, device=device),
                 encoder_hidden_states=read,
-                encoder_attention_mask=inputs["attention_mask"],
+                encoder_attention_mask=torch.ones(read.shape[:2], dtype=torch.long, device=device),
                 return_dict=True,
                 is_decoder=True,
             )
-            scores += _shares(out.logits[:, -1], self.words)
+            for index, share in zip(part, _shares(out.logits[:, -1], self.words), strict=True):
+                scores[index] = share
         return scores
 
 
@@ -103,25 +95,27 @@ class GitYesNo:
         """See `YesNo`."""
         tokenizer, device = self.processor.tokenizer, self.model.device
         most = self.model.config.max_position_embeddings - 1
-        ids = [
-            [tokenizer.cls_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"][:most]]
-            for text in questions
-        ]
+        read = tokenizer(list(questions), add_special_tokens=False)["input_ids"]
+        ids = [[tokenizer.cls_token_id, *row[:most]] for row in read]
         scores = [0.0] * len(images)
-        for length in sorted(
-            {len(row) for row in ids}
-        ):  # of one length at once: a filling would stand before the answer
-            rows = [i for i, row in enumerate(ids) if len(row) == length]
-            for start in range(0, len(rows), self.batch_size):
-                part = rows[start : start + self.batch_size]
-                pixels = self.processor.image_processor(images=[as_bytes(images[i]) for i in part], return_tensors="pt")
-                out = self.model(
-                    pixel_values=pixels["pixel_values"].to(device, self.model.dtype),
-                    input_ids=torch.tensor([ids[i] for i in part], device=device),
-                )
-                for index, share in zip(part, _shares(out.logits[:, -1], self.words), strict=True):
-                    scores[index] = share
+        for part in _of_one_length(ids, self.batch_size):
+            pixels = self.processor.image_processor(images=[as_bytes(images[i]) for i in part], return_tensors="pt")
+            out = self.model(
+                pixel_values=pixels["pixel_values"].to(device, self.model.dtype),
+                input_ids=torch.tensor([ids[i] for i in part], device=device),
+            )
+            for index, share in zip(part, _shares(out.logits[:, -1], self.words), strict=True):
+                scores[index] = share
         return scores
+
+
+def _of_one_length(ids: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
+    """Rows of equally many tokens, at most so many at once: BLIP's decoder reads what fills up shorter questions, and
+    behind GIT's a filling would stand where the answer does (both measured)."""
+    for length in sorted({len(row) for row in ids}):
+        rows = [i for i, row in enumerate(ids) if len(row) == length]
+        for start in range(0, len(rows), most):
+            yield rows[start : start + most]
 
 
 class ChatYesNo:
