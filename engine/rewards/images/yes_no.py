@@ -110,8 +110,8 @@ class GitYesNo:
 
 
 def _of_one_length(ids: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
-    """Rows of equally many tokens, at most so many at once: BLIP's decoder reads what fills up shorter questions, and
-    behind GIT's a filling would stand where the answer does (both measured)."""
+    """Rows of equally many tokens, at most so many at once: beside longer questions BLIP's answers to shorter ones
+    moved by .02 (measured, with the mask), and behind GIT's a filling would stand where the answer does."""
     for length in sorted({len(row) for row in ids}):
         rows = [i for i, row in enumerate(ids) if len(row) == length]
         for start in range(0, len(rows), most):
