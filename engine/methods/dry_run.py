@@ -23,7 +23,7 @@ from ..policies.base import Policy
 from ..policies.inputs import Inputs, checkpoint_notes
 from ..processes.launch import Request, Start, count_gpus, decide
 from ..records import Prompt
-from ..rewards.images.names import NAMED
+from ..rewards.images.image_rewards import NAMED
 from ..rewards.trial import try_rewards
 from ..rewards.yours.custom import load_reward, reward_name
 from ..rollout.capacity import check_lengths, check_plans, remarks_on

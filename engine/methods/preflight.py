@@ -23,8 +23,8 @@ from ..errors import ConfigError, kind_of, refuse
 from ..policies.kinds import DRAWING, is_liquid_folder
 from ..processes.launch import count_gpus, restarted
 from ..processes.run_folder import unused_folder
-from ..rewards.images.names import NAMED, Checkpoint, checkpoints_of
-from ..rewards.images.names import problems_of as image_problems
+from ..rewards.images.image_rewards import NAMED, WITHOUT_TOKENIZER, Checkpoint, checkpoints_of
+from ..rewards.images.image_rewards import problems_of as image_problems
 from ..rewards.judge.chat import key_problem
 from ..settings.rules import gpus_problem, ranks_problem
 from ..whole_files import cache_dir
@@ -63,7 +63,8 @@ def check_start(config: Any) -> None:
     problems = version_problems()
     models, names = models_of(config)
     for setting, folder in models.items():
-        problems += folder_problems(setting, folder, trained=setting == "model")
+        reads_text = setting.removeprefix("reward_models ") not in WITHOUT_TOKENIZER
+        problems += folder_problems(setting, folder, trained=setting == "model", tokenizer=reads_text)
     damage, others = _merged_problems(_merged_of(config))
     problems, names = problems + damage, names + others
     problems += [] if problems else length_problems(config, models.get("model"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..rewards.images.names import checkpoints_of
+from ..rewards.images.image_rewards import checkpoints_of
 
 PARAMETERS = {
     "Salesforce/blip-image-captioning-base": 247_000_000,

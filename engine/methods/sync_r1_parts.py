@@ -25,7 +25,7 @@ from ..rewards.builtin.identity import IdentityReward
 from ..rewards.ensemble import Column, RewardSet, build_rewards
 from ..rewards.images.catalogue import load_models, named_rewards
 from ..rewards.images.face import load_faces
-from ..rewards.images.names import named_models
+from ..rewards.images.image_rewards import named_models
 from ..rewards.judge.attribute_judge import posterior_scorer
 from ..rewards.reward import RewardFunction
 from ..rewards.yours.custom import load_reward, own_column

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, BlipForQuestionAnswering, GitForCausalLM
 
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.rewards.images.loading import as_bytes
-from syncr1.engine.rewards.images.questions import ORM, NounsReward, QuestionReward
+from syncr1.engine.rewards.images.vqa import ORM, NounsReward, QuestionReward
 from syncr1.engine.rewards.images.yes_no import load_yes_no
 
 QUESTIONS = ("is it a dog", "a red bus on the street ?", "two dogs", "is it a dog", "a")

@@ -21,7 +21,7 @@ from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.sync_r1_parts import own_rewards
 from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.images.catalogue import _MAKERS, NamedReward, load_models, named_rewards
-from syncr1.engine.rewards.images.names import CHECKPOINTS, NAMED, OPTIONAL, checkpoints_of, problems_of
+from syncr1.engine.rewards.images.image_rewards import CHECKPOINTS, NAMED, OPTIONAL, checkpoints_of, problems_of
 from syncr1.engine.rewards.scorable import NEEDS, check_scorable
 from syncr1.engine.show.names import REWARDS
 
@@ -45,6 +45,14 @@ def test_every_name_has_a_maker_needs_and_words() -> None:
         (["clip"], ["hps=a"], "expected keys of rewards in reward_funcs, got hps"),
         (["orm"], [], "expected orm=FOLDER for reward orm"),
         ([], ["clip=a"], "got clip; name its reward"),
+        (["face"], ["face=org/name"], "face: expected a safetensors file, got org/name; correct it"),
+        (["face"], ["face=gone.safetensors"], "face: expected a file, got gone.safetensors, which is not there"),
+        (
+            ["aesthetic"],
+            ["aesthetic=a.pth"],
+            "expected a folder, a name on the hub or a safetensors file, got a.pth; save",
+        ),
+        (["hps"], ["hps=HPS_v2.1_compressed.pt"], "hps: expected a folder or a name on the hub, got HPS"),
     ],
 )
 def test_reward_models_that_do_not_fit_are_told(rewards: list[str], settings: list[str], said: str | None) -> None:

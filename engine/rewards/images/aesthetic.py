@@ -28,8 +28,8 @@ from ...reasons import reading
 from ..builtin.batches import check_images
 from ..builtin.pretrained import Preparation, frozen
 from .asked import drawn_rows, filled
+from .image_rewards import CLIP_L14
 from .loading import load, parts
-from .names import CLIP_L14
 
 LAYER = re.compile(r"(?:layers|mlp|predictor)\.(?:(\d+)\.)?(weight|bias)")
 MOST = 10.0

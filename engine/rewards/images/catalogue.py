@@ -11,7 +11,7 @@ import torch
 
 from ...errors import ConfigError
 from ..reward import RewardFunction, RewardValues
-from .names import CHECKPOINTS, NAMED, PREPARED_AS, keys_of, named_models, problems_of
+from .image_rewards import CHECKPOINTS, NAMED, PREPARED_AS, keys_of, named_models, problems_of
 
 Models = Mapping[str, str]
 """Key of `reward_models` -> folder or name on the hub."""

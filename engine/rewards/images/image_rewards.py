@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 CLIP_L14 = "openai/clip-vit-large-patch14"
@@ -33,6 +34,10 @@ PREPARED_AS: Mapping[str, str] = {"pickscore": CLIP_H14, "hps": CLIP_H14}
 """Whose tokenizer and image processor a published checkpoint is used with, where its own folder has none."""
 
 
+WITHOUT_TOKENIZER = ("geneval", "detector", "aesthetic", *PREPARED_AS)
+"""Keys of models some of which read no text, or have their tokenizer from elsewhere."""
+FILES = ("aesthetic", "face")
+"""Keys that may be a safetensors file; face is nothing else."""
 OPTIONAL = ("face",)
 """Keys that a reward does without."""
 
@@ -40,6 +45,9 @@ OPTIONAL = ("face",)
 def keys_of(reward_funcs: Sequence[str]) -> dict[str, str | None]:
     """The keys of those rewards' checkpoints, with the published one of each."""
     return {key: known for name in reward_funcs for key, known in CHECKPOINTS.get(name, {}).items()}
+
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 class Checkpoint(NamedTuple):
@@ -70,6 +78,22 @@ def checkpoints_of(reward_funcs: Sequence[str], settings: Sequence[str]) -> list
     return [Checkpoint(key, name) for key, name in chosen.items() if name is not None]
 
 
+def place_problem(one: Checkpoint) -> str:
+    """What is wrong with where a checkpoint is to be, in words; "" where it is a folder, a file that fits, or may be a
+    name on the hub."""
+    path = Path(one.name).expanduser()
+    as_file = path.is_file() or one.name.endswith((".safetensors", *PICKLES))
+    is_wrong = one.key == "face" if not as_file else one.key not in FILES or one.name.endswith(PICKLES)
+    if is_wrong:
+        wanted = {"face": "a safetensors file", "aesthetic": "a folder, a name on the hub or a safetensors file"}
+        expected = wanted.get(one.key, "a folder or a name on the hub")
+        remedy = "save it as safetensors (docs/image_rewards.md)" if as_file else "correct it"
+        return f"reward_models: {one.key}: expected {expected}, got {one.name}; {remedy}"
+    if as_file and not path.is_file():
+        return f"reward_models: {one.key}: expected a file, got {one.name}, which is not there; correct it"
+    return ""
+
+
 def problems_of(reward_funcs: Sequence[str], settings: Sequence[str]) -> list[str]:
     """What is wrong with `reward_models`, in words."""
     try:
@@ -80,6 +104,7 @@ def problems_of(reward_funcs: Sequence[str], settings: Sequence[str]) -> list[st
     unused = [key for key in given if key not in keys]
     absent = [key for key, known in keys.items() if known is None and key not in (*given, *OPTIONAL)]
     found = [f"reward_models: expected keys of rewards in reward_funcs, got {key}; name its reward" for key in unused]
+    found += [problem for one in checkpoints_of(reward_funcs, settings) if (problem := place_problem(one))]
     return found + [
         f"reward_models: expected {key}=FOLDER for reward {key}, which has no published checkpoint that transformers "
         f"loads as it is, got none; convert one, or leave {key} out (docs/image_rewards.md)"
