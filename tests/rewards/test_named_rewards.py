@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
@@ -10,6 +13,16 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 from made import cache_folder
+from small_detectors import (
+    small_aesthetic,
+    small_blip_vqa,
+    small_git,
+    small_grounding_dino,
+    small_llava,
+    small_owlv2,
+    small_siglip,
+    small_trocr,
+)
 from small_models import saved, small_clip
 
 from syncr1.engine.corl.config import CorlConfig
@@ -97,6 +110,41 @@ def test_models_are_loaded_once_and_where_they_are_asked_for(tmp_path_factory: p
         named_rewards(["orm"], [])
     with pytest.raises(ConfigError, match="reward model ClipScorer: "):
         load_models([NamedReward("clip", [f"clip={cache_folder()}"])], "cpu")
+
+
+SMALL: dict[str, dict[str, Callable[[Path], Path]]] = {
+    "geneval": {"geneval": small_owlv2, "geneval_colours": small_clip},
+    **{name: {name: small_clip} for name in ("pickscore", "clip", "hps")},
+    "aesthetic": {"aesthetic": small_aesthetic},
+    "siglip": {"siglip": small_siglip},
+    "vqa_score": {"vqa_score": small_blip_vqa},
+    "ocr": {"ocr": small_trocr},
+    "detector": {"detector": small_grounding_dino},
+    "git": {"git": small_git},
+    "orm": {"orm": small_llava},
+}
+
+
+@pytest.mark.parametrize("name", [*SMALL])
+def test_each_name_scores_a_batch_of_any_shape_and_text(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Made by its name on a checkpoint of its class; a row without a drawing is None, what is no picture is refused."""
+    folders = [f"{key}={saved(build, tmp_path_factory)}" for key, build in SMALL[name].items()]
+    reward = NamedReward(name, folders)
+    images = [torch.rand(3, *size) for size in ((40, 56), (7, 9), (96, 96), (33, 31))]
+    columns: dict[str, Any] = {
+        "prompts": ['a "red" dog', "营业 「中」 \N{DOG FACE}", 'x "y" ' * 400, '{} <image>\n"c\nd"', '"never drawn"'],
+        "include": [[{"class": "dog", "count": 1, "color": "red"}]] * 5,
+        "nouns": [["dog", "red bus"]] * 5,
+    }
+    values = reward(images=[*images, None], **columns)
+    assert values[4] is None and all(isinstance(value, float) and math.isfinite(value) for value in values[:4])
+    for wrong in (torch.full((3, 8, 8), math.nan), torch.rand(1, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"expected .*images"):
+            reward(images=[wrong], **{key: column[:1] for key, column in columns.items()})
+
+
+def test_no_name_goes_untried() -> None:
+    assert {*SMALL, "face"} == set(NAMED)
 
 
 @pytest.mark.parametrize(

@@ -111,21 +111,21 @@ def _aesthetic(models: Models, device: torch.device | str) -> RewardFunction:
 
 
 def _vqa_score(models: Models, device: torch.device | str) -> RewardFunction:
-    from .questions import QuestionReward
+    from .vqa import QuestionReward
     from .yes_no import load_yes_no
 
     return QuestionReward(load_yes_no("vqa_score", models["vqa_score"], device=device))
 
 
 def _git(models: Models, device: torch.device | str) -> RewardFunction:
-    from .questions import NounsReward
+    from .vqa import NounsReward
     from .yes_no import load_yes_no
 
     return NounsReward(load_yes_no("git", models["git"], device=device))
 
 
 def _orm(models: Models, device: torch.device | str) -> RewardFunction:
-    from .questions import ORM, QuestionReward
+    from .vqa import ORM, QuestionReward
     from .yes_no import load_yes_no
 
     return QuestionReward(load_yes_no("orm", models["orm"], device=device), "orm", ORM)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..builtin.batches import check_images
 from .asked import drawn_rows, filled, what_was_asked, words_in
 from .yes_no import YesNo
 
@@ -41,6 +42,7 @@ class QuestionReward:
 
     def __call__(self, *, images: Sequence[Tensor | None], **columns: Any) -> list[float | None]:
         rows, drawn = drawn_rows(images)
+        check_images(self.__name__, drawn)
         asked = [self.question.format(text) for text in what_was_asked(columns, rows)]
         return filled(len(images), rows, self.model(drawn, asked) if drawn else [])
 
@@ -58,7 +60,8 @@ class NounsReward:
         self.__name__ = name
 
     def __call__(self, *, images: Sequence[Tensor | None], **columns: Any) -> list[float | None]:
-        rows, _ = drawn_rows(images)
+        rows, drawn = drawn_rows(images)
+        check_images(self.__name__, drawn)
         tasks = columns.get("task_type") or [None] * len(images)
         shown: list[Tensor] = []
         questions: list[str] = []

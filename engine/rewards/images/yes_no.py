@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, BlipForQuestionAnswering, GitForCausalLM
 
 from ...errors import ConfigError
+from ...policies.tokens import control_tokens, escape_control_tokens
 from .loading import Loaded, as_bytes, load, model_type
 
 SPELLINGS = {"yes": ("yes", "Yes", " yes", " Yes", "YES"), "no": ("no", "No", " no", " No", "NO")}
@@ -38,7 +39,9 @@ def load_yes_no(key: str, name: str, *, device: torch.device | str = "cpu") -> Y
         return BlipYesNo(load(key, BlipForQuestionAnswering, name, device=device))
     if kind == "git":
         return GitYesNo(load(key, GitForCausalLM, name, device=device))
-    loaded = load(key, AutoModelForImageTextToText, name, device=device)
+    half = torch.device(device).type == "cuda"  # these have billions of weights
+    dtype = torch.bfloat16 if half else torch.float32
+    loaded = load(key, AutoModelForImageTextToText, name, device=device, dtype=dtype)
     if getattr(loaded.processor, "apply_chat_template", None) is None or not loaded.processor.chat_template:
         raise ConfigError(
             f"reward_models: {key}: expected a model with a chat template, or blip or git, got {name} ({kind}); name "
@@ -128,6 +131,12 @@ class ChatYesNo:
         if self.processor.tokenizer.pad_token is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
         self.words = _words(self.processor.tokenizer)
+        control = control_tokens(self.processor.tokenizer, self.processor.chat_template)
+        self.control = {*control, *filter(None, [getattr(self.processor, "image_token", None)])}
+
+    def _plain(self, question: str) -> str:
+        """Of a prompt's words none opens a picture or ends the turn."""
+        return escape_control_tokens(question, self.processor.tokenizer, self.control)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor], questions: Sequence[str]) -> list[float]:
@@ -137,14 +146,14 @@ class ChatYesNo:
             part = slice(start, start + self.batch_size)
             turns = [
                 self.processor.apply_chat_template(
-                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+                    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self._plain(question)}]}],
                     add_generation_prompt=True,
                 )
                 for question in questions[part]
             ]
             inputs = self.processor(
                 text=turns, images=[[as_bytes(image)] for image in images[part]], padding=True, return_tensors="pt"
-            ).to(self.model.device)
+            ).to(self.model.device, self.model.dtype)
             scores += _shares(self.model(**inputs).logits[:, -1], self.words)
         return scores
 
