@@ -101,8 +101,9 @@ class CorlConfig(TrainConfig):
 
     # --- rewards ---
     reward_funcs: tuple[str, ...] = ("cycle", "tim", "accuracy", "format")
-    """cycle, tim, accuracy, format, clip_text, clip_image, judge, bleu, or your own: `module:function`,
-    `file.py:function`, `verl@file.py:function`, `unirl@http://127.0.0.1:8080#pickscore` (docs/rewards.md)."""
+    """cycle, tim, accuracy, format, clip_text, clip_image, judge, bleu, image rewards such as geneval, pickscore or ocr
+    (docs/image_rewards.md), or your own: `module:function`, `file.py:function`, `verl@file.py:function`,
+    `unirl@http://127.0.0.1:8080#pickscore` (docs/rewards.md)."""
     reward_weights: tuple[float, ...] = ()
     """One for each of reward_funcs. None given: 1, and understanding_weight for accuracy and format."""
     understanding_weight: Annotated[float, Range("the paper's is 0.8", ge=0)] = 0.8

@@ -11,7 +11,7 @@ from ..errors import DataError
 from ..evaluate.drawing import by_task
 from ..methods.dry_run import show
 from ..methods.estimate import Estimate, hours_words, size_words
-from ..methods.reward_memory import reward_models
+from ..methods.reward_memory import image_reward_models, reward_models
 from ..policies.base import Policy
 from ..records import Prompt
 from ..show.pulse import duration
@@ -106,7 +106,8 @@ def beside(config: CorlConfig, training: Training, policy: Policy) -> dict[str, 
         "BERT": config.bert if cycle and config.cycle_text == "bertscore" else None,
         "CLIP": config.clip if used & {"clip_text", "clip_image"} else None,
     }
-    return judges | reward_models({use: name for use, name in names.items() if name not in own})
+    models = reward_models({use: name for use, name in names.items() if name not in own})
+    return judges | models | image_reward_models(config.reward_funcs, config.reward_models)
 
 
 def _first_prompts(settings: CorlConfig, training: Training, samples: Sequence[Sample], ranks: int) -> list[Prompt]:

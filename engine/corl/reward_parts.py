@@ -28,6 +28,7 @@ from ..rewards.builtin.text import text_reward
 from ..rewards.builtin.text_similarity import BertScore, SoftJaccard, TextSimilarity
 from ..rewards.builtin.tim import TextImageMatching
 from ..rewards.ensemble import Column, RewardSet
+from ..rewards.images.catalogue import load_models, named_rewards
 from ..rewards.reward import RewardFunction
 from ..rewards.yours.custom import load_reward, own_column
 from ..world.embedded import captioner_folder
@@ -85,6 +86,7 @@ class RewardParts:
                 if kind in wanted:
                     columns.append(Column(spec, self._built_in(spec, policy), weight, kind))
             elif (own := own_column(spec, self._own(spec), weight, wanted[0])).kind in wanted:
+                load_models([own.function], self.device)
                 columns.append(own)
         if not columns:
             raise ConfigError(
@@ -95,7 +97,8 @@ class RewardParts:
 
     def _own(self, spec: str) -> RewardFunction:
         if spec not in self._made:
-            self._made[spec] = load_reward(spec, budget=0.9 * self.config.reward_timeout)
+            named = named_rewards([spec], self.config.reward_models)
+            self._made[spec] = named.get(spec) or load_reward(spec, budget=0.9 * self.config.reward_timeout)
         return self._made[spec]
 
     def _built_in(self, name: str, policy: Policy) -> RewardFunction:

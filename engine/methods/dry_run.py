@@ -24,6 +24,7 @@ from ..policies.inputs import Inputs, checkpoint_notes
 from ..processes.launch import Request, Start, count_gpus, decide
 from ..records import Prompt
 from ..rewards.hooks import state_of
+from ..rewards.images.image_rewards import NAMED
 from ..rewards.trial import try_rewards
 from ..rewards.yours.custom import load_reward
 from ..rollout.capacity import check_lengths, check_plans, remarks_on
@@ -191,8 +192,8 @@ def _interpreter() -> str:
 
 def try_own_rewards(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], say: Callable[[str], None]) -> None:
     """Loads the user's own rewards and calls each once, as a run does; RewardSpecError where one fails."""
-    specs, budget = [spec for spec in config.reward_funcs if spec not in config.REWARDS], 0.9 * config.reward_timeout
-    own = {reward_name(spec): load_reward(spec, budget=budget) for spec in specs}
+    specs = [spec for spec in config.reward_funcs if spec not in (*config.REWARDS, *NAMED)]
+    own = {reward_name(spec): load_reward(spec, budget=0.9 * config.reward_timeout) for spec in specs}
     problems = try_rewards(
         own,
         prompts,

@@ -42,7 +42,9 @@ MAX_HEADER = 100_000_000
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def folder_problems(setting: str, folder: Path, *, trained: bool = False, weights: bool = True) -> list[str]:
+def folder_problems(
+    setting: str, folder: Path, *, trained: bool = False, weights: bool = True, tokenizer: bool = True
+) -> list[str]:
     """What is wrong with a checkpoint, in words.
 
     Args:
@@ -50,6 +52,7 @@ def folder_problems(setting: str, folder: Path, *, trained: bool = False, weight
         folder: which is there.
         trained: it is the model that is trained, for which a policy must be known.
         weights: False: they are not there yet, and not looked at.
+        tokenizer: False: it needs none, or has it from elsewhere.
     """
     config = settings_in(folder / "config.json")
     if isinstance(config, str):
@@ -62,7 +65,7 @@ def folder_problems(setting: str, folder: Path, *, trained: bool = False, weight
     damage = [] if not weights else pickled_problems(folder) if pickled else weight_problems(folder)
     what = "whole files of torch.save" if pickled else "whole safetensors"
     found += [f"{setting}: expected {what}, got {problem}" for problem in damage]
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if tokenizer and not any((folder / name).is_file() for name in TOKENIZERS):
         found.append(
             f"{setting}: expected a tokenizer beside the weights (tokenizer.json), got none in {folder}; copy the "
             "base model's tokenizer files there"

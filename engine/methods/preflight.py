@@ -24,6 +24,8 @@ from ..evaluate.benchmarks.data_sets import sources_of
 from ..policies.kinds import DRAWING, is_liquid_folder
 from ..processes.launch import count_gpus, restarted
 from ..processes.run_folder import unused_folder
+from ..rewards.images.image_rewards import NAMED, WITHOUT_TOKENIZER, Checkpoint, checkpoints_of
+from ..rewards.images.image_rewards import problems_of as image_problems
 from ..rewards.transport import key_problem
 from ..settings.rules import gpus_problem, ranks_problem
 from ..settings.source_names import split_named
@@ -63,7 +65,8 @@ def check_start(config: Any) -> None:
     problems = version_problems()
     models, names = models_of(config)
     for setting, folder in models.items():
-        problems += folder_problems(setting, folder, trained=setting == "model")
+        reads_text = setting.removeprefix("reward_models ") not in WITHOUT_TOKENIZER
+        problems += folder_problems(setting, folder, trained=setting == "model", tokenizer=reads_text)
     damage, others = _merged_problems(_merged_of(config))
     problems, names = problems + damage, names + others
     problems += [] if problems else length_problems(config, models.get("model"))
@@ -71,7 +74,8 @@ def check_start(config: Any) -> None:
     problems += [] if problems else conversion_problems(models.get("model"))
     problems += ahead_problems(config)
     problems += judge_problems(config)
-    problems += reward_problems("reward_funcs", getattr(config, "reward_funcs", ()), getattr(config, "REWARDS", ()))
+    problems += reward_problems("reward_funcs", getattr(config, "reward_funcs", ()), _built_in(config))
+    problems += image_problems(_image_rewards(config), getattr(config, "reward_models", ()))
     problems += data_problems(config)
     needed = 0 if problems else space_needed(config, models.get("model"))
     problems += output_problems("output_dir", written_to(config), needed)
@@ -160,6 +164,12 @@ def check_conversion(config: Any) -> None:
 def models_of(config: Any) -> tuple[dict[str, Path], list[Wanted]]:
     """Checkpoints that a run needs whatever its data: folders by setting, and names on the hub."""
     folders, names = dict[str, Path](), list[Wanted]()
+    for one in _image_models(config):
+        path = Path(one.name).expanduser()
+        if path.is_dir():
+            folders[f"reward_models {one.key}"] = path
+        elif not path.is_file():
+            names.append(Wanted(f"reward_models {one.key}", one.name))
     for setting in ("model", "clip"):
         name = getattr(config, setting, None)
         if name is None or (setting == "clip" and not _uses_clip(config)):
@@ -175,6 +185,22 @@ def models_of(config: Any) -> tuple[dict[str, Path], list[Wanted]]:
             folders |= {setting: folder} if folder.is_dir() else {}
             names += [] if folder.is_dir() else [Wanted(setting, getattr(config, setting))]
     return folders, names
+
+
+def _image_models(config: Any) -> list[Checkpoint]:
+    """Of image rewards by name; none where `reward_models` is wrong, which is told apart."""
+    rewards, settings = _image_rewards(config), getattr(config, "reward_models", ())
+    return [] if image_problems(rewards, settings) else checkpoints_of(rewards, settings)
+
+
+def _image_rewards(config: Any) -> tuple[str, ...]:
+    """Names of rewards, with that of faces where R_id asks for them."""
+    return (*getattr(config, "reward_funcs", ()), *(("face",) if getattr(config, "identity_faces", False) else ()))
+
+
+def _built_in(config: Any) -> tuple[str, ...]:
+    """What `reward_funcs` may name without a place; nothing where a recipe has no such setting."""
+    return (*config.REWARDS, *NAMED) if hasattr(config, "reward_models") else getattr(config, "REWARDS", ())
 
 
 def _uses_clip(config: Any) -> bool:

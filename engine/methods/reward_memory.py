@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from ..rewards.images.image_rewards import checkpoints_of
 
 PARAMETERS = {
     "Salesforce/blip-image-captioning-base": 247_000_000,
@@ -11,6 +13,16 @@ PARAMETERS = {
     "google-bert/bert-base-uncased": 110_000_000,
     "openai/clip-vit-base-patch32": 151_000_000,
     "openai/clip-vit-large-patch14": 428_000_000,
+    "facebook/mask2former-swin-small-coco-instance": 69_000_000,
+    "yuvalkirstain/PickScore_v1": 986_000_000,
+    "adams-story/HPSv2-hf": 986_000_000,
+    "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE": 305_000_000,
+    "google/siglip-so400m-patch14-384": 878_000_000,
+    "google/owlv2-base-patch16-ensemble": 155_000_000,
+    "IDEA-Research/grounding-dino-base": 233_000_000,
+    "Salesforce/blip-vqa-base": 385_000_000,
+    "microsoft/git-large-vqav2": 394_000_000,
+    "microsoft/trocr-base-printed": 334_000_000,
     "lpips vgg": 14_700_000,
     "lpips alex": 2_500_000,
     "lpips squeeze": 700_000,
@@ -32,6 +44,14 @@ def reward_models(names: Mapping[str, str | None]) -> dict[str, int]:
     return found
 
 
+def image_reward_models(reward_funcs: Sequence[str], settings: Sequence[str]) -> dict[str, int]:
+    """The same of image rewards by name."""
+    chosen = checkpoints_of(reward_funcs, settings)
+    return reward_models({f"{one.key} (reward_models)": one.name for one in chosen})
+
+
 def _bytes_of(folder: Path) -> int:
-    """Of the weights in a folder; 0 where it is none."""
+    """Of the weights in a folder or a file; 0 where it is none."""
+    if folder.is_file():
+        return folder.stat().st_size
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0

@@ -64,7 +64,7 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
 def dry_run(config: SyncR1Config) -> None:
     """Prints the resolved settings, the plan, what it will take and the first prompts, without loading a model."""
     from .dry_run import show
-    from .reward_memory import reward_models
+    from .reward_memory import image_reward_models, reward_models
 
     held_out: list[Prompt] = []
 
@@ -79,6 +79,8 @@ def dry_run(config: SyncR1Config) -> None:
         config,
         prompts_of,
         held_out=lambda: held_out,
-        beside=lambda policy: reward_models({"CLIP": config.clip}),
+        beside=lambda policy: (
+            reward_models({"CLIP": config.clip}) | image_reward_models(config.reward_funcs, config.reward_models)
+        ),
         anchor_beta=config.anchor_beta if config.anchor_fraction > 0 else 0.0,
     )

@@ -32,13 +32,17 @@ class SyncR1Config(TrainConfig):
 
     # --- rewards ---
     reward_funcs: tuple[str, ...] = ("identity", "judge", "text")
-    """identity, judge, text (the paper's three), or your own: `module:function`, `file.py:function`,
-    `verl@file.py:function`, `unirl@http://127.0.0.1:8080#pickscore` (docs/rewards.md)."""
+    """identity, judge, text (the paper's three), image rewards such as geneval, pickscore, ocr or face
+    (docs/image_rewards.md), or your own: `module:function`, `file.py:function`, `verl@file.py:function`,
+    `unirl@http://127.0.0.1:8080#pickscore` (docs/rewards.md)."""
     reward_weights: tuple[float, ...] = ()
     """One for each of reward_funcs. None given: identity_weight, judge_weight and text_weight, and 1 for your own."""
     clip: str | None = None
     """CLIP whose features tell likeness to the concept's photos: folder or hub name. None: the frozen vision
     tower's."""
+    identity_faces: bool = False
+    """R_id of people by their faces, as the released code's: of concepts whose photos show one. Needs the extra `face`;
+    --reward_models face=FILE adds FaceNet's half (docs/image_rewards.md)."""
     preview_score: Literal["clip", "rewards"] | None = None
     """What scores a preview: clip is the released code's .65 CLIP-I + .35 CLIP-T, rewards are the run's own of images.
     None: clip where one is given."""

@@ -23,6 +23,9 @@ from ..rewards.builtin.caption import CaptionContest, CaptionLikelihood
 from ..rewards.builtin.clip import ClipPreview, ClipScorer
 from ..rewards.builtin.identity import IdentityReward
 from ..rewards.ensemble import Column, RewardSet, build_rewards
+from ..rewards.images.catalogue import load_models, named_rewards
+from ..rewards.images.face import load_faces
+from ..rewards.images.image_rewards import named_models
 from ..rewards.judge.attribute_judge import posterior_scorer
 from ..rewards.reward import RewardFunction
 from ..rewards.yours.custom import load_reward, own_column
@@ -45,9 +48,16 @@ def prepare_model(config: TrainConfig, report: Callable[[str], None] | None = No
 
 
 def own_rewards(config: TrainConfig) -> dict[str, RewardFunction]:
-    """The user's own functions by their names in `reward_funcs`; RewardSpecError where one cannot be loaded."""
-    budget = 0.9 * config.reward_timeout
-    return {spec: load_reward(spec, budget=budget) for spec in config.reward_funcs if spec not in config.REWARDS}
+    """What `reward_funcs` names beside the recipe's own: image rewards, their models not yet loaded, and the user's
+    functions, by those names.
+
+    Raises:
+        RewardSpecError: a function cannot be loaded.
+        ConfigError: `reward_models` does not fit.
+    """
+    named, budget = named_rewards(config.reward_funcs, config.reward_models), 0.9 * config.reward_timeout
+    own = [spec for spec in config.reward_funcs if spec not in config.REWARDS]
+    return {spec: named.get(spec) or load_reward(spec, budget=budget) for spec in own}
 
 
 def build_reward_set(
@@ -66,6 +76,8 @@ def build_reward_set(
     """
     kinds = [kind for kind in MODALITY_NAMES if any(kind in prompt.segments for prompt in prompts)]
     loaded = own_rewards(config) if own is None else own
+    if "image" in kinds:
+        load_models(loaded.values(), frozen.cache_shape().device)
     brought = [own_column(spec, function, config.weight_of(spec), kinds[0]) for spec, function in loaded.items()]
     by_clip = config.clip is not None and config.preview_fraction > 0 and config.preview_score != "rewards"
     clip = None
@@ -90,12 +102,18 @@ def _ensemble(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt], c
         image_size=frozen.image_size,
         fit=frozen.fit() if clip is None else to_tensor,  # CLIP's own preparation cuts at the centre
         judge=remote_judge(config),
+        faces=load_faces(face_weights(config), device=frozen.cache_shape().device) if config.identity_faces else None,
         scorer=posterior_scorer(checker_of(frozen).posterior, VALUES)
         if any(prompt.attributes for prompt in prompts)
         else None,
         captions=None if named else caption_judge(frozen, prompts),
         **weights,
     ).columns()
+
+
+def face_weights(config: SyncR1Config) -> str | None:
+    """FaceNet's, which `reward_models` names by `face=`; None: dlib's half of R_id alone."""
+    return named_models(config.reward_models).get("face")
 
 
 def caption_judge(frozen: Policy, prompts: Sequence[Prompt]) -> CaptionContest | None:

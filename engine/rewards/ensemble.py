@@ -22,6 +22,7 @@ from ..errors import ConfigError
 from ..pictures import Fit, to_tensor
 from .builtin.identity import Features, IdentityReward
 from .builtin.text import text_reward
+from .images.face import FaceReader, FaceReward
 from .judge.attribute_judge import AttributeScorer, CaptionScorer, Judge
 from .reward import RewardFunction
 
@@ -85,6 +86,7 @@ def build_rewards(
     scorer: AttributeScorer | None = None,
     captions: CaptionScorer | None = None,
     judge: RewardFunction | None = None,
+    faces: FaceReader | None = None,
     identity_weight: float = IDENTITY_WEIGHT,
     judge_weight: float = JUDGE_WEIGHT,
     text_weight: float = TEXT_WEIGHT,
@@ -98,6 +100,8 @@ def build_rewards(
         scorer: reads attributes off an image (rendered world).
         captions: says how well a description fits an image. Neither this nor `scorer`: no judge, and R_id takes
             the whole bracket, as in the released code; without `features` the judge takes it.
+        faces: R_id of people is their faces' likeness, with that of `features` where a face is not seen; None: of
+            everything it is that of `features`.
         judge: takes the place of `scorer` and `captions`, such as `LLMJudge`.
         identity_weight, judge_weight, text_weight: at least 0; 0 leaves the reward out.
 
@@ -121,7 +125,10 @@ def build_rewards(
     if has_identity:
         assert features is not None
         weight = identity_weight if has_judge else bracket
-        columns.append(Column("identity", IdentityReward(features, image_size, fit=fit), weight, "image"))
+        identity: RewardFunction = IdentityReward(features, image_size, fit=fit)
+        if faces is not None:
+            identity = FaceReward(faces, identity, "identity")
+        columns.append(Column("identity", identity, weight, "image"))
     if has_judge:
         assert judge is not None
         columns.append(Column("judge", judge, judge_weight if has_identity else bracket, "image"))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import ConfigError
 from ..records import Prompt
+from .images.asked import text_to_write
 
 
 def _drawn(prompt: Prompt) -> bool:
@@ -15,6 +16,13 @@ def _drawn(prompt: Prompt) -> bool:
 
 def _written(prompt: Prompt) -> bool:
     return "text" in prompt.segments
+
+
+def _has(prompt: Prompt, *columns: str) -> bool:
+    """Whether one of the columns is there, or in GenEval's `metadata`, and says anything."""
+    held = prompt.extra.get("metadata")
+    rows = (prompt.extra, held) if isinstance(held, Mapping) else (prompt.extra,)
+    return any(row.get(name) for row in rows for name in columns)
 
 
 NEEDS: Mapping[str, tuple[str, Callable[[Prompt], bool]]] = {
@@ -29,6 +37,18 @@ NEEDS: Mapping[str, tuple[str, Callable[[Prompt], bool]]] = {
     "tim": ("a drawing", _drawn),
     "clip_text": ("a drawing", _drawn),
     "clip_image": ("a drawing and a `real_image`", lambda p: _drawn(p) and p.real_image is not None),
+    **dict.fromkeys(("pickscore", "clip", "hps", "aesthetic", "siglip", "vqa_score", "orm"), ("a drawing", _drawn)),
+    "geneval": (
+        "a drawing and GenEval's `include` or `exclude`",
+        lambda p: _drawn(p) and _has(p, "include", "exclude"),
+    ),
+    "detector": (
+        "a drawing and T2I-R1's `nouns`, `spatial_info` or `numeracy_info`",
+        lambda p: _drawn(p) and _has(p, "nouns", "spatial_info", "numeracy_info"),
+    ),
+    "git": ("a drawing and T2I-R1's `attr_nouns` or `nouns`", lambda p: _drawn(p) and _has(p, "attr_nouns", "nouns")),
+    "ocr": ("a drawing and text in quotes, or `ocr_text`", lambda p: _drawn(p) and bool(text_to_write(p))),
+    "face": ("a drawing and photos in `references`", lambda p: _drawn(p) and bool(p.references)),
 }
 """Of the built-in rewards: what a prompt must have, in words, and whether it has it. A user's own may need anything."""
 

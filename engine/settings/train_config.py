@@ -192,6 +192,9 @@ class TrainConfig(Settings):
     `unirl@http://127.0.0.1:8080#pickscore` (docs/rewards.md)."""
     reward_weights: tuple[float, ...] = ()
     """One for each of reward_funcs. None given: 1 for each."""
+    reward_models: tuple[str, ...] = ()
+    """Checkpoints of image rewards that are named in reward_funcs, in place of the published ones: `clip=FOLDER`,
+    `geneval=google/owlv2-base-patch16-ensemble`, … (docs/image_rewards.md)."""
     judge_url: str | None = None
     """Address of an OpenAI-compatible server that judges drawings, e.g. http://127.0.0.1:8000/v1; https, or this
     machine. Sync-R1's judge is then this one; CoRL names it `judge` in reward_funcs."""

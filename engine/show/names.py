@@ -128,11 +128,24 @@ REWARDS = {
     "clip_text": "CLIP: picture and prompt",
     "clip_image": "CLIP: picture and real picture",
     "bleu": "answer is near the right one",
+    "geneval": "GenEval: objects, numbers, colours, places",
+    "pickscore": "PickScore: people's choice",
+    "clip": "CLIP: picture and request",
+    "hps": "HPS: people's choice",
+    "aesthetic": "looks good",
+    "siglip": "SigLIP: picture and request",
+    "vqa_score": "a model finds it in the picture",
+    "ocr": "text can be read",
+    "detector": "objects are there",
+    "git": "T2I-R1: GIT finds its nouns",
+    "orm": "T2I-R1: a model finds its prompt",
+    "face": "like the person's face",
 }
 """Built-in rewards; one of a user's own has its own name."""
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("identity", "judge", "text", "accuracy", "format", "bleu"), (0.0, 1.0)),
-    **dict.fromkeys(("tim", "clip_text", "clip_image"), (-1.0, 1.0)),
+    **dict.fromkeys(("geneval", "vqa_score", "ocr", "detector", "git", "orm", "face"), (0.0, 1.0)),
+    **dict.fromkeys(("tim", "clip_text", "clip_image", "clip", "siglip", "hps"), (-1.0, 1.0)),
 }
 """Least and most that a built-in reward can say; of the others it is not known."""
 STAGES = {

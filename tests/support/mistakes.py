@@ -216,6 +216,14 @@ REWARDS = [
         "judge_key_env: expected",
     ),
     Mistake("a judge without an address", "corl.py --reward_funcs judge", "judge_url: expected an address"),
+    Mistake("an image reward's name", "corl.py --reward_funcs genevla", "did you mean geneval?"),
+    Mistake(
+        "an image reward's pickle",
+        "corl.py --reward_funcs hps --reward_models hps=HPS_v2.1_compressed.pt",
+        "save it as safetensors",
+    ),
+    Mistake("a checkpoint of no reward", "sync_r1.py --reward_funcs text --reward_models clip=a/b", "name its reward"),
+    Mistake("a reward without a checkpoint", "sync_r1.py --reward_funcs orm", "expected orm=FOLDER"),
 ]
 PLACES = [
     Mistake("a file for the run's folder", "sync_r1.py --output_dir f", "expected a folder", text(f="")),

@@ -92,6 +92,17 @@ class ClipScorer(Pretrained):
             values[row] = float((torch.stack([known[ref] for ref in references[row]]) @ feature).mean())
         return values
 
+    @torch.no_grad()
+    def features_of(self, images: Sequence[Tensor]) -> Tensor:
+        """n images [3, H, W] in [0, 1], each of any size -> [n, D] float32 of length 1, on the CPU: prepared one by one
+        and embedded together, for cuts of which hardly two have one shape."""
+        check_images("clip", images)
+        found = [torch.zeros(0, self.model.config.projection_dim)]
+        for start in range(0, len(images), self.batch_size):
+            part = [image[None].to(self.model.device).float() for image in images[start : start + self.batch_size]]
+            found.append(self._embed(torch.cat([self.preparation(pixels) for pixels in part])))
+        return torch.cat(found)
+
     def _of_images(self, images: Sequence[Tensor]) -> Tensor:
         features = torch.zeros(len(images), self.model.config.projection_dim)
         for members in by_shape(images):

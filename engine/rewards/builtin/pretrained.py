@@ -35,6 +35,7 @@ class Pretrained:
         name_or_folder: str | Path,
         *,
         revision: str | None = None,
+        prepared_as: str | Path | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         **more: Any,
@@ -44,6 +45,7 @@ class Pretrained:
         Args:
             name_or_folder: with safetensors, and a tokenizer.
             revision: commit, branch or tag on the hub; None: main.
+            prepared_as: where tokenizer and image processor are from, as for the model itself; None: from there.
             device: of the model.
             dtype: of its weights.
             more: settings of the constructor.
@@ -56,6 +58,8 @@ class Pretrained:
         processor = None
         with reading(f"reward model {cls.__name__}", name_or_folder):
             model = cls.model_class.from_pretrained(name_or_folder, dtype=dtype, use_safetensors=True, **where)
+            if prepared_as is not None:
+                name_or_folder, where = prepared_as, where | {"revision": "main"}
             tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **where)
             if cls.processor_class is not None:
                 processor = cls.processor_class.from_pretrained(name_or_folder, **where)
