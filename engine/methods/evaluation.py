@@ -187,8 +187,7 @@ def graders_of(config: EvaluateConfig) -> Graders:
 
         judge = LLMJudge(config.judge_url, config.judge_model, api_key_env=config.judge_key_env)
     if config.geneval_detector is not None:
-        # Not there before this branch meets that of the image rewards.
-        from ..rewards.images.geneval import GenEval  # type: ignore[import-not-found, unused-ignore]
+        from ..rewards.images.geneval import GenEval
 
         detector = GenEval.from_pretrained(config.geneval_detector, config.geneval_colours, device=own_device())
     return Graders(

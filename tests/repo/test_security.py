@@ -69,8 +69,9 @@ MODULES = {
     *("socketserver", "http.server", "xmlrpc", "wsgiref", "flask", "fastapi", "uvicorn", "aiohttp", "zmq", "ray"),
     *("multiprocessing.connection", "multiprocessing.managers", "telnetlib", "ftplib", "tarfile", "zipfile", "pty"),
 }
-READS_IN_MEMORY = {("bench/gpu_wheels.py", "zipfile")}
-"""Reads one named text of a wheel that pip brought, and unpacks nothing."""
+READS_IN_MEMORY = {("bench/gpu_wheels.py", "zipfile"), ("engine/data/readers/tar_shards.py", "tarfile")}
+"""Read texts of a wheel that pip brought, and of a data set's tar, whose pictures are read by their places; neither
+unpacks anything."""
 SHELLS = {
     *(
         "engine/show/environment.py",

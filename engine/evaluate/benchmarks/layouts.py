@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...data.cells import Part, arrow_part, confined, parquet_part
+from ...data.cells import ArrowCells, Part, arrow_part, confined, parquet_part
 from ...errors import DataError, PictureError, one_line, shown
 from ...pictures import ImageRef, StoredImage
 from .data_sets import HUB_NAME
@@ -182,7 +182,8 @@ def _from_hub(source: Source) -> Part:
         ) from error
     if getattr(found, "_indices", None) is not None:
         found = found.flatten_indices()
-    return arrow_part(found, source.name, Path(config.HF_CACHE_HOME), str(found._fingerprint))
+    root, stamp = Path(config.HF_CACHE_HOME), str(found._fingerprint)
+    return arrow_part(found.data, source.name, root, stamp, ArrowCells(found))
 
 
 def tsv_rows(path: Path) -> Iterator[Row]:
