@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
+from ...answers.letters import chosen_letter, true_letter
+from ...answers.plain_texts import NUMBER_WORDS
+from ...answers.same import same_answer
 from ...errors import RewardError
 from ...records import SegmentKind
-from .answers import NUMBER_WORDS, chosen_letter, same_answer, true_letter
 from .tags import ANSWER, ANSWER_END, THINK, THINK_END, answer_of
 
 Variant = Literal["paper", "released"]

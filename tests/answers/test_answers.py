@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncr1.engine.rewards.builtin.answers import canonical, chosen_letter, same_answer, true_letter
+from syncr1.engine.answers.letters import chosen_letter, true_letter
+from syncr1.engine.answers.plain_texts import canonical
+from syncr1.engine.answers.same import same_answer
 
 OPTIONS = ("a cat", "a dog", "two birds", "none of them")
 
