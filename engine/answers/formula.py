@@ -4,7 +4,7 @@
     product  signed (("*" | "/" | beside) signed)*
     signed   "-" signed | power
     power    atom "!"? ("^" signed)?
-    atom     number | name | function atom | "(" sum ")" | "{" sum "}" | "|" sum "|" | "\\frac" atom atom
+    atom     number | name | function power | "(" sum ")" | "{" sum "}" | "|" sum "|" | "\\frac" atom atom
 
 `1 1/2` and `1\\frac{1}{2}` are mixed numbers. What is not of this grammar, is longer than `LONGEST`, deeper than
 `DEEPEST`, or is a word (`no` is not n·o) is no formula. Nothing is evaluated while it is read.
@@ -33,7 +33,7 @@ _REPLACED = (
 _SPACES = re.compile(r"\\(?:quad|qquad)\b")
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+\.?\d*|\.\d+)(?P<power>[eE][+-]?\d{1,3}(?![\w.]))?"
-    r"|\\(?P<command>[A-Za-z]+)|(?P<word>[A-Za-z]+)|(?P<sign>[-+*/^()\[\]{}|!]))"
+    r"|\\(?P<command>[A-Za-z]+)|(?P<word>[A-Za-z]+)|(?P<sign>[-+*/^()\[\]{}|!_]))"
 )
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
 _STARTS_ATOM = ("number", "name", "function", "(", "{", "[")
@@ -199,6 +199,10 @@ class _Reader:
         if name == "sqrt" and self.kind() == "[":  # \sqrt[3]{8}
             root = self._atom(depth)
             return Node("^", (self._atom(depth), Node("/", (Node("number", number=Fraction(1)), root))))
+        if name == "log" and self.kind() == "_":  # \log_2 8
+            self._take()
+            base = self._atom(depth)
+            return Node("/", (Node("ln", (self._power(depth),)), Node("ln", (base,))))
         if self.kind() == "^":  # \sin^2 x
             self._take()
             power = self._atom(depth)

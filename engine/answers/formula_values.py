@@ -6,6 +6,7 @@ Everything is bounded before it is computed: numbers of at most `MOST_BITS`, so 
 from __future__ import annotations
 
 import cmath
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ MOST_FACTORIAL = 100
 CONSTANTS = {"pi": math.pi, "e": math.e, "infty": math.inf, "i": 1j}
 POINTS = (0.7390851, -1.3247179, 2.2360679)
 """Where unknowns are put to tell formulas apart: of both signs, so that x and |x| differ."""
+_RATIONAL = ("neg", "+", "*", "/", "^")
 _FUNCTIONS: Mapping[str, Callable[[complex], complex]] = {
     "sin": cmath.sin,
     "cos": cmath.cos,
@@ -45,12 +47,34 @@ class Node:
 
 def exact(node: Node) -> Fraction | None:
     """The value where it is rational and of a decent size; None else."""
+    return _exact(node, None)
+
+
+def exact_at(node: Node, point: int) -> Fraction | None:
+    """A rational function's value with the unknowns at large whole numbers; None where it is none, or not defined.
+
+    Two such functions that are equal there are one and the same, save with a chance of about their degree in 2^61
+    (Schwartz and Zippel).
+    """
+    return _exact(node, point)
+
+
+def _exact(node: Node, point: int | None) -> Fraction | None:
     if node.op == "number":
         return node.number
-    values = [exact(part) for part in node.args]
+    if node.op == "name":
+        if point is None or node.name in CONSTANTS:
+            return None
+        digest = hashlib.blake2b(f"{point} {node.name}".encode(), digest_size=8).digest()
+        return Fraction(int.from_bytes(digest) >> 3)
+    if point is not None and node.op not in _RATIONAL:
+        return _exact(node, None)
+    values = [_exact(part, point) for part in node.args]
     known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
+    if len(known) < len(values):
         return None
+    if point is not None and node.op == "^" and known[1].denominator != 1:
+        return None  # a root, although this number has one
     value = _applied(node.op, known)
     if value is None or value.numerator.bit_length() + value.denominator.bit_length() > 2 * MOST_BITS:
         return None

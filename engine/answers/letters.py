@@ -13,13 +13,17 @@ from .dress import undressed
 from .plain_texts import canonical, spelled_out
 from .same import same_answer
 
-_LETTER = re.compile(r"[(\[【]?\s?([A-Za-z])\s?[)\]】.:,、。]{0,3}")
-_LETTER_AND_TEXT = re.compile(r"[(\[【]?([A-Za-z])(?:[)\]】.:,、。]{1,3}\s*|\s[-–—]\s)(\S.*)", re.DOTALL)
+_LETTER = re.compile(r"[(\[【]?\s?([A-Za-z])\s?[)\]】.:,、。!]{0,3}")
+_LETTER_AND_TEXT = re.compile(
+    r"[(\[【]?([A-Za-z])(?:[)\]】.:,、。]{1,3}\s*|\s[-–—]\s|\s(?=because\s|since\s))(\S.*)", re.DOTALL
+)
+_TEXT_IN_BRACKETS = re.compile(r"([A-Z])\s?[(\[](.*)[)\]]", re.DOTALL)
+_LETTER_BEHIND_TEXT = re.compile(r"(.*\S)(?:\s?[(\[]|,\s)([A-Z])[)\]]?", re.DOTALL)
 _LETTER_BESIDE_TEXT = re.compile(r"([A-Z])\s+(\S.*)", re.DOTALL)
 """None backtracks over more than a few characters."""
 _LEAD = re.compile(
-    r"(?:it\sis\s|it's\s|i\s(?:choose|pick|select)\s)?(?:the\s)?(?:(?:correct|right)\s)?(?:option|choice|letter)\s?(?:is\s)?[:：]?\s?"
-    r"|it\sis\s|i\s(?:choose|pick|select)\s|(?:choose|pick|select)\s|(?:故|因此|所以)?(?:我?选择?项?)\s?[:：]?\s?|选项\s?",
+    r"(?:it\sis\s|it's\s|i\s(?:choose|pick|select|think)\s)?(?:the\s)?(?:(?:correct|right)\s)?(?:option|choice|letter)\s?(?:is\s)?[:：]?\s?"
+    r"|it(?:\sis|'s)\s|i\s(?:choose|pick|select|think)\s|(?:choose|pick|select)\s|(?:故|因此|所以|应|应该)?(?:我?选择?项?)\s?[:：]?\s?|选项\s?",
     re.IGNORECASE,
 )
 _TRAIL = re.compile(
@@ -61,15 +65,33 @@ def chosen_letter(said: str, options: Sequence[str], prefer: str | None = None) 
         return letter
     if _LETTER.fullmatch(said) and not _named(said, options):
         return None
+    if _contradicts(said, options):
+        return None
     if named := _named(said, options):
         return prefer if prefer in named else named[0]
     found = _LETTER_AND_TEXT.fullmatch(said)
     if found is not None and (letter := _known(found[1], options)):
         return letter if _agrees(letter, found[2], options) else None
-    found = _LETTER_BESIDE_TEXT.fullmatch(said)
-    if found is not None and (letter := _known(found[1], options)):
-        return letter if letter in _named(found[2], options) else None
+    for letter, text in _sides(said, options):
+        if letter in _named(text, options):
+            return letter
     return None
+
+
+def _sides(said: str, options: Sequence[str]) -> list[tuple[str, str]]:
+    """A letter and a text beside it: `B a dog`, `B (a dog)`, `a dog (B)`, `a dog, B`."""
+    found = [form.fullmatch(said) for form in (_LETTER_BESIDE_TEXT, _TEXT_IN_BRACKETS)]
+    sides = [(match[1], match[2]) for match in found if match]
+    if behind := _LETTER_BEHIND_TEXT.fullmatch(said):
+        sides.append((behind[2], behind[1]))
+    return [(letter, text) for letter, text in sides if _known(letter, options)]
+
+
+def _contradicts(said: str, options: Sequence[str]) -> bool:
+    """`A (a dog)`, which without its brackets is a dog: a letter beside the text of another option."""
+    if (found := _TEXT_IN_BRACKETS.fullmatch(said)) is None or _known(found[1], options) is None:
+        return False
+    return bool(named := _named(found[2], options)) and found[1] not in named
 
 
 def _plain(said: str) -> str:

@@ -4,7 +4,7 @@
 |---|---|
 | numbers and fractions | equal exactly: `4.0` is `4`, `.33` is not `1/3` |
 | a unit, a percent sign | of one kind: converted; left out: forgiven (units.py); `50 %` is `.5` and `50` |
-| roots, unknowns | equal at three points, then by math-verify (symbolic.py) |
+| rational functions | equal exactly at three points; roots, sines, …: nearly, then by math-verify (symbolic.py) |
 | `x = 3` | as `3`, and as `x = 3` |
 | tuples, intervals | bracket by bracket, in order |
 | sets, several solutions (`1, 2`, `1 or 2`, `±1`) | in any order; one of two is not both, and two are not one |
@@ -21,7 +21,7 @@ from fractions import Fraction
 
 from .dress import undressed
 from .formula import LONGEST, NotAFormulaError, plain_formula, read_formula
-from .formula_values import POINTS, Node, approximate, exact, unknowns
+from .formula_values import FUNCTIONS, POINTS, Node, approximate, exact, exact_at, unknowns
 from .numerals import with_digits
 from .plain_texts import NUMBER_WORDS, numbers_as_digits
 from .symbolic import same_formula
@@ -40,8 +40,10 @@ _LE = re.compile(r"\\(l|g)e(?![a-z])")
 _MEMBER = re.compile(r"[A-Za-z]\s*(?:\\in\b|∈)\s*")
 _JOINED = re.compile(r"\s+(?:or|and)\s+|\s*,\s*(?:or|and)\s+|[或和]")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_SPACED = re.compile(r"-?\d{1,3}(?: \d{3})+(?![\d/ ])")
+_ABOUT = re.compile(r"\\approx|≈")
 _RELATION = re.compile("[=<>≤≥≠]")
-_MATHEMATICAL = re.compile(r"[0-9\\+*/^=<>≤≥≠±∪π∞√|-]")
+_MATHEMATICAL = re.compile(r"[0-9\\+*/^=<>≤≥≠±∪π∞√|-]|(?:" + "|".join(sorted(FUNCTIONS)) + r")\(")
 _WORD = re.compile(r"[a-z]+")
 _OPEN, _SHUT = "([{⦃", ")]}⦄"
 _TURNED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "=": "=", "≠": "≠"}
@@ -85,7 +87,7 @@ def same_maths(said: str, right: str) -> bool | None:
 
 def readings(text: str) -> list[Reading]:
     """What a text may be; several where a letter behind a number is a unit or an unknown; nothing if no mathematics."""
-    if len(text) > LONGEST or not (text := _prepared(text)) or not _MATHEMATICAL.search(text):
+    if len(text) > LONGEST or not (text := _prepared(text)) or not _is_mathematical(text):
         return []
     try:
         found = [_read(text, True)]
@@ -98,13 +100,20 @@ def readings(text: str) -> list[Reading]:
     return found if plain in found else [*found, plain]
 
 
+def _is_mathematical(text: str) -> bool:
+    """A sign, a digit, a function or a single letter: so that `no` is a word and not n·o, which is o·n."""
+    return (len(text) == 1 and text.isalpha()) or _MATHEMATICAL.search(text) is not None
+
+
 def _prepared(text: str) -> str:
-    text = with_digits(undressed(_WORDS.sub(r" \1 ", text)))
+    text = _ABOUT.sub("", with_digits(undressed(_WORDS.sub(r" \1 ", text))), count=1).strip()
     for written, sign in _SIGNS:
         text = text.replace(written, sign)
     text = _LE.sub(lambda found: "≤" if found[1] == "l" else "≥", text)
     if any(word in NUMBER_WORDS for word in _WORD.findall(text.casefold())):
         text = " ".join(numbers_as_digits(text.casefold().split()))
+    if found := _SPACED.match(text):
+        text = found[0].replace(" ", "") + text[found.end() :]
     return _MEMBER.sub("", plain_formula(text)).strip(" \n\t,:").rstrip(".")
 
 
@@ -240,6 +249,9 @@ def _equal(one: Node, other: Node) -> bool:
     here, there = exact(one), exact(other)
     if here is not None and there is not None:
         return here == there
+    pairs = [(exact_at(one, point), exact_at(other, point)) for point in range(len(POINTS))]
+    if all(value is not None for pair in pairs for value in pair):
+        return all(left == right for left, right in pairs)
     for point in range(len(POINTS)):
         values = approximate(one, point), approximate(other, point)
         if not cmath.isclose(*values, rel_tol=_CLOSE, abs_tol=_CLOSE**2):

@@ -131,6 +131,22 @@ def letter_of(answer: str, options: Sequence[str]) -> str | None:
     return true_letter(answer, options)
 
 
+def option_of(answer: str, options: Sequence[str], column: str) -> str:
+    """The text of the option that a ground truth names, by its letter or its text.
+
+    Raises:
+        DataError: it names none.
+    """
+    if answer in options:
+        return answer
+    letter = letter_of(answer, options)
+    if letter is None:
+        raise DataError(
+            f"column {column!r}: the answer {answer!r} is not among the options {list(options)}; correct it"
+        )
+    return options[ord(letter) - ord("A")]
+
+
 def instructed(problem: str, qa_type: str, answer: str, instruction: str | None) -> str:
     """`problem` within the instruction; as it is when it has one already (it says <think>), or for None."""
     if instruction is None or "<think>" in problem:

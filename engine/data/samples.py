@@ -32,6 +32,7 @@ from .questions import (
     answer_of,
     instructed,
     letter_of,
+    option_of,
     options_in,
     text_of,
     with_options,
@@ -302,17 +303,20 @@ def _chain(row: Row, name: str, picture: ImageRef | None, answer_column: str | N
     if segments[-2:] == ("image", "text") and told["follow_up"] is None:
         raise DataError("column 'follow_up' is missing, and 'segments' has text behind the image; ask something there")
     text = _problem(row.get("prompt"), "prompt", picture)
-    answer = None if answer_column is None else answer_cell(row, answer_column)
+    options, answer = options_of(row), None
+    if answer_column is not None and (cell := answer_cell(row, answer_column)) is not None:
+        answer = answer_of(cell, answer_column)
+        answer = option_of(answer, options, answer_column) if options else answer
     return Prompt(
         id=name,
         task=told["task"] or _task(segments, picture),
         text=text,
         image=picture,
         segments=segments,
-        answer=None if answer is None or answer_column is None else answer_of(answer, answer_column),
+        answer=answer,
         follow_up=told["follow_up"],
         follow_up_answer=told["follow_up_answer"],
-        options=options_of(row),
+        options=options,
         concept=told["concept"],
         request=row["request"] if isinstance(row.get("request"), str) else None,
         info=row["info"] if isinstance(row.get("info"), str) else "",
