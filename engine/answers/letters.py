@@ -41,9 +41,9 @@ def true_letter(answer: str, options: Sequence[str]) -> str | None:
     """The ground truth's letter, upper case: of whatever `chosen_letter` understands; None where it names no option, or
     two of the same text, of which it does not say which."""
     letter = chosen_letter(answer, options)
-    if letter is None or _lettered(_plain(answer), options):
+    if letter is None or _lettered(answer.strip(), options) or _lettered(plain := _plain(answer), options):
         return letter
-    return letter if len(_named(_plain(answer), options)) < 2 else None
+    return letter if len(_named(plain, options)) < 2 else None
 
 
 def chosen_letter(said: str, options: Sequence[str], prefer: str | None = None) -> str | None:
@@ -60,8 +60,7 @@ def chosen_letter(said: str, options: Sequence[str], prefer: str | None = None) 
     """
     if len(said) > LONGEST:
         return None
-    said = _plain(said)
-    if letter := _lettered(said, options):
+    if letter := _lettered(said.strip(), options) or _lettered(said := _plain(said), options):
         return letter
     if _LETTER.fullmatch(said) and not _named(said, options):
         return None

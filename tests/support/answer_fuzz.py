@@ -1,4 +1,4 @@
-"""Answers that nobody wrote: rows of docs/answers.md cut, glued and bent, and noise of the signs that answers are made of."""
+"""Answers that nobody wrote: rows of docs/answers.md cut, glued and bent, and noise of the signs in them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from syncr1.engine.answers.same import same_answer
 
 ROWS = re.findall(r"^\| [^|`]+ \| `([^|]+)` \| (?:`([^|]+)` \| )?", (ROOT / "docs" / "answers.md").read_text(), re.M)
 WRITTEN = [text for row in ROWS for text in row if text]
-PIECES = [
-    *r"\frac \sqrt \boxed{ \left( \right) \text{ \pi \infty \cup \pm ^{ _{ } { ( ) [ ] | , . ; : ! ? % $ ** + - / ^ = < >".split(),
-    *"0 1 2 9 10 99999999999999999999 1e9 3.14 .5 1,000 x y e i sin log a the A B C D or and cm m² km/h ° 2024 Jan pm".split(),
-    *"一 二 十 百 万 亿 分之 点 负 百分之 个 年 月 日 答案 选 ² ⁻ ₂ ½ √ ∞ ± ∪ Ａ １ \u200b \u0301 \U0001f600 \ud800 \x00 \n".split(" "),
-]  # fmt: skip
+_LATEX = r"\frac \sqrt \boxed{ \left( \right) \text{ \pi \infty \cup \pm ^{ _{ } { ( ) [ ] | , . ; : ! ? % $ ** + / ^ ="
+_PLAIN = (
+    "0 1 2 9 10 99999999999999999999 1e9 3.14 .5 1,000 x y e i sin log a the A B C D or and cm m² km/h ° 2024 Jan pm"
+)
+_OTHER = "一 二 十 百 万 亿 分之 点 负 百分之 个 年 月 日 答案 选 ² ⁻ ₂ ½ √ ∞ ± ∪ Ａ １ \u0301 \U0001f600 \ud800 \x00"
+PIECES = [*_LATEX.split(), *_PLAIN.split(), *_OTHER.split(" "), "\u200b", "\n"]
 OPTIONS = ("a cat", r"\frac{1}{2}", "2 cm", "x^2+1")
 
 
