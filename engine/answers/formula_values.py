@@ -165,7 +165,7 @@ def size_of(node: Node) -> int:
     inner = sum(size_of(part) for part in node.args)
     if node.op == "^":
         power = exact(node.args[1])
-        return inner * (1 if power is None else max(1, math.ceil(min(abs(power), MOST_BITS)))) + 1
+        return inner * (1 if power is None else max(1, math.ceil(abs(power)))) + 1
     return inner + 1
 
 
