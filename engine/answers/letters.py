@@ -38,12 +38,15 @@ LONGEST = 2000
 
 
 def true_letter(answer: str, options: Sequence[str]) -> str | None:
-    """The ground truth's letter, upper case: of whatever `chosen_letter` understands; None where it names no option, or
-    two of the same text, of which it does not say which."""
+    """The ground truth's letter, upper case: of whatever `chosen_letter` understands, save that what stands behind a
+    letter must be that option's text. None where it names no option, or a text that two have: which is not said."""
     letter = chosen_letter(answer, options)
     if letter is None or _lettered(answer.strip(), options) or _lettered(plain := _plain(answer), options):
         return letter
-    return letter if len(_named(plain, options)) < 2 else None
+    if named := _named(plain, options):
+        return letter if len(named) < 2 else None
+    found = _LETTER_AND_TEXT.fullmatch(plain)
+    return letter if found is None or letter in _named(found[2], options) else None
 
 
 def chosen_letter(said: str, options: Sequence[str], prefer: str | None = None) -> str | None:

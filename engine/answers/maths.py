@@ -80,9 +80,14 @@ def same_maths(said: str, right: str) -> bool | None:
     """Whether both, spelled out (`plain_texts.spelled_out`), are the same; None where one of them is no mathematics."""
     there = readings(right)
     here = readings(said) if there else []
-    if not here or not there:
+    if not here or not there or all(map(_is_letter, (*here, *there))):
         return None
     return any(_same(one, other) for one in here for other in there)
+
+
+def _is_letter(reading: Reading) -> bool:
+    """A letter alone says little: whether `A.` and `a` are the same is for texts to say."""
+    return isinstance(reading, Quantity) and reading.value.op == "name" and reading.unit is None
 
 
 def readings(text: str) -> list[Reading]:
