@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..answers.letters import true_letter
 from ..errors import DataError, shown
 from .forms.dialogue import read_chat
 
@@ -31,7 +32,6 @@ OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*)$", re.MULTILINE)
 """The caller strips white space at the end: a lazy star before it would take quadratic time."""
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 ANSWER_END = re.compile("</answer>", re.IGNORECASE)
-LETTER = re.compile(r"\(?([A-Za-z])[.):]?")
 
 
 def text_of(value: Any, column: str) -> str:
@@ -81,18 +81,12 @@ def answer_of(value: Any, column: str) -> str:
 
 
 def letter_of(answer: str, options: Sequence[str]) -> str | None:
-    """The letter that `answer` names: `B`, `b`, `(B)`, `B. text` or an option's text; None when it names no option.
+    """The letter that a ground truth names, by the rules by which answers are scored: `B`, `b`, `(B)`, `B. text` or an
+    option's text; None when it names no option, or a text that several have.
 
     Without options, any letter is taken.
     """
-    texts = [text.casefold() for text in options]
-    found = LETTER.fullmatch(answer)
-    if found and (not options or ord(found[1].upper()) - ord("A") < len(options)):
-        return found[1].upper()
-    if (line := OPTION_LINE.fullmatch(answer)) is not None:
-        index = ord(line[1]) - ord("A")
-        return line[1] if index < len(texts) and texts[index] == line[2].rstrip(" \t").casefold() else None
-    return chr(ord("A") + texts.index(answer.casefold())) if texts.count(answer.casefold()) == 1 else None
+    return true_letter(answer, options)
 
 
 def instructed(problem: str, qa_type: str, answer: str, instruction: str | None, *, several: bool = False) -> str:

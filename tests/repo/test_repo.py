@@ -121,8 +121,8 @@ def test_kernels_import_torch_and_themselves() -> None:
 
 ROOMS = (
     *("compat", "errors", "reasons", "pictures", "records", "whole_files", "stopwatch"),
-    *("settings", "processes", "data", "policies", "rollout", "forward", "show", "checkpoints", "rewards", "learn"),
-    *("evaluate", "world", "methods", "corl", "api"),
+    *("settings", "processes", "answers", "data", "policies", "rollout", "forward", "show", "checkpoints", "rewards"),
+    *("learn", "evaluate", "world", "methods", "corl", "api"),
 )
 """Folders and files directly under engine/, lowest first: each may use those before it, and none behind it."""
 

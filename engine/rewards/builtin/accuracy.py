@@ -1,4 +1,7 @@
-"""R_acc: is the answer in the tags right?  Multiple choice (MC) by letter, open-ended (OE) by text.
+"""R_acc: is the answer in the tags right?  Multiple choice (MC) by letter, open-ended (OE) by what it says.
+
+Which answers are right is said in docs/answers.md. A question whose options are known is compared by option, whatever
+its kind, so that the letter and the text of an option are worth the same.
 
 `paper` is binary, as in CoRL's eq. 5. `released` is what ULM-R1's code computes: the first `<answer>` block, or without
 one the text stripped of tags; 1 if equal up to case, a final stop or one number word, else soft-Jaccard, for *both*
@@ -13,10 +16,12 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
+from ...answers.letter_sets import chosen_letters
+from ...answers.letters import chosen_letter, true_letter
+from ...answers.plain_texts import NUMBER_WORDS
+from ...answers.same import same_answer
 from ...errors import RewardError
 from ...records import SegmentKind
-from .answers import NUMBER_WORDS, chosen_letter, same_answer, true_letter
-from .letter_sets import chosen_letters
 from .tags import ANSWER, ANSWER_END, THINK, THINK_END, answer_of
 
 Variant = Literal["paper", "released"]
@@ -54,7 +59,7 @@ class AccuracyReward:
             completions: the texts; the answer is read from their tags.
             answer: the ground truth: a letter (MC) or a text (OE), in `<answer>` tags or not.
             segments: what each prompt produces.
-            options: MC: the texts of A, B, C, …; may be empty, and then only letters are compared.
+            options: the texts of A, B, C, …; may be empty: then MC compares letters, and OE texts.
             qa_type: per row; None with a ground truth is read as OE, None without one is no question.
             right_answers: per row, all that is right where it is several: texts of which any will do (OE), or the
                 letters that must all be chosen and no other (MC).
@@ -109,12 +114,12 @@ class AccuracyReward:
         if self.variant == "released":
             return _released(text, right)
         said = answer_of(text) or ""
-        if qa_type != "MC":
-            return float(same_answer(said, right))
-        letter = true_letter(right, options)
-        if letter is None:
+        letter = true_letter(right, options) if options or qa_type == "MC" else None
+        if letter is not None:
+            return float(chosen_letter(said, options, letter) == letter)
+        if qa_type == "MC":
             raise ValueError(f"the ground truth {right!r} is none of {len(options)} options; expected A, B, …")
-        return float(chosen_letter(said, options, letter) == letter)
+        return float(same_answer(said, right))
 
 
 def _released(text: str, right: str) -> float:

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncr1.engine.rewards.builtin.answers import canonical, chosen_letter, same_answer, true_letter
+from syncr1.engine.answers.letters import chosen_letter, true_letter
+from syncr1.engine.answers.plain_texts import canonical
+from syncr1.engine.answers.same import same_answer
 
 OPTIONS = ("a cat", "a dog", "two birds", "none of them")
 
@@ -32,6 +34,7 @@ OPTIONS = ("a cat", "a dog", "two birds", "none of them")
         ("(30)", "30"),
         ("$5", "5"),
         ("A", "a"),
+        ("A.", "a"),
         ("!", "!"),
         ("don't", "Don't."),
         ("हिन्दी", "हिन्दी।"),
@@ -179,6 +182,10 @@ def test_without_options_any_letter_is_one() -> None:
         ("a dog", OPTIONS, "B"),
         ("E", OPTIONS, None),
         ("fish", OPTIONS, None),
+        ("B. a dog", OPTIONS, "B"),
+        ("B: it barks", OPTIONS, None),
+        ("B. a cat", OPTIONS, None),
+        ("B. text", (), None),
         ("E", (), "E"),
         ("fish", (), None),
     ],

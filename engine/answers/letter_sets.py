@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from .answers import chosen_letter
+from .letters import chosen_letter
 
 BETWEEN = re.compile(r"\s*(?:[,;/&、\n]|\band\b|和)\s*")
 JOINED = re.compile(r"[A-Z]{2,26}")

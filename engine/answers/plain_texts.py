@@ -1,6 +1,8 @@
-"""Reading short answers: are two texts the same answer, and which letter does one choose?
+"""The normal form in which texts are compared: digits for number words, no articles, no outer punctuation.
 
-Digits stand for number words, articles and outer punctuation do not count, and a mathematical sign does.
+A mathematical sign counts: `-5` is not `5`, `.5` is not `5`, and `C++` is not `C`. Superscripts, subscripts and
+fractions of one character are spelled out before Unicode's compatibility forms would glue them to what stands beside:
+`10²` is `10^2` and not `102`, `1½` is `1 1/2` and not `11/2`.
 """
 
 from __future__ import annotations
@@ -23,30 +25,34 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 NUMBER_WORDS = _UNITS | _TENS | {"hundred": 100} | _SCALES
 
 _GROUPED_DIGITS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_BARE_LETTER = re.compile(r"[(\[]?([A-Za-z])[)\].:,]{0,2}")
-_LETTER_AND_TEXT = re.compile(r"[(\[]?([A-Za-z])[)\].:,]{1,2}\s*(\S.*)", re.DOTALL)
-"""Neither backtracks over more than a few characters."""
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ", "0123456789+-()nix")
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ]+")
+_SUBSCRIPTS = re.compile("(?<=[0-9])[₀₁₂₃₄₅₆₇₈₉]+")
+_ONE_CHARACTER_FRACTION = re.compile("([0-9]?)([¼½¾⅐-⅞])")
 
 
-def same_answer(said: str, right: str) -> bool:
-    """Equal but for case, width, outer punctuation, articles, and digits for number words; an empty text equals none.
+def spelled_out(text: str) -> str:
+    """`text` in Unicode's compatibility form (NFKC), with `^2` for superscripts, `_2` for a number's subscripts and
+    `1 1/2` for mixed numbers; minus signs and dashes before digits are `-`."""
+    text = _SUPERSCRIPTS.sub(_power, text)
+    text = _SUBSCRIPTS.sub(lambda found: "_" + found[0].translate(_LOWERED), text)
+    text = _ONE_CHARACTER_FRACTION.sub(lambda found: (found[1] and found[1] + " ") + found[2], text)
+    return unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("−", "-")
 
-    As `normalise`, save that mathematical signs stay: `-5` is not `5`, `.5` is not `5`, and `C++` is not `C`.
-    """
-    said, right = said.strip(), right.strip()
-    if said and said.casefold() == right.casefold():
-        return True
-    plain = canonical(said)
-    return bool(plain) and plain == canonical(right)
+
+def _power(found: re.Match[str]) -> str:
+    power = found[0].translate(_RAISED)
+    return f"^{power}" if len(power) == 1 else f"^{{{power}}}"
 
 
 def canonical(text: str) -> str:
     """The form in which answers are compared; "" for a text of punctuation alone."""
-    plain = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
+    plain = spelled_out(text).casefold()
     words = [(bare, word) for word in plain.split() if (bare := _bare(word))]
     # `A.` in "A. dog" is a letter; an answer of nothing but articles ("A", as in vitamin A) keeps them.
     kept = [bare for bare, word in words if not (bare in ARTICLES and word.endswith(bare))]
-    return " ".join(_numbers_as_digits(kept or [bare for bare, _ in words]))
+    return " ".join(numbers_as_digits(kept or [bare for bare, _ in words]))
 
 
 def _bare(word: str) -> str:
@@ -74,7 +80,7 @@ def _is_sign(word: str, at: int) -> bool:
     return word[at] == "." and following[:1].isdigit()
 
 
-def _numbers_as_digits(words: Sequence[str]) -> list[str]:
+def numbers_as_digits(words: Sequence[str]) -> list[str]:
     """Every run of number words as one number: `twenty-one`, `one hundred and five`; `two three` stays two numbers."""
     parts: list[str] = []
     for word in words:
@@ -118,62 +124,3 @@ def _read_number(words: Sequence[str], at: int) -> tuple[int, int]:
             break
         at += 1
     return total + group, at
-
-
-def true_letter(answer: str, options: Sequence[str]) -> str | None:
-    """The ground truth's letter, upper case: `B`, `(B)`, `B.`, or an option's text; None for anything else."""
-    found = _BARE_LETTER.fullmatch(answer)
-    if found:
-        letter = found[1].upper()
-        return letter if not options or ord(letter) - ord("A") < len(options) else None
-    return next(iter(_named(answer, options)), None)
-
-
-def chosen_letter(said: str, options: Sequence[str], prefer: str | None = None) -> str | None:
-    """The letter, upper case, that an answer names; None where it names none or contradicts itself.
-
-    A letter (`B`, `b`, `(B)`, `B.`), an option's text, or both (`B. text`), read in this order: an option whose text is
-    `A` is not meant by `A`. `B. text` with another option's text behind the letter names none, and neither does a list
-    of letters.
-
-    Args:
-        said: what stands in the tags.
-        options: the texts of A, B, C, …; empty: unknown, and any letter will do.
-        prefer: taken where several options have the same text.
-    """
-    said = unicodedata.normalize("NFKC", said).strip()
-    found = _BARE_LETTER.fullmatch(said)
-    if found:
-        return _known(found[1], options)
-    named = _named(said, options)
-    if named:
-        return prefer if prefer in named else named[0]
-    found = _LETTER_AND_TEXT.fullmatch(said)
-    letter = _known(found[1], options) if found else None
-    if not found or letter is None:
-        return None
-    rest = found[2]
-    named = _named(rest, options)
-    if named:
-        return letter if letter in named else None
-    other = _BARE_LETTER.fullmatch(rest) or _LETTER_AND_TEXT.fullmatch(rest)
-    return None if other and _known(other[1], options) else letter
-
-
-def _named(text: str, options: Sequence[str]) -> list[str]:
-    """The letters of the options that have this text."""
-    plain, folded = canonical(text), text.strip().casefold()
-    return [
-        _letter(index)
-        for index, option in enumerate(options)
-        if (folded and folded == option.strip().casefold()) or (plain and plain == canonical(option))
-    ]
-
-
-def _letter(index: int) -> str:
-    return chr(ord("A") + index)
-
-
-def _known(letter: str, options: Sequence[str]) -> str | None:
-    letter = letter.upper()
-    return letter if not options or ord(letter) - ord("A") < len(options) else None
