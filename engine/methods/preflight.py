@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.deepseek_config import OURS, THEIRS
-from ..checkpoints.deepseek_files import is_theirs, weight_names
+from ..checkpoints.deepseek_files import config_in, is_theirs, weight_names
 from ..checkpoints.hub import problems_with_hub
+from ..checkpoints.hub_cache import snapshots
 from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, kind_of, refuse
 from ..policies.kinds import DRAWING, is_liquid_folder
@@ -78,6 +79,7 @@ def check_start(config: Any) -> None:
         problems += cache_problems()
     if not problems and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a machine asks for all
         problems, downloads = hub_names.look_up([*names, *_data_sets(config)])
+        problems += [] if problems else _kind_problems(_merged_of(config))
         for download in downloads:
             size = gib(download.num_bytes) if download.num_bytes else "of unknown size"
             print(f"syncr1: to download: {download.wanted.setting} {download.wanted.name}, {size}", flush=True)
@@ -96,8 +98,24 @@ def check_weights(models: Mapping[str, str], output: Path | None = None) -> None
         size = sum(path.stat().st_size for path in last.glob("*.safetensors")) if last.is_dir() else 0
         problems += output_problems("output", output.absolute().parent if output.exists() else output, size)
     problems += [] if problems else hub_names.look_up(names)[0]
+    problems += [] if problems else _kind_problems(models)
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
+
+
+def _kind_problems(models: Mapping[str, str]) -> list[str]:
+    """Models of several kinds, by setting, of which nothing can be merged."""
+    kinds = dict[str, str]()
+    for setting, model in models.items():
+        folder = Path(model).expanduser()
+        places = [folder] if folder.is_dir() else snapshots(model, "model")
+        found = next((kind for place in places if (kind := config_in(place).get("model_type"))), None)
+        if isinstance(found, str):
+            kinds[setting] = OURS if found == THEIRS else found
+    if len(set(kinds.values())) < 2:
+        return []
+    told = ", ".join(f"{setting} {kind}" for setting, kind in kinds.items())
+    return [f"models: expected models of one kind, trained from one base, got {told}; name those of one base"]
 
 
 def _merged_problems(models: Mapping[str, str]) -> tuple[list[str], list[Wanted]]:
