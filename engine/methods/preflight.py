@@ -107,6 +107,8 @@ def _kind_problems(models: Mapping[str, str]) -> list[str]:
     """Models of several kinds, by setting, of which nothing can be merged."""
     kinds = dict[str, str]()
     for setting, model in models.items():
+        if setting.partition(" ")[0] not in hub_names.OWN:  # compared, not merged
+            continue
         folder = Path(model).expanduser()
         places = [folder] if folder.is_dir() else snapshots(model, "model")
         found = next((kind for place in places if (kind := config_in(place).get("model_type"))), None)

@@ -357,3 +357,4 @@ def test_what_is_merged_is_looked_at_by_its_kind(tmp_path: Path, capsys: pytest.
     assert ended.value.code == 2
     assert "got base llama, models org/strange t5; name those of one base" in capsys.readouterr().err
     check_weights({"base": "org/whole", "models org/whole": "org/whole"})
+    check_weights({"compare org/whole": "org/whole", "compare org/strange": "org/strange"})
