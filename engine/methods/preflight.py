@@ -168,11 +168,33 @@ def check_conversion(config: Any) -> None:
             problems.append(f"base: expected DeepSeek's layout, got {folder} in transformers'; name the published one")
         else:
             problems += folder_problems(setting, folder, trained=True)
+        if setting == "model" and kind in (THEIRS, OURS) and (problem := direction_problem(config, str(kind))):
+            problems.append(problem)
         size = size or sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
     problems += output_problems("output", config.output, size)
     problems += [] if problems else hub_names.look_up(names)[0]
+    if not problems and not Path(config.model).expanduser().is_dir():  # its settings are in the hub's cache now
+        kinds = [config_in(folder).get("model_type") for folder in snapshots(config.model, "model")]
+        problems += [problem for kind in kinds[:1] if (problem := direction_problem(config, str(kind)))]
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
+
+
+def direction_problem(config: Any, kind: str) -> str:
+    """A conversion into the layout that a checkpoint has already; empty for the other way.
+
+    Args:
+        config: settings of `recipes/convert.py`.
+        kind: `model_type` of its model.
+    """
+    there = {THEIRS: "deepseek", OURS: "transformers"}.get(kind)
+    if config.to is None or config.to != there:
+        return ""
+    other = "transformers" if there == "deepseek" else "deepseek"
+    return (
+        f"to: expected {other}, got {there}, whose layout {config.model} has already; use it as it is, or leave --to "
+        "out for the other one"
+    )
 
 
 def models_of(config: Any) -> tuple[dict[str, Path], list[Wanted]]:
