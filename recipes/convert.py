@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from syncr1.engine.errors import CheckpointError, ConfigError, one_line
+from syncr1.engine.errors import CheckpointError, one_line
 from syncr1.engine.methods.checkpoint_folders import new_folder_problems, source_problems
 from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
@@ -74,11 +74,6 @@ def run(config: ConvertConfig) -> None:
     source = published_folder(config.model, _say)
     base = None if config.base is None else published_folder(config.base, _say)
     to = kind_of_checkpoint(source)
-    if config.to not in (None, to):
-        raise ConfigError(
-            f"to: expected {to}, got {config.to}, whose layout {config.model} has already; use it as it is, or leave "
-            "--to out for the other one"
-        )
     print(f"syncr1: converting {config.model} into {LAYOUTS[to]} layout ...", flush=True)
     try:
         done: Conversion = convert(

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..policies.kinds import SAFE, SAFE_INDEX
 from .deepseek_config import THEIRS, refusal
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 SETTINGS = ("config.json", *NEEDED, "processor_config.json", "special_tokens_map.json")
 """DeepSeek's files beside the weights."""

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..policies.kinds import SAFE
 from ..reasons import reading
 from ..show.pulse import pulse
-from .deepseek_files import NEEDED, PICKLED, SAFE, is_theirs, weight_names
+from .deepseek_files import NEEDED, PICKLED, is_theirs, weight_names
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")

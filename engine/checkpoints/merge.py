@@ -38,11 +38,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..policies.kinds import SAFE_INDEX
 from ..whole_files import whole_folder
 from .deepseek_files import RECORD as CONVERSION
 from .model_card import is_hub_name, model_name
 from .published import local_checkpoint
-from .safetensors_stream import INDEX, MAX_SHARD_BYTES, MappedCheckpoint, SafetensorsWriter, TensorInfo
+from .safetensors_stream import MAX_SHARD_BYTES, MappedCheckpoint, SafetensorsWriter, TensorInfo
 
 MergeMethod = Literal["gaussian", "fnorm", "mean"]
 
@@ -50,7 +51,7 @@ PIECE = 1 << 18
 """Elements at a time: two megabytes in float64, which the processor's cache holds."""
 RECORD = "merge.json"
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-NOT_COPIED = (INDEX, RECORD, CONVERSION, "trainer_state.json", "best.json")
+NOT_COPIED = (SAFE_INDEX, RECORD, CONVERSION, "trainer_state.json", "best.json")
 
 Progress = Callable[[int, int, str], None]
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..policies.kinds import SAFE, SAFE_INDEX
 
 DTYPES = {
     "F64": torch.float64,
@@ -45,7 +46,6 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_HEADER_BYTES = 100_000_000
 """Readers refuse longer headers."""
@@ -92,7 +92,9 @@ class MappedCheckpoint:
             names = opened.offset_keys()
             if expected is not None and set(names) != expected:
                 odd = _some(set(names) ^ expected)
-                raise CheckpointError(f"{file}: its tensors are not those that {INDEX} lists ({odd}); copy it again")
+                raise CheckpointError(
+                    f"{file}: its tensors are not those that {SAFE_INDEX} lists ({odd}); copy it again"
+                )
             for name in names:
                 self.tensors[name] = _info(name, opened.get_slice(name), file)
                 self._opened[name] = opened
@@ -106,9 +108,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """Weight file -> the names that the index says it holds, None without an index."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a checkpoint folder in transformers' format, got no folder")
-    single, index = folder / SINGLE, folder / INDEX
+    single, index = folder / SAFE, folder / SAFE_INDEX
     if single.is_file() and index.is_file():
-        raise CheckpointError(f"{folder}: has both {SINGLE} and {INDEX}; remove the one that is out of date")
+        raise CheckpointError(f"{folder}: has both {SAFE} and {SAFE_INDEX}; remove the one that is out of date")
     if single.is_file():
         return {single: None}
     if index.is_file():
@@ -122,7 +124,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         )
     else:
         remedy = "save the model with save_pretrained"
-    raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, got neither; {remedy}")
+    raise CheckpointError(f"{folder}: expected {SAFE} or {SAFE_INDEX}, got neither; {remedy}")
 
 
 def _shards(index: Path) -> dict[Path, set[str] | None]:
@@ -198,7 +200,7 @@ class SafetensorsWriter:
             raise ValueError(f"SafetensorsWriter: the format has no {_some(unknown)}; convert the tensors first")
         self._shards = _split(self.tensors, max_shard_bytes)
         self.files = _shard_names(len(self._shards))
-        taken = [name for name in (*self.files, INDEX) if (self.folder / name).exists()]
+        taken = [name for name in (*self.files, SAFE_INDEX) if (self.folder / name).exists()]
         if taken:
             raise FileExistsError(f"SafetensorsWriter: {self.folder} already has {_some(taken)}; choose another folder")
         self._headers = [header_of(shard, metadata or {}) for shard in self._shards]
@@ -262,10 +264,10 @@ class SafetensorsWriter:
             total = sum(info.num_bytes for info in self.tensors)
             placed = {info.name: file for file, shard in zip(self.files, self._shards, strict=True) for info in shard}
             content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-            beside = self.folder / f"{INDEX}.partial"
-            self._made += [beside, self.folder / INDEX]
+            beside = self.folder / f"{SAFE_INDEX}.partial"
+            self._made += [beside, self.folder / SAFE_INDEX]
             beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            os.replace(beside, self.folder / INDEX)
+            os.replace(beside, self.folder / SAFE_INDEX)
 
     def _skip_finished(self) -> None:
         """Steps over tensors that are whole, empty ones too, and on to the next file."""
@@ -315,7 +317,7 @@ def _split(tensors: Sequence[TensorInfo], max_bytes: int) -> list[list[TensorInf
 
 def _shard_names(count: int) -> list[str]:
     if count == 1:
-        return [SINGLE]
+        return [SAFE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 

@@ -23,7 +23,7 @@ from ..data.samples import Sample
 from ..evaluate.held_out import Evaluation
 from ..learn.from_settings import objective_of
 from ..methods.ahead_start import AheadOf
-from ..methods.starting import add_adapters, starting_policy
+from ..methods.starting import add_adapters, loaded_from, starting_policy
 from ..methods.training import (
     EMBEDDED_BASE,
     EMBEDDED_DATA,
@@ -105,6 +105,8 @@ class CorlRun:
 
     def __init__(self, config: CorlConfig, log: RunLog | NullRunLog, session: Session) -> None:
         self.config, self.log, self.session, self.display = config, log, session, session.display
+        self.loaded: dict[str, str] = {}
+        """Name of a model -> the folder that it was loaded from."""
         self.display.stage("data, starting model and rewards")
         if config.data is not None and config.stage != "merge":
             check_data(config, self.display.note)
@@ -187,6 +189,7 @@ class CorlRun:
 
     def _put_together(self, config: CorlConfig, name: TrainingName, samples: list[Sample], start: Model) -> Training:
         policy = starting_policy(config, start.folder, self.display)
+        self.loaded[start.folder] = loaded_from(policy, start.folder)
         objective = objective_of(config, policy.num_image_tokens)
         reference = add_adapters(config, policy) if config.lora_rank or objective.needs_reference else None
         prompts = [prompt for sample in samples for prompt in sample]
@@ -205,17 +208,19 @@ class CorlRun:
             prompts=stream_of(config, name, samples, *place()),
             rewards=rewards,
             credit=credit_of_training(config, name, rewards),
-            ahead=AheadOf("syncr1.engine.corl.corl_ahead", self._told(config, name, start)),
+            ahead=AheadOf("syncr1.engine.corl.corl_ahead", self._told(config, name, start.folder)),
             evaluator=self.parts.evaluator,
             main_tasks=MAIN_TASKS[name],
             before=start.scores,
             alone=False,
         )
 
-    def _told(self, config: CorlConfig, name: str, start: Model) -> dict[str, str]:
+    def _told(self, config: CorlConfig, name: str, folder: str) -> dict[str, str]:
         """What another process makes a training's parts from."""
-        run, training = (to_yaml(settings, comments=False) for settings in (self.config, config))
-        return {"run": run, "training": training, "name": name, "model": start.folder}
+        base = self.config.model
+        whole = self.config if base is None else replace(self.config, model=self.loaded.get(base, base))
+        run, training = (to_yaml(settings, comments=False) for settings in (whole, config))
+        return {"run": run, "training": training, "name": name, "model": self.loaded.get(folder, folder)}
 
     def _merge(self, name: str, base: str, sources: list[str]) -> Model:
         """Two models into one; rank 0 writes, all wait and score."""
@@ -248,7 +253,9 @@ class CorlRun:
         scores: Evaluation | None = None
         if self.parts.evaluator is not None:
             self.display.stage(f"scores of {name}, the {TITLES[name]}" if name == "base" else f"scores of {name}")
-            scores = self.parts.evaluator(starting_policy(self.config, folder, self.display).eval())
+            policy = starting_policy(self.config, folder, self.display)
+            self.loaded[folder] = loaded_from(policy, folder)
+            scores = self.parts.evaluator(policy.eval())
         self.account.made(name, scores)
         return Model(name, folder, scores)
 

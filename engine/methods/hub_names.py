@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from ..checkpoints.deepseek_config import THEIRS
-from ..checkpoints.deepseek_files import weight_names
+from ..checkpoints.deepseek_files import is_theirs, weight_names
 from ..checkpoints.hub_cache import (
     VQGAN,
     absent_from,
@@ -30,14 +30,18 @@ from ..checkpoints.hub_cache import (
     split,
     stay_offline,
 )
+from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, one_line
 from ..reasons import reason_of
-from .model_files import folder_problems
+from ..whole_files import cache_dir
+from .model_files import folder_problems, weight_problems
 
 Kind = Literal["model", "dataset"]
 REACH = 4.0
 """Seconds that looking a name up and connecting may take."""
 PICKLE = re.compile(r"pytorch_model[\w-]*\.bin$")
+OWN = ("model", "base", "models", "merge_models", "merge_base")
+"""Settings, or how they begin, that name the model that a run trains, converts or merges: its kind matters."""
 ANSWER = 10.0
 """Seconds that the hub may take to tell about a repository."""
 
@@ -58,6 +62,8 @@ class Download:
     wanted: Wanted
     num_bytes: int
     """0 where the hub did not tell."""
+    converted: int = 0
+    """Bytes of the copy in transformers' format that a run makes of it, in our own cache; 0 where it makes none."""
 
 
 def look_up(wanted: list[Wanted]) -> tuple[list[str], list[Download]]:
@@ -69,18 +75,19 @@ def look_up(wanted: list[Wanted]) -> tuple[list[str], list[Download]]:
     kept = [
         (one, folder)
         for one in wanted
-        if one not in absent and one.setting in ("model", "base")
+        if one not in absent and one.setting.partition(" ")[0] in OWN
         for folder in _kept(one)
     ]
     if problems := [problem for one, folder in kept for problem in own_problems(one, folder, weights=True)]:
         return problems, []
+    copies = {one.name: size for one, folder in kept if (size := _to_convert(folder))}
     if is_offline():
-        return [_absent(one, "offline is set (HF_HUB_OFFLINE)") for one in absent], []
+        return [_absent(one, "offline is set (HF_HUB_OFFLINE)") for one in absent] or _space([], copies), []
     unreachable = why_unreachable() if wanted else ""
     if unreachable and not absent:
         stay_offline()
     if unreachable:
-        return [_absent(one, unreachable) for one in absent], []
+        return [_absent(one, unreachable) for one in absent] or _space([], copies), []
     problems, downloads = [], []
     for one in absent:
         told = _ask(one)
@@ -88,7 +95,7 @@ def look_up(wanted: list[Wanted]) -> tuple[list[str], list[Download]]:
             problems += told.splitlines()
         else:
             downloads.append(told)
-    return problems + _space(downloads), downloads
+    return problems + _space(downloads, copies), downloads
 
 
 def is_cached(wanted: Wanted) -> bool:
@@ -173,14 +180,16 @@ def _ask(wanted: Wanted) -> Download | str:
     sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
     if wanted.kind == "dataset":
         return Download(wanted, sum(sizes.values()))
-    problem = _incomplete(wanted, sizes, getattr(info, "config", None) or {}) or _unlike(wanted, sizes)
-    return problem or Download(wanted, _fetched(sizes))
+    config = getattr(info, "config", None) or {}
+    problem = _incomplete(wanted, sizes, config) or _unlike(wanted, sizes)
+    fetched = _fetched(sizes)
+    return problem or Download(wanted, fetched, fetched if config.get("model_type") == THEIRS else 0)
 
 
 def _unlike(wanted: Wanted, sizes: Mapping[str, int]) -> str:
-    """What is wrong with the repository of the run's own model, by its settings, which are fetched for that, and by the
+    """What is wrong with the repository of a run's own model, by its settings, which are fetched for that, and by the
     names in its index; empty where nothing."""
-    if wanted.setting not in ("model", "base"):
+    if wanted.setting.partition(" ")[0] not in OWN:
         return ""
     try:
         folder = settings_fetched(wanted.name)
@@ -196,8 +205,13 @@ def _unlike(wanted: Wanted, sizes: Mapping[str, int]) -> str:
 
 
 def own_problems(wanted: Wanted, folder: Path, *, weights: bool) -> list[str]:
-    """What is wrong with the snapshot of the run's own model, told by its name on the hub."""
-    problems = folder_problems(wanted.setting, folder, trained=True, weights=weights)
+    """What is wrong with the snapshot of a run's own model, told by its name on the hub; of one that is merged as it
+    is, only its weights matter."""
+    if wanted.setting in ("model", "base") or is_theirs(folder):
+        problems = folder_problems(wanted.setting, folder, trained=True, weights=weights)
+    else:
+        found = weight_problems(folder) if weights else []
+        problems = [f"{wanted.setting}: expected whole safetensors, got {problem}" for problem in found]
     return [problem.replace(str(folder), wanted.name) for problem in problems]
 
 
@@ -224,18 +238,43 @@ def _fetched(sizes: Mapping[str, int]) -> int:
     return sum(size for name, size in sizes.items() if name in beside or (name.endswith(kinds) and "/" not in name))
 
 
-def _space(downloads: list[Download]) -> list[str]:
-    needed = sum(download.num_bytes for download in downloads)
-    folder = cache_folder()
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
-    if needed <= free:
-        return []
-    names = ", ".join(download.wanted.name for download in downloads)
-    return [
-        f"{downloads[0].wanted.setting}: expected {gib(needed)} of free space for {names}, got {gib(free)} at "
-        f"{folder}; free some, or let HF_HOME name another disk"
-    ]
+def _to_convert(folder: Path) -> int:
+    """Bytes of the copy that is made of a snapshot in DeepSeek's layout; 0 where there is one, or none is made."""
+    if not is_theirs(folder) or kept_conversion(folder) is not None:
+        return 0
+    return sum((folder / name).stat().st_size for name in weight_names(folder))
+
+
+def _space(downloads: list[Download], cached: Mapping[str, int]) -> list[str]:
+    """A disk without room for what is fetched, or for that and what is converted, where both lie on one.
+
+    Args:
+        downloads: what is fetched.
+        cached: by names of what is in the cache already, the bytes of a conversion that is to be made of it.
+    """
+    cache, own = cache_folder(), cache_dir()
+    places = [(cache, "HF_HOME", {one.wanted.name: one.num_bytes for one in downloads})]
+    converted = {**cached, **{one.wanted.name: one.converted for one in downloads if one.converted}}
+    copies = {f"{name} in transformers' format": size for name, size in converted.items()}
+    if copies and _there(own).stat().st_dev == _there(cache).stat().st_dev:
+        places[0][2].update(copies)
+    elif copies:
+        places.append((own, "SYNCR1_CACHE", copies))
+    found = []
+    for folder, variable, needed in places:
+        free = shutil.disk_usage(_there(folder)).free
+        if sum(needed.values()) > free:
+            setting = downloads[0].wanted.setting if downloads else variable
+            found.append(
+                f"{setting}: expected {gib(sum(needed.values()))} of free space for "
+                f"{' and '.join(needed)}, got {gib(free)} at {folder}; free some, or let {variable} name another disk"
+            )
+    return found
+
+
+def _there(folder: Path) -> Path:
+    """A folder, or what is there of the way to it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
 def gib(num_bytes: float) -> str:

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..pictures import ImageRef
 from ..policies.auto import load_policy
 from ..policies.base import Policy
+from ..policies.inputs import check_fit, checkpoint_notes
 from ..processes.group import own_device
 from ..records import Prompt, Rollout, SegmentKind
 from ..rollout.sampler import RolloutEngine
@@ -45,7 +46,8 @@ class Model:
     def load(
         cls, name: str | Path | None = None, *, bf16: bool = False, device: str | torch.device | None = None
     ) -> Self:
-        """Loads a checkpoint; photos and prompts are prepared as its run did it, else as its own processor does.
+        """Loads a checkpoint; photos and prompts are prepared as its run did it, else as its own processor does. What
+        is worth knowing of it is printed: half of a task that it was trained for, an argument that nothing reads.
 
         Args:
             name: folder or hub name, in transformers' format or DeepSeek's; None: the tiny base of the rendered
@@ -54,8 +56,19 @@ class Model:
             device: where; None: the first GPU, else the CPU.
 
         Raises:
-            ConfigError: there is no such checkpoint, or no policy for it.
+            ConfigError: there is no such checkpoint, no policy for it, or no way to give it pictures.
         """
+        model = cls.unchecked(name, bf16=bf16, device=device)
+        check_fit(model.policy)
+        for line in (*checkpoint_notes(model.policy), *model.policy.remarks(())):
+            print(f"{model.name}: {line}")
+        return model
+
+    @classmethod
+    def unchecked(
+        cls, name: str | Path | None = None, *, bf16: bool = False, device: str | torch.device | None = None
+    ) -> Self:
+        """`load` for who prepares its inputs in another way, and checks and tells that by himself."""
         quieten()
         if name is None:
             from ..world.base_model import BaseSettings

@@ -23,7 +23,7 @@ from ..checkpoints.deepseek_files import (
     theirs_problems,
     weight_names,
 )
-from ..policies.kinds import DRAWING
+from ..policies.kinds import DRAWING, SAFE, SAFE_INDEX
 
 UNIFIED = ("chameleon", "emu3", "janus")
 """`model_type` of the models that draw, as KNOWN of policies/auto.py has them."""
@@ -36,7 +36,6 @@ TOKENIZERS = (
     "tekken.json",
 )
 """Files of which a tokenizer needs one."""
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER = 100_000_000
 """Bytes, as safetensors has it."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -150,18 +149,18 @@ def weight_problems(folder: Path) -> list[str]:
 
 def weight_files(folder: Path) -> list[Path] | str:
     """The files that hold the weights, all there; a sentence's end with the remedy where they are not."""
-    if (folder / INDEX).is_file():
-        index = settings_in(folder / INDEX)
+    if (folder / SAFE_INDEX).is_file():
+        index = settings_in(folder / SAFE_INDEX)
         shards = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            return f"{folder / INDEX}, which names no shards; download it again"
+            return f"{folder / SAFE_INDEX}, which names no shards; download it again"
         names = sorted(set(shards.values()))
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             return f"{len(absent)} of {len(names)} shards missing in {folder} ({absent[0]}); download them again"
         return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+    if (folder / SAFE).is_file():
+        return [folder / SAFE]
     return f"none in {folder}{_other_weights(folder)}"
 
 
@@ -173,7 +172,7 @@ def _other_weights(folder: Path) -> str:
         return f", but {quantised[0]}; take the checkpoint that it was made from"
     parts = sorted(path.name for path in folder.glob("*.safetensors"))
     if parts:
-        return f" under their usual names, but {parts[0]} without {INDEX}; download the rest"
+        return f" under their usual names, but {parts[0]} without {SAFE_INDEX}; download the rest"
     return "; download them, or name the folder that holds them"
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.deepseek_config import OURS, THEIRS
-from ..checkpoints.deepseek_files import is_theirs, weight_names
+from ..checkpoints.deepseek_files import config_in, is_theirs, weight_names
 from ..checkpoints.hub import problems_with_hub
+from ..checkpoints.hub_cache import snapshots
 from ..checkpoints.published import kept_conversion
 from ..errors import ConfigError, kind_of, refuse
 from ..evaluate.benchmarks.data_sets import sources_of
@@ -84,6 +85,7 @@ def check_start(config: Any) -> None:
         problems += cache_problems()
     if not problems and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a machine asks for all
         problems, downloads = hub_names.look_up([*names, *_data_sets(config)])
+        problems += [] if problems else _kind_problems(_merged_of(config))
         for download in downloads:
             size = gib(download.num_bytes) if download.num_bytes else "of unknown size"
             print(f"syncr1: to download: {download.wanted.setting} {download.wanted.name}, {size}", flush=True)
@@ -102,8 +104,26 @@ def check_weights(models: Mapping[str, str], output: Path | None = None) -> None
         size = sum(path.stat().st_size for path in last.glob("*.safetensors")) if last.is_dir() else 0
         problems += output_problems("output", output.absolute().parent if output.exists() else output, size)
     problems += [] if problems else hub_names.look_up(names)[0]
+    problems += [] if problems else _kind_problems(models)
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
+
+
+def _kind_problems(models: Mapping[str, str]) -> list[str]:
+    """Models of several kinds, by setting, of which nothing can be merged."""
+    kinds = dict[str, str]()
+    for setting, model in models.items():
+        if setting.partition(" ")[0] not in hub_names.OWN:  # compared, not merged
+            continue
+        folder = Path(model).expanduser()
+        places = [folder] if folder.is_dir() else snapshots(model, "model")
+        found = next((kind for place in places if (kind := config_in(place).get("model_type"))), None)
+        if isinstance(found, str):
+            kinds[setting] = OURS if found == THEIRS else found
+    if len(set(kinds.values())) < 2:
+        return []
+    told = ", ".join(f"{setting} {kind}" for setting, kind in kinds.items())
+    return [f"models: expected models of one kind, trained from one base, got {told}; name those of one base"]
 
 
 def _merged_problems(models: Mapping[str, str]) -> tuple[list[str], list[Wanted]]:
@@ -154,11 +174,33 @@ def check_conversion(config: Any) -> None:
             problems.append(f"base: expected DeepSeek's layout, got {folder} in transformers'; name the published one")
         else:
             problems += folder_problems(setting, folder, trained=True)
+        if setting == "model" and kind in (THEIRS, OURS) and (problem := direction_problem(config, str(kind))):
+            problems.append(problem)
         size = size or sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
     problems += output_problems("output", config.output, size)
     problems += [] if problems else hub_names.look_up(names)[0]
+    if not problems and not Path(config.model).expanduser().is_dir():  # its settings are in the hub's cache now
+        kinds = [config_in(folder).get("model_type") for folder in snapshots(config.model, "model")]
+        problems += [problem for kind in kinds[:1] if (problem := direction_problem(config, str(kind)))]
     if problems:
         refuse(ConfigError.of(list(dict.fromkeys(problems))))
+
+
+def direction_problem(config: Any, kind: str) -> str:
+    """A conversion into the layout that a checkpoint has already; empty for the other way.
+
+    Args:
+        config: settings of `recipes/convert.py`.
+        kind: `model_type` of its model.
+    """
+    there = {THEIRS: "deepseek", OURS: "transformers"}.get(kind)
+    if config.to is None or config.to != there:
+        return ""
+    other = "transformers" if there == "deepseek" else "deepseek"
+    return (
+        f"to: expected {other}, got {there}, whose layout {config.model} has already; use it as it is, or leave --to "
+        "out for the other one"
+    )
 
 
 def models_of(config: Any) -> tuple[dict[str, Path], list[Wanted]]:

@@ -94,6 +94,12 @@ def starting_policy(config: TrainConfig, model: str | Path, display: Display) ->
     return policy
 
 
+def loaded_from(policy: Policy, model: str | Path) -> str:
+    """The folder that `starting_policy` loaded `model` from: a name on the hub, asked for again, may mean another one,
+    or ask in vain."""
+    return str(getattr(policy.model, "name_or_path", None) or model)
+
+
 def limit_threads(policy: Policy) -> None:
     """One thread for a model too small to share out, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in policy.parameters()) < SMALL_MODEL:

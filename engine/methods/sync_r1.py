@@ -11,7 +11,7 @@ from ..settings.yaml_files import to_yaml
 from .ahead_start import AheadOf
 from .data_checks import checked_chains
 from .resume import resume_point
-from .starting import add_adapters, starting_policy
+from .starting import add_adapters, loaded_from, starting_policy
 from .sync_r1_config import SyncR1Config
 from .sync_r1_parts import build_reward_set, evaluator_of, own_rewards, prepare_data, prepare_model, stream_of
 from .training import Session, Summaries, Training, run_method, run_training
@@ -56,7 +56,10 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
         prompts=stream,
         rewards=build_reward_set(config, frozen, prompts, own),
         evaluator=one_at_a_time(lambda: evaluator_of(config, frozen, benchmark)) if benchmark else None,
-        ahead=AheadOf("syncr1.engine.methods.sync_r1_ahead", {"settings": to_yaml(config, comments=False)}),
+        ahead=AheadOf(
+            "syncr1.engine.methods.sync_r1_ahead",
+            {"settings": to_yaml(config, comments=False), "model": loaded_from(policy, model)},
+        ),
     )
     return run_training(config, training, session, resumed).summaries
 

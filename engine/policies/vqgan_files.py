@@ -23,11 +23,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from ..reasons import reading
+from .kinds import SAFE, SAFE_INDEX
 
 BESIDE = ("vqgan.safetensors", "vqgan.ckpt", "tokenizer/vqgan.ckpt", "chameleon/vqgan.ckpt")
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 """Of a published file, which may hold its discriminator, too."""
 ADVICE = (
@@ -48,13 +48,12 @@ def own_tensors(name: str | Path, prefix: str, *, shapes_alone: bool = False) ->
 
     Returns:
         None where its weights are not at hand.
+
+    Raises:
+        ConfigError: an index that names no shards.
     """
-    index = _file(name, INDEX, fetch=not shapes_alone)
-    if index is not None:
-        files = json.loads(index.read_text("utf-8"))["weight_map"]
-        shards = sorted({shard for key, shard in files.items() if key.startswith(prefix)})
-    else:
-        shards = [SINGLE]
+    index = _file(name, SAFE_INDEX, fetch=not shapes_alone)
+    shards = [SAFE] if index is None else _shards(index, prefix)
     paths = [_file(name, shard, fetch=not shapes_alone) for shard in shards]
     found: Tensors = {}
     for path in paths:
@@ -62,6 +61,18 @@ def own_tensors(name: str | Path, prefix: str, *, shapes_alone: bool = False) ->
             return None
         found |= _safetensors(path, lambda key: key.startswith(prefix), shapes_alone)
     return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
+
+
+def _shards(index: Path, prefix: str) -> list[str]:
+    """The files that hold tensors whose names begin with `prefix`, by an index of shards."""
+    try:
+        files = json.loads(index.read_bytes())["weight_map"].items()
+        return sorted({str(shard) for key, shard in files if key.startswith(prefix)})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"model: expected JSON with a weight_map, got {index} ({type(error).__name__}: {one_line(error)}); "
+            "download it again"
+        ) from error
 
 
 def published_tensors(name: str | Path, *, shapes_alone: bool = False) -> tuple[Tensors, Path] | None:

@@ -13,11 +13,12 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import re
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -243,11 +244,34 @@ def wrong_type(setting: Setting, value: Any) -> str:
     if "a number" in wanted and _is_too_large(value):
         wanted, got = wanted.replace("a number", "a number of at most 1.8e308"), str(value)
         return f"{setting.name}: expected {wanted}, got {shown(got)}; default: {in_yaml(setting.default)}"
-    nearest = difflib.get_close_matches(str(value)[:80], [str(choice) for choice in choices(setting.type)], n=1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"default: {in_yaml(setting.default)}"
+    nearest = nearest_choice(str(value)[:80], [str(choice) for choice in choices(setting.type)])
+    remedy = f"did you mean {nearest}?" if nearest else f"default: {in_yaml(setting.default)}"
     remedy = remedy_of_value(setting.name, value.split() if isinstance(value, str) else value) or remedy
     kind = "" if isinstance(value, str) else f" ({type(value).__name__})"  # the quotes of a text say so
     return f"{setting.name}: expected {wanted}, got {shown(value)}{kind}; {remedy}"
+
+
+def nearest_choice(value: str, allowed: Sequence[str]) -> str | None:
+    """The choice that is most likely meant: the one of most letters all of whose words are among the value's, else one
+    spelt like it; None where nothing is near.
+
+    >>> nearest_choice("NVIDIA A100-SXM4-80GB", ["a100-40gb", "a100"])
+    'a100'
+    """
+
+    def words(text: str) -> list[str]:
+        return re.findall("[a-z0-9]+", text.lower())
+
+    def plain(text: str) -> str:
+        return "".join(words(text))
+
+    said = words(value)
+    said += [first + second for first, second in itertools.pairwise(said)]  # RTX 4090
+    inside = [choice for choice in allowed if words(choice) and set(words(choice)) <= set(said)]
+    same = [choice for choice in allowed if plain(choice) == plain(value)]
+    near = difflib.get_close_matches(plain(value), [plain(choice) for choice in allowed], n=1)
+    found = same or sorted(inside, key=len)[-1:] or [choice for choice in allowed if plain(choice) in near]
+    return found[0] if found else None
 
 
 def _is_too_large(value: Any) -> bool:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from syncr1.engine.checkpoints import merge
 from syncr1.engine.checkpoints.merge import RECORD, MergeReport, Moments, merge_checkpoints
-from syncr1.engine.checkpoints.safetensors_stream import INDEX, SINGLE
 from syncr1.engine.errors import CheckpointError, ConfigError
+from syncr1.engine.policies.kinds import SAFE, SAFE_INDEX
 
 ROOT = Path(__file__).resolve().parents[2]
 State = dict[str, Tensor]
@@ -36,7 +36,7 @@ FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def save(folder: Path, state: State) -> Path:
     folder.mkdir(parents=True)
-    save_file({name: value.clone() for name, value in state.items()}, folder / SINGLE, metadata={"format": "pt"})
+    save_file({name: value.clone() for name, value in state.items()}, folder / SAFE, metadata={"format": "pt"})
     return folder
 
 
@@ -49,7 +49,7 @@ def merged(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge, "PIECE", piece)
         report = merge_checkpoints(folders[0], folders[1:], where / "out", method, width)  # type: ignore[arg-type]
-    return load_file(where / "out" / SINGLE), report
+    return load_file(where / "out" / SAFE), report
 
 
 def by_formula(method: str, base: Tensor, models: Sequence[Tensor], width: float = 2.0) -> Tensor:
@@ -276,16 +276,16 @@ def test_the_folder_is_the_first_models_without_code_and_pickles(folders: list[P
     report = merge_checkpoints(folders[0], folders[1:], tmp_path / "deep" / "out")
     out = tmp_path / "deep" / "out"
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert files == {*COPIED, SINGLE, RECORD}
+    assert files == {*COPIED, SAFE, RECORD}
     assert all((out / name).read_text() == f"a {name}" for name in COPIED)
     assert out.stat().st_mode & 0o077 == tmp_path.joinpath("deep").stat().st_mode & 0o077, "readable as other folders"
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     record = json.loads((out / RECORD).read_text())
     assert record["base"]["name"] == "w0" and [model["name"] for model in record["models"]] == ["a", "b"]
-    digest = hashlib.sha256((folders[2] / SINGLE).read_bytes()).hexdigest()
-    assert record["models"][1]["sha256"] == {SINGLE: digest} and report.models[1].sha256 == {SINGLE: digest}
+    digest = hashlib.sha256((folders[2] / SAFE).read_bytes()).hexdigest()
+    assert record["models"][1]["sha256"] == {SAFE: digest} and report.models[1].sha256 == {SAFE: digest}
     assert record["method"] == "gaussian" and record["width"] == 2.0 and str(tmp_path) not in (out / RECORD).read_text()
-    with safe_open(out / SINGLE, framework="pt") as file:
+    with safe_open(out / SAFE, framework="pt") as file:
         assert file.metadata() == {"format": "pt", "merge_method": "gaussian", "merge_base": "w0"}
 
 
@@ -295,11 +295,11 @@ def test_shards_in_and_out(folders: list[Path], tmp_path: Path) -> None:
     merge_checkpoints(folders[0], folders[1:], tmp_path / "one", "mean", report=lambda *call: calls.append(call))
     merge_checkpoints(folders[0], folders[1:], tmp_path / "many", "mean", max_shard_bytes=100)
     assert [call[:2] for call in calls] == [(1, 2), (2, 2)] and {call[2] for call in calls} == {"t0", "t1"}
-    assert (tmp_path / "many" / INDEX).is_file() and not (tmp_path / "many" / SINGLE).exists()
+    assert (tmp_path / "many" / SAFE_INDEX).is_file() and not (tmp_path / "many" / SAFE).exists()
     merge_checkpoints(tmp_path / "many", [tmp_path / "one", tmp_path / "many"], tmp_path / "again", "gaussian")
-    one, again = (load_file(tmp_path / name / SINGLE) for name in ("one", "again"))
+    one, again = (load_file(tmp_path / name / SAFE) for name in ("one", "again"))
     assert all(torch.equal(one[name], again[name]) for name in one)
-    assert not (tmp_path / "again" / INDEX).exists()
+    assert not (tmp_path / "again" / SAFE_INDEX).exists()
 
 
 def test_a_base_on_the_hub(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ def test_a_base_on_the_hub(folders: list[Path], tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     named = merge_checkpoints("org/w0", folders[1:], tmp_path / "named")
     direct = merge_checkpoints(folders[0], folders[1:], tmp_path / "direct")
-    states = [load_file(tmp_path / name / SINGLE) for name in ("named", "direct")]
+    states = [load_file(tmp_path / name / SAFE) for name in ("named", "direct")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
     assert named.base.name == "org/w0" and named.base.sha256 == direct.base.sha256
     with pytest.raises(ConfigError, match="org/absent"):
@@ -364,7 +364,7 @@ def test_wrong_arguments(folders: list[Path], tmp_path: Path) -> None:
         assert "choose another name" in refused(FileExistsError, tmp_path, base, models, taken)
     out.mkdir()
     merge_checkpoints(base, models, out)
-    assert (out / SINGLE).is_file(), "an empty folder may be used"
+    assert (out / SAFE).is_file(), "an empty folder may be used"
 
 
 def test_no_room_is_said_before(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

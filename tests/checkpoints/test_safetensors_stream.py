@@ -19,13 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from syncr1.engine.checkpoints.safetensors_stream import (
     DTYPES,
-    INDEX,
-    SINGLE,
     MappedCheckpoint,
     SafetensorsWriter,
     TensorInfo,
 )
 from syncr1.engine.errors import CheckpointError
+from syncr1.engine.policies.kinds import SAFE, SAFE_INDEX
 
 SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (5, 3), (2, 3, 3, 3)]
 
@@ -63,10 +62,10 @@ def test_every_dtype_and_shape_is_read_by_safetensors(tmp_path: Path) -> None:
         f"{name}/{i}": filled(dtype, shape, i) for name, dtype in DTYPES.items() for i, shape in enumerate(SHAPES)
     }
     write(tmp_path, tensors, metadata={"from": 'Ünïcödé " \\'})
-    assert_same(load_file(tmp_path / SINGLE), tensors)
-    with safe_open(tmp_path / SINGLE, framework="pt") as file:
+    assert_same(load_file(tmp_path / SAFE), tensors)
+    with safe_open(tmp_path / SAFE, framework="pt") as file:
         assert file.metadata() == {"format": "pt", "from": 'Ünïcödé " \\'}
-    assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
+    assert [path.name for path in tmp_path.iterdir()] == [SAFE]
 
 
 @given(
@@ -112,7 +111,7 @@ def test_transformers_loads_it(tmp_path: Path, max_shard: int) -> None:
     model.config.save_pretrained(tmp_path)
     state = model.state_dict()
     writer = write(tmp_path, state, piece=1000, max_shard_bytes=max_shard)
-    assert (len(writer.files) > 2) == (tmp_path / INDEX).exists() == (max_shard == 8_000)
+    assert (len(writer.files) > 2) == (tmp_path / SAFE_INDEX).exists() == (max_shard == 8_000)
     loaded, told = LlamaForCausalLM.from_pretrained(
         tmp_path, dtype=torch.bfloat16, use_safetensors=True, output_loading_info=True
     )
@@ -126,7 +125,7 @@ def test_the_index_is_transformers_own(tmp_path: Path) -> None:
     state = {n: v for file in MappedCheckpoint(tmp_path / "theirs").files for n, v in load_file(file).items()}
     (tmp_path / "ours").mkdir()
     write(tmp_path / "ours", state, max_shard_bytes=8_000)
-    ours, theirs = (json.loads((tmp_path / who / INDEX).read_text()) for who in ("ours", "theirs"))
+    ours, theirs = (json.loads((tmp_path / who / SAFE_INDEX).read_text()) for who in ("ours", "theirs"))
     assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
     assert ours["weight_map"].keys() == theirs["weight_map"].keys()
     for name, file in ours["weight_map"].items():
@@ -175,16 +174,16 @@ def test_writer_refuses(tmp_path: Path) -> None:
         SafetensorsWriter(tmp_path, INFOS, max_shard_bytes=0)
     with pytest.raises(RuntimeError, match="context manager"):
         SafetensorsWriter(tmp_path, INFOS).write("a", torch.zeros(4))
-    save_file({"a": torch.zeros(1)}, tmp_path / SINGLE)
-    with pytest.raises(FileExistsError, match=SINGLE):
+    save_file({"a": torch.zeros(1)}, tmp_path / SAFE)
+    with pytest.raises(FileExistsError, match=SAFE):
         SafetensorsWriter(tmp_path, INFOS)
 
 
 def shards(folder: Path, **changes: object) -> Path:
     write(folder, {"a": torch.zeros(4), "b": torch.ones(4)}, max_shard_bytes=16)
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / SAFE_INDEX).read_text())
     index["weight_map"] |= changes
-    (folder / INDEX).write_text(json.dumps(index))
+    (folder / SAFE_INDEX).write_text(json.dumps(index))
     return folder
 
 
@@ -198,7 +197,7 @@ def test_reader_refuses_an_index_that_does_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a\\b.safetensors", "weights.bin"])
 def test_an_index_cannot_point_elsewhere(tmp_path: Path, name: str) -> None:
-    save_file({"c": torch.zeros(1)}, tmp_path / SINGLE)
+    save_file({"c": torch.zeros(1)}, tmp_path / SAFE)
     (tmp_path / "in").mkdir()
     with pytest.raises(CheckpointError, match="its own folder"):
         MappedCheckpoint(shards(tmp_path / "in", c=name))
@@ -206,15 +205,15 @@ def test_an_index_cannot_point_elsewhere(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": []}'])
 def test_a_broken_index_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / INDEX).write_text(text)
+    (tmp_path / SAFE_INDEX).write_text(text)
     with pytest.raises(CheckpointError, match="weight_map"):
         MappedCheckpoint(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 20, -1])
 def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
-    save_file({"a": torch.zeros(100)}, tmp_path / SINGLE)
-    (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:keep])
+    save_file({"a": torch.zeros(100)}, tmp_path / SAFE)
+    (tmp_path / SAFE).write_bytes((tmp_path / SAFE).read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         MappedCheckpoint(tmp_path)
 
@@ -230,8 +229,8 @@ def test_other_folders_are_refused_with_the_remedy(tmp_path: Path) -> None:
     assert "can run code" in refused()
     save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     assert "merge_and_unload" in refused()
-    save_file({"a": torch.zeros(1)}, tmp_path / SINGLE)
-    (tmp_path / INDEX).write_text("{}")
+    save_file({"a": torch.zeros(1)}, tmp_path / SAFE)
+    (tmp_path / SAFE_INDEX).write_text("{}")
     assert "out of date" in refused()
     with pytest.raises(CheckpointError, match="no folder"):
         MappedCheckpoint(tmp_path / "nowhere")

@@ -10,11 +10,17 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 from helpers import sharp_policy
+from made import cache_folder, short_base, world_folder
 
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.methods import preflight
 from syncr1.engine.methods.ahead_start import device_beside, started_ahead
+from syncr1.engine.methods.starting import loaded_from
+from syncr1.engine.methods.sync_r1_ahead import side
+from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.policies.auto import load_policy
 from syncr1.engine.settings.train_config import TrainConfig
+from syncr1.engine.settings.yaml_files import to_yaml
 
 STALE = TrainConfig(rollout_staleness=1, importance_correction="mask")
 
@@ -52,3 +58,15 @@ def test_a_method_that_has_none() -> None:
     with started_ahead(TrainConfig(), sharp_policy(), None) as started:
         assert started.beside is None
         started.close()
+
+
+def test_the_other_process_loads_the_folder_that_this_one_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name on the hub is not asked for again: it may have come to mean another model, or be out of reach."""
+    monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = SyncR1Config(model="org/nowhere", data=str(world_folder()), reward_funcs=("identity", "text"))
+    folder = loaded_from(load_policy(short_base()), "org/nowhere")
+    assert folder == str(short_base())
+    made = side({"settings": to_yaml(config, comments=False), "model": folder})
+    assert made.policy.model.name_or_path == folder
+    assert loaded_from(sharp_policy(), "here") == "here"

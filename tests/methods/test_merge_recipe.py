@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from syncr1.engine.checkpoints.merge import RECORD, merge_checkpoints
-from syncr1.engine.checkpoints.safetensors_stream import SINGLE, SafetensorsWriter, TensorInfo
+from syncr1.engine.checkpoints.safetensors_stream import SafetensorsWriter, TensorInfo
+from syncr1.engine.policies.kinds import SAFE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +38,7 @@ def folders(tmp_path: Path) -> list[str]:
     for name in ("w0", "a", "b"):
         (tmp_path / name).mkdir()
         weights = {"w": torch.randn(20, 3), "steps": torch.tensor(3)}
-        save_file(weights, tmp_path / name / SINGLE, metadata={"format": "pt"})
+        save_file(weights, tmp_path / name / SAFE, metadata={"format": "pt"})
         (tmp_path / name / "config.json").write_text('{"architectures": ["JanusForConditionalGeneration"]}')
         made.append(str(tmp_path / name))
     return made
@@ -59,10 +60,10 @@ def test_flags_to_a_folder_and_its_card(
     out = tmp_path / "out"
     run(recipe, monkeypatch, "--base", base, "--models", *models, "--output", str(out), "--method", "fnorm")
     merge_checkpoints(base, models, tmp_path / "direct", "fnorm")
-    assert torch.equal(load_file(out / SINGLE)["w"], load_file(tmp_path / "direct" / SINGLE)["w"])
+    assert torch.equal(load_file(out / SAFE)["w"], load_file(tmp_path / "direct" / SAFE)["w"])
     card = (out / "README.md").read_text()
     assert "fnorm merge" in card and "`w0`" in card and "`a`" in card and str(tmp_path) not in card
-    assert {path.name for path in out.iterdir()} == {SINGLE, RECORD, "config.json", "README.md"}
+    assert {path.name for path in out.iterdir()} == {SAFE, RECORD, "config.json", "README.md"}
     said = capsys.readouterr().out
     assert "2 of 2 tensors" in said and f"saved {out}" in said and re.search(r"a: moved by \d", said)
 
@@ -94,7 +95,7 @@ def test_checkpoints_that_do_not_fit_end_with_one_message(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    save_file({"w": torch.zeros(2)}, Path(folders[2]) / SINGLE)
+    save_file({"w": torch.zeros(2)}, Path(folders[2]) / SAFE)
     with pytest.raises(SystemExit) as caught:
         run(recipe, monkeypatch, "--base", folders[0], "--models", *folders[1:], "--output", str(tmp_path / "out"))
     said = capsys.readouterr().err

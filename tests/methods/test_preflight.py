@@ -14,6 +14,7 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deepseek_janus import Sizes, config_of
 from hub_files import HubFiles, hub_files
 from made import short_base, world_folder
 from mistake import LLAMA
@@ -40,6 +41,7 @@ from syncr1.engine.methods.model_files import (
 from syncr1.engine.methods.preflight import (
     NEEDED,
     TOY_POSITIONS,
+    check_weights,
     space_needed,
     turn_problems,
     version_problems,
@@ -226,6 +228,7 @@ def hub(server: HubFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hu
     weights = {"model.safetensors": bytes(3 << 20)}
     flow = {"config.json": json.dumps({"model_type": "multi_modality", "vision_gen_enc_config": {}}).encode()}
     files = {"preprocessor_config.json": b"{}", "tokenizer_config.json": b"{}", **words}
+    theirs = json.dumps(config_of(Sizes())).encode()
     server.repositories |= {
         "org/whole": {**config, **words, **weights},
         "org/pickled": {**config, **words, "pytorch_model.bin": b"12345"},
@@ -234,6 +237,7 @@ def hub(server: HubFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hu
         "org/wordless": {**config, **weights},
         "org/holes": {**config, **words, "model.safetensors.index.json": index, "model-1.safetensors": b""},
         "org/strange": {**words, **weights, "config.json": b'{"model_type": "t5"}'},
+        "org/theirs": {**files, "config.json": theirs, "pytorch_model.bin": bytes(2 << 20)},
         "org/flow": {**flow, **files, "pytorch_model.bin": b"12345"},
     }
     server.gated.add("org/gated")
@@ -271,7 +275,15 @@ def test_a_hub_that_fails_and_a_disk_that_is_full(hub: HubFiles, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         (told,), _ = look_up([Wanted("model", "org/whole")])
-    assert "of free space for org/whole" in told
+        assert "of free space for org/whole" in told
+        room = usage._replace(free=(3 << 20) + 2000)
+        patch.setattr(shutil, "disk_usage", lambda path: room)
+        assert look_up([Wanted("model", "org/whole")])[0] == []
+        (told,), _ = look_up([Wanted("model", "org/theirs")])
+        assert "of free space for org/theirs and org/theirs in transformers' format, got" in told, "it is kept twice"
+        if Path("/dev/shm").is_dir():
+            patch.setenv("SYNCR1_CACHE", "/dev/shm")
+            assert look_up([Wanted("model", "org/theirs")])[0] == [], "there is room for each on its disk"
     hub.broken.add("org/whole")
     (told,), _ = look_up([Wanted("model", "org/whole")])
     assert "org/whole: hub: expected" in told and "\n" not in told
@@ -326,3 +338,23 @@ def test_half_a_checkpoint_is_found_in_each_of_its_files(tmp_path: Path) -> None
     model(weights="whole")(tmp_path)
     (tmp_path / "m" / "tokenizer_config.json").write_text("{")
     assert len(folder_problems("model", tmp_path / "m", trained=True)) == 1
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_is_merged_is_looked_at_by_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names on the hub as folders are: JanusFlow, an index with holes, a model of another kind than the others."""
+    for name, words in (
+        ("org/flow", "merge_models org/flow: expected Janus or Janus-Pro, got org/flow, JanusFlow"),
+        ("org/holes", "merge_base: expected the shards that its index names, got org/holes without 1"),
+    ):
+        (told,), _ = look_up([Wanted(words.partition(":")[0], name)])
+        assert told.startswith(words)
+    assert look_up([Wanted("models org/strange", "org/strange")])[0] == [], (
+        "whatever it is, it may be merged with its like"
+    )
+    with pytest.raises(SystemExit) as ended:
+        check_weights({"base": "org/whole", "models org/strange": "org/strange"})
+    assert ended.value.code == 2
+    assert "got base llama, models org/strange t5; name those of one base" in capsys.readouterr().err
+    check_weights({"base": "org/whole", "models org/whole": "org/whole"})
+    check_weights({"compare org/whole": "org/whole", "compare org/strange": "org/strange"})

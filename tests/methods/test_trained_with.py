@@ -116,11 +116,23 @@ def test_every_way_to_a_model_prepares_as_its_run_did(tmp_path: Path) -> None:
     assert read_manifest(items)["sampling"]["chat_template_kwargs"] == ["a=1"]
 
 
+def test_what_is_worth_knowing_of_a_model_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = left_by(tmp_path / "run", SyncR1Config(chat_template_kwargs=("thinking=false",)))
+    sharp_policy().save(Path(where))
+    Model.load(where, device="cpu")
+    assert f"{where}: its chat template reads no thinking: " in capsys.readouterr().out
+    (tmp_path / "run" / "config.yaml").unlink()
+    Model.load(where, device="cpu")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_processor_that_does_not_fit_is_told_before_anything_is_drawn(tmp_path: Path) -> None:
     odd = sharp_policy()
     odd.processor.image_processor.size = {"height": 48, "width": 48}
     odd.save(tmp_path / "odd")
     asked: dict[str, Any] = {"model": str(tmp_path / "odd"), "output_dir": tmp_path / "out"}
+    with pytest.raises(ConfigError, match="picture_fit: expected"):
+        Model.load(asked["model"], device="cpu")
     with pytest.raises(ConfigError, match="picture_fit: expected"):
         run_sample(SampleConfig(prompt=("a",), **asked))
     with pytest.raises(ConfigError, match="picture_fit: expected"):

@@ -119,6 +119,13 @@ class _Runs:
         return print, ("ran",)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"weight_map": ["a"]}', '{"weight_map": null}', "\\xff"])
+def test_an_index_that_names_no_shards_is_a_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"expected JSON with a weight_map, got .*index\.json .*; download it again"):
+        own_tensors(tmp_path, "model.vqmodel.")
+
+
 def test_where_tensors_are_found(tmp_path: Path) -> None:
     """Of one file and of shards, with a prefix; beside the weights in each place; shapes alone on `meta`."""
     made = vqgan(vq_config()).state_dict()

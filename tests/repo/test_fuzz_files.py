@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from syncr1.engine.checkpoints import sharded as checkpoint
-from syncr1.engine.checkpoints.safetensors_stream import INDEX, SINGLE, MappedCheckpoint
+from syncr1.engine.checkpoints.safetensors_stream import MappedCheckpoint
 from syncr1.engine.data.prompts import load_benchmark, load_training_prompts
 from syncr1.engine.data.samples import load_samples
 from syncr1.engine.errors import CheckpointError, DataError, EvaluationError, PictureError
@@ -36,6 +36,7 @@ from syncr1.engine.evaluate.graders import KEPT, Kept
 from syncr1.engine.evaluate.manifest import MANIFEST, claim
 from syncr1.engine.evaluate.store import ITEMS, Store
 from syncr1.engine.pictures import StoredImage, open_picture
+from syncr1.engine.policies.kinds import SAFE, SAFE_INDEX
 from syncr1.engine.show.report import write_report
 from syncr1.engine.show.run_files import read_jsonl
 
@@ -306,12 +307,12 @@ def test_an_item_whose_image_no_file_could_be(tmp_path: Path) -> None:
 
 @share(1)
 def test_indices_of_shards(trial: Trial, tmp_path: Path, seed: int) -> None:
-    read = file_of(tmp_path / INDEX, MappedCheckpoint)
+    read = file_of(tmp_path / SAFE_INDEX, MappedCheckpoint)
     trial(seed, lambda draw: (manifest(draw, WEIGHTS),), read, CheckpointError)
 
 
 def test_a_shard_that_no_file_could_be(tmp_path: Path) -> None:
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "\ud800.safetensors"}}))
+    (tmp_path / SAFE_INDEX).write_text(json.dumps({"weight_map": {"a": "\ud800.safetensors"}}))
     with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         MappedCheckpoint(tmp_path)
 
@@ -321,7 +322,7 @@ def test_weight_files(trial: Trial, tmp_path: Path, seed: int) -> None:
     good = save({"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.int8)})
 
     def read(contents: bytes) -> None:
-        path = tmp_path / SINGLE
+        path = tmp_path / SAFE
         path.unlink(missing_ok=True)  # a map of the one before may still be open
         path.write_bytes(contents)
         opened = MappedCheckpoint(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -13,7 +13,8 @@ from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.methods.evaluation_config import EvaluateConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.settings.schema import settings_of
+from syncr1.engine.settings.schema import nearest_choice, settings_of
+from syncr1.engine.settings.train_config import GpuName
 from syncr1.engine.settings.yaml_files import from_yaml, to_yaml
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "sync_r1.yaml"
@@ -146,6 +147,19 @@ def test_all_problems_come_at_once() -> None:
         "temperature",
         "nodes",
     ]
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        *[("a100-80gb", "a100"), ("A100", "a100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("a100-sxm-40gb", "a100-40gb")],
+        *[("NVIDIA H100 PCIe", "h100-pcie"), ("h100_sxm", "h100"), ("h1000", "h100"), ("RTX-4090", "rtx4090")],
+        *[("NVIDIA GeForce RTX 4090", "rtx4090"), ("4090", "rtx4090"), ("b200-192gb", "b200"), ("L40", "l40s")],
+        *[("mi300x", None), ("", None), ("-", None), ("tpu v5", None)],
+    ],
+)
+def test_the_gpu_that_is_meant(said: str, meant: str | None) -> None:
+    assert nearest_choice(said, get_args(GpuName)) == meant
 
 
 def test_a_wrong_type_hides_no_range() -> None:

@@ -102,6 +102,5 @@ DEEPSEEK = [
         "convert.py --model m --output out --to deepseek",
         "to: expected transformers, got deepseek, whose layout m has already; use it as it is",
         deepseek(),
-        needs_torch=True,
     ),
 ]
