@@ -178,7 +178,7 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     for prompt in prompts:
         told = {field.name: _stable(getattr(prompt, field.name)) for field in fields(Prompt)}
         # What older prompts did not have, and most have not: folders that they were begun with go on.
-        values = [value for name, value in told.items() if value or name not in ("request", "info")]
+        values = [value for name, value in told.items() if value or name not in ("request", "info", "right_answers")]
         digest.update(json.dumps(values, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 

@@ -36,7 +36,7 @@ Key = tuple[str, int]
 
 _PICTURES = ("image", "real_image", "references")
 _OWN = ("member", "greedy", "sampled", "follow_up_text", "drawn", "digest", "shown")
-_TUPLES = ("segments", "options")
+_TUPLES = ("segments", "options", "right_answers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

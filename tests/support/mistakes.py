@@ -169,6 +169,13 @@ DATA = [
         text(rows__jsonl=PROMPTS),
     ),
     Mistake("a data set out of reach", "corl.py --data org/name", "hf download --repo-type dataset", env=OFFLINE),
+    Mistake("a split out of reach", "corl.py --data org/name#dev", "hf download --repo-type dataset", env=OFFLINE),
+    Mistake(
+        "a folder of pictures that is not there",
+        "corl.py --data rows.jsonl --prompts_per_step 1 --image_folder photos",
+        "image_folder: expected a folder of pictures, got photos, which is not there",
+        text(rows__jsonl=PROMPTS),
+    ),
     Mistake("data to evaluate on", "evaluate.py --data d.jsonl", "which is not there"),
     Mistake(
         "a row that is no JSON",
