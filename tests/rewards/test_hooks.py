@@ -80,6 +80,7 @@ def test_what_is_logged_is_plain_and_one_for_each() -> None:
     table = scored(mine)
     assert table.metrics == {"acc": [1.0, 0.5, 2.0, 1.0]}
     assert table.extras == {"tensor": [1.5, None], "lists": [[0], None]}, "the later one of a name stands"
+    assert plain(torch.zeros(3, 64, 64)) == "Tensor [3, 64, 64] of torch.float32", "no picture in numbers"
     assert plain({"box": (1, Path("x")), 2: np.arange(2)}) == {"box": [1, "x"], "2": [0, 1]}
 
 
