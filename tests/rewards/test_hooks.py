@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -57,15 +56,6 @@ def test_a_column_of_the_data_under_a_hook_s_name_is_not_shown() -> None:
 
     rollouts = group(["a"], extra={"trainer_state": "CA", "log_metric": 1})
     assert score(rollouts, {"mine": mine}, state=STATE).values.tolist() == [[3.0]]
-
-
-def test_the_state_has_the_fields_of_transformers_own() -> None:
-    theirs = pytest.importorskip("transformers").TrainerState
-    ours = {field.name for field in dataclasses.fields(TrainerState)}
-    assert {field.name for field in dataclasses.fields(theirs)} <= ours
-    default = theirs()
-    for name in ("logging_steps", "eval_steps", "save_steps", "epoch", "global_step", "log_history"):
-        assert (getattr(default, name) or 0) == (getattr(TrainerState(), name) or 0), name
 
 
 def test_what_is_logged_is_plain_and_one_for_each() -> None:
