@@ -26,6 +26,8 @@ from ..settings.train_config import TrainConfig
 
 HOOKS = ("trainer_state", "log_extra", "log_metric")
 """Keywords that are no columns; a column of the data under such a name is not shown, as in TRL."""
+MOST_NUMBERS = 1024
+"""Of an array that is logged as it is; a picture's would fill the run's files."""
 MOST_TEXT = 2000
 """Characters of a logged value that is no number, list or dict: an object's own words may be of any length."""
 
@@ -108,6 +110,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, np.generic | np.ndarray | Tensor):
+        if math.prod(value.shape) > MOST_NUMBERS:
+            return f"{type(value).__name__} {list(value.shape)} of {value.dtype}"
         return plain(value.tolist())
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}

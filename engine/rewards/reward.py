@@ -96,7 +96,8 @@ def checked(name: str, result: Any, num_expected: int) -> RewardValues:
             None,
             f"expected {num_expected} values, one per trajectory, got {len(values)}; return one for each completion",
         )
-    return [None if value is None else _number(name, index, value) for index, value in enumerate(values)]
+    absent = (None, np.ma.masked)  # the latter's number would be 0
+    return [None if any(value is one for one in absent) else _number(name, i, value) for i, value in enumerate(values)]
 
 
 def _listed(name: str, result: Any, num_expected: int) -> list[Any]:

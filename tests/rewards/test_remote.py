@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +27,7 @@ from syncr1.engine.records import Prompt
 from syncr1.engine.rewards.scoring import score
 from syncr1.engine.rewards.trial import try_rewards
 from syncr1.engine.rewards.yours.custom import load_reward
+from syncr1.engine.rewards.yours.pickled import dumps, loads
 from syncr1.engine.rewards.yours.remote import RemoteReward
 from syncr1.engine.settings.reward_specs import reward_name
 
@@ -63,9 +67,8 @@ def test_unirl_s_protocol(unirl_server: ScorerServer) -> None:
     assert first["required_rewards"] == ["red"] and second["history"][0]["text"] == "a red square", (
         "what is to be drawn"
     )
-    assert scored(unirl_server, "unirl@URL/#size") == [1.0, None, 1.0], (
-        "the first sub-metric, and a slash that is there"
-    )
+    assert scored(unirl_server, "unirl@URL/#size") == [1.0, None, 1.0], "the first sub-metric"
+    assert scored(unirl_server, "unirl@URL/score#size") == [1.0, None, 1.0], "the whole address"
     assert scored(unirl_server, "unirl@URL#size/Aesthetic%20Quality") == [0.5, None, 0.1]
 
 
@@ -104,6 +107,19 @@ def test_flow_grpo_s_servers() -> None:
         assert sent["metadata"] == {"meta_datas": sent["meta_datas"], "only_strict": True}, "as deepgen's reads it"
     with serving(deqa) as server:
         assert scored(server, "flow_grpo@URL#deqa") == [1.0, None, 0.2]
+
+
+def test_what_json_has_no_form_for_does_not_stop_a_request(unirl_server: ScorerServer) -> None:
+    about = {"where": Path("a.png"), "score": float("nan"), "boxes": (1, 2)}
+    broken = coloured(1.0)
+    broken[1:, 0] = float("nan")
+    row = rollout(0, None, broken, text="red \ud83d", extra={"metadata": about})
+    assert scored(unirl_server, "unirl@URL#red", [row]) == [1.0]
+    (sent,) = json.loads(unirl_server.requests[0][1])["requests"]
+    assert sent["metadata"] == {"where": "a.png", "score": None, "boxes": [1, 2]}
+    with serving(openrlhf) as server:
+        texts = [rollout(0, "yes", answer=["a", Path("b")])]
+        assert scored(server, "openrlhf@URL", texts) == [3.0]
 
 
 def test_openrlhf_s_protocol() -> None:
@@ -244,3 +260,51 @@ def test_reward_funcs_take_addresses() -> None:
     assert reward_problems("reward_funcs", ["cycle", "isolated@unirl@https://host:8080#red"], ["cycle"]) == []
     with pytest.raises(RewardSpecError, match="expected batch_size >= 1"):
         RemoteReward("unirl@https://host#red", batch_size=0)
+
+
+def test_what_is_sent_and_read_is_a_pickle_of_plain_values() -> None:
+    """What Python's own writes in any protocol, NumPy's numbers among it, and what it reads."""
+    value = {
+        "images": [b"\xff\x00", b""],
+        "prompts": ["née 二", "", "\ud800"],
+        "m": {"a": [1, -300, 10**30, 0.5], "b": None},
+    }
+    assert pickle.loads(dumps(value)) == value == loads(dumps(value))
+    numbers = [1, 10**20, -1.5, True, None, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), ["a", "a"], {"k": {}}]
+    rows = np.arange(6, dtype=">f4").reshape(2, 3)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert loads(pickle.dumps(numbers, protocol)) == numbers
+        assert loads(pickle.dumps({"x": rows, "y": rows.T, "z": np.float16(0.5)}, protocol)) == {
+            "x": rows.tolist(),
+            "y": rows.T.tolist(),
+            "z": 0.5,
+        }
+    shared = [1.0]
+    assert loads(pickle.dumps([shared, shared])) == [shared, shared]
+    with pytest.raises(TypeError, match="expected plain values, got set"):
+        dumps([{1}])
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("value", [{1}, np.array(["a"]), np.array([None]), Path("x"), OrderedDict(a=1)], ids=repr)
+def test_other_pickles_are_refused_by_name(value: Any, protocol: int) -> None:
+    with pytest.raises(ValueError, match="expected a pickle of plain values, got "):
+        loads(pickle.dumps(value, protocol))
+
+
+def test_damaged_pickles_are_refused_and_nothing_else_happens() -> None:
+    generator = random.Random(0)
+    whole = [
+        pickle.dumps({"scores": [0.5, np.float32(0.25)], "x": np.ones(3)}),
+        pickle.dumps({"outputs": [1.0, "a"]}, 0),
+    ]
+    refused = 0
+    for _ in range(1500):
+        data = bytearray(generator.choice(whole))
+        for _ in range(generator.randint(1, 3)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        try:
+            loads(bytes(data[: generator.randint(0, len(data))]))
+        except ValueError:
+            refused += 1
+    assert refused > 1000

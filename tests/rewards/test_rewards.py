@@ -110,6 +110,9 @@ def test_what_trl_takes_are_numbers(result: Any) -> None:
 def test_none_stays_none_and_truths_are_numbers() -> None:
     table = score([*group(["a"], "p0"), *group(["b"], "p1")], {"mixed": lambda **_: [None, np.bool_(False)]})
     assert table.values[0].isnan().all() and table.values[1].tolist() == [0.0]
+    masked = np.ma.masked_array([7.0, 2.0], [True, False])
+    table = score([*group(["a"], "p0"), *group(["b"], "p1")], {"masked": lambda **_: masked})
+    assert table.values[0].isnan().all() and table.values[1].tolist() == [2.0]
     values = score(group(["a", "b"]), {"truths": lambda **_: np.array([True, False])}).values
     assert values[:, 0].tolist() == [1.0, 0.0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -138,3 +139,13 @@ def test_conversations(loop: asyncio.AbstractEventLoop) -> None:
         return [float(len(completion[0]["content"])) for completion in completions]
 
     assert here(trl_chat(mine)).values[:, 0].tolist() == by_trl(mine, loop, chat=True).rewards.tolist()
+
+
+def test_the_state_has_the_fields_of_transformers_own() -> None:
+    from transformers import TrainerState as theirs
+
+    ours = {field.name for field in dataclasses.fields(TrainerState)}
+    assert {field.name for field in dataclasses.fields(theirs)} <= ours
+    default = theirs()
+    for name in ("logging_steps", "eval_steps", "save_steps", "epoch", "global_step", "log_history"):
+        assert (getattr(default, name) or 0) == (getattr(TrainerState(), name) or 0), name

@@ -133,5 +133,5 @@ def later(results: Awaitable[list[Any]], finish: Callable[[list[Any]], RewardVal
 
 def to_picture(image: Tensor) -> Image.Image:
     """[3, H, W] float in [0, 1] to a PIL image, rounded to 8 bits."""
-    pixels = (image.detach().float().cpu().clamp(0.0, 1.0) * 255.0).round().byte().permute(1, 2, 0)
+    pixels = (image.detach().float().cpu().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().byte().permute(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(pixels.numpy()))

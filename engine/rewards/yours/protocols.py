@@ -196,7 +196,7 @@ class OpenRlhf:
     def request(self, columns: Columns, rows: Sequence[int]) -> bytes:
         prompts = [columns["prompts"][row] for row in rows]
         queries = [prompt + columns["completions"][row] for prompt, row in zip(prompts, rows, strict=True)]
-        labels = [columns["answer"][row] for row in rows]
+        labels = plain([columns["answer"][row] for row in rows])
         return json.dumps({"query": queries, "prompts": prompts, "labels": labels}).encode()
 
     def scores(self, data: bytes, count: int) -> list[float | ChatError]:

@@ -80,7 +80,7 @@ class RemoteReward:
                 f"{batch_size}, {max_concurrency} and {budget}; correct them"
             )
         self.speech = speech_of(before[-1], served_name(target))
-        address = target.partition("#")[0]
+        address = target.partition("#")[0].rstrip("/").removesuffix(self.speech.path)
         options: dict[str, Any] = {"timeout": budget / 2, "max_bytes": MAX_BYTES, **server}
         try:
             self.transport = Transport(

@@ -158,7 +158,7 @@ def _about(columns: Columns, rows: Sequence[int], *, drawn: bool = False) -> lis
 
 def _bytes_of(image: torch.Tensor) -> torch.Tensor:
     """[3, H, W] float in [0, 1] -> uint8."""
-    return (image.detach().float().cpu().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+    return (image.detach().float().cpu().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
 
 
 async def _gathered(results: Sequence[Any]) -> list[Any]:
