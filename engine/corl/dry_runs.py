@@ -50,6 +50,7 @@ def plan_all(config: CorlConfig, say: Say = print) -> None:
                 partial(_first_prompts, settings, training, samples),
                 told.append,
                 held_out=lambda: items,
+                everything=partial(_every_prompt, config, samples),
                 times=times,
                 beside=partial(beside, settings, training),
                 refers=settings.lora_rank > 0 or settings.beta > 0 or (settings.image_beta or 0) > 0,
@@ -112,3 +113,8 @@ def beside(config: CorlConfig, training: Training, policy: Policy) -> dict[str, 
 
 def _first_prompts(settings: CorlConfig, training: Training, samples: Sequence[Sample], ranks: int) -> list[Prompt]:
     return stream_of(settings, training, samples, 0, ranks).next_step()
+
+
+def _every_prompt(config: CorlConfig, samples: Sequence[Sample]) -> list[Prompt]:
+    """The user's own, whose lengths nobody knows; none of the rendered world."""
+    return [prompt for sample in samples for prompt in sample] if config.data is not None else []

@@ -196,7 +196,8 @@ class CorlRun:
         check_plans(policy, prompts)
         for line in remarks_on(policy, prompts):
             self.display.note(line)
-        check_lengths(policy, prompts, config.drawing_turn, config.max_completion_length, most=LOOKED_AT)
+        most = None if config.data is not None else LOOKED_AT  # the rendered world's are short
+        check_lengths(policy, prompts, config.drawing_turn, config.max_completion_length, most=most)
         rewards = self.parts.rewards(name, policy, samples)
         return Training(
             method=f"CoRL, {name}",

@@ -80,6 +80,7 @@ def show(
     beside: Callable[[Policy], Mapping[str, int]] = lambda policy: {},
     anchor_beta: float = 0.0,
     refers: bool = True,
+    everything: Callable[[], Sequence[Prompt]] = lambda: (),
 ) -> Estimate:
     """Prints settings, plan, what it will take and the first step's prompts of one rank.
 
@@ -92,6 +93,7 @@ def show(
         beside: of a policy, what memory lasts beside the learner's: models that judge, by name, in bytes.
         anchor_beta: weight of the KL term on prompts without a reward.
         refers: the learner or a judge has a frozen copy of what is trained.
+        everything: all prompts that the training may come to, whose lengths are checked; asked after `prompts_of`.
 
     Returns:
         What was said of the cost.
@@ -113,6 +115,7 @@ def show(
     for note in checkpoint_notes(policy):
         say(f"model: {note}")
     check_batch(config, policy, prompts)
+    check_lengths(policy, everything(), config.drawing_turn, config.max_completion_length)
     for line in remarks_on(policy, prompts):
         say(f"  {line}")
     try_own_rewards(config, policy, prompts, say)

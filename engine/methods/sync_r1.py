@@ -36,7 +36,8 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     check_plans(policy, prompts)
     for line in remarks_on(policy, prompts):
         display.note(line)
-    check_lengths(policy, [*prompts, *anchors], config.drawing_turn, config.max_completion_length, most=LOOKED_AT)
+    most = None if config.data is not None else LOOKED_AT  # the rendered world's are short
+    check_lengths(policy, [*prompts, *anchors], config.drawing_turn, config.max_completion_length, most=most)
     if not anchors and config.anchor_fraction > 0:
         display.note("no general/train in the data: training without anchors")
     held = (
@@ -70,11 +71,14 @@ def dry_run(config: SyncR1Config) -> None:
     from .reward_memory import image_reward_models, reward_models
 
     held_out: list[Prompt] = []
+    everything: list[Prompt] = []
 
     def prompts_of(world_size: int) -> list[Prompt]:
         root = prepare_data(config)
         loaded = checked_chains(config, root, print)
         held_out.extend(*together(loaded.held_out, config.eval_samples))
+        if config.data is not None:
+            everything.extend([*loaded.prompts, *loaded.anchors])
         print(f"data: {root}: {len(loaded.prompts)} prompts, {len(loaded.anchors)} anchors")
         return stream_of(config, loaded.prompts, loaded.anchors, 0, world_size).next_step()
 
@@ -82,6 +86,7 @@ def dry_run(config: SyncR1Config) -> None:
         config,
         prompts_of,
         held_out=lambda: held_out,
+        everything=lambda: everything,
         beside=lambda policy: (
             reward_models({"CLIP": config.clip}) | image_reward_models(config.reward_funcs, config.reward_models)
         ),

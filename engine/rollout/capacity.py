@@ -27,7 +27,7 @@ SUPPORTED_SEGMENTS: tuple[tuple[SegmentKind, ...], ...] = (
     ("text", "image", "text"),
 )
 LOOKED_AT = 16
-"""Prompts of a kind whose tokens are counted before a training: enough that the longest is among them, or nearly."""
+"""Prompts of a kind of the rendered world whose tokens are counted before a training; a user's own are counted all."""
 FREE_SHARE = 0.9
 """Share of the free memory that keys and values may take; activations, logits and pictures need some."""
 

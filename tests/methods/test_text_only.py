@@ -163,3 +163,22 @@ def test_what_asks_for_a_drawing_is_refused_by_name_before_training(recipe: str,
         else:
             run_sync_r1(parse(SyncR1Config, [str(flag) for flag in flags]))
     assert not any(path.read_text() for path in tmp_path.glob("run/**/metrics.jsonl"))
+
+
+@pytest.mark.parametrize("dry", [True, False], ids=["dry run", "run"])
+@pytest.mark.parametrize("recipe", ["corl", "sync_r1"])
+def test_a_row_that_the_model_cannot_hold_is_found_before_the_first_step(
+    model: Path, tmp_path: Path, recipe: str, dry: bool
+) -> None:
+    """Tokens are what is long: of twenty other rows each has more bytes, and fits."""
+    words, sums = (45, 130) if recipe == "corl" else (105, 300)  # CoRL asks for a form of answer, 270 tokens
+    fit = [{"prompt": "hello " * words + str(n), "answer": "1", "topic": "sums"} for n in range(20)]
+    fit.insert(7, {"prompt": "9 " * sums, "answer": "2", "topic": "sums"})
+    table(tmp_path / "rows.jsonl", fit)
+    (tmp_path / "mine.py").write_text(OWN)
+    flags = ["--model", model, "--data", tmp_path / "rows.jsonl", "--max_steps", 1, *SMALL, "--eval_samples", 0]
+    flags += ["--output_dir", tmp_path / "run", *["--dry_run"] * dry]
+    flags += ["--reward_funcs", f"{tmp_path / 'mine.py'}:short"]
+    with pytest.raises(DataError, match=r"prompt rows/train/7\S* has \d+ tokens and may grow by 8, .* for 512"):
+        corl(*flags) if recipe == "corl" else run_sync_r1(parse(SyncR1Config, [str(flag) for flag in flags]))
+    assert not any(path.read_text() for path in tmp_path.rglob("metrics.jsonl"))
