@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import ConfigError
 from ..records import Prompt
-from .images.asked import text_to_write
+from .images.drawing_asked import text_to_write
 
 
 def _drawn(prompt: Prompt) -> bool:

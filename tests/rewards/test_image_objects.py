@@ -16,8 +16,8 @@ from transformers import TrOCRProcessor, VisionEncoderDecoderModel
 
 from syncr1.engine.errors import DataError
 from syncr1.engine.records import Prompt
-from syncr1.engine.rewards.images.asked import quoted, text_to_write, wanted_text
 from syncr1.engine.rewards.images.detection import Detection
+from syncr1.engine.rewards.images.drawing_asked import quoted, text_to_write, wanted_text
 from syncr1.engine.rewards.images.loading import as_bytes
 from syncr1.engine.rewards.images.object_rules import NEAR_SHARE, place_score
 from syncr1.engine.rewards.images.objects import DetectorReward

@@ -25,8 +25,8 @@ from transformers import (
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.rewards.images import aesthetic, catalogue
 from syncr1.engine.rewards.images.aesthetic import AestheticReward, AestheticScorer, read_layers
-from syncr1.engine.rewards.images.asked import what_was_asked
 from syncr1.engine.rewards.images.catalogue import NamedReward
+from syncr1.engine.rewards.images.drawing_asked import what_was_asked
 
 ASKED = ["a man riding a red surfboard", "two dogs", "a blue bus on a street", "a dog", "never drawn"]
 

@@ -34,6 +34,8 @@ def chain_answers(row: Row, truths: Truths | None, choices: Choices | None) -> t
         return ()
     if choices is None:
         return answers_of(value, truths.column)
+    if isinstance(value, str) and value in choices.texts:
+        return (value,)  # as written, also where it looks like a letter
     letters = letters_of(value, choices, truths)
     if len(letters) != 1:
         what, options = ("names none" if not letters else f"names {len(letters)}"), shown(list(choices.texts), 200)

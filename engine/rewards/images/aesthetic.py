@@ -27,7 +27,7 @@ from ...errors import ConfigError
 from ...reasons import reading
 from ..builtin.batches import check_images
 from ..builtin.pretrained import Preparation, frozen
-from .asked import drawn_rows, filled
+from .drawing_asked import drawn_rows, filled
 from .image_rewards import CLIP_L14
 from .loading import load, parts
 

@@ -28,7 +28,7 @@ from ...pictures import ImageRef, open_picture
 from ...reasons import reading
 from ..builtin.batches import Kept, check_images
 from ..reward import RewardFunction
-from .asked import drawn_rows, filled
+from .drawing_asked import drawn_rows, filled
 from .loading import as_bytes
 
 FACENET_WEIGHT, DLIB_WEIGHT = 0.7, 0.3

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...errors import DataError
 from ..builtin.batches import check_images
-from .asked import filled, words_in
 from .detection import Detection, Detector
+from .drawing_asked import filled, words_in
 from .object_rules import nouns_score, numbers_score, relation_score
 
 

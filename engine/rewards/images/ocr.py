@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import TrOCRProcessor, VisionEncoderDecoderModel
 
 from ..builtin.batches import check_images
-from .asked import drawn_rows, filled, wanted_text
+from .drawing_asked import drawn_rows, filled, wanted_text
 from .loading import Loaded, as_bytes, load
 
 BANDS = 3

@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, SiglipModel
 from ..builtin.batches import by_shape, check_images
 from ..builtin.clip import ClipScorer
 from ..builtin.pretrained import Preparation, Pretrained, frozen
-from .asked import drawn_rows, filled, what_was_asked
+from .drawing_asked import drawn_rows, filled, what_was_asked
 
 PICKSCORE_SCALE = 26.0
 """flow_grpo's, which brings most pictures into [0, 1]."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..builtin.batches import check_images
-from .asked import drawn_rows, filled, what_was_asked, words_in
+from .drawing_asked import drawn_rows, filled, what_was_asked, words_in
 from .yes_no import YesNo
 
 VQA_SCORE = 'Does this figure show "{}"? Please answer yes or no.'
