@@ -16,6 +16,7 @@ from .token_math import (
     MAX_LOG_RATIO,
     MIN_LOG_WEIGHT,
     add_kl,
+    between,
     log_ratio,
     policy_term,
     vespo_weight,
@@ -241,7 +242,7 @@ def sum_sequence(tokens, start, end, FORM: tl.constexpr):
 @triton.jit
 def bounded_log(ratio):
     """log of a sampler's ratio within vespo's bounds."""
-    return tl.minimum(tl.maximum(tl.log(ratio), MIN_LOG_WEIGHT), MAX_LOG_RATIO)
+    return between(tl.log(ratio), MIN_LOG_WEIGHT, MAX_LOG_RATIO)
 
 
 @triton.jit

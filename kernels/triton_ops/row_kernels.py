@@ -315,9 +315,12 @@ def gradient_rows_kernel(
     else:
         by_logp *= inverse_temperature
         by_entropy *= inverse_temperature
-        offset = (tl.load(lse + index) / LN2).to(tl.float32)
-        level = -(by_logp + by_entropy * tl.load(entropy + index))
+        exact = tl.load(lse + index) / LN2
+        offset = exact.to(tl.float32)
+        rest = (exact - offset).to(tl.float32)  # 2^-10 at logits of 8192; p is 2^-rest times what `offset` makes of it
         slope = -by_entropy * LN2
+        level = tl.exp2(-rest) * (-(by_logp + by_entropy * tl.load(entropy + index)) - slope * rest)
+        slope *= tl.exp2(-rest)
         target_logit = load_target(row, shift, target, inside, V, FORBIDDEN)
         # `out` may be `products`: every thread has read the target before any writes.
         tl.debug_barrier()

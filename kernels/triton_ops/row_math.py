@@ -4,9 +4,10 @@
     total = Σ w,   weighted = Σ w log2 w
     logp_v = ln 2 (log2 w_v − log2 total),   H = ln 2 (log2 total − weighted / total)
 
-`offset` is rounded once and then used everywhere, so its rounding cancels; both terms of H are ≥ 0, so nothing is lost
-where the logits are large. Logits of −inf are legal: their w is exactly 0. Only `tl.fma` forms an exponent: two sweeps
-over one row give the same bits whatever the compiler contracts.
+`offset` is rounded once and then used everywhere, so its rounding cancels, as long as 2 to it is a float32: up to
+scale |max z| = 2³⁰ it is at most 2⁶. Both terms of H are ≥ 0, so nothing is lost where the logits are large. Logits of
+−inf are legal: their w is exactly 0. Only `tl.fma` forms an exponent: two sweeps over one row give the same bits
+whatever the compiler contracts.
 
 Dims: `V` vocabulary.
 """

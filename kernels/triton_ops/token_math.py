@@ -10,9 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+ALL = tl.constexpr(tl.PropagateNan.ALL)
+"""Without it a GPU's maximum and minimum pass a NaN over, and a fault of the caller becomes a number."""
 MAX_LOG_RATIO = tl.constexpr(20.0)
 MIN_LOG_WEIGHT = tl.constexpr(-18.420680743952367)
 """log 1e-8, the lower bound of vespo's log w."""
+
+
+@triton.jit
+def at_most(x, bound):
+    """min, and NaN where x is."""
+    return tl.minimum(x, bound, propagate_nan=ALL)
+
+
+@triton.jit
+def between(x, low, high):
+    """x within its bounds, and NaN where x is."""
+    return at_most(tl.maximum(x, low, propagate_nan=ALL), high)
 
 
 @triton.jit
@@ -20,7 +34,7 @@ def log_ratio(logp, old_logp, has_old: tl.constexpr):
     """(clamped logp - old, 1 where the clamp lets the gradient through); without `old_logp` the ratio is exactly 1."""
     if has_old:
         raw = logp - old_logp
-        value = tl.minimum(tl.maximum(raw, -MAX_LOG_RATIO), MAX_LOG_RATIO)
+        value = between(raw, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         passes = tl.where(tl.abs(raw) <= MAX_LOG_RATIO, 1.0, 0.0)
     else:
         value = logp * 0.0
@@ -32,14 +46,14 @@ def log_ratio(logp, old_logp, has_old: tl.constexpr):
 def clip_term(ratio, advantage, clip_low, clip_high, delta):
     """-min(min(ratio, delta) A, clip(ratio) A) and its derivative by the ratio."""
     low, high = 1.0 - clip_low, 1.0 + clip_high
-    free = tl.minimum(ratio, delta) * advantage
-    clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
+    free = at_most(ratio, delta) * advantage
+    clipped = between(ratio, low, high) * advantage
     free_passes = tl.where(ratio <= delta, 1.0, 0.0)
     clipped_passes = tl.where((ratio >= low) & (ratio <= high), 1.0, 0.0)
     # As autograd's minimum: at a tie each side gets half, so that at ratio 1 the whole gradient flows.
     both = (free_passes + clipped_passes) * 0.5
     share = tl.where(free < clipped, free_passes, tl.where(clipped < free, clipped_passes, both))
-    return -tl.minimum(free, clipped), -advantage * share
+    return -at_most(free, clipped), -advantage * share
 
 
 @triton.jit
@@ -62,7 +76,7 @@ def policy_term(logp, ratio, advantage, LOSS: tl.constexpr, clip_low, clip_high,
         loss, by_ratio = clip_term(ratio, advantage, clip_low, clip_high, delta)
         by_logp = loss * 0.0
     elif LOSS == 1:
-        by_logp = -tl.minimum(ratio, clip_high) * advantage
+        by_logp = -at_most(ratio, clip_high) * advantage
         loss = by_logp * logp
         by_ratio = loss * 0.0
     elif LOSS == 2:
@@ -79,7 +93,7 @@ def policy_term(logp, ratio, advantage, LOSS: tl.constexpr, clip_low, clip_high,
 def kl_term(logp, ref_logp):
     """e^d - d - 1 with d = ref - logp, and its derivative by logp."""
     raw = ref_logp - logp
-    difference = tl.minimum(tl.maximum(raw, -MAX_LOG_RATIO), MAX_LOG_RATIO)
+    difference = between(raw, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     growth = tl.exp(difference)
     return growth - difference - 1.0, tl.where(tl.abs(raw) <= MAX_LOG_RATIO, 1.0 - growth, 0.0)
 
@@ -87,7 +101,7 @@ def kl_term(logp, ref_logp):
 @triton.jit
 def vespo_weight(log_weight, advantage, k_pos, lambda_pos, k_neg, lambda_neg):
     """phi(w) = e^lambda w^k e^(-lambda w) from log w, which comes with the sequence."""
-    bounded = tl.minimum(tl.maximum(log_weight, MIN_LOG_WEIGHT), MAX_LOG_RATIO)
+    bounded = between(log_weight, MIN_LOG_WEIGHT, MAX_LOG_RATIO)
     k = tl.where(advantage >= 0, k_pos, k_neg)
     rate = tl.maximum(tl.where(advantage >= 0, lambda_pos, lambda_neg), 1e-4)
     return tl.exp(rate + k * bounded - rate * tl.exp(bounded))

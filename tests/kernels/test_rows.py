@@ -289,8 +289,9 @@ def test_rows_without_a_gradient_become_zero(kernels: Any) -> None:
 
 
 def test_extreme_logits(kernels: Any) -> None:
-    """A certain token has log-probability 0, entropy 0 and no gradient, whatever the size of the logits."""
-    most = 2e38 if ON_TRITON else 3e38  # whose exponents are powers of 2
+    """A certain token has log-probability 0, entropy 0 and no gradient, whatever the size of the logits (on Triton up
+    to what row_math.py promises)."""
+    most = 1e9 if ON_TRITON else 3e38
     products = torch.tensor([[most, -most, 0.0], [-most, -most, -torch.inf], [8192.0, 8192.0, -1e4]])
     chunk = Chunk(products, torch.tensor([0, 1, 0]), Head()).there()
     logp, entropy, lse = kernels.score_rows(chunk.products, chunk.targets, chunk.head)
@@ -301,7 +302,8 @@ def test_extreme_logits(kernels: Any) -> None:
     upstream = torch.tensor([1.0, 0.0, 1.0], device=DEVICE)
     kernels.gradient_rows(chunk.products, chunk.targets, chunk.head, lse, entropy, upstream, None, chunk.products)
     expected = torch.tensor([[0.0, 0, 0], [0, 0, 0], [0.5, -0.5, 0]])
-    torch.testing.assert_close(chunk.products.cpu(), expected, rtol=1e-3, atol=0)
+    rtol, atol = (1e-6, 1e-7) if ON_TRITON else (1e-3, 0)  # whose logsumexp is float64
+    torch.testing.assert_close(chunk.products.cpu(), expected, rtol=rtol, atol=atol)
 
 
 def test_no_rows(kernels: Any) -> None:
