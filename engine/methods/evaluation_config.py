@@ -11,7 +11,7 @@ from ..settings.renamed import OF_EVALUATION
 from ..settings.rules import drawing_problems, evaluation_problems, judge_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
 from ..settings.template_kwargs import template_kwargs_problems
-from ..settings.train_config import Guidance, MaxTokens, PictureFit, Seed, Unconditional
+from ..settings.train_config import Guidance, MaxTokens, PictureFit, Seed, Unconditional, WorldName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,8 @@ class EvaluateConfig(Settings):
     checkpoint lies, else processor."""
     chat_template_kwargs: tuple[str, ...] = ()
     """Arguments of the checkpoint's chat template, NAME=VALUE. None given: as in that run."""
+    world: WorldName = "rendered"
+    """Whose tiny base and held-out items are evaluated without model and data."""
     data: str | None = None
     """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, or a table (JSONL,
     parquet, saved data set, hub name). None: the rendered world."""
