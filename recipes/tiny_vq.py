@@ -154,7 +154,7 @@ class Digits:
             if rng.random() < 0.5:
                 pictures += [handwriting.alone(four[0]), handwriting.alone(other[0])]
             else:
-                pictures += [handwriting.sheet(tuple(four)), handwriting.sheet(tuple(other))]
+                pictures += [handwriting.sheet(four), handwriting.sheet(other)]
         return world_vq.to_pixels(np.stack(pictures))
 
     def _any(self, rows: dict[int, tuple[int, ...]], rng: np.random.Generator) -> int:
@@ -178,7 +178,8 @@ class Digits:
             raw = torch.cdist(table.flatten(1), known.flatten(1)).argmin(1)
             right, before = ((labels[found] == labels).float().mean().item() for found in (near, raw))
             lines.append(
-                f"  {split}: PSNR {psnr(decoded, table):.2f} dB  nearest of the same digit {right:.3f} ({before:.3f} raw)"
+                f"  {split}: PSNR {psnr(decoded, table):.2f} dB  nearest of the same digit {right:.3f} "
+                f"({before:.3f} before)"
             )
         return [*lines, codes_in_use(vq, known)]
 

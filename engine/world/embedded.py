@@ -114,7 +114,7 @@ def digits_folder() -> Path:
 def digits_base(settings: DigitsBaseSettings, report: Report | None = None) -> Path:
     """Folder of the digits' tiny base in transformers' format; arguments as of `tiny_base`."""
     folder = cache_dir() / f"digits_base-{digits_fingerprint(asdict(settings))}"
-    what = "the tiny starting model, a Janus of a million parameters that learns to read and write digits from noisy labels"
+    what = "the tiny starting model, a Janus of a million parameters that learns to write from noisy labels"
     return _trained(
         folder,
         what,

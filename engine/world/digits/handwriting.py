@@ -11,6 +11,7 @@ Dims: N pictures.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final, Literal
@@ -66,18 +67,18 @@ def enlarged(ink: Tensor, size: int, margin: int) -> Tensor:
     return F.pad(large.clamp(0.0, 1.0), (margin,) * 4)
 
 
-def alone(row: int, gain: float = 1.0) -> Picture:
+def alone(row: int) -> Picture:
     """One digit, uint8 [32, 32, 3]."""
     ink, _ = handwriting()
-    return _picture(gain * enlarged(ink[row : row + 1], SIZE, 2 * MARGIN)[0])
+    return _picture(enlarged(ink[row : row + 1], SIZE, 2 * MARGIN)[0])
 
 
-def sheet(rows: tuple[int, int, int, int], gain: float = 1.0) -> Picture:
+def sheet(rows: Sequence[int]) -> Picture:
     """Four digits, two above two, uint8 [32, 32, 3]."""
     ink, _ = handwriting()
     small = enlarged(ink[list(rows)], SIZE // 2, MARGIN)
     top, bottom = torch.cat([small[0], small[1]], dim=1), torch.cat([small[2], small[3]], dim=1)
-    return _picture(gain * torch.cat([top, bottom]))
+    return _picture(torch.cat([top, bottom]))
 
 
 def _picture(ink: Tensor) -> Picture:

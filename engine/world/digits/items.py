@@ -102,7 +102,7 @@ def count(rng: np.random.Generator, split: Split) -> Item:
     high = [int(rng.integers(limit + 1, 10)) for _ in range(above)]
     digits = rng.permutation([*high, *(int(rng.integers(limit + 1)) for _ in range(4 - above))])
     a, b, c, d = (_one_of(rng, int(digit), split) for digit in digits)
-    return Item("count", _worded(rng, COUNT, split, limit=NAMES[limit]), sheet((a, b, c, d)), NAMES[above])
+    return Item("count", _worded(rng, COUNT, split, limit=NAMES[limit]), sheet([a, b, c, d]), NAMES[above])
 
 
 def reckon(rng: np.random.Generator, split: Split) -> Item:
