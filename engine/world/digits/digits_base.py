@@ -27,7 +27,7 @@ from ..tiny_janus import build_policy
 from .handwriting import FILE, NAMES, alone, rows_of
 from .items import Item, stream, vocabulary
 
-MIX = {"vqa": 0.4, "count": 0.15, "rea": 0.25, "pure_gen": 0.2}
+MIX = {"read": 0.4, "count": 0.15, "reckon": 0.25, "write": 0.2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,20 +33,25 @@ def write_digits(root: Path, seed: int = 0) -> None:
         rows = []
         for place, task in enumerate(TASKS):
             items = stream({task: 1.0}, seed + salt + place, split)
-            rows += [_row(root, f"{split}_{task}_{k}", item) for k, item in enumerate(islice(items, NUM_ITEMS[split]))]
+            rows += [
+                _row(root, split, f"{split}_{task}_{k}", item) for k, item in enumerate(islice(items, NUM_ITEMS[split]))
+            ]
         (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _row(root: Path, name: str, item: Item) -> dict[str, Any]:
+def _row(root: Path, split: Split, name: str, item: Item) -> dict[str, Any]:
     row: dict[str, Any] = {"id": name, "task": item.task, "prompt": item.question}
-    kinds = ["text"] * (item.answer is not None) + ["image"] * (item.digit is not None)
+    draws = item.digit is not None and not (
+        item.task == "read" and split == "test"
+    )  # as in UnifyBench++: an answer alone
+    kinds = ["text"] * (item.answer is not None) + ["image"] * draws
     row["segments"] = "+".join(kinds)
     if item.photo is not None:
         row["image"] = f"images/{name}.png"
         Image.fromarray(item.photo).save(root / row["image"])
     if item.answer is not None:
         row["answer"] = item.answer
-    if item.digit is not None:
+    if draws and item.digit is not None:
         row["target"] = f"the digit {NAMES[item.digit]}"
         row["attributes"] = {"digit": NAMES[item.digit]}
     return row

@@ -2,10 +2,10 @@
 
 | task | asked | said | drawn |
 |---|---|---|---|
-| vqa | a digit is shown: which one is it? | its word | another hand's of the same |
+| read | a digit is shown: which one is it? | its word | another hand's of the same |
 | count | four are shown: how many are above five? | a word | |
-| rea | draw the sum of three and four | `seven` | a seven |
-| pure_gen | draw a seven | | a seven |
+| reckon | draw the sum of three and four | `seven` | a seven |
+| write | draw a seven | | a seven |
 
 Held out are pictures (handwriting.py), wordings, and a fifth of all pairs of digits that are reckoned with.
 """
@@ -93,7 +93,7 @@ def _worded(rng: np.random.Generator, wordings: Wordings, split: Split, **words:
 def read(rng: np.random.Generator, split: Split) -> Item:
     """A digit to read, and then to write."""
     digit = int(rng.integers(10))
-    return Item("vqa", _worded(rng, READ, split), alone(_one_of(rng, digit, split)), NAMES[digit], digit)
+    return Item("read", _worded(rng, READ, split), alone(_one_of(rng, digit, split)), NAMES[digit], digit)
 
 
 def count(rng: np.random.Generator, split: Split) -> Item:
@@ -112,20 +112,20 @@ def reckon(rng: np.random.Generator, split: Split) -> Item:
     a, b = pairs[int(rng.integers(len(pairs)))]
     digit = RESULT[kind](a, b)
     question = _worded(rng, RECKON[kind], split, a=NAMES[a], b=NAMES[b])
-    return Item("rea", question, None, NAMES[digit], digit)
+    return Item("reckon", question, None, NAMES[digit], digit)
 
 
 def draw(rng: np.random.Generator, split: Split) -> Item:
     """A digit to write."""
     digit = int(rng.integers(10))
-    return Item("pure_gen", _worded(rng, DRAW, split, digit=NAMES[digit]), None, None, digit)
+    return Item("write", _worded(rng, DRAW, split, digit=NAMES[digit]), None, None, digit)
 
 
 TASKS: Final[dict[str, Callable[[np.random.Generator, Split], Item]]] = {
-    "vqa": read,
+    "read": read,
     "count": count,
-    "rea": reckon,
-    "pure_gen": draw,
+    "reckon": reckon,
+    "write": draw,
 }
 
 
