@@ -84,12 +84,13 @@ class DigitCNN(nn.Module):
         return self(images).argmax(1, keepdim=True)
 
 
-def train_digit_cnn(round_trip: Callable[[Tensor], Tensor], seed: int = 0) -> DigitCNN:
+def train_digit_cnn(round_trip: Callable[[Tensor], Tensor], seed: int = 0, steps: int = STEPS) -> DigitCNN:
     """Trains the independent reader in seconds; leaves torch's global generator alone.
 
     Args:
         round_trip: of the image tokenizer, [R, 3, 32, 32] in [0, 1] to the same.
         seed: of weights and batches.
+        steps: of AdamW.
     """
     pictures, digits = table_of("train")
     images, labels = torch.cat([pictures, round_trip(pictures)]), torch.cat([digits, digits])
@@ -98,8 +99,8 @@ def train_digit_cnn(round_trip: Callable[[Tensor], Tensor], seed: int = 0) -> Di
         torch.manual_seed(seed)
         model = DigitCNN().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=STEPS)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+    for _ in range(steps):
         pick = torch.randint(len(images), (BATCH,), generator=generator)
         x = images[pick]
         dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()

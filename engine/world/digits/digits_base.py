@@ -27,7 +27,7 @@ from ..tiny_janus import build_policy
 from .handwriting import FILE, NAMES, alone, rows_of
 from .items import Item, stream, vocabulary
 
-MIX = {"read": 0.4, "count": 0.15, "reckon": 0.25, "write": 0.2}
+MIX = {"read": 0.3, "count": 0.1, "reckon": 0.25, "write": 0.35}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,19 +35,21 @@ class DigitsBaseSettings:
     """How the base is made; its cache is keyed by all of this."""
 
     seed: int = 0
-    steps: int = 1000
+    steps: int = 1500
     batch: int = 40
     learning_rate: float = 2.5e-3
     item_pool: int = 4000
     """Items made before training; they are used again."""
-    slip_rate: float = 0.35
+    slip_rate: float = 0.3
     """How often an answer is a random one."""
-    image_slip_rate: float = 0.35
+    image_slip_rate: float = 0.2
     """How often a drawing shows a random digit."""
     rumour_share: float = 0.33
     """Share of the questions without a picture that have a rumour."""
     rumour_rate: float = 0.48
     """How often it is told."""
+    hands: int | None = None
+    """Pictures of each digit that it learns to write from; None: all of the training half."""
     drop_condition: float = 0.1
     """Share of drawings learnt without their prompt, for classifier-free guidance."""
 
@@ -58,10 +60,10 @@ class NoisyWriter:
     def __init__(self, policy: JanusPolicy, settings: DigitsBaseSettings) -> None:
         self.policy, self.settings = policy, settings
         self.rng = np.random.default_rng([settings.seed, 2])
-        rows = rows_of("train")
-        pictures = np.stack([alone(row) for own in rows.values() for row in own])
+        rows = [own[: settings.hands] for own in rows_of("train").values()]
+        pictures = np.stack([alone(row) for own in rows for row in own])
         codes = policy.image_tokens(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255)
-        self._codes = dict(enumerate(codes.split([len(own) for own in rows.values()])))
+        self._codes = dict(enumerate(codes.split([len(own) for own in rows])))
         self._pool = list(islice(stream(MIX, settings.seed, "train"), settings.item_pool))
         self._rumours: dict[str, str | None] = {}
         self._encoded: dict[tuple[str, bool], Tensor] = {}

@@ -7,7 +7,7 @@
 | reckon | draw the sum of three and four | `seven` | a seven |
 | write | draw a seven | | a seven |
 
-Held out are pictures (handwriting.py), wordings, and a fifth of all pairs of digits that are reckoned with.
+Held out are pictures (handwriting.py) and wordings; what digits make together is learnt by heart, as a concept is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Final
 
 import numpy as np
@@ -46,8 +45,8 @@ RECKON: Final[dict[str, Wordings]] = {
         "test": ("write {a} minus {b}.", "draw what is left of {a} without {b}."),
     },
     "larger": {
-        "train": ("draw the larger of {a} and {b}.", "write the one of {a} and {b} that is greater."),
-        "test": ("write the larger of {a} and {b}.", "draw the one of {a} and {b} that is greater."),
+        "train": ("draw the larger of {a} and {b}.", "write whichever of {a} and {b} is greater."),
+        "test": ("write the larger of {a} and {b}.", "draw whichever of {a} and {b} is greater."),
     },
 }
 RESULT: Final[dict[str, Callable[[int, int], int]]] = {
@@ -56,7 +55,6 @@ RESULT: Final[dict[str, Callable[[int, int], int]]] = {
     "larger": max,
 }
 LIMITS: Final = (3, 4, 5, 6)
-HELD_OUT_PAIRS: Final = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +69,9 @@ class Item:
     digit: int | None = None
 
 
-def pairs_of(kind: str, split: Split) -> tuple[tuple[int, int], ...]:
-    """The pairs of digits that a split reckons with: those with a result of one digit."""
-    found = [(a, b) for a in range(10) for b in range(10) if 0 <= RESULT[kind](a, b) <= 9]
-    return tuple(pair for pair in found if _held_out(kind, pair) == (split == "test"))
-
-
-def _held_out(kind: str, pair: tuple[int, int]) -> bool:
-    return sha256(f"{kind} {pair}".encode()).digest()[0] < HELD_OUT_PAIRS * 256
+def pairs_of(kind: str) -> tuple[tuple[int, int], ...]:
+    """The pairs of digits that are reckoned with: those with a result of one digit."""
+    return tuple((a, b) for a in range(10) for b in range(10) if 0 <= RESULT[kind](a, b) <= 9)
 
 
 def _one_of(rng: np.random.Generator, digit: int, split: Split) -> int:
@@ -108,7 +101,7 @@ def count(rng: np.random.Generator, split: Split) -> Item:
 def reckon(rng: np.random.Generator, split: Split) -> Item:
     """A digit to reckon, and then to write."""
     kind = tuple(RECKON)[int(rng.integers(len(RECKON)))]
-    pairs = pairs_of(kind, split)
+    pairs = pairs_of(kind)
     a, b = pairs[int(rng.integers(len(pairs)))]
     digit = RESULT[kind](a, b)
     question = _worded(rng, RECKON[kind], split, a=NAMES[a], b=NAMES[b])
@@ -118,7 +111,9 @@ def reckon(rng: np.random.Generator, split: Split) -> Item:
 def draw(rng: np.random.Generator, split: Split) -> Item:
     """A digit to write."""
     digit = int(rng.integers(10))
-    return Item("write", _worded(rng, DRAW, split, digit=NAMES[digit]), None, None, digit)
+    article = "an" if NAMES[digit] == "eight" else "a"
+    question = _worded(rng, DRAW, split, digit=NAMES[digit], a_digit=f"{article} {NAMES[digit]}")
+    return Item("write", question, None, None, digit)
 
 
 TASKS: Final[dict[str, Callable[[np.random.Generator, Split], Item]]] = {
