@@ -17,7 +17,7 @@ from ..data.samples import Sample
 from ..errors import DataError
 from ..evaluate.held_out import Evaluator
 from ..learn.credit import CreditRule, shared_advantages
-from ..methods.judges import checker_of, world_reader, world_readers
+from ..methods.judges import grader_of, world_reader, world_readers
 from ..methods.sync_r1_parts import own_rewards
 from ..policies.auto import load_policy
 from ..policies.base import Policy
@@ -25,6 +25,7 @@ from ..policies.inputs import Inputs
 from ..processes.group import local_device
 from ..rewards.ensemble import RewardSet
 from ..world.embedded import corl_base, prepare_x2x
+from ..world.worlds import WORLDS
 from .config import CorlConfig, Training
 from .evaluator import evaluator_of
 from .needs import check_needs
@@ -73,9 +74,12 @@ class Parts:
             report(f"no scores: {error}")
             return None
         # Only the rendered world says what a picture must show in words that can be read.
-        readers = world_readers(checker_of(self.frozen)) if self.config.data is None else None
+        world = WORLDS["rendered"]
+        readers = world_readers(world, grader_of(self.frozen, world)) if self.config.data is None else None
         rewards = self._rewards.of("t2i", self.frozen) if "t2i" in benchmark else None
-        return evaluator_of(self.config, benchmark, rewards, readers, None if readers is None else world_reader)
+        return evaluator_of(
+            self.config, benchmark, rewards, readers, None if readers is None else partial(world_reader, world)
+        )
 
 
 def credit_of_training(config: CorlConfig, name: Training, rewards: RewardSet) -> CreditRule | None:

@@ -18,7 +18,7 @@ MODE_SHARES = {"reasoning": 0.4, "drawing": 0.2, "understanding": 0.4}
 """Share of a step's rewarded prompts: Sync-R1's modes r and u alike, and direct drawing, which neither exercises."""
 ANCHOR_SHARES = {"general_image": 3.0, "general_vqa": 1.0}
 """Relative shares of anchors: a drawing's many tokens drift more than an answer's one or two."""
-DRAWING_TASKS = ("pure_gen", "dense_gen")
+DRAWING_TASKS = ("pure_gen", "dense_gen", "write")
 
 
 class Mixture:
@@ -149,7 +149,7 @@ class _Pile:
 
 
 def _mode(task: str) -> str:
-    return "reasoning" if task in PAIRS else "drawing" if task in DRAWING_TASKS else "understanding"
+    return "reasoning" if task in PAIRS or task == "reckon" else "drawing" if task in DRAWING_TASKS else "understanding"
 
 
 def _fingerprint(prompts: Iterable[Prompt]) -> str:

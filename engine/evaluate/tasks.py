@@ -24,7 +24,7 @@ from ..rewards.builtin.text import char_bleu, normalise
 from ..show.measured import Measured
 from .measures import accuracy, weighted_recall, words_in_place
 
-IMAGE_OF = {"rea": "rea_gen", "dense_rea": "dense_rea_gen"}
+IMAGE_OF = {"rea": "rea_gen", "dense_rea": "dense_rea_gen", "reckon": "reckon_write"}
 """Chained tasks: the name that their images are scored under."""
 SHORT_ANSWER = 3
 """Words up to which an answer is expected to come back exactly."""

@@ -17,8 +17,8 @@ from ..policies.auto import model_draws
 from ..processes.group import of_all_ranks
 from ..records import Prompt
 from ..rewards.scorable import check_scorable
-from ..settings.train_config import TrainConfig
-from ..world.attributes import VALUES
+from ..settings.train_config import TrainConfig, WorldName
+from ..world.worlds import WORLDS, World
 from .foreign import check_own_world
 from .sync_r1_config import SyncR1Config
 
@@ -57,11 +57,18 @@ def checked_chains(config: SyncR1Config, source: Path, say: Say) -> Loaded:
         )
     if config.data is not None:
         say_unused(loaded.unused, say)
-        check_usable(config, loaded, config.data, say)
+        check_usable(config, loaded, config.data, say, world=config.world)
     return loaded
 
 
-def check_usable(config: TrainConfig, loaded: Loaded, data: object, say: Say, names: Sequence[str] = ()) -> None:
+def check_usable(
+    config: TrainConfig,
+    loaded: Loaded,
+    data: object,
+    say: Say,
+    names: Sequence[str] = (),
+    world: WorldName = "rendered",
+) -> None:
     """Refuses data of a user's that this run cannot train on; raises as `checked_chains`. Collective.
 
     Args:
@@ -70,10 +77,11 @@ def check_usable(config: TrainConfig, loaded: Loaded, data: object, say: Say, na
         data: its name.
         say: takes lines about what has no reward, and about progress.
         names: of the rewards where they are not those of the settings.
+        world: whose tiny base stands in without a model.
     """
     check_attributes(loaded.everything(), data)
     if config.model is None:
-        check_own_world(data, loaded.prompts, pictures_of(loaded.prompts))
+        check_own_world(WORLDS[world], data, loaded.prompts, pictures_of(loaded.prompts))
     names = names or config.reward_funcs
     remote = config.judge_url is not None
     for line in check_scorable(["remote_judge" if remote and n == "judge" else n for n in names], loaded.prompts, data):
@@ -82,15 +90,22 @@ def check_usable(config: TrainConfig, loaded: Loaded, data: object, say: Say, na
 
 
 def check_attributes(prompts: Sequence[Prompt], data: object) -> None:
-    """Raises DataError where prompts have attributes that no reader knows: those of the rendered world are read."""
-    for prompt in prompts:
-        for name, value in (prompt.attributes or {}).items():
-            if value not in VALUES.get(name, ()):
-                raise DataError(
-                    f"{data}: prompt {prompt.id}: attributes: expected those of the rendered world "
-                    f"({', '.join(VALUES)}) with its values, got {name}: {value}; leave attributes out, a judge then "
-                    "scores the drawings"
-                )
+    """Raises DataError where prompts have attributes that no reader knows: those of one embedded world are read."""
+    for world in WORLDS.values():
+        unknown = [found for prompt in prompts for found in _unknown(prompt, world)]
+        if not unknown:
+            return
+        prompt, name, value = unknown[0]
+    known = " or ".join(f"{one.title} ({', '.join(one.values)})" for one in WORLDS.values())
+    raise DataError(
+        f"{data}: prompt {prompt.id}: attributes: expected those of {known} with its values, got {name}: {value}; "
+        "leave attributes out, a judge then scores the drawings"
+    )
+
+
+def _unknown(prompt: Prompt, world: World) -> list[tuple[Prompt, str, str]]:
+    look = prompt.attributes or {}
+    return [(prompt, name, value) for name, value in look.items() if value not in world.values.get(name, ())]
 
 
 def open_all(loaded: Loaded, say: Say) -> None:

@@ -126,8 +126,7 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     from ..checkpoints.published import local_checkpoint
     from ..policies.auto import load_policy
     from ..policies.inputs import check_fit
-    from ..world.base_model import BaseSettings
-    from ..world.embedded import tiny_base
+    from ..world.worlds import WORLDS
     from .starting import limit_threads
 
     found, source = items_of(config)
@@ -136,7 +135,7 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     def say(line: str) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
-    model = config.model or str(tiny_base(BaseSettings(), say))
+    model = config.model or str(WORLDS[config.world].base(say))
     asked = inputs_of(config, config.model)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy = check_fit(asked.given_to(load_policy(local_checkpoint(model, say), dtype=dtype)))
@@ -148,13 +147,13 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
 
 
 def items_of(config: EvaluateConfig) -> tuple[dict[str, list[Prompt]], str]:
-    """What is asked, by task, and the name of the data: a benchmark's, data of one's own, or the rendered world."""
-    from ..world.embedded import world_folder
+    """What is asked, by task, and the name of the data: a benchmark's, data of one's own, or the embedded world."""
+    from ..world.worlds import WORLDS
 
     told, found, sources = tells_concepts(config, config.model), dict[str, list[Prompt]](), list[str]()
     own = {} if config.benchmark else {"": config.data}
     for name, source in (sources_of(config.benchmark, config.data) | own).items():
-        read = source or str(world_folder())
+        read = source or str(WORLDS[config.world].folder())
         if name in DATA_SETS:
             found |= load_benchmark_prompts(
                 name, read, config.split, image_folder=config.image_folder, think=bool(config.think)
@@ -202,15 +201,13 @@ def graders_of(config: EvaluateConfig) -> Graders:
 
 
 def world_scorers(folder: Path) -> dict[str, AttributeScorer]:
-    """Readers of attributes, where the items name those of the rendered world; they need no policy."""
-    from ..world.attributes import VALUES
-
-    named = [item.prompt.attributes for item in read_complete(folder) if item.prompt.attributes and item.drawn]
-    if not named or any(value not in VALUES.get(name, ()) for look in named for name, value in look.items()):
-        return {}
-    from ..world.checker import AttributeChecker
+    """Readers of attributes, where the items name those of an embedded world; they need no policy."""
     from ..world.vq import load_vq, round_trip
+    from ..world.worlds import world_of
     from .judges import world_readers
 
-    vq = load_vq()
-    return world_readers(AttributeChecker.from_round_trip(lambda images: round_trip(vq, images)))
+    world = world_of(item.prompt.attributes for item in read_complete(folder) if item.prompt.attributes and item.drawn)
+    if world is None:
+        return {}
+    vq = load_vq(world.image_tokenizer)
+    return world_readers(world, world.grader(lambda images: round_trip(vq, images)))

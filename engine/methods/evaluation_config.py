@@ -13,7 +13,7 @@ from ..settings.renamed import OF_EVALUATION
 from ..settings.rules import drawing_problems, evaluation_problems, judge_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
 from ..settings.template_kwargs import template_kwargs_problems
-from ..settings.train_config import Guidance, MaxTokens, PictureFit, Seed, Unconditional
+from ..settings.train_config import Guidance, MaxTokens, PictureFit, Seed, Unconditional, WorldName
 
 BenchmarkName = Literal["geneval", "dpg", "wise", "t2i_compbench", "mmmu", "mmbench", "pope", "mathvista", "unifybench"]
 
@@ -49,6 +49,8 @@ class EvaluateConfig(Settings):
     """Benchmarks that papers report: data are read in their own layout, asked in their own words, scored by their own
     rules and put beside published numbers, in one table. geneval, dpg, wise and t2i_compbench draw; mmmu, mmbench, pope
     and mathvista answer; unifybench does both."""
+    world: WorldName = "rendered"
+    """Whose tiny base and held-out items are evaluated without model and data."""
     data: str | None = None
     """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, a table (JSONL, parquet,
     saved data set, hub name), or the files of the benchmark; of several, a folder with a sub-folder of each one's name.

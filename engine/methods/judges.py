@@ -1,4 +1,4 @@
-"""Judges that more than one method uses: a language model behind a URL, and readers of the rendered world."""
+"""Judges that more than one method uses: a language model behind a URL, and readers of the embedded worlds."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from ..policies.base import Policy
 from ..rewards.judge.attribute_judge import AttributeScorer, index_scorer
 from ..rewards.judge.llm_judge import LLMJudge
 from ..settings.train_config import TrainConfig
-from ..world.attributes import VALUES
-from ..world.checker import AttributeChecker
-from ..world.embedded import judge_cnn
+from ..world.worlds import Grades, World
 
 
 def remote_judge(config: TrainConfig) -> LLMJudge | None:
@@ -31,16 +29,17 @@ def remote_judge(config: TrainConfig) -> LLMJudge | None:
 
 
 PART = 60
-"""Pictures of the 360 that go through the tokenizer at once."""
-_checkers: WeakKeyDictionary[Policy, AttributeChecker] = WeakKeyDictionary()
+"""Pictures of a world's table that go through the tokenizer at once."""
+_graders: WeakKeyDictionary[Policy, dict[str, Grades]] = WeakKeyDictionary()
 """Rewards and scores of a run ask for the same one, which takes seconds to make."""
 
 
-def checker_of(policy: Policy) -> AttributeChecker:
-    """The world's attribute reader, as this policy's image tokenizer, which does not change, draws the world."""
-    if policy not in _checkers:
-        _checkers[policy] = AttributeChecker.from_round_trip(partial(_round_trip, policy))
-    return _checkers[policy]
+def grader_of(policy: Policy, world: World) -> Grades:
+    """The world's reader of drawings, as this policy's image tokenizer, which does not change, draws the world."""
+    known = _graders.setdefault(policy, {})
+    if world.title not in known:
+        known[world.title] = world.grader(partial(_round_trip, policy))
+    return known[world.title]
 
 
 def _round_trip(policy: Policy, images: Tensor) -> Tensor:
@@ -49,17 +48,16 @@ def _round_trip(policy: Policy, images: Tensor) -> Tensor:
     return torch.cat([policy.draw(policy.image_tokens(part)) for part in images.split(PART)])
 
 
-def world_reader(images: Tensor) -> list[dict[str, str]]:
-    """What pictures of the rendered world [n, 3, 32, 32] show, attribute -> value, by the network that no training
+def world_reader(world: World, images: Tensor) -> list[dict[str, str]]:
+    """What pictures of the world [n, 3, 32, 32] show, attribute -> value, by the network that no training sees."""
+    rows = world.judge().read_indices(images.float().cpu()).tolist()
+    return [{name: values[i] for (name, values), i in zip(world.values.items(), row, strict=True)} for row in rows]
+
+
+def world_readers(world: World, grader: Grades) -> dict[str, AttributeScorer]:
+    """What a picture of the world shows: by `grader`, which also gives rewards, and by a network that no training
     sees."""
-    rows = judge_cnn().read_indices(images.float().cpu()).tolist()
-    return [{name: values[i] for (name, values), i in zip(VALUES.items(), row, strict=True)} for row in rows]
-
-
-def world_readers(checker: AttributeChecker) -> dict[str, AttributeScorer]:
-    """What a picture of the rendered world shows: by `checker`, which also gives rewards, and by a network that no
-    training sees."""
     return {
-        "checker": index_scorer(checker.read_indices, VALUES),
-        "cnn": index_scorer(judge_cnn().read_indices, VALUES),
+        "checker": index_scorer(grader.read_indices, world.values),
+        "cnn": index_scorer(world.judge().read_indices, world.values),
     }

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from ..settings.rules import TRAINING, sync_r1_problems
 from ..settings.schema import Range, Rule
-from ..settings.train_config import TrainConfig
+from ..settings.train_config import TrainConfig, WorldName
 
 RewardWeight = Annotated[float, Range("0 leaves this reward out", ge=0)]
 
@@ -18,6 +18,9 @@ class SyncR1Config(TrainConfig):
     """Settings of `recipes/sync_r1.py`. Without any, the embedded default runs: a tiny Janus on a rendered world."""
 
     # --- model, data and output ---
+    world: WorldName = "rendered"
+    """Which embedded world trains without model and data: rendered creatures with names, or digits that people wrote by
+    hand."""
     data: Path | None = None
     """Folder in the UnifyBench++ layout, or prompts: parquet, JSONL, a folder of them, a hub data set's name, with the
     columns that engine/data/samples.py lists. None: the rendered world."""

@@ -30,21 +30,19 @@ from ..rewards.judge.attribute_judge import posterior_scorer
 from ..rewards.reward import RewardFunction
 from ..rewards.yours.custom import load_reward, own_column
 from ..settings.train_config import TrainConfig
-from ..world.attributes import VALUES
-from ..world.base_model import BaseSettings
-from ..world.embedded import tiny_base, world_folder
-from .judges import checker_of, remote_judge, world_reader, world_readers
+from ..world.worlds import WORLDS, world_of
+from .judges import grader_of, remote_judge, world_reader, world_readers
 from .sync_r1_config import SyncR1Config
 
 
 def prepare_data(config: SyncR1Config) -> Path:
-    """The data folder: the user's, or the rendered world, written on first use."""
-    return world_folder() if config.data is None else config.data
+    """The data folder: the user's, or the embedded world's, written on first use."""
+    return WORLDS[config.world].folder() if config.data is None else config.data
 
 
-def prepare_model(config: TrainConfig, report: Callable[[str], None] | None = None) -> str | Path:
+def prepare_model(config: SyncR1Config, report: Callable[[str], None] | None = None) -> str | Path:
     """The checkpoint to start from: the user's, or the tiny base, trained on first use."""
-    return config.model or tiny_base(BaseSettings(), report)
+    return config.model or WORLDS[config.world].base(report)
 
 
 def own_rewards(config: TrainConfig) -> dict[str, RewardFunction]:
@@ -97,15 +95,14 @@ def _ensemble(config: SyncR1Config, frozen: Policy, prompts: Sequence[Prompt], c
     if not draws:
         return build_rewards(text_weight=weights["text_weight"]).columns()
     named = all(prompt.attributes for prompt in prompts if "image" in prompt.segments)
+    world = world_of(prompt.attributes for prompt in prompts if prompt.attributes)
     return build_rewards(
         features=frozen.vision_features if clip is None else clip.image_features,
         image_size=frozen.image_size,
         fit=frozen.fit() if clip is None else to_tensor,  # CLIP's own preparation cuts at the centre
         judge=remote_judge(config),
         faces=load_faces(face_weights(config), device=frozen.cache_shape().device) if config.identity_faces else None,
-        scorer=posterior_scorer(checker_of(frozen).posterior, VALUES)
-        if any(prompt.attributes for prompt in prompts)
-        else None,
+        scorer=None if world is None else posterior_scorer(grader_of(frozen, world).posterior, world.values),
         captions=None if named else caption_judge(frozen, prompts),
         **weights,
     ).columns()
@@ -127,19 +124,19 @@ def evaluator_of(config: TrainConfig, frozen: Policy, benchmark: Mapping[str, Se
 
     Args:
         config: for sampling settings and the number of items.
-        frozen: whose image tokenizer reads the rendered world and whose vision tower judges likeness.
+        frozen: whose image tokenizer reads the embedded world and whose vision tower judges likeness.
         benchmark: task -> held-out prompts.
     """
-    named = any(prompt.attributes for prompts in benchmark.values() for prompt in prompts)
+    world = world_of(prompt.attributes for prompts in benchmark.values() for prompt in prompts if prompt.attributes)
     return Evaluator(
         batches=together(benchmark, config.eval_samples),
         sampling=held_out_sampling(config),
         score=partial(
             score_rollouts,
-            image_scorers=world_readers(checker_of(frozen)) if named else None,
+            image_scorers=None if world is None else world_readers(world, grader_of(frozen, world)),
             identity=IdentityReward(frozen.vision_features, frozen.image_size, fit=frozen.fit()),
         ),
-        read=world_reader if named else None,
+        read=None if world is None else partial(world_reader, world),
     )
 
 

@@ -20,6 +20,7 @@ Credit = Literal["shared", "per_segment", "image_only"]
 PolicyLogp = Literal["conditional", "guided", "guided_detached"]
 Unconditional = Literal["fixed", "pads"]
 PictureFit = Literal["processor", "crop", "pad"]
+WorldName = Literal["rendered", "digits"]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 LRScheduler = Literal[
     "linear_with_min_lr", "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"

@@ -17,19 +17,23 @@ from ..show.pulse import pulse
 from ..whole_files import cache_dir, made_once
 from .base_model import BaseSettings, train_base
 from .corl_base import CorlBaseSettings, train_corl_base
+from .digits.digit_readers import DigitCNN, train_digit_cnn
+from .digits.digits_base import DigitsBaseSettings, train_digits_base
+from .digits.folder import write_digits
+from .digits.handwriting import FILE as DIGITS_FILE
 from .disk import write_world
 from .general import write_general
 from .judge_cnn import JudgeCNN, train_judge
 from .kept import Kept
 from .tiny_blip import BlipSettings, save_blip, train_blip
-from .vq import load_vq
+from .vq import load_vq, round_trip
 from .x2x import write_x2x
 
 Report = Callable[[str], None]
 
 CORL_FILES = frozenset({"corl_base.py", "scene_graph.py", "tiny_blip.py", "x2x.py"})
 """Of CoRL's embedded default alone: what else is made does not depend on them."""
-HOW_FILES = frozenset({"embedded.py", "kept.py"})
+HOW_FILES = frozenset({"embedded.py", "kept.py", "worlds.py"})
 """How things are made and kept, not what they are."""
 
 
@@ -89,6 +93,51 @@ def judge_cnn() -> JudgeCNN:
     judge = JudgeCNN()
     judge.load_state_dict(load_file(folder / "judge.safetensors"))
     return judge.requires_grad_(False).eval()
+
+
+# The digits' --------------------------------------------------------------------------------------------------------
+
+
+def digits_fingerprint(*parts: object) -> str:
+    """As `fingerprint`: of the digits' own files, and of the rendered world's, some of which they share."""
+    digest = hashlib.blake2b(digest_size=6)
+    for path in sorted(path for path in DIGITS_FILE.parent.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return fingerprint(digest.hexdigest(), *parts)
+
+
+def digits_folder() -> Path:
+    """Folder of the digits' prompts and pictures."""
+    return made_once(cache_dir() / f"digits-{digits_fingerprint('digits')}", write_digits)
+
+
+def digits_base(settings: DigitsBaseSettings, report: Report | None = None) -> Path:
+    """Folder of the digits' tiny base in transformers' format; arguments as of `tiny_base`."""
+    folder = cache_dir() / f"digits_base-{digits_fingerprint(asdict(settings))}"
+    what = "the tiny starting model, a Janus of a million parameters that learns to write from noisy labels"
+    return _trained(
+        folder,
+        what,
+        settings.steps,
+        report,
+        lambda draft, told, kept: train_digits_base(settings, told, kept).save(draft),
+    )
+
+
+def digit_cnn() -> DigitCNN:
+    """The independent reader of digits, which no reward uses; trained in seconds at first use and kept."""
+
+    def make(draft: Path) -> None:
+        draft.mkdir()
+        vq = load_vq(DIGITS_FILE.parent)
+        with pulse("training the classifier that scores drawings"):
+            reader = train_digit_cnn(lambda pictures: round_trip(vq, pictures))
+            save_file(reader.state_dict(), draft / "judge.safetensors")
+
+    folder = made_once(cache_dir() / f"digit_judge-{digits_fingerprint('judge')}", make)
+    reader = DigitCNN()
+    reader.load_state_dict(load_file(folder / "judge.safetensors"))
+    return reader.requires_grad_(False).eval()
 
 
 # CoRL's -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ has an encoding, so a user's own folder can be trained on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from ..policies.janus import JanusPolicy
-from .vq import load_vq_into, vq_config
+from .vq import FOLDER, load_vq_into, vq_config
 
 HIDDEN, LAYERS, HEADS, MLP = 128, 4, 4, 256
 VISION_HIDDEN, VISION_LAYERS, VISION_PATCH = 64, 2, 8
@@ -78,8 +79,16 @@ def build_policy(
     seed: int,
     freeze_vision: bool = False,
     tags: Sequence[str] = (),
+    image_tokenizer: Path = FOLDER,
 ) -> JanusPolicy:
-    """An untrained tiny Janus around the shipped VQ model, about 1 M parameters; a seed gives the same weights."""
+    """An untrained tiny Janus around a shipped VQ model, about 1 M parameters; a seed gives the same weights.
+
+    Args:
+        texts, concepts, tags: of the tokenizer.
+        seed: of the weights.
+        freeze_vision: the vision tower has no gradient.
+        image_tokenizer: folder of the VQ model.
+    """
     tokenizer = build_tokenizer(texts, concepts, tags)
     num_slots = (IMAGE_SIZE // VISION_PATCH) ** 2
     text = LlamaConfig(
@@ -111,14 +120,14 @@ def build_policy(
     config = JanusConfig(
         text_config=text,
         vision_config=vision,
-        vq_config=vq_config(initializer_range=INITIALIZER_RANGE),
+        vq_config=vq_config(image_tokenizer, initializer_range=INITIALIZER_RANGE),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = JanusForConditionalGeneration(config)
-    load_vq_into(model.model.vqmodel)
+    load_vq_into(model.model.vqmodel, image_tokenizer)
     generation = model.generation_config
     generation._from_model_config = False  # else transformers drops generation_kwargs on loading
     generation.generation_kwargs = {"boi_token_id": tokenizer.convert_tokens_to_ids(BOI)}

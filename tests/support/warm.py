@@ -237,7 +237,8 @@ def _read_the_world_once() -> None:
         return made[digest.digest()].clone()
 
     judges._round_trip = once
-    judges.checker_of(importlib.import_module("syncr1.engine.world.tiny_janus").build_policy(["a"], [], seed=0))
+    policy = importlib.import_module("syncr1.engine.world.tiny_janus").build_policy(["a"], [], seed=0)
+    judges.grader_of(policy, importlib.import_module("syncr1.engine.world.worlds").WORLDS["rendered"])
 
 
 def _asked(folder: Path) -> Iterator[Path]:

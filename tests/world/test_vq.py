@@ -104,8 +104,9 @@ def recipe() -> ModuleType:
     return module
 
 
-def test_recipe_repeats_and_saves_what_load_reads(recipe: ModuleType, tmp_path: Path) -> None:
-    settings = recipe.Settings(steps=3, batch=4, warm_steps=2, codes=16)
+@pytest.mark.parametrize("world", ["rendered", "digits"])
+def test_recipe_repeats_and_saves_what_load_reads(recipe: ModuleType, world: str, tmp_path: Path) -> None:
+    settings = recipe.Settings(world=world, steps=3, batch=4, warm_steps=2, codes=16)
     runs = [recipe.train(settings) for _ in range(2)]
     for name, value in runs[0].state_dict().items():
         assert torch.equal(value, runs[1].state_dict()[name]), name
@@ -124,7 +125,7 @@ def test_recipes_pairs_differ_in_one_attribute_and_locality_sees_equal_patches(r
         assert (
             sum(a != b for a, b in zip(look.words(), other.words(), strict=True)) == 1 and other not in HELD_OUT_LOOKS
         )
-    x = recipe.draw_pairs(recipe.Settings(batch=2), rng)[:1].repeat(2, 1, 1, 1)
+    x = recipe.Rendered().pairs(recipe.Settings(batch=2), rng)[:1].repeat(2, 1, 1, 1)
     z = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     assert recipe.locality(z, x) > 0.5  # equal pictures, unequal encodings
     assert recipe.locality(z[:1].repeat(2, 1, 1, 1), x) == 0.0

@@ -1,0 +1,1 @@
+"""A world that nobody drew: digits that people wrote by hand."""
