@@ -26,7 +26,6 @@ from ..methods.ahead_start import AheadOf
 from ..methods.starting import add_adapters, loaded_from, starting_policy
 from ..methods.training import (
     EMBEDDED_BASE,
-    EMBEDDED_DATA,
     Session,
     Summaries,
     Training,
@@ -48,6 +47,7 @@ from .parts import Parts, credit_of_training
 from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
 from .training_data import all_trainings, check_data, refined_trainings, stream_of, training_samples
 
+EMBEDDED_DATA = "the rendered world of syncr1"
 MAIN_TASKS: Mapping[TrainingName, frozenset[str]] = {
     "unified": frozenset(),
     "generation": frozenset({"t2i"}),
@@ -201,7 +201,7 @@ class CorlRun:
         rewards = self.parts.rewards(name, policy, samples)
         return Training(
             method=f"CoRL, {name}",
-            data=self.config.data,
+            data=self.config.data or EMBEDDED_DATA,
             embedded=self._embedded(start.folder),
             policy=policy,
             reference=reference,

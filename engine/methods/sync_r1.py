@@ -8,6 +8,7 @@ from ..processes.group import local_device, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import LOOKED_AT, check_lengths, check_plans, remarks_on
 from ..settings.yaml_files import to_yaml
+from ..world.worlds import WORLDS
 from .ahead_start import AheadOf
 from .data_checks import checked_chains
 from .resume import resume_point
@@ -50,7 +51,7 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     anchor_beta = config.anchor_beta if config.anchor_fraction > 0 else 0.0
     training = Training(
         method="Sync-R1",
-        data=config.data,
+        data=config.data or f"{WORLDS[config.world].title} of syncr1",
         policy=policy,
         reference=frozen,
         objective=objective_of(config, policy.num_image_tokens, anchor_beta),

@@ -44,6 +44,7 @@ from ..rewards.trial import try_rewards
 from ..settings.train_config import TrainConfig
 from ..show.display import Display
 from ..show.in_words import reward_lines
+from ..show.names import EXAMPLE_TASKS
 from ..show.runlog import NullRunLog, RunLog, open_run_log
 from .ahead_start import AheadOf, Started, started_ahead
 from .best import BEST, HeldOut
@@ -55,12 +56,9 @@ from .stopping import StopRequests
 Config = TypeVar("Config", bound=TrainConfig)
 Summaries = dict[str, dict[str, float]]
 """Model -> the means of its scores; empty where nothing was scored."""
-EMBEDDED_BASE = "the tiny base, a small Janus that syncr1 trains on its rendered world before any RL"
-EMBEDDED_DATA = "the rendered world of syncr1"
+EMBEDDED_BASE = "the tiny base, a small Janus that syncr1 trains on its own world before any RL"
 LAST = "last"
 """Folder of the last step's model, below `checkpoints/`."""
-EXAMPLE_TASKS = ("rea", "dense_rea", "dense_gen", "pure_gen", "general_image", "t2i", "rec", "vqa", "qa", "mcq", "oe")
-"""Tasks of which examples are shown before and after, where the data has them: drawings, then answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +84,8 @@ class Training:
 
     method: str
     """Its name in the model's card."""
-    data: str | Path | None
-    """What it is trained on, for the card; None: the embedded data."""
+    data: str | Path
+    """What it is trained on, for the card."""
     embedded: bool = False
     """It starts from the embedded base, whose folder is a name in a cache; always so without a `model`."""
     policy: Policy
@@ -382,7 +380,7 @@ def write_card(
             base_words=EMBEDDED_BASE,
             method=training.method,
             config=config,
-            data=training.data or EMBEDDED_DATA,
+            data=training.data,
             title=config.run_name,
             before=None if before is None else before.table,
             after=None if after is None else after.table,

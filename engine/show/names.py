@@ -48,6 +48,11 @@ TASKS = {
 }
 """Tasks of UnifyBench++ and of CoRL in words; another name is shown as it is. A concept is what the data gives a name
 to (`<bobo>`): in the rendered world a creature."""
+EXAMPLE_TASKS = (
+    *("rea", "dense_rea", "reckon", "dense_gen", "pure_gen", "write", "general_image", "t2i"),
+    *("rec", "vqa", "read", "count", "qa", "mcq", "oe"),
+)
+"""Tasks of which examples are shown before and after, where the data has them: drawings, then answers."""
 NOT_TRAINED = " (not trained on)"
 PHOTOS = {
     "shown": "the photo that the model sees",

@@ -12,11 +12,11 @@ from torch import Tensor
 from .attributes import VALUES
 from .base_model import BaseSettings
 from .checker import AttributeChecker
+from .digits.digit_items import vocabulary
 from .digits.digit_readers import VALUES as DIGIT_VALUES
 from .digits.digit_readers import NearestDigit
 from .digits.digits_base import DigitsBaseSettings
 from .digits.handwriting import FILE
-from .digits.items import vocabulary
 from .embedded import Report, digit_cnn, digits_base, digits_folder, judge_cnn, tiny_base, world_folder
 from .texts import VOCABULARY
 from .vq import FOLDER

@@ -83,7 +83,7 @@ def test_the_card_says_what_was_trained(
     """The embedded base has no name, and is no weights drawn at random."""
     training = Training(
         method="plain GRPO",
-        data=None,
+        data="the rendered world",
         policy=sharp_policy(),
         objective=Objective(),
         prompts=plain_grpo.stream_of(config, 0, 1),

@@ -14,11 +14,11 @@ from syncr1.engine.data.faults import Faults
 from syncr1.engine.data.loaded import load_chains
 from syncr1.engine.methods.data_checks import check_attributes
 from syncr1.engine.pictures import load_pictures
+from syncr1.engine.world.digits.digit_items import RECKON, RESULT, TASKS, pairs_of, stream, vocabulary
 from syncr1.engine.world.digits.digit_readers import KNOWN, NearestDigit, table_of, train_digit_cnn
 from syncr1.engine.world.digits.digits_base import DigitsBaseSettings, NoisyWriter, train_digits_base
 from syncr1.engine.world.digits.folder import NUM_ITEMS, write_digits
 from syncr1.engine.world.digits.handwriting import FILE, NAMES, alone, handwriting, rows_of, sheet
-from syncr1.engine.world.digits.items import RECKON, RESULT, TASKS, pairs_of, stream, vocabulary
 from syncr1.engine.world.texts import split_words
 from syncr1.engine.world.tiny_janus import build_policy
 from syncr1.engine.world.vq import load_vq, round_trip

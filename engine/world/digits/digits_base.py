@@ -24,8 +24,8 @@ from ...records import Prompt, Rollout
 from ..kept import Kept
 from ..supervised import fit, given, one_thread
 from ..tiny_janus import build_policy
+from .digit_items import Item, stream, vocabulary
 from .handwriting import FILE, NAMES, alone, rows_of
-from .items import Item, stream, vocabulary
 
 MIX = {"read": 0.3, "count": 0.1, "reckon": 0.25, "write": 0.35}
 

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from PIL import Image
 
+from .digit_items import TASKS, Item, stream
 from .handwriting import NAMES, Split
-from .items import TASKS, Item, stream
 
 NUM_ITEMS: Final[dict[Split, int]] = {"train": 200, "test": 200}
 """Of each task."""
