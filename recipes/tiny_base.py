@@ -1,6 +1,7 @@
-"""Trains the tiny Janus that the embedded default starts from, and saves it as an ordinary transformers checkpoint.
+"""Trains the tiny Janus that an embedded world's run starts from, and saves it as an ordinary transformers checkpoint.
 
     python recipes/tiny_base.py --output_dir runs/tiny_base
+    python recipes/tiny_base.py --world digits --output_dir runs/digits_base
     python recipes/sync_r1.py --model runs/tiny_base
 
 The same settings give the same weights, also where it was cut off and started again. `sync_r1.py` does this by itself
@@ -23,7 +24,7 @@ from syncr1.engine.methods.exit import run_to_exit
 from syncr1.engine.methods.preflight import check_start
 from syncr1.engine.settings.flags import parse
 from syncr1.engine.settings.schema import Range, Settings
-from syncr1.engine.settings.train_config import Seed
+from syncr1.engine.settings.train_config import Seed, WorldName
 from syncr1.engine.show.pulse import pulse
 
 
@@ -34,6 +35,8 @@ class TinyBaseConfig(Settings):
     # --- the training ---
     output_dir: Path = Path("runs/tiny_base")
     """Folder for the checkpoint."""
+    world: WorldName = "rendered"
+    """That it is to know."""
     seed: Seed = 0
     """Of weights, data and noise."""
     steps: Annotated[int | None, Range("leave it out for the default", ge=1)] = None
@@ -48,20 +51,26 @@ def main() -> None:
 
 def train(config: TinyBaseConfig) -> None:
     with loading():
-        from dataclasses import asdict, replace
+        from dataclasses import asdict
+        from functools import partial
 
         from syncr1.engine.world.base_model import BaseSettings, train_base
-        from syncr1.engine.world.embedded import fingerprint
+        from syncr1.engine.world.digits.digits_base import DigitsBaseSettings, train_digits_base
+        from syncr1.engine.world.embedded import digits_fingerprint, fingerprint
         from syncr1.engine.world.kept import Kept
 
-    settings = BaseSettings(seed=config.seed)
-    if config.steps is not None:
-        settings = replace(settings, steps=config.steps)
+    more = {} if config.steps is None else {"steps": config.steps}
+    if config.world == "digits":
+        digits = DigitsBaseSettings(seed=config.seed, **more)
+        make, steps, name = partial(train_digits_base, digits), digits.steps, digits_fingerprint(asdict(digits))
+    else:
+        settings = BaseSettings(seed=config.seed, **more)
+        make, steps, name = partial(train_base, settings), settings.steps, fingerprint(asdict(settings))
     folder = config.output_dir
     folder.parent.mkdir(parents=True, exist_ok=True)
-    kept = Kept(folder.with_name(f"{folder.name}.{fingerprint(asdict(settings))}.unfinished"))
-    with pulse("training the tiny base", settings.steps, kept.steps) as moved:
-        policy = train_base(settings, lambda step, loss: moved(step + 1, f"loss {loss:.3f}"), kept)
+    kept = Kept(folder.with_name(f"{folder.name}.{name}.unfinished"))
+    with pulse("training the tiny base", steps, kept.steps) as moved:
+        policy = make(lambda step, loss: moved(step + 1, f"loss {loss:.3f}"), kept)
     policy.save(folder)
     kept.path.unlink(missing_ok=True)
     print(f"saved {folder}")

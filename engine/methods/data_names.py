@@ -21,8 +21,8 @@ COUNTED = 1 << 28
 """Bytes of a file whose lines are counted."""
 TRIED = 1 << 24
 """Bytes of a file that is read once before torch is loaded: a tenth of a second."""
-EMBEDDED = (3636, 1024)
-"""Training prompts of the rendered world, and anchors."""
+EMBEDDED = {"rendered": (3636, 1024), "digits": (800, 0)}
+"""Training prompts of each embedded world, and anchors; a test compares them."""
 
 
 def data_problems(config: Any) -> list[str]:
@@ -114,23 +114,26 @@ def _too_few(config: Any) -> list[str]:
     if wanted is None or getattr(config, "stage", "all") not in ("all", "unified"):
         return []
     if source is None:
-        return _more_than_the_world(wanted, getattr(config, "anchor_fraction", None))
+        return _more_than_the_world(
+            wanted, getattr(config, "anchor_fraction", None), getattr(config, "world", "rendered")
+        )
     count = _rows(Path(source).expanduser())
     if count is None or count >= wanted:
         return []
     return [f"prompts_per_step: expected at most {count}, the rows of {source}, got {wanted}; lower it, or add rows"]
 
 
-def _more_than_the_world(wanted: int, anchor_fraction: float | None) -> list[str]:
-    """Sync-R1's steps are of different prompts of the rendered world; CoRL's samples are numbered by its settings."""
+def _more_than_the_world(wanted: int, anchor_fraction: float | None, world: str) -> list[str]:
+    """Sync-R1's steps are of different prompts of a world; CoRL's samples are numbered by its settings."""
     if anchor_fraction is None:
         return []
-    anchors, (prompts, most_anchors) = round(wanted * anchor_fraction), EMBEDDED
+    prompts, most_anchors = EMBEDDED[world]
+    anchors = round(wanted * anchor_fraction) if most_anchors else 0
     if wanted - anchors <= prompts and anchors <= most_anchors:
         return []
     there = f"{prompts} prompts and {most_anchors} anchors"
     return [
-        f"prompts_per_step: expected a step of at most {there}, those of the rendered world, got {wanted - anchors} "
+        f"prompts_per_step: expected a step of at most {there}, those of the {world} world, got {wanted - anchors} "
         f"prompts and {anchors} anchors; lower prompts_per_step"
     ]
 

@@ -29,7 +29,7 @@ from ..rewards.trial import try_rewards
 from ..rewards.yours.custom import load_reward
 from ..rollout.capacity import check_lengths, check_plans, remarks_on
 from ..settings.reward_specs import reward_name
-from ..settings.train_config import TrainConfig
+from ..settings.train_config import TrainConfig, WorldName
 from ..settings.yaml_files import to_yaml
 from ..show.names import training_task_words
 from .cost import Unit
@@ -37,22 +37,20 @@ from .estimate import Estimate, estimate_of
 from .memory import memory_of, prepare
 
 
-def policy_without_weights(name: str | None) -> Policy:
+def policy_without_weights(name: str | None, world: WorldName = "rendered") -> Policy:
     """The policy of a checkpoint on the device `meta`: shapes, tokenizer and sizes, and no numbers.
 
     Args:
         name: folder or hub name; None: the tiny Janus.
+        world: whose.
 
     Raises:
         ConfigError: no policy is known for the checkpoint's `model_type`, or it refuses the model.
     """
     if name is None:
-        from ..world.attributes import CONCEPTS
-        from ..world.base_model import corpus
-        from ..world.tiny_janus import build_policy
+        from ..world.worlds import WORLDS
 
-        tiny = build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=0, freeze_vision=True)
-        return tiny.to("meta")
+        return WORLDS[world].untrained().to("meta")
     with settings_alone(name, print) as settings:
         return policy_class(settings).without_weights(settings)
 
@@ -111,7 +109,7 @@ def show(
     for line in lines:
         say(f"  {line}")
     prompts = prompts_of(start.ranks)
-    policy = Inputs.of(config).given_to(policy_without_weights(config.model))
+    policy = Inputs.of(config).given_to(policy_without_weights(config.model, getattr(config, "world", "rendered")))
     for note in checkpoint_notes(policy):
         say(f"model: {note}")
     check_batch(config, policy, prompts)

@@ -27,7 +27,7 @@ from ..records import Prompt
 from ..rewards.judge.attribute_judge import AttributeScorer
 from ..rollout.capacity import remarks_on
 from .evaluation_config import EvaluateConfig
-from .trained_with import drawing_turn_of, inputs_of, run_of, tells_concepts, unconditional_of
+from .trained_with import drawing_turn_of, inputs_of, run_of, tells_concepts, unconditional_of, world_of_model
 
 
 def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Result | None:
@@ -135,7 +135,7 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     def say(line: str) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
-    model = config.model or str(WORLDS[config.world].base(say))
+    model = config.model or str(WORLDS[config.world or "rendered"].base(say))
     asked = inputs_of(config, config.model)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy = check_fit(asked.given_to(load_policy(local_checkpoint(model, say), dtype=dtype)))
@@ -153,7 +153,7 @@ def items_of(config: EvaluateConfig) -> tuple[dict[str, list[Prompt]], str]:
     told, found, sources = tells_concepts(config, config.model), dict[str, list[Prompt]](), list[str]()
     own = {} if config.benchmark else {"": config.data}
     for name, source in (sources_of(config.benchmark, config.data) | own).items():
-        read = source or str(WORLDS[config.world].folder())
+        read = source or str(WORLDS[world_of_model(config.model, config.world)].folder())
         if name in DATA_SETS:
             found |= load_benchmark_prompts(
                 name, read, config.split, image_folder=config.image_folder, think=bool(config.think)

@@ -49,8 +49,9 @@ class EvaluateConfig(Settings):
     """Benchmarks that papers report: data are read in their own layout, asked in their own words, scored by their own
     rules and put beside published numbers, in one table. geneval, dpg, wise and t2i_compbench draw; mmmu, mmbench, pope
     and mathvista answer; unifybench does both."""
-    world: WorldName = "rendered"
-    """Whose tiny base and held-out items are evaluated without model and data."""
+    world: WorldName | None = None
+    """The embedded world whose held-out items are asked without data, and whose tiny base without a model. None: as in
+    the run in whose folder the checkpoint lies, else rendered."""
     data: str | None = None
     """UnifyBench++ folder, GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts, a table (JSONL, parquet,
     saved data set, hub name), or the files of the benchmark; of several, a folder with a sub-folder of each one's name.

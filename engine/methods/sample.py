@@ -28,12 +28,13 @@ from ..processes.launch import unused_folder
 from ..records import Prompt, Rollout
 from ..rollout.capacity import remarks_on
 from ..rollout.sampling import truncation_of
+from ..settings.train_config import WorldName
 from ..settings.yaml_files import to_yaml
 from ..show.sheets import MAX_ROWS, sheet_of_models, to_picture
-from ..world.embedded import world_folder
+from ..world.worlds import WORLDS
 from .model import Model, prompt_of
 from .sample_config import SampleConfig
-from .trained_with import drawing_turn_of, inputs_of, tells_concepts, unconditional_of
+from .trained_with import drawing_turn_of, inputs_of, tells_concepts, unconditional_of, world_of_model
 
 WORD = re.compile(r"<[^<>\s]+>|[^\W_]+(?:['’-][^\W_]+)*")
 """A concept's name in brackets, or a word."""
@@ -51,7 +52,8 @@ def run_sample(config: SampleConfig, console: Console | None = None) -> Samples:
     """
     console = console or Console(highlight=False, soft_wrap=True)
     names = config.compare or (config.model,)
-    prompts = prompts_of(config, all(model_draws(name) for name in names), tells_concepts(config, names[0]))
+    draw = all(model_draws(name) for name in names)
+    prompts = prompts_of(config, draw, tells_concepts(config, names[0]), world_of_model(names[0]))
     folder = unused_folder(config.output_dir)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -79,8 +81,11 @@ def run_sample(config: SampleConfig, console: Console | None = None) -> Samples:
     return samples
 
 
-def prompts_of(config: SampleConfig, draws: bool, concept_info: bool = False) -> list[Prompt]:
-    """What is asked, with unique ids, the same of every model; `concept_info`: as of `load_items`."""
+def prompts_of(
+    config: SampleConfig, draws: bool, concept_info: bool = False, world: WorldName = "rendered"
+) -> list[Prompt]:
+    """What is asked, with unique ids, the same of every model; `concept_info`: as of `load_items`; `world`: whose
+    held-out items are asked where nothing is given."""
     typed = list(config.prompt)
     if config.prompts_file is not None:
         lines = config.prompts_file.read_text(encoding="utf-8-sig").splitlines()
@@ -90,7 +95,7 @@ def prompts_of(config: SampleConfig, draws: bool, concept_info: bool = False) ->
     if typed:
         produce = config.produce or (("text",) if config.image is not None or not draws else ("image",))
         return [prompt_of(text, produce, config.image, number) for number, text in enumerate(typed)]
-    found = load_items(config.data or world_folder(), split=config.split, concept_info=concept_info)
+    found = load_items(config.data or WORLDS[world].folder(), split=config.split, concept_info=concept_info)
     items = select(found, config.tasks, config.num_items)
     asked = [prompt for group in items.values() for prompt in group if draws or "image" not in prompt.segments]
     if not asked:

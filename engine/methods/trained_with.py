@@ -11,7 +11,7 @@ import yaml
 from ..errors import ConfigError
 from ..policies.inputs import Inputs
 from ..settings.template_kwargs import arguments_of
-from ..settings.train_config import PictureFit, Unconditional
+from ..settings.train_config import PictureFit, Unconditional, WorldName
 from ..settings.turn_templates import NONE
 from ..settings.yaml_files import from_yaml
 from .sync_r1_config import SyncR1Config
@@ -85,6 +85,12 @@ def inputs_of(config: Asked, model: str | Path | None) -> Inputs:
     return Inputs(
         config.picture_fit or trained.picture_fit, config.chat_template_kwargs or trained.chat_template_kwargs
     )
+
+
+def world_of_model(model: str | Path | None, given: WorldName | None = None) -> WorldName:
+    """The embedded world that `model` is asked about without data: its run's, unless one is given."""
+    found = given or _said_of(model).get("world")
+    return next((known for known in get_args(WorldName) if known == found), "rendered")
 
 
 def unconditional_of(config: Asked, model: str | Path | None) -> Unconditional:

@@ -20,6 +20,7 @@ WORLD = {
     "Sync-R1": "the rendered world (pictures of twelve concepts, creatures with names; made by the run)",
     "CoRL": "the rendered world (captions and questions about its pictures; made by the run)",
 }
+DIGITS = "the world of handwritten digits (1,797 pictures by 13 people; questions and sums made by the run)"
 VERSIONS = ("syncr1", "torch", "transformers", "deepspeed", "triton")
 
 
@@ -38,6 +39,8 @@ def model_of(run: Run) -> str:
 
 def data_of(run: Run) -> str:
     data = run.settings.get("data")
+    if not data and run.settings.get("world") == "digits":
+        return DIGITS
     return str(data) if data else WORLD.get(method_of(run), "the rendered world")
 
 

@@ -9,16 +9,18 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .attributes import VALUES
-from .base_model import BaseSettings
+from ..policies.janus import JanusPolicy
+from .attributes import CONCEPTS, VALUES
+from .base_model import BaseSettings, corpus
 from .checker import AttributeChecker
 from .digits.digit_items import vocabulary
 from .digits.digit_readers import VALUES as DIGIT_VALUES
 from .digits.digit_readers import NearestDigit
-from .digits.digits_base import DigitsBaseSettings
+from .digits.digits_base import DigitsBaseSettings, untrained_policy
 from .digits.handwriting import FILE
 from .embedded import Report, digit_cnn, digits_base, digits_folder, judge_cnn, tiny_base, world_folder
 from .texts import VOCABULARY
+from .tiny_janus import build_policy
 from .vq import FOLDER
 
 RoundTrip = Callable[[Tensor], Tensor]
@@ -59,6 +61,8 @@ class World:
     """Scores alone: no training sees it."""
     image_tokenizer: Path
     """Folder of the VQ model around which its base is built."""
+    untrained: Callable[[], JanusPolicy]
+    """The base as it is before it learns anything."""
 
 
 WORLDS: Mapping[str, World] = {
@@ -71,6 +75,7 @@ WORLDS: Mapping[str, World] = {
         AttributeChecker.from_round_trip,
         judge_cnn,
         FOLDER,
+        lambda: build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=0, freeze_vision=True),
     ),
     "digits": World(
         "the world of handwritten digits",
@@ -81,6 +86,7 @@ WORLDS: Mapping[str, World] = {
         NearestDigit.from_round_trip,
         digit_cnn,
         FILE.parent,
+        lambda: untrained_policy(0, freeze_vision=True),
     ),
 }
 

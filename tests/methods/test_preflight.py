@@ -133,7 +133,7 @@ def test_data_of_every_form_are_let_pass(name: str, tmp_path: Path, monkeypatch:
 
 def test_the_world_has_the_prompts_that_are_told() -> None:
     world = world_folder()
-    assert (len(load_training_prompts(world)), len(load_anchors(world))) == EMBEDDED
+    assert (len(load_training_prompts(world)), len(load_anchors(world))) == EMBEDDED["rendered"]
     most = SyncR1Config(prompts_per_step=4096, anchor_fraction=0.125)
     assert data_problems(most) == [] != data_problems(SyncR1Config(prompts_per_step=4200, anchor_fraction=0.125))
 

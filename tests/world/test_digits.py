@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
+from helpers import ROOT
 
 from syncr1.engine.data.faults import Faults
 from syncr1.engine.data.loaded import load_chains
 from syncr1.engine.methods.data_checks import check_attributes
+from syncr1.engine.methods.data_names import EMBEDDED
+from syncr1.engine.methods.trained_with import world_of_model
 from syncr1.engine.pictures import load_pictures
 from syncr1.engine.world.digits.digit_items import RECKON, RESULT, TASKS, pairs_of, stream, vocabulary
 from syncr1.engine.world.digits.digit_readers import KNOWN, NearestDigit, table_of, train_digit_cnn
@@ -122,3 +126,15 @@ def test_the_base_repeats_and_is_noisy() -> None:
     items = [item for item in writer._pool if item.task == "read"]
     right = np.mean([writer._told(item) == item.answer for item in items for _ in range(4)])
     assert 0.6 < right < 0.85
+
+
+def test_a_run_of_digits_is_planned_and_its_model_is_asked_about_digits(tmp_path: Path) -> None:
+    out, _ = warm.run(str(ROOT / "recipes" / "sync_r1.py"), "--world", "digits", "--dry_run")
+    assert "800 prompts, 0 anchors" in out
+    prompts, anchors = EMBEDDED["digits"]
+    assert (prompts, anchors) == (len(TASKS) * NUM_ITEMS["train"], 0)
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("world: digits\n")
+    assert world_of_model(tmp_path / "checkpoints" / "last") == "digits"
+    assert world_of_model(tmp_path / "checkpoints" / "last", "rendered") == "rendered"
+    assert world_of_model(None) == world_of_model("org/name") == "rendered"

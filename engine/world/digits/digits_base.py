@@ -126,6 +126,12 @@ class NoisyWriter:
         return self._encoded[key]
 
 
+def untrained_policy(seed: int, *, freeze_vision: bool = False) -> JanusPolicy:
+    """As it is before it learns anything."""
+    texts = [" ".join(vocabulary())] * 20
+    return build_policy(texts, [], seed=seed, freeze_vision=freeze_vision, image_tokenizer=FILE.parent)
+
+
 @one_thread()
 def train_digits_base(
     settings: DigitsBaseSettings, report: Callable[[int, float], None] | None = None, kept: Kept | None = None
@@ -138,7 +144,7 @@ def train_digits_base(
         kept: where it goes on after it was cut off, to the same weights.
     """
     torch.manual_seed(settings.seed)
-    policy = build_policy([" ".join(vocabulary())] * 20, [], seed=settings.seed, image_tokenizer=FILE.parent)
+    policy = untrained_policy(settings.seed)
     writer = NoisyWriter(policy, settings)
     if kept is not None:
         kept.watch(writer.rng)
