@@ -168,7 +168,7 @@ def test_names_are_as_short_as_they_can_be() -> None:
 def test_the_notebook_s_cells_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are printed, but from a base of seconds and for a step."""
     monkeypatch.setattr("syncr1.engine.world.embedded.tiny_base", lambda *_: base)
-    monkeypatch.setattr("syncr1.engine.methods.sync_r1_parts.tiny_base", lambda *_: base)
+    monkeypatch.setattr("syncr1.engine.world.worlds.tiny_base", lambda *_: base)
     monkeypatch.chdir(tmp_path)
     notebook = json.loads((ROOT / "examples" / "first_run.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]

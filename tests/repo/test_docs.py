@@ -77,7 +77,7 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     if "syncr1.engine.api" in "".join(blocks(page, "python")):  # trains: from a base that takes seconds to make
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
-        monkeypatch.setattr("syncr1.engine.methods.sync_r1_parts.tiny_base", lambda *_: short_base())
+        monkeypatch.setattr("syncr1.engine.world.worlds.tiny_base", lambda *_: short_base())
     scope: dict[str, object] = {}
     try:
         for block in blocks(page, "python"):
