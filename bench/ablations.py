@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,6 @@ VARIANTS: dict[str, list[str]] = {
     "w5_guided": ["--cfg_weight", "5", "--policy_logp", "guided"],
     "w5_guided_detached": ["--cfg_weight", "5", "--policy_logp", "guided_detached"],
     "turn_sync_r1": ["--drawing_turn", "sync_r1"],
-    "turn_t2i_r1": ["--drawing_turn", "t2i_r1"],
 }
 
 
@@ -70,11 +70,18 @@ def make_base(work: Path, seed: int) -> Path:
 def make_run(work: Path, variant: str, seed: int, extra: list[str]) -> dict[str, float]:
     """One RL run's scores and costs, flat."""
     folder = work / f"{variant}-{seed}"
-    if not (folder / "report.html").is_file():
+    if not is_finished(folder):
+        shutil.rmtree(folder, ignore_errors=True)  # what was cut off
         arguments = ["--model", str(work / f"base-{seed}"), "--seed", str(seed), "--output_dir", str(folder)]
         seconds = run_recipe("sync_r1.py", [*arguments, *VARIANTS[variant], *extra], work / f"{variant}-{seed}.log")
         print(f"{variant} seed {seed}: {seconds:.0f} s", flush=True)
     return read_run(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    """Scored after training; a run's page is there from its first second."""
+    scores = folder / "scores.json"
+    return scores.is_file() and bool(json.loads(scores.read_text()).get("after"))
 
 
 def read_run(folder: Path) -> dict[str, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ablations import is_finished
 from score_tables import CORL, corl_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +57,8 @@ def make_base(work: Path, seed: int) -> Path:
 def make_run(work: Path, name: str, seed: int, flags: list[str]) -> dict[str, dict[str, float]]:
     """`before` and `after` of one run."""
     folder = work / f"{name}-{seed}"
-    if not (folder / "report.html").is_file():
+    if not is_finished(folder):
+        shutil.rmtree(folder, ignore_errors=True)  # what was cut off
         recipe = [str(ROOT / "recipes" / "corl.py"), "--config", str(ROOT / "recipes" / "corl_tiny.yaml")]
         arguments = ["--model", str(work / f"base-{seed}"), "--seed", str(seed), "--output_dir", str(folder), *flags]
         seconds = timed([*recipe, *arguments], work / f"{name}-{seed}.log")

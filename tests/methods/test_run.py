@@ -175,7 +175,9 @@ def test_a_run_leaves_everything_that_it_promises(finished: tuple[Path, str]) ->
 @pytest.mark.slow
 def test_the_ablations_read_a_run(finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    read = importlib.import_module("ablations").read_run(finished[0])
+    ablations = importlib.import_module("ablations")
+    assert ablations.is_finished(finished[0]) and not ablations.is_finished(finished[0] / "checkpoints")
+    read = ablations.read_run(finished[0])
     rows = rows_of(finished[0])
     spent = sum(value for row in rows for name, value in row.items() if name.startswith("seconds/update/"))
     assert 0 < spent < read["update_seconds"] < read["seconds"] and read["trained_tokens"] > 0
