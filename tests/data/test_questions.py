@@ -105,3 +105,8 @@ def test_the_instruction_says_what_an_answer_looks_like() -> None:
     text = instructed("{form} {question}?", "MC", "B", THINK_THEN_ANSWER)
     assert text.startswith("{form} {question}?\n") and "<think>" in text and "<answer>" in text
     assert instructed(text, "MC", "B", THINK_THEN_ANSWER) == text
+
+
+def test_options_on_lines_may_be_signs_or_words_that_join() -> None:
+    assert options_in("Which sign?\nA. +\nB. −\nC. ×") == ("+", "−", "×")
+    assert options_in("Which word?\nA. and\nB. or") == ("and", "or")

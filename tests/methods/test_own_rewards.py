@@ -137,7 +137,7 @@ def test_questions_that_are_not_asked_are_said(place: Path, model: Path, capfd: 
     assert (
         "not used: column 'qa_problem': 2 questions are not asked" in said and "recipes/corl.py trains on both" in said
     )
-    assert "a file has no held-out part; give one by --eval_data" in said
+    assert "a file or a named split has no held-out part; give one by --eval_data" in said
 
 
 def test_rewards_that_can_score_nothing_are_refused(place: Path, model: Path) -> None:

@@ -52,7 +52,8 @@ def _between(problem: str, marks: Sequence[re.Match[str]]) -> Iterable[tuple[str
         letter = _latin(mark[2] or mark[3])
         end = following.start() if following is not None else len(problem)
         text = problem[mark.end() : end].strip(SEPARATORS)
-        yield letter, text.split("\n")[0].rstrip(SEPARATORS)
+        text = text.split("\n")[0].rstrip(SEPARATORS)
+        yield letter, text if text not in BETWEEN and any(map(str.isalnum, text)) else ""
 
 
 def _latin(letter: str) -> str:
@@ -66,7 +67,7 @@ def _longest(marked: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     for letter, text in marked:
         if letter == "A":
             run = []
-        if ord(letter) - ord("A") == len(run) and text not in BETWEEN and any(map(str.isalnum, text)):
+        if ord(letter) - ord("A") == len(run) and text:
             run.append(text)
             best = run if len(run) > len(best) else best
     return tuple(best) if len(best) > 1 else ()
