@@ -187,17 +187,18 @@ def truths_of(table: Table, rows: Sequence[Row], column: str) -> Truths:
 
 
 def pictures_of(
-    reading: Reading, rows: Sequence[Row], columns: Sequence[str], needed: Sequence[bool]
+    reading: Reading, rows: Sequence[Row], columns: Sequence[str], needed: Sequence[bool], may_lack: Sequence[bool]
 ) -> list[ImageRef | None]:
-    """One picture of each row that needs one, from the first column that has any; all of them have one, or none has."""
+    """One picture of each row that needs one, from the first column that has any; where one has, only those that
+    `may_lack` it have none."""
     chosen = [row for row, need in zip(rows, needed, strict=True) if need]
     column = next((name for name in columns if any(row.get(name) for row in chosen)), None)
     found: list[ImageRef | None] = []
-    for index, (row, need) in enumerate(zip(rows, needed, strict=True)):
+    for index, (row, need, lacks) in enumerate(zip(rows, needed, may_lack, strict=True)):
         value, picture = row.get(column) if need and column else None, None
         with reading.at(index):
             picture = single(value, column)
-            if need and column and picture is None:
+            if need and column and picture is None and not lacks:
                 raise DataError(f"column {column!r} is empty while other rows have pictures; add one or drop the row")
         found.append(picture)
     return found

@@ -59,7 +59,8 @@ KINDS: tuple[Kind, ...] = ("t2i", "mcq", "oe")
 
 IMAGE_ONLY: tuple[SegmentKind, ...] = ("image",)
 TEXT_ONLY: tuple[SegmentKind, ...] = ("text",)
-PLACEHOLDER = re.compile(r"<image>[ \t]*\n?")
+SIGN = "<image>"
+PLACEHOLDER = re.compile(rf"{SIGN}[ \t]*\n?")
 """Where data say that the picture goes; here it always comes first."""
 CHAIN_PICTURES = tuple(column for column in SHOWN_COLUMNS if column != "real_image")
 SEGMENTS: tuple[tuple[SegmentKind, ...], ...] = (
@@ -129,8 +130,9 @@ def samples_of(
     truths = truths_of(table, rows, layout.answer or "")
     names = names_of(table, rows, split)
     halves = [_halves(reading, index, row, layout) for index, row in enumerate(rows)]
-    shown = pictures_of(reading, rows, SHOWN_COLUMNS, [asks for _, asks in halves])
-    drawn = pictures_of(reading, rows, DRAWN_COLUMNS, [draws for draws, _ in halves])
+    texts_alone = [layout.question is None or SIGN not in str(row.get(layout.question)) for row in rows]
+    shown = pictures_of(reading, rows, SHOWN_COLUMNS, [asks for _, asks in halves], texts_alone)
+    drawn = pictures_of(reading, rows, DRAWN_COLUMNS, [draws for draws, _ in halves], [False] * len(rows))
     samples = []
     for index, (row, (draws, asks)) in enumerate(zip(rows, halves, strict=True)):
         extra = extra_of(row)
@@ -241,8 +243,13 @@ def _problem(value: Any, column: str, picture: ImageRef | None) -> str:
     """The question without the marker of its picture, which comes before it anyway."""
     text = text_of(value, column)
     if picture is not None:
+        if (signs := text.count(SIGN)) > 1:
+            raise DataError(
+                f"column {column!r} has {signs} signs {SIGN} and the row 1 picture; a prompt shows one: take signs "
+                "out, or join the pictures into one"
+            )
         return text_of(PLACEHOLDER.sub("", text), column)
-    if not isinstance(value, str) and "<image>" in text:
+    if not isinstance(value, str) and SIGN in text:
         raise DataError(f"column {column!r} shows a picture, and 'image' or 'images' has none; add it")
     return text
 
@@ -272,7 +279,7 @@ def chains_of(table: Table, split: str = "train", model_draws: bool = True, faul
     asked, answered = chain_columns(table, rows)
     check_unseen(table, rows)
     names = names_of(table, rows, split)
-    shown = pictures_of(reading, rows, CHAIN_PICTURES, [_shows(row) for row in rows])
+    shown = pictures_of(reading, rows, CHAIN_PICTURES, [_shows(row) for row in rows], [False] * len(rows))
     prompts = []
     for index, row in enumerate(rows):
         if index not in reading.bad:

@@ -296,11 +296,24 @@ def test_rows_that_cannot_be_used(tmp_path: Path, folder: Path, entry: dict[str,
     assert str(path) in str(caught.value) or "line 2" in str(caught.value)
 
 
-@pytest.mark.parametrize("form", ["question", "drawing"])
-def test_rows_with_and_without_pictures_do_not_mix(folder: Path, form: str) -> None:
-    entry = {"problem": "What?", "solution": "x"} if form == "question" else {"prompt": "a cat"}
+def test_questions_with_and_without_pictures_may_be_mixed(folder: Path) -> None:
+    asked = {"problem": "What?", "solution": "x"}
+    found = [sample[0] for sample in load_samples(rows(folder, {**asked, "image": "coffee.jpg"}, asked))]
+    assert [prompt.image is not None for prompt in found] == [True, False]
+
+
+@pytest.mark.parametrize("entry", [{"problem": "<image>What?", "solution": "x"}, {"prompt": "a cat"}])
+def test_a_sign_without_a_picture_and_a_drawing_without_its_own_are_refused(
+    folder: Path, entry: dict[str, Any]
+) -> None:
     with pytest.raises(DataError, match="line 2: column 'image' is empty while other rows have pictures"):
         load_samples(rows(folder, {**entry, "image": "coffee.jpg"}, entry))
+
+
+def test_two_signs_and_one_picture_are_refused(folder: Path) -> None:
+    entry = {"problem": "<image> or <image>?", "solution": "x", "image": "coffee.jpg"}
+    with pytest.raises(DataError, match="'problem' has 2 signs <image> and the row 1 picture"):
+        load_samples(rows(folder, entry))
 
 
 PLAIN = st.recursive(
