@@ -25,6 +25,9 @@ TEXT, IMAGE = 0, 1
 
 SegmentKind = Literal["text", "image"]
 MODALITY_NAMES: tuple[SegmentKind, SegmentKind] = ("text", "image")
+DecodingOrder = Literal["raster", "masked"]
+"""How an image is drawn: one token after another, each predicted by the place before it; or all places at once, filled
+in by steps, each predicted at its own place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +108,9 @@ class Segment:
     """[L, ceil(V/32)] int32 or None = all: the ids that each token was drawn from under top_k, top_p and min_p, as
     `CFGSample.support` has them; what was forced has none that means anything. The three above are then those of the
     distributions renormalised over them."""
+    order: Tensor | None = None
+    """[L] int64, of an image that was filled in: the step that settled each token, whose state has the tokens of all
+    steps before it and masks elsewhere; -1: it was given. None: the image was drawn in raster order."""
     truncated: bool = False
     """A text segment that ran into its length limit. Never true for images: a full image is complete."""
 
@@ -173,6 +179,63 @@ class FreeBranch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FilledStates:
+    """States of filled-in images behind turns or free prompts. Dims: Tt tokens of those, M states, N places, Tf scored
+    tokens."""
+
+    prompt_tokens: Tensor
+    """[Tt] int64 text ids; each distinct one once."""
+    codes: Tensor
+    """[M, N] int64 image ids, the mask among them; the frame is not in it."""
+    at: Tensor
+    """[Tf] int64: places among the states' tokens, frames included, that score a token."""
+    rows: Tensor
+    """[Tf] int64: which of the batch's tokens [T] each of them scores."""
+    layout: SharedPrefixLayout
+    """Of this axis alone: for a pass without a gradient."""
+
+    def to(self, device: torch.device) -> FilledStates:
+        """The same with every tensor on `device`."""
+        return FilledStates(**_moved(self, device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilledImages:
+    """The images of a `PackedBatch` whose policy fills them in (forward/filled_images.py).
+
+    Image tokens lie on the loss's axis [T] alone; attention sees the states that they were drawn from. Dims: Ta text
+    tokens on the attention axis, Tf scored image tokens, T as in `PackedBatch`.
+    """
+
+    rows: Tensor
+    """[Tf] int64: scored image tokens on [T]."""
+    weight: Tensor
+    """[Tf] float32: w of u + w (c - u)."""
+    attended: Tensor
+    """[Ta] int64: the tokens of [T] that are text, which attention sees where they are."""
+    drawn: FilledStates
+    free: FilledStates | None
+    """The same states behind free prompts, where the loss scores the distribution that was sampled from."""
+    layout: SharedPrefixLayout
+    """Of one pass over the batch's prompts and text and the drawn states: [prompts | turns | text | states]."""
+    both: SharedPrefixLayout | None
+    """With the free states as well."""
+    scale: float
+    """What the loss of image tokens is multiplied by: T / k where k of T states were chosen."""
+    num_items: int
+    """Image tokens that the loss is divided by, those of states that were not chosen among them."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that the trunk computes."""
+        return self.layout.num_tokens if self.both is None else self.both.num_tokens
+
+    def to(self, device: torch.device) -> FilledImages:
+        """The same with every tensor on `device`."""
+        return FilledImages(**_moved(self, device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
     """Whole groups on one token axis, no padding: first all prompts, each once, then all responses.
 
@@ -212,6 +275,8 @@ class PackedBatch:
     that each was drawn from; None = all. Every policy's log-probabilities are those over them."""
     free: FreeBranch | None = None
     """The classifier-free twin of every image, where the loss scores the distribution that was sampled from."""
+    filled: FilledImages | None = None
+    """The images of a policy that fills them in; `layout` is then of the prompts and the text alone."""
     anchor: bool = False
     """True for a batch of anchors, which are held harder than what is being trained."""
     old_logp: Tensor | None = None
@@ -225,12 +290,16 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         """Positions that the trunk computes; all of them are real."""
+        if self.filled is not None:
+            return self.filled.num_tokens
         twins = 0 if self.free is None else self.free.num_tokens
         return int(self.prefix_tokens.numel() + self.tokens.numel()) + twins
 
     @property
     def num_unshared_tokens(self) -> int:
         """What they would be if every response brought its own copy of its prompt."""
+        if self.filled is not None:
+            return _unshared(self.filled.layout if self.filled.both is None else self.filled.both)
         trained = self.cu_seqlens.diff() > 0
         copies = torch.stack([trained[a:b].sum() for a, b in pairwise(self.group_offsets.tolist())])
         twins = 0 if self.free is None else self.free.num_unshared_tokens
@@ -245,13 +314,20 @@ class PackedBatch:
         return PackedBatch(**_moved(self, device))
 
 
-def _moved(record: FreeBranch | PackedBatch, device: torch.device) -> dict[str, Any]:
+def _unshared(layout: SharedPrefixLayout) -> int:
+    """Tokens of a layout if every response that has any brought its own copy of its prefix."""
+    trained = layout.cu_seqlens.diff() > 0
+    copies = torch.stack([trained[a:b].sum() for a, b in pairwise(layout.group_offsets.tolist())])
+    return int((copies * layout.cu_prefixes.diff()).sum() + layout.cu_seqlens[-1])
+
+
+def _moved(record: FreeBranch | FilledStates | FilledImages | PackedBatch, device: torch.device) -> dict[str, Any]:
     """A record's fields, what lies on a device on that one."""
     moved: dict[str, Any] = {f.name: getattr(record, f.name) for f in fields(record)}
     for name, value in moved.items():
         if isinstance(value, Tensor):
             moved[name] = value.to(device, non_blocking=True)
-        elif isinstance(value, SharedPrefixLayout | FreeBranch):
+        elif isinstance(value, SharedPrefixLayout | FreeBranch | FilledStates | FilledImages):
             moved[name] = value.to(device)
         elif name == "support":
             moved[name] = tuple(None if kept is None else kept.to(device, non_blocking=True) for kept in value)

@@ -47,10 +47,10 @@ def free_branch(
     """
     groups: dict[tuple[int, ...], list[Drawn]] = {}
     for number, (first, segment) in enumerate(images):
-        prompt = _free_prompt(segment).tolist()
+        prompt = free_prompt_of(segment).tolist()
         groups.setdefault((*prompt, *(() if share_prefix else (-1, number))), []).append((first, segment))
     in_order = [image for group in groups.values() for image in group]
-    prompts = [_free_prompt(group[0][1]) for group in groups.values()] or [policy.unconditional_tokens()]
+    prompts = [free_prompt_of(group[0][1]) for group in groups.values()] or [policy.unconditional_tokens()]
     lengths = [segment.tokens.numel() for _, segment in in_order]
     nothing = [torch.zeros(0, dtype=torch.long)]
     weights = [torch.full((n,), float(image.guidance)) for (_, image), n in zip(in_order, lengths, strict=True)]
@@ -64,11 +64,11 @@ def free_branch(
         rows=torch.cat([torch.arange(n) + first for (first, _), n in zip(in_order, lengths, strict=True)] or nothing),
         weight=torch.cat(weights or [torch.zeros(0)]),
         layout=alone,
-        joined=_joined(layout, alone),
+        joined=joined(layout, alone),
     )
 
 
-def _free_prompt(segment: Segment) -> Tensor:
+def free_prompt_of(segment: Segment) -> Tensor:
     if segment.free_prompt is None:
         raise ValueError(
             "pack: expected images that were drawn beside a free prompt, as the loss is to score the guided "
@@ -80,7 +80,7 @@ def _free_prompt(segment: Segment) -> Tensor:
 def free_tokens(kept: Iterable[Rollout], share_prefix: bool) -> int:
     """Tokens that the free branch of a group takes; groups of one micro-batch may share its prompt, and take fewer."""
     images = [segment for rollout in kept for segment in rollout.segments if segment.kind == "image"]
-    prompts = [tuple(_free_prompt(segment).tolist()) for segment in images]
+    prompts = [tuple(free_prompt_of(segment).tolist()) for segment in images]
     shared = set(prompts) if share_prefix else prompts
     return sum(segment.tokens.numel() for segment in images) + sum(map(len, shared))
 
@@ -89,16 +89,27 @@ def _offsets(lengths: Iterable[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def _joined(first: SharedPrefixLayout, second: SharedPrefixLayout) -> SharedPrefixLayout:
+def joined(first: SharedPrefixLayout, second: SharedPrefixLayout) -> SharedPrefixLayout:
     """Both on one axis: all prefixes, then all responses."""
-    pairs = zip(first.host_offsets, second.host_offsets, strict=True)
-    return SharedPrefixLayout(*(torch.cat([one, one[-1] + other[1:]]) for one, other in pairs))
+    offsets = ("cu_prefixes", "cu_seqlens", "group_offsets")
+    pairs = [(getattr(first, name).cpu(), getattr(second, name).cpu()) for name in offsets]
+    wholes = [
+        _both(getattr(first, name), first, getattr(second, name), second, name)
+        for name in ("whole_prefixes", "whole_responses")
+    ]
+    return SharedPrefixLayout(*(torch.cat([one, one[-1] + other[1:]]) for one, other in pairs), *wholes)
 
 
-def twins_of(free: FreeBranch, rows: Tensor, num_tokens: int) -> Tensor:
-    """[N] int64: where on the branch's axis [Tf] the response tokens `rows` [N] of [T] stand again."""
-    place = rows.new_zeros(num_tokens)
-    return place.index_copy(0, free.rows, torch.arange(free.rows.numel(), device=rows.device))[rows]
+def _both(
+    one: Tensor | None, first: SharedPrefixLayout, other: Tensor | None, second: SharedPrefixLayout, name: str
+) -> Tensor | None:
+    """Lengths of what sees itself whole, of both; None where neither has any."""
+    if one is None and other is None:
+        return None
+    of = "cu_prefixes" if name == "whole_prefixes" else "cu_seqlens"
+    sizes = [getattr(layout, of).numel() - 1 for layout in (first, second)]
+    parts = [x.cpu() if x is not None else torch.zeros(n).int() for x, n in zip((one, other), sizes, strict=True)]
+    return torch.cat(parts)
 
 
 def mixed_head(policy: Policy, conditional: Tensor, unconditional: Tensor, weight: Tensor, *, detached: bool) -> Head:

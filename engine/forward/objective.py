@@ -24,13 +24,14 @@ from syncr1.kernels.api import SharedPrefixLayout, TokenStream, linear_grpo_loss
 
 from ..policies.attention_interface import PackedLayout
 from ..policies.base import Head, Policy
-from ..records import IMAGE, MODALITY_NAMES, PackedBatch, SegmentKind
+from ..records import IMAGE, MODALITY_NAMES, FilledImages, FilledStates, PackedBatch, SegmentKind
 from ..settings.modality import clip_of, each, value_of
 from ..settings.train_config import ImportanceCorrection, PolicyLogp
-from .free_branch import mixed_head, twins_of
+from .free_branch import mixed_head
 
 Branch = tuple[Tensor, Tensor]
-"""Hidden states of an axis, and which of them predicts each response token."""
+"""Hidden states of an axis, and which of them predicts each of the batch's tokens [T]; of free branches images' alone
+mean something."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +112,11 @@ class PolicyForward(nn.Module):
         o = self.objective
         lows, highs = zip(*(clip_of(o, name) for name in MODALITY_NAMES), strict=True)
         betas = [value_of(o, "beta", name) for name in MODALITY_NAMES]
-        weights = {"text": 0.0 if o.credit == "image_only" else o.text_loss_weight, "image": o.image_loss_weight}
+        scale = 1.0 if batch.filled is None else batch.filled.scale
+        weights = {
+            "text": 0.0 if o.credit == "image_only" else o.text_loss_weight,
+            "image": o.image_loss_weight * scale,
+        }
         out = linear_grpo_loss(
             streams,
             None,
@@ -164,21 +169,23 @@ class PolicyForward(nn.Module):
         """A vocabulary's head on the hidden states that predict response tokens `rows`."""
         hidden, predicting = mine
         hidden = hidden[predicting[rows]]
-        if twins is None or batch.free is None or name != "image":
+        guided = batch.free or batch.filled
+        if twins is None or guided is None or name != "image":
             return self.policy.head(hidden, name)
         free_hidden, free_predicting = twins
-        which = twins_of(batch.free, rows, batch.tokens.numel())
         return mixed_head(
             self.policy,
             hidden,
-            free_hidden[free_predicting[which]],
-            batch.free.weight[which],
+            free_hidden[free_predicting[rows]],
+            _spread(guided.weight, guided.rows, batch)[rows],
             detached=self.objective.policy_logp == "guided_detached",
         )
 
     def _branches(self, batch: PackedBatch) -> tuple[Branch, Branch | None]:
         """Of the responses [T], and of the images behind their free prompts [Tf]."""
         free, how = batch.free, self.objective.policy_logp
+        if batch.filled is not None:
+            return self._filled_branches(batch, batch.filled)
         embeddings = self._embeddings(batch)
         if free is None or how == "conditional":
             return (self._trunk(embeddings, batch.layout), batch.layout.predicting_rows()), None
@@ -188,11 +195,45 @@ class PolicyForward(nn.Module):
             prompts = self.policy.embed(free.prompt_tokens, "text")
             joined = self._trunk(torch.cat([embeddings[:first], prompts, embeddings[first:], images]), free.joined)
             mine, twins = free.joined.predicting_rows().split([batch.tokens.numel(), free.rows.numel()])
-            return (joined, mine), (joined, twins)
+            return (joined, mine), (joined, _spread(twins, free.rows, batch))
         with torch.no_grad():  # first, so that what the other pass keeps is not there yet
             prompts = self.policy.embed(free.prompt_tokens, "text")
-            apart = self._trunk(torch.cat([prompts, images]), free.layout), free.layout.predicting_rows()
+            hidden = self._trunk(torch.cat([prompts, images]), free.layout)
+        apart = hidden, _spread(free.layout.predicting_rows(), free.rows, batch)
         return (self._trunk(embeddings, batch.layout), batch.layout.predicting_rows()), apart
+
+    def _filled_branches(self, batch: PackedBatch, filled: FilledImages) -> tuple[Branch, Branch | None]:
+        """The same of a policy that fills images in: text is predicted by the place before it, images by their own."""
+        how, free, apart = self.objective.policy_logp, filled.free, None
+        if free is not None and how == "guided_detached":
+            with torch.no_grad():
+                hidden = self._trunk(torch.cat([*self._states(free)]), free.layout)
+            apart = hidden, _spread(free.at + free.prompt_tokens.numel(), free.rows, batch)
+        embeddings, first = self._embeddings(batch), batch.prefix_tokens.numel()
+        branches, layout = [filled.drawn], filled.layout
+        if free is not None and filled.both is not None and how == "guided":
+            branches, layout = [filled.drawn, free], filled.both
+        turns, spans = zip(*(self._states(states) for states in branches), strict=True)
+        hidden = self._trunk(torch.cat([embeddings[:first], *turns, embeddings[first:], *spans]), layout)
+        place, behind = layout.num_prefix_tokens, filled.attended.numel()
+        text = _spread(layout.predicting_rows()[:behind], filled.attended, batch)
+        place += behind
+        predicting = []
+        for states, span in zip(branches, spans, strict=True):
+            predicting.append(text.index_copy(0, states.rows, states.at + place))
+            place += len(span)
+        twins = (hidden, predicting[1]) if len(predicting) > 1 else apart
+        return (hidden, predicting[0]), twins
+
+    def _states(self, states: FilledStates) -> tuple[Tensor, Tensor]:
+        """([Tt, D], [M * L, D]) what the trunk is given of turns and of the states behind them."""
+        policy = self.policy
+        before, behind = (ids.to(states.codes.device) for ids in policy.image_frame())
+        split = [states.prompt_tokens.numel(), before.numel(), behind.numel()]
+        turns, before, behind = policy.embed(torch.cat([states.prompt_tokens, before, behind]), "text").split(split)
+        codes = policy.embed(states.codes.flatten(), "image").view(*states.codes.shape, -1)
+        frames = (part.expand(len(codes), *part.shape) for part in (before, behind))
+        return turns, torch.cat([next(frames), codes, next(frames)], 1).flatten(0, 1)
 
     def _trunk(self, embeddings: Tensor, layout: SharedPrefixLayout) -> Tensor:
         return self.policy.trunk(embeddings[None], layout.position_ids()[None], PackedLayout(layout))[0]
@@ -204,9 +245,11 @@ class PolicyForward(nn.Module):
     def _embeddings(self, batch: PackedBatch) -> Tensor:
         """[Tp + T, D] what the trunk is given of prompts and responses."""
         is_image = batch.modality == IMAGE
-        words = torch.cat([batch.prefix_tokens, torch.where(is_image, 0, batch.tokens)])
-        embeddings = self.policy.embed(words, "text")
-        if self.policy.num_image_tokens:
+        given = torch.where(is_image, 0, batch.tokens)
+        if batch.filled is not None:
+            given = given[batch.filled.attended]
+        embeddings = self.policy.embed(torch.cat([batch.prefix_tokens, given]), "text")
+        if self.policy.num_image_tokens and batch.filled is None:
             drawn = is_image.nonzero().squeeze(1)  # may be empty: ZeRO-3 wants every module to run on every rank
             image = self.policy.embed(batch.tokens[drawn], "image")
             embeddings = embeddings.index_copy(0, drawn + batch.prefix_tokens.numel(), image)
@@ -230,3 +273,8 @@ class PolicyForward(nn.Module):
             logp = logp.index_copy(0, s.rows, row_logp.float())
             entropy = entropy.index_copy(0, s.rows, row_entropy.float())
         return {"logp": logp, "entropy": entropy}
+
+
+def _spread(values: Tensor, rows: Tensor, batch: PackedBatch) -> Tensor:
+    """`values` [n] of the batch's tokens `rows` [n], on its axis [T]; 0 elsewhere."""
+    return values.new_zeros(batch.tokens.numel()).index_copy(0, rows, values)

@@ -2,6 +2,8 @@
 
     [ prompt 0 | prompt 1 | … | response 0.0 | response 0.1 | … | response 1.0 | … ]
 
+Images that were filled in lie on the loss's axis alone; what attention sees of them is filled_images.py.
+
 A response is what follows the prompt: `text | [drawing turn] image_start | image | follow-up turn | text`, or a part of
 it; the loss mask covers what the policy sampled.  Pruned trajectories have no tokens.
 
@@ -19,8 +21,10 @@ from torch import Tensor
 from syncr1.kernels.api import SharedPrefixLayout
 
 from ..policies.base import Policy
-from ..records import IMAGE, TEXT, PackedBatch, Rollout, Segment
+from ..records import IMAGE, TEXT, FilledImages, PackedBatch, Rollout, Segment
+from .filled_images import Filling, filled_images
 from .free_branch import Drawn, free_branch, free_tokens
+from .masked_states import MaskedPlan, State, num_sampled
 
 
 def pack(
@@ -33,6 +37,7 @@ def pack(
     max_tokens: int,
     share_prefix: bool = True,
     guided: bool = False,
+    masked: MaskedPlan | None = None,
 ) -> list[PackedBatch]:
     """Packs whole groups into micro-batches of at most `max_tokens` tokens (a larger group stands alone).
 
@@ -46,6 +51,7 @@ def pack(
         share_prefix: False gives every response its own copy of its prompt: the same loss and gradients, more work.
         guided: adds the classifier-free twin of every image, for a loss on the distribution that was sampled from;
             its tokens count like others.
+        masked: which states of filled-in images are trained; None: all that they went through.
 
     Returns:
         Micro-batches in the order of the groups, anchors apart and last. Groups without a kept trajectory
@@ -62,19 +68,20 @@ def pack(
             f"pack: expected S = P * G rollouts with advantages [S, 2] and keep [S]; got S={S}, G={G}, "
             f"advantages {tuple(advantages_S2.shape)}, keep {tuple(keep_S.shape)}"
         )
+    settings = Settings(policy, share_prefix, guided, masked or MaskedPlan())
     groups = [range(start, start + G) for start in range(0, S, G) if bool(keep_S[start : start + G].any())]
     if not groups:
         dummy = keep_S.clone()
         dummy[0] = True
-        return [_pack_groups(policy, rollouts, advantages_S2, dummy, [range(G)], share_prefix, guided).without_loss()]
+        return [_pack_groups(settings, rollouts, advantages_S2, dummy, [range(G)]).without_loss()]
     for group in groups:
         _check_one_prompt([rollouts[i] for i in group])
     batches = []
     for anchor in (False, True):
         mine = [group for group in groups if rollouts[group.start].prompt.rewarded is not anchor]
-        sizes = [_group_tokens([rollouts[i] for i in group if keep_S[i]], share_prefix, guided) for group in mine]
+        sizes = [settings.num_tokens([rollouts[i] for i in group if keep_S[i]]) for group in mine]
         for chunk in _chunks(mine, sizes, max_tokens):
-            batch = _pack_groups(policy, rollouts, advantages_S2, keep_S, chunk, share_prefix, guided)
+            batch = _pack_groups(settings, rollouts, advantages_S2, keep_S, chunk)
             batches.append(replace(batch, anchor=anchor))
     return batches
 
@@ -90,13 +97,44 @@ def _check_one_prompt(members: list[Rollout]) -> None:
             )
 
 
-def _group_tokens(kept: list[Rollout], share_prefix: bool, guided: bool) -> int:
-    """Tokens of a group on the packed axis."""
-    copies = 1 if share_prefix else len(kept)
-    own = kept[0].prompt_tokens.numel() * copies + sum(
-        segment.lead.numel() + segment.tokens.numel() for rollout in kept for segment in rollout.segments
-    )
-    return own + free_tokens(kept, share_prefix) if guided else own
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a micro-batch is packed; the arguments of `pack` of the same names."""
+
+    policy: Policy
+    share_prefix: bool
+    guided: bool
+    masked: MaskedPlan
+
+    def num_tokens(self, kept: list[Rollout]) -> int:
+        """Tokens of a group on the attention axis."""
+        copies = 1 if self.share_prefix else len(kept)
+        if self.policy.decoding_order == "masked":
+            own = sum(r.prompt_tokens.numel() for r in kept[:copies] if not _begins_filled(r))
+            return own + sum(self._num_filled(s, rollout) for rollout in kept for s in rollout.segments)
+        own = kept[0].prompt_tokens.numel() * copies + sum(
+            segment.lead.numel() + segment.tokens.numel() for rollout in kept for segment in rollout.segments
+        )
+        return own + free_tokens(kept, self.share_prefix) if self.guided else own
+
+    def _num_filled(self, segment: Segment, rollout: Rollout) -> int:
+        """Of a trajectory's segment; an image's turn counts once for each member, if not for each state."""
+        if segment.order is None:
+            return segment.lead.numel() + segment.tokens.numel()
+        span = segment.tokens.numel() + sum(ids.numel() for ids in self.policy.image_frame())
+        states = len(self.masked.states(segment, rollout.uid))
+        prefix = _behind(segment, rollout).numel() * (1 if self.share_prefix else states)
+        return (span * states + prefix) * (1 + self.guided)
+
+
+def _begins_filled(rollout: Rollout) -> bool:
+    """Its first segment is an image of a sequence of its own, so its prompt stands before that."""
+    return rollout.segments[0].order is not None
+
+
+def _behind(segment: Segment, rollout: Rollout) -> Tensor:
+    """[L] int64: what a filled-in image was drawn behind."""
+    return segment.lead if segment.lead.numel() else rollout.prompt_tokens
 
 
 def _chunks(groups: list[range], sizes: list[int], max_tokens: int) -> Iterator[list[range]]:
@@ -127,12 +165,26 @@ class _Axis:
     drawn: list[Drawn] = field(default_factory=list)
     guided: bool = False
     """What was sampled is told by its mixed log-probabilities."""
+    filled: list[Segment] = field(default_factory=list)
+    fillings: list[Filling] = field(default_factory=list)
+    """Of those the states that count."""
+    attended: list[Tensor] = field(default_factory=list)
+    """Which of the tokens are on the attention axis."""
+    num_attended: int = 0
     length: int = 0
+
+    def begin(self, policy: Policy, rollout: Rollout) -> int:
+        """The prompt of a trajectory, but for one whose image's sequence it begins; gives how many of its first tokens
+        see each other whole."""
+        if _begins_filled(rollout):
+            return 0
+        self.give(policy, rollout.prompt_tokens, rollout.prompt_image)
+        return policy.whole_lead(rollout.prompt_tokens)
 
     def give(self, policy: Policy, tokens: Tensor, image: Tensor | None) -> None:
         """Text ids that the policy was given, `image` at their placeholders."""
         if image is not None:
-            self.image_rows.append(policy.image_slots(tokens).nonzero().squeeze(1) + self.length)
+            self.image_rows.append(policy.image_slots(tokens).nonzero().squeeze(1) + self.num_attended)
             self.images.append(image)
         nothing = torch.zeros_like(tokens, dtype=torch.bool)
         self._append(tokens, TEXT, nothing, torch.full((tokens.numel(),), float("nan")))
@@ -152,11 +204,25 @@ class _Axis:
         self.support[modality].append(kept)
         self._append(segment.tokens, modality, sampled, logp)
 
-    def _append(self, tokens: Tensor, modality: int, sampled: Tensor, logp: Tensor) -> None:
+    def fill_in(self, segment: Segment, behind: Tensor, states: Sequence[State]) -> None:
+        """Image tokens that count in `states`; attention does not see them here."""
+        logp = segment.logp_mixed if self.guided else segment.logp
+        self.filled.append(segment)
+        for state in states:
+            self.fillings.append(Filling(segment=segment, state=state, first=self.length, behind=behind))
+            tokens = segment.tokens[state.scored]
+            told = logp[state.scored] if _as_sampled(segment, state) else torch.full(tokens.shape, float("nan"))
+            kept = tokens.numel() if segment.support is None else segment.support[state.scored]
+            self.support[IMAGE].append(kept)
+            self._append(tokens, IMAGE, torch.ones_like(tokens, dtype=torch.bool), told, attended=False)
+
+    def _append(self, tokens: Tensor, modality: int, sampled: Tensor, logp: Tensor, attended: bool = True) -> None:
         self.tokens.append(tokens)
         self.modality.append(torch.full(tokens.shape, modality, dtype=torch.uint8))
         self.loss_mask.append(sampled)
         self.sampled_logp.append(logp)
+        self.attended.append(torch.full(tokens.shape, attended))
+        self.num_attended += tokens.numel() * attended
         self.length += tokens.numel()
 
 
@@ -168,50 +234,83 @@ def _joined(parts: Sequence[Tensor | int]) -> Tensor | None:
     return torch.cat([part if isinstance(part, Tensor) else torch.full((part, words), -1).int() for part in parts])
 
 
+def _as_sampled(segment: Segment, state: State) -> bool:
+    """The state is one that the sampler was in, so what it recorded holds."""
+    assert segment.order is not None
+    steps = segment.order[state.scored]
+    return bool((steps == steps[0]).all()) and torch.equal(state.known, segment.order < steps[0])
+
+
 def _pack_groups(
-    policy: Policy,
-    rollouts: Sequence[Rollout],
-    advantages_S2: Tensor,
-    keep_S: Tensor,
-    groups: list[range],
-    share_prefix: bool,
-    guided: bool,
+    settings: Settings, rollouts: Sequence[Rollout], advantages_S2: Tensor, keep_S: Tensor, groups: list[range]
 ) -> PackedBatch:
+    policy, guided = settings.policy, settings.guided
     prefixes, responses = _Axis(), _Axis(guided=guided)
-    cu_prefixes, cu_seqlens = [0], [0]
+    cu_prefixes, cu_seqlens, cu_attended = [0], [0], [0]
+    whole: tuple[list[int], list[int]] = ([], [])
     for group in groups:
         kept = [i for i in group if keep_S[i]]
-        shared = share_prefix and len(kept) > 1
-        if shared:
-            prefixes.give(policy, rollouts[kept[0]].prompt_tokens, rollouts[kept[0]].prompt_image)
+        shared = settings.share_prefix and len(kept) > 1
+        whole[0].append(prefixes.begin(policy, rollouts[kept[0]]) if shared else 0)
         cu_prefixes.append(prefixes.length)
         for i in group:
-            if keep_S[i]:
-                if not shared:
-                    responses.give(policy, rollouts[i].prompt_tokens, rollouts[i].prompt_image)
-                for segment in rollouts[i].segments:
-                    responses.give(policy, segment.lead, segment.lead_image)
-                    responses.sample(policy, segment)
+            whole[1].append(responses.begin(policy, rollouts[i]) if keep_S[i] and not shared else 0)
+            for segment in rollouts[i].segments if keep_S[i] else ():
+                if segment.order is not None:
+                    states = settings.masked.states(segment, rollouts[i].uid)
+                    responses.fill_in(segment, _behind(segment, rollouts[i]), states)
+                    continue
+                responses.give(policy, segment.lead, segment.lead_image)
+                responses.sample(policy, segment)
             cu_seqlens.append(responses.length)
+            cu_attended.append(responses.num_attended)
     images = prefixes.images + responses.images
     rows = [*prefixes.image_rows, *(rows + prefixes.length for rows in responses.image_rows)]
     members = torch.tensor([i for group in groups for i in group], device=advantages_S2.device)
     offsets = torch.tensor([0, *(len(group) for group in groups)]).cumsum(0).int()
-    ends = torch.tensor(cu_seqlens, dtype=torch.int32)
-    layout = SharedPrefixLayout(torch.tensor(cu_prefixes, dtype=torch.int32), ends, offsets)
-    twins = guided and policy.num_image_tokens > 0
+    ends = torch.tensor(cu_attended, dtype=torch.int32)
+    leads = [torch.tensor(counts, dtype=torch.int32) if any(counts) else None for counts in whole]
+    layout = SharedPrefixLayout(torch.tensor(cu_prefixes, dtype=torch.int32), ends, offsets, *leads)
+    twins = guided and policy.num_image_tokens > 0 and policy.decoding_order == "raster"
     return PackedBatch(
         prefix_tokens=torch.cat(prefixes.tokens) if prefixes.tokens else torch.zeros(0, dtype=torch.long),
         layout=layout,
         tokens=torch.cat(responses.tokens),
         modality=torch.cat(responses.modality),
         loss_mask=torch.cat(responses.loss_mask),
-        cu_seqlens=ends,
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
         group_offsets=offsets,
         advantages=advantages_S2[members].cpu(),
         image_rows=torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long),
         image_embeddings=torch.cat(images).float().cpu() if images else torch.zeros(0, 0),
         sampled_logp=torch.cat(responses.sampled_logp),
         support=(_joined(responses.support[TEXT]), _joined(responses.support[IMAGE])),
-        free=free_branch(policy, responses.drawn, layout, share_prefix=share_prefix) if twins else None,
+        free=free_branch(policy, responses.drawn, layout, share_prefix=settings.share_prefix) if twins else None,
+        filled=_filled(settings, responses, layout) if policy.decoding_order == "masked" else None,
+    )
+
+
+def _filled(settings: Settings, responses: _Axis, layout: SharedPrefixLayout) -> FilledImages:
+    """The filled-in images of a micro-batch.
+
+    Raises:
+        ValueError: images of different numbers of steps, which one weight cannot make unbiased.
+    """
+    images = responses.filled
+    scales = {settings.masked.scale(segment) for segment in images} or {1.0}
+    if len(scales) > 1:
+        raise ValueError(
+            f"pack: expected images that were drawn in one number of steps, as masked_steps chooses among them, got "
+            f"several (loss weights {sorted(scales)}); leave masked_steps out, or pack them apart"
+        )
+    chosen = sum(filling.num_scored for filling in responses.fillings)
+    return filled_images(
+        settings.policy,
+        responses.fillings,
+        torch.cat(responses.attended).nonzero().squeeze(1) if responses.attended else torch.zeros(0, dtype=torch.long),
+        layout,
+        scale=scales.pop(),
+        num_items=chosen if settings.masked.masked_logp == "random_mask" else sum(map(num_sampled, images)),
+        guided=settings.guided,
+        share_prefix=settings.share_prefix,
     )

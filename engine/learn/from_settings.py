@@ -67,6 +67,8 @@ def held_out_sampling(config: TrainConfig) -> Sampling:
         cfg_weight=config.eval_cfg_weight,
         unconditional=config.unconditional,
         drawing_turn=config.drawing_turn,
+        image_steps=config.image_steps,
+        image_noise=config.image_noise,
         seed=config.seed,
         step=-1,
     )

@@ -34,7 +34,7 @@ from ..policies.base import Policy
 from ..policies.lora import adapter_disabled, base_of, has_lora, save_adapter
 from ..processes.group import local_device
 from ..processes.watchdog import gathering
-from ..records import MODALITY_NAMES, PackedBatch
+from ..records import IMAGE, MODALITY_NAMES, PackedBatch
 from ..stopwatch import Stopwatch
 from .correction import of_high_entropy, sampler_ratio
 from .metrics import COUNT, pooled
@@ -241,6 +241,8 @@ class Learner:
         for batch in batches:
             for code in range(2):
                 counts[code] += float((batch.loss_mask & (batch.modality == code)).sum())
+            if batch.filled is not None and bool(batch.loss_mask.any()):
+                counts[IMAGE] += batch.filled.num_items - float((batch.loss_mask & (batch.modality == IMAGE)).sum())
             # Not of batches that only make the number the same on every rank.
             counts[2] += (batch.cu_seqlens.numel() - 1) * bool(batch.loss_mask.any())
         totals = self.all_reduce(counts) / self.world_size

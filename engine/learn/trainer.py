@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from ..errors import RewardsFailed
+from ..forward.masked_states import MaskedPlan
 from ..forward.packing import pack
 from ..records import PackedBatch, Rollout, StepMetrics
 from ..rewards.ensemble import RewardSet
@@ -159,6 +160,7 @@ class Trainer:
             max_tokens=c.max_tokens_per_microbatch,
             share_prefix=c.share_prefix,
             guided=self.learner.objective.policy_logp != "conditional" and c.cfg_weight != 1.0,
+            masked=MaskedPlan(c.masked_logp, c.masked_steps, salt=self.step),
         )
 
     def _metrics(

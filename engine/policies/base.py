@@ -28,7 +28,7 @@ from transformers import AutoConfig, GenerationConfig
 from ..errors import ConfigError
 from ..pictures import Fit, ImageRef, load_pictures
 from ..reasons import reading
-from ..records import Prompt, SegmentKind
+from ..records import DecodingOrder, Prompt, SegmentKind
 from ..settings.train_config import PictureFit
 from .attention_interface import AttentionLayout
 from .cache import CacheShape
@@ -69,6 +69,11 @@ class Policy(nn.Module, ABC):
     """Tokens of one drawn image, `forced_image_tokens` among them; 0: it draws none."""
     image_size: int = 0
     """Pixels of a drawn image's side."""
+    decoding_order: DecodingOrder = "raster"
+    """`masked`: an image is filled in, in a sequence of its own: a turn that asks for it (`drawing_tokens`, or a prompt
+    that begins with the image), and behind it a span that sees itself whole, `image_frame` around the tokens."""
+    mask_token: int = -1
+    """Image id of a place that is not filled in yet."""
     image_start: int = -1
     """Text id that hands over to image tokens; the first image token is predicted from it."""
     end_tokens: frozenset[int]
@@ -187,6 +192,14 @@ class Policy(nn.Module, ABC):
 
     # Images, of a model that draws or sees ---------------------------------------------------------------------------
 
+    def image_frame(self) -> tuple[Tensor, Tensor]:
+        """([a], [b]) int64 text ids before and behind the tokens of an image that is filled in."""
+        self.no_images("fill in an image")
+
+    def whole_lead(self, tokens: Tensor) -> int:
+        """How many of a prompt's first tokens [L] see each other whole; those behind them see what lies before."""
+        return 0
+
     def image_slots(self, tokens: Tensor) -> Tensor:
         """[...] bool: where a row of `see` replaces the token's embedding."""
         return torch.zeros_like(tokens, dtype=torch.bool)
@@ -209,7 +222,8 @@ class Policy(nn.Module, ABC):
                 user's text.
 
         Returns:
-            No second BOS; `image_start` is the last. What ends the answer is not in it.
+            No second BOS; `image_start` is the last. What ends the answer is not in it. In masked order: a whole
+            sequence, up to the image's frame.
         """
         self.no_images(f"open a turn to draw in (prompt {prompt.id})")
 

@@ -16,7 +16,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from syncr1.kernels.api import SharedPrefixLayout, prefix_decode_attention, shared_prefix_attention
+from syncr1.kernels.api import (
+    SharedPrefixLayout,
+    cached_prefix_attention,
+    prefix_decode_attention,
+    shared_prefix_attention,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,14 +146,16 @@ class Prefill:
 
     Args:
         store: one span per prompt.
+        whole: of each prompt, how many of its first tokens see each other whole; None: none of any.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, whole: Sequence[int] | None = None) -> None:
         num_prompts = len(store.starts) - 1
         nobody = torch.zeros(num_prompts + 1, dtype=torch.int32)
         offsets = torch.tensor(store.starts, dtype=torch.int32)
+        leads = torch.tensor(whole, dtype=torch.int32) if whole is not None and any(whole) else None
         self._store = store
-        self._layout = SharedPrefixLayout(offsets, nobody[:1], nobody).to(store.keys.device)
+        self._layout = SharedPrefixLayout(offsets, nobody[:1], nobody, leads).to(store.keys.device)
         self.position_ids = self._layout.position_ids()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -157,6 +164,25 @@ class Prefill:
         self._store.values[layer, :, :used] = value[0]
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return shared_prefix_attention(q, k, v, self._layout, scale=scale)[None]
+
+
+class FillIn:
+    """Attention layout of one step of masked drawing: spans that see themselves and their prefixes whole.
+
+    Nothing is kept: the next step computes the spans again, with more of their places filled in.
+
+    Args:
+        store: keys and values of the prefixes, a span each.
+        layout: its prefixes are the store's spans, its responses the images.
+    """
+
+    def __init__(self, store: Store, layout: SharedPrefixLayout) -> None:
+        self._store, self._layout = store, layout
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        keys, values = self._store.keys[layer], self._store.values[layer]
+        return cached_prefix_attention(q, k, v, keys, values, self._layout, scale=scale)[None]
 
 
 class Decode:

@@ -25,7 +25,9 @@ from .decode import Phase, Samples, State, Tables, advance, support_words
 from .draft import Draft
 from .drawing_turn import DrawingTurns
 from .free_prompts import FreePrompts
-from .preview import Canvas, draw, preview_length
+from .mask_schedule import MaskSchedule
+from .masked_draw import Easel, MaskedCanvas, distinct, draw_masked
+from .preview import Canvas, Drawing, draw, preview_length
 from .preview_gate import PreviewGate
 from .sampling import RolloutStats, Sampling, trajectory_key
 from .stepping import Stepper
@@ -57,15 +59,16 @@ class Batch:
         turns = [self.policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in prompts]
         sizes = Sizes.of(self.policy, prompts, turns, self.drawing)
         check_prompts(self.policy, prompts, tokens, sizes, self.drawing)
-        guided = sampling.cfg_weight != 1.0 and any(sizes.images)
-        lengths, free = [ids.numel() for ids in tokens], FreePrompts()
-        if guided:
-            free = FreePrompts.of(self.policy, lengths, sizes.images, sampling.unconditional)
-        self._allocate([*lengths, *(ids.numel() for ids in free.tokens)], sizes, guided, max_bytes)
+        lengths, beside = [ids.numel() for ids in tokens], FreePrompts()
+        if sampling.cfg_weight != 1.0 and any(sizes.images):
+            beside = FreePrompts.of(self.policy, lengths, sizes.images, sampling.unconditional)
+        # What images of their own sequences are drawn behind is run with their turns.
+        free = FreePrompts() if self.drawing.apart else beside
+        self._allocate([*lengths, *(ids.numel() for ids in free.tokens)], sizes, bool(free.tokens), max_bytes)
         with self.time("see"):
             images = self._see(prompts)
         with self.time("prefill"):
-            sides = self._prefill(torch.cat([*tokens, *free.tokens]), images, free)
+            sides = self._prefill([*tokens, *free.tokens], images, free)
         self.tables, self.rows = Tables(prompts=self.prompts, own=self.own, sides=sides), sides[0]
         self.drafts = [
             Draft(
@@ -74,7 +77,7 @@ class Batch:
                 prompt_tokens=ids,
                 prompt_image=image,
                 follow_up=turn,
-                free_prompt=free.tokens[free.beside[row]] if guided else None,
+                free_prompt=beside.tokens[beside.beside[row]] if beside.tokens else None,
                 uid=trajectory_key(sampling, prompt, member),
             )
             for row, (prompt, ids, image, turn) in enumerate(zip(prompts, tokens, images, turns, strict=True))
@@ -92,22 +95,24 @@ class Batch:
         if preview is not None and preview.max_attempts > 1:
             length = preview_length(preview, N, policy.forced_image_tokens())
             columns += sizes.preview_columns(G, length, guided, preview.reach(length, N))
+        if self.drawing.apart:
+            columns = sum(own) + sizes.turn_columns(G, prefixes)
         check_fits(shape, sum(prefixes), columns, G, max_bytes, stepper.held_bytes)
         self.prompts = stepper.store("prompts", shape, prefixes)
         self.own = stepper.store("own", shape, own)
         self.stats.kv_bytes = shape.num_bytes(sum(prefixes) + sum(own))
         self.stats.prefill_tokens = sum(prefixes)
 
-    def _prefill(self, tokens: Tensor, images: Sequence[Tensor | None], free: FreePrompts) -> list[Rows]:
+    def _prefill(self, prompts: Sequence[Tensor], images: Sequence[Tensor | None], free: FreePrompts) -> list[Rows]:
         """Runs each prompt once, the classifier-free ones last; gives every member's row, and its twin's."""
         policy, device, P, G = self.policy, self.prompts.keys.device, len(images), self.sampling.num_generations
-        tokens = tokens.to(device)
+        tokens = torch.cat(list(prompts)).to(device)
         embeddings = policy.embed(tokens, "text")
         seen = [image for image in images if image is not None]
         if seen:
             slots = policy.image_slots(tokens).nonzero().squeeze(1)
             embeddings = embeddings.index_copy(0, slots, torch.cat(seen).to(embeddings.dtype))
-        layout = Prefill(self.prompts)
+        layout = Prefill(self.prompts, [policy.whole_lead(ids) for ids in prompts])
         hidden = policy.trunk(embeddings[None], layout.position_ids[None], layout)[0]
         bounds = torch.tensor(self.prompts.starts, device=device)
         own_starts = torch.tensor(self.own.starts, device=device)
@@ -161,11 +166,14 @@ class Batch:
             first_offset=IMAGE_OFFSET,
         )
         index = torch.tensor(chosen, device=self.rows.position.device)
-        leads = self._open_images(chosen)
-        with self.time("image"):
-            drawing = draw(self._canvas(chosen, phase), self.preview)
+        if self.drawing.apart:
+            leads, segments, drawing = self._fill_in(chosen, phase)
+        else:
+            leads = self._open_images(chosen)
+            with self.time("image"):
+                samples, drawing = draw(self._canvas(chosen, phase), self.preview)
+            segments = self._segments(samples, chosen, phase)
         stats.image_tokens, stats.image_tokens_saved = drawing.num_drawn, drawing.num_saved
-        segments = self._segments(drawing.samples, chosen, phase)
         with self.time("draw"):
             # What was dropped is shown with its last row repeated.
             forced = policy.forced_image_tokens()
@@ -204,9 +212,39 @@ class Batch:
                     self._extend(part, [leads[i] for i in part], None)
         return list(leads.values())
 
+    def _fill_in(self, chosen: list[int], phase: Phase) -> tuple[list[Tensor], list[Segment], Drawing]:
+        """Draws the images in sequences of their own, all places at once; gives their turns, empty where an image
+        follows its prompt."""
+        policy, sampling, stepper = self.policy, self.sampling, self.stepper
+        drafts = [self.drafts[i] for i in chosen]
+        leads = [self.drawing.lead(d.prompt, d.text, False) for d in drafts]
+        behind = [lead if lead.numel() else d.prompt_tokens for lead, d in zip(leads, drafts, strict=True)]
+        sides = [behind, [d.free_prompt for d in drafts if d.free_prompt is not None]]
+        prefixes, beside = distinct([side for side in sides if side])
+        with self.time("turn"):
+            store = stepper.store("turns", policy.cache_shape(), [ids.numel() for ids in prefixes])
+            easel = Easel(policy, stepper.trunk, stepper.linear, store, prefixes, beside)
+        self.stats.prefill_tokens += store.starts[-1]
+        self.stats.kv_bytes += policy.cache_shape().num_bytes(store.starts[-1])
+        canvas = MaskedCanvas(
+            easel=easel,
+            phase=phase,
+            schedule=MaskSchedule(phase.max_tokens, sampling.image_steps, sampling.image_noise),
+            drafts=drafts,
+            keys=self._tries(chosen),
+            words=support_words(policy, phase, self.rows.hidden),
+        )
+        with self.time("image"):
+            filled, drawing = draw_masked(canvas, self.preview)
+        return leads, filled.segments(phase.truncation.acts), drawing
+
+    def _tries(self, chosen: list[int]) -> list[Tensor]:
+        """The random keys of each try of a drawing."""
+        most = 1 if self.preview is None else self.preview.max_attempts
+        return [self._keys(chosen, attempt) for attempt in range(1, most + 1)]
+
     def _canvas(self, chosen: list[int], phase: Phase) -> Canvas:
         drafts = [self.drafts[i] for i in chosen]
-        most = 1 if self.preview is None else self.preview.max_attempts
         return Canvas(
             policy=self.policy,
             stepper=self.stepper,
@@ -214,7 +252,7 @@ class Batch:
             tables=self.tables,
             chosen=chosen,
             drafts=drafts,
-            keys=[self._keys(chosen, attempt) for attempt in range(1, most + 1)],
+            keys=self._tries(chosen),
             goes_on=any(draft.follow_up is not None for draft in drafts),
         )
 

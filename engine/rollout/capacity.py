@@ -42,6 +42,10 @@ class Sizes:
     """[P] what a member holds at the end, its prompt apart."""
     images: list[bool]
     """[P] an image is drawn."""
+    apart: list[int]
+    """[P] what an image's own sequence has behind the prompt that it may begin with; 0 where it has none of its own."""
+    span: int = 0
+    """Of that the image and its frame."""
 
     @classmethod
     def of(
@@ -54,14 +58,27 @@ class Sizes:
             follow_ups: [P] the turns behind the image, None where there is none.
             drawing: the turns before it, and the most tokens of each text segment.
         """
-        before, own, max_text_tokens = [], [], drawing.max_text_tokens
+        before, own, apart, max_text_tokens = [], [], [], drawing.max_text_tokens
+        span = policy.num_image_tokens
+        if drawing.apart and span:
+            span += sum(ids.numel() for ids in policy.image_frame())
         for prompt, turn in zip(prompts, follow_ups, strict=True):
             drawn = "image" in prompt.segments
             lead = drawing.longest(prompt) if drawn else 0
-            before.append(max_text_tokens * (prompt.segments[0] == "text") + lead)
+            text = max_text_tokens * (prompt.segments[0] == "text")
             after = 0 if turn is None else turn.numel() + max_text_tokens
-            own.append(before[-1] + policy.num_image_tokens * drawn + after)
-        return cls(before_image=before, own=own, images=["image" in prompt.segments for prompt in prompts])
+            image = lead + span * drawn
+            apart.append(image if drawing.apart else 0)
+            before.append(text if drawing.apart else text + lead)
+            own.append(text if drawing.apart else text + image + after)
+        images = ["image" in prompt.segments for prompt in prompts]
+        return cls(before_image=before, own=own, images=images, apart=apart, span=span)
+
+    def turn_columns(self, num_generations: int, prompts: Sequence[int]) -> int:
+        """What the sequences of images have before their images, each with a turn of its own; `prompts` are tokens of
+        the prompts and of the free one."""
+        turns = [apart - self.span for apart, drawn in zip(self.apart, self.images, strict=True) if drawn]
+        return num_generations * sum(turns) + sum(prompts)
 
     def preview_columns(self, num_generations: int, num_tokens: int, guided: bool, reach: int | None = None) -> int:
         """What the tries of a preview after `num_tokens` take, if every image is drawn again; `reach` is what a
@@ -74,6 +91,11 @@ class Sizes:
 def check_plans(policy: Policy, prompts: Sequence[Prompt]) -> None:
     """Raises DataError for a segment plan that cannot be sampled."""
     for prompt in prompts:
+        if policy.decoding_order == "masked" and "image" in prompt.segments[:-1]:
+            raise DataError(
+                f"generate: prompt {prompt.id} has text behind its image, expected none with {type(policy).__name__}, "
+                "which draws in sequences of their own; ask about a drawn image in a prompt that shows it"
+            )
         if prompt.segments not in SUPPORTED_SEGMENTS:
             raise DataError(
                 f"generate: prompt {prompt.id} has segments {prompt.segments}, expected one of {SUPPORTED_SEGMENTS}"
@@ -91,10 +113,10 @@ def check_prompts(
     policy: Policy, prompts: Sequence[Prompt], tokens: Sequence[Tensor], sizes: Sizes, drawing: DrawingTurns
 ) -> None:
     """Raises DataError for a prompt without tokens and for one whose trajectory leaves the model's positions."""
-    for prompt, ids, own in zip(prompts, tokens, sizes.own, strict=True):
+    for prompt, ids, own, apart in zip(prompts, tokens, sizes.own, sizes.apart, strict=True):
         if not ids.numel():
             raise DataError(f"generate: prompt {prompt.id} is empty: expected at least one token; give it a text")
-        longest = ids.numel() + own
+        longest = max(ids.numel() + own, apart + ids.numel() * (prompt.segments[0] == "image"))
         if longest > policy.max_positions:
             turn = f", {drawing.longest(prompt)} of them in its drawing turn" if drawing.applies(prompt) else ""
             remedy = "the drawing turn, the prompt (and info)" if turn else "the prompt"

@@ -1,6 +1,7 @@
 """The drawing turn: behind the policy's text a new turn of the user asks for the image, in words made of that text.
 
-    prompt . text . [end of the answer] . turn . image_start . image
+    prompt . text . [end of the answer] . turn . image_start . image         raster order
+    prompt . text     turn . image                                           masked order: the image's own sequence
 
 What it says is a template's matter (settings/turn_templates.py), the form of a turn the model's (`drawing_tokens`).
 The keys of the prompt stay the group's; the turn is the member's own, and the lead of its image segment.
@@ -22,6 +23,9 @@ from ..policies.kinds import DRAWING
 from ..records import Prompt
 from ..settings.turn_templates import filled, template_of, template_problem
 
+APART = "{prompt} {text}"
+"""What a model that draws in sequences of their own is asked for without a drawing turn: what its image follows in the
+one sequence of another."""
 SEAM = 4
 """Tokens more that a turn may take where its text meets what stands around it."""
 
@@ -42,13 +46,14 @@ class DrawingTurns:
         if problem := template_problem(drawing_turn):
             raise ConfigError(f"generate: drawing_turn: {problem}")
         self.policy, self.max_text_tokens = policy, max_text_tokens
-        self.template = template_of(drawing_turn)
+        self.apart = policy.decoding_order == "masked"
+        self.template = template_of(drawing_turn) or (APART if self.apart else None)
         if self.template is not None and not policy.num_image_tokens:
             raise ConfigError(
                 f"generate: drawing_turn: expected none for {type(policy).__name__}, which draws no images, got "
                 f"{drawing_turn!r}; leave it out, or use {DRAWING}"
             )
-        self._start = torch.tensor([policy.image_start])
+        self._start = torch.tensor([] if self.apart else [policy.image_start], dtype=torch.long)
         self._made: dict[tuple[str, str], Tensor] = {}
         """By prompt and words, which many members have in common."""
 
@@ -67,7 +72,7 @@ class DrawingTurns:
     def longest(self, prompt: Prompt) -> int:
         """Tokens before the image, at most."""
         if not self.applies(prompt):
-            return 1
+            return self._start.numel()
         return self._closing.numel() + self._room(prompt)
 
     def _room(self, prompt: Prompt) -> int:
@@ -88,8 +93,8 @@ class DrawingTurns:
 
     @cached_property
     def _closing(self) -> Tensor:
-        """What ends an answer."""
-        return self.policy.text_tokens("")
+        """What ends an answer in whose sequence the turn follows."""
+        return self._start if self.apart else self.policy.text_tokens("")
 
     def _turn(self, prompt: Prompt, text: str) -> Tensor:
         words = self.words(prompt, text)

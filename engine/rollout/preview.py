@@ -50,7 +50,6 @@ class Canvas:
 class Drawing:
     """What came out; [n] each."""
 
-    samples: Samples
     keys: Tensor
     attempts: list[int]
     dropped: list[bool]
@@ -69,8 +68,8 @@ def preview_length(preview: PreviewGate | None, num_tokens: int, forced: Tensor 
     return int(sampled[count - 1]) + 1 if count < len(sampled) else 0
 
 
-def draw(canvas: Canvas, preview: PreviewGate | None) -> Drawing:
-    """Draws every image; the canvas's tables then stand behind them."""
+def draw(canvas: Canvas, preview: PreviewGate | None) -> tuple[Samples, Drawing]:
+    """Draws every image, in raster order; the canvas's tables then stand behind them."""
     c, n = canvas, len(canvas.chosen)
     num_tokens = c.phase.max_tokens
     length = preview_length(preview, num_tokens, c.policy.forced_image_tokens())
@@ -81,8 +80,8 @@ def draw(canvas: Canvas, preview: PreviewGate | None) -> Drawing:
     fork = [side.take(index) for side in c.tables.sides]
     _run(c, State.start(fork, index, keys), samples, 0, length or num_tokens)
     if preview is None or not length:
-        return Drawing(
-            samples=samples, keys=keys, attempts=[1] * n, dropped=[False] * n, num_drawn=n * num_tokens, num_saved=0
+        return samples, Drawing(
+            keys=keys, attempts=[1] * n, dropped=[False] * n, num_drawn=n * num_tokens, num_saved=0
         )
     standing = [side.take(index) for side in c.tables.sides]
     scores = _score(c, preview, samples.token[index, :length], range(n), standing, c.tables.own)
@@ -101,7 +100,7 @@ def draw(canvas: Canvas, preview: PreviewGate | None) -> Drawing:
         scores[pending[better]] = tried_scores[better]
         attempts[pending] = attempt
         num_tries += pending.numel()
-    dropped = _dropped(preview, c.drafts, scores, judged)
+    dropped = dropped_of(preview, c.drafts, scores, judged)
     staying = index[(~dropped).nonzero().squeeze(1).to(index.device)]
     sides = [side.take(staying) for side in c.tables.sides]
     state = State.start(sides, staying, keys[(~dropped).to(keys.device)])
@@ -109,8 +108,7 @@ def draw(canvas: Canvas, preview: PreviewGate | None) -> Drawing:
     _run(c, state, samples, length, num_tokens)
     rest = num_tokens - length
     num_drawn = num_tries * length + staying.numel() * rest
-    return Drawing(
-        samples=samples,
+    return samples, Drawing(
         keys=keys,
         attempts=attempts.tolist(),
         dropped=dropped.tolist(),
@@ -182,7 +180,7 @@ def _try_again(
     return better, tried_scores
 
 
-def _dropped(preview: PreviewGate, drafts: Sequence[Draft], scores: Tensor, judged: Tensor) -> Tensor:
+def dropped_of(preview: PreviewGate, drafts: Sequence[Draft], scores: Tensor, judged: Tensor) -> Tensor:
     """[n] bool: judged, below the threshold, and not among the best `min_keep` of their group."""
     dropped = torch.zeros(len(drafts), dtype=torch.bool)
     if preview.min_keep is None:

@@ -57,6 +57,10 @@ class Sampling:
     """The prompt behind which u is computed: the policy's own, or padding in the place of each prompt's tokens."""
     drawing_turn: str = "none"
     """Behind a text: none draws in the same answer, else a new turn asks for the image (drawing_turn.py)."""
+    image_steps: int = 16
+    """Steps in which a model that draws in masked order fills in an image; others ignore it."""
+    image_noise: float = 1.0
+    """How much chance decides what such a step keeps, at first (mask_schedule.py)."""
     seed: int = 0
     step: int = 0
     """Salts the random numbers, so that each step draws afresh."""

@@ -50,7 +50,7 @@ class Stepper:
         if cuda_graphs and not on_gpu:
             raise ValueError("RolloutEngine: cuda_graphs=True needs a policy on a GPU; move it there or leave it None")
         self.policy, self.trunk = policy, trunk
-        self._linear: Linear = F.linear if few_rows is None else few_rows.linear
+        self.linear: Linear = F.linear if few_rows is None else few_rows.linear
         self.static = on_gpu if cuda_graphs is None else cuda_graphs
         self._stores: dict[str, Store] = {}
         self._samples: dict[str, Samples] = {}
@@ -127,7 +127,7 @@ class Stepper:
         step.state.save(tables)
 
     def _eager(self, phase: Phase, state: State, samples: Samples, tables: Tables) -> TokenStep:
-        policy, trunk, linear = self.policy, self.trunk, self._linear
+        policy, trunk, linear = self.policy, self.trunk, self.linear
         return TokenStep(policy, trunk, tables.prompts, tables.own, phase, state, samples, linear=linear)
 
     def _run_static(

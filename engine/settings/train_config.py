@@ -18,6 +18,7 @@ from .schema import Range, Rule, Settings
 
 Credit = Literal["shared", "per_segment", "image_only"]
 PolicyLogp = Literal["conditional", "guided", "guided_detached"]
+MaskedLogp = Literal["committed", "random_mask"]
 Unconditional = Literal["fixed", "pads"]
 PictureFit = Literal["processor", "crop", "pad"]
 WorldName = Literal["rendered", "digits"]
@@ -179,6 +180,16 @@ class TrainConfig(Settings):
     """What is trained where guidance draws (cfg_weight other than 1): the log-probability of the conditional branch
     alone (T2I-R1, ULM-R1), or of u + w (c - u), which was sampled from, with a gradient through both branches (guided:
     Sync-R1) or through c alone (guided_detached)."""
+    image_steps: Annotated[int, Range("Show-o draws in 16 to 50", ge=1)] = 16
+    """Steps in which a model that draws in masked order (Show-o) fills in an image."""
+    image_noise: Annotated[float, Range("0 keeps what is most likely", ge=0)] = 1.0
+    """How much chance decides, at first, which places such a step keeps; Sync-R1 has 1.8 under previews."""
+    masked_logp: MaskedLogp = "committed"
+    """What of such an image is trained: each token in the state of the step that settled it (committed), or the
+    finished image with a random share masked anew (random_mask: UniGRPO)."""
+    masked_steps: Annotated[int | None, Range("leave it out to train all steps", ge=1)] = None
+    """Train on so many steps of each image, drawn at random, their loss weighted so that its expectation is that of
+    all; with random_mask: maskings of each. None: all steps; one masking."""
     credit: Credit = "shared"
     """Which reward a token answers for: both segments share one advantage (the paper), each its own segment's
     rewards, or only image tokens learn (Sync-R1's released code)."""
