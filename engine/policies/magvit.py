@@ -1,0 +1,275 @@
+"""MAGVIT-v2's lookup-free tokenizer, as Show-o uses it: a code is the signs of a few numbers, so no codebook is learnt.
+
+    pixels -> encoder (conv_in, down[0] ... down[L-1], mid, norm_out, conv_out, quant_conv) -> signs -> code
+    code -> +-1 -> decoder (post_quant_conv, conv_in, mid, up[L-1] ... up[0], norm_out, conv_out) -> pixels
+
+Modules are named as the published file (`showlab/magvitv2`) names its tensors, its two constant tables among them, so
+that it loads as it is. Residual and attention blocks are those of every VQGAN: transformers' own.
+
+Source: MAGVIT-v2 (arXiv 2310.05737); the open reimplementation that Show-o (arXiv 2408.12528) released.
+
+Dims: n images, S pixels and h, w codes of the sides, C channels, N = h w, K = 2^bits codes, L resolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self, cast
+
+import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import ChameleonVQVAEConfig
+from transformers.models.chameleon.modeling_chameleon import (
+    ChameleonVQVAEEncoderAttnBlock,
+    ChameleonVQVAEEncoderResnetBlock,
+)
+
+from .vqgan_decoder import PIXELS_AT_ONCE
+
+GROUPS = 32
+"""Of every group norm; the width of each resolution is a multiple of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MagvitConfig:
+    """Sizes; the defaults are the published ones.
+
+    Raises:
+        ValueError: sizes that do not make a tokenizer.
+    """
+
+    bits: int = 13
+    """Of a code."""
+    channels: int = 128
+    """C of the finest resolution, before its multiplier."""
+    encoder_multipliers: Sequence[int] = (1, 2, 2, 4, 4)
+    """Of `channels`, by resolution, the finest first."""
+    encoder_blocks: Sequence[int] = (4, 3, 4, 3, 4)
+    """Residual blocks of each resolution."""
+    decoder_multipliers: Sequence[int] = (1, 1, 2, 2, 4)
+    decoder_blocks: Sequence[int] = (4, 4, 3, 4, 3)
+
+    def __post_init__(self) -> None:
+        lists = ("encoder_multipliers", "encoder_blocks", "decoder_multipliers", "decoder_blocks")
+        for name in lists:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        lengths = {len(getattr(self, name)) for name in lists}
+        numbers = [number for name in lists for number in getattr(self, name)]
+        if len(lengths) > 1 or 0 in lengths or min(numbers) < 1:
+            told = ", ".join(f"{name}={list(getattr(self, name))}" for name in lists)
+            raise ValueError(f"MagvitConfig: expected four lists of positive numbers, equally long, got {told}")
+        if not 1 <= self.bits <= 24:
+            raise ValueError(f"MagvitConfig: expected bits from 1 to 24, got {self.bits}")
+        if self.channels < 1 or self.channels % GROUPS:
+            raise ValueError(
+                f"MagvitConfig: expected channels in a positive multiple of {GROUPS}, the groups of a norm, got "
+                f"{self.channels}"
+            )
+
+    @property
+    def num_codes(self) -> int:
+        """K."""
+        return 1 << self.bits
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a code's side."""
+        return 1 << (len(self.encoder_blocks) - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """The sizes that a tokenizer's tensors have, by their names in the published file.
+
+        Raises:
+            KeyError: a tensor is not there that every such tokenizer has.
+        """
+        channels = int(shapes["encoder.conv_in.weight"][0])
+        encoder_blocks, decoder_blocks = _blocks(shapes, "encoder.down."), _blocks(shapes, "decoder.up.")
+        return cls(
+            bits=int(shapes["encoder.quant_conv.weight"][0]),
+            channels=channels,
+            encoder_multipliers=_multipliers(shapes, "encoder.down.", len(encoder_blocks), channels),
+            encoder_blocks=encoder_blocks,
+            decoder_multipliers=_multipliers(shapes, "decoder.up.", len(decoder_blocks), channels),
+            decoder_blocks=decoder_blocks,
+        )
+
+
+def _blocks(shapes: Mapping[str, Sequence[int]], prefix: str) -> list[int]:
+    """Residual blocks of each resolution; names are `prefix` level `.block.` number `.` …"""
+    parts = [name.removeprefix(prefix).split(".") for name in shapes if name.startswith(prefix) and ".block." in name]
+    pairs = {(int(level), int(number)) for level, _, number, *_ in parts}
+    return [sum(at == level for at, _ in pairs) for level in range(1 + max((at for at, _ in pairs), default=-1))]
+
+
+def _multipliers(shapes: Mapping[str, Sequence[int]], prefix: str, count: int, channels: int) -> list[int]:
+    return [int(shapes[f"{prefix}{level}.block.0.conv1.weight"][0]) // channels for level in range(count)]
+
+
+class Magvit(nn.Module):
+    """Pixels to codes and back.
+
+    Args:
+        config: sizes.
+    """
+
+    def __init__(self, config: MagvitConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder, self.quantize = Encoder(config), Decoder(config), SignQuantizer(config.bits)
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        """[n, 3, H, W] in [-1, 1] -> [n, bits, h, w] what the codes are the signs of, in the weights' dtype.
+
+        Raises:
+            ValueError: sides that are no multiples of the factor.
+        """
+        factor, weight = self.config.factor, self.encoder.conv_in.weight
+        height, width = pixels.shape[-2:]
+        if pixels.dim() != 4 or pixels.shape[1] != 3 or height % factor or width % factor or not height * width:
+            raise ValueError(
+                f"Magvit: expected pixels [n, 3, H, W] with sides in multiples of {factor}, got {list(pixels.shape)}"
+            )
+        parts = pixels.to(device=weight.device, dtype=weight.dtype).split(_at_once(height * width))
+        return torch.cat([self.encoder(part) for part in parts])
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[n, 3, H, W] in [-1, 1] -> [n, N] int64 codes, row by row; ValueError as `latents`."""
+        return self.quantize.codes(self.latents(pixels))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, sides: tuple[int, int]) -> Tensor:
+        """[n, N] int64 codes of `sides` (h, w) -> [n, 3, H, W] float32, about [-1, 1].
+
+        Raises:
+            ValueError: not so many codes.
+        """
+        height, width = sides
+        if codes.dim() != 2 or codes.shape[1] != height * width:
+            raise ValueError(f"Magvit: expected codes [n, {height} x {width}], got {list(codes.shape)}")
+        signs = self.quantize.entries(codes).unflatten(1, sides).permute(0, 3, 1, 2).contiguous()
+        parts = signs.split(_at_once(height * width * self.config.factor**2))
+        return torch.cat([self.decoder(part).float() for part in parts])
+
+
+def _at_once(area: int) -> int:
+    """Images of `area` pixels that are worked on at a time."""
+    return max(1, PIXELS_AT_ONCE // area)
+
+
+class SignQuantizer(nn.Module):
+    """code = sum over i of 2^(bits - 1 - i) [z_i > 0]; its entry has +1 where a bit is set and -1 where it is not.
+
+    Both tables are constants, and in the published file.
+    """
+
+    embedding: Tensor
+    """[K, bits] entries."""
+    power_vals: Tensor
+    """[bits] int64 weights of the bits."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        places = torch.arange(bits - 1, -1, -1)
+        set_bits = torch.arange(1 << bits)[:, None] >> places & 1
+        self.register_buffer("embedding", set_bits.float() * 2 - 1)
+        self.register_buffer("power_vals", 1 << places)
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """[n, bits, h, w] -> [n, N] int64."""
+        return ((latents > 0) * self.power_vals[:, None, None]).sum(1).flatten(1)
+
+    def entries(self, codes: Tensor) -> Tensor:
+        """[n, N] int64 -> [n, N, bits]."""
+        return self.embedding[codes]
+
+
+class Encoder(nn.Module):
+    """[n, 3, H, W] -> [n, bits, h, w]."""
+
+    def __init__(self, config: MagvitConfig) -> None:
+        super().__init__()
+        width = config.channels
+        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
+        levels: list[nn.Module] = []
+        for multiplier, count in zip(config.encoder_multipliers, config.encoder_blocks, strict=True):
+            blocks, width = _resolution(width, config.channels * multiplier, count)
+            level = nn.ModuleDict({"block": blocks})
+            if len(levels) + 1 < len(config.encoder_blocks):
+                level["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
+            levels.append(level)
+        self.down = nn.ModuleList(levels)
+        self.mid = _middle(width)
+        self.norm_out = nn.GroupNorm(GROUPS, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, config.bits, 3, padding=1)
+        self.quant_conv = nn.Conv2d(config.bits, config.bits, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        hidden = self.conv_in(pixels)
+        for level in cast(Any, self.down):
+            for block in level["block"]:
+                hidden = block(hidden)
+            if "downsample" in level:  # one more row and column behind: a stride of 2 on even sides
+                hidden = level["downsample"]["conv"](F.pad(hidden, (0, 1, 0, 1)))
+        for block in self.mid.values():
+            hidden = block(hidden)
+        return cast(Tensor, self.quant_conv(self.conv_out(F.silu(self.norm_out(hidden)))))
+
+
+class Decoder(nn.Module):
+    """[n, bits, h, w] -> [n, 3, H, W]."""
+
+    def __init__(self, config: MagvitConfig) -> None:
+        super().__init__()
+        width = config.channels * config.decoder_multipliers[-1]
+        self.post_quant_conv = nn.Conv2d(config.bits, config.bits, 1)
+        self.conv_in = nn.Conv2d(config.bits, width, 3, padding=1)
+        self.mid = _middle(width)
+        levels: list[nn.Module] = []
+        for index in reversed(range(len(config.decoder_blocks))):
+            blocks, width = _resolution(
+                width, config.channels * config.decoder_multipliers[index], config.decoder_blocks[index]
+            )
+            level = nn.ModuleDict({"block": blocks})
+            if index:
+                level["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
+            levels.append(level)
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = nn.GroupNorm(GROUPS, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        hidden = self.conv_in(self.post_quant_conv(latents))
+        for block in self.mid.values():
+            hidden = block(hidden)
+        for level in cast(Any, reversed(self.up)):
+            for block in level["block"]:
+                hidden = block(hidden)
+            if "upsample" in level:
+                hidden = level["upsample"]["conv"](F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+        return cast(Tensor, self.conv_out(F.silu(self.norm_out(hidden))))
+
+
+def _resolution(width: int, new_width: int, count: int) -> tuple[nn.ModuleList, int]:
+    """A resolution's residual blocks, the first of which changes the width."""
+    blocks = [_block(width if index == 0 else new_width, new_width) for index in range(count)]
+    return nn.ModuleList(blocks), new_width
+
+
+def _block(width: int, new_width: int) -> nn.Module:
+    return ChameleonVQVAEEncoderResnetBlock(ChameleonVQVAEConfig(dropout=0.0), width, new_width)
+
+
+def _middle(width: int) -> nn.ModuleDict:
+    """The only place with attention: the published code's list of attended sides holds none that occurs."""
+    attention = ChameleonVQVAEEncoderAttnBlock(width)
+    return nn.ModuleDict({"block_1": _block(width, width), "attn_1": attention, "block_2": _block(width, width)})
