@@ -171,6 +171,8 @@ def sampling_of(config: TrainConfig, step: int) -> Sampling:
         cfg_weight=config.cfg_weight,
         unconditional=config.unconditional,
         drawing_turn=config.drawing_turn,
+        image_steps=config.image_steps,
+        image_noise=config.image_noise,
         **truncation_of(config),
         seed=config.seed,
         step=step,
