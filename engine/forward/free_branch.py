@@ -91,8 +91,18 @@ def _offsets(lengths: Iterable[int]) -> Tensor:
 
 def _joined(first: SharedPrefixLayout, second: SharedPrefixLayout) -> SharedPrefixLayout:
     """Both on one axis: all prefixes, then all responses."""
-    pairs = zip(first.host_offsets, second.host_offsets, strict=True)
-    return SharedPrefixLayout(*(torch.cat([one, one[-1] + other[1:]]) for one, other in pairs))
+    one, other = first.host_offsets, second.host_offsets
+    offsets = [torch.cat([a, a[-1] + b[1:]]) for a, b in zip(one[:3], other[:3], strict=True)]
+    counts = [(a.numel() - 1, b.numel() - 1) for a, b in zip(one[:2], other[:2], strict=True)]
+    whole = [
+        None if a is None and b is None else torch.cat([_whole(a, n), _whole(b, m)])
+        for a, b, (n, m) in zip(one[3:], other[3:], counts, strict=True)
+    ]
+    return SharedPrefixLayout(*offsets, *whole)
+
+
+def _whole(counts: Tensor | None, number: int) -> Tensor:
+    return torch.zeros(number, dtype=torch.int32) if counts is None else counts
 
 
 def twins_of(free: FreeBranch, rows: Tensor, num_tokens: int) -> Tensor:
