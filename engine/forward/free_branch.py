@@ -91,25 +91,18 @@ def _offsets(lengths: Iterable[int]) -> Tensor:
 
 def joined(first: SharedPrefixLayout, second: SharedPrefixLayout) -> SharedPrefixLayout:
     """Both on one axis: all prefixes, then all responses."""
-    offsets = ("cu_prefixes", "cu_seqlens", "group_offsets")
-    pairs = [(getattr(first, name).cpu(), getattr(second, name).cpu()) for name in offsets]
-    wholes = [
-        _both(getattr(first, name), first, getattr(second, name), second, name)
-        for name in ("whole_prefixes", "whole_responses")
+    one, other = first.host_offsets, second.host_offsets
+    offsets = [torch.cat([a, a[-1] + b[1:]]) for a, b in zip(one[:3], other[:3], strict=True)]
+    counts = [(a.numel() - 1, b.numel() - 1) for a, b in zip(one[:2], other[:2], strict=True)]
+    whole = [
+        None if a is None and b is None else torch.cat([_whole(a, n), _whole(b, m)])
+        for a, b, (n, m) in zip(one[3:], other[3:], counts, strict=True)
     ]
-    return SharedPrefixLayout(*(torch.cat([one, one[-1] + other[1:]]) for one, other in pairs), *wholes)
+    return SharedPrefixLayout(*offsets, *whole)
 
 
-def _both(
-    one: Tensor | None, first: SharedPrefixLayout, other: Tensor | None, second: SharedPrefixLayout, name: str
-) -> Tensor | None:
-    """Lengths of what sees itself whole, of both; None where neither has any."""
-    if one is None and other is None:
-        return None
-    of = "cu_prefixes" if name == "whole_prefixes" else "cu_seqlens"
-    sizes = [getattr(layout, of).numel() - 1 for layout in (first, second)]
-    parts = [x.cpu() if x is not None else torch.zeros(n).int() for x, n in zip((one, other), sizes, strict=True)]
-    return torch.cat(parts)
+def _whole(counts: Tensor | None, number: int) -> Tensor:
+    return torch.zeros(number, dtype=torch.int32) if counts is None else counts
 
 
 def mixed_head(policy: Policy, conditional: Tensor, unconditional: Tensor, weight: Tensor, *, detached: bool) -> Head:

@@ -26,20 +26,36 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen_NN: Tensor, scale: flo
     return (scores_HNN.softmax(-1) @ v_HNE).transpose(0, 1).to(q.dtype)
 
 
+def _seen(plan: Plan, group: int, device: torch.device) -> Tensor:
+    """[N, N] bool: which tokens of the group, [prefix | responses], see which.
+
+    Segment 0 is the prefix; a token sees its own segment and the prefix, up to its own place or, if that is further,
+    to the end of what is whole in its segment.
+    """
+    members = range(*plan.groups[group : group + 2])
+    lengths = [
+        plan.prefixes[group + 1] - plan.prefixes[group],
+        *(plan.sequences[s + 1] - plan.sequences[s] for s in members),
+    ]
+    offsets = offsets_of(lengths)
+    segment = segment_ids(torch.tensor(offsets, device=device), offsets[-1])
+    place = torch.arange(offsets[-1], device=device)
+    last = place
+    if plan.whole_prefixes or plan.whole_responses:
+        whole = [plan.whole_prefixes[group], *(plan.whole_responses[s] for s in members)]
+        ends = torch.tensor([start + size for start, size in zip(offsets[:-1], whole, strict=True)], device=device)
+        last = torch.maximum(place, ends[segment] - 1)
+    return ((segment[:, None] == segment) | (segment == 0)) & (place <= last[:, None])
+
+
 def attend(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """q [T, H, E], k and v [T, K, E] → [T, H, E]."""
     outs_prefix, outs_responses = [q[:0]], []
     first_response = plan.num_prefix_tokens
     for p, (start, end) in enumerate(pairwise(plan.prefixes)):
         a, b = (first_response + offset for offset in plan.spans[p : p + 2])
-        # Segment 0 is the prefix; a token sees its own segment and the prefix, up to its own place.
-        lengths = [end - start, *(plan.sequences[s + 1] - plan.sequences[s] for s in range(*plan.groups[p : p + 2]))]
-        total = sum(lengths)
-        segment = segment_ids(torch.tensor(offsets_of(lengths), device=q.device), total)
-        place = torch.arange(total, device=q.device)
-        seen = ((segment[:, None] == segment) | (segment == 0)) & (place <= place[:, None])
         q_NHE, k_NKE, v_NKE = (torch.cat([x[start:end], x[a:b]]) for x in (q, k, v))
-        out = dense_attention(q_NHE, k_NKE, v_NKE, seen, scale)
+        out = dense_attention(q_NHE, k_NKE, v_NKE, _seen(plan, p, q.device), scale)
         outs_prefix.append(out[: end - start])
         outs_responses.append(out[end - start :])
     return torch.cat(outs_prefix + outs_responses)

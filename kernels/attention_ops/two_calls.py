@@ -1,5 +1,7 @@
 """Shared-prefix attention as two variable-length calls merged by log-sum-exp, forward and backward.
 
+Where some tokens see each other whole, the call over a row's own keys is itself merged of several, in the same way.
+
 With (o₁, l₁) the output and log-sum-exp of a response row over its own keys, (o₂, l₂) over its prefix:
     l = log(e^l₁ + e^l₂),  o = o₁ + σ(l₂ − l₁) (o₂ − o₁).
 Softmax attention's backward needs its output and log-sum-exp alone, and P = exp(s − l) is the probability over *all*
@@ -18,7 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .varlen import Plan, VarlenCall
+from .varlen import Own, Part, Plan, VarlenCall
+
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 class Provider(Protocol):
@@ -45,13 +49,45 @@ def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
     lse.copy_(torch.logaddexp(lse, other_lse))
 
 
+def empty_lse(q: Tensor) -> Tensor:
+    """[N, H] for q [N, H, E], strided as the device's kernels have it."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if q.device.type == "cuda":
+        return q.new_empty((q.shape[1], q.shape[0]), dtype=dtype).t()
+    return q.new_empty(q.shape[:2], dtype=dtype)
+
+
+def _within(provider: Provider, own: Own, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of segments over their own keys, all on one axis."""
+
+    def of(part: Part) -> tuple[Tensor, Tensor]:
+        return provider.forward(q[part.queries], k[part.keys], v[part.keys], part.call, scale)
+
+    if len(own.disjoint) == 1:
+        out, lse = of(own.disjoint[0])
+    else:
+        out, lse = q.new_zeros(q.shape), empty_lse(q).fill_(-torch.inf)
+        for part in own.disjoint:  # all others have 0 and -inf at a row's place
+            more, more_lse = of(part)
+            out[part.queries] += more
+            lse[part.queries] = torch.maximum(lse[part.queries], more_lse)
+    for part in own.further:
+        merge_(out[part.queries], lse[part.queries], *of(part))
+    return out, lse
+
+
 def forward(provider: Provider, plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, H, E] and merged log-sum-exp [T, H]."""
-    out, lse = provider.forward(q, k, v, plan.own, scale)
+    out, lse = _within(provider, plan.own, q, k, v, scale)
     if plan.cross is not None:
         end = plan.num_prefix_tokens
         merge_(out[end:], lse[end:], *provider.forward(q[end:], k[:end], v[:end], plan.cross, scale))
     return out, lse
+
+
+def _add_(total: Three, more: Three, queries: slice, keys: slice) -> None:
+    for whole, part, rows in zip(total, more, (queries, keys, keys), strict=True):
+        whole[rows] += part
 
 
 def backward(
@@ -64,15 +100,21 @@ def backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     """Gradients of q [T, H, E], k and v [T, K, E], from the merged output and log-sum-exp."""
-    dq, dk, dv = provider.backward(grad, q, k, v, out, lse, plan.own, scale)
+
+    def of(call: VarlenCall, queries: slice, keys: slice) -> Three:
+        query_side = (grad[queries], q[queries], k[keys], v[keys], out[queries], lse[queries])
+        return provider.backward(*query_side, call, scale)
+
+    parts = [*plan.own.disjoint, *plan.own.further]
     if plan.cross is not None:
         end = plan.num_prefix_tokens
-        more_q, more_k, more_v = provider.backward(
-            grad[end:], q[end:], k[:end], v[:end], out[end:], lse[end:], plan.cross, scale
-        )
-        dq[end:] += more_q
-        dk[:end] += more_k
-        dv[:end] += more_v
-    return dq, dk, dv
+        parts.append(Part(plan.cross, slice(end, None), slice(0, end)))
+    if len(plan.own.disjoint) == 1:
+        grads = of(*parts.pop(0))
+    else:
+        grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    for part in parts:
+        _add_(grads, of(*part), part.queries, part.keys)
+    return grads

@@ -1,8 +1,11 @@
-"""What the two attention calls over shared prefixes look like, worked out once per batch on the host.
+"""What the attention calls over shared prefixes look like, worked out once per batch on the host.
 
 A call is variable-length attention: segment i's queries are rows `cu_queries[i]:cu_queries[i+1]` of one axis, its keys
-rows `cu_keys[i]:cu_keys[i+1]` of another.  Call `own`: every prefix and response within itself, causal.  Call `cross`:
-each group's responses, as one segment, over the group's prefix, not causal.
+rows `cu_keys[i]:cu_keys[i+1]` of another.  `own`: every prefix and response within itself, causal.  Call `cross`: each
+group's responses, as one segment, over the group's prefix, not causal.
+
+Where segments begin with tokens that see each other whole, `own` is up to three calls: what is causal, what is whole,
+and what is causal over the whole part before it.  Rows that have no part in a call are blind in it.
 
 CUDA kernels take the offsets as they are.  The CPU's takes dense batches; `runs` are those that are views (adjacent
 segments of equal lengths), `buckets` the short segments that are copied together, padded at their ends.
@@ -149,27 +152,98 @@ class VarlenCall:
         return self._split[1]
 
 
-class Plan:
-    """Both calls of one batch, and what else attention needs to know of it."""
+class Part(NamedTuple):
+    """A call, and the stretches of the axis that its queries and its keys are."""
 
-    def __init__(self, prefixes: Sequence[int], sequences: Sequence[int], groups: Sequence[int]) -> None:
+    call: VarlenCall
+    queries: slice
+    keys: slice
+
+
+class Own(NamedTuple):
+    """Attention of adjacent segments within themselves."""
+
+    disjoint: tuple[Part, ...]
+    """Every row of the axis sees keys in exactly one of these."""
+    further: tuple[Part, ...]
+    """Other keys that some of the rows see."""
+
+
+Stretch = tuple[int, int]
+"""Rows [a, b)."""
+
+
+def _part(pairs: Sequence[tuple[Stretch, Stretch]], *, causal: bool) -> tuple[Part, ...]:
+    """The call of (queries, keys), in order and not empty; rows between them are segments without a counterpart."""
+    if not pairs:
+        return ()
+    (first_query, _), (first_key, _) = pairs[0]
+    (_, query_end), (_, key_end) = pairs[-1]
+    cu_queries, cu_keys = [0], [0]
+    for (a, b), (c, d) in pairs:
+        if a - first_query > cu_queries[-1]:
+            cu_queries.append(a - first_query)
+            cu_keys.append(cu_keys[-1])
+        if c - first_key > cu_keys[-1]:
+            cu_queries.append(cu_queries[-1])
+            cu_keys.append(c - first_key)
+        cu_queries.append(b - first_query)
+        cu_keys.append(d - first_key)
+    call = VarlenCall(cu_queries, cu_keys, causal=causal)
+    return (Part(call, slice(first_query, query_end), slice(first_key, key_end)),)
+
+
+def _own(offsets: Sequence[int], whole: Sequence[int]) -> Own:
+    """`whole`: leading tokens of each segment that see each other whole; empty = none of any."""
+    if not any(whole):
+        everything = slice(0, offsets[-1])
+        return Own((Part(VarlenCall(offsets, offsets, causal=True), everything, everything),), ())
+    cut = [((a, a + size), (a + size, b)) for (a, b), size in zip(pairwise(offsets), whole, strict=True)]
+    heads = [head for head, _ in cut if head[0] < head[1]]
+    rests = [rest for _, rest in cut if rest[0] < rest[1]]
+    both = [(rest, head) for head, rest in cut if head[0] < head[1] and rest[0] < rest[1]]
+    causal = _part(list(zip(rests, rests, strict=True)), causal=True)
+    return Own(causal + _part(list(zip(heads, heads, strict=True)), causal=False), _part(both, causal=False))
+
+
+class Plan:
+    """All calls of one batch, and what else attention needs to know of it.
+
+    `whole_prefixes` [P] and `whole_responses` [S] are both empty where everything is causal.
+    """
+
+    def __init__(
+        self,
+        prefixes: Sequence[int],
+        sequences: Sequence[int],
+        groups: Sequence[int],
+        whole_prefixes: Sequence[int] = (),
+        whole_responses: Sequence[int] = (),
+    ) -> None:
         self.prefixes, self.sequences, self.groups = tuple(prefixes), tuple(sequences), tuple(groups)
+        self.whole_prefixes, self.whole_responses = tuple(whole_prefixes), tuple(whole_responses)
         self.num_prefix_tokens = prefixes[-1]
         self.num_tokens = prefixes[-1] + sequences[-1]
         segments = [*prefixes, *(prefixes[-1] + offset for offset in sequences[1:])]
-        self.own = VarlenCall(segments, segments, causal=True)
+        self.own = _own(segments, self.whole_prefixes + self.whole_responses)
+        """Of prefixes and responses, on their common axis."""
         self.spans = tuple(sequences[offset] for offset in groups)
         """[P+1]; group p's responses are tokens Tp + spans[p] : Tp + spans[p+1]."""
         cross = VarlenCall(self.spans, prefixes, causal=False)
         self.cross = cross if cross.all_runs else None
         """None where no response has a prefix."""
 
+    @cached_property
+    def responses(self) -> Own:
+        """`own` of the responses alone, on an axis [Tr]."""
+        return _own(self.sequences, self.whole_responses)
+
     def prepare(self, device: torch.device) -> None:
         """Copies to the device now what attention layers on it need."""
         if device.type != "cpu":
-            for call in (self.own, self.cross):
-                if call is not None:
-                    call.offsets(device)
+            calls = [part.call for own in (self.own, self.responses) for parts in own for part in parts]
+            for call in (*calls, *([self.cross] if self.cross else [])):
+                call.offsets(device)
 
 
 def offsets_of(lengths: Sequence[int]) -> list[int]:
@@ -178,11 +252,30 @@ def offsets_of(lengths: Sequence[int]) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def shared_plan(prefixes: tuple[int, ...], sequences: tuple[int, ...], groups: tuple[int, ...]) -> Plan:
+def shared_plan(
+    prefixes: tuple[int, ...],
+    sequences: tuple[int, ...],
+    groups: tuple[int, ...],
+    whole_prefixes: tuple[int, ...] = (),
+    whole_responses: tuple[int, ...] = (),
+) -> Plan:
     """One plan for equal offsets: layers, forward and backward find it without the layout."""
-    return Plan(prefixes, sequences, groups)
+    return Plan(prefixes, sequences, groups, whole_prefixes, whole_responses)
 
 
-def plan_of(cu_prefixes: Tensor, cu_seqlens: Tensor, group_offsets: Tensor) -> Plan:
-    """The plan of three offset tensors on the host; the same object for the same offsets."""
-    return shared_plan(tuple(cu_prefixes.tolist()), tuple(cu_seqlens.tolist()), tuple(group_offsets.tolist()))
+def plan_of(
+    cu_prefixes: Tensor,
+    cu_seqlens: Tensor,
+    group_offsets: Tensor,
+    whole_prefixes: Tensor | None,
+    whole_responses: Tensor | None,
+) -> Plan:
+    """The plan of offsets and whole parts on the host; the same object for what means the same."""
+    offsets = [tuple(x.tolist()) for x in (cu_prefixes, cu_seqlens, group_offsets)]
+    if whole_prefixes is None and whole_responses is None:
+        return shared_plan(*offsets)
+    counts = (len(offsets[0]) - 1, len(offsets[1]) - 1)
+    given = zip((whole_prefixes, whole_responses), counts, strict=True)
+    # One token sees itself either way.
+    whole = [(0,) * n if x is None else tuple(w if w > 1 else 0 for w in x.tolist()) for x, n in given]
+    return shared_plan(*offsets, *whole) if any(map(any, whole)) else shared_plan(*offsets)

@@ -1,6 +1,6 @@
 """`shared_prefix_attention`, and its backward as a registered op of its own, for CPU and CUDA tensors.
 
-The three offset tensors are on the host: they say how the kernels are called, and reading them makes no GPU wait.
+The tensors of a layout are on the host: they say how the kernels are called, and reading them makes no GPU wait.
 
 Dims: `T` tokens, `P` prefixes, `S` responses, `H` query heads, `K` key-value heads, `E` head size.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..attention import OP, SharedPrefixLayout, choose_attention
@@ -30,14 +29,16 @@ class AttentionInputs(NamedTuple):
     k: Tensor
     v: Tensor
     cu_prefixes: Tensor
-    """This one and the next two: `SharedPrefixLayout.host_offsets`."""
+    """This one and the next four: `SharedPrefixLayout.host_offsets`."""
     cu_seqlens: Tensor
     group_offsets: Tensor
+    whole_prefixes: Tensor | None
+    whole_responses: Tensor | None
     scale: float
 
     @property
     def plan(self) -> Plan:
-        plan = plan_of(self.cu_prefixes, self.cu_seqlens, self.group_offsets)
+        plan = plan_of(*self[3:8])
         if self.q.shape[0] != plan.num_tokens:
             refuse(OP, "q.shape[0]", plan.num_tokens, self.q.shape[0], "is the layout that of this batch?")
         return plan
@@ -68,7 +69,9 @@ def shared_prefix_attention(
 
     Equivalent PyTorch, for one group and as many key-value heads as query heads:
         segment = torch.repeat_interleave(torch.arange(1 + S), lengths_of_prefix_and_responses)
-        seen = ((segment[:, None] == segment) | (segment == 0)).tril()
+        place = torch.arange(T)
+        last = torch.maximum(place, (first_place_of_segment + whole)[segment] - 1)
+        seen = ((segment[:, None] == segment) | (segment == 0)) & (place <= last[:, None])
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(0, 1)
 
@@ -129,26 +132,19 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _empty_lse(q: Tensor) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if q.device.type == "cuda":
-        return q.new_empty((q.shape[1], q.shape[0]), dtype=dtype).t()
-    return q.new_empty(q.shape[:2], dtype=dtype)
-
-
 @implements(OP, AttentionInputs, "(Tensor, Tensor)")
 def attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(output [T, H, E], log-sum-exp [T, H] float32 or float64, nats)."""
     q, plan = inputs.q, inputs.plan
     if plan.num_tokens == 0:
-        return q.new_empty(q.shape), _empty_lse(q)
+        return q.new_empty(q.shape), two_calls.empty_lse(q)
     q, k, v = map(_unit_stride, inputs[:3])
     return two_calls.forward(_provider(q), plan, q, k, v, inputs.scale)
 
 
 @fakes(OP, AttentionInputs)
 def _(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    return inputs.q.new_empty(inputs.q.shape), _empty_lse(inputs.q)
+    return inputs.q.new_empty(inputs.q.shape), two_calls.empty_lse(inputs.q)
 
 
 @implements(f"{OP}_backward", AttentionGradientInputs, "(Tensor, Tensor, Tensor)")
