@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
 from syncr1.engine.policies.magvit import MagvitConfig
+from syncr1.engine.policies.show_o import ShowOPolicy
 from syncr1.engine.policies.show_o_model import ShowOConfig, ShowOForUnifiedGeneration, ShowOProcessor
 
 EOS = "<|endoftext|>"
@@ -97,6 +98,11 @@ def _sharp(seed: int, image_size: int) -> tuple[Any, ShowOProcessor]:
 def small_show_o(seed: int = 0, *, image_size: int = IMAGE_SIZE) -> tuple[Any, ShowOProcessor]:
     """(model, processor) of 4 x 4 codes, or of 2 x 2 with 8 pixels."""
     return copy.deepcopy(_sharp(seed, image_size))
+
+
+def sharp_show_o(seed: int = 0) -> ShowOPolicy:
+    """An untrained small Show-o whose distributions are far from uniform."""
+    return ShowOPolicy(*small_show_o(seed)).eval()
 
 
 def noise(count: int, salt: int) -> Tensor:
