@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     CLIPImageProcessor,
+    GenerationMixin,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedConfig,
@@ -146,7 +147,7 @@ class ShowOConfig(PreTrainedConfig):
             )
 
 
-class ShowOForUnifiedGeneration(PreTrainedModel):
+class ShowOForUnifiedGeneration(PreTrainedModel, GenerationMixin):  # a mixin that a generation configuration comes with
     """`showo`, the language model with all rows, and `vqmodel`, the image tokenizer, under their published names."""
 
     config_class = ShowOConfig

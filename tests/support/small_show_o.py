@@ -56,7 +56,7 @@ def phi(rows: int) -> PhiConfig:
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
-        max_position_embeddings=128,
+        max_position_embeddings=512,
         initializer_range=0.15,
         bos_token_id=None,
         eos_token_id=None,
