@@ -100,9 +100,9 @@ def small_show_o(seed: int = 0, *, image_size: int = IMAGE_SIZE) -> tuple[Any, S
     return copy.deepcopy(_sharp(seed, image_size))
 
 
-def sharp_show_o(seed: int = 0) -> ShowOPolicy:
-    """An untrained small Show-o whose distributions are far from uniform."""
-    return ShowOPolicy(*small_show_o(seed)).eval()
+def sharp_show_o(seed: int = 0, *, image_size: int = IMAGE_SIZE) -> ShowOPolicy:
+    """An untrained small Show-o whose distributions are far from uniform; the embedded worlds have 32 pixels."""
+    return ShowOPolicy(*small_show_o(seed, image_size=image_size)).eval()
 
 
 def noise(count: int, salt: int) -> Tensor:
