@@ -340,8 +340,15 @@ def prefixes(pretend: bool) -> list[Problem]:
         "ragged": SharedPrefixLayout(offsets([2 * scale, 0, scale]), offsets(ragged), torch.tensor([0, 3, 4, 6]).int()),
         "equal": SharedPrefixLayout(offsets([3 * scale] * 2), offsets([scale] * 8), torch.tensor([0, 4, 8]).int()),
         "one group": SharedPrefixLayout(offsets([9 * scale]), offsets([2 * scale] * 8), torch.tensor([0, 8]).int()),
+        "whole": SharedPrefixLayout(
+            offsets([3 * scale, scale]),
+            offsets([scale + 2] * 6),
+            torch.tensor([0, 4, 6]).int(),
+            torch.tensor([2 * scale, 0]).int(),
+            torch.tensor([scale + 2] * 5 + [scale]).int(),
+        ),
     }
-    sizes = [((2, 1), 16)] * 3 if pretend else [((4, 2), 64), ((16, 16), 128), ((16, 16), 128)]
+    sizes = [((2, 1), 16)] * 4 if pretend else [((4, 2), 64), *[((16, 16), 128)] * 3]
     return [problem(made, *size, name) for (name, made), size in zip(layouts.items(), sizes, strict=True)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from .attention import SharedPrefixLayout, attention_provider
 from .checks import NonFiniteError, non_finite_passes
 from .dispatch import BackendError
+from .ops.cached_prefix import cached_prefix_attention
 from .ops.decode_attention import prefix_decode_attention
 from .ops.groups import dgs_select, group_advantages, grpo_plan
 from .ops.linear_loss import linear_grpo_loss
@@ -29,6 +30,7 @@ __all__ = [
     "selective_logp",
     "cfg_sample",
     "shared_prefix_attention",
+    "cached_prefix_attention",
     "prefix_decode_attention",
     "SharedPrefixLayout",
     "TokenStream",

@@ -1,7 +1,8 @@
 """Shared-prefix attention in plain PyTorch, group by group: the specification. Any device and float dtype, autograd's
 own gradients.
 
-Dims: `T` tokens, `N` tokens of a group, `H` query heads, `K` key-value heads, `E` head size.
+Dims: `T` tokens, `Tp` of them in prefixes, `Tr` in responses, `N` tokens of a group or queries over `M` keys, `H` query
+heads, `K` key-value heads, `E` head size.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from ..layout import segment_ids
 from .varlen import Plan, offsets_of
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen_NN: Tensor, scale: float) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, seen_NM: Tensor, scale: float) -> Tensor:
     """softmax(q kᵀ · scale) v where `seen` is True: [N, H, E]; scores in float32, or float64 for float64."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q_HNE, k_HNE, v_HNE = (x.to(wide).transpose(0, 1) for x in (q, k, v))
+    q_HNE, k_HME, v_HME = (x.to(wide).transpose(0, 1) for x in (q, k, v))
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
-        k_HNE, v_HNE = k_HNE.repeat_interleave(repeats, 0), v_HNE.repeat_interleave(repeats, 0)
-    scores_HNN = (q_HNE @ k_HNE.transpose(1, 2) * scale).masked_fill(~seen_NN, -torch.inf)
-    return (scores_HNN.softmax(-1) @ v_HNE).transpose(0, 1).to(q.dtype)
+        k_HME, v_HME = k_HME.repeat_interleave(repeats, 0), v_HME.repeat_interleave(repeats, 0)
+    scores_HNM = (q_HNE @ k_HME.transpose(1, 2) * scale).masked_fill(~seen_NM, -torch.inf)
+    return (scores_HNM.softmax(-1) @ v_HME).transpose(0, 1).to(q.dtype)
 
 
 def _seen(plan: Plan, group: int, device: torch.device) -> Tensor:
@@ -59,3 +60,18 @@ def attend(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         outs_prefix.append(out[: end - start])
         outs_responses.append(out[end - start :])
     return torch.cat(outs_prefix + outs_responses)
+
+
+def attend_over_cache(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, prefix_keys: Tensor, prefix_values: Tensor, scale: float
+) -> Tensor:
+    """q [Tr, H, E], k and v [Tr, K, E], prefix keys and values [K, ≥ Tp, E] → [Tr, H, E]."""
+    outs = [q[:0]]
+    for p, (start, end) in enumerate(pairwise(plan.prefixes)):
+        own = slice(*plan.spans[p : p + 2])
+        keys, values = (
+            torch.cat([cache[:, start:end].transpose(0, 1), x[own]])
+            for cache, x in ((prefix_keys, k), (prefix_values, v))
+        )
+        outs.append(dense_attention(q[own], keys, values, _seen(plan, p, q.device)[end - start :], scale))
+    return torch.cat(outs)

@@ -85,6 +85,24 @@ def forward(provider: Provider, plan: Plan, q: Tensor, k: Tensor, v: Tensor, sca
     return out, lse
 
 
+def over_cache(
+    provider: Provider,
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    scale: float,
+) -> Tensor:
+    """Output [Tr, H, E] of the responses, from q, k, v of them alone and keys and values [K, Tp, E] of the prefixes."""
+    out, lse = _within(provider, plan.responses, q, k, v, scale)
+    if plan.cross is not None:
+        keys, values = (x.transpose(0, 1) for x in (prefix_keys, prefix_values))
+        merge_(out, lse, *provider.forward(q, keys, values, plan.cross, scale))
+    return out
+
+
 def _add_(total: Three, more: Three, queries: slice, keys: slice) -> None:
     for whole, part, rows in zip(total, more, (queries, keys, keys), strict=True):
         whole[rows] += part

@@ -98,7 +98,7 @@ def shared_prefix_attention(
     """
     # The kernels mask before they scale: 0 · -inf is NaN, and a negative scale would show what is hidden.
     ATTENTION_SCALE.check(OP, "scale", scale)
-    _check(q, k, v, layout)
+    check_operands(OP, q, k, v, layout.num_tokens, "the token axis is [all prefixes | all responses] of this layout")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if choose_attention(backend, q) == "reference":
         return reference.attend(layout.plan, q, k, v, scale)
@@ -106,28 +106,28 @@ def shared_prefix_attention(
     return out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout) -> None:
-    check_float(OP, "q", q)
-    if q.dim() != 3 or q.shape[0] != layout.num_tokens:
-        remedy = "the token axis is [all prefixes | all responses] of this layout"
-        refuse(OP, "q", f"[{layout.num_tokens}, H, E]", list(q.shape), remedy)
+def check_operands(op: str, q: Tensor, k: Tensor, v: Tensor, num_tokens: int, remedy: str) -> None:
+    """Queries, keys and values of `num_tokens` tokens fit together."""
+    check_float(op, "q", q)
+    if q.dim() != 3 or q.shape[0] != num_tokens:
+        refuse(op, "q", f"[{num_tokens}, H, E]", list(q.shape), remedy)
     if k.shape != v.shape:
-        refuse(OP, "v", list(k.shape), list(v.shape), "keys and values have one shape")
+        refuse(op, "v", list(k.shape), list(v.shape), "keys and values have one shape")
     if k.dim() != 3 or (k.shape[0], k.shape[2]) != (q.shape[0], q.shape[2]):
-        refuse(OP, "k", f"[{q.shape[0]}, K, {q.shape[2]}]", list(k.shape), "one key per token, of the queries' size")
+        refuse(op, "k", f"[{q.shape[0]}, K, {q.shape[2]}]", list(k.shape), "one key per token, of the queries' size")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[2] == 0:
         got = f"H {q.shape[1]}, K {k.shape[1]}, E {q.shape[2]}"
-        refuse(OP, "the number of query heads", "a multiple of the number of key-value heads", got, "check the heads")
+        refuse(op, "the number of query heads", "a multiple of the number of key-value heads", got, "check the heads")
     for name, x in (("k", k), ("v", v)):
         if (x.dtype, x.device) != (q.dtype, q.device):
-            refuse(OP, name, f"{q.dtype} on {q.device}", f"{x.dtype} on {x.device}", "convert it with .to(q)")
+            refuse(op, name, f"{q.dtype} on {q.device}", f"{x.dtype} on {x.device}", "convert it with .to(q)")
 
 
-def _provider(q: Tensor) -> Any:
+def provider_of(q: Tensor) -> Any:
     return cuda.Flash(cuda.kernels()) if q.device.type == "cuda" else cpu
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
     """The kernels read the last dimension as if it were dense; torch's CPU one does not even check."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -138,8 +138,8 @@ def attend(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     q, plan = inputs.q, inputs.plan
     if plan.num_tokens == 0:
         return q.new_empty(q.shape), two_calls.empty_lse(q)
-    q, k, v = map(_unit_stride, inputs[:3])
-    return two_calls.forward(_provider(q), plan, q, k, v, inputs.scale)
+    q, k, v = map(unit_stride, inputs[:3])
+    return two_calls.forward(provider_of(q), plan, q, k, v, inputs.scale)
 
 
 @fakes(OP, AttentionInputs)
@@ -154,8 +154,8 @@ def attend_backward(given: AttentionGradientInputs) -> Three:
     plan = inputs.plan
     if plan.num_tokens == 0:
         return _empty_gradients(given)
-    q, k, v = map(_unit_stride, inputs[:3])
-    return two_calls.backward(_provider(q), plan, grad.contiguous(), q, k, v, out, lse, inputs.scale)
+    q, k, v = map(unit_stride, inputs[:3])
+    return two_calls.backward(provider_of(q), plan, grad.contiguous(), q, k, v, out, lse, inputs.scale)
 
 
 @fakes(f"{OP}_backward", AttentionGradientInputs)

@@ -90,6 +90,7 @@ def test_traced_whole_with_dynamic_shapes(name: str) -> None:
         ("cfg_sample", "cfg_weight"),
         ("cfg_sample", "temperature"),
         ("shared_prefix_attention", "scale"),
+        ("cached_prefix_attention", "scale"),
         ("group_advantages", "eps"),
     ],
 )
@@ -156,7 +157,7 @@ def test_transforms_are_refused_by_name_or_right(name: str, transform: str, back
     """Never a tangent of 0 in silence, and never an error of somebody else's."""
     call, x = _of_one(name, backend)
     run = TRANSFORMS[transform]
-    if name == "prefix_decode_attention" and transform == "grad":
+    if name in ("prefix_decode_attention", "cached_prefix_attention") and transform == "grad":
         with pytest.raises(RuntimeError, match=f"{name}: no argument may require a gradient"):
             run(call, x)
         return

@@ -14,7 +14,18 @@ from collections.abc import Sequence
 import pytest
 import torch
 from hypothesis import given
-from shared_prefix_cases import CASES, GROUPS, RAGGED, Group, make_layout, operands, with_gradients
+from shared_prefix_cases import (
+    CASES,
+    CAUSAL,
+    GROUPS,
+    RAGGED,
+    WHOLES,
+    Group,
+    make_layout,
+    operands,
+    whole_of,
+    with_gradients,
+)
 from torch import Tensor
 
 from syncr1.kernels.attention_ops import cpu, cuda, reference, two_calls
@@ -74,6 +85,17 @@ def run(provider: two_calls.Provider, plan: Plan, tensors: Sequence[Tensor], sca
     return [out, *two_calls.backward(provider, plan, probe, q, k, v, out, lse, scale)]
 
 
+def over_cache(provider: two_calls.Provider, plan: Plan, tensors: Sequence[Tensor], scale: float) -> Tensor:
+    """Output of the responses; the prefixes' keys and values are columns of a larger cache, heads first."""
+    q, k, v, _ = (x.detach() for x in tensors)
+    end = plan.num_prefix_tokens
+    cache = [torch.full((2, x.shape[1], end + 3, x.shape[2]), math.nan).to(x) for x in (k, v)]
+    for stored, x in zip(cache, (k, v), strict=True):
+        stored[1, :, :end] = x[:end].transpose(0, 1)
+    own = (q[end:], k[end:], v[end:])
+    return two_calls.over_cache(provider, plan, *own, *(stored[1, :, :end] for stored in cache), scale)
+
+
 def expected(plan: Plan, tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
     q, k, v, probe = tensors
     return with_gradients(reference.attend(plan, q, k, v, scale), (q, k, v), probe)
@@ -98,6 +120,40 @@ def test_any_layout(groups: list[Group]) -> None:
     if plan.num_tokens:  # the op itself answers for none
         tensors = operands(plan.num_tokens, 2, 1)
         assert_same(run(Flash(Loop()), plan, tensors, 0.3), expected(plan, tensors, 0.3))
+
+
+@pytest.mark.parametrize("kind", WHOLES)
+@pytest.mark.parametrize("groups", CASES.values(), ids=CASES)
+def test_whole_parts_are_the_reference(groups: list[Group], kind: str) -> None:
+    """With gradients, and over a cache of the prefixes, which is a strided view."""
+    plan = make_layout(groups, whole_of(groups, kind)).plan
+    tensors = operands(plan.num_tokens, 4, 2)
+    wanted = expected(plan, tensors, 0.3)
+    assert_same(run(Flash(Loop()), plan, tensors, 0.3), wanted)
+    assert_same([over_cache(Flash(Loop()), plan, tensors, 0.3)], [wanted[0][plan.num_prefix_tokens :]])
+
+
+def test_offsets_of_whole_parts_by_hand() -> None:
+    """Rows that have no part in a call lie in segments without a counterpart, and it begins at the first that has."""
+    plan = make_layout([(3, [4, 2]), (2, [5])], ([2, 0], [4, 0, 3])).plan
+    parts = [*plan.own.disjoint, *plan.own.further]
+    #  rows       0 1 | 2 | 3 4 | 5 … 8 | 9 10 | 11 12 13 | 14 15
+    #             whole       prefix 1  whole           whole
+    assert [(p.queries, p.keys, p.call.causal) for p in parts] == [
+        (slice(2, 16), slice(2, 16), True),
+        (slice(0, 14), slice(0, 14), False),
+        (slice(2, 16), slice(0, 14), False),
+    ]
+    assert [tuple(x.tolist() for x in p.call.offsets(torch.device("cpu"))) for p in parts] == [
+        ([0, 1, 3, 7, 7, 9, 12, 12, 14], [0, 1, 3, 3, 7, 9, 9, 12, 14]),
+        ([0, 2, 5, 5, 9, 11, 11, 14], [0, 2, 2, 5, 9, 9, 11, 14]),
+        ([0, 1, 12, 12, 14], [0, 2, 2, 11, 14]),
+    ]
+    assert [(p.call.blind_queries, p.call.blind_keys) for p in parts] == [
+        (((3, 7), (9, 12)), ((3, 7), (9, 12))),
+        (((2, 5), (9, 11)), ((2, 5), (9, 11))),
+        (((1, 12),), ((2, 11),)),
+    ]
 
 
 def test_both_providers_agree_on_rows_without_a_counterpart() -> None:
@@ -195,16 +251,22 @@ PAIRS = [
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("kind", ["causal", "responses", "mixed"])
 @pytest.mark.parametrize("groups", CASES.values(), ids=CASES)
 def test_on_the_gpu(
-    groups: list[Group], kv_heads: int, dtype: torch.dtype, pair: type[TorchFlash] | type[FlashAttn]
+    groups: list[Group], kind: str, kv_heads: int, dtype: torch.dtype, pair: type[TorchFlash] | type[FlashAttn]
 ) -> None:
     """Error against float64 at most twice the reference's in the same dtype, plus a rounding; bitwise equal runs."""
-    plan = make_layout(groups).plan
+    plan = make_layout(groups, CAUSAL if kind == "causal" else whole_of(groups, kind)).plan
+    end = plan.num_prefix_tokens
     tensors = [x.detach().cuda().requires_grad_() for x in operands(plan.num_tokens, 4, kv_heads, 64, dtype)]
     truth = expected(plan, [x.detach().double().requires_grad_() for x in tensors], 0.125)
     plain = expected(plan, tensors, 0.125)
-    first, again = (run(Flash(pair()), plan, tensors, 0.125) for _ in range(2))
+    first, again = (
+        [*run(Flash(pair()), plan, tensors, 0.125), over_cache(Flash(pair()), plan, tensors, 0.125)] for _ in range(2)
+    )
+    for wanted in (truth, plain):
+        wanted.append(wanted[0][end:])
     for mine, repeated, theirs, exact in zip(first, again, plain, truth, strict=True):
         assert torch.equal(mine, repeated)
         error, allowed = ((x.double() - exact).norm() for x in (mine, theirs))

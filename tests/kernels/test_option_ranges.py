@@ -118,6 +118,7 @@ OPTIONS: dict[str, dict[str, Kind]] = {
         "offset": Kind(SEED.good, (*SEED.bad, torch.tensor(True))),
     },
     "shared_prefix_attention": {"scale": SCALE},
+    "cached_prefix_attention": {"scale": SCALE},
     "prefix_decode_attention": {"scale": SCALE},
 }
 TABLE = [(op, option) for op, options in OPTIONS.items() for option in options]
@@ -145,7 +146,9 @@ def run(op: str, option: str, value: Any, backend: str | None) -> Any:
         given["max_length"] = 9
     if option == "top_entropy_quantile" and op == "grpo_loss":
         given["entropy"] = torch.linspace(0.1, 1, 18)
-    return OPS[op].values(OPS[op].inputs(8 if op == "shared_prefix_attention" else 6), backend, **given)
+    return OPS[op].values(
+        OPS[op].inputs(8 if op in ("shared_prefix_attention", "cached_prefix_attention") else 6), backend, **given
+    )
 
 
 @pytest.fixture

@@ -97,6 +97,12 @@ def cases() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             {name: torch.randn(T, 2, D) for name in "qkv"}
             | {"layout": api.SharedPrefixLayout(offsets(2), offsets(4), offsets(1))},
         ),
+        "cached_prefix_attention": (
+            api.cached_prefix_attention,
+            {name: torch.randn(4, 2, D) for name in "qkv"}
+            | {name: torch.randn(2, 3, D) for name in ("prefix_keys", "prefix_values")}
+            | {"layout": api.SharedPrefixLayout(offsets(2), offsets(4), offsets(1))},
+        ),
     }
 
 

@@ -1,9 +1,9 @@
-"""Prefixes and responses that begin with tokens which see each other whole: against a dense masked softmax in float64."""
+"""Prefixes and responses that begin with tokens which see each other whole, against a masked softmax in float64."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import hypothesis.strategies as st
 import pytest
@@ -20,6 +20,7 @@ from shared_prefix_cases import (
     Whole,
     assert_all_close,
     dense,
+    drawn_whole,
     make_layout,
     operands,
     seen_by,
@@ -48,13 +49,6 @@ def assert_true(groups: Sequence[Group], whole: Whole, heads: int, kv_heads: int
 @pytest.mark.parametrize("groups", CASES.values(), ids=CASES)
 def test_forward_and_gradients_are_the_masked_softmax(groups: list[Group], kind: str, backend: str) -> None:
     assert_true(groups, whole_of(groups, kind), 4, 2, backend)
-
-
-def drawn_whole(draw: Callable[[st.SearchStrategy[int]], int], groups: Sequence[Group]) -> Whole:
-    """Any number of leading tokens of every prefix and response."""
-    prefixes, responses = [prefix for prefix, _ in groups], [n for _, lengths in groups for n in lengths]
-    sizes = [[draw(st.one_of(st.just(n), st.integers(0, n))) for n in lengths] for lengths in (prefixes, responses)]
-    return sizes[0], sizes[1]
 
 
 @given(groups=GROUPS, heads=st.sampled_from([(4, 4), (4, 2), (2, 1), (1, 1)]), data=st.data())

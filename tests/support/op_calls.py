@@ -15,6 +15,7 @@ from torch import Tensor
 from syncr1.kernels.api import (
     SharedPrefixLayout,
     TokenStream,
+    cached_prefix_attention,
     cfg_sample,
     dgs_select,
     group_advantages,
@@ -131,6 +132,18 @@ def _attend(x: Leaves, *, backend: str | None = None, **options: Any) -> Tensor:
     return shared_prefix_attention(x["q"], x["k"], x["v"], LAYOUT, backend=served, **options)
 
 
+def _cached(units: int) -> Leaves:
+    """`units` is the head size."""
+    made = {name: x[5:] for name, x in _heads(units).items()}
+    random = torch.Generator().manual_seed(units)
+    return made | {f"prefix_{name}": torch.randn(2, 7, units, generator=random) for name in ("keys", "values")}
+
+
+def _attend_cached(x: Leaves, *, backend: str | None = None, **options: Any) -> Tensor:
+    served = "flash" if backend == "native" else backend
+    return cached_prefix_attention(**x, layout=LAYOUT, backend=served, **options)
+
+
 def _decode(units: int) -> Leaves:
     random = torch.Generator().manual_seed(units)
 
@@ -183,6 +196,7 @@ OPS: dict[str, OpCall] = {
         lambda x, **o: cfg_sample(x["cond"], x["uncond"], **({"cfg_weight": 2.0, "seed": 1, "offset": 2} | o)),
     ),
     "shared_prefix_attention": OpCall(_heads, _attend, ("q", "k", "v")),
+    "cached_prefix_attention": OpCall(_cached, _attend_cached),
     "prefix_decode_attention": OpCall(_decode, lambda x, **o: prefix_decode_attention(**x, **o)),
 }
 """All public ops by name."""

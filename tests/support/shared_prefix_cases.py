@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -58,6 +58,13 @@ def whole_of(groups: Sequence[Group], kind: str) -> Whole:
 
 
 WHOLES = ("all", "responses", "prefixes", "begin", "begin of prefixes", "mixed")
+
+
+def drawn_whole(draw: Callable[[st.SearchStrategy[int]], int], groups: Sequence[Group]) -> Whole:
+    """Any number of leading tokens of every prefix and response."""
+    prefixes, responses = [prefix for prefix, _ in groups], [n for _, lengths in groups for n in lengths]
+    sizes = [[draw(st.one_of(st.just(n), st.integers(0, n))) for n in lengths] for lengths in (prefixes, responses)]
+    return sizes[0], sizes[1]
 
 
 def operands(tokens: int, heads: int = 4, kv_heads: int = 4, size: int = 8, dtype: torch.dtype = torch.float64) -> Any:
