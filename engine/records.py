@@ -111,6 +111,10 @@ class Segment:
     order: Tensor | None = None
     """[L] int64, of an image that was filled in: the step that settled each token, whose state has the tokens of all
     steps before it and masks elsewhere; -1: it was given. None: the image was drawn in raster order."""
+    proposals: Tensor | None = None
+    """[T, L] int64, of such an image, where they were kept: the picture as each step drew it, masks filled."""
+    proposal_logp: Tensor | None = None
+    """[T, 2, L] float32 nats: `logp` and `logp_mixed` of what each step drew; NaN where it was known before."""
     truncated: bool = False
     """A text segment that ran into its length limit. Never true for images: a full image is complete."""
 

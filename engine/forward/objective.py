@@ -231,7 +231,7 @@ class PolicyForward(nn.Module):
         before, behind = (ids.to(states.codes.device) for ids in policy.image_frame())
         split = [states.prompt_tokens.numel(), before.numel(), behind.numel()]
         turns, before, behind = policy.embed(torch.cat([states.prompt_tokens, before, behind]), "text").split(split)
-        codes = policy.embed(states.codes.flatten(), "image").view(*states.codes.shape, -1)
+        codes = policy.embed(states.codes.flatten(), "image").unflatten(0, states.codes.shape)
         frames = (part.expand(len(codes), *part.shape) for part in (before, behind))
         return turns, torch.cat([next(frames), codes, next(frames)], 1).flatten(0, 1)
 

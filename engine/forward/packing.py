@@ -24,7 +24,7 @@ from ..policies.base import Policy
 from ..records import IMAGE, TEXT, FilledImages, PackedBatch, Rollout, Segment
 from .filled_images import Filling, filled_images
 from .free_branch import Drawn, free_branch, free_tokens
-from .masked_states import MaskedPlan, State, num_sampled
+from .masked_states import MaskedPlan, State
 
 
 def pack(
@@ -165,9 +165,7 @@ class _Axis:
     drawn: list[Drawn] = field(default_factory=list)
     guided: bool = False
     """What was sampled is told by its mixed log-probabilities."""
-    filled: list[Segment] = field(default_factory=list)
     fillings: list[Filling] = field(default_factory=list)
-    """Of those the states that count."""
     attended: list[Tensor] = field(default_factory=list)
     """Which of the tokens are on the attention axis."""
     num_attended: int = 0
@@ -206,15 +204,18 @@ class _Axis:
 
     def fill_in(self, segment: Segment, behind: Tensor, states: Sequence[State]) -> None:
         """Image tokens that count in `states`; attention does not see them here."""
-        logp = segment.logp_mixed if self.guided else segment.logp
-        self.filled.append(segment)
         for state in states:
             self.fillings.append(Filling(segment=segment, state=state, first=self.length, behind=behind))
-            tokens = segment.tokens[state.scored]
-            told = logp[state.scored] if _as_sampled(segment, state) else torch.full(tokens.shape, float("nan"))
+            tokens = state.tokens[state.scored]
+            told = (state.logp_mixed if self.guided else state.logp)[state.scored]
             kept = tokens.numel() if segment.support is None else segment.support[state.scored]
             self.support[IMAGE].append(kept)
             self._append(tokens, IMAGE, torch.ones_like(tokens, dtype=torch.bool), told, attended=False)
+
+    def ends(self, count: int) -> set[int]:
+        """Where the last `count` states begin and end."""
+        last = self.fillings[len(self.fillings) - count :]
+        return {end for filling in last for end in (filling.first, filling.first + filling.num_scored)} - {0}
 
     def _append(self, tokens: Tensor, modality: int, sampled: Tensor, logp: Tensor, attended: bool = True) -> None:
         self.tokens.append(tokens)
@@ -234,39 +235,41 @@ def _joined(parts: Sequence[Tensor | int]) -> Tensor | None:
     return torch.cat([part if isinstance(part, Tensor) else torch.full((part, words), -1).int() for part in parts])
 
 
-def _as_sampled(segment: Segment, state: State) -> bool:
-    """The state is one that the sampler was in, so what it recorded holds."""
-    assert segment.order is not None
-    steps = segment.order[state.scored]
-    return bool((steps == steps[0]).all()) and torch.equal(state.known, segment.order < steps[0])
-
-
 def _pack_groups(
     settings: Settings, rollouts: Sequence[Rollout], advantages_S2: Tensor, keep_S: Tensor, groups: list[range]
 ) -> PackedBatch:
     policy, guided = settings.policy, settings.guided
     prefixes, responses = _Axis(), _Axis(guided=guided)
-    cu_prefixes, cu_seqlens, cu_attended = [0], [0], [0]
+    cu_prefixes, cu_seqlens, cu_attended, members, sizes = [0], [0], [0], [], []
     whole: tuple[list[int], list[int]] = ([], [])
+    filled: list[tuple[float, int]] = []
     for group in groups:
         kept = [i for i in group if keep_S[i]]
         shared = settings.share_prefix and len(kept) > 1
         whole[0].append(prefixes.begin(policy, rollouts[kept[0]]) if shared else 0)
         cu_prefixes.append(prefixes.length)
+        before = len(members)
         for i in group:
+            ratios: set[int] = set()
             whole[1].append(responses.begin(policy, rollouts[i]) if keep_S[i] and not shared else 0)
             for segment in rollouts[i].segments if keep_S[i] else ():
                 if segment.order is not None:
                     states = settings.masked.states(segment, rollouts[i].uid)
                     responses.fill_in(segment, _behind(segment, rollouts[i]), states)
+                    ratios |= responses.ends(len(states)) if settings.masked.masked_logp == "step" else set()
+                    filled.append((settings.masked.scale(segment), settings.masked.num_items(segment, states)))
                     continue
                 responses.give(policy, segment.lead, segment.lead_image)
                 responses.sample(policy, segment)
-            cu_seqlens.append(responses.length)
+            # A step with a ratio of its own is a sequence of its own to the loss.
+            ends = sorted(ratios | {responses.length})
+            cu_seqlens.extend(ends)
+            members.extend([i] * len(ends))
             cu_attended.append(responses.num_attended)
+        sizes.append(len(members) - before)
     images = prefixes.images + responses.images
     rows = [*prefixes.image_rows, *(rows + prefixes.length for rows in responses.image_rows)]
-    members = torch.tensor([i for group in groups for i in group], device=advantages_S2.device)
+    of_loss = torch.tensor([0, *sizes]).cumsum(0).int()
     offsets = torch.tensor([0, *(len(group) for group in groups)]).cumsum(0).int()
     ends = torch.tensor(cu_attended, dtype=torch.int32)
     leads = [torch.tensor(counts, dtype=torch.int32) if any(counts) else None for counts in whole]
@@ -279,38 +282,38 @@ def _pack_groups(
         modality=torch.cat(responses.modality),
         loss_mask=torch.cat(responses.loss_mask),
         cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
-        group_offsets=offsets,
-        advantages=advantages_S2[members].cpu(),
+        group_offsets=of_loss,
+        advantages=advantages_S2[torch.tensor(members, device=advantages_S2.device)].cpu(),
         image_rows=torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long),
         image_embeddings=torch.cat(images).float().cpu() if images else torch.zeros(0, 0),
         sampled_logp=torch.cat(responses.sampled_logp),
         support=(_joined(responses.support[TEXT]), _joined(responses.support[IMAGE])),
         free=free_branch(policy, responses.drawn, layout, share_prefix=settings.share_prefix) if twins else None,
-        filled=_filled(settings, responses, layout) if policy.decoding_order == "masked" else None,
+        filled=_filled(settings, responses, layout, filled) if policy.decoding_order == "masked" else None,
     )
 
 
-def _filled(settings: Settings, responses: _Axis, layout: SharedPrefixLayout) -> FilledImages:
-    """The filled-in images of a micro-batch.
+def _filled(
+    settings: Settings, responses: _Axis, layout: SharedPrefixLayout, images: Sequence[tuple[float, int]]
+) -> FilledImages:
+    """The filled-in images of a micro-batch, of each of which the weight of its loss and what divides it are given.
 
     Raises:
         ValueError: images of different numbers of steps, which one weight cannot make unbiased.
     """
-    images = responses.filled
-    scales = {settings.masked.scale(segment) for segment in images} or {1.0}
+    scales = {scale for scale, _ in images} or {1.0}
     if len(scales) > 1:
         raise ValueError(
             f"pack: expected images that were drawn in one number of steps, as masked_steps chooses among them, got "
             f"several (loss weights {sorted(scales)}); leave masked_steps out, or pack them apart"
         )
-    chosen = sum(filling.num_scored for filling in responses.fillings)
     return filled_images(
         settings.policy,
         responses.fillings,
-        torch.cat(responses.attended).nonzero().squeeze(1) if responses.attended else torch.zeros(0, dtype=torch.long),
+        torch.cat(responses.attended).nonzero().squeeze(1),
         layout,
         scale=scales.pop(),
-        num_items=chosen if settings.masked.masked_logp == "random_mask" else sum(map(num_sampled, images)),
+        num_items=sum(count for _, count in images),
         guided=settings.guided,
         share_prefix=settings.share_prefix,
     )

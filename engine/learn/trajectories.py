@@ -173,6 +173,7 @@ def sampling_of(config: TrainConfig, step: int) -> Sampling:
         drawing_turn=config.drawing_turn,
         image_steps=config.image_steps,
         image_noise=config.image_noise,
+        keep_proposals=config.masked_logp == "all",
         **truncation_of(config),
         seed=config.seed,
         step=step,

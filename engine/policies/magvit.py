@@ -156,7 +156,8 @@ class Magvit(nn.Module):
         height, width = sides
         if codes.dim() != 2 or codes.shape[1] != height * width:
             raise ValueError(f"Magvit: expected codes [n, {height} x {width}], got {list(codes.shape)}")
-        signs = self.quantize.entries(codes).unflatten(1, sides).permute(0, 3, 1, 2).contiguous()
+        signs = self.quantize.embedding[codes].to(self.decoder.conv_in.weight.dtype)
+        signs = signs.unflatten(1, sides).permute(0, 3, 1, 2).contiguous()
         parts = signs.split(_at_once(height * width * self.config.factor**2))
         return torch.cat([self.decoder(part).float() for part in parts])
 
@@ -187,10 +188,6 @@ class SignQuantizer(nn.Module):
     def codes(self, latents: Tensor) -> Tensor:
         """[n, bits, h, w] -> [n, N] int64."""
         return ((latents > 0) * self.power_vals[:, None, None]).sum(1).flatten(1)
-
-    def entries(self, codes: Tensor) -> Tensor:
-        """[n, N] int64 -> [n, N, bits]."""
-        return self.embedding[codes]
 
 
 class Encoder(nn.Module):

@@ -6,7 +6,8 @@ Rows of the one table, and of the one head, which has a bias:
 
 Where the codes begin follows from the table's length and from the tokenizer's bits, so that a vocabulary that was
 enlarged (UniCTokens: a token for each concept, behind the control tokens) has its place. transformers has no Show-o:
-these classes are registered with its `AutoConfig` and `AutoProcessor`, and a folder of theirs is one of `save_pretrained`.
+these classes are registered with its `AutoConfig` and `AutoProcessor`, and their folders are those of
+`save_pretrained`. Released checkpoints normalise queries and keys (`qk_layernorm`), which Phi-1.5 does not.
 
 Source: Show-o (arXiv 2408.12528) and its released inference code, by which the prompts are.
 
@@ -50,8 +51,8 @@ TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
 )
-"""Words of a conversation: `USER: \\nWhat is this? ASSISTANT:`, the line break where a picture is shown, whose tokens stand
-before all words."""
+"""Words of a conversation: `USER: \\nWhat is this? ASSISTANT:`, the line break where a picture is shown, whose tokens
+stand before all words."""
 
 
 class ShowOConfig(PreTrainedConfig):
@@ -126,8 +127,8 @@ class ShowOConfig(PreTrainedConfig):
         absent = [name for name, index in ids.items() if index is None]
         if absent or len(tokenizer) > self.text_rows:
             raise ConfigError(
-                f"Show-o: expected a tokenizer of at most {self.text_rows} tokens with soi, eoi, t2i, mmu, BOS, EOS and "
-                f"{PAD}, got {len(tokenizer)} tokens{' without ' + ', '.join(absent) if absent else ''}; take the "
+                f"Show-o: expected a tokenizer of at most {self.text_rows} tokens with soi, eoi, t2i, mmu, BOS, EOS "
+                f"and {PAD}, got {len(tokenizer)} tokens{' without ' + ', '.join(absent) if absent else ''}; take the "
                 "tokenizer of this very model (Phi-1.5's, enlarged)"
             )
         for name, index in ids.items():
@@ -137,8 +138,8 @@ class ShowOConfig(PreTrainedConfig):
         """Raises ConfigError where its numbers do not fit together."""
         if self.text_rows < 1:
             raise ConfigError(
-                f"Show-o: expected a table with rows for text, {self.num_codes} codes and a mask, got {self.mask_token_id + 1} "
-                "rows; take the image tokenizer of this very model"
+                f"Show-o: expected a table with rows for text, {self.num_codes} codes and a mask, got "
+                f"{self.mask_token_id + 1} rows; take the image tokenizer of this very model"
             )
         factor = self.magvit.factor
         if self.image_size < factor or self.image_size % factor:
@@ -185,9 +186,6 @@ class ShowOForUnifiedGeneration(PreTrainedModel, GenerationMixin):  # a mixin th
 
 class ShowOProcessor(ProcessorMixin):
     """Tokenizer and image processor under one roof, with the format of conversations."""
-
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template or TEMPLATE)

@@ -233,6 +233,7 @@ class Batch:
             drafts=drafts,
             keys=self._tries(chosen),
             words=support_words(policy, phase, self.rows.hidden),
+            kept_steps=sampling.image_steps if sampling.keep_proposals else 0,
         )
         with self.time("image"):
             filled, drawing = draw_masked(canvas, self.preview)

@@ -59,9 +59,13 @@ class Filled:
     """[n, N] float32 each, of settled tokens."""
     support: Tensor
     """[n, N, W] int32; W is 0 where nothing is left out."""
+    proposals: Tensor
+    """[n, T', N] int64: what each step drew; T' is 0 where that is not kept."""
+    proposal_logp: Tensor
+    """[n, T', 2, N] float32; NaN where it was known before."""
 
     @classmethod
-    def masked(cls, policy: Policy, num_images: int, words: int) -> Filled:
+    def masked(cls, policy: Policy, num_images: int, words: int, kept_steps: int = 0) -> Filled:
         size = (num_images, policy.num_image_tokens)
         tokens = torch.full(size, policy.mask_token, device=policy.device)
         nothing = torch.zeros(size, device=policy.device)
@@ -73,7 +77,14 @@ class Filled:
             logp_mixed=nothing.clone(),
             entropy=nothing.clone(),
             support=torch.zeros(*size, words, dtype=torch.int32, device=policy.device),
+            proposals=tokens[:, None].repeat(1, kept_steps, 1),
+            proposal_logp=nothing[:, None, None].repeat(1, kept_steps, 2, 1).fill_(float("nan")),
         )
+
+    @property
+    def keeps(self) -> bool:
+        """What each step drew is kept."""
+        return self.proposals.shape[1] > 0
 
     def take(self, index: Tensor) -> Filled:
         """A copy of images `index` [m]."""
@@ -87,8 +98,9 @@ class Filled:
     def segments(self, truncated: bool) -> list[Segment]:
         """[n], on the CPU; with kept sets where sampling was truncated."""
         columns = {field.name: getattr(self, field.name).cpu() for field in fields(self) if field.name != "proposal"}
-        if not truncated:
-            del columns["support"]
+        for name, kept in (("support", truncated), ("proposals", self.keeps), ("proposal_logp", self.keeps)):
+            if not kept:
+                del columns[name]
         rows = range(len(self.tokens))
         return [Segment(kind="image", **{name: column[row] for name, column in columns.items()}) for row in rows]
 
@@ -108,6 +120,10 @@ class Filled:
             (self.entropy, sample.entropy),
         ):
             mine.scatter_(1, where, theirs.float().view(n, -1).gather(1, kept))
+        if self.keeps:
+            self.proposals[:, step] = self.proposal
+            for side, values in enumerate((sample.logp, sample.logp_mixed)):
+                self.proposal_logp[:, step, side].scatter_(1, places, values.float().view(n, -1))
         if sample.support is not None:
             self.support[rows, where] = sample.support.view(n, places.shape[1], -1)[rows, kept]
 
@@ -210,6 +226,12 @@ class MaskedCanvas:
     """[attempts] of [n] int64: the random keys of each try."""
     words: int
     """W."""
+    kept_steps: int = 0
+    """T'."""
+
+    def blank(self, num_images: int) -> Filled:
+        """Images of masks alone."""
+        return Filled.masked(self.easel.policy, num_images, self.words, self.kept_steps)
 
 
 def draw_masked(canvas: MaskedCanvas, preview: PreviewGate | None) -> tuple[Filled, Drawing]:
@@ -218,7 +240,7 @@ def draw_masked(canvas: MaskedCanvas, preview: PreviewGate | None) -> tuple[Fill
     policy, steps = c.easel.policy, c.schedule.num_steps
     first = 0 if preview is None else c.schedule.preview_step(preview.fraction)
     keys, everyone = c.keys[0], list(range(n))
-    filled = Filled.masked(policy, n, c.words)
+    filled = c.blank(n)
     _run(c, filled, everyone, keys, 0, first or steps)
     attempts, dropped, tries = torch.ones(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool), n
     if preview is not None and first:
@@ -231,7 +253,7 @@ def draw_masked(canvas: MaskedCanvas, preview: PreviewGate | None) -> tuple[Fill
             if not pending.numel():
                 break
             where = pending.to(keys.device)
-            tried = Filled.masked(policy, len(pending), c.words)
+            tried = c.blank(len(pending))
             _run(c, tried, pending.tolist(), c.keys[attempt - 1][where], 0, first)
             tried_scores = _score(c, preview, tried.proposal, pending.tolist())
             preview.observe(int(preview.accepts(tried_scores).sum()), int(pending.numel()))

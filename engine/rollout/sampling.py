@@ -61,6 +61,8 @@ class Sampling:
     """Steps in which a model that draws in masked order fills in an image; others ignore it."""
     image_noise: float = 1.0
     """How much chance decides what such a step keeps, at first (mask_schedule.py)."""
+    keep_proposals: bool = False
+    """Keep what every such step drew (`Segment.proposals`)."""
     seed: int = 0
     step: int = 0
     """Salts the random numbers, so that each step draws afresh."""

@@ -18,7 +18,7 @@ from .schema import Range, Rule, Settings
 
 Credit = Literal["shared", "per_segment", "image_only"]
 PolicyLogp = Literal["conditional", "guided", "guided_detached"]
-MaskedLogp = Literal["committed", "random_mask"]
+MaskedLogp = Literal["committed", "step", "all", "random_mask"]
 Unconditional = Literal["fixed", "pads"]
 PictureFit = Literal["processor", "crop", "pad"]
 WorldName = Literal["rendered", "digits"]
@@ -185,8 +185,9 @@ class TrainConfig(Settings):
     image_noise: Annotated[float, Range("0 keeps what is most likely", ge=0)] = 1.0
     """How much chance decides, at first, which places such a step keeps; Sync-R1 has 1.8 under previews."""
     masked_logp: MaskedLogp = "committed"
-    """What of such an image is trained: each token in the state of the step that settled it (committed), or the
-    finished image with a random share masked anew (random_mask: UniGRPO)."""
+    """What of such an image is trained: each token in the state of the step that settled it (committed), with one
+    ratio for a whole step (step: Mask-GRPO); in every state all places (all: Sync-R1's released code); or the finished
+    image with a random share masked anew (random_mask: UniGRPO)."""
     masked_steps: Annotated[int | None, Range("leave it out to train all steps", ge=1)] = None
     """Train on so many steps of each image, drawn at random, their loss weighted so that its expectation is that of
     all; with random_mask: maskings of each. None: all steps; one masking."""

@@ -57,6 +57,7 @@ def phi(rows: int) -> PhiConfig:
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=512,
+        qk_layernorm=True,
         initializer_range=0.15,
         bos_token_id=None,
         eos_token_id=None,
@@ -113,7 +114,7 @@ def noise(count: int, salt: int) -> Tensor:
 
 @torch.no_grad()
 def fill(module: nn.Module) -> None:
-    """Gives a module weights by their names' order, whatever code the module is of; those of `quantize` are constants."""
+    """Gives a module weights by the order of their names, whatever code it is of; buffers are constants."""
     for salt, (name, parameter) in enumerate(sorted(module.named_parameters())):
         values = noise(parameter.numel(), salt).view(parameter.shape)
         if parameter.dim() > 1:
