@@ -37,8 +37,8 @@ class EvaluateConfig(Settings):
 
     # --- what is evaluated ---
     model: str | None = None
-    """Checkpoint in transformers' format or DeepSeek's (Janus, Emu3, Chameleon, Liquid, a text decoder): a folder or
-    hub name. None: the tiny base."""
+    """Checkpoint in transformers' format or DeepSeek's (Janus, Emu3, Chameleon, Liquid, Show-o, a text decoder): a
+    folder or hub name. None: the tiny base."""
     picture_fit: PictureFit | None = None
     """How a photo comes to the size that the model sees: as the checkpoint's own image processor does it (processor),
     cut at the centre to a square (crop), or whole on the mean colour (pad). None: as the run did in whose folder the

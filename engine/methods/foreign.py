@@ -20,7 +20,7 @@ WORD = re.compile(r"<\w+>|[^\W\d_]+")
 SHARE = 0.1
 """Of the prompts that may have a word which the base does not know."""
 MOST_LOOKED_AT = 100
-CHECKPOINTS = "deepseek-community/Janus-Pro-1B or -7B, an Emu3 checkpoint, or a folder that holds one"
+CHECKPOINTS = "deepseek-community/Janus-Pro-1B or -7B, an Emu3 or Show-o checkpoint, or a folder that holds one"
 
 
 def check_own_world(world: World, data: object, prompts: Sequence[Prompt], pictures: Sequence[ImageRef]) -> None:

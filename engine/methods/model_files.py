@@ -25,7 +25,7 @@ from ..checkpoints.deepseek_files import (
 )
 from ..policies.kinds import DRAWING, SAFE, SAFE_INDEX
 
-UNIFIED = ("chameleon", "emu3", "janus")
+UNIFIED = ("chameleon", "emu3", "janus", "show_o")
 """`model_type` of the models that draw, as KNOWN of policies/auto.py has them."""
 ORIGINALS = {
     "Emu3": "this is BAAI's own format; take transformers', such as BAAI/Emu3-Gen-hf",

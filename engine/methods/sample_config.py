@@ -79,8 +79,8 @@ class SampleConfig(Settings):
 
     # --- who is asked ---
     model: str | None = None
-    """Checkpoint in transformers' format or DeepSeek's (Janus, Emu3, Chameleon, Liquid, a text decoder): a folder or
-    hub name. None: the tiny base."""
+    """Checkpoint in transformers' format or DeepSeek's (Janus, Emu3, Chameleon, Liquid, Show-o, a text decoder): a
+    folder or hub name. None: the tiny base."""
     compare: tuple[str, ...] = ()
     """Two or more checkpoints side by side, drawn with the same random numbers; instead of model."""
     picture_fit: PictureFit | None = None

@@ -21,8 +21,14 @@ from .emu3 import Emu3Policy
 from .janus import JanusPolicy
 from .kinds import is_liquid
 from .liquid import LiquidPolicy
+from .show_o import ShowOPolicy
 
-KNOWN: dict[str, type[Policy]] = {"chameleon": ChameleonPolicy, "emu3": Emu3Policy, "janus": JanusPolicy}
+KNOWN: dict[str, type[Policy]] = {
+    "chameleon": ChameleonPolicy,
+    "emu3": Emu3Policy,
+    "janus": JanusPolicy,
+    "show_o": ShowOPolicy,
+}
 """`model_type` -> policy of the models that draw; a type that transformers knows as a text decoder has CausalLMPolicy,
 which itself says why it cannot take one, or LiquidPolicy where its tokenizer is Liquid's."""
 CONVERTED: dict[str, type[Policy]] = {"multi_modality": JanusPolicy}

@@ -73,6 +73,6 @@ def remarks_on_half(
         lines.append(
             f"warning: prompts ask for {what}, and this checkpoint was not trained {DOING[other]}: expect that part to "
             "begin near chance, so that rewards have little to tell apart; "
-            + ("a model of both halves (Janus, Liquid, Anole) suits chains" if chain else f"use {halves[other]}")
+            + ("a model of both halves (Janus, Liquid, Show-o) suits chains" if chain else f"use {halves[other]}")
         )
     return lines

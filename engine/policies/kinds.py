@@ -12,7 +12,7 @@ from pathlib import Path
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 """What holds a checkpoint's weights, or says which files do; as transformers calls them."""
-DRAWING = "a checkpoint that draws (Janus, Emu3, Anole, Liquid)"
+DRAWING = "a checkpoint that draws (Janus, Emu3, Anole, Liquid, Show-o)"
 """What messages name as a remedy where a model draws nothing."""
 LIQUID_TOKENS = ("<boi>", "<eoi>", "<unconditional>")
 _FILES = ("tokenizer_config.json", "tokenizer.json")

@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     CLIPImageProcessor,
+    GenerationMixin,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedConfig,
@@ -147,7 +148,7 @@ class ShowOConfig(PreTrainedConfig):
             )
 
 
-class ShowOForUnifiedGeneration(PreTrainedModel):
+class ShowOForUnifiedGeneration(PreTrainedModel, GenerationMixin):  # a mixin that a generation configuration comes with
     """`showo`, the language model with all rows, and `vqmodel`, the image tokenizer, under their published names."""
 
     config_class = ShowOConfig

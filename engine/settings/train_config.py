@@ -56,8 +56,8 @@ class TrainConfig(Settings):
 
     # --- model, data and output ---
     model: str | None = None
-    """Checkpoint in transformers' format (Janus, Emu3, Chameleon, Liquid, or a text decoder such as Qwen3 for prompts
-    that ask for text alone) or, of Janus, DeepSeek's: a folder or a hub name. None: the tiny base, trained on
+    """Checkpoint in transformers' format (Janus, Emu3, Chameleon, Liquid, Show-o, or a text decoder such as Qwen3 for
+    prompts that ask for text alone) or, of Janus, DeepSeek's: a folder or a hub name. None: the tiny base, trained on
     first use."""
     image_folder: Path | None = None
     """Folder that the data's paths of pictures are relative to and stay within. None: that of the data file."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -251,6 +252,10 @@ def offsets_of(lengths: Sequence[int]) -> list[int]:
     return [0, *accumulate(lengths)]
 
 
+_alive: WeakValueDictionary[tuple[tuple[int, ...], ...], Plan] = WeakValueDictionary()
+"""Plans that a layout holds outlive the cache: a CUDA graph has the addresses of their offsets."""
+
+
 @lru_cache(maxsize=64)
 def shared_plan(
     prefixes: tuple[int, ...],
@@ -260,7 +265,11 @@ def shared_plan(
     whole_responses: tuple[int, ...] = (),
 ) -> Plan:
     """One plan for equal offsets: layers, forward and backward find it without the layout."""
-    return Plan(prefixes, sequences, groups, whole_prefixes, whole_responses)
+    key = (prefixes, sequences, groups, whole_prefixes, whole_responses)
+    found = _alive.get(key)
+    if found is None:
+        found = _alive[key] = Plan(*key)
+    return found
 
 
 def plan_of(

@@ -67,7 +67,8 @@ def cached_prefix_attention(
         prefix_keys: [K, C, E], dtype of `q`; prefix p's keys are columns cu_prefixes[p] to cu_prefixes[p+1], C ≥ Tp.
             Views of a larger cache are read in place where their stride along E is 1.
         prefix_values: [K, C, E], likewise.
-        layout: of the prefixes and responses; `layout.to(device)` makes it ready for a CUDA graph.
+        layout: of the prefixes and responses. After `layout.to(device)` the call may be captured in a CUDA graph, which
+            serves this layout alone, for as long as it exists.
         scale: finite, > 0; multiplies the scores; None = 1/√E.
         backend: as in `shared_prefix_attention`.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
+import weakref
 from collections.abc import Sequence
 
 import hypothesis.strategies as st
@@ -29,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from syncr1.kernels.api import BackendError, SharedPrefixLayout, shared_prefix_attention
 from syncr1.kernels.attention import choose_attention
-from syncr1.kernels.attention_ops.varlen import offsets_of, shared_plan
+from syncr1.kernels.attention_ops.varlen import _alive, offsets_of, plan_of, shared_plan
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -263,11 +265,24 @@ def test_to_moves_everything() -> None:
     assert layout.device.type == "cpu" and layout.position_ids().device.type == "cpu"
 
 
+def test_a_plan_lives_as_long_as_its_layout() -> None:
+    """A CUDA graph holds the addresses of its offsets, however many batches were planned since; and then it goes."""
+    layout = make_layout([(4, [2, 6, 1])])
+    shared_plan.cache_clear()
+    assert plan_of(*layout.host_offsets) is layout.plan
+    shared_plan.cache_clear()
+    gone = weakref.ref(layout.plan)
+    del layout
+    gc.collect()
+    assert gone() is None
+
+
 def test_the_default_device_does_not_matter() -> None:
     given_offsets = make_layout(RAGGED).host_offsets
     expected = SharedPrefixLayout(*given_offsets)
     q, k, v, probe = operands(expected.num_tokens)
-    shared_plan.cache_clear()  # the plan of these offsets is made anew
+    shared_plan.cache_clear()
+    _alive.clear()  # the plan of these offsets is made anew
     with torch.device("meta"):
         layout = SharedPrefixLayout(*given_offsets)
         found = with_gradients(shared_prefix_attention(q, k, v, layout), (q, k, v), probe)

@@ -14,6 +14,7 @@ from helpers import make_prompt, sharp_policy
 from small_chameleon import sharp_chameleon
 from small_emu3 import sharp_emu3
 from small_liquid import sharp_liquid
+from small_show_o import sharp_show_o
 from stepping_cases import same_draws
 from text_models import config, model, tokenizer
 from text_models import policy as text_policy
@@ -25,7 +26,13 @@ from syncr1.engine.policies.causal_lm import CausalLMPolicy
 from syncr1.engine.rollout.sampler import generate
 from syncr1.engine.rollout.sampling import Sampling
 
-DRAWING = {"chameleon": sharp_chameleon, "emu3": sharp_emu3, "gemma": sharp_liquid, "janus": sharp_policy}
+DRAWING = {
+    "chameleon": sharp_chameleon,
+    "emu3": sharp_emu3,
+    "gemma": sharp_liquid,
+    "janus": sharp_policy,
+    "show_o": sharp_show_o,
+}
 
 
 @pytest.mark.parametrize(("kind", "make"), DRAWING.items())
@@ -59,7 +66,8 @@ def test_a_policy_without_weights_has_the_sizes_of_the_one_with(kind: str, tmp_p
     assert all(parameter.is_meta for parameter in empty.parameters())
     shapes = ({name: p.shape for name, p in policy.named_parameters()} for policy in (empty, made))
     assert next(shapes) == next(shapes)
-    for fact in ("num_image_tokens", "image_size", "image_start", "end_tokens", "max_positions"):
+    facts = ("num_image_tokens", "image_size", "image_start", "decoding_order", "mask_token")
+    for fact in (*facts, "end_tokens", "max_positions"):
         assert getattr(empty, fact) == getattr(made, fact), fact
     assert replace(empty.cache_shape(), device=made.device) == made.cache_shape()
 

@@ -278,7 +278,7 @@ def test_ends_and_forbidden_ids() -> None:
 def test_images_are_refused_with_the_prompts_name(tmp_path: Path) -> None:
     made = policy()
     for prompt in (make_prompt("draw"), make_prompt("who?", TEXT, image=tmp_path / "photo.png")):
-        with pytest.raises(ValueError, match=f"prompt {prompt.id}.*Janus, Emu3, Anole, Liquid"):
+        with pytest.raises(ValueError, match=f"prompt {prompt.id}.*Janus, Emu3, Anole, Liquid, Show-o"):
             made.prompt_tokens(prompt)
     nothing, images = torch.zeros(1, dtype=torch.long), torch.zeros(1, 3, 8, 8)
     calls = (

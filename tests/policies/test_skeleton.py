@@ -18,6 +18,7 @@ from skeleton_policy import SLOT, START, BlocksConfig, BlocksForConditionalGener
 from small_chameleon import sharp_chameleon
 from small_emu3 import sharp_emu3
 from small_liquid import sharp_liquid
+from small_show_o import sharp_show_o
 from stepping_cases import same_draws
 
 from syncr1.engine.errors import ConfigError
@@ -46,12 +47,19 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "janus": sharp_policy,
     "liquid": sharp_liquid,
     "qwen3": lambda: text_models.policy("qwen3"),
+    "show_o": sharp_show_o,
 }
 
 
 def prompts_for(policy: Policy, folder: Path) -> list[Prompt]:
     """Every plan that the model can follow, with and without a photo."""
-    return all_kinds_of_prompts(folder) if policy.num_image_tokens else [make_prompt("what is it?", ("text",))]
+    if not policy.num_image_tokens:
+        return [make_prompt("what is it?", ("text",))]
+    prompts = all_kinds_of_prompts(folder)
+    if policy.decoding_order == "raster":
+        return prompts
+    # An image is a sequence of its own, of words alone, and ends what is sampled.
+    return [p for p in prompts if "image" not in p.segments[:-1] and (p.image is None or p.segments[0] == "text")]
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import make_prompt, sharp_policy
 from small_emu3 import sharp_emu3
+from small_show_o import sharp_show_o
 from text_models import END, USER, model, policy, tokenizer
 from tokenizers import AddedToken
 
@@ -17,6 +18,7 @@ from syncr1.engine.policies.base import Policy
 from syncr1.engine.policies.causal_lm import CausalLMPolicy
 from syncr1.engine.policies.emu3 import Emu3Policy
 from syncr1.engine.policies.janus import JanusPolicy
+from syncr1.engine.policies.show_o import ShowOPolicy
 from syncr1.engine.policies.tokens import control_tokens, ids_of
 from syncr1.engine.rewards.builtin.format import format_reward
 from syncr1.engine.rollout.sampler import generate
@@ -45,6 +47,11 @@ def emu3() -> tuple[Any, Any]:
     return made.model, made.processor
 
 
+def show_o() -> tuple[Any, Any]:
+    made = sharp_show_o()
+    return made.model, made.processor
+
+
 def text() -> tuple[Any, Any]:
     return model("llama"), tokenizer()
 
@@ -52,6 +59,7 @@ def text() -> tuple[Any, Any]:
 KINDS: dict[str, tuple[Any, type[Policy]]] = {
     "janus": (janus, JanusPolicy),
     "emu3": (emu3, Emu3Policy),
+    "show_o": (show_o, ShowOPolicy),
     "text": (text, CausalLMPolicy),
 }
 
@@ -62,9 +70,11 @@ def with_tokens(kind: str, tokens: list[str], rows: int = 0) -> Policy:
     checkpoint, processor = make()
     words = getattr(processor, "tokenizer", processor)
     words.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
-    checkpoint.resize_token_embeddings(max(len(words), checkpoint.lm_head.weight.shape[0]) + rows, mean_resizing=False)
+    head = checkpoint.get_output_embeddings().weight
+    behind = checkpoint.config.num_codes + 1 if policy_class is ShowOPolicy else 0  # rows that stay the last ones
+    checkpoint.resize_token_embeddings(max(len(words) + behind, head.shape[0]) + rows, mean_resizing=False)
     with torch.no_grad():
-        checkpoint.lm_head.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+        checkpoint.get_output_embeddings().weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     return policy_class(checkpoint, processor).eval()  # type: ignore[call-arg]
 
 
@@ -78,7 +88,7 @@ def never(made: Policy) -> set[int]:
     """Ids of the whole head that a text never has."""
     head = made.head(torch.zeros(1, made.decoder().config.hidden_size), "text")
     assert head.forbidden is not None
-    return {*head.forbidden.tolist(), *range(head.weight.shape[0], made.model.lm_head.weight.shape[0])}
+    return {*head.forbidden.tolist(), *range(head.weight.shape[0], made.model.get_output_embeddings().weight.shape[0])}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +147,7 @@ def test_rows_without_a_token_are_never_sampled(kind: str) -> None:
     tokens = samples(made, 40)
     known = set(made.tokenizer.get_vocab().values())
     assert set(tokens.tolist()) <= known and len(tokens) > 100
-    assert set(range(made.model.lm_head.weight.shape[0])) - known <= never(made)
+    assert set(range(made.model.get_output_embeddings().weight.shape[0])) - known <= never(made)
 
 
 def test_rows_without_a_code_are_never_drawn() -> None:

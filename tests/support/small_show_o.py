@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
 from syncr1.engine.policies.magvit import MagvitConfig
+from syncr1.engine.policies.show_o import ShowOPolicy
 from syncr1.engine.policies.show_o_model import ShowOConfig, ShowOForUnifiedGeneration, ShowOProcessor
 
 EOS = "<|endoftext|>"
@@ -55,7 +56,7 @@ def phi(rows: int) -> PhiConfig:
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
-        max_position_embeddings=128,
+        max_position_embeddings=512,
         qk_layernorm=True,
         initializer_range=0.15,
         bos_token_id=None,
@@ -98,6 +99,11 @@ def _sharp(seed: int, image_size: int) -> tuple[Any, ShowOProcessor]:
 def small_show_o(seed: int = 0, *, image_size: int = IMAGE_SIZE) -> tuple[Any, ShowOProcessor]:
     """(model, processor) of 4 x 4 codes, or of 2 x 2 with 8 pixels."""
     return copy.deepcopy(_sharp(seed, image_size))
+
+
+def sharp_show_o(seed: int = 0, *, image_size: int = IMAGE_SIZE) -> ShowOPolicy:
+    """An untrained small Show-o whose distributions are far from uniform; the embedded worlds have 32 pixels."""
+    return ShowOPolicy(*small_show_o(seed, image_size=image_size)).eval()
 
 
 def noise(count: int, salt: int) -> Tensor:
