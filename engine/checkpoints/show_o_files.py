@@ -39,6 +39,11 @@ def needs_conversion(folder: Path) -> bool:
     return is_theirs(folder) or is_show_o(folder)
 
 
+def is_published(folder: Path) -> bool:
+    """Whether a folder is one whose pickles are read, as tensors alone: those, and Show-o's image tokenizer."""
+    return needs_conversion(folder) or published_class(folder) == MAGVIT
+
+
 def layout_of(folder: Path) -> str:
     """Whose layout that is."""
     return "showlab's" if is_show_o(folder) else "DeepSeek's"
