@@ -1,7 +1,8 @@
-"""Converts Janus and Janus-Pro from DeepSeek's layout into transformers' and back, tensor by tensor on disk.
+"""Converts Janus from DeepSeek's layout and Show-o from showlab's into transformers' and back, on disk, bit for bit.
 
 python recipes/convert.py --model deepseek-ai/Janus-Pro-1B --output OUT      into transformers' format
 python recipes/convert.py --model RUN/checkpoints/last --base deepseek-ai/Janus-Pro-1B --output OUT   and back
+python recipes/convert.py --model showlab/show-o --vq showlab/magvitv2 --tokenizer microsoft/phi-1_5 --output OUT
 python recipes/convert.py --help                                             every setting
 
 Other recipes need no conversion by hand: `--model` takes either layout, and keeps a conversion in the cache. Every
@@ -17,21 +18,28 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from syncr1.engine.errors import CheckpointError, one_line
 from syncr1.engine.methods.checkpoint_folders import new_folder_problems, source_problems
+from syncr1.engine.methods.convert_checks import check_conversion
 from syncr1.engine.methods.early import loading, unix_habits
 from syncr1.engine.methods.exit import run_to_exit
-from syncr1.engine.methods.preflight import check_conversion
 from syncr1.engine.reasons import reason_of
 from syncr1.engine.settings.flags import parse
 from syncr1.engine.settings.schema import Range, Rule, Settings
 
-LAYOUTS = {"transformers": "transformers'", "deepseek": "DeepSeek's"}
+LAYOUTS = {"transformers": "transformers'", "deepseek": "DeepSeek's", "showlab": "showlab's"}
+KEPT = {
+    "transformers": "without a place in transformers' model, kept in deepseek/ for the way back",
+    "showlab": "of the image tokenizer, in magvitv2/",
+}
+"""Layout -> what stands in the file beside."""
 
 
 def _problems(config: Any) -> list[str]:
     problems = []
     if config.model is None:
         problems.append("model: expected a folder or a hub name, got none; name the checkpoint to convert")
-    problems += source_problems([("model", config.model), ("base", config.base)])
+    vq = config.vq if config.vq is None or not Path(config.vq).expanduser().is_file() else None
+    named = [("model", config.model), ("base", config.base), ("vq", vq), ("tokenizer", config.tokenizer)]
+    problems += source_problems(named)
     return problems + new_folder_problems(config.output)
 
 
@@ -41,14 +49,20 @@ class ConvertConfig(Settings):
 
     # --- checkpoints ---
     model: str | None = None
-    """Folder or hub name (`org/name@revision`) of Janus, in DeepSeek's layout or in transformers'."""
+    """Folder or hub name (`org/name@revision`) of Janus or Show-o, as they are published or in transformers' layout."""
     output: Path | None = None
     """Folder for the result; must not exist, or be empty."""
-    to: Literal["transformers", "deepseek"] | None = None
+    to: Literal["transformers", "deepseek", "showlab"] | None = None
     """Layout of the result; left out: the one that `model` is not in."""
     base: str | None = None
-    """Into DeepSeek's layout: the checkpoint in that layout that the training started from, whose settings files are
+    """Into a published layout: the checkpoint in that layout that the training started from, whose settings files are
     taken over, and tensors that transformers has no place for. Left out: what a conversion kept, or zeros."""
+    vq: str | None = None
+    """Of a published Show-o: folder, file or hub name of its image tokenizer (`showlab/magvitv2`). Left out: what lies
+    beside the model."""
+    tokenizer: str | None = None
+    """Of a published Show-o: folder or hub name of its text tokenizer (`microsoft/phi-1_5`, or an enlarged one). Left
+    out: what lies beside the model."""
 
     # --- files ---
     max_shard_gb: Annotated[float, Range("leave it out for the default", gt=0)] = 5.0
@@ -66,13 +80,15 @@ def main() -> None:
 def run(config: ConvertConfig) -> None:
     with loading():
         from syncr1.engine.checkpoints.convert import Conversion, convert, kind_of_checkpoint
-        from syncr1.engine.checkpoints.published import published_folder
+        from syncr1.engine.checkpoints.published import published_folder, settings_folder
         from syncr1.engine.methods.starting import quieten
 
     quieten()
     assert config.model is not None and config.output is not None  # ConvertConfig saw to it
     source = published_folder(config.model, _say)
     base = None if config.base is None else published_folder(config.base, _say)
+    vq = None if config.vq is None else published_folder(config.vq, _say)
+    text = None if config.tokenizer is None else settings_folder(config.tokenizer)
     to = kind_of_checkpoint(source)
     print(f"syncr1: converting {config.model} into {LAYOUTS[to]} layout ...", flush=True)
     try:
@@ -80,6 +96,8 @@ def run(config: ConvertConfig) -> None:
             source,
             config.output,
             base=base,
+            vq=vq,
+            text=text,
             name=config.model,
             max_shard_bytes=int(config.max_shard_gb * 1e9),
             say=_say,
@@ -98,7 +116,7 @@ def _tell(done: Any, output: Path) -> None:
     files = f"{len(done.written)} file{'s' * (len(done.written) != 1)}"
     print(f"  {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB in {files}, bit for bit as they were")
     for names, what in (
-        (done.kept, "without a place in transformers' model, kept in deepseek/ for the way back"),
+        (done.kept, KEPT.get(done.to, "")),
         (done.zeros, "that DeepSeek's code wants and does not read, written as zeros; --base takes the published ones"),
     ):
         if names:

@@ -1,6 +1,7 @@
-"""Janus from DeepSeek's layout into transformers' and back, on disk, a few megabytes at a time.
+"""Janus from DeepSeek's layout, Show-o from showlab's, into transformers' and back, on disk, in a few megabytes.
 
-Every tensor arrives bit for bit (`deepseek_janus.py` says where). What transformers' model has no place for is kept in
+Every tensor arrives bit for bit (`deepseek_janus.py` and `show_o_plans.py` say where). What transformers' Janus has no
+place for is kept in
 `deepseek/` beside the result, with DeepSeek's own settings files, so that the way back gives them again; of a
 checkpoint that was trained meanwhile they come from `base`, or, where there is none, are written as zeros, since
 DeepSeek's code wants them there and reads none.
@@ -22,13 +23,17 @@ from typing import Literal
 import torch
 
 from ..errors import CheckpointError
+from ..policies.kinds import SAFE
 from ..whole_files import whole_folder
-from .convert_plans import EXTRA, KEPT, Part, Plan, into_deepseek, into_transformers
+from .convert_plans import Part, Plan, into_deepseek, into_transformers
 from .deepseek_config import OURS, THEIRS, refusal
 from .deepseek_files import FORMAT, RECORD
 from .safetensors_stream import MAX_SHARD_BYTES, SafetensorsWriter, TensorInfo
+from .show_o_files import OURS as SHOW_O
+from .show_o_files import is_show_o
+from .show_o_plans import into_show_o, into_showlab
 
-Direction = Literal["transformers", "deepseek"]
+Direction = Literal["transformers", "deepseek", "showlab"]
 PIECE = 1 << 22
 """Elements at a time."""
 WORTH_TELLING = 1 << 30
@@ -51,7 +56,7 @@ class Conversion:
     num_tensors: int
     num_bytes: int
     kept: tuple[str, ...]
-    """Tensors without a counterpart, kept beside."""
+    """Tensors that stand in a file beside: those without a counterpart, and Show-o's image tokenizer in its layout."""
     zeros: tuple[str, ...]
     """Tensors that DeepSeek's code wants and does not read, for which there was no source."""
     lost: tuple[str, ...]
@@ -63,13 +68,17 @@ def kind_of_checkpoint(folder: Path) -> Direction:
     """Which layout a folder is to be converted into: the one that it is not in.
 
     Raises:
-        CheckpointError: it is Janus in neither.
+        CheckpointError: it is Janus or Show-o in neither.
     """
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: expected a checkpoint's config.json, got none; name its folder") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
+    if is_show_o(folder):
+        return "transformers"
+    if kind == SHOW_O:
+        return "showlab"
     if kind == THEIRS:
         if why := refusal(config):
             raise CheckpointError(f"{folder}: expected Janus or Janus-Pro, got {why}")
@@ -77,8 +86,8 @@ def kind_of_checkpoint(folder: Path) -> Direction:
     if kind == OURS:
         return "deepseek"
     raise CheckpointError(
-        f"{folder}: expected Janus in DeepSeek's layout (model_type {THEIRS}) or transformers' ({OURS}), got "
-        f"model_type {kind!r}; other models need no conversion, or have none"
+        f"{folder}: expected Janus in DeepSeek's layout (model_type {THEIRS}) or transformers' ({OURS}), or "
+        f"Show-o, got model_type {kind!r}; other models need no conversion, or have none"
     )
 
 
@@ -87,6 +96,8 @@ def convert(
     output: Path,
     *,
     base: Path | None = None,
+    vq: Path | None = None,
+    text: Path | None = None,
     name: str = "",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     say: Say = lambda line: None,
@@ -97,7 +108,8 @@ def convert(
     Args:
         source: folder in either layout.
         output: folder to make; it may exist if it is empty. It appears whole, under its name, or not at all.
-        base: into DeepSeek's: the folder in that layout that the training started from, for what transformers' has not.
+        base: into a published layout: the folder in it that the training started from, for what transformers' has not.
+        vq, text: image and text tokenizer of a published Show-o, where they do not lie beside it.
         name: of the source, for the record; its folder's where empty.
         max_shard_bytes: of a weight file.
         say: takes lines about how far it is.
@@ -109,7 +121,7 @@ def convert(
     """
     started = time.perf_counter()
     to = kind_of_checkpoint(source)
-    plan = plan_of(source, base)
+    plan = plan_of(source, base, vq, text)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder")
     needed = sum(info.num_bytes for info in (*plan.tensors, *plan.kept))
@@ -118,11 +130,15 @@ def convert(
     with whole_folder(output) as draft:
         draft.mkdir()
         lost = plan.write_settings(draft)
-        written = _written(draft, plan.tensors, max_shard_bytes, say)
+        written = _written(draft, plan.tensors, needed + 1 if plan.single else max_shard_bytes, say)
+        if plan.single:
+            (draft / SAFE).rename(draft / plan.single)
+            written[plan.single] = written.pop(SAFE)
         if plan.kept:
-            (draft / KEPT).mkdir(exist_ok=True)
-            _written(draft / KEPT, plan.kept, needed + 1, lambda line: None)
-            (draft / KEPT / "model.safetensors").rename(draft / KEPT / EXTRA)
+            beside = draft / plan.beside[0]
+            beside.mkdir(exist_ok=True)
+            _written(beside, plan.kept, needed + 1, lambda line: None)
+            (beside / SAFE).rename(beside / plan.beside[1])
         done = Conversion(
             format=FORMAT,
             to=to,
@@ -140,11 +156,14 @@ def convert(
     return done
 
 
-def plan_of(source: Path, base: Path | None = None) -> Plan:
-    """What converting a folder would write; CheckpointError where it cannot be."""
-    if kind_of_checkpoint(source) == "transformers":
-        return into_transformers(source)
-    return into_deepseek(source, base)
+def plan_of(source: Path, base: Path | None = None, vq: Path | None = None, text: Path | None = None) -> Plan:
+    """What converting a folder would write; CheckpointError where it cannot be. Arguments as of `convert`."""
+    to = kind_of_checkpoint(source)
+    if to == "showlab":
+        return into_showlab(source, base)
+    if to == "deepseek":
+        return into_deepseek(source, base)
+    return into_show_o(source, vq, text) if is_show_o(source) else into_transformers(source)
 
 
 def _written(
@@ -174,11 +193,12 @@ def _pieces(info: TensorInfo, parts: Sequence[Part]) -> Iterable[torch.Tensor]:
 
 
 def hashes_of(files: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of each file, by name."""
-    found = {}
+    """SHA-256 of each file, by name, and by its folder's as well where another one is called so."""
+    found: dict[str, str] = {}
     for path in files:
+        name = f"{path.absolute().parent.name}/{path.name}" if path.name in found else path.name
         with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 

@@ -51,11 +51,15 @@ class Plan:
     tensors: dict[TensorInfo, tuple[Part, ...]]
     """Each tensor of the result, and what it is made of, one behind the other; nothing: zeros."""
     kept: dict[TensorInfo, tuple[Part, ...]]
-    """Those without a counterpart, for the file beside."""
+    """What goes into the file beside; as a rule tensors without a counterpart."""
     files: tuple[Path, ...]
     """That are read."""
     write_settings: Callable[[Path], list[str]]
     """Writes configuration, tokenizer and processor; returns, in words, what they lose."""
+    single: str = ""
+    """The one file of weights, where the layout has one of its own name."""
+    beside: tuple[str, str] = (KEPT, EXTRA)
+    """Folder and file for `kept`."""
 
 
 def into_transformers(folder: Path) -> Plan:
@@ -83,7 +87,7 @@ def into_transformers(folder: Path) -> Plan:
     odd = {_theirs(name): wanted[name] for name in got if name in wanted and got[name] != wanted[name]}
     shapes = [f"{name}: {list(weights.tensors[name].shape)} for {_whole(name, shape)}" for name, shape in odd.items()]
     extra = [_theirs(name) for name in got if name not in wanted]
-    _refuse(folder, len(wanted), [*unknown, *extra], absent, shapes, weights)
+    refuse(folder, len(wanted), [*unknown, *extra], absent, shapes, weights)
     files = (*weights.files, *(folder / name for name in SETTINGS if (folder / name).is_file()))
     return Plan(moved, kept, files, partial(write_ours, folder, config))
 
@@ -145,7 +149,7 @@ def into_deepseek(folder: Path, base: Path | None) -> Plan:
         for name in got
         if wanted.get(name, got[name]) != got[name]
     ]
-    _refuse(
+    refuse(
         folder, len(wanted), [name for name in got if name not in wanted], wanted.keys() - got.keys(), shapes, weights
     )
     moved = _gathered(weights)
@@ -281,23 +285,30 @@ def _theirs(name: str) -> str:
     return name if found is None else found[0]
 
 
-def _refuse(
-    folder: Path, wanted: int, unknown: Iterable[str], absent: Iterable[str], shapes: list[str], weights: Weights
+def refuse(
+    folder: Path,
+    wanted: int,
+    unknown: Iterable[str],
+    absent: Iterable[str],
+    shapes: list[str],
+    weights: Weights,
+    what: str = "Janus",
 ) -> None:
     """CheckpointError with all that does not fit."""
     integers = [info.name for info in weights.tensors.values() if not info.dtype.is_floating_point]
-    integers = [name for name in integers if not name.endswith("codebook_used")]
-    what = {"unknown": sorted(unknown), "missing": sorted(absent), "of another shape": sorted(shapes)}
-    what["of integers (quantised)"] = sorted(integers)
-    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in what.items() if names]
+    integers = [name for name in integers if not name.endswith(("codebook_used", "power_vals"))]
+    odd = {"unknown": sorted(unknown), "missing": sorted(absent), "of another shape": sorted(shapes)}
+    odd["of integers (quantised)"] = sorted(integers)
+    found = [f"{len(names)} {kind} ({some(names)})" for kind, names in odd.items() if names]
     if found:
         raise CheckpointError(
-            f"{folder}: expected the {wanted} tensors of the Janus that its config.json describes, got "
+            f"{folder}: expected the {wanted} tensors of the {what} that its config.json describes, got "
             f"{', '.join(found)}; take weights and config.json from one place"
         )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few names, and how many more."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 

@@ -15,6 +15,8 @@ from ..policies.kinds import SAFE, SAFE_INDEX
 from .deepseek_config import THEIRS, refusal
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PUBLISHED_SAFE = "pytorch_model.safetensors"
+"""What showlab's code calls safetensors."""
 NEEDED = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 SETTINGS = ("config.json", *NEEDED, "processor_config.json", "special_tokens_map.json")
 """DeepSeek's files beside the weights."""
@@ -45,7 +47,8 @@ def config_in(folder: Path) -> Mapping[str, Any]:
 def weight_names(folder: Path) -> list[str]:
     """The files that hold the weights, as far as names tell: safetensors where there are any, else pickles; they need
     not be there, and it is empty where no name says what they are."""
-    for single, index in ((SAFE, SAFE_INDEX), (PICKLED, PICKLED_INDEX)):
+    named = ((SAFE, SAFE_INDEX), (PUBLISHED_SAFE, f"{PUBLISHED_SAFE}.index.json"), (PICKLED, PICKLED_INDEX))
+    for single, index in named:
         if (folder / index).is_file():
             try:
                 return sorted({str(name) for name in json.loads((folder / index).read_bytes())["weight_map"].values()})

@@ -2,8 +2,8 @@
 
 `org/name` is the branch `main`, `org/name@revision` a branch, tag or commit. The files that are used are fetched and no
 others: settings, tokenizer, and the weights that the index names, safetensors where there are any; pickles only of
-DeepSeek's layout. What a kill leaves of a download is never in a snapshot, so that a snapshot holds whole files, though
-perhaps not all of them.
+DeepSeek's layout and showlab's. What a kill leaves of a download is never in a snapshot, so that a snapshot holds whole
+files, though perhaps not all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from ..errors import ConfigError
 from ..policies.kinds import SAFE
 from ..reasons import reading
 from ..show.pulse import pulse
-from .deepseek_files import NEEDED, PICKLED, is_theirs, weight_names
+from .deepseek_files import NEEDED, PICKLED, PUBLISHED_SAFE, is_theirs, weight_names
+from .show_o_files import is_published
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -71,7 +72,7 @@ def absent_from(folder: Path) -> list[str]:
     if absent:
         return absent
     names = weight_names(folder)
-    if not is_theirs(folder) and not all(name.endswith(".safetensors") for name in names):
+    if not is_published(folder) and not all(name.endswith(".safetensors") for name in names):
         names = []  # pickles, which are not taken
     if not names:
         return [] if any(not path.name.endswith(VQGAN) for path in folder.glob("*.safetensors")) else [SAFE]
@@ -94,12 +95,12 @@ def fetched(name: str, say: Callable[[str], object]) -> Path:
     if whole and is_offline():
         return whole[0]
     folder = settings_fetched(name, drawing=True)
-    theirs, files = is_theirs(folder), weight_names(folder)
+    theirs, files = is_published(folder), weight_names(folder)
     if not files or not all((folder / file).is_file() for file in files):
         say(f"fetching {name} from the hub ...")
         shards = [file for file in files if theirs or file.endswith(".safetensors")]
         with pulse(f"fetching {name}"):
-            folder = _get(name, [*_BESIDE, *(shards or [SAFE])])
+            folder = _get(name, [*_BESIDE, *(shards or [SAFE, PUBLISHED_SAFE])])
             if theirs and not weight_names(folder):
                 folder = _get(name, [*_BESIDE, PICKLED])
     return _complete(name, folder, absent_from(folder))

@@ -199,6 +199,11 @@ def _loading(folder: Path, model_class: str, base_model: str | Path | None, adap
     revision = name.removeprefix(f"{known}@") if known and name != known else ""
     base = json.dumps(known or name) + (f", revision={json.dumps(revision)}" if revision else "")
     lines = [f"from transformers import AutoProcessor, {model_class}", ""]
+    if model_class == "ShowOForUnifiedGeneration":  # which transformers does not have
+        lines = [
+            f"from transformers import AutoProcessor\nfrom syncr1.engine.policies.show_o_model import {model_class}",
+            "",
+        ]
     if adapter and _in_deepseeks_layout(base_model):
         base = '"janus"'
         lines.insert(

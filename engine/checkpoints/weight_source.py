@@ -88,6 +88,9 @@ class PickledWeights:
 
 
 def _pickled_files(folder: Path) -> list[Path]:
+    """Of a folder, or the one file that is named itself."""
+    if folder.is_file():
+        return [folder]
     index = folder / PICKLED_INDEX
     if not index.is_file():
         return [folder / PICKLED]

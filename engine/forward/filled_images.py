@@ -91,7 +91,9 @@ def filled_images(
     )
 
 
-def _states(policy: Policy, fillings: Sequence[Filling], prefixes: Sequence[Tensor], share_prefix: bool) -> FilledStates:
+def _states(
+    policy: Policy, fillings: Sequence[Filling], prefixes: Sequence[Tensor], share_prefix: bool
+) -> FilledStates:
     """All of the states, grouped by what they stand behind."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i in range(len(fillings)):

@@ -18,6 +18,7 @@ Dims: N tokens of an image, T steps.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -56,7 +57,8 @@ class MaskedPlan:
     def states(self, segment: Segment, key: int) -> list[State]:
         """Of one image; `key` is its trajectory's."""
         assert segment.order is not None
-        chance = torch.Generator().manual_seed((key ^ self.salt) & (2**63 - 1))
+        digest = hashlib.blake2b(f"{key}/{self.salt}".encode(), digest_size=8).digest()
+        chance = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         order, nothing = segment.order, torch.full_like(segment.logp, float("nan"))
         if self.masked_logp == "random_mask":
             masked = [_masked_anew(order, chance) for _ in range(self.masked_steps or 1)]

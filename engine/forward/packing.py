@@ -240,7 +240,9 @@ def _pack_groups(
 ) -> PackedBatch:
     policy, guided = settings.policy, settings.guided
     prefixes, responses = _Axis(), _Axis(guided=guided)
-    cu_prefixes, cu_seqlens, cu_attended, members, sizes = [0], [0], [0], [], []
+    cu_prefixes, cu_seqlens, cu_attended = [0], [0], [0]
+    members: list[int] = []
+    sizes: list[int] = []
     whole: tuple[list[int], list[int]] = ([], [])
     filled: list[tuple[float, int]] = []
     for group in groups:

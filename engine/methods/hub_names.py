@@ -31,6 +31,7 @@ from ..checkpoints.hub_cache import (
     stay_offline,
 )
 from ..checkpoints.published import kept_conversion
+from ..checkpoints.show_o_files import MAGVIT, SHOW_O
 from ..errors import ConfigError, one_line
 from ..reasons import reason_of
 from ..whole_files import cache_dir
@@ -222,7 +223,9 @@ def _incomplete(wanted: Wanted, sizes: Mapping[str, int], config: Mapping[str, A
         remedy = f"its subfolder {given.rpartition('/')[0]} has one: download that, and name the folder"
         remedy = remedy if given else "take a checkpoint that save_pretrained wrote"
         return f"{wanted.setting}: expected a config.json, got {wanted.name} without; {remedy}"
-    theirs = config.get("model_type") == THEIRS
+    kind = config.get("diffusers")
+    named = kind.get("_class_name") if isinstance(kind, dict) else None
+    theirs = config.get("model_type") == THEIRS or named in (SHOW_O, MAGVIT)
     if any(name.endswith(".safetensors") for name in sizes) or (theirs and any(PICKLE.match(name) for name in sizes)):
         return ""
     others = next((name for name in sizes if name.endswith((".bin", ".pt", ".pth", ".gguf"))), "no weights")

@@ -23,6 +23,7 @@ from ..checkpoints.deepseek_files import (
     theirs_problems,
     weight_names,
 )
+from ..checkpoints.show_o_files import is_show_o, show_o_problems
 from ..policies.kinds import DRAWING, SAFE, SAFE_INDEX
 
 UNIFIED = ("chameleon", "emu3", "janus", "show_o")
@@ -56,6 +57,8 @@ def folder_problems(
     config = settings_in(folder / "config.json")
     if isinstance(config, str):
         return [f"{setting}: expected transformers' format, got {folder}, {config}"]
+    if trained and is_show_o(folder):
+        return show_o_problems(setting, folder) + (show_o_damage(setting, folder) if weights else [])
     theirs = trained and config.get("model_type") == THEIRS
     found = (
         [] if not trained else theirs_problems(setting, folder) if theirs else _kind_problems(setting, folder, config)
@@ -74,6 +77,18 @@ def folder_problems(
         if isinstance(told, str):
             found.append(f"{setting}: expected transformers' {name}, got {folder / name}, {told}")
     return found
+
+
+def show_o_damage(setting: str, folder: Path) -> list[str]:
+    """What is wrong with the weights of one of Show-o's published parts, by names, sizes and headers."""
+    names = weight_names(folder)
+    if not names:
+        damage = [f"none in {folder}{_other_weights(folder)}"]
+    elif names[0].endswith(".safetensors"):
+        damage = [problem for name in names if (problem := _file_problem(folder / name))]
+    else:
+        damage = pickled_problems(folder)
+    return [f"{setting}: expected whole weights, got {problem}" for problem in damage]
 
 
 def settings_in(path: Path) -> dict[str, Any] | str:
@@ -205,7 +220,7 @@ def _tensors(header: dict[str, Any]) -> Iterable[dict[str, Any]]:
 def num_weights(folder: Path) -> int:
     """Numbers in the weights of a checkpoint that has no problems."""
     files, total = weight_files(folder), 0
-    if is_theirs(folder) and has_pickles_alone(folder):
+    if is_show_o(folder) or (is_theirs(folder) and has_pickles_alone(folder)):
         half = "float32" not in str(config_in(folder).get("torch_dtype", "bfloat16"))
         return sum((folder / name).stat().st_size for name in weight_names(folder)) // (2 if half else 4)
     for path in files if isinstance(files, list) else []:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.deepseek_config import OURS, THEIRS
-from ..checkpoints.deepseek_files import config_in, is_theirs, weight_names
+from ..checkpoints.deepseek_files import config_in, weight_names
 from ..checkpoints.hub import problems_with_hub
 from ..checkpoints.hub_cache import snapshots
 from ..checkpoints.published import kept_conversion
+from ..checkpoints.show_o_files import needs_conversion
 from ..errors import ConfigError, kind_of, refuse
 from ..evaluate.benchmarks.data_sets import sources_of
 from ..policies.kinds import DRAWING, is_liquid_folder
@@ -134,7 +135,7 @@ def _merged_problems(models: Mapping[str, str]) -> tuple[list[str], list[Wanted]
         folder = Path(model).expanduser()
         if not folder.is_dir():
             names.append(Wanted(setting, model))
-        elif is_theirs(folder):
+        elif needs_conversion(folder):
             problems += folder_problems(setting, folder, trained=True) or conversion_problems(folder)
         else:
             found = weight_problems(folder)
@@ -147,60 +148,6 @@ def _merged_of(config: Any) -> dict[str, str]:
     base = getattr(config, "merge_base", None)
     models = {f"merge_models {name}": name for name in getattr(config, "merge_models", ())}
     return models if base is None else {"merge_base": base, **models}
-
-
-def check_conversion(config: Any) -> None:
-    """Ends the process with exit code 2 where a checkpoint cannot be converted, as far as names, sizes and JSON tell.
-
-    Args:
-        config: settings of `recipes/convert.py`.
-    """
-    problems, names, size = list[str](), list[Wanted](), 0
-    for setting, model in (("model", config.model), ("base", config.base)):
-        folder = Path(model or "").expanduser()
-        if model is None:
-            continue
-        if not folder.is_dir():
-            names.append(Wanted(setting, model))
-            continue
-        told = settings_in(folder / "config.json")
-        kind = told.get("model_type") if isinstance(told, dict) else None
-        if isinstance(told, dict) and kind not in (THEIRS, OURS):
-            problems.append(
-                f"{setting}: expected Janus in DeepSeek's layout ({THEIRS}) or transformers' ({OURS}), got model_type "
-                f"{kind!r} in {folder}; other models need no conversion, or have none"
-            )
-        elif setting == "base" and kind == OURS:
-            problems.append(f"base: expected DeepSeek's layout, got {folder} in transformers'; name the published one")
-        else:
-            problems += folder_problems(setting, folder, trained=True)
-        if setting == "model" and kind in (THEIRS, OURS) and (problem := direction_problem(config, str(kind))):
-            problems.append(problem)
-        size = size or sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
-    problems += output_problems("output", config.output, size)
-    problems += [] if problems else hub_names.look_up(names)[0]
-    if not problems and not Path(config.model).expanduser().is_dir():  # its settings are in the hub's cache now
-        kinds = [config_in(folder).get("model_type") for folder in snapshots(config.model, "model")]
-        problems += [problem for kind in kinds[:1] if (problem := direction_problem(config, str(kind)))]
-    if problems:
-        refuse(ConfigError.of(list(dict.fromkeys(problems))))
-
-
-def direction_problem(config: Any, kind: str) -> str:
-    """A conversion into the layout that a checkpoint has already; empty for the other way.
-
-    Args:
-        config: settings of `recipes/convert.py`.
-        kind: `model_type` of its model.
-    """
-    there = {THEIRS: "deepseek", OURS: "transformers"}.get(kind)
-    if config.to is None or config.to != there:
-        return ""
-    other = "transformers" if there == "deepseek" else "deepseek"
-    return (
-        f"to: expected {other}, got {there}, whose layout {config.model} has already; use it as it is, or leave --to "
-        "out for the other one"
-    )
 
 
 def models_of(config: Any) -> tuple[dict[str, Path], list[Wanted]]:
@@ -375,8 +322,8 @@ def cache_problems() -> list[str]:
 
 
 def conversion_problems(folder: Path | None) -> list[str]:
-    """No place for what a checkpoint in DeepSeek's layout is converted into."""
-    if folder is None or not is_theirs(folder) or kept_conversion(folder) is not None:
+    """No place for what a checkpoint in a published layout is converted into."""
+    if folder is None or not needs_conversion(folder) or kept_conversion(folder) is not None:
         return []
     needed = sum((folder / name).stat().st_size for name in weight_names(folder))
     return cache_problems() or output_problems("SYNCR1_CACHE", cache_dir(), needed)

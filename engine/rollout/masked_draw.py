@@ -19,7 +19,7 @@ Dims: n images, N tokens of an image, U unknown ones, L = N and its frame, D hid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import accumulate
 
 import torch
@@ -30,8 +30,8 @@ from syncr1.kernels.reference.philox import uniform
 
 from ..policies.base import Policy
 from ..policies.cache import FillIn, Prefill, Store
-from .decode import Linear, Phase, Trunk
 from ..records import Segment
+from .decode import Linear, Phase, Trunk
 from .draft import Draft
 from .mask_schedule import MaskSchedule
 from .preview import Drawing, dropped_of
@@ -340,5 +340,8 @@ def _sample(c: MaskedCanvas, hidden: Tensor, places: Tensor, keys: Tensor, count
         )
     if len(parts) == 1:
         return parts[0]
-    columns = {name: [getattr(part, name) for part in parts] for name in CFGSample.__slots__}
-    return CFGSample(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})
+    kept = [part.support for part in parts if part.support is not None]
+    return CFGSample(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("token", "logp", "logp_mixed", "entropy")),
+        torch.cat(kept) if kept else None,
+    )

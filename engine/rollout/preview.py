@@ -80,9 +80,7 @@ def draw(canvas: Canvas, preview: PreviewGate | None) -> tuple[Samples, Drawing]
     fork = [side.take(index) for side in c.tables.sides]
     _run(c, State.start(fork, index, keys), samples, 0, length or num_tokens)
     if preview is None or not length:
-        return samples, Drawing(
-            keys=keys, attempts=[1] * n, dropped=[False] * n, num_drawn=n * num_tokens, num_saved=0
-        )
+        return samples, Drawing(keys=keys, attempts=[1] * n, dropped=[False] * n, num_drawn=n * num_tokens, num_saved=0)
     standing = [side.take(index) for side in c.tables.sides]
     scores = _score(c, preview, samples.token[index, :length], range(n), standing, c.tables.own)
     judged = ~scores.isnan()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 from shared_prefix_cases import CAUSAL, Whole, make_layout
 
-from syncr1.engine.forward.free_branch import joined
-
 FIRST, SECOND = [(3, [2, 0]), (0, [4])], [(2, [2, 4])]
 
 

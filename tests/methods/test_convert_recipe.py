@@ -11,6 +11,7 @@ import warm
 from deepseek_janus import save_small
 from made import cache_folder
 from mistake import PROMPTS
+from small_show_o import publish
 
 from syncr1.engine.checkpoints.deepseek_files import RECORD
 from syncr1.engine.checkpoints.weight_source import weights_in
@@ -65,3 +66,17 @@ def test_flags_to_a_folder_and_what_is_said(tmp_path: Path) -> None:
     assert "into DeepSeek's layout" in back and "288 tensors" in back and "written as zeros" not in back
     record = json.loads((tmp_path / "theirs" / RECORD).read_text())
     assert record["to"] == "deepseek" and len(record["written"]) > 3 and list(record["read"]) == ["model.safetensors"]
+
+
+@pytest.mark.slow
+def test_show_o_with_named_tokenizers(tmp_path: Path) -> None:
+    before = publish(tmp_path / "theirs", more=3)
+    for name in ("magvitv2", "phi-1_5"):
+        (tmp_path / "theirs" / name).rename(tmp_path / name)
+    file = (tmp_path / "magvitv2" / "pytorch_model.bin").rename(tmp_path / "vq.bin")
+    flags = ["--model", "theirs", "--vq", file.name, "--tokenizer", "phi-1_5", "--output", "ours"]
+    said = run(tmp_path, "convert.py", *flags)
+    assert "converting theirs into transformers' layout" in said and f"{len(before)} tensors" in said
+    assert "no counterpart: 3 rows of text have no token" in said
+    back = run(tmp_path, "convert.py", "--model", "ours", "--output", "back")
+    assert "into showlab's layout" in back and "of the image tokenizer, in magvitv2/: " in back

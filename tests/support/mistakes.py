@@ -25,6 +25,7 @@ from mistake import (
     whole_model,
 )
 from mistakes_deepseek import DEEPSEEK
+from mistakes_show_o import SHOW_O
 
 __all__ = ["REWARD", "TABLE", "WITH_A_MODEL", "Mistake", "model", "program", "text"]
 
@@ -149,6 +150,7 @@ MODELS = [
         "a longer text than positions", "sync_r1.py --model m --max_completion_length 5000", "2048 positions", model()
     ),
     *DEEPSEEK,
+    *SHOW_O,
     Mistake("a model larger than the disk", "sync_r1.py --model m", "GiB of free space", model(weights="huge")),
 ]
 DATA = [

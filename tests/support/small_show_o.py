@@ -6,13 +6,16 @@ Dims: n images, T tokens.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
 from transformers import PhiConfig, PreTrainedTokenizerFast
@@ -129,3 +132,59 @@ def fill(module: nn.Module) -> None:
 def pictures(count: int, size: int = IMAGE_SIZE) -> Tensor:
     """[n, 3, size, size] float32 in [-1, 1)."""
     return noise(count * 3 * size * size, 1).view(count, 3, size, size).float()
+
+
+def publish(
+    folder: Path, *, seed: int = 0, weights: str = "bin", more: int = 0, beside: bool = True, **config: Any
+) -> dict[str, Tensor]:
+    """Writes a small Show-o as showlab publishes it, its tokenizers within; returns its tensors, the image tokenizer's
+    under `vqmodel.`.
+
+    Args:
+        folder: to make.
+        seed: of the weights.
+        weights: bin or safetensors.
+        more: rows of text without a token.
+        beside: its tokenizers as well, in `magvitv2` and `phi-1_5`.
+        config: further fields of config.json.
+    """
+    words = tokenizer()
+    own = len(words)
+    made = model(processor().tokenizer, seed, more=more)
+    tensors = {name: tensor.contiguous() for name, tensor in made.state_dict().items()}
+    settings = {
+        "_class_name": "Showo",
+        "_diffusers_version": "0.30.1",
+        "codebook_size": VQ.num_codes,
+        "llm_model_path": "microsoft/phi-1_5",
+        "llm_vocab_size": own,
+        "load_from_showo": True,
+        "mask_token_id": made.config.mask_token_id,
+        "num_new_special_tokens": 10,
+        "num_vq_tokens": made.config.num_image_tokens,
+        "vocab_size": made.config.mask_token_id + 1,
+        "w_clip_vit": False,
+    }
+    _save(folder, settings | config, _under(tensors, "showo.", keep=True), weights)
+    if beside:
+        _save(folder / "magvitv2", {"_class_name": "MAGVITv2"}, _under(tensors, "vqmodel."), weights)
+        words.save_pretrained(folder / "phi-1_5")
+        phi(own).save_pretrained(folder / "phi-1_5")
+    return tensors
+
+
+def _under(tensors: dict[str, Tensor], prefix: str, *, keep: bool = False) -> dict[str, Tensor]:
+    return {
+        name if keep else name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _save(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], weights: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if weights == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "pytorch_model.safetensors")
