@@ -18,6 +18,7 @@ Dims: K codes, N image tokens, L tokens, D hidden.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
@@ -64,7 +65,7 @@ class ShowOPolicy(OneTablePolicy):
         self.register_buffer("_code_rows", rows, persistent=False)
 
     @property
-    def vqmodel(self) -> nn.Module:
+    def vqmodel(self) -> Any:
         return self.model.vqmodel
 
     def read_vqgan(self, name: str | Path, *, shapes_alone: bool = False) -> None:
@@ -84,8 +85,8 @@ class ShowOPolicy(OneTablePolicy):
         if prompt.segments[0] == "image":
             if prompt.image is not None:
                 raise DataError(
-                    f"generate: prompt {prompt.id} shows a picture and asks for an image at once, expected words alone: "
-                    "Show-o draws from words; leave the picture out, or let a text come first"
+                    f"generate: prompt {prompt.id} shows a picture and asks for an image at once, expected words "
+                    "alone: Show-o draws from words; leave the picture out, or let a text come first"
                 )
             return self._asked(prompt.text)
         turn = user_turn(self.escape(prompt.text), shows_image=prompt.image is not None)

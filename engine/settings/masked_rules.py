@@ -9,10 +9,11 @@ from typing import Any
 
 from .modality import value_of
 
-UNBIASED = ("dapo", "bnpo", "dr_grpo", "cispo", "luspo")
+PER_TOKEN = ("dapo", "bnpo", "cispo")
+UNBIASED = (*PER_TOKEN, "dr_grpo", "luspo")
 """Loss types that divide by what does not depend on which steps were chosen: tokens of whole images, a length, or the
-number of sequences. The others divide by the tokens of a trajectory that are there (grpo, sapo), or weigh by their
-product (vespo)."""
+number of sequences (of which, with masked_logp step, each chosen step is one). The others divide by the tokens of a
+trajectory that are there (grpo, sapo), or weigh by their product (vespo)."""
 KEEPS_ALL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 OF_MASKED = ("image_steps", "image_noise", "masked_logp", "masked_steps")
 """What models that draw in raster order, or not at all, have no use for."""
@@ -32,29 +33,31 @@ def _chosen_steps(c: Any) -> list[str]:
     """What the loss of a few steps, weighted, would be another's expectation of."""
     at = f"with masked_steps {c.masked_steps}"
     remedy = "leave masked_steps out to train all steps, or"
+    allowed = PER_TOKEN if c.masked_logp == "step" else UNBIASED
     found = []
-    if c.loss_type not in UNBIASED:
+    if c.loss_type not in allowed:
         why = (
-            "which weighs a trajectory by all of its tokens" if c.loss_type == "vespo" else "which divides by the "
-            "tokens of a trajectory, and there are others of them each time"
+            "which weighs a trajectory by all of its tokens"
+            if c.loss_type == "vespo"
+            else "which divides by the trajectory's own tokens or steps, and the chosen ones are not all"
         )
         found.append(
-            f"loss_type: expected one of {', '.join(UNBIASED)} {at}, got {c.loss_type}, {why}; {remedy} take dapo"
+            f"loss_type: expected one of {', '.join(allowed)} {at}, got {c.loss_type}, {why}; {remedy} take dapo"
         )
-    if c.importance_sampling_level == "sequence":
+    if c.importance_sampling_level == "sequence" and c.masked_logp != "step":
         found.append(
-            f"importance_sampling_level: expected token {at}, got sequence, whose ratio would be that of the chosen steps "
-            f"alone; {remedy} take token"
+            f"importance_sampling_level: expected token {at}, got sequence, whose ratio would be that of the chosen "
+            f"steps alone; {remedy} take token"
         )
     if c.importance_correction != "none" and c.importance_level == "sequence":
         found.append(
-            f"importance_level: expected token {at}, got sequence, whose product would be that of the chosen steps alone; "
-            f"{remedy} take token"
+            f"importance_level: expected token {at}, got sequence, whose product would be that of the chosen steps "
+            f"alone; {remedy} take token"
         )
     if c.top_entropy_quantile < 1:
         found.append(
-            f"top_entropy_quantile: expected 1 {at}, got {c.top_entropy_quantile:g}, whose threshold would be that of the "
-            f"chosen steps alone; {remedy} leave it out"
+            f"top_entropy_quantile: expected 1 {at}, got {c.top_entropy_quantile:g}, whose threshold would be that of "
+            f"the chosen steps alone; {remedy} leave it out"
         )
     return found
 
@@ -64,8 +67,8 @@ def _unrecorded(c: Any) -> list[str]:
     why = "the sampler was never in such a state, and has no log-probability of it"
     if c.rollout_staleness:
         return [
-            f"rollout_staleness: expected 0 with masked_logp random_mask, got {c.rollout_staleness}: older weights drew, "
-            f"and {why}; take masked_logp committed, or leave it out"
+            f"rollout_staleness: expected 0 with masked_logp random_mask, got {c.rollout_staleness}: older weights "
+            f"drew, and {why}; take masked_logp committed, or leave it out"
         ]
     if c.importance_correction != "none":
         return [
@@ -77,13 +80,16 @@ def _unrecorded(c: Any) -> list[str]:
 
 def _kept_elsewhere(c: Any) -> list[str]:
     """Truncated sampling keeps ids in the state that a token is settled in; elsewhere the set would be another."""
-    return [
-        f"image_{name}: expected {keeps:g} with masked_logp {c.masked_logp}, which scores tokens in states where other "
-        f"ids were kept, got {value_of(c, name, 'image'):g}{'' if getattr(c, 'image_' + name) is not None else f' (from {name})'}; "
-        f"set --image_{name} {keeps:g}, or take masked_logp committed"
-        for name, keeps in KEEPS_ALL.items()
-        if value_of(c, name, "image") != keeps
-    ]
+    found = []
+    for name, keeps in KEEPS_ALL.items():
+        value = value_of(c, name, "image")
+        if value != keeps:
+            whose = "" if getattr(c, f"image_{name}") is not None else f" (from {name})"
+            found.append(
+                f"image_{name}: expected {keeps:g} with masked_logp {c.masked_logp}, which scores tokens in states "
+                f"where other ids were kept, got {value:g}{whose}; set --image_{name} {keeps:g}, or take committed"
+            )
+    return found
 
 
 def order_problems(c: Any, name: str, order: str, num_image_tokens: int, usual: Mapping[str, Any]) -> list[str]:
