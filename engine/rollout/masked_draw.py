@@ -341,7 +341,7 @@ def _sample(c: MaskedCanvas, hidden: Tensor, places: Tensor, keys: Tensor, count
     if len(parts) == 1:
         return parts[0]
     kept = [part.support for part in parts if part.support is not None]
-    return CFGSample(
-        *(torch.cat([getattr(part, name) for part in parts]) for name in ("token", "logp", "logp_mixed", "entropy")),
-        torch.cat(kept) if kept else None,
+    token, logp, mixed, entropy = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("token", "logp", "logp_mixed", "entropy")
     )
+    return CFGSample(token, logp, mixed, entropy, torch.cat(kept) if kept else None)
