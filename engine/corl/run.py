@@ -21,7 +21,7 @@ from ..checkpoints.merge import merge_checkpoints
 from ..checkpoints.model_card import write_model_card
 from ..data.samples import Sample
 from ..evaluate.held_out import Evaluation
-from ..learn.from_settings import objective_of
+from ..learn.from_settings import check_order, objective_of
 from ..methods.ahead_start import AheadOf
 from ..methods.starting import add_adapters, loaded_from, starting_policy
 from ..methods.training import (
@@ -193,6 +193,7 @@ class CorlRun:
         objective = objective_of(config, policy.num_image_tokens)
         reference = add_adapters(config, policy) if config.lora_rank or objective.needs_reference else None
         prompts = [prompt for sample in samples for prompt in sample]
+        check_order(config, policy)
         check_plans(policy, prompts)
         for line in remarks_on(policy, prompts):
             self.display.note(line)

@@ -171,6 +171,8 @@ def draw_batch(engine: RolloutEngine, batch: Batch, settings: Settings) -> Itera
         cfg_weight=settings.cfg_weight,
         unconditional=settings.unconditional,
         drawing_turn=settings.drawing_turn,
+        image_steps=settings.image_steps,
+        image_noise=settings.image_noise,
         seed=settings.seed,
     )
     asked = [prompt for prompt in batch.prompts if "text" in prompt.segments]

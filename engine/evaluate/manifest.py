@@ -34,6 +34,8 @@ LATER: tuple[tuple[str, object], ...] = (
     ("unconditional", "fixed"),
     ("picture_fit", "crop"),
     ("chat_template_kwargs", []),
+    ("image_steps", 16),
+    ("image_noise", 1.0),
 )
 """Settings that are not written down at these values: folders begun before there were such settings go on."""
 SAMPLED_VALUES = 4096
@@ -51,6 +53,8 @@ class Settings:
     cfg_weight: float = 1.5
     unconditional: Unconditional = "fixed"
     drawing_turn: str = "none"
+    image_steps: int = 16
+    image_noise: float = 1.0
     picture_fit: PictureFit = "processor"
     chat_template_kwargs: tuple[str, ...] = ()
     images_per_prompt: int = 1

@@ -10,6 +10,7 @@ from ..forward.objective import Objective
 from ..policies.base import Policy
 from ..rollout.sampler import RolloutEngine
 from ..rollout.sampling import Sampling
+from ..settings.masked_rules import order_problems
 from ..settings.train_config import TrainConfig
 from .optimizer import LearnerSettings
 
@@ -34,6 +35,18 @@ def objective_of(config: TrainConfig, num_image_tokens: int, anchor_beta: float 
         anchor_beta=anchor_beta,
         max_length=config.max_completion_length + num_image_tokens,
     )
+
+
+def check_order(config: TrainConfig, policy: Policy) -> None:
+    """Refuses settings that a policy's decoding order has no use for.
+
+    Raises:
+        ConfigError: a line for each.
+    """
+    usual = {field.name: field.default for field in fields(config)}
+    name, order = type(policy).__name__, policy.decoding_order
+    if problems := order_problems(config, name, order, policy.num_image_tokens, usual):
+        raise ConfigError.of(problems)
 
 
 def settings_of(config: TrainConfig) -> LearnerSettings:

@@ -16,7 +16,7 @@ import yaml
 
 from ..checkpoints.published import settings_alone
 from ..errors import ConfigError, RewardSpecError
-from ..learn.from_settings import objective_of
+from ..learn.from_settings import check_order, objective_of
 from ..pictures import open_picture
 from ..policies.auto import policy_class
 from ..policies.base import Policy
@@ -212,6 +212,7 @@ def try_own_rewards(config: TrainConfig, policy: Policy, prompts: Sequence[Promp
 def check_batch(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> None:
     """Opens every picture and checks every prompt's plan and length, as a rollout would."""
     objective_of(config, policy.num_image_tokens)  # for what it refuses
+    check_order(config, policy)
     check_plans(policy, prompts)
     check_lengths(policy, prompts, config.drawing_turn, config.max_completion_length)
     for prompt in prompts:

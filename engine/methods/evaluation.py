@@ -27,7 +27,15 @@ from ..records import Prompt
 from ..rewards.judge.attribute_judge import AttributeScorer
 from ..rollout.capacity import remarks_on
 from .evaluation_config import EvaluateConfig
-from .trained_with import drawing_turn_of, inputs_of, run_of, tells_concepts, unconditional_of, world_of_model
+from .trained_with import (
+    drawing_turn_of,
+    filling_of,
+    inputs_of,
+    run_of,
+    tells_concepts,
+    unconditional_of,
+    world_of_model,
+)
 
 
 def run_evaluation(config: EvaluateConfig, console: Console | None = None) -> Result | None:
@@ -88,6 +96,7 @@ def generate(config: EvaluateConfig, console: Console) -> None:
         cfg_weight=config.cfg_weight,
         unconditional=unconditional_of(config, config.model),
         drawing_turn=drawing_turn_of(config, config.model),
+        **filling_of(config, config.model),
         picture_fit=policy.picture_fit,
         chat_template_kwargs=inputs_of(config, config.model).chat_template_kwargs,
         images_per_prompt=config.images_per_prompt,

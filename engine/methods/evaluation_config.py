@@ -10,10 +10,20 @@ from typing import Annotated, Any, ClassVar, Literal
 from ..errors import DataError
 from ..evaluate.benchmarks.data_sets import sources_of
 from ..settings.renamed import OF_EVALUATION
-from ..settings.rules import drawing_problems, evaluation_problems, judge_problems, path_problems
+from ..settings.rules import evaluation_problems, judge_problems, path_problems
 from ..settings.schema import Range, Rule, Settings
 from ..settings.template_kwargs import template_kwargs_problems
-from ..settings.train_config import Guidance, MaxTokens, PictureFit, Seed, Unconditional, WorldName
+from ..settings.train_config import (
+    Guidance,
+    ImageNoiseOrRuns,
+    ImageStepsOrRuns,
+    MaxTokens,
+    PictureFit,
+    Seed,
+    Unconditional,
+    WorldName,
+)
+from ..settings.turn_templates import drawing_problems
 
 BenchmarkName = Literal["geneval", "dpg", "wise", "t2i_compbench", "mmmu", "mmbench", "pope", "mathvista", "unifybench"]
 
@@ -94,6 +104,11 @@ class EvaluateConfig(Settings):
     drawing_turn: str | None = None
     """How an image is asked for behind the model's own text: none, sync_r1, t2i_r1 or a template, as in training. None:
     as the run did in whose folder the checkpoint lies, else none."""
+    image_steps: ImageStepsOrRuns = None
+    """Steps in which a model that draws in masked order (Show-o) fills in an image. None: as the run did in whose
+    folder the checkpoint lies, else 16."""
+    image_noise: ImageNoiseOrRuns = None
+    """How much chance decides, at first, which places such a step keeps. None: as in that run, else 1."""
     images_per_prompt: Annotated[int, Range("4 is usual", ge=1)] = 1
     """Trajectories of each prompt that draws. GenEval and DPG-Bench report 4, T2I-CompBench 10, WISE 1."""
     greedy_texts: bool = True

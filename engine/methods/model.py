@@ -27,7 +27,7 @@ from ..rollout.sampler import RolloutEngine
 from ..rollout.sampling import Sampling
 from ..show.sheets import to_picture
 from .starting import limit_threads, quieten
-from .trained_with import run_of, trained_inputs, trained_unconditional
+from .trained_with import run_of, trained_filling, trained_inputs, trained_unconditional
 
 
 class Model:
@@ -92,13 +92,14 @@ class Model:
             prompts: with unique ids, which key the random numbers.
             num: of each prompt.
             sampling: further fields of `Sampling`: temperature, max_text_tokens, cfg_weight, drawing_turn, seed;
-                unconditional, if it is not given, is as the checkpoint's run has it.
+                unconditional, image_steps and image_noise, if they are not given, are as the checkpoint's run has them.
 
         Raises:
             ConfigError: a prompt that the model cannot take.
             RolloutTooLarge: the keys and values do not fit into memory.
         """
-        asked: dict[str, Any] = {"unconditional": trained_unconditional(self.name), **sampling}
+        trained = {"unconditional": trained_unconditional(self.name), **trained_filling(self.name)}
+        asked: dict[str, Any] = trained | sampling
         try:
             return self._engine.generate(prompts, Sampling(num_generations=num, **asked))
         except ValueError as error:
@@ -120,10 +121,20 @@ class Model:
         (made,) = self.sample([asked], temperature=temperature, max_text_tokens=max_text_tokens, seed=seed)
         return made.text
 
-    def draw(self, text: str, *, cfg_weight: float = 1.5, temperature: float = 1.0, seed: int = 0) -> Image.Image:
-        """The picture that the model draws of `text`, with guidance `cfg_weight` (Janus-Pro: 5)."""
+    def draw(
+        self,
+        text: str,
+        *,
+        cfg_weight: float = 1.5,
+        temperature: float = 1.0,
+        image_steps: int | None = None,
+        seed: int = 0,
+    ) -> Image.Image:
+        """The picture that the model draws of `text`, with guidance `cfg_weight` (Janus-Pro: 5), and, where it fills
+        images in (Show-o), in `image_steps` steps; None: as the checkpoint's run, else 16."""
         asked = prompt_of(text, ("image",))
-        (made,) = self.sample([asked], cfg_weight=cfg_weight, temperature=temperature, seed=seed)
+        steps = {} if image_steps is None else {"image_steps": image_steps}
+        (made,) = self.sample([asked], cfg_weight=cfg_weight, temperature=temperature, seed=seed, **steps)
         return picture_of(made)
 
     def reason_and_draw(

@@ -34,7 +34,7 @@ from ..show.sheets import MAX_ROWS, sheet_of_models, to_picture
 from ..world.worlds import WORLDS
 from .model import Model, prompt_of
 from .sample_config import SampleConfig
-from .trained_with import drawing_turn_of, inputs_of, tells_concepts, unconditional_of, world_of_model
+from .trained_with import drawing_turn_of, filling_of, inputs_of, tells_concepts, unconditional_of, world_of_model
 
 WORD = re.compile(r"<[^<>\s]+>|[^\W_]+(?:['’-][^\W_]+)*")
 """A concept's name in brackets, or a word."""
@@ -118,6 +118,7 @@ def ask(model: Model, prompts: Sequence[Prompt], config: SampleConfig, drawing_t
         cfg_weight=config.cfg_weight,
         unconditional=unconditional_of(config, model.name),
         drawing_turn=drawing_turn,
+        **filling_of(config, model.name),
         **truncation_of(config),
         seed=config.seed,
     )

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from ..errors import kind_of
-from ..settings.rules import drawing_problems, path_problems
+from ..settings.rules import path_problems
 from ..settings.schema import Range, Rule, Settings
 from ..settings.template_kwargs import template_kwargs_problems
 from ..settings.train_config import (
     Guidance,
     ImageMinP,
+    ImageNoiseOrRuns,
+    ImageStepsOrRuns,
     ImageTopK,
     ImageTopP,
     MaxTokens,
@@ -23,6 +25,7 @@ from ..settings.train_config import (
     TopP,
     Unconditional,
 )
+from ..settings.turn_templates import drawing_problems
 
 MOST_PROMPTS_BYTES = 1 << 20
 """Of a file of prompts; anything larger is a table, for `data`."""
@@ -141,6 +144,11 @@ class SampleConfig(Settings):
     drawing_turn: str | None = None
     """How an image is asked for behind the model's own text: none, sync_r1, t2i_r1 or a template, as in training. None:
     as the run did in whose folder the checkpoint lies, else none."""
+    image_steps: ImageStepsOrRuns = None
+    """Steps in which a model that draws in masked order (Show-o) fills in an image. None: as the run did in whose
+    folder the checkpoint lies, else 16."""
+    image_noise: ImageNoiseOrRuns = None
+    """How much chance decides, at first, which places such a step keeps. None: as in that run, else 1."""
     seed: Seed = 0
     """With a prompt's place, what its random numbers come from."""
     batch_size: Annotated[int, Range("8 is the default", ge=1)] = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..evaluate.drawing import together
-from ..learn.from_settings import objective_of
+from ..learn.from_settings import check_order, objective_of
 from ..processes.group import local_device, one_at_a_time, place
 from ..records import Prompt
 from ..rollout.capacity import LOOKED_AT, check_lengths, check_plans, remarks_on
@@ -34,6 +34,7 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     stream, own = stream_of(config, prompts, anchors, *place()), own_rewards(config)
     model = one_at_a_time(lambda: prepare_model(config, display.note))  # last: a base may be trained for minutes
     policy = starting_policy(config, model, display)
+    check_order(config, policy)
     check_plans(policy, prompts)
     for line in remarks_on(policy, prompts):
         display.note(line)

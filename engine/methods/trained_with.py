@@ -25,6 +25,10 @@ class Asked(Protocol):
     @property
     def unconditional(self) -> Unconditional | None: ...
     @property
+    def image_steps(self) -> int | None: ...
+    @property
+    def image_noise(self) -> float | None: ...
+    @property
     def picture_fit(self) -> PictureFit | None: ...
     @property
     def chat_template_kwargs(self) -> tuple[str, ...]: ...
@@ -54,6 +58,23 @@ def trained_unconditional(model: str | Path | None) -> Unconditional:
     """The prompt without words that the run of either method guided by which left a checkpoint, else `fixed`."""
     found = _said_of(model).get("unconditional")
     return next((known for known in get_args(Unconditional) if known == found), "fixed")
+
+
+def trained_filling(model: str | Path | None) -> dict[str, Any]:
+    """How the run that left a checkpoint filled images in, as fields of `Sampling`; without one its defaults."""
+    said, found = _said_of(model), dict[str, Any]()
+    steps, noise = said.get("image_steps"), said.get("image_noise")
+    if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1:
+        found["image_steps"] = steps
+    if isinstance(noise, int | float) and not isinstance(noise, bool) and 0 <= noise < float("inf"):
+        found["image_noise"] = float(noise)
+    return found
+
+
+def filling_of(config: Asked, model: str | Path | None) -> dict[str, Any]:
+    """How `model` is to fill images in, as fields of `Sampling`."""
+    asked = {"image_steps": config.image_steps, "image_noise": config.image_noise}
+    return trained_filling(model) | {name: value for name, value in asked.items() if value is not None}
 
 
 def _said_of(model: str | Path | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ Dims: K codes, N image tokens, L tokens, D hidden.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
@@ -30,7 +30,6 @@ from ..records import Prompt
 from .attention_interface import ATTENTION_NAME
 from .base import Head
 from .chat_turns import render, user_turn
-from .magvit import Magvit
 from .one_table import OneTablePolicy
 from .probe import check_decoder, max_positions
 from .show_o_model import MARKS, ShowOForUnifiedGeneration, ShowOProcessor
@@ -51,7 +50,7 @@ class ShowOPolicy(OneTablePolicy):
     def __init__(self, model: ShowOForUnifiedGeneration, processor: ShowOProcessor) -> None:
         super().__init__(model, processor)
         check_decoder("ShowOPolicy", self.decoder())
-        model.showo.set_attn_implementation(ATTENTION_NAME)
+        self.decoder().set_attn_implementation(ATTENTION_NAME)
         for module in model.showo.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -66,8 +65,8 @@ class ShowOPolicy(OneTablePolicy):
         self.register_buffer("_code_rows", rows, persistent=False)
 
     @property
-    def vqmodel(self) -> Magvit:
-        return cast(Magvit, self.model.vqmodel)
+    def vqmodel(self) -> Any:
+        return self.model.vqmodel
 
     def read_vqgan(self, name: str | Path, *, shapes_alone: bool = False) -> None:
         """It is among the model's own weights."""
@@ -86,8 +85,8 @@ class ShowOPolicy(OneTablePolicy):
         if prompt.segments[0] == "image":
             if prompt.image is not None:
                 raise DataError(
-                    f"generate: prompt {prompt.id} shows a picture and asks for an image, expected words alone; "
-                    "Show-o draws from words; leave the picture out, or let a text come first"
+                    f"generate: prompt {prompt.id} shows a picture and asks for an image at once, expected words "
+                    "alone: Show-o draws from words; leave the picture out, or let a text come first"
                 )
             return self._asked(prompt.text)
         turn = user_turn(self.escape(prompt.text), shows_image=prompt.image is not None)

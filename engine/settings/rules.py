@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ..errors import kind_of, shown
+from .masked_rules import masked_problems
 from .modality import clip_of
 from .reward_specs import reward_name
 from .schema import Rule
 from .source_names import split_named
 from .template_kwargs import template_kwargs_problems
-from .turn_templates import template_problem
+from .turn_templates import drawing_problems
 
 
 def objective_problems(c: Any) -> list[str]:
@@ -220,11 +221,6 @@ def dgs_problems(c: Any) -> list[str]:
     return problems
 
 
-def drawing_problems(c: Any) -> list[str]:
-    problem = "" if c.drawing_turn is None else template_problem(c.drawing_turn)
-    return [f"drawing_turn: {problem}"] if problem else []
-
-
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
@@ -304,7 +300,7 @@ def hub_problems(c: Any) -> list[str]:
 
 TRAINING: tuple[Rule, ...] = (
     *(drawing_problems, objective_problems, correction_problems, staleness_problems),
-    *(judge_problems, reward_problems, dgs_problems),
+    *(judge_problems, reward_problems, dgs_problems, masked_problems),
     *(path_problems, run_problems, held_out_problems, hub_problems, template_kwargs_problems),
 )
 """What every training's settings must keep."""

@@ -43,6 +43,10 @@ MinP = Annotated[float, Range("0 keeps all", ge=0, le=1)]
 ImageTopK = Annotated[int | None, Range("0 keeps all, none is as top_k", ge=0)]
 ImageTopP = Annotated[float | None, Range("1 keeps all, none is as top_p", gt=0, le=1)]
 ImageMinP = Annotated[float | None, Range("0 keeps all, none is as min_p", ge=0, le=1)]
+ImageSteps = Annotated[int, Range("Show-o draws in 16 to 50", ge=1)]
+ImageStepsOrRuns = Annotated[int | None, Range("Show-o draws in 16 to 50", ge=1)]
+ImageNoise = Annotated[float, Range("0 keeps what is most likely", ge=0)]
+ImageNoiseOrRuns = Annotated[float | None, Range("0 keeps what is most likely", ge=0)]
 LearningRate = Annotated[float, Range("for Janus-Pro start near 1e-6", gt=0)]
 WarmupSteps = Annotated[int, Range("0 starts at the peak", ge=0)]
 KLWeight = Annotated[float, Range("0 switches the KL term off", ge=0)]
@@ -180,9 +184,9 @@ class TrainConfig(Settings):
     """What is trained where guidance draws (cfg_weight other than 1): the log-probability of the conditional branch
     alone (T2I-R1, ULM-R1), or of u + w (c - u), which was sampled from, with a gradient through both branches (guided:
     Sync-R1) or through c alone (guided_detached)."""
-    image_steps: Annotated[int, Range("Show-o draws in 16 to 50", ge=1)] = 16
+    image_steps: ImageSteps = 16
     """Steps in which a model that draws in masked order (Show-o) fills in an image."""
-    image_noise: Annotated[float, Range("0 keeps what is most likely", ge=0)] = 1.0
+    image_noise: ImageNoise = 1.0
     """How much chance decides, at first, which places such a step keeps; Sync-R1 has 1.8 under previews."""
     masked_logp: MaskedLogp = "committed"
     """What of such an image is trained: each token in the state of the step that settled it (committed), with one

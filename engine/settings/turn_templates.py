@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from string import Formatter
+from typing import Any
 
 NONE = "none"
 TEMPLATES = {"sync_r1": "{prompt}. {info} {text}", "t2i_r1": "{prompt}. {text}"}
@@ -62,3 +63,8 @@ def filled(template: str, values: Mapping[str, str]) -> str:
             literal = literal.lstrip(" ")
         words += literal + values.get(field or "", "").strip()
     return re.sub(r"[ \t]+$", "", words).strip()
+
+
+def drawing_problems(c: Any) -> list[str]:
+    problem = "" if c.drawing_turn is None else template_problem(c.drawing_turn)
+    return [f"drawing_turn: {problem}"] if problem else []

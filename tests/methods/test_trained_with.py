@@ -26,6 +26,7 @@ from syncr1.engine.methods.sample_config import SampleConfig
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.methods.trained_with import (
     drawing_turn_of,
+    filling_of,
     inputs_of,
     run_of,
     tells_concepts,
@@ -71,6 +72,19 @@ def test_a_checkpoint_is_guided_as_in_its_run(tmp_path: Path) -> None:
         (tmp_path / "0" / "config.yaml").write_text(text, encoding="latin-1")
         assert unconditional_of(EvaluateConfig(), models[0]) == "fixed"
     assert unconditional_of(EvaluateConfig(), "org/janus") == unconditional_of(EvaluateConfig(), None) == "fixed"
+
+
+def test_a_checkpoint_fills_images_in_as_in_its_run(tmp_path: Path) -> None:
+    """In as many steps, with as much chance, of either method."""
+    runs = (SyncR1Config(image_steps=50, image_noise=1.8), CorlConfig(image_steps=8))
+    first, second = (left_by(tmp_path / str(number), run) for number, run in enumerate(runs))
+    assert filling_of(SampleConfig(), first) == {"image_steps": 50, "image_noise": 1.8}
+    assert filling_of(EvaluateConfig(image_steps=4), first) == {"image_steps": 4, "image_noise": 1.8}
+    assert filling_of(EvaluateConfig(image_noise=0.0), second) == {"image_steps": 8, "image_noise": 0.0}
+    for text in ("image_steps: many\nimage_noise: .nan", "image_steps: 0\nimage_noise: -1", "image_steps: true"):
+        (tmp_path / "0" / "config.yaml").write_text(text)
+        assert filling_of(SampleConfig(), first) == {}
+    assert filling_of(SampleConfig(), "org/show-o") == filling_of(SampleConfig(), None) == {}
 
 
 def test_a_checkpoint_is_given_pictures_and_prompts_as_in_its_run(tmp_path: Path) -> None:
