@@ -322,16 +322,17 @@ def _run(c: MaskedCanvas, filled: Filled, images: Sequence[int], keys: Tensor, f
     if not images:
         return
     N = c.easel.policy.num_image_tokens
-    spans: Spans | GraphedSpans = Spans(c.easel, images)
+    spans = Spans(c.easel, images)
+    hidden_of = spans.hidden
     if c.graphs is not None and last - first > FEW_STEPS:
-        spans = GraphedSpans(spans, filled.tokens, c.graphs)
+        hidden_of = GraphedSpans(spans, filled.tokens, c.graphs).hidden
     unknown = N if first == 0 else c.schedule.left[first - 1]
     for step in range(first, last):
         # All images have as many unknown places: no host waits to learn how many.
         known = (filled.tokens != c.easel.policy.mask_token).int()
         places = known.argsort(dim=1, stable=True)[:, :unknown]
         counter = c.phase.first_offset + step * N + places
-        sample = _sample(c, spans.hidden(filled.tokens), places, keys, counter)
+        sample = _sample(c, hidden_of(filled.tokens), places, keys, counter)
         left = c.schedule.left[step]
         confidence = sample.logp_mixed.view_as(places).double()
         if noise := c.schedule.noise[step]:
