@@ -87,7 +87,8 @@ def run(config: ConvertConfig) -> None:
     assert config.model is not None and config.output is not None  # ConvertConfig saw to it
     source = published_folder(config.model, _say)
     base = None if config.base is None else published_folder(config.base, _say)
-    vq = None if config.vq is None else published_folder(config.vq, _say)
+    vq = None if config.vq is None else Path(config.vq).expanduser()
+    vq = published_folder(vq, _say) if vq is not None and not vq.is_file() else vq
     text = None if config.tokenizer is None else settings_folder(config.tokenizer)
     to = kind_of_checkpoint(source)
     print(f"syncr1: converting {config.model} into {LAYOUTS[to]} layout ...", flush=True)

@@ -41,10 +41,9 @@ def local_checkpoint(name: str | Path, say: Say) -> Path:
 
 
 def published_folder(name: str | Path, say: Say) -> Path:
-    """The folder of a checkpoint in the layout that it is published in, or the file that is named; ConfigError where it
-    cannot be had."""
+    """The folder of a checkpoint in the layout that it is published in; ConfigError where it cannot be had."""
     folder = Path(name).expanduser()
-    return folder if folder.exists() else fetched(str(name), say)
+    return folder if folder.is_dir() else fetched(str(name), say)
 
 
 def settings_folder(name: str | Path) -> Path:

@@ -215,7 +215,7 @@ class _Axis:
     def ends(self, count: int) -> set[int]:
         """Where the last `count` states begin and end."""
         last = self.fillings[len(self.fillings) - count :]
-        return {end for filling in last for end in (filling.first, filling.first + filling.num_scored)} - {0}
+        return {end for filling in last for end in (filling.first, filling.first + filling.num_scored)}
 
     def _append(self, tokens: Tensor, modality: int, sampled: Tensor, logp: Tensor, attended: bool = True) -> None:
         self.tokens.append(tokens)
@@ -264,9 +264,9 @@ def _pack_groups(
                 responses.give(policy, segment.lead, segment.lead_image)
                 responses.sample(policy, segment)
             # A step with a ratio of its own is a sequence of its own to the loss.
-            ends = sorted(ratios | {responses.length})
-            cu_seqlens.extend(ends)
-            members.extend([i] * len(ends))
+            own = sorted({end for end in ratios if end > cu_seqlens[-1]} | {responses.length})
+            cu_seqlens.extend(own)
+            members.extend([i] * len(own))
             cu_attended.append(responses.num_attended)
         sizes.append(len(members) - before)
     images = prefixes.images + responses.images

@@ -50,7 +50,7 @@ class ShowOPolicy(OneTablePolicy):
     def __init__(self, model: ShowOForUnifiedGeneration, processor: ShowOProcessor) -> None:
         super().__init__(model, processor)
         check_decoder("ShowOPolicy", self.decoder())
-        self.decoder().set_attn_implementation(ATTENTION_NAME)
+        model.showo.set_attn_implementation(ATTENTION_NAME)
         for module in model.showo.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

@@ -223,7 +223,7 @@ class Batch:
         prefixes, beside = distinct([side for side in sides if side])
         with self.time("turn"):
             store = stepper.store("turns", policy.cache_shape(), [ids.numel() for ids in prefixes])
-            easel = Easel(policy, stepper.trunk, stepper.linear, store, prefixes, beside)
+            easel = Easel(policy, stepper.linear, store, prefixes, beside)
         self.stats.prefill_tokens += store.starts[-1]
         self.stats.kv_bytes += policy.cache_shape().num_bytes(store.starts[-1])
         canvas = MaskedCanvas(
@@ -234,6 +234,7 @@ class Batch:
             keys=self._tries(chosen),
             words=support_words(policy, phase, self.rows.hidden),
             kept_steps=sampling.image_steps if sampling.keep_proposals else 0,
+            graphs=stepper.pool,
         )
         with self.time("image"):
             filled, drawing = draw_masked(canvas, self.preview)

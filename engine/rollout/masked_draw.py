@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from syncr1.kernels.reference.philox import uniform
 from ..policies.base import Policy
 from ..policies.cache import FillIn, Prefill, Store
 from ..records import Segment
-from .decode import Linear, Phase, Trunk
+from .decode import Linear, Phase
 from .draft import Draft
 from .mask_schedule import MaskSchedule
 from .preview import Drawing, dropped_of
@@ -39,6 +40,8 @@ from .preview_gate import PreviewGate
 
 ROWS_AT_ONCE = 1 << 13
 """Places whose logits exist at a time."""
+FEW_STEPS = 4
+"""Not worth a capture, which costs two passes."""
 CONFIDENCE = 1
 """Stream of the random numbers of confidence; those of tokens have 0."""
 
@@ -150,7 +153,6 @@ class Easel:
 
     Args:
         policy: whose images they are.
-        trunk: the policy's, or a compiled one.
         linear: multiplies hidden states with a head.
         store: a cache with a span for each of `prefixes`.
         prefixes: distinct turns and free prompts.
@@ -160,22 +162,17 @@ class Easel:
     def __init__(
         self,
         policy: Policy,
-        trunk: Trunk,
         linear: Linear,
         store: Store,
         prefixes: Sequence[Tensor],
         beside: Sequence[Sequence[int]],
     ) -> None:
-        self.policy, self.trunk, self.linear, self.store = policy, trunk, linear, store
+        self.policy, self.linear, self.store = policy, linear, store
         self.lengths, self.beside = [ids.numel() for ids in prefixes], beside
         layout = Prefill(store)
         embeddings = policy.embed(torch.cat(list(prefixes)).to(policy.device), "text")
         policy.trunk(embeddings[None], layout.position_ids[None], layout)
         self._frame = [policy.embed(ids.to(policy.device), "text") for ids in policy.image_frame()]
-
-    def spans(self, images: Sequence[int]) -> Spans:
-        """The attention layout of some of the images."""
-        return Spans(self, images)
 
 
 class Spans:
@@ -208,9 +205,36 @@ class Spans:
         places = policy.embed(tokens.flatten(), "image").view(n, N, -1)
         spans = torch.cat([before, places, behind], 1)
         spans = spans.repeat(len(easel.beside), 1, 1)[self.order]
-        hidden = easel.trunk(spans.flatten(0, 1)[None], self.positions[None], FillIn(easel.store, self.layout))[0]
+        hidden = policy.trunk(spans.flatten(0, 1)[None], self.positions[None], FillIn(easel.store, self.layout))[0]
         hidden = hidden.view(len(self.order), self.length, -1)[self.back]
         return hidden[:, before.shape[1] : before.shape[1] + N].unflatten(0, (len(easel.beside), n))
+
+
+class GraphedSpans:
+    """The pass of `Spans.hidden` captured once and replayed for every step: its shape is the same in all.
+
+    Args:
+        spans: of images on a GPU.
+        tokens: [n, N] int64, any.
+        pool: memory that graphs share.
+    """
+
+    def __init__(self, spans: Spans, tokens: Tensor, pool: Any) -> None:
+        self._tokens = tokens.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            spans.hidden(self._tokens)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._hidden = spans.hidden(self._tokens)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """As `Spans.hidden`; overwritten by the next call."""
+        self._tokens.copy_(tokens)
+        self._graph.replay()
+        return self._hidden
 
 
 @dataclass(slots=True, kw_only=True)
@@ -228,6 +252,8 @@ class MaskedCanvas:
     """W."""
     kept_steps: int = 0
     """T'."""
+    graphs: Any = None
+    """Memory of CUDA graphs; None: without."""
 
     def blank(self, num_images: int) -> Filled:
         """Images of masks alone."""
@@ -295,14 +321,18 @@ def _run(c: MaskedCanvas, filled: Filled, images: Sequence[int], keys: Tensor, f
     """Steps first … last - 1 on `filled`, which are `images` of the canvas with random `keys`."""
     if not images:
         return
-    spans, N = c.easel.spans(images), c.easel.policy.num_image_tokens
+    N = c.easel.policy.num_image_tokens
+    spans = Spans(c.easel, images)
+    hidden_of = spans.hidden
+    if c.graphs is not None and last - first > FEW_STEPS:
+        hidden_of = GraphedSpans(spans, filled.tokens, c.graphs).hidden
     unknown = N if first == 0 else c.schedule.left[first - 1]
     for step in range(first, last):
         # All images have as many unknown places: no host waits to learn how many.
         known = (filled.tokens != c.easel.policy.mask_token).int()
         places = known.argsort(dim=1, stable=True)[:, :unknown]
         counter = c.phase.first_offset + step * N + places
-        sample = _sample(c, spans.hidden(filled.tokens), places, keys, counter)
+        sample = _sample(c, hidden_of(filled.tokens), places, keys, counter)
         left = c.schedule.left[step]
         confidence = sample.logp_mixed.view_as(places).double()
         if noise := c.schedule.noise[step]:
@@ -341,7 +371,7 @@ def _sample(c: MaskedCanvas, hidden: Tensor, places: Tensor, keys: Tensor, count
     if len(parts) == 1:
         return parts[0]
     kept = [part.support for part in parts if part.support is not None]
-    return CFGSample(
-        *(torch.cat([getattr(part, name) for part in parts]) for name in ("token", "logp", "logp_mixed", "entropy")),
-        torch.cat(kept) if kept else None,
+    token, logp, mixed, entropy = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("token", "logp", "logp_mixed", "entropy")
     )
+    return CFGSample(token, logp, mixed, entropy, torch.cat(kept) if kept else None)

@@ -56,7 +56,7 @@ class Stepper:
         self._samples: dict[str, Samples] = {}
         self._graphs: dict[tuple[object, ...], GraphedStep] = {}
         # One pool for all: no two graphs run at once, and what they hand on lies outside of it.
-        self._pool = torch.cuda.graph_pool_handle() if self.static else None
+        self.pool = torch.cuda.graph_pool_handle() if self.static else None
 
     def store(self, name: str, shape: CacheShape, lengths: Sequence[int]) -> Store:
         """A cache with spans of these lengths; where graphs hold its address, the one from before if it is large
@@ -159,7 +159,7 @@ class Stepper:
         key = (phase, len(state), state.guided, id(samples), id(prompts), id(own))
         if key not in self._graphs:
             step = TokenStep(self.policy, self.trunk, prompts, own, phase, state, samples, padded=True)
-            self._graphs[key] = GraphedStep(step, self._pool)
+            self._graphs[key] = GraphedStep(step, self.pool)
         else:
             self._graphs[key].state.copy_(state)
         return self._graphs[key]

@@ -225,6 +225,15 @@ def test_torch_kernels_are_called_as_they_are_declared() -> None:
     assert now == settings == (True, True)
 
 
+def test_torch_kernels_take_whole_parts_and_a_strided_cache() -> None:
+    """Every call of forward, backward and cache, on meta tensors; the kernels read keys by their strides."""
+    plan = make_layout(RAGGED, whole_of(RAGGED, "mixed")).plan
+    tensors = [x.detach().to("meta", torch.bfloat16) for x in operands(plan.num_tokens, 4, 2)]
+    found = run(Flash(TorchFlash()), plan, tensors, 0.3)
+    assert [x.shape for x in found] == [x.shape for x in (tensors[0], *tensors[:3])]
+    assert over_cache(Flash(TorchFlash()), plan, tensors, 0.3).shape == tensors[0][plan.num_prefix_tokens :].shape
+
+
 def test_what_the_kernels_do_not_take() -> None:
     def reason(dtype: torch.dtype, head_size: int, capability: tuple[int, int] = (9, 0)) -> str:
         return str(cuda.unsupported_reason(dtype, cuda.serves_head_size(head_size), capability))

@@ -28,6 +28,8 @@ from shared_prefix_cases import (
 from torch import Tensor
 
 from syncr1.kernels.api import BackendError, SharedPrefixLayout, cached_prefix_attention, shared_prefix_attention
+from syncr1.kernels.attention_ops import cpu
+from syncr1.kernels.attention_ops.varlen import VarlenCall
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -98,9 +100,25 @@ def test_strides_do_not_matter_and_inputs_stay_as_they_were(backend: str) -> Non
             assert all(torch.equal(a, b) or b.isnan().any() for a, b in zip((*own, *cache), copies, strict=True))
 
 
+def test_a_cache_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of every layer reads it: a copy would cost more than the attention."""
+    layout = make_layout(EQUAL, whole_of(EQUAL, "responses"))
+    tensors = split(*made(layout, 4, 2), layout.num_prefix_tokens)
+    read: list[int] = []
+    forward = cpu.forward
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, scale: float) -> tuple[Tensor, Tensor]:
+        read.extend(x.untyped_storage().data_ptr() for x in (k, v))
+        return forward(q, k, v, call, scale)
+
+    monkeypatch.setattr(cpu, "forward", recorded)
+    cached_prefix_attention(*tensors, layout, backend="flash")
+    assert read == [x.untyped_storage().data_ptr() for x in tensors[1:]]
+
+
 def test_opcheck() -> None:
     """Schema, fake kernel and AOT dispatch, static and dynamic."""
-    for groups, whole in ((RAGGED, whole_of(RAGGED, "mixed")), (EQUAL, CAUSAL), ([(3, [])], CAUSAL)):
+    for groups, whole in ((RAGGED, whole_of(RAGGED, "mixed")), ([(3, [])], CAUSAL)):
         layout = make_layout(groups, whole)
         given_tensors = [x.nan_to_num(0) for x in split(*made(layout, 4, 2), layout.num_prefix_tokens)]
         arguments = (*given_tensors, *layout.host_offsets, 0.3)

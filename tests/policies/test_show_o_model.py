@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import syncr1.engine.compat  # noqa: F401  # before transformers
+
 import pytest
 import small_show_o as small
 import torch

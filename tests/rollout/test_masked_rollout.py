@@ -206,5 +206,5 @@ def test_what_it_cannot_follow_is_refused_by_name(policy: ShowOPolicy) -> None:
     assert "expected none with ShowOPolicy" in refused(
         make_prompt("draw", ("image", "text"), follow_up="what is it?"), policy
     )
-    long = refused(make_prompt("cat " * 40), policy)
-    assert "positions for 128" in long
+    long = refused(make_prompt("cat " * policy.max_positions), policy)
+    assert f"positions for {policy.max_positions}" in long
