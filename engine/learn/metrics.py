@@ -169,9 +169,19 @@ def of_rollouts(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return told
 
 
-def of_savings(batches: Sequence[PackedBatch], stats: RolloutStats, num_sampled: int) -> dict[str, float]:
-    """What pruning, previews and sharing left undone."""
-    trained = sum(int(batch.loss_mask.sum()) for batch in batches)
+def of_savings(
+    batches: Sequence[PackedBatch], stats: RolloutStats, num_sampled: int, num_kept: int | None = None
+) -> dict[str, float]:
+    """What pruning, previews and sharing left undone.
+
+    Args:
+        batches: of the step.
+        stats: of its rollout.
+        num_sampled: tokens of all trajectories.
+        num_kept: of those that pruning left, where images are filled in, of which training may see a token several
+            times or not at all; None: what has a loss.
+    """
+    trained = sum(int(batch.loss_mask.sum()) for batch in batches) if num_kept is None else num_kept
     computed = sum(batch.num_tokens for batch in batches)
     drawn = stats.image_tokens + stats.image_tokens_saved
     unshared = sum(batch.num_unshared_tokens for batch in batches)

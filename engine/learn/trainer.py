@@ -163,6 +163,13 @@ class Trainer:
             masked=MaskedPlan(c.masked_logp, c.masked_steps, salt=self.step),
         )
 
+    def _tokens_left(self, rollouts: Sequence[Rollout], keep_S: Tensor) -> int | None:
+        """Of the trajectories that pruning left, where images are filled in."""
+        if self.learner.policy.decoding_order == "raster":
+            return None
+        kept = (rollout for rollout, keep in zip(rollouts, keep_S.tolist(), strict=True) if keep)
+        return sum(segment.tokens.numel() for rollout in kept for segment in rollout.segments)
+
     def _metrics(
         self,
         gathered: Gathered,
@@ -188,7 +195,7 @@ class Trainer:
             "learning_rate": learning_rate(c, self.step),
             **of_rollouts(rollouts),
             **counted({"dgs/keep_fraction": float(keep_S.float().mean())}, keep_S.numel()),
-            **of_savings(batches, drawn.stats, num_kept),
+            **of_savings(batches, drawn.stats, num_kept, self._tokens_left(rollouts, keep_S)),
             "num_tokens": float(num_sampled),
             "tokens_per_second": num_sampled / max(elapsed, 1e-9),
             "step_time": elapsed,
