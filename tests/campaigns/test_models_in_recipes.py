@@ -1,9 +1,10 @@
-"""Chameleon and Liquid through the recipes as commands: adapters, ZeRO, previews, resuming, CoRL, merging, scores."""
+"""Chameleon, Liquid and Show-o through the recipes as commands: adapters, ZeRO, resuming, CoRL, merging, scores."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from PIL import Image
 from safetensors import safe_open
 from small_chameleon import sharp_chameleon
 from small_liquid import sharp_liquid
+from small_show_o import sharp_show_o
 
 from syncr1.engine.policies.auto import load_policy
 from syncr1.engine.policies.base import Policy
 
-MAKERS: dict[str, Callable[[], Policy]] = {"chameleon": sharp_chameleon, "liquid": sharp_liquid}
+MAKERS: dict[str, Callable[[], Policy]] = {
+    "chameleon": sharp_chameleon,
+    "liquid": sharp_liquid,
+    "show_o": partial(sharp_show_o, image_size=32),
+}
 WAYS: dict[str, dict[str, Any]] = {
     "guided": {"policy_logp": "guided", "drawing_turn": "t2i_r1"},
     "lora": {
@@ -35,6 +41,12 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "refilled": {"policy_logp": "conditional", "top_p": 0.9, "image_top_k": 8, "refill": 1, "zero_stage": 1},
 }
+FILLED_IN: dict[str, dict[str, Any]] = {
+    "guided": {"image_noise": 1.8},
+    "lora": {"unconditional": "fixed", "preview_completion": "repeat", "masked_steps": 2, "zero_stage": 3},
+    "refilled": {"image_top_k": 0, "masked_logp": "random_mask", "image_top_p": 1},
+}
+"""Where images are filled in."""
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -71,6 +83,7 @@ def test_a_chain(model: Path, way: str, tmp_path: Path) -> None:
         "learning_rate": 1e-3,
         "eval_samples": 2,
         **WAYS[way],
+        **(FILLED_IN[way] | {"image_steps": 5} if model.name == "show_o" else {}),
     }
     recipe("sync_r1.py", **settings, max_steps=2)
     recipe("sync_r1.py", **settings, max_steps=3, resume_from_checkpoint="latest")
