@@ -129,7 +129,7 @@ class Settings:
 
 def _begins_filled(rollout: Rollout) -> bool:
     """Its first segment is an image of a sequence of its own, so its prompt stands before that."""
-    return rollout.segments[0].order is not None
+    return bool(rollout.segments) and rollout.segments[0].order is not None
 
 
 def _behind(segment: Segment, rollout: Rollout) -> Tensor:

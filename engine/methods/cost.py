@@ -5,7 +5,9 @@ torch's own counter; attention is counted by pairs of tokens that see each other
 step's prompts, as the rollout and the packing lay them out.  Rewards' own models are not in it.
 
     rollout   see photos . prefill prompts . text, a token a step . drawing turns . images, guidance beside . VQ decode
-    update    score (reference, old) . forward and backward
+              (where images are filled in, prompts and turns are prefilled, and each step is a pass over whole images)
+
+Scores and updates are training_cost.py.
 
 Dims: P prompts, G members, L prompt tokens, N image tokens, D hidden.
 """
@@ -22,17 +24,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import ConfigError
-from ..forward.objective import Objective
 from ..policies.base import Policy
 from ..records import Prompt, SegmentKind
 from ..rollout.drawing_turn import DrawingTurns
 from ..rollout.free_prompts import FreePrompts
 from ..rollout.sampling import Sampling
+from .masked_cost import Filling, Turns
 
 ATTENTION_BACKWARD = 2.5
 """Of the forward: scores again, and the gradients of values, probabilities, queries and keys: five products for two."""
-HEAD_UPDATE = 3
-"""Products of a head in an update: logits, the gradient of hidden states, that of weights (the fused loss)."""
 COUNTED = 8
 """Tokens that a part is counted on."""
 
@@ -181,11 +181,18 @@ class Line:
     """The classifier-free prompt beside it; 0 without guidance."""
     shows: bool
     """The turn behind the image shows it."""
+    whole: int = 0
+    """Of the prompt, the first tokens that see each other whole."""
 
     @property
     def own(self) -> float:
         """What a member adds to the prompt."""
         return self.text + self.lead + self.image + self.turn + self.after
+
+    @property
+    def pairs(self) -> float:
+        """Of the prompt's tokens."""
+        return seen_pairs(0, self.prefix) + self.whole * (self.whole - 1) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,11 +205,14 @@ class Layout:
     photos: int
     """Different ones that prompts show."""
     max_text: int
+    filling: Filling | None = None
+    """How images are filled in, each in a sequence of its own."""
 
     @classmethod
     def of(cls, policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, text_tokens: float) -> Layout:
         turns = DrawingTurns(policy, sampling.drawing_turn, sampling.max_text_tokens)
-        prefixes = [int(policy.prompt_tokens(prompt).numel()) for prompt in prompts]
+        tokens = [policy.prompt_tokens(prompt) for prompt in prompts]
+        prefixes = [int(ids.numel()) for ids in tokens]
         draws = ["image" in prompt.segments for prompt in prompts]
         free = FreePrompts()
         if sampling.cfg_weight != 1.0 and any(draws):
@@ -222,10 +232,13 @@ class Layout:
                     after=0.0 if turn is None else text_tokens,
                     free=free.tokens[free.beside[row]].numel() if drawn and free.tokens else 0,
                     shows=turn is not None and bool(policy.image_slots(turn).any()),
+                    whole=policy.whole_lead(tokens[row]),
                 )
             )
         photos = len({prompt.image for prompt in prompts if prompt.image is not None})
-        return cls(lines=lines, free=[t.numel() for t in free.tokens], photos=photos, max_text=sampling.max_text_tokens)
+        filling = Filling.of(policy, sampling.image_steps)
+        alone = [t.numel() for t in free.tokens]
+        return cls(lines=lines, free=alone, photos=photos, max_text=sampling.max_text_tokens, filling=filling)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +262,7 @@ class StepWork:
         return [(name, getattr(self, name)) for name in ("see", "prefill", "text", "image", "draw")]
 
 
-def _seen(start: float, count: float) -> float:
+def seen_pairs(start: float, count: float) -> float:
     """Pairs of `count` tokens behind `start` others, each seeing itself, too."""
     return count * start + count * (count + 1) / 2
 
@@ -258,8 +271,11 @@ def add_rollout(work: StepWork, unit: Unit, layout: Layout, members: int, assume
     """Adds the sampling of `members` trajectories of each prompt to `work`."""
     u, lines, G = unit, layout.lines, members
     work.see.add(0, u.see * (layout.photos + G * sum(line.shows for line in lines)))
-    prompts = [*(line.prefix for line in lines), *layout.free]
-    work.prefill.add(sum(prompts), sum(u.token * n + u.pair * _seen(0, n) for n in prompts))
+    for line in lines:
+        work.prefill.add(line.prefix, u.token * line.prefix + u.pair * line.pairs)
+    turns = [Turns.of(x.prefix, x.lead, G, 1, True) for x in lines if x.image and layout.filling is not None]
+    for turn in (*turns, *(Turns(length, 1) for length in layout.free)):
+        work.prefill.add(turn.tokens, u.token * turn.tokens + u.pair * turn.pairs)
     for line in lines:
         for start, count, last in (
             (line.prefix, line.text, line.lead > 0),
@@ -267,17 +283,25 @@ def add_rollout(work: StepWork, unit: Unit, layout: Layout, members: int, assume
         ):
             # What ended before its limit is fed its end as well.
             fed = max(0.0, count - (not last and count >= layout.max_text))
-            pairs = G * _seen(start, fed)
+            pairs = G * seen_pairs(start, fed)
             work.text.add(
                 G * fed, G * (u.token * fed + u.head["text"] * count) + u.pair * pairs, u.column_bytes * pairs
             )
             work.sampled["text"] += G * count
+        if layout.filling is not None:
+            if line.image:
+                _add_filled(work, u, line, G, assumed, layout.filling)
+            continue
         given = G * (line.turn + max(0.0, line.lead - 1))
-        work.text.add(given, u.token * given + u.pair * G * _seen(line.prefix + line.text, line.lead - 1) * (given > 0))
+        turned = G * seen_pairs(line.prefix + line.text, line.lead - 1) * (given > 0)
+        work.text.add(given, u.token * given + u.pair * turned)
         if line.image:
             _add_image(work, u, line, G, assumed)
     steps = {"text": max((line.text for line in lines), default=0.0) + max((x.after for x in lines), default=0.0)}
     steps["image"] = max((line.image for line in lines), default=0) + assumed.preview_tokens * (assumed.tries > 1)
+    if layout.filling is not None and steps["image"]:
+        again = layout.filling.preview_step(assumed.preview_tokens) * (assumed.tries > 1)
+        steps["image"] = layout.filling.num_steps + again
     work.text.read_bytes += steps["text"] * (u.trunk_bytes + u.head_bytes["text"])
     work.image.read_bytes += steps["image"] * (u.trunk_bytes + u.head_bytes.get("image", 0))
 
@@ -290,14 +314,14 @@ def _add_image(work: StepWork, u: Unit, line: Line, G: int, assumed: Assumed) ->
     work.image.add(G, G * (u.token + u.pair * base), G * u.column_bytes * base)
     for behind in (base, line.free) if line.free else (base,):
         for count, logits, times in ((fed, line.image, G), (early, early, G * again)):
-            pairs = times * _seen(behind, count)
+            pairs = times * seen_pairs(behind, count)
             multiplied = times * (u.token * count + u.head["image"] * logits) + u.pair * pairs
             work.image.add(times * count, multiplied, u.column_bytes * pairs)
     work.image.add(0, u.image_embedding * G * (fed + again * early))
     if assumed.likely and early:
         rest, times = line.image - 1 - early, G * assumed.tries
         for behind in (base, line.free) if line.free else (base,):
-            multiplied = (u.token + u.image_embedding) * rest + u.pair * _seen(behind + early, rest)
+            multiplied = (u.token + u.image_embedding) * rest + u.pair * seen_pairs(behind + early, rest)
             work.image.add(times * rest, times * multiplied)
         work.image.add(0, times * u.head["image"] * (rest + 1))
     work.draw.add(0, u.draw * G * (1 + assumed.tries * (early > 0)))
@@ -305,42 +329,17 @@ def _add_image(work: StepWork, u: Unit, line: Line, G: int, assumed: Assumed) ->
     work.drawn[0] += G * (line.image + again * early)
 
 
-def add_training(
-    work: StepWork,
-    unit: Unit,
-    layout: Layout,
-    members: int,
-    assumed: Assumed,
-    objective: Objective,
-    *,
-    share_prefix: bool,
-    num_iterations: int,
-) -> None:
-    """Adds scoring and updates on what `add_rollout` sampled."""
-    u, kept = unit, members * assumed.kept
-    tokens = pairs = free = free_pairs = embedded = logits = 0.0
-    guided = objective.policy_logp != "conditional"
-    beside: dict[int, float] = {}
-    for line in layout.lines:
-        copies = 1.0 if share_prefix else kept
-        tokens += copies * line.prefix + kept * line.own
-        pairs += copies * _seen(0, line.prefix) + kept * _seen(line.prefix, line.own)
-        embedded += kept * line.image
-        logits += kept * ((line.text + line.after) * u.head["text"] + line.image * u.head.get("image", 0.0))
-        if guided and line.free:
-            beside[line.free] = 1.0 if share_prefix else beside.get(line.free, 0.0) + kept
-            free += kept * line.image
-            free_pairs += kept * _seen(line.free, line.image)
-    free += sum(length * copies for length, copies in beside.items())
-    free_pairs += sum(copies * _seen(0, length) for length, copies in beside.items())
-    passes = objective.needs_reference + (num_iterations > 1 or objective.scores_first)
-    everything = tokens + free
-    forward = u.token * everything + u.pair * (pairs + free_pairs) + u.image_embedding * embedded + logits
-    work.score.add(passes * everything, passes * forward)
-    apart = objective.policy_logp == "guided_detached"
-    with_gradient, its_pairs = (tokens, pairs) if apart else (everything, pairs + free_pairs)
-    update = u.token_update * with_gradient + u.pair_update * its_pairs + HEAD_UPDATE * logits
-    update += HEAD_UPDATE * u.image_embedding * embedded
-    if apart:
-        update += u.token * free + u.pair * free_pairs
-    work.update.add(num_iterations * everything, num_iterations * update)
+def _add_filled(work: StepWork, u: Unit, line: Line, G: int, assumed: Assumed, filling: Filling) -> None:
+    """Images of a group that are filled in: each step over all of their places, on both sides."""
+    again, first = assumed.tries - 1, filling.preview_step(assumed.preview_tokens)
+    base = line.lead or line.prefix
+    for behind in (base, line.free) if line.free else (base,):
+        for steps, times in ((filling.num_steps, G), (first, G * again)):
+            each = u.token * filling.span + u.pair * filling.pairs(behind)
+            multiplied = times * (steps * each + u.head["image"] * filling.rows(steps))
+            read = u.column_bytes * times * steps * (behind + filling.span)
+            work.image.add(times * steps * filling.span, multiplied, read)
+    work.image.add(0, u.image_embedding * G * line.image * (filling.num_steps + again * first))
+    work.draw.add(0, u.draw * G * (1 + assumed.tries * (first > 0)))
+    work.sampled["image"] += G * line.image
+    work.drawn[0] += G * line.image * (1 + again * first / filling.num_steps)

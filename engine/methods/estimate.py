@@ -14,15 +14,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..evaluate.drawing import texts_alone
+from ..forward.masked_states import MaskedPlan
 from ..learn.from_settings import held_out_sampling, objective_of
+from ..learn.trajectories import sampling_of
 from ..policies.base import Policy
 from ..records import Prompt
-from ..rollout.sampling import Sampling
 from ..settings.train_config import TrainConfig
 from ..show.pulse import duration
-from .cost import Assumed, Layout, StepWork, Unit, add_rollout, add_training
+from .cost import Assumed, Layout, StepWork, Unit, add_rollout
 from .gpus import COMPUTE_SHARE, GPUS, READ_SHARE, STATE_BYTES, USUAL, Gpu, collective_seconds, gpu_called, update_bytes
+from .masked_cost import Filling
 from .memory import Memory
+from .training_cost import add_training
 
 GIB, GB = 1 << 30, 1e9
 OVERHEAD = 1.5 * GIB
@@ -332,14 +335,7 @@ def step_work(
         preview_tokens=round(config.preview_fraction * N) if previews else 0,
         likely=config.preview_completion == "likely",
     )
-    sampling = Sampling(
-        num_generations=config.num_generations,
-        max_text_tokens=config.max_completion_length,
-        cfg_weight=config.cfg_weight,
-        unconditional=config.unconditional,
-        drawing_turn=config.drawing_turn,
-    )
-    work, layout = StepWork(), Layout.of(policy, prompts, sampling, text_tokens)
+    work, layout = StepWork(), Layout.of(policy, prompts, sampling_of(config, 0), text_tokens)
     add_rollout(work, unit, layout, config.num_generations, assumed)
     add_training(
         work,
@@ -350,6 +346,7 @@ def step_work(
         objective_of(config, N, anchor_beta),
         share_prefix=config.share_prefix,
         num_iterations=config.num_iterations,
+        masked=MaskedPlan(config.masked_logp, config.masked_steps),
     )
     return work
 
@@ -385,7 +382,8 @@ def _scoring_seconds(
     add_rollout(work, unit, Layout.of(policy, some, sampling, text_tokens), 1, assumed)
     add_rollout(work, unit, Layout.of(policy, texts, replace(sampling, cfg_weight=1.0), text_tokens), 1, assumed)
     # All items are one batch: what is read once a step of tokens is read once for all of them.
-    once = {"text": 2 * text_tokens, "image": policy.num_image_tokens}
+    filling = Filling.of(policy, sampling.image_steps)
+    once = {"text": 2 * text_tokens, "image": policy.num_image_tokens if filling is None else filling.num_steps}
     share, seconds = len(items) / len(some), 0.0
     for name, part in work.rollout:
         weights = once.get(name, 0) * (unit.trunk_bytes + unit.head_bytes.get(name, 0)) * (part.read_bytes > 0)  # type: ignore[call-overload]

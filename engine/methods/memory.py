@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from syncr1.kernels.linear import CHUNK_ROWS, WORKSPACE_BYTES
 from syncr1.kernels.support import num_words
 
+from ..forward.masked_states import MaskedPlan
 from ..learn.optimizer import bucket_size
 from ..policies.base import Policy
 from ..policies.lora import add_lora
@@ -31,8 +32,10 @@ from ..rollout.batch import DRAWN_AT_ONCE
 from ..rollout.capacity import Sizes
 from ..rollout.drawing_turn import DrawingTurns
 from ..rollout.free_prompts import FreePrompts
+from ..rollout.masked_draw import ROWS_AT_ONCE
 from ..rollout.sampling import Sampling, truncation_of
 from ..settings.train_config import TrainConfig
+from .masked_cost import Filling, Turns
 
 GIB = 1 << 30
 GATHERED = "weights, gathered"
@@ -218,15 +221,20 @@ def _rollout(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> 
     sizes, prefixes = _sizes(config, policy, prompts)
     images = sum(sizes.images)
     guided = config.cfg_weight != 1.0 and images > 0
+    filling = Filling.of(policy, config.image_steps)
     columns = sum(prefixes) + G * sum(sizes.own)
-    if guided:
+    if filling is not None:
+        columns += sizes.turn_columns(G, prefixes) * (images > 0)
+    elif guided:
         free = FreePrompts.of(policy, prefixes, sizes.images, config.unconditional)
         columns += sum(ids.numel() for ids in free.tokens) + G * images * policy.num_image_tokens
-    if config.preview_fraction and config.preview_max_attempts > 1:
+    if config.preview_fraction and config.preview_max_attempts > 1 and filling is None:
         reach = policy.num_image_tokens if config.preview_completion == "likely" else None
         columns += sizes.preview_columns(G, round(config.preview_fraction * policy.num_image_tokens), guided, reach)
     found = {"keys and values": policy.cache_shape().num_bytes(columns), "pictures": 0}
     found["kept ids"] = _kept_ids(config, policy, G * len(prompts), images > 0)
+    if filling is not None and images:
+        found["a step of drawing"] = _filled_at_once(policy, filling, images * G, 1 + guided)
     if images:
         with torch.no_grad(), PeakBytes() as peak:
             policy.draw(
@@ -234,6 +242,16 @@ def _rollout(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> 
             )
         found["pictures"] = peak.peak
     return found
+
+
+def _filled_at_once(policy: Policy, filling: Filling, images: int, sides: int) -> int:
+    """Of a pass over all images: what the trunk holds at a time, and the logits of some of their places."""
+    num_tokens = images * sides * filling.span
+    with torch.no_grad(), PeakBytes() as peak:
+        embeddings = torch.empty(1, num_tokens, _hidden_size(policy), dtype=_dtype(policy), device="meta")
+        policy.eval().trunk(embeddings, torch.zeros(1, num_tokens, dtype=torch.long, device="meta"), _AnyLayout())
+    rows, head = min(images * filling.num_tokens, ROWS_AT_ONCE), policy.head(embeddings[0, :1], "image").weight
+    return peak.peak + rows * sides * head.numel() // head.shape[1] * head.itemsize
 
 
 def _kept_ids(config: TrainConfig, policy: Policy, num_sequences: int, draws: bool) -> int:
@@ -255,7 +273,12 @@ def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], wo
     groups = [
         prefix * (1 if config.share_prefix else G) + G * own for prefix, own in zip(prefixes, sizes.own, strict=True)
     ]
-    twins = _twins(config, policy, sizes, prefixes)
+    filling, plan = Filling.of(policy, config.image_steps), MaskedPlan(config.masked_logp, config.masked_steps)
+    span = policy.num_image_tokens
+    if filling is not None:
+        span = filling.span * filling.states(plan)
+        groups = _filled_groups(config, filling, plan, sizes, prefixes)
+    twins = _twins(config, policy, sizes, prefixes, span)
     whole = [group + twin for group, twin in zip(groups, twins, strict=True)]
     budget = config.max_tokens_per_microbatch
     if config.policy_logp == "guided_detached":  # which count, but leave nothing behind
@@ -283,14 +306,28 @@ def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], wo
     }
 
 
-def _twins(config: TrainConfig, policy: Policy, sizes: Sizes, prefixes: Sequence[int]) -> list[int]:
-    """Tokens of each group's free branch in training."""
-    G, N = config.num_generations, policy.num_image_tokens
+def _filled_groups(
+    config: TrainConfig, filling: Filling, plan: MaskedPlan, sizes: Sizes, prefixes: Sequence[int]
+) -> list[int]:
+    """Tokens of each group on the attention axis where images have sequences of their own: text, turns and states."""
+    G, states, found = config.num_generations, filling.states(plan), []
+    for prefix, text, apart, drawn in zip(prefixes, sizes.own, sizes.apart, sizes.images, strict=True):
+        tokens = (prefix * (1 if config.share_prefix else G) + G * text) * (text > 0)
+        if drawn:
+            turns = Turns.of(prefix, apart - filling.span, G, states, config.share_prefix)
+            tokens += int(turns.tokens) + G * states * filling.span
+        found.append(tokens)
+    return found
+
+
+def _twins(config: TrainConfig, policy: Policy, sizes: Sizes, prefixes: Sequence[int], span: int) -> list[int]:
+    """Tokens of each group's free branch in training; `span` of an image, in all states that are trained."""
+    G = config.num_generations
     if config.policy_logp == "conditional" or config.cfg_weight == 1.0 or not any(sizes.images):
         return [0] * len(prefixes)
     free = FreePrompts.of(policy, prefixes, sizes.images, config.unconditional)
     lengths = [free.tokens[index].numel() * (1 if config.share_prefix else G) for index in free.beside]
-    return [(length + G * N) * drawn for length, drawn in zip(lengths, sizes.images, strict=True)]
+    return [(length + G * span) * drawn for length, drawn in zip(lengths, sizes.images, strict=True)]
 
 
 def _activations(policy: Policy, num_tokens: int, *, gradients_apart: bool) -> tuple[int, int]:

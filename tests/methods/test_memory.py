@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import all_kinds_of_prompts, own_process_group, random_advantages
+from small_show_o import sharp_show_o
 
+from syncr1.engine.forward.masked_states import MaskedPlan
 from syncr1.engine.forward.packing import pack
 from syncr1.engine.learn.from_settings import objective_of, sampler_of, settings_of
+from syncr1.engine.learn.trajectories import sampling_of
 from syncr1.engine.methods.dry_run import policy_without_weights
 from syncr1.engine.methods.memory import GATHERED, Memory, PeakBytes, memory_of, prepare
 from syncr1.engine.methods.starting import add_adapters
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.rollout.sampling import Sampling
+from syncr1.engine.records import Prompt
 from syncr1.engine.world.attributes import CONCEPTS
 from syncr1.engine.world.base_model import corpus
 from syncr1.engine.world.tiny_janus import build_policy
@@ -33,7 +37,11 @@ def estimated(config: SyncR1Config, prompts: Any, ranks: int = 1) -> Memory:
     return memory_of(config, prepare(config, policy_without_weights(None)), prompts, ranks)
 
 
-def measured(config: SyncR1Config, folder: Path) -> int:
+def tiny_janus() -> Any:
+    return build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=0, freeze_vision=True)
+
+
+def measured(config: SyncR1Config, prompts: Sequence[Prompt], build: Callable[[], Any] = tiny_janus) -> int:
     """Most bytes that tensors hold, from the building of the model to the end of the second step."""
     from syncr1.engine.learn.learner import Learner
     from syncr1.engine.processes.group import init_distributed
@@ -41,14 +49,13 @@ def measured(config: SyncR1Config, folder: Path) -> int:
     gc.collect()
     with own_process_group(), PeakBytes() as memory:
         init_distributed()
-        policy: Any = build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=0, freeze_vision=True)
+        policy = build()
         policy.to(torch.bfloat16 if config.bf16 else torch.float32)
         frozen = add_adapters(config, policy)
         learner = Learner(policy, objective_of(config, policy.num_image_tokens, 8.0), settings_of(config), frozen)
         gc.collect()
         memory.peak = memory.live
-        sampler, prompts = sampler_of(config, learner.policy), all_kinds_of_prompts(folder)[:6]
-        sampling = Sampling(num_generations=config.num_generations, cfg_weight=config.cfg_weight, max_text_tokens=8)
+        sampler, sampling = sampler_of(config, learner.policy), replace(sampling_of(config, 0), max_text_tokens=8)
         for _ in range(2):
             with learner.sampling():
                 rollouts = sampler.generate(prompts, sampling)
@@ -61,6 +68,7 @@ def measured(config: SyncR1Config, folder: Path) -> int:
                 num_generations=config.num_generations,
                 max_tokens=config.max_tokens_per_microbatch,
                 guided=config.policy_logp != "conditional",
+                masked=MaskedPlan(config.masked_logp, config.masked_steps),
             )
             learner.update(learner.score(batches))
         return memory.peak
@@ -80,9 +88,29 @@ def measured(config: SyncR1Config, folder: Path) -> int:
     ],
 )
 def test_estimate_is_within_10_percent(settings: dict[str, Any], tmp_path: Path) -> None:
-    config = config_of(**settings)
-    estimate = estimated(config, all_kinds_of_prompts(tmp_path)[:6])
-    found, expected = measured(config, tmp_path), replace(estimate, cache_stays=False).peak()
+    config, prompts = config_of(**settings), all_kinds_of_prompts(tmp_path)[:6]
+    near(estimated(config, prompts), measured(config, prompts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"policy_logp": "guided"}, id="guided"),
+        pytest.param({"num_generations": 24, "masked_steps": 2, "gradient_checkpointing": True}, id="two steps of six"),
+        pytest.param({"num_generations": 32, "masked_steps": 1}, id="many images at once"),
+    ],
+)
+def test_estimate_of_images_that_are_filled_in(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(**{"num_generations": 8, "image_steps": 6} | settings)
+    prompts = [all_kinds_of_prompts(tmp_path)[kind] for kind in (0, 1, 2, 3)]
+    policy: Any = sharp_show_o()
+    policy = prepare(config, policy.to("meta"))
+    near(memory_of(config, policy, prompts, 1), measured(config, prompts, sharp_show_o))
+
+
+def near(estimate: Memory, found: int) -> None:
+    expected = replace(estimate, cache_stays=False).peak()
     print(f"measured {found / MIB:.1f} MiB, estimated {expected / MIB:.1f} MiB: {expected / found - 1:+.1%}")
     assert expected == pytest.approx(found, rel=0.1), estimate.lines()
 
