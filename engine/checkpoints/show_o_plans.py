@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _settings_of(
     if side**2 != count or not side:
         raise CheckpointError(f"{folder}: expected num_vq_tokens that make a square, got {count}; correct config.json")
     phi = _phi_of(folder, words, model)
-    config = ShowOConfig(text_config=phi, vq_config=magvit.to_dict(), image_size=side * magvit.factor)
+    config = ShowOConfig(text_config=phi, vq_config=asdict(magvit), image_size=side * magvit.factor)
     with reading("model", words):
         tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
     processor = ShowOProcessor.made_of(tokenizer, config.image_size)
