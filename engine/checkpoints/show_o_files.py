@@ -10,18 +10,18 @@ They are found beside one another under the names below, or are named.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ..errors import CheckpointError
 from .deepseek_files import config_in, is_theirs, weight_names
 
 SHOW_O, MAGVIT, OURS = "Showo", "MAGVITv2", "show_o"
 """`_class_name` of the published parts, and `model_type` of what they are converted into."""
+MODEL, VQ, TEXT = "showlab/show-o", "showlab/magvitv2", "microsoft/phi-1_5"
+"""Names on the hub."""
 VQ_HOME, TEXT_HOME = "magvitv2", "phi-1_5"
 """Where a conversion into the published layout puts the tokenizers."""
 _VQ_PLACES = (VQ_HOME, "vq_model", f"{VQ_HOME}.safetensors", f"{VQ_HOME}.bin", f"../{VQ_HOME}")
 _TEXT_PLACES = (".", TEXT_HOME, "tokenizer", f"../{TEXT_HOME}")
-_TEXT_FILES = ("tokenizer.json", "vocab.json")
 
 
 def published_class(folder: Path) -> str:
@@ -57,18 +57,9 @@ def vq_beside(folder: Path) -> Path | None:
 
 def text_beside(folder: Path) -> Path | None:
     """The folder of the text tokenizer: beside, or where the configuration says that the language model is."""
-    named = config_in(folder).get("llm_model_path")
-    places = [*_TEXT_PLACES, *([named] if isinstance(named, str) and named else [])]
-    return next(
-        (folder / place for place in places if any((folder / place / file).is_file() for file in _TEXT_FILES)), None
-    )
-
-
-def command(model: str | Path) -> str:
-    """What converts a published folder without its tokenizers."""
-    return (
-        f"python recipes/convert.py --model {model} --vq showlab/magvitv2 --tokenizer microsoft/phi-1_5 --output show-o"
-    )
+    places = [folder / place for place in (*_TEXT_PLACES, str(config_in(folder).get("llm_model_path") or "."))]
+    files = ("tokenizer.json", "vocab.json")
+    return next((place for place in places if any((place / file).is_file() for file in files)), None)
 
 
 def show_o_problems(setting: str, folder: Path, *, vq: object = None, text: object = None) -> list[str]:
@@ -79,49 +70,40 @@ def show_o_problems(setting: str, folder: Path, *, vq: object = None, text: obje
         folder: which is there.
         vq, text: named places of the tokenizers, which need not lie beside then.
     """
-    config: Any = config_in(folder)
     found = []
-    if config.get("w_clip_vit"):
+    if config_in(folder).get("w_clip_vit"):
         found.append(
             f"{setting}: expected a Show-o that sees by its image tokens, got {folder}, which sees through CLIP's "
-            "tower (w_clip_vit); take showlab/show-o or showlab/show-o-512x512"
+            f"tower (w_clip_vit); take {MODEL} or {MODEL}-512x512"
         )
-    absent = [
-        what
-        for what, named, beside in (
-            (f"image tokenizer ({VQ_HOME}/)", vq, vq_beside),
-            (f"text tokenizer ({TEXT_HOME}/)", text, text_beside),
-        )
-        if named is None and beside(folder) is None
-    ]
+    absent = [f"image tokenizer ({VQ_HOME}/)"] if vq is None and vq_beside(folder) is None else []
+    absent += [f"text tokenizer ({TEXT_HOME}/)"] if text is None and text_beside(folder) is None else []
     if absent:
         found.append(
             f"{setting}: expected Show-o's {' and '.join(absent)} beside its weights, got none in {folder}; put them "
-            f"there, or convert it once and name the result: {command(folder)}"
+            f"there, or convert it once and name the result: python recipes/convert.py --model {folder} --vq {VQ} "
+            f"--tokenizer {TEXT} --output show-o"
         )
     return found
 
 
 def parts_of(folder: Path, vq: Path | None = None, text: Path | None = None) -> tuple[Path, Path]:
-    """(image tokenizer, folder of the text tokenizer) of a published folder.
-
-    Args:
-        vq, text: named places; None: beside.
+    """(image tokenizer, folder of the text tokenizer) of a published folder, named or beside.
 
     Raises:
         CheckpointError: one is not there, or the model is another one.
     """
-    if problems := show_o_problems("model", folder, vq=vq, text=text):
+    vq, text = vq or vq_beside(folder), text or text_beside(folder)
+    problems = show_o_problems("model", folder, vq=vq, text=text)
+    if vq is None or text is None or problems:
         raise CheckpointError("\n".join(problems))
-    places = vq or vq_beside(folder), text or text_beside(folder)
-    assert places[0] is not None and places[1] is not None  # it would have been a problem
-    return places[0], places[1]
+    return vq, text
 
 
 def read_files(folder: Path) -> list[Path]:
     """Every file that a conversion of a published folder reads; CheckpointError as `parts_of`."""
     vq, text = parts_of(folder)
     weights = [folder / name for name in weight_names(folder)]
-    codes = [vq] if vq.is_file() else [vq / name for name in weight_names(vq)]
+    weights += [vq] if vq.is_file() else [vq / name for name in weight_names(vq)]
     words = [path for path in sorted(text.iterdir()) if path.suffix in (".json", ".txt", ".jinja")]
-    return list(dict.fromkeys([folder / "config.json", *weights, *codes, *words]))
+    return list(dict.fromkeys([folder / "config.json", *weights, *words]))

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
@@ -24,18 +25,17 @@ from transformers import AutoTokenizer, PhiConfig
 
 from ..errors import CheckpointError, ConfigError
 from ..policies.magvit import MagvitConfig
-from ..policies.show_o_model import CONTROLS, ShowOConfig, ShowOForUnifiedGeneration, ShowOProcessor
+from ..policies.show_o_model import ShowOConfig, ShowOForUnifiedGeneration, ShowOProcessor
 from ..reasons import reading
 from .convert_plans import KeptWeights, Part, Plan, refuse
 from .deepseek_files import PUBLISHED_SAFE, config_in
 from .safetensors_stream import TensorInfo
-from .show_o_files import MAGVIT, SHOW_O, TEXT_HOME, VQ_HOME, parts_of
+from .show_o_files import MAGVIT, MODEL, SHOW_O, TEXT, TEXT_HOME, VQ, VQ_HOME, parts_of
 from .weight_source import PickledWeights, Weights, weights_in
 
 KEPT = "showlab"
 """In a converted folder: the published config.json."""
-LANGUAGE, CODES = "showo.", "vqmodel."
-TABLE = "showo.model.embed_tokens.weight"
+CODES, LAYER, TABLE = "vqmodel.", "showo.model.layers.", "showo.model.embed_tokens.weight"
 NUM_TOKENS, VERSION = 256, "0.30.1"
 """`num_vq_tokens` where a configuration does not say; diffusers' version that the released code was written for."""
 _FREQUENCIES = "rotary_emb.inv_freq"
@@ -85,78 +85,62 @@ def _weights_at(place: Path) -> Weights:
 def _settings_of(
     folder: Path, place: Path, words: Path, model: Weights, codes: Weights
 ) -> tuple[ShowOConfig, ShowOProcessor, list[str]]:
-    """Configuration, processor, and in words what has no counterpart; CheckpointError where parts do not belong
-    together."""
+    """Configuration, processor, and in words what is lost; CheckpointError where parts do not belong together."""
     told = config_in(folder)
     try:
         magvit = MagvitConfig.of({name: info.shape for name, info in codes.tensors.items()})
     except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{place}: expected MAGVITv2, got tensors without {error}; take showlab/magvitv2"
-        ) from error
-    if int(told.get("codebook_size", magvit.num_codes)) != magvit.num_codes:
-        raise CheckpointError(
-            f"{place}: expected an image tokenizer of {told['codebook_size']} codes, as {folder} has it, got "
-            f"{magvit.num_codes}; take the two that belong together"
-        )
-    count = int(told.get("num_vq_tokens", NUM_TOKENS))
+        raise CheckpointError(f"{place}: expected MAGVITv2, got tensors without {error}; take {VQ}") from error
+    wanted, count = told.get("codebook_size", magvit.num_codes), told.get("num_vq_tokens", NUM_TOKENS)
     side = math.isqrt(count)
-    if side**2 != count or not side:
-        raise CheckpointError(f"{folder}: expected num_vq_tokens that make a square, got {count}; correct config.json")
+    if wanted != magvit.num_codes or side**2 != count or not side:
+        raise CheckpointError(
+            f"{folder}: expected codebook_size {magvit.num_codes}, as {place} has it, and num_vq_tokens that make a "
+            f"square, got {wanted} and {count}; take parts that belong together"
+        )
     phi = _phi_of(folder, words, model)
-    config = ShowOConfig(text_config=phi, vq_config=magvit.to_dict(), image_size=side * magvit.factor)
+    config = ShowOConfig(text_config=phi, vq_config=asdict(magvit), image_size=side * magvit.factor)
     with reading("model", words):
         tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
     processor = ShowOProcessor.made_of(tokenizer, config.image_size)
-    own, rows = int(told.get("llm_vocab_size", 0)), config.text_rows
-    if len(tokenizer) != rows and tokenizer.pad_token_id != own:
+    extra, own = config.text_rows - len(tokenizer), told.get("llm_vocab_size")
+    if extra and tokenizer.pad_token_id != own:
         raise CheckpointError(
-            f"{words}: expected the tokenizer of {own or rows - len(CONTROLS) - 1} tokens that {folder} was trained "
-            f"with, got one of {tokenizer.pad_token_id} before Show-o's own; take microsoft/phi-1_5, or the enlarged "
-            "one"
+            f"{words}: expected the tokenizer of {own} tokens that {folder} was trained with, got one of "
+            f"{tokenizer.pad_token_id} before Show-o's own; take {TEXT}, or the enlarged one"
         )
     try:
         config.check()
         config.take_tokens(tokenizer)
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    extra = rows - len(tokenizer)
-    told_of = f"{extra} rows of text have no token, and are never sampled: the tokenizer is not the enlarged one"
-    return config, processor, [told_of] if extra else []
+    lost = f"{extra} rows of text have no token, and are never sampled: the tokenizer is not the enlarged one"
+    return config, processor, [lost] if extra else []
 
 
 def _phi_of(folder: Path, words: Path, model: Weights) -> PhiConfig:
-    """The language model's configuration: what shapes tell from shapes, the rest from the base's config.json, and where
-    there is none, as Phi-1.5's, which is transformers' default."""
+    """The language model's configuration: sizes from shapes, the rest from the base's config.json, and where there is
+    none, as Phi-1.5's, which is transformers' default."""
     base = config_in(words)
     told: Any = config_in(folder).get("text_config") or (base if base.get("model_type") == "phi" else {})
     shapes = {name: info.shape for name, info in model.tensors.items()}
-    first = "showo.model.layers.0"
     try:
         rows, hidden = shapes[TABLE]
-        inner = shapes[f"{first}.mlp.fc1.weight"][0]
-        keys = shapes[f"{first}.self_attn.k_proj.weight"][0]
+        inner, keys = (shapes[f"{LAYER}0.{name}.weight"][0] for name in ("mlp.fc1", "self_attn.k_proj"))
     except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: expected Show-o's tensors, showo.model.…, got none called {error}; take showlab/show-o"
-        ) from error
-    normed = shapes.get(f"{first}.self_attn.q_layernorm.weight")
-    heads = int(told.get("num_attention_heads") or PhiConfig().num_attention_heads)
-    width = int(normed[0]) if normed else hidden // heads
-    numbers = [int(name.split(".")[3]) for name in shapes if name.startswith("showo.model.layers.")]
-    kept = {name: value for name, value in told.items() if name not in _NOT_SIZES}
-    return PhiConfig(
-        **kept
-        | {
-            "vocab_size": rows,
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": 1 + max(numbers),
-            "num_attention_heads": hidden // width,
-            "num_key_value_heads": keys // width,
-            "qk_layernorm": normed is not None,
-        }
-    )
+        raise CheckpointError(f"{folder}: expected Show-o's tensors, got none called {error}; take {MODEL}") from error
+    normed = shapes.get(f"{LAYER}0.self_attn.q_layernorm.weight")
+    width = normed[0] if normed else hidden // int(told.get("num_attention_heads") or PhiConfig().num_attention_heads)
+    sizes = {
+        "vocab_size": rows,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": len({name.split(".")[3] for name in shapes if name.startswith(LAYER)}),
+        "num_attention_heads": hidden // width,
+        "num_key_value_heads": keys // width,
+        "qk_layernorm": normed is not None,
+    }
+    return PhiConfig(**{name: value for name, value in told.items() if name not in _NOT_SIZES} | sizes)
 
 
 def _moves(folder: Path, config: ShowOConfig, parts: dict[str, Weights]) -> Moves:
@@ -167,11 +151,12 @@ def _moves(folder: Path, config: ShowOConfig, parts: dict[str, Weights]) -> Move
         config: of the model.
         parts: weights, by the prefix that their names get.
     """
-    moved: Moves = {}
-    for prefix, weights in parts.items():
-        for info in weights.tensors.values():
-            if not info.name.endswith(_FREQUENCIES):
-                moved[info._replace(name=f"{prefix}{info.name}")] = (Part(weights, info.name),)
+    moved: Moves = {
+        info._replace(name=f"{prefix}{info.name}"): (Part(weights, info.name),)
+        for prefix, weights in parts.items()
+        for info in weights.tensors.values()
+        if not info.name.endswith(_FREQUENCIES)
+    }
     with reading("model", folder), torch.device("meta"):
         state = ShowOForUnifiedGeneration(config).state_dict()
     got = {info.name: info.shape for info in moved}
@@ -208,35 +193,24 @@ def into_showlab(folder: Path, base: Path | None = None) -> Plan:
         processor = ShowOProcessor.from_pretrained(folder)
     weights = weights_in(folder)
     moved = _moves(folder, config, {"": weights})
-    model = {info: part for info, part in moved.items() if info.name.startswith(LANGUAGE)}
+    model = {info: part for info, part in moved.items() if not info.name.startswith(CODES)}
     codes = {
-        info._replace(name=info.name.removeprefix(CODES)): part
-        for info, part in moved.items()
-        if info.name.startswith(CODES)
+        info._replace(name=info.name.removeprefix(CODES)): part for info, part in moved.items() if info not in model
     }
-    told = config_in(folder / KEPT if base is None else base)
-    write = partial(_write_theirs, config, processor, dict(told))
+    write = partial(_write_theirs, config, processor, dict(config_in(folder / KEPT if base is None else base)))
     return Plan(model, codes, tuple(weights.files), write, single=PUBLISHED_SAFE, beside=(VQ_HOME, PUBLISHED_SAFE))
 
 
 def _write_theirs(config: ShowOConfig, processor: ShowOProcessor, told: dict[str, Any], draft: Path) -> list[str]:
-    phi: Any = config.text_config
-    before = processor.tokenizer.convert_tokens_to_ids(processor.tokenizer.pad_token)
-    told.setdefault("llm_model_path", "microsoft/phi-1_5")
-    told |= {
-        "_class_name": SHOW_O,
-        "_diffusers_version": told.get("_diffusers_version", VERSION),
-        "w_clip_vit": False,
-        "load_from_showo": True,
-        "vocab_size": phi.vocab_size,
-        "llm_vocab_size": before,
-        "num_new_special_tokens": config.text_rows - before,
-        "codebook_size": config.num_codes,
-        "num_vq_tokens": config.num_image_tokens,
-        "mask_token_id": config.mask_token_id,
-    }
+    words, phi = processor.tokenizer, cast(PhiConfig, config.text_config)
+    before = int(words.pad_token_id)
+    told = {"llm_model_path": TEXT, "_diffusers_version": VERSION} | told
+    told |= {"_class_name": SHOW_O, "w_clip_vit": False, "load_from_showo": True, "vocab_size": phi.vocab_size}
+    told |= {"llm_vocab_size": before, "num_new_special_tokens": config.text_rows - before}
+    told |= {"codebook_size": config.num_codes, "num_vq_tokens": config.num_image_tokens}
+    told |= {"mask_token_id": config.mask_token_id}
     (draft / VQ_HOME).mkdir()
-    processor.tokenizer.save_pretrained(draft / TEXT_HOME)
+    words.save_pretrained(draft / TEXT_HOME)
     phi.save_pretrained(draft / TEXT_HOME)
     for place, content in ((draft, told), (draft / VQ_HOME, {"_class_name": MAGVIT, "_diffusers_version": VERSION})):
         (place / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

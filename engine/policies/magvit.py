@@ -14,7 +14,7 @@ Dims: n images, S pixels and h, w codes of the sides, C channels, N = h w, K = 2
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -30,6 +30,8 @@ from transformers.models.chameleon.modeling_chameleon import (
 
 from .vqgan_decoder import PIXELS_AT_ONCE
 
+HALVES = {"encoder": "down", "decoder": "up"}
+"""And what their resolutions are called."""
 GROUPS = 32
 """Of every group norm; the width of each resolution is a multiple of it."""
 
@@ -54,20 +56,16 @@ class MagvitConfig:
     decoder_blocks: Sequence[int] = (4, 4, 3, 4, 3)
 
     def __post_init__(self) -> None:
-        lists = ("encoder_multipliers", "encoder_blocks", "decoder_multipliers", "decoder_blocks")
-        for name in lists:
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        lengths = {len(getattr(self, name)) for name in lists}
-        numbers = [number for name in lists for number in getattr(self, name)]
-        if len(lengths) > 1 or 0 in lengths or min(numbers) < 1:
-            told = ", ".join(f"{name}={list(getattr(self, name))}" for name in lists)
-            raise ValueError(f"MagvitConfig: expected four lists of positive numbers, equally long, got {told}")
-        if not 1 <= self.bits <= 24:
-            raise ValueError(f"MagvitConfig: expected bits from 1 to 24, got {self.bits}")
-        if self.channels < 1 or self.channels % GROUPS:
+        names = [f"{half}_{what}" for half in HALVES for what in ("multipliers", "blocks")]
+        lists: list[list[int]] = [list(getattr(self, name)) for name in names]
+        if len(set(map(len, lists))) > 1 or not lists[0] or min(map(min, lists)) < 1:
+            raise ValueError(f"MagvitConfig: expected four lists of positive numbers, equally long, got {lists}")
+        for name, value in zip(names, lists, strict=True):
+            object.__setattr__(self, name, value)  # as JSON gives them, so that equal ones are equal
+        if not 1 <= self.bits <= 24 or self.channels < 1 or self.channels % GROUPS:
             raise ValueError(
-                f"MagvitConfig: expected channels in a positive multiple of {GROUPS}, the groups of a norm, got "
-                f"{self.channels}"
+                f"MagvitConfig: expected bits from 1 to 24 and channels in a positive multiple of {GROUPS}, the groups "
+                f"of a norm, got {self.bits} and {self.channels}"
             )
 
     @property
@@ -80,38 +78,22 @@ class MagvitConfig:
         """Pixels of a code's side."""
         return 1 << (len(self.encoder_blocks) - 1)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
         """The sizes that a tokenizer's tensors have, by their names in the published file.
 
         Raises:
-            KeyError: a tensor is not there that every such tokenizer has.
+            KeyError, ValueError: they are no such tokenizer's.
         """
-        channels = int(shapes["encoder.conv_in.weight"][0])
-        encoder_blocks, decoder_blocks = _blocks(shapes, "encoder.down."), _blocks(shapes, "decoder.up.")
-        return cls(
-            bits=int(shapes["encoder.quant_conv.weight"][0]),
-            channels=channels,
-            encoder_multipliers=_multipliers(shapes, "encoder.down.", len(encoder_blocks), channels),
-            encoder_blocks=encoder_blocks,
-            decoder_multipliers=_multipliers(shapes, "decoder.up.", len(decoder_blocks), channels),
-            decoder_blocks=decoder_blocks,
-        )
-
-
-def _blocks(shapes: Mapping[str, Sequence[int]], prefix: str) -> list[int]:
-    """Residual blocks of each resolution; names are `prefix` level `.block.` number `.` …"""
-    parts = [name.removeprefix(prefix).split(".") for name in shapes if name.startswith(prefix) and ".block." in name]
-    pairs = {(int(level), int(number)) for level, _, number, *_ in parts}
-    return [sum(at == level for at, _ in pairs) for level in range(1 + max((at for at, _ in pairs), default=-1))]
-
-
-def _multipliers(shapes: Mapping[str, Sequence[int]], prefix: str, count: int, channels: int) -> list[int]:
-    return [int(shapes[f"{prefix}{level}.block.0.conv1.weight"][0]) // channels for level in range(count)]
+        channels = shapes["encoder.conv_in.weight"][0]
+        found: dict[str, list[int]] = {}
+        for half, stem in HALVES.items():
+            widths, blocks = list[int](), list[int]()
+            while (first := f"{half}.{stem}.{len(widths)}.block.0.conv1.weight") in shapes:
+                widths.append(shapes[first][0] // channels)
+                blocks.append(sum(name.startswith(first[:-14]) and name.endswith("conv1.weight") for name in shapes))
+            found |= {f"{half}_multipliers": widths, f"{half}_blocks": blocks}
+        return cls(bits=shapes["encoder.quant_conv.weight"][0], channels=channels, **found)
 
 
 class Magvit(nn.Module):
@@ -195,17 +177,14 @@ class Encoder(nn.Module):
 
     def __init__(self, config: MagvitConfig) -> None:
         super().__init__()
-        width = config.channels
+        width, levels = config.channels, list[nn.Module]()
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
-        levels: list[nn.Module] = []
         for multiplier, count in zip(config.encoder_multipliers, config.encoder_blocks, strict=True):
-            blocks, width = _resolution(width, config.channels * multiplier, count)
-            level = nn.ModuleDict({"block": blocks})
+            level, width = _resolution(width, config.channels * multiplier, count)
             if len(levels) + 1 < len(config.encoder_blocks):
                 level["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
             levels.append(level)
-        self.down = nn.ModuleList(levels)
-        self.mid = _middle(width)
+        self.down, self.mid = nn.ModuleList(levels), _middle(width)
         self.norm_out = nn.GroupNorm(GROUPS, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, config.bits, 3, padding=1)
         self.quant_conv = nn.Conv2d(config.bits, config.bits, 1)
@@ -227,17 +206,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config: MagvitConfig) -> None:
         super().__init__()
-        width = config.channels * config.decoder_multipliers[-1]
+        width, levels = config.channels * config.decoder_multipliers[-1], list[nn.Module]()
         self.post_quant_conv = nn.Conv2d(config.bits, config.bits, 1)
         self.conv_in = nn.Conv2d(config.bits, width, 3, padding=1)
         self.mid = _middle(width)
-        levels: list[nn.Module] = []
-        for index in reversed(range(len(config.decoder_blocks))):
-            blocks, width = _resolution(
-                width, config.channels * config.decoder_multipliers[index], config.decoder_blocks[index]
-            )
-            level = nn.ModuleDict({"block": blocks})
-            if index:
+        for multiplier, count in zip(config.decoder_multipliers[::-1], config.decoder_blocks[::-1], strict=True):
+            level, width = _resolution(width, config.channels * multiplier, count)
+            if len(levels) + 1 < len(config.decoder_blocks):
                 level["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
@@ -256,10 +231,10 @@ class Decoder(nn.Module):
         return cast(Tensor, self.conv_out(F.silu(self.norm_out(hidden))))
 
 
-def _resolution(width: int, new_width: int, count: int) -> tuple[nn.ModuleList, int]:
-    """A resolution's residual blocks, the first of which changes the width."""
-    blocks = [_block(width if index == 0 else new_width, new_width) for index in range(count)]
-    return nn.ModuleList(blocks), new_width
+def _resolution(width: int, new_width: int, count: int) -> tuple[nn.ModuleDict, int]:
+    """A resolution's residual blocks, the first of which changes the width, and the new width."""
+    blocks = [_block(new_width if index else width, new_width) for index in range(count)]
+    return nn.ModuleDict({"block": nn.ModuleList(blocks)}), new_width
 
 
 def _block(width: int, new_width: int) -> nn.Module:

@@ -16,6 +16,7 @@ Dims: B rows, T tokens, D hidden, V rows of the table, N image tokens.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -83,7 +84,7 @@ class ShowOConfig(PreTrainedConfig):
         if not isinstance(self.text_config, PhiConfig):
             told = {key: value for key, value in (self.text_config or {}).items() if key != "model_type"}
             self.text_config = PhiConfig(**told)
-        self.vq_config = MagvitConfig(**(self.vq_config or {})).to_dict()
+        self.vq_config = asdict(MagvitConfig(**(self.vq_config or {})))
         super().__post_init__(**kwargs)
 
     @property

@@ -182,8 +182,8 @@ def test_tensors_that_are_not_the_models(tmp_path: Path, part: str, change: Any,
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"codebook_size": 64}, "image tokenizer of 64 codes"),
-        ({"num_vq_tokens": 15}, "make a square, got 15"),
+        ({"codebook_size": 64}, "expected codebook_size 32, .* got 64"),
+        ({"num_vq_tokens": 15}, "make a square, got 32 and 15"),
         ({"llm_vocab_size": 90, "num_new_special_tokens": 10}, None),
         ({"w_clip_vit": True}, "sees through CLIP's tower"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_the_published_one() -> None:
 @pytest.mark.parametrize("config", [MagvitConfig(), small.VQ, MagvitConfig(bits=1, channels=64)])
 def test_sizes_are_read_from_shapes(config: MagvitConfig) -> None:
     assert MagvitConfig.of(shapes_of(config)) == config
-    assert MagvitConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert MagvitConfig(**json.loads(json.dumps(asdict(config)))) == config
 
 
 def test_another_tokenizers_shapes_are_none() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +150,16 @@ def test_pictures_come_as_the_released_code_cuts_them() -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     words = small.processor().tokenizer
-    config = ShowOConfig(text_config=small.phi(20), vq_config=small.VQ.to_dict(), image_size=16)
+    config = ShowOConfig(text_config=small.phi(20), vq_config=asdict(small.VQ), image_size=16)
     with pytest.raises(ConfigError, match="rows for text, 32 codes and a mask, got 20"):
         ShowOForUnifiedGeneration(config)
-    odd = ShowOConfig(text_config=small.phi(140), vq_config=small.VQ.to_dict(), image_size=18)
+    odd = ShowOConfig(text_config=small.phi(140), vq_config=asdict(small.VQ), image_size=18)
     with pytest.raises(ConfigError, match="multiple of 4 pixels, got 18"):
         ShowOForUnifiedGeneration(odd)
     with pytest.raises(ConfigError, match="at most 106 tokens"):
-        ShowOConfig(text_config=small.phi(139), vq_config=small.VQ.to_dict()).take_tokens(words)
+        ShowOConfig(text_config=small.phi(139), vq_config=asdict(small.VQ)).take_tokens(words)
     with pytest.raises(ConfigError, match="without soi, eoi, t2i, mmu, pad"):
-        ShowOConfig(text_config=small.phi(140), vq_config=small.VQ.to_dict()).take_tokens(small.tokenizer())
+        ShowOConfig(text_config=small.phi(140), vq_config=asdict(small.VQ)).take_tokens(small.tokenizer())
 
 
 def test_without_numbers() -> None:

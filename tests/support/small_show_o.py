@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def model(words: PreTrainedTokenizerFast, seed: int, *, image_size: int = IMAGE_
     """
     config = ShowOConfig(
         text_config=phi(len(words) + more + VQ.num_codes + 1),
-        vq_config=VQ.to_dict(),
+        vq_config=asdict(VQ),
         image_size=image_size,
         text_slots=TEXT_SLOTS,
     )
