@@ -38,7 +38,8 @@ def check_conversion(config: Any) -> None:
         if model is None or folder.is_file():
             continue
         if not folder.is_dir():
-            names.append(Wanted(setting, model))
+            parts = setting == "model" and config.vq and config.tokenizer
+            names.append(Wanted(hub_names.NAMED_PARTS if parts else setting, model))
             continue
         problems += show_o_damage(setting, folder) if setting == "vq" else _folder_problems(setting, folder, config)
         size = size or sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))

@@ -31,11 +31,11 @@ from ..checkpoints.hub_cache import (
     stay_offline,
 )
 from ..checkpoints.published import kept_conversion
-from ..checkpoints.show_o_files import MAGVIT, SHOW_O
+from ..checkpoints.show_o_files import MAGVIT, SHOW_O, is_show_o
 from ..errors import ConfigError, one_line
 from ..reasons import reason_of
 from ..whole_files import cache_dir
-from .model_files import folder_problems, weight_problems
+from .model_files import folder_problems, show_o_damage, weight_problems
 
 Kind = Literal["model", "dataset"]
 REACH = 4.0
@@ -43,6 +43,8 @@ REACH = 4.0
 PICKLE = re.compile(r"pytorch_model[\w-]*\.bin$")
 OWN = ("model", "base", "models", "merge_models", "merge_base")
 """Settings, or how they begin, that name the model that a run trains, converts or merges: its kind matters."""
+NAMED_PARTS = "model to convert"
+"""The setting, where Show-o's tokenizers are named beside it and need not lie in its folder."""
 ANSWER = 10.0
 """Seconds that the hub may take to tell about a repository."""
 
@@ -208,7 +210,9 @@ def _unlike(wanted: Wanted, sizes: Mapping[str, int]) -> str:
 def own_problems(wanted: Wanted, folder: Path, *, weights: bool) -> list[str]:
     """What is wrong with the snapshot of a run's own model, told by its name on the hub; of one that is merged as it
     is, only its weights matter."""
-    if wanted.setting in ("model", "base") or is_theirs(folder):
+    if is_show_o(folder) and wanted.setting == NAMED_PARTS:
+        problems = show_o_damage("model", folder) if weights else []
+    elif wanted.setting in ("model", "base") or is_theirs(folder):
         problems = folder_problems(wanted.setting, folder, trained=True, weights=weights)
     else:
         found = weight_problems(folder) if weights else []

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import small_show_o as small
 import torch
+from hub_files import HubFiles, hub_files
 from torch import Tensor
 
 from syncr1.engine.checkpoints.convert import convert, kind_of_checkpoint
 from syncr1.engine.checkpoints.deepseek_files import RECORD, config_in
-from syncr1.engine.checkpoints.published import kept_conversion, local_checkpoint, settings_alone
+from syncr1.engine.checkpoints.published import (
+    kept_conversion,
+    local_checkpoint,
+    published_folder,
+    settings_alone,
+    settings_folder,
+)
 from syncr1.engine.checkpoints.show_o_files import is_show_o, show_o_problems, text_beside, vq_beside
 from syncr1.engine.errors import CheckpointError
+from syncr1.engine.methods.convert_checks import check_conversion
+from syncr1.engine.methods.hub_names import Wanted, look_up
 from syncr1.engine.policies.show_o_model import ShowOConfig, ShowOForUnifiedGeneration, ShowOProcessor
 
 
@@ -149,6 +160,37 @@ def test_the_command_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(CheckpointError, match=r"convert.py --model .*theirs --vq showlab/magvitv2 --tokenizer"):
             attempt()
     assert not (tmp_path / "cache" / "converted").exists() or not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubFiles]:
+    """A hub with the three parts."""
+    small.publish(tmp_path / "theirs")
+    with hub_files() as server:
+        server.use(monkeypatch, tmp_path / "hub")
+        server.add("org/show-o", tmp_path / "theirs")
+        server.add("org/magvitv2", tmp_path / "theirs" / "magvitv2")
+        server.add("org/phi", tmp_path / "theirs" / "phi-1_5")
+        server.repositories["org/phi"]["model.safetensors"] = b"nobody needs this"
+        yield server
+
+
+def test_parts_on_the_hub(hub: HubFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Each is fetched as far as it is used; a run without the tokenizers is told what converts it."""
+    monkeypatch.setenv("SYNCR1_CACHE", str(tmp_path / "cache"))
+    (problem,), _ = look_up([Wanted("model", "org/show-o")])
+    assert "convert.py --model org/show-o --vq showlab/magvitv2 --tokenizer microsoft/phi-1_5" in problem
+    asked = {"base": None, "output": tmp_path / "ours", "to": None}
+    names = {"model": "org/show-o", "vq": "org/magvitv2", "tokenizer": "org/phi"}
+    check_conversion(SimpleNamespace(**names, **asked))
+    with pytest.raises(SystemExit):
+        check_conversion(SimpleNamespace(**names | {"tokenizer": None}, **asked))
+    assert "text tokenizer" in capsys.readouterr().err
+    model, vq = (published_folder(names[part], print) for part in ("model", "vq"))
+    convert(model, tmp_path / "ours", vq=vq, text=settings_folder("org/phi"))
+    assert loaded(tmp_path / "ours").config.num_codes == small.VQ.num_codes
+    assert hub.fetched.count("pytorch_model.bin") == 2 and "model.safetensors" not in hub.fetched
+    check_conversion(SimpleNamespace(**names, **asked | {"output": tmp_path / "again"}))  # from the cache
 
 
 def broken(folder: Path, part: str, change: Any) -> None:

@@ -123,10 +123,13 @@ class HubFiles:
             return status, code, {"error": "no"}
         files = self.repositories[name]
         siblings = [{"rfilename": file, "size": len(content), "blobId": "0"} for file, content in files.items()]
-        kind = json.loads(files.get("config.json", b"{}")).get("model_type")
+        told_of = json.loads(files.get("config.json", b"{}"))
+        kind = {"model_type": told_of.get("model_type")}
+        if "_class_name" in told_of:
+            kind = {"diffusers": {"_class_name": told_of["_class_name"]}}
         gated = "manual" if name in self.gated else False
         told = {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False, "gated": gated}
-        return 200, "", told | {"config": {"model_type": kind}}
+        return 200, "", told | {"config": kind}
 
 
 def _answer(request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], sent: bytes, length: int) -> None:
