@@ -7,6 +7,8 @@
 | dpg | a folder of .txt files, one prompt each: ELLA's `dpg_bench/prompts` | dpg |
 | table | anything else that `engine.data` opens: JSONL, parquet, a saved data set, a hub name | t2i, mcq, oe, … |
 
+A table with a column `segments` has Sync-R1's chains, and is read as they are trained on.
+
 Sources: djghosh13/geneval `generation/diffusers_generate.py`; TencentQQGYLab/ELLA `dpg_bench/compute_dpg_bench.py`.
 """
 
@@ -19,7 +21,8 @@ from typing import Any, Literal
 
 from ..data.prompts import by_task, load_benchmark
 from ..data.questions import THINK_THEN_ANSWER
-from ..data.samples import load_samples
+from ..data.samples import chains_of, samples_of
+from ..data.table import open_table
 from ..errors import DataError, shown
 from ..records import Prompt
 from ..settings.source_names import is_one_file
@@ -64,7 +67,11 @@ def load_items(
     if form == "dpg":
         return {"dpg": load_dpg(path)}
     instruction = THINK_THEN_ANSWER if think else None
-    samples = load_samples(source, split or "test", instruction=instruction, image_folder=image_folder)
+    split = split or "test"
+    table = open_table(source, split, image_folder=image_folder)
+    if "segments" in table.columns:
+        return by_task(chains_of(table, split))
+    samples = samples_of(table, split, instruction)
     return by_task(prompt for sample in samples for prompt in sample)
 
 

@@ -106,3 +106,18 @@ def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "concept").mkdir()
     with pytest.raises(DataError, match="got 'dev': data of the form unifybench has no splits"):
         load_items(tmp_path, split="dev")
+
+
+def test_a_table_of_chains_is_read_as_it_is_trained_on(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "which digit?", "segments": "text", "answer": "three", "task": "read"},
+        {"prompt": "draw two and one.", "segments": "text+image", "answer": "three", "target": "a three"},
+        {"prompt": "draw a three.", "segments": "image", "target": "a three"},
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = load_items(tmp_path)
+    assert {task: (some[0].segments, some[0].answer, some[0].target) for task, some in found.items()} == {
+        "read": (("text",), "three", None),
+        "rea": (("text", "image"), "three", "a three"),
+        "pure_gen": (("image",), None, "a three"),
+    }
