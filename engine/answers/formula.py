@@ -24,6 +24,7 @@ LONGEST_NUMBER = 40
 """Digits."""
 _GREEK = "alpha beta gamma delta theta lambda mu phi omega sigma rho tau epsilon".split()  # noqa: SIM905
 _NAMES = {"pi", "infty", *_GREEK}
+_GREEK_LETTERS = tuple(zip("αβγδθλμφωσρτε", (rf"\{name} " for name in _GREEK), strict=True))
 _REPLACED = (
     *((r"\dfrac", r"\frac"), (r"\tfrac", r"\frac"), (r"\cfrac", r"\frac"), (r"\left", ""), (r"\right", "")),
     *((r"\cdot", "*"), (r"\times", "*"), ("×", "*"), ("·", "*"), ("⋅", "*"), ("∙", "*"), (r"\div", "/"), ("÷", "/")),
@@ -45,7 +46,7 @@ class NotAFormulaError(ValueError):
 
 def plain_formula(text: str) -> str:
     """`text` with one sign for each operation, however it was written; to be split and read."""
-    for written, sign in _REPLACED:
+    for written, sign in (*_REPLACED, *_GREEK_LETTERS):
         text = text.replace(written, sign)
     return _SPACES.sub(" ", text)
 

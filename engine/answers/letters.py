@@ -41,7 +41,7 @@ def true_letter(answer: str, options: Sequence[str]) -> str | None:
     """The ground truth's letter, upper case: of whatever `chosen_letter` understands, save that what stands behind a
     letter must be that option's text. None where it names no option, or a text that two have: which is not said."""
     letter = chosen_letter(answer, options)
-    if letter is None or _lettered(answer.strip(), options) or _lettered(plain := _plain(answer), options):
+    if letter is None or _lettered(answer.strip(), options) or _lettered(plain := bare_choice(answer), options):
         return letter
     if named := _named(plain, options):
         return letter if len(named) < 2 else None
@@ -63,13 +63,17 @@ def chosen_letter(said: str, options: Sequence[str], prefer: str | None = None) 
     """
     if len(said) > LONGEST:
         return None
-    if letter := _lettered(said.strip(), options) or _lettered(said := _plain(said), options):
+    if letter := _lettered(said.strip(), options) or _lettered(said := bare_choice(said), options):
         return letter
     if _LETTER.fullmatch(said) and not _named(said, options):
         return None
     if _contradicts(said, options):
         return None
     if named := _named(said, options):
+        if not all(
+            same_answer(options[ord(other) - ord("A")], options[ord(named[0]) - ord("A")]) for other in named[1:]
+        ):
+            return None  # `5` of `5 cm` and `5 m`
         return prefer if prefer in named else named[0]
     found = _LETTER_AND_TEXT.fullmatch(said)
     if found is not None and (letter := _known(found[1], options)):
@@ -96,7 +100,7 @@ def _contradicts(said: str, options: Sequence[str]) -> bool:
     return bool(named := _named(found[2], options)) and found[1] not in named
 
 
-def _plain(said: str) -> str:
+def bare_choice(said: str) -> str:
     """`said` without dress, emphasis and what leads to a letter or follows it."""
     text = said.strip()
     for _ in range(3):

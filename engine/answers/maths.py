@@ -6,7 +6,8 @@
 | a unit, a percent sign | of one kind: converted; left out: forgiven (units.py); `50 %` is `.5` and `50` |
 | rational functions | equal exactly at three points; roots, sines, …: nearly, then by math-verify (symbolic.py) |
 | `x = 3` | as `3`, and as `x = 3` |
-| tuples, intervals | bracket by bracket, in order |
+| tuples, intervals | bracket by bracket, in order; `]1, 2[` is `(1, 2)`; `x = 1, y = 2` is `(1, 2)` |
+| ranges, scores (`3-1`) | both ends; no difference |
 | sets, several solutions (`1, 2`, `1 or 2`, `±1`) | in any order; one of two is not both, and two are not one |
 
 None where one of them is none of these: then texts are compared (same.py).
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import cmath
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -25,7 +27,7 @@ from .formula_values import FUNCTIONS, POINTS, Node, approximate, exact, exact_a
 from .numerals import with_digits
 from .plain_texts import NUMBER_WORDS, numbers_as_digits
 from .symbolic import same_formula
-from .units import Unit, split_unit
+from .units import UNITS, Unit, split_unit
 
 MOST_ITEMS = 12
 _CLOSE = 1e-9
@@ -46,6 +48,14 @@ _RELATION = re.compile("[=<>≤≥≠]")
 _MATHEMATICAL = re.compile(r"[0-9\\+*/^=<>≤≥≠±∪π∞√|-]|(?:" + "|".join(sorted(FUNCTIONS)) + r")\(")
 _WORD = re.compile(r"[a-z]+")
 _OPEN, _SHUT = "([{⦃", ")]}⦄"
+_RANGE = re.compile(r"(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?(?:(\s?)([^\d\s].*))?)")
+"""`3-1`, `5-10 cm`: three to one, from 5 to 10; a difference has spaces, letters or more signs."""
+_SPACED_RANGE = re.compile(r"(?<=^\d)\s-\s(?=\d+$)|(?<=^\d\d)\s-\s(?=\d+$)")
+_SCALED = re.compile(
+    r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)\s?(thousand|million|billion|trillion|[万萬]?[亿億]|[万萬])(?![a-z])", re.I
+)
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8, "万亿": 12}
+_MINUS = re.compile(r"(?:minus|negative)\s+(?=[\d.])", re.I)
 _TURNED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "=": "=", "≠": "≠"}
 
 
@@ -59,7 +69,7 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """Several: `brackets` is `()`, `[)`, … or `{}`, `∪`, or empty where there are none."""
+    """Several: `brackets` is `()`, `[)`, … or `{}`, `∪`, `-` of a range, or empty where there are none."""
 
     brackets: str
     items: tuple[Reading, ...]
@@ -87,22 +97,20 @@ def same_maths(said: str, right: str) -> bool | None:
 
 def _is_letter(reading: Reading) -> bool:
     """A letter alone says little: whether `A.` and `a` are the same is for texts to say."""
-    return isinstance(reading, Quantity) and reading.value.op == "name" and reading.unit is None
+    return isinstance(reading, Quantity) and len(reading.value.name) == 1 and reading.unit is None
 
 
 def readings(text: str) -> list[Reading]:
     """What a text may be; several where a letter behind a number is a unit or an unknown; nothing if no mathematics."""
     if len(text) > LONGEST or not (text := _prepared(text)) or not _is_mathematical(text):
         return []
-    try:
-        found = [_read(text, True)]
-    except NotAFormulaError:
-        found = []
-    try:
-        plain = _read(text, False)
-    except NotAFormulaError:
-        return found
-    return found if plain in found else [*found, plain]
+    found: list[Reading] = []
+    for form in dict.fromkeys((text, _SPACED_RANGE.sub("-", text))):  # `2 - 1` may be a score, and is one
+        for units in (True, False):
+            with suppress(NotAFormulaError):
+                if (reading := _read(form, units)) not in found:
+                    found.append(reading)
+    return found
 
 
 def _is_mathematical(text: str) -> bool:
@@ -115,11 +123,31 @@ def _prepared(text: str) -> str:
     for written, sign in _SIGNS:
         text = text.replace(written, sign)
     text = _LE.sub(lambda found: "≤" if found[1] == "l" else "≥", text)
+    text = _SCALED.sub(_with_power, text)
     if any(word in NUMBER_WORDS for word in _WORD.findall(text.casefold())):
         text = " ".join(numbers_as_digits(text.casefold().split()))
     if found := _SPACED.match(text):
         text = found[0].replace(" ", "") + text[found.end() :]
-    return _MEMBER.sub("", plain_formula(text)).strip(" \n\t,:").rstrip(".")
+    text = _MINUS.sub("-", text, count=1) if _MINUS.match(text) else text
+    return _round_ends(_MEMBER.sub("", plain_formula(text)).strip(" \n\t,:").rstrip("."))
+
+
+def _with_power(found: re.Match[str]) -> str:
+    """`3*10^{4}` of `3万`."""
+    scale = found[2].casefold().replace("萬", "万").replace("億", "亿")
+    return f"{found[1]}*10^{{{_SCALES[scale]}}}"
+
+
+def _round_ends(text: str) -> str:
+    """`(1,2)` of `]1,2[`: a square bracket that looks away is a round one."""
+    if not (text.startswith("]") or text.endswith("[")):
+        return text
+    parts = [part.strip() for part in text.split("∪")]
+    if not all(
+        len(part) > 2 and part[0] in "[]" and part[-1] in "[]" and not set("[]") & set(part[1:-1]) for part in parts
+    ):
+        return text
+    return "∪".join(("(" if p[0] == "]" else "[") + p[1:-1] + (")" if p[-1] == "[" else "]") for p in parts)
 
 
 def _read(text: str, units: bool) -> Reading:
@@ -140,6 +168,8 @@ def _read(text: str, units: bool) -> Reading:
         text = _GROUPED.sub(lambda found: found[0].replace(",", ""), text)
         if len(parts := _split(_JOINED.sub(",", text), ",")) > 1:
             return _items("", parts, units)
+    if (found := _RANGE.fullmatch(text)) and _is_unit(found[4], found[3]):
+        return _items("-", [found[1], found[2]], units)
     if signs := _RELATION.findall(text):
         sides = [_quantity(part, units) for part in _RELATION.split(text)]
         if len(signs) > 2:
@@ -149,6 +179,11 @@ def _read(text: str, units: bool) -> Reading:
         both = [_quantity(text.replace("±", sign), units) for sign in "+-"]
         return Items("", tuple(both))
     return _quantity(text, units)
+
+
+def _is_unit(text: str | None, space: str) -> bool:
+    """Whether nothing but a unit stands there; a letter that is glued to a number may be an unknown."""
+    return text is None or (text in UNITS and bool(space or len(text) > 1 or not text.isalpha()))
 
 
 def _items(brackets: str, parts: list[str], units: bool) -> Items:
@@ -213,6 +248,10 @@ def _same_relation(one: Relation, other: Relation) -> bool:
 def _same_items(one: Items, other: Items) -> bool:
     if len(one.items) != len(other.items):
         return False
+    named = _by_names(one), _by_names(other)
+    if (named[0] is None) != (named[1] is None):
+        brackets = other.brackets if named[1] is None else one.brackets
+        return brackets in ("", "()", "[]") and all(map(_same, named[0] or one.items, named[1] or other.items))
     unordered = ("", "{}", "∪")
     if one.brackets in unordered and other.brackets in unordered:
         if "∪" in (one.brackets, other.brackets) and one.brackets != other.brackets:
@@ -228,6 +267,13 @@ def _same_items(one: Items, other: Items) -> bool:
     if len(kinds) == 2 and kinds not in ({"", "()"}, {"", "[]"}):
         return False
     return all(map(_same, one.items, other.items))
+
+
+def _by_names(items: Items) -> list[Quantity] | None:
+    """1 and 2 of `y = 2, x = 1`; None where they are not all values of different unknowns."""
+    found = {item.sides[0].value.name: _assigned(item) for item in items.items if isinstance(item, Relation)}
+    values = [value for _, value in sorted(found.items()) if value is not None]
+    return values if len(values) == len(items.items) else None
 
 
 def _same_quantity(one: Quantity, other: Quantity) -> bool:

@@ -1,8 +1,8 @@
 """The normal form in which texts are compared: digits for number words, no articles, no outer punctuation.
 
-A mathematical sign counts: `-5` is not `5`, `.5` is not `5`, and `C++` is not `C`. Superscripts, subscripts and
-fractions of one character are spelled out before Unicode's compatibility forms would glue them to what stands beside:
-`10²` is `10^2` and not `102`, `1½` is `1 1/2` and not `11/2`.
+A mathematical sign counts: `-5` is not `5`, `.5` is not `5`, `C++` and `C#` are not `C`, and `A-` is not `A`.
+Superscripts, subscripts and fractions of one character are spelled out before Unicode's compatibility forms would glue
+them to what stands beside: `10²` is `10^2` and not `102`, `1½` is `1 1/2` and not `11/2`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ", "0123
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ]+")
 _SUBSCRIPTS = re.compile("(?<=[0-9])[₀₁₂₃₄₅₆₇₈₉]+")
+_DASH = re.compile(r"[‐‒–](?=\s?\.?\d)")
 _ONE_CHARACTER_FRACTION = re.compile("([0-9]?)([¼½¾⅐-⅞])")
 
 
@@ -38,7 +39,7 @@ def spelled_out(text: str) -> str:
     text = _SUPERSCRIPTS.sub(_power, text)
     text = _SUBSCRIPTS.sub(lambda found: "_" + found[0].translate(_LOWERED), text)
     text = _ONE_CHARACTER_FRACTION.sub(lambda found: (found[1] and found[1] + " ") + found[2], text)
-    return unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("−", "-")
+    return _DASH.sub("-", unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("−", "-"))
 
 
 def _power(found: re.Match[str]) -> str:
@@ -60,7 +61,7 @@ def _bare(word: str) -> str:
     start, end = 0, len(word)
     while start < end and not (_kept(word[start]) or _is_sign(word, start)):
         start += 1
-    while end > start and not _kept(word[end - 1]):
+    while end > start and not (_kept(word[end - 1]) or _is_charge(word[:end])):
         end -= 1
     bare = word[start:end]
     if bare.startswith((".", "-.")):
@@ -70,6 +71,11 @@ def _bare(word: str) -> str:
 
 def _kept(character: str) -> bool:
     return character.isalnum() or unicodedata.category(character) in ("Sm", "Mn", "Mc")
+
+
+def _is_charge(word: str) -> bool:
+    """A sign right behind a letter: `Cl-`, `A-`, `C#`, `b♭`."""
+    return word[-1] in "-#♭" and (word[-2:-1].isalnum() or word[-2:-1] == "^")
 
 
 def _is_sign(word: str, at: int) -> bool:

@@ -85,7 +85,7 @@ _KINDS: dict[str, tuple[tuple[str, str], ...]] = {
     "sterling": (("1", "£ GBP"),),
     "yuan": (("1", "¥ CNY RMB yuan 元 块 人民币"),),
     "rupee": (("1", "₹ INR rupee rupees"),),
-    "count": (("1", "个 只 条 张 本 位 名 人 units unit 次 支 件"),),
+    "count": (("1", "个 只 条 张 本 位 名 人 units unit square-units square-unit sq-units cubic-units 次 支 件"),),
 }
 UNITS = {
     name.replace("-", " "): Unit(kind, Fraction(worth))

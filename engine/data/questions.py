@@ -14,6 +14,7 @@ from typing import Any
 from ..answers.letters import true_letter
 from ..errors import DataError, shown
 from .forms.dialogue import read_chat
+from .forms.solutions import final_answer
 
 THINK_THEN_ANSWER = (
     "{question}\n\n"
@@ -61,7 +62,8 @@ def _asked(value: Any, column: str) -> str:
 
 
 def answer_of(value: Any, column: str) -> str:
-    """A ground truth: text or a number, or a list of one; the last <answer>...</answer> of a text that has one.
+    """A ground truth: text or a number, or a list of one; the last <answer>...</answer> of a text that has one; of a
+    worked solution what it comes to.
 
     Raises:
         DataError: anything else, or an empty answer.
@@ -73,11 +75,12 @@ def answer_of(value: Any, column: str) -> str:
     if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
-        raise DataError(f"column {column!r} must be one answer, text or a number, got {shown(value)}")
+        remedy = "write yes or no" if isinstance(value, bool) else "write what is right as text"
+        raise DataError(f"column {column!r} must be one answer, text or a number, got {shown(value)}; {remedy}")
     ends = [found.end() for found in ANSWER_END.finditer(value)]
     # Each opening after the last end would be searched to the end of the text for nothing.
     tagged = ANSWER_TAG.findall(value[: ends[-1]]) if ends else []
-    return text_of(tagged[-1] if tagged else value, column)
+    return final_answer(text_of(tagged[-1] if tagged else value, column), column)
 
 
 def letter_of(answer: str, options: Sequence[str]) -> str | None:

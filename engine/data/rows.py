@@ -190,11 +190,14 @@ def pictures_of(
     reading: Reading, rows: Sequence[Row], columns: Sequence[str], needed: Sequence[bool], may_lack: Sequence[bool]
 ) -> list[ImageRef | None]:
     """One picture of each row that needs one, from the first column that has any; where one has, only those that
-    `may_lack` it have none."""
+    `may_lack` it have none. What a row shows may be in `image` here and in `images` there; `real_image` is another part
+    than these."""
     chosen = [row for row, need in zip(rows, needed, strict=True) if need]
-    column = next((name for name in columns if any(row.get(name) for row in chosen)), None)
+    first = next((name for name in columns if any(row.get(name) for row in chosen)), None)
+    alike = [name for name in columns if (name == "real_image") == (first == "real_image")] if first else []
     found: list[ImageRef | None] = []
     for index, (row, need, lacks) in enumerate(zip(rows, needed, may_lack, strict=True)):
+        column = next((name for name in alike if row.get(name)), first)
         value, picture = row.get(column) if need and column else None, None
         with reading.at(index):
             picture = single(value, column)

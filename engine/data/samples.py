@@ -29,7 +29,7 @@ from .faults import STRICT, Faults
 from .forms.asked import read_question
 from .forms.chained import chain_answers, chain_columns
 from .forms.choices import choices_of
-from .forms.lettered import options_in, with_options
+from .forms.lettered import says_options, shows_options, with_options
 from .forms.truths import Truths
 from .forms.unseen import check_unseen
 from .prompts import load_training_prompts
@@ -181,8 +181,11 @@ def _drawing(row: Row, layout: Layout, name: str, picture: ImageRef | None, extr
     assert layout.drawing is not None
     value = row[layout.drawing]
     text = text_of(value, layout.drawing)
-    if not isinstance(value, str) and "<image>" in text:
-        raise DataError(f"column {layout.drawing!r} shows a picture, and no column of answers says what is right")
+    if SIGN in text:
+        raise DataError(
+            f"column {layout.drawing!r} shows a picture ({SIGN}), and no column of answers says what is right; add "
+            "one, or take the sign out"
+        )
     concept = row.get("concept")
     return Prompt(
         id=f"{name}/t2i",
@@ -249,8 +252,11 @@ def _problem(value: Any, column: str, picture: ImageRef | None) -> str:
                 "out, or join the pictures into one"
             )
         return text_of(PLACEHOLDER.sub("", text), column)
-    if not isinstance(value, str) and SIGN in text:
-        raise DataError(f"column {column!r} shows a picture, and 'image' or 'images' has none; add it")
+    if SIGN in text:
+        raise DataError(
+            f"column {column!r} shows a picture ({SIGN}), and 'image' or 'images' has none; add it, or take the "
+            "sign out"
+        )
     return text
 
 
@@ -308,7 +314,11 @@ def _chain(
     text = _problem(asked_in(row.get(columns[0]), columns[0]), columns[0], picture)
     choices = choices_of(row)
     options = () if choices is None else choices.texts
-    if options and segments == TEXT_ONLY and not all(option in text for option in options) and not options_in(text):
+    if (
+        choices
+        and segments == TEXT_ONLY
+        and not (says_options(text, options) or shows_options(text, options, choices.column))
+    ):
         text = with_options(text, options)
     answers = chain_answers(row, columns[1], choices)
     return Prompt(

@@ -7,6 +7,8 @@
 | dpg | a folder of .txt files, one prompt each: ELLA's `dpg_bench/prompts` | dpg |
 | table | anything else that `engine.data` opens: JSONL, parquet, a saved data set, a hub name | t2i, mcq, oe, … |
 
+A table with a column `segments` has Sync-R1's chains, and is read as they are trained on.
+
 Sources: djghosh13/geneval `generation/diffusers_generate.py`; TencentQQGYLab/ELLA `dpg_bench/compute_dpg_bench.py`.
 """
 
@@ -19,9 +21,11 @@ from typing import Any, Literal
 
 from ..data.prompts import by_task, load_benchmark
 from ..data.questions import THINK_THEN_ANSWER
-from ..data.samples import load_samples
+from ..data.samples import chains_of, samples_of
+from ..data.table import open_table
 from ..errors import DataError, shown
 from ..records import Prompt
+from ..settings.source_names import is_one_file
 
 Form = Literal["unifybench", "geneval", "dpg", "table"]
 MAX_PROMPT_BYTES = 1 << 16
@@ -31,7 +35,7 @@ MAX_PROMPT_BYTES = 1 << 16
 def load_items(
     source: str | Path,
     form: Form | None = None,
-    split: str = "test",
+    split: str | None = None,
     *,
     think: bool = True,
     concept_info: bool = False,
@@ -42,16 +46,20 @@ def load_items(
     Args:
         source: file, folder or hub name.
         form: how to read it; None: told by its contents.
-        split: of a table.
+        split: of a table that has splits; None: test.
         think: a table's questions get the instruction to think and to answer in tags.
         concept_info: of a UnifyBench++ folder, the policy is told what info.json has of a concept.
         image_folder: what a table's paths of pictures are relative to; None: the folder of the table.
 
     Raises:
-        DataError: the source is missing, empty, or an entry cannot be used; names the entry and the remedy.
+        DataError: the source is missing, empty, lacks splits where one is named, or an entry cannot be used; names the
+            entry and the remedy.
     """
     path = Path(source).expanduser()
     form = form or form_of(path)
+    if split is not None and (form != "table" or is_one_file(source)):
+        what = "a file" if is_one_file(source) else f"data of the form {form}"
+        raise DataError(f"split: expected none for {source}, got {split!r}: {what} has no splits; leave it out")
     if form == "unifybench":
         return load_benchmark(path, concept_info=concept_info)
     if form == "geneval":
@@ -59,7 +67,11 @@ def load_items(
     if form == "dpg":
         return {"dpg": load_dpg(path)}
     instruction = THINK_THEN_ANSWER if think else None
-    samples = load_samples(source, split, instruction=instruction, image_folder=image_folder)
+    split = split or "test"
+    table = open_table(source, split, image_folder=image_folder)
+    if "segments" in table.columns:
+        return by_task(chains_of(table, split))
+    samples = samples_of(table, split, instruction)
     return by_task(prompt for sample in samples for prompt in sample)
 
 

@@ -171,7 +171,7 @@ def items_of(config: EvaluateConfig) -> tuple[dict[str, list[Prompt]], str]:
             found |= load_items(
                 read,
                 "unifybench" if name else config.data_form,
-                config.split or "test",
+                config.split,
                 think=config.think is not False,
                 concept_info=told,
                 image_folder=config.image_folder,

@@ -106,8 +106,8 @@ class SampleConfig(Settings):
     data: str | None = None
     """Instead of prompts: items of a UnifyBench++ folder, of GenEval's or DPG-Bench's prompts, or of a table (JSONL,
     parquet, saved data set, hub name). None, and no prompt: the rendered world's."""
-    split: str = "test"
-    """Of a table."""
+    split: str | None = None
+    """Of a table that has splits. None: test."""
     concept_info: bool | None = None
     """Whether the model is told what info.json of a UnifyBench++ folder has of a concept. None: as in the run in whose
     folder the checkpoint lies; else of data that are given, to a model that is given."""

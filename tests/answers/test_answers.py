@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from syncr1.engine.answers.letter_sets import chosen_letters
 from syncr1.engine.answers.letters import chosen_letter, true_letter
 from syncr1.engine.answers.plain_texts import canonical
 from syncr1.engine.answers.same import same_answer
@@ -192,3 +193,27 @@ def test_without_options_any_letter_is_one() -> None:
 )
 def test_true_letter(answer: str, options: tuple[str, ...], expected: str | None) -> None:
     assert true_letter(answer, options) == expected
+
+
+SEVERAL = ("red", "blue", "red and blue", "Paris, France")
+
+
+@pytest.mark.parametrize(
+    ("said", "letters"),
+    [
+        *((said, "AB") for said in ("A, B", "AB", "A B", "A和B", "B & A", "red, blue", "A. red; B. blue", "(A), (B)")),
+        *((said, "AB") for said in (r"\boxed{A, B}", "$A, B$", "{A, B}", "**A**, **B**", "The answers are A and B.")),
+        *((said, "AB") for said in ("选AB", "答案：A、B", "Options A and B", "both A and B")),
+        *(("red and blue", "C"), ("Paris, France", "D"), ("**C**", "C")),
+        *((said, "") for said in ("A, A", "A or B", "ABE", "A, B or C", "A. blue, B. red", "")),
+    ],
+)
+def test_several_letters_in_any_dress(said: str, letters: str) -> None:
+    assert chosen_letters(said, SEVERAL) == set(letters)
+
+
+def test_a_number_without_its_unit_names_none_of_two_options() -> None:
+    lengths = ("5 cm", "5 m", "50 mm", "7 km")
+    assert [chosen_letter("5", lengths, prefer) for prefer in "AB"] == [None, None]
+    assert chosen_letter("7", lengths) == "D"
+    assert [chosen_letter("0.05 m", lengths, prefer) for prefer in "AC"] == ["A", "C"]

@@ -117,6 +117,37 @@ def test_what_is_not_clear_is_asked_about(tmp_path: Path, row: dict[str, Any], m
     assert "line 1: " in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("question", "added"),
+    [
+        ("Which?\nA. red\nB. green\nC. blue", False),
+        ("Which? (A) Red (B) green (C) blue Choose one.", False),
+        ("Which?\nA. red\nB. green", True),
+        ("Which of the panels A. left and B. right is meant?", True),
+    ],
+)
+def test_a_question_that_lists_other_options_is_given_its_own(tmp_path: Path, question: str, added: bool) -> None:
+    (prompt,) = read(tmp_path, {**RGB, "question": question, "answer": 2})
+    assert (prompt.text == question, prompt.answer) == (not added, "C")
+    assert prompt.text.endswith("\nA. red\nB. green\nC. blue") or not added
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {**RGB, "question": "Which?\nA. blue\nB. green\nC. red"},
+            "'blue' as option C, and the question lists it as A",
+        ),
+        ({**RGB, "question": "Which?\nA. green\nB. blue"}, "'green' as option B, and the question lists it as A"),
+        ({**Q, "choices": ["B. red", "A. blue"]}, "letters its options B, A; write"),
+    ],
+)
+def test_a_letter_that_means_two_things_is_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, {**row, "answer": "A"})
+
+
 def test_rows_that_leave_one_meaning_tell_what_numbers_are(tmp_path: Path) -> None:
     unclear = {**Q, "choices": ["3", "2", "1"], "answer": 1}
     assert [p.answer for p in read(tmp_path, {**RGB, "answer": 0}, unclear)] == ["A", "B"], "indices"
@@ -226,6 +257,15 @@ def test_a_chain_is_told_its_options_and_which_text_is_right(tmp_path: Path, ans
     row = {"prompt": "Which?", "choices": ["cat", "dog"], "answer": answer, "segments": "text"}
     (prompt,) = load_prompts(write_lines(tmp_path / "train.jsonl", [row]))
     assert (prompt.text, prompt.answer, prompt.options) == ("Which?\nA. cat\nB. dog", "dog", ("cat", "dog"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "added"), [("cat or dog?", False), ("In the catalogue of dogs, which?", True), ("Which?\nA. cat", True)]
+)
+def test_a_chain_that_does_not_name_its_options_is_given_them(tmp_path: Path, prompt: str, added: bool) -> None:
+    row = {"prompt": prompt, "choices": ["cat", "dog"], "answer": "dog", "segments": "text"}
+    (read_prompt,) = load_prompts(write_lines(tmp_path / "train.jsonl", [row]))
+    assert read_prompt.text == prompt + "\nA. cat\nB. dog" * added
 
 
 @pytest.mark.parametrize("answer", ["cow", ["A", "B"], 2])

@@ -72,6 +72,13 @@ def test_a_letter_is_a_letter_before_it_is_a_text() -> None:
         (3.0, "3"),
         (0.25, "0.25"),
         (["x"], "x"),
+        ("48/2 = <<48/2=24>>24 clips.\n#### 1,072\n", "1,072"),
+        (r"So $x=\frac{3}{2}$, which gives $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"\boxed{3} is right: $\boxed{3}$", "3"),
+        (r"Thus it is $\boxed 3$.", "3"),
+        (r"<think>\boxed{1}</think><answer>\boxed{2}</answer>", "2"),
+        (r"\boxed{never closed", r"\boxed{never closed"),
+        ("It is #### of them", "It is #### of them"),
     ],
 )
 def test_answers(value: object, answer: str) -> None:
@@ -79,7 +86,11 @@ def test_answers(value: object, answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, True, float("nan"), float("inf"), [], ["a", "b"], {"a": 1}, "", "<answer></answer>"]
+    "value",
+    [
+        *(None, True, float("nan"), float("inf"), [], ["a", "b"], {"a": 1}, "", "<answer></answer>"),
+        r"$\boxed{1}$ or $\boxed{2}$",
+    ],
 )
 def test_no_answers(value: object) -> None:
     with pytest.raises(DataError, match="'solution'"):

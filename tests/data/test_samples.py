@@ -302,6 +302,24 @@ def test_questions_with_and_without_pictures_may_be_mixed(folder: Path) -> None:
     assert [prompt.image is not None for prompt in found] == [True, False]
 
 
+def test_each_row_has_its_picture_from_whichever_column_holds_it(folder: Path) -> None:
+    asked = {"problem": "What?", "solution": "x"}
+    said = [{"role": "user", "content": [{"type": "image", "image": "coffee.jpg"}, {"type": "text", "text": "?"}]}]
+    chat = {"problem": said, "solution": "x"}
+    entries = ({**asked, "image": "coffee.jpg"}, {**asked, "images": ["coffee.jpg"]}, chat, asked)
+    found = [sample[0].image for sample in load_samples(rows(folder, *entries))]
+    assert found == [found[0]] * 3 + [None] and found[0] is not None
+    both = {**asked, "prompt": "a cup", "real_image": "chelsea.jpg"}
+    pairs = load_samples(rows(folder, {**both, "image": "coffee.jpg"}, both))
+    assert [(draws.real_image == found[0], asks.image) for draws, asks in pairs] == [(False, found[0]), (False, None)]
+
+
+@pytest.mark.parametrize("entry", [{"problem": "<image>What?", "solution": "x"}, {"prompt": "<image> in red"}])
+def test_a_sign_without_any_picture_is_refused(folder: Path, entry: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"line 1: column '(problem|prompt)' shows a picture"):
+        load_samples(rows(folder, entry))
+
+
 @pytest.mark.parametrize("entry", [{"problem": "<image>What?", "solution": "x"}, {"prompt": "a cat"}])
 def test_a_sign_without_a_picture_and_a_drawing_without_its_own_are_refused(
     folder: Path, entry: dict[str, Any]

@@ -69,6 +69,16 @@ def test_pope_of_the_hub(tmp_path: Path) -> None:
         read("pope", tmp_path / "pope", "val")
 
 
+def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    for name, data in (
+        ("pope", made.pope_github(tmp_path / "pope")),
+        ("mmbench", made.mmbench_tsv(tmp_path / "a.tsv", circular=True)),
+        ("dpg", made.dpg_clone(tmp_path / "dpg")),
+    ):
+        with pytest.raises(DataError, match=f"split: expected none for {name} .* got 'val': it has no splits"):
+            read(name, data, "val")
+
+
 def test_pictures_that_lie_elsewhere(tmp_path: Path) -> None:
     """COCO's are 6 GB, and seldom beside the questions."""
     folder = made.pope_github(tmp_path / "pope")

@@ -77,6 +77,18 @@ def test_what_rules_read_of_mathvista(kind: str, precision: int, text: str, valu
     assert value_of(text, question(kind, "1", precision), sure=True) == value
 
 
+def test_any_of_mmmus_answers_that_stand_in_a_list_is_right() -> None:
+    several = "['$MgS$', 'MgS', '24.32']"
+    assert [open_right(text, several) for text in ("MgS", "it is $MgS$", "24.32", "MgO", "[")] == [True] * 3 + [
+        False
+    ] * 2
+    assert open_right("the interval is [1, 2)", "[1, 2)") and open_right("[3]", "[3]")
+
+
+def test_what_nobody_can_read_is_not_right() -> None:
+    assert judged("none", question("integer", "about seven")) == 0
+
+
 def test_what_the_judge_reads_is_compared_by_rules() -> None:
     half = question("float", "0.5", 1)
     assert [judged(reply, half) for reply in ("0.5", ".5", "0.46", "none", "0.4", None)] == [1, 1, 1, 0, 0, None]

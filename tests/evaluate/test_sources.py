@@ -94,3 +94,30 @@ def test_unifybench() -> None:
     root = world_folder()
     assert form_of(root) == "unifybench"
     assert {"rec", "vqa", "rea", "pure_gen", "dense_gen"} <= set(load_items(root))
+
+
+def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a cat"}\n', encoding="utf-8")
+    (tmp_path / "dev.jsonl").write_text('{"prompt": "a dog"}\n', encoding="utf-8")
+    (dog,) = load_items(tmp_path, split="dev")["t2i"]
+    assert dog.text == "a dog"
+    with pytest.raises(DataError, match=r"split: expected none for .*dev.jsonl, got 'test': a file has no splits"):
+        load_items(tmp_path / "dev.jsonl", split="test")
+    (tmp_path / "concept").mkdir()
+    with pytest.raises(DataError, match="got 'dev': data of the form unifybench has no splits"):
+        load_items(tmp_path, split="dev")
+
+
+def test_a_table_of_chains_is_read_as_it_is_trained_on(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "which digit?", "segments": "text", "answer": "three", "task": "read"},
+        {"prompt": "draw two and one.", "segments": "text+image", "answer": "three", "target": "a three"},
+        {"prompt": "draw a three.", "segments": "image", "target": "a three"},
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = load_items(tmp_path)
+    assert {task: (some[0].segments, some[0].answer, some[0].target) for task, some in found.items()} == {
+        "read": (("text",), "three", None),
+        "rea": (("text", "image"), "three", "a three"),
+        "pure_gen": (("image",), None, "a three"),
+    }

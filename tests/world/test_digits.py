@@ -14,6 +14,7 @@ from helpers import ROOT
 
 from syncr1.engine.data.faults import Faults
 from syncr1.engine.data.loaded import load_chains
+from syncr1.engine.evaluate.sources import load_items
 from syncr1.engine.methods.data_checks import check_attributes
 from syncr1.engine.methods.data_names import EMBEDDED
 from syncr1.engine.methods.trained_with import world_of_model
@@ -94,6 +95,9 @@ def test_the_folder_is_a_table_that_both_halves_are_read_from(tmp_path: Path) ->
     assert load_pictures([reading.image], 32)[0].shape == (3, 32, 32)  # type: ignore[list-item]
     rows = [json.loads(line) for line in (tmp_path / "digits" / "test.jsonl").read_text().splitlines()]
     assert all(row["segments"] == "text" for row in rows if row["task"] == "read")
+    scored = load_items(tmp_path / "digits")  # as recipes/evaluate.py and recipes/sample.py read it
+    assert {task: len(prompts) for task, prompts in scored.items()} == dict.fromkeys(TASKS, NUM_ITEMS["test"])
+    assert scored["reckon"][0].segments == ("text", "image")
 
 
 def test_the_worlds_are_told_apart() -> None:

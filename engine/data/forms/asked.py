@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ...errors import DataError, shown
 from ..questions import letter_of
 from .choices import Choices, choices_of
-from .lettered import options_in, with_options
+from .lettered import options_in, shows_options, with_options
 from .truths import Truths, answers_of, is_lone_letter, joined, letters_of, several_in, whole_number
 
 Kind = Literal["MC", "OE"]
@@ -63,7 +63,7 @@ def read_question(row: Mapping[str, Any], text: str, value: Any, truths: Truths,
     hint = row.get(HINT)
     if isinstance(hint, str) and hint.strip() and hint.strip().casefold() != "nan":
         text = f"{hint.strip()}\n{text}"
-    if not options_in(text):
+    if not shows_options(text, given.texts, given.column):
         text = with_options(text, given.texts)
     return _choice(text, letters, given.texts)
 
@@ -77,8 +77,8 @@ def _from_text(text: str, value: Any, truths: Truths, kind: Kind | None) -> Aske
         letters = tuple(letter_of(answer, ()) or "" for answer in answers_of(value, column))
         if not all(letters):
             raise DataError(
-                f"column {column!r}: the answer {shown(value)} is not among a letter, and the question lists no "
-                "options; correct it"
+                f"column {column!r}: the answer {shown(value)} is no letter, and the question lists no options; "
+                "write the letter, and the options into a column 'options'"
             )
         return _choice(text, tuple(sorted(letters)), ())
     listed = Choices(options, tuple(chr(ord("A") + index) for index in range(len(options))), "question")

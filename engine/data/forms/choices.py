@@ -23,7 +23,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from ...errors import DataError, shown
-from .lettered import options_in
+from .lettered import LINE, options_in
 
 OPTION_COLUMNS = ("options", "choices")
 LINE_COLUMN = "option"
@@ -74,6 +74,9 @@ def _of_cell(value: Any, column: str) -> Choices | None:
     if not isinstance(value, list | tuple) or len(value) > MOST:
         raise DataError(f"column {column!r} must be a list of at most {MOST} texts, got {type(value).__name__}")
     texts = [_text(item, column) for item in value]
+    marks = [found[1] for text in texts if (found := LINE.fullmatch(text))]
+    if marks != sorted(marks) and tuple(sorted(marks)) == _letters(len(texts)):
+        raise DataError(f"column {column!r} letters its options {', '.join(marks)}; write them in the order of letters")
     lettered = options_in("\n".join(texts))
     return Choices(lettered if len(lettered) == len(texts) else tuple(texts), _letters(len(texts)), column)
 

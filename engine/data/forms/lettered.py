@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+
+from ...answers.plain_texts import canonical
+from ...errors import DataError, shown
 
 LINE = re.compile(
     r"^[ \t]*(?:[-*•][ \t]+)?\*{0,2}[(（]?([A-ZＡ-Ｚ])\*{0,2}[.):．、）：]\*{0,2}[ \t\u3000]*(\S.*)$", re.MULTILINE
@@ -29,6 +33,39 @@ def options_in(problem: str) -> tuple[str, ...]:
     """
     lines = _longest((_latin(letter), text.rstrip()) for letter, text in LINE.findall(problem))
     return max(lines, *_inline(problem), key=len)
+
+
+def shows_options(problem: str, options: Sequence[str], column: str) -> bool:
+    """Whether a question lists the options of its row, each by its letter; one that lists others shows them not.
+
+    Raises:
+        DataError: it lists one of them by another letter, so that a letter would mean two things.
+    """
+    there, given = [list(map(_plain, texts)) for texts in (options_in(problem), options)]
+    for at, (text, own) in enumerate(zip_longest(there, given)):
+        if text is not None and text != own and text in given:
+            other = given.index(text)
+            raise DataError(
+                f"column {column!r} has {shown(options[other])} as option {_letter(other)}, and the question lists it "
+                f"as {_letter(at)}; write them in one order, or take the list out of the question"
+            )
+    # The last of a line may have the rest of the sentence behind it.
+    pairs = zip(there, given, strict=False)
+    return len(there) >= len(given) and all(text == own or text.startswith(f"{own} ") for text, own in pairs)
+
+
+def says_options(problem: str, options: Sequence[str]) -> bool:
+    """Whether a question names all its options in words of its own, without letters: `red or blue?`"""
+    words = f" {canonical(problem)} "
+    return not options_in(problem) and all(f" {_plain(option)} " in words for option in options)
+
+
+def _plain(text: str) -> str:
+    return canonical(text) or text.strip()
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index)
 
 
 def with_options(problem: str, options: Sequence[str]) -> str:

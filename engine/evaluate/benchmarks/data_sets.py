@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import DataError
@@ -80,3 +81,13 @@ def source_of(name: str, data: str | None) -> str:
         f"data: expected {name}'s files for --benchmark {name}, got {got}; get them by `{known.get}` and name the "
         "folder with --data"
     )
+
+
+def has_splits(name: str, source: str) -> bool:
+    """Whether a benchmark's data come in parts: on the hub and in what is downloaded from there, or by their names."""
+    path = Path(source).expanduser()
+    if not DATA_SETS[name].split or path.is_file():
+        return False
+    if name == "mathvista" or not path.is_dir():
+        return True
+    return next(path.rglob("*.parquet"), None) is not None

@@ -12,7 +12,7 @@ from ..graders import Graders, Kept
 from ..store import Item
 from . import compbench, dpg_bench, geneval_prompts, mathvista, mmbench, mmmu, pope, wise
 from .benchmark_outcome import Scored
-from .data_sets import DATA_SETS, source_of
+from .data_sets import DATA_SETS, has_splits, source_of
 from .layouts import Source
 
 
@@ -51,9 +51,11 @@ def load_benchmark_prompts(
         think: questions ask to think in tags, as CoRL's training does.
 
     Raises:
-        DataError: what its reader says, or there is nothing in it.
+        DataError: what its reader says, there is nothing in it, or it has no splits and one is named.
     """
     found = source_of(name, data)
+    if split is not None and not has_splits(name, found):
+        raise DataError(f"split: expected none for {name} of {found}, got {split!r}: it has no splits; leave it out")
     source = Source(name=found, split=split or DATA_SETS[name].split, image_folder=image_folder, think=think)
     prompts = KNOWN[name].load(source)
     if not prompts:

@@ -114,7 +114,7 @@ def _choices(row: Row) -> tuple[str, ...]:
 def score(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -> Scored:
     """By rules, and the judge where rules cannot read the answer."""
     read = {item.prompt.id: value_of(said(item), item, sure=True) for item in items}
-    right = {item.prompt.id: read[item.prompt.id] == _right(item) for item in items}
+    right = {item.prompt.id: _is_right(read[item.prompt.id], item) for item in items}
     unread = [item for item in items if read[item.prompt.id] is None and said(item).strip()]
     asked = [(item, _question(item)) for item in unread]
     missing = graders.missing("mathvista")
@@ -146,14 +146,15 @@ def _question(item: Item) -> str:
 
 def judged(reply: str | None, item: Item) -> float | None:
     """1 where the answer that the judge read is right; None where no reply came."""
-    return None if reply is None else float(value_of(reply, item, sure=False) == _right(item))
+    return None if reply is None else float(_is_right(value_of(reply, item, sure=False), item))
 
 
 Value = str | float | tuple[float, ...]
 
 
-def _right(item: Item) -> Value | None:
-    return value_of(item.prompt.answer or "", item, sure=False)
+def _is_right(value: Value | None, item: Item) -> bool:
+    """What is not read is not right, also where the truth is not read either."""
+    return value is not None and value == value_of(item.prompt.answer or "", item, sure=False)
 
 
 def value_of(text: str, item: Item, *, sure: bool) -> Value | None:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...data.forms.choices import list_in
 from ...errors import DataError, shown
 from ...records import Prompt
 from ...show.measured import Measured
@@ -148,8 +149,13 @@ _NUMBERS = (
 
 
 def open_right(text: str, answer: str) -> bool:
-    """Whether a text holds the answer: as a part of what it concludes, or as a number equal to two decimals."""
-    wanted = _plain(answer)
+    """Whether a text holds the answer: as a part of what it concludes, or as a number equal to two decimals.
+
+    `answer` may be a list in text, as the hub has it (`['$MgS$', 'MgS']`), of which any is right.
+    """
+    written = list_in(answer) if answer.startswith("[") else None
+    several = [one for one in written if isinstance(one, str)] if isinstance(written, list) else []
+    wanted = [value for one in several or [answer] for value in _plain(one)]
     for one in {value for part in _conclusions(text) for value in _values(part)}:
         if isinstance(one, str):
             if any(isinstance(right, str) and right in one for right in wanted):
