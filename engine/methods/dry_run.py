@@ -26,9 +26,8 @@ from ..records import Prompt
 from ..rewards.hooks import state_of
 from ..rewards.images.image_rewards import NAMED
 from ..rewards.trial import try_rewards
-from ..rewards.yours.custom import load_reward
+from ..rewards.yours.custom import load_reward, own_column
 from ..rollout.capacity import check_lengths, check_plans, remarks_on
-from ..settings.reward_specs import reward_name
 from ..settings.train_config import TrainConfig, WorldName
 from ..settings.yaml_files import to_yaml
 from ..show.names import training_task_words
@@ -192,9 +191,11 @@ def _interpreter() -> str:
 
 
 def try_own_rewards(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], say: Callable[[str], None]) -> None:
-    """Loads the user's own rewards and calls each once, as a run does; RewardSpecError where one fails."""
+    """Loads the user's own rewards and calls each once, as a run does; RewardSpecError where one fails, ConfigError
+    where one judges neither texts nor images."""
     specs = [spec for spec in config.reward_funcs if spec not in (*config.REWARDS, *NAMED)]
-    own = {reward_name(spec): load_reward(spec, budget=0.9 * config.reward_timeout) for spec in specs}
+    loaded = {spec: load_reward(spec, budget=0.9 * config.reward_timeout) for spec in specs}
+    own = {c.name: c.function for c in (own_column(spec, one, 1.0, "text") for spec, one in loaded.items())}
     problems = try_rewards(
         own,
         prompts,

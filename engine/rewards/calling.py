@@ -10,6 +10,7 @@ cannot be contained here: yours/isolated.py runs such functions in a process of 
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import math
 import sys
@@ -24,9 +25,13 @@ import torch
 
 from .hooks import HOOKS, Logged, TrainerState, hooks_of
 from .reward import Columns, RewardFunction, RewardValues, checked
+from .torch_state import torch_left_alone
 
 CANCELLED = 5.0
 """Seconds that a late function has to come back once its `cancel` was called."""
+
+PACKAGE = __name__.partition(".rewards.")[0] + "."
+"""Functions of this package change nothing of what they are shown."""
 
 _abandoned: dict[int, threading.Thread] = {}
 """Threads that outlived their timeout, by id of their function (which the thread keeps alive, so the id stays its own).
@@ -51,12 +56,18 @@ def call_all(
 
     Args:
         functions: by name.
-        columns: their keyword arguments; each function gets lists of its own.
+        columns: their keyword arguments; each function gets lists of its own, a user's also images of its own.
         timeout: seconds that a function may take, counted from the common start.
         state: of the training, for those that ask for it.
     """
+    with torch_left_alone():
+        return _called_all(functions, columns, timeout, state or TrainerState())
+
+
+def _called_all(
+    functions: Mapping[str, RewardFunction], columns: Columns, timeout: float, state: TrainerState
+) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
-    state = state or TrainerState()
     threads: dict[str, threading.Thread] = {}
     deadline = time.monotonic() + timeout
     for name, function in functions.items():
@@ -66,7 +77,7 @@ def call_all(
             continue
         _abandoned.pop(id(function), None)
         outcome = outcomes[name] = Outcome(logged=Logged(name, len(columns["images"])))
-        given = (name, function, _copied(columns), outcome, deadline, state)
+        given = (name, function, _copied(columns, function), outcome, deadline, state)
         thread = threading.Thread(target=call, args=given, name=f"reward-{name}", daemon=True)
         try:
             thread.start()
@@ -87,10 +98,21 @@ def call_all(
     return outcomes
 
 
-def _copied(columns: Columns) -> Columns:
-    """Fresh lists for each function, so that none can change what another sees; their entries are shared."""
+def _copied(columns: Columns, function: RewardFunction) -> Columns:
+    """Lists of its own for each function, so that none can change what another sees, what is kept of a trajectory, or
+    the data; for those of this package their entries are shared."""
     own = {name: list(column) for name, column in columns.items()}
-    return own | {"completion_ids": [list(ids) for ids in columns["completion_ids"]]}
+    own |= {"completion_ids": [list(ids) for ids in columns["completion_ids"]]}
+    if str(getattr(function, "__module__", None) or type(function).__module__).startswith(PACKAGE):
+        return own
+    return {name: [_entry(value) for value in column] for name, column in own.items()}
+
+
+def _entry(value: Any) -> Any:
+    """What could be written into, copied."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return copy.deepcopy(value) if isinstance(value, list | dict) else value
 
 
 def _stuck_at(thread: threading.Thread) -> str:

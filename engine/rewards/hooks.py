@@ -88,7 +88,7 @@ class Logged:
 
     def log_metric(self, name: str, value: Any) -> None:
         """Raises TypeError or ValueError where `value` is not one number."""
-        self.metrics.setdefault(str(name), []).append(float(value))
+        self.metrics.setdefault(encodable(str(name)), []).append(float(value))
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
         """Raises RewardError where there are not n values. The same column again takes the place of the first."""
@@ -100,12 +100,20 @@ class Logged:
                 f"log_extra({str(column)!r}): expected {self.count} values, one per trajectory, got {len(listed)}; "
                 "log one for each completion",
             )
-        self.extras[str(column)] = [plain(value) for value in listed]
+        self.extras[encodable(str(column))] = [plain(value) for value in listed]
+
+
+def encodable(text: str) -> str:
+    """`text` as UTF-8 can carry it: halves of surrogate pairs, which a tokenizer's or JSON's pieces may end in, as
+    their numbers."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def plain(value: Any) -> Any:
     """A logged value as JSON and a pipe can carry it: numbers, texts, lists and dicts so, all else in words."""
-    if value is None or isinstance(value, str | bool | int):
+    if isinstance(value, str):
+        return encodable(value)
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -114,10 +122,10 @@ def plain(value: Any) -> Any:
             return f"{type(value).__name__} {list(value.shape)} of {value.dtype}"
         return plain(value.tolist())
     if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
+        return {encodable(str(name)): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return str(value)[:MOST_TEXT]
+    return encodable(str(value)[:MOST_TEXT])
 
 
 def hooks_of(function: Callable[..., Any], logged: Logged, state: TrainerState) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from typing import Any
 
 from ..records import Prompt
 from ..show.names import RANGES
+from .calling import PACKAGE
 from .ensemble import RewardSet
+from .reward import RewardFunction
 
 
 def told_rewards(rewards: RewardSet, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -24,11 +26,18 @@ def told_rewards(rewards: RewardSet, prompts: Sequence[Prompt]) -> dict[str, Any
             "weight": c.weight,
             "kind": c.kind,
             "who": str(getattr(c.function, "who", "")),
-            "range": _range(getattr(c.function, "range", RANGES.get(c.name))),
+            "range": _range(getattr(c.function, "range", None if is_own(c.function) else RANGES.get(c.name))),
+            "own": is_own(c.function),
         }
         for c in rewards.columns()
     ]
     return {"rewards": columns, "shared": any(prompt.sample is not None for prompt in prompts)}
+
+
+def is_own(function: RewardFunction) -> bool:
+    """Whether it is a user's, or a server's, whatever its name: one called `accuracy` need not be ours."""
+    where = str(getattr(function, "__module__", None) or type(function).__module__)
+    return not where.startswith(PACKAGE) or where.startswith(f"{PACKAGE}rewards.yours.")
 
 
 def _range(ends: Any) -> list[float] | None:

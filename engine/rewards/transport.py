@@ -171,11 +171,12 @@ class Transport:
         if expired or isinstance(error, TimeoutError):
             return ChatError(f"{self.host}: no answer within {seconds:.3g} s", again=True)
         lost = isinstance(error, ConnectionError | http.client.IncompleteRead)
-        return ChatError(f"{self.host}: {type(error).__name__}", again=lost)
+        said = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""  # no host, no certificate
+        return ChatError(f"{self.host}: {type(error).__name__}{said}", again=lost)
 
     def _refused(self, status: int, after: str | None, data: bytes, key: str | None) -> ChatError:
         if 300 <= status < 400:
-            problem = f"HTTP {status}, a redirect; refused, give its target as base_url"
+            problem = f"HTTP {status}, a redirect; refused, give its target as the address"
             return ChatError(f"{self.host}: {problem}", status=status)
         said = " ".join(self.words(data[: self.max_bytes]).split())
         if key:

@@ -25,6 +25,13 @@ MOST_PROMPTS = 4
 """Shown: each brings two trajectories."""
 OURS = ("syncr1.engine.rewards.builtin.", "syncr1.engine.rewards.judge.attribute_judge", "syncr1.engine.world.")
 
+ADAPTED = "syncr1.engine.rewards.yours."
+_READS_A_CHAT = (
+    r"^TypeError: string indices must be integers"
+    r"|^AttributeError: 'str' object has no attribute '(get|content|role|items)'|^IndexError: string index out of range"
+)
+"""Python's words where `completion[0]["content"]`, or a message's `.get`, meets a text."""
+
 Encode = Callable[[str], Sequence[int]]
 
 
@@ -114,7 +121,15 @@ def _problem(name: str, function: RewardFunction, error: BaseException, columns:
     said = told(error)
     if isinstance(error, TimeoutError):
         return f"{head}: {error}; load what is slow when the file is imported, or raise --reward_timeout"
-    return f"{head} failed with {said}{'' if raised_at(error) else _remedy(said, columns)}"
+    return f"{head} failed with {said}{_of_chats(function, error) if raised_at(error) else _remedy(said, columns)}"
+
+
+def _of_chats(function: RewardFunction, error: BaseException) -> str:
+    """What to do where a function takes texts for conversations, as TRL's do that read `completion[0]["content"]`."""
+    name = getattr(function, "__module__", "")
+    if str(name).startswith(ADAPTED) or not re.search(_READS_A_CHAT, f"{type(error).__name__}: {error}"):
+        return ""
+    return "; prompts and completions are texts here: read them as such, or put trl_chat@ before its place"
 
 
 def _remedy(said: str, columns: Columns) -> str:
@@ -123,7 +138,11 @@ def _remedy(said: str, columns: Columns) -> str:
         return ""
     if "unexpected keyword argument" in said:
         return "; a reward gets every column as a keyword, and there may be more of them: end its parameters with **_"
+    if "positional-only argument" in said:
+        return "; a reward gets every column as a keyword: leave out the / behind its parameters"
     missing = re.findall(r"'(\w+)'", said) if "missing" in said and "required" in said else []
+    if missing and set(missing) <= set(columns):
+        return "; a reward gets every column as a keyword: leave out the / behind its parameters"
     if missing:
         return f"; the data have no such column; there are {', '.join(columns)}"
     return ""

@@ -2,7 +2,10 @@
 
 `rewards.json` holds what a training is paid for:
 
-    {"rewards": [{"name": "judge", "weight": 0.39, "kind": "image", "who": "…", "range": [0, 1]}, …], "shared": false}
+    {"rewards": [{"name": "judge", "weight": 0.39, "kind": "image", "who": "…", "range": [0, 1], "own": false}, …],
+     "shared": false}
+
+`own` is of a user's: what its name means is not known, also where a reward of ours is called so.
 """
 
 from __future__ import annotations
@@ -25,6 +28,13 @@ def reward_lines(content: Mapping[str, Any]) -> list[str]:
         return []
     total = " + ".join(f"{part['weight']:.3g} {part['name']}" for part in parts)
     return [f"reward = {total}{_total_range(parts, content.get('shared') is True)}", *map(_line, parts)]
+
+
+def own_names(content: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the rewards that are a user's."""
+    listed = content.get("rewards")
+    parts = [part for part in listed if isinstance(part, Mapping)] if isinstance(listed, list) else []
+    return frozenset(str(part.get("name")) for part in parts if part.get("own") is True)
 
 
 def _total_range(parts: Sequence[Mapping[str, Any]], shared: bool) -> str:
@@ -52,7 +62,8 @@ def _line(part: Mapping[str, Any]) -> str:
     name, who = part["name"], part.get("who")
     known = _range(part)
     head = f"{name}, {known[0]:g} to {known[1]:g}" if known else name
-    said = [REWARDS.get(name, "a function of yours"), f"said by {who}" if isinstance(who, str) and who else ""]
+    own = part.get("own") is True or name not in REWARDS
+    said = ["a function of yours" if own else REWARDS[name], f"said by {who}" if isinstance(who, str) and who else ""]
     return f"{head}: {'; '.join(word for word in said if word)}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from .charts import SMOOTH_FROM, line_chart, stacked_chart
-from .in_words import clipping_words, reward_lines
+from .in_words import clipping_words, own_names, reward_lines
 from .markup import section, words
 from .names import STAGES, reward_words, task_words
 from .run_files import Points, Rows, Run, metrics_in, points
@@ -98,7 +98,7 @@ SMOOTHED = f" Curves of {SMOOTH_FROM} steps and more are smoothed, over a faint 
 def curves(run: Run) -> str:
     """Every curve that the run has values for."""
     rows = run.rows
-    drawn = reward_chart(rows) + held_out_chart(rows) + "".join(line_of(curve, rows) for curve in CURVES[:2])
+    drawn = reward_chart(run) + held_out_chart(rows) + "".join(line_of(curve, rows) for curve in CURVES[:2])
     drawn += sampled_chart(rows) + stacked_chart("Time of a step", stages(rows), unit="seconds")
     drawn += "".join(line_of(noted(curve, run), rows) for curve in CURVES[2:])
     lead = HOW_TO_READ + (SMOOTHED if len(rows) >= SMOOTH_FROM else "")
@@ -134,10 +134,11 @@ def loss_words(settings: Mapping[str, object]) -> str:
     return f"The sum of {'; '.join(parts)}."
 
 
-def reward_chart(rows: Rows, title: str = "Reward") -> str:
+def reward_chart(run: Run, title: str = "Reward") -> str:
     """The total and each reward, by their names in words."""
+    rows, own = run.rows, own_names(run.rewards)
     parts = metrics_in(rows, "rewards/", "/mean")
-    metrics = {"reward": "total"} | {name: reward_words(name.split("/")[1]) for name in parts}
+    metrics = {"reward": "total"} | {name: _reward_of(name, own) for name in parts}
     note = "Mean over the step's trajectories; higher is better."
     return line_chart(title, _lines(rows, metrics), unit="reward", note=note)
 
@@ -212,8 +213,9 @@ def overlaid(runs: Sequence[tuple[str, Run]], title: str = "Curves of both", anc
     metrics = dict.fromkeys(
         ["reward", *(name for _, run in runs for name in metrics_in(run.rows, "rewards/", "/mean"))]
     )
+    own = frozenset[str]().union(*(own_names(run.rewards) for _, run in runs))
     charts = [
-        Curve("Reward, total" if m == "reward" else f"Reward: {_reward_of(m)}", {m: ""}, "reward", "", False)
+        Curve("Reward, total" if m == "reward" else f"Reward: {_reward_of(m, own)}", {m: ""}, "reward", "", False)
         for m in metrics
     ]
     for curve in CURVES:
@@ -239,5 +241,7 @@ def overlaid(runs: Sequence[tuple[str, Run]], title: str = "Curves of both", anc
     return section(title, f'<div class="charts">{drawn}</div>' if drawn else "", anchor, HOW_TO_READ + SMOOTHED)
 
 
-def _reward_of(metric: str) -> str:
-    return reward_words(metric.split("/")[1])
+def _reward_of(metric: str, own: frozenset[str]) -> str:
+    """A reward in words; one of a user's own by its name alone, beside ours of that name or the total in quotes."""
+    name = metric.split("/")[1]
+    return reward_words(name) if name not in own else f"“{name}”" if name == "reward" else name

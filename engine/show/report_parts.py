@@ -150,7 +150,7 @@ def _part(part: Part, running: bool) -> str:
     link = quote(part.name)
     own = f'<p><a href="{link}/report.html">The whole page of this training</a></p>' if part.run.rows else ""
     rows = part.run.rows
-    charts = reward_chart(rows) + "".join(line_of(curve, rows) for curve in CURVES[:2])
+    charts = reward_chart(part.run) + "".join(line_of(curve, rows) for curve in CURVES[:2])
     drawn = f'{rewards_said(part.run)}<div class="charts">{charts}</div>' if charts else ""
     samples = ""
     if part.run.sheets and (outcome.kind == "running" or not running):

@@ -117,7 +117,7 @@ def test_own_rewards_say_what_they_judge() -> None:
 
 def test_own_rewards_judge_texts_or_images(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def odd(**_): return []\nodd.kind = 'video'\n")
-    with pytest.raises(ConfigError, match=r"mine\.py:odd is of kind 'video'; expected 'text' or 'image'"):
+    with pytest.raises(ConfigError, match=r"expected 'text' or 'image' as the kind of .*odd, got 'video'; set"):
         parts_of(reward_funcs=("format", f"{tmp_path}/mine.py:odd")).of("mcq", sharp_policy())
 
 

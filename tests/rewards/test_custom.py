@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from syncr1.engine.errors import RewardSpecError
 from syncr1.engine.rewards.yours.custom import load_reward
@@ -47,6 +48,10 @@ def make_of(model):
 
 def broken():
     raise OSError("no weights there")
+
+class Parsing:
+    def __init__(self):
+        raise SystemExit("usage: scores.py --model NAME")
 
 def compute_score(data_source, solution_str, ground_truth, extra_info):
     return {"score": float(solution_str == ground_truth)}
@@ -114,6 +119,7 @@ def test_an_adapter(file: str) -> None:
         ("my_rewards.py:Needy", "without arguments.*'model'.*make"),
         ("my_rewards.py:make_of()", "without arguments.*'model'"),
         ("my_rewards.py:broken()", "OSError: no weights there"),
+        ("my_rewards.py:Parsing", "ends the program .exit usage: scores.py --model NAME.; have it raise"),
         (
             "no_such_package_here.rewards:f",
             "no module 'no_such_package_here'; install it, put its folder",
@@ -152,3 +158,14 @@ def test_a_file_that_ends_the_program_is_told(tmp_path: Path, ends: str) -> None
     (tmp_path / "r.py").write_text(f"import argparse, sys\ndef f(*, completions, **_): return []\n{ends}\n")
     with pytest.raises(RewardSpecError, match="ends the program"):
         load_reward(f"{tmp_path / 'r.py'}:f")
+
+
+def test_what_a_file_sets_in_torch_stays_with_it(tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text(
+        "import torch\ntorch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\n"
+        "torch.set_default_device('meta')\ntorch.use_deterministic_algorithms(True)\n"
+        "def f(*, completions, **_): return []\n"
+    )
+    load_reward(f"{tmp_path / 'r.py'}:f")
+    assert torch.is_grad_enabled() and torch.ones(1).dtype == torch.float32
+    assert torch.ones(1).device.type == "cpu" and not torch.are_deterministic_algorithms_enabled()

@@ -72,6 +72,8 @@ def test_what_is_logged_is_plain_and_one_for_each() -> None:
     assert table.extras == {"tensor": [1.5, None], "lists": [[0], None]}, "the later one of a name stands"
     assert plain(torch.zeros(3, 64, 64)) == "Tensor [3, 64, 64] of torch.float32", "no picture in numbers"
     assert plain({"box": (1, Path("x")), 2: np.arange(2)}) == {"box": [1, "x"], "2": [0, 1]}
+    half = {"half\ud800": ["\udc80", Path("\ud800")]}
+    assert plain(half) == {"half\\ud800": ["\\udc80", "\\ud800"]}, "as a file of UTF-8 can hold it"
 
 
 @pytest.mark.parametrize("values", [[1], [1, 2, 3], []])

@@ -153,7 +153,12 @@ def test_what_cannot_get_better_is_not_asked_again(unirl_server: ScorerServer) -
 
 
 def shown(count: int = 1) -> dict[str, Any]:
-    return {"images": [coloured(1.0)] * count, "prompts": ["red"] * count, "completions": [""] * count}
+    return {
+        "images": [coloured(1.0)] * count,
+        "prompts": ["red"] * count,
+        "completions": [""] * count,
+        "answer": [None] * count,
+    }
 
 
 def test_one_batch_that_fails_costs_its_rows_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -191,9 +196,11 @@ class Opens:
         ({"scores": []}, "expected 1 scores in the answer, one per row, got 0"),
         ({"other": [1.0]}, "expected 1 scores in the answer, one per row, got none"),
         ({"scores": [float("nan")]}, "expected finite numbers as scores, got nan"),
-        ({"scores": ["1.0"]}, "expected finite numbers as scores, got 1.0"),
+        ({"scores": ["1.0"]}, "expected finite numbers as scores, got '1.0'"),
         ({"scores": [True]}, "expected finite numbers as scores, got True"),
         ({"scores": [1e39]}, "too large for a float32"),
+        ({"scores": [10**400]}, "expected finite numbers as scores, got 1000000"),
+        ({"scores": (1.0, 2.0)}, "expected 1 scores in the answer, one per row, got 2"),
         ({"scores": torch.ones(1)}, "torch.storage._load_from_bytes, which is no plain value"),
         ([1.0], "got none"),
     ],
@@ -201,6 +208,30 @@ class Opens:
 def test_answers_that_are_none_are_refused_by_name(answer: Any, said: str) -> None:
     with serving(lambda *_: (200, pickle.dumps(answer))) as server, pytest.raises(ChatError, match=said):
         RemoteReward(f"flow_grpo@{server.url}", retries=0)(**shown())
+
+
+@pytest.mark.parametrize(
+    ("codebase", "answer"),
+    [
+        ("openrlhf", f'{{"rewards": [{10**400}, 0.5]}}'.encode()),
+        ("unirl", f'{{"results": [{{"red": {{"red": {10**400}}}}}, {{"red": {{"red": 0.5}}}}]}}'.encode()),
+        ("verl_omni", pickle.dumps({"scores": (10**400, 0.5)})),
+    ],
+)
+def test_one_number_that_cannot_be_costs_its_row_alone(codebase: str, answer: bytes) -> None:
+    with serving(lambda *_: (200, answer)) as server:
+        reward = RemoteReward(f"{codebase}@{server.url}#red")
+        assert reward(**shown(2)) == [None, 0.5]
+        assert reward.num_failed_calls == 1
+
+
+def test_an_address_that_leads_nowhere_is_told_in_words() -> None:
+    with pytest.raises(ChatError, match=r"scorer\.invalid: gaierror: \S+"):
+        RemoteReward("openrlhf@https://scorer.invalid/score", retries=0)(**shown())
+    with serving(lambda *_: (200, b"")) as server, pytest.raises(ChatError, match=r"SSLError: .*(version|record)"):
+        RemoteReward(f"openrlhf@{server.url.replace('http', 'https')}", retries=0)(**shown())
+    with serving(lambda *_: (301, b"")) as server, pytest.raises(ChatError, match="give its target as the address"):
+        RemoteReward(f"openrlhf@{server.url}")(**shown())
 
 
 def test_an_answer_runs_nothing(tmp_path: Path) -> None:

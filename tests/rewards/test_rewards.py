@@ -26,9 +26,9 @@ import torch.distributed as dist
 
 from syncr1.engine.errors import RewardError
 from syncr1.engine.records import Prompt, Rollout, Segment
-from syncr1.engine.rewards.calling import still_running
+from syncr1.engine.rewards.calling import call_all, still_running
 from syncr1.engine.rewards.ensemble import build_rewards, combine
-from syncr1.engine.rewards.reward import columns_of, mode_of
+from syncr1.engine.rewards.reward import columns_for, columns_of, mode_of
 from syncr1.engine.rewards.scoring import score
 
 
@@ -339,6 +339,23 @@ def test_no_function_sees_what_another_did_to_the_columns() -> None:
         return [0.0] * len(completions)
 
     assert score(group(["a", "bb"]), {"vandal": vandal, "length": lengths}).values[:, 1].tolist() == [1.0, 2.0]
+
+
+def test_nor_what_it_did_to_a_picture_to_the_data_or_to_torch() -> None:
+    about, images = {"tag": "position", "include": [{"count": 1}]}, [torch.ones(3, 2, 2)]
+    prompt = Prompt(id="a", task="t2i", text="a dog", segments=("image",), extra={"metadata": about})
+    columns = columns_for([prompt], [""], images)
+
+    def vandal(*, images: list[torch.Tensor], metadata: list[dict[str, Any]], **_: Any) -> list[float | None]:
+        images[0].zero_()
+        metadata[0].pop("tag")
+        metadata[0]["include"][0].clear()
+        torch.set_default_dtype(torch.float64)
+        return [float(images[0].sum())]
+
+    assert call_all({"vandal": vandal}, columns, 5.0)["vandal"].values == [0.0]
+    assert images[0].sum() == 12 and about == {"tag": "position", "include": [{"count": 1}]}
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_anchors_are_not_shown_and_have_no_reward() -> None:

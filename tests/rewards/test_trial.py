@@ -50,6 +50,8 @@ def tensor(*, prompts, **_): return torch.zeros(len(prompts))
 def square(*, prompts, **_): return torch.zeros(2, len(prompts))
 def positional(prompts, /, **_): return [0.0]
 def nothing(**_): pass
+def chat(*, completions, **_): return [1.0 * len(message[0]["content"]) for message in completions]
+def chats(*, prompts, **_): return [1.0 * len(message[-1].get("content")) for message in prompts]
 def leaves(**_): raise SystemExit(3)
 
 async def server_is_away(*, prompts, **_):
@@ -108,7 +110,12 @@ def line_of(text: str) -> int:
         ("many_words", "ValueError: could not convert string to float: 'much', at mine.py:{here} in many_words"),
         ("column", "'difficulty'; the data have no such column; there are id, task, text"),
         ("square", "expected 6 values in one dimension, got an array of shape (2, 6); return one number for each"),
-        ("positional", "missing 1 required positional argument: 'prompts'"),
+        (
+            "positional",
+            "missing 1 required positional argument: 'prompts'; a reward gets every column as a keyword: leave out",
+        ),
+        ("chat", "; prompts and completions are texts here: read them as such, or put trl_chat@"),
+        ("chats", "; prompts and completions are texts here"),
         ("nothing", "expected a list of 6 numbers or None, got NoneType"),
         ("leaves", "SystemExit: 3, at mine.py:{here} in leaves"),
         ("server_is_away", "ConnectionError: no server, at mine.py:"),
@@ -116,7 +123,7 @@ def line_of(text: str) -> int:
     ],
 )
 def test_what_fails_always_is_said_in_a_line_with_its_place(mine: Path, spec: str, said: str) -> None:
-    here = line_of(f"def {spec}") if f"def {spec}" in MINE else line_of(f"class {spec}")
+    here = line_of(f"def {spec}(") if f"def {spec}(" in MINE else line_of(f"class {spec}")
     (line,) = tried(f"mine.py:{spec}")
     assert said.format(here=here) in line and "\n" not in line
     assert line.startswith(f"reward {spec!r} (mine.py:{here + (spec == 'Deep')}): a trial call before training")

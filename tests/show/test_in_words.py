@@ -22,7 +22,9 @@ from syncr1.engine.rewards.judge.llm_judge import LLMJudge
 from syncr1.engine.rewards.told import told_rewards
 from syncr1.engine.show.display import Display
 from syncr1.engine.show.in_words import clipping_words, reward_lines
+from syncr1.engine.show.names import reward_words
 from syncr1.engine.show.report import body_of
+from syncr1.engine.show.report_curves import curves, overlaid
 from syncr1.engine.show.run_files import read_run
 from syncr1.engine.show.runlog import RunLog
 
@@ -47,6 +49,18 @@ def test_the_total_explains_itself() -> None:
 def test_a_reward_of_ones_own_has_no_range_and_neither_has_the_total() -> None:
     said = lines(READER, Column("brevity", lambda **_: [], 0.5, "text"))
     assert said[0] == "reward = 0.65 judge + 0.35 text + 0.5 brevity" and said[3] == "brevity: a function of yours"
+
+
+@pytest.mark.parametrize("name", ["accuracy", "clip", "reward"])
+def test_one_that_is_called_like_a_built_in_is_told_as_ones_own(name: str, tmp_path: Path) -> None:
+    content = told_rewards(RewardSet.of([Column(name, lambda **_: [], 1.0, "text")]), [])
+    assert reward_lines(content) == [f"reward = 1 {name}", f"{name}: a function of yours"]
+    rows = [{"step": step, "reward": 1.0, f"rewards/{name}/mean": 0.5 * step} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rewards.json").write_text(json.dumps(content))
+    run = read_run(tmp_path)
+    for page in (curves(run), overlaid([("a", run), ("b", run)])):
+        assert "“reward”" in page if name == "reward" else reward_words(name) not in page and name in page
 
 
 @pytest.mark.parametrize("odd", [5, "ab", (1, "2"), [1, 2, 3], range(2), object()])

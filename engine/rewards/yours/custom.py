@@ -14,10 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ...errors import ConfigError, IsolatedError, RewardSpecError
+from ...errors import ConfigError, IsolatedError, RewardSpecError, shown
 from ...settings.reward_specs import is_address, reward_name
 from ..ensemble import Column
 from ..reward import RewardFunction
+from ..torch_state import torch_left_alone
 from .adapters import ADAPTERS
 from .isolated import IsolatedReward
 from .remote import BUDGET, RemoteReward
@@ -34,7 +35,9 @@ def own_column(spec: str, function: RewardFunction, weight: float, otherwise: st
     """
     kind = str(getattr(function, "kind", otherwise))
     if kind not in ("text", "image"):
-        raise ConfigError(f"reward_funcs: {spec} is of kind {kind!r}; expected 'text' or 'image'")
+        raise ConfigError(
+            f"reward_funcs: expected 'text' or 'image' as the kind of {spec}, got {shown(kind)}; set its `kind`"
+        )
     return Column(reward_name(spec), function, weight, kind)
 
 
@@ -72,6 +75,18 @@ def load_reward(spec: str, *, budget: float = BUDGET) -> RewardFunction:
     attribute = attribute.removesuffix("()")
     if not where or not attribute:
         raise RewardSpecError(f"reward {spec!r}: {FORM}")
+    with torch_left_alone():
+        value = _found(spec, where, attribute, makes)
+    if not callable(value):
+        raise RewardSpecError(
+            f"reward {spec!r}: {attribute!r} is a {type(value).__name__}, which cannot be called; name a function, "
+            "a class or an object with __call__"
+        )
+    return ADAPTERS[adapter](value) if adapter else value
+
+
+def _found(spec: str, where: str, attribute: str, makes: bool) -> Any:
+    """What `attribute` of a file or module is; `makes`, or a class: what calling it gives."""
     value: Any = _load_file(spec, where) if where.endswith(".py") else _load_module(spec, where)
     for part in attribute.split("."):
         if not hasattr(value, part):
@@ -80,14 +95,7 @@ def load_reward(spec: str, *, budget: float = BUDGET) -> RewardFunction:
             known = f"; it has: {', '.join(names[:20])}" if names else ""
             raise RewardSpecError(f"reward {spec!r}: {where} has no {attribute!r}{known}")
         value = getattr(value, part)
-    if makes or inspect.isclass(value):
-        value = _made(spec, value)
-    if not callable(value):
-        raise RewardSpecError(
-            f"reward {spec!r}: {attribute!r} is a {type(value).__name__}, which cannot be called; name a function, "
-            "a class or an object with __call__"
-        )
-    return ADAPTERS[adapter](value) if adapter else value
+    return _made(spec, value) if makes or inspect.isclass(value) else value
 
 
 def _made(spec: str, maker: Any) -> Any:
@@ -104,6 +112,11 @@ def _made(spec: str, maker: Any) -> Any:
         return maker()
     except Exception as error:
         raise RewardSpecError(f"reward {spec!r}: making it failed with {type(error).__name__}: {error}") from error
+    except SystemExit as error:
+        raise RewardSpecError(
+            f"reward {spec!r}: expected what makes it to give a reward back, got one that ends the program (exit "
+            f"{error.code}); have it raise an error, and read no command line"
+        ) from error
 
 
 def _load_module(spec: str, name: str) -> ModuleType:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Protocol
 
 from PIL import Image
 
-from ...errors import ChatError
+from ...errors import ChatError, shown
 from ...pictures import open_picture
 from ...records import Prompt
 from ..hooks import plain
@@ -123,7 +123,7 @@ class Unirl:
             return ChatError(f"{self.reward}: {said or 'neither a score nor an error in the answer'}", status=200)
         for name, value in metrics.items():
             if not _is_score(value):
-                return ChatError(f"{self.reward}: expected a finite {name}, got {value!r}", status=200)
+                return ChatError(f"{self.reward}: expected a finite {name}, got {shown(value, 40)}", status=200)
         if self.metric and self.metric not in metrics:
             raise ChatError(f"{self.reward}: no {self.metric!r} in the answer; it has {', '.join(metrics)}", status=200)
         return float(metrics[self.metric] if self.metric else next(iter(metrics.values())))
@@ -254,20 +254,26 @@ def _json(data: bytes) -> Mapping[str, Any]:
 
 
 def _listed(found: Any, count: int, name: str) -> list[Any]:
-    if not isinstance(found, list) or len(found) != count:
-        got = f"{len(found)}" if isinstance(found, list) else "none"
+    """The entries of a list, or of a pickle's tuple."""
+    if not isinstance(found, list | tuple) or len(found) != count:
+        got = f"{len(found)}" if isinstance(found, list | tuple) else "none"
         raise ChatError(f"expected {count} {name} in the answer, one per row, got {got}", status=200)
-    return found
+    return list(found)
 
 
 def _is_score(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # integers of JSON and of pickles have no limit
+        return False
 
 
 def _scored(value: Any, name: str) -> float | ChatError:
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not _is_score(value):
-        return ChatError(f"expected finite numbers as {name}, got {str(value)[:40]}", status=200)
+        return ChatError(f"expected finite numbers as {name}, got {shown(value, 40)}", status=200)
     return float(value)
 
 
