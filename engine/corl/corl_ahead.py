@@ -9,12 +9,13 @@ from typing import Any
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 
 from ..learn.ahead_worker import Side, work
+from ..methods.bad_rows import BadRows
 from ..methods.starting import add_adapters, quieten, starting_policy
 from ..settings.yaml_files import from_yaml
 from ..show.display import Display
 from .config import CorlConfig
-from .parts import Parts, credit_of_training
-from .training_data import stream_of, training_samples
+from .parts import Parts, credit_of_training, data_of
+from .training_data import stream_of
 
 
 def side(told: Mapping[str, Any]) -> Side:
@@ -22,8 +23,9 @@ def side(told: Mapping[str, Any]) -> Side:
     quieten()
     run, config = (from_yaml(CorlConfig, told[part]) for part in ("run", "training"))
     name = told["name"]
-    parts = Parts(replace(run, eval_samples=0), lambda line: None)
-    samples = training_samples(run, name, parts.data, parts.instruction)
+    data = data_of(run, BadRows(without=told["skipped"]))  # which the run has checked
+    parts = Parts(replace(run, eval_samples=0), lambda line: None, data)
+    samples = data.samples(name)
     policy = starting_policy(config, told["model"], Display(max_steps=config.max_steps, quiet=True))
     if config.lora_rank:
         add_adapters(config, policy)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from ..data.samples import Sample
 from ..errors import DataError
@@ -19,7 +18,7 @@ from .config import CorlConfig, Training
 from .needs import check_needs
 from .parts import data_of
 from .reward_parts import SEGMENTS
-from .training_data import all_trainings, check_data, held_out_prompts, stream_of, training_samples
+from .training_data import TrainingData, stream_of
 
 Say = Callable[[str], None]
 
@@ -30,18 +29,18 @@ def plan_all(config: CorlConfig, say: Say = print) -> None:
     Raises:
         As `methods.dry_run.show`, before anything is said of the cost.
     """
-    root, instruction = data_of(config)
+    data = data_of(config)
     if config.data is not None:
-        check_data(config, say)
-    check_needs(config, root, instruction)
-    items = scored_items(config, root, instruction)
-    trainings = all_trainings(config, root, instruction)
+        data.check(say)
+    check_needs(config, data)
+    items = scored_items(config, data)
+    trainings = data.trainings()
     told: list[str] = []
     estimates = []
     for number, training in enumerate(trainings):
-        samples = training_samples(config, training, root, instruction)
+        samples = data.samples(training)
         settings = config.for_stage(training, len(samples))
-        told.append(f"\n# {training}: {len(samples)} samples of {root}, {settings.max_steps} steps\n")
+        told.append(f"\n# {training}: {len(samples)} samples of {data.root}, {settings.max_steps} steps\n")
         # The base's scores are those before the first training; each later one has its start's.
         times = 1 + (number == 0) + (number == len(trainings) - 1 and merges(trainings))
         estimates.append(
@@ -81,12 +80,12 @@ def merges(trainings: Sequence[Training]) -> bool:
     return {"mcq", "oe"} <= set(trainings)
 
 
-def scored_items(config: CorlConfig, root: str | Path, instruction: str | None) -> list[Prompt]:
+def scored_items(config: CorlConfig, data: TrainingData) -> list[Prompt]:
     """The held-out items that every model is scored on; none where the data hold none out."""
     if not config.eval_samples:
         return []
     try:
-        benchmark = held_out_prompts(config, root, instruction)
+        benchmark = data.held_out()
     except DataError:
         return []
     return [prompt for batch in by_task(benchmark, config.eval_samples, config.eval_samples) for prompt in batch]

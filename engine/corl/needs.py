@@ -11,23 +11,23 @@ from ..errors import ConfigError
 from ..methods.hub_names import Wanted, gib, look_up, why_unreachable
 from ..methods.model_files import folder_problems
 from .config import CorlConfig
-from .training_data import all_trainings, training_samples
+from .training_data import TrainingData
 
 
-def check_needs(config: CorlConfig, root: str | Path, instruction: str | None = None) -> None:
+def check_needs(config: CorlConfig, data: TrainingData) -> None:
     """Says what has to be downloaded.
 
     Args:
         config: the run's settings.
-        root, instruction: as `training_samples` takes them.
+        data: what is trained on.
 
     Raises:
         ConfigError: a training has fewer samples than a step takes, or a reward's model cannot be had.
         DataError: data that cannot be read.
     """
     drawn = False
-    for training in all_trainings(config, root, instruction):
-        samples = training_samples(config, training, root, instruction)
+    for training in data.trainings():
+        samples = data.samples(training)
         config.for_stage(training, len(samples))
         drawn = drawn or any("image" in prompt.segments for sample in samples for prompt in sample)
     wanted = reward_models(config) if drawn else []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -17,6 +16,7 @@ from ..data.samples import Sample
 from ..errors import DataError
 from ..evaluate.held_out import Evaluator
 from ..learn.credit import CreditRule, shared_advantages
+from ..methods.bad_rows import BadRows
 from ..methods.judges import grader_of, world_reader, world_readers
 from ..methods.sync_r1_parts import own_rewards
 from ..policies.auto import load_policy
@@ -30,16 +30,16 @@ from .config import CorlConfig, Training
 from .evaluator import evaluator_of
 from .needs import check_needs
 from .reward_parts import RewardParts
-from .training_data import held_out_prompts
+from .training_data import TrainingData
 
 Report = Callable[[str], None]
 
 
-def data_of(config: CorlConfig) -> tuple[str | Path, str | None]:
-    """The data's source, and what its questions are put into: the tiny model knows the form without being told."""
+def data_of(config: CorlConfig, rows: BadRows | None = None) -> TrainingData:
+    """The run's data, and what their questions are put into: the tiny model knows the form without being told."""
     if config.data is None:
-        return prepare_x2x(), None
-    return config.data, THINK_THEN_ANSWER if config.think_instruction else None
+        return TrainingData(config, prepare_x2x(), None, rows)
+    return TrainingData(config, config.data, THINK_THEN_ANSWER if config.think_instruction else None, rows)
 
 
 class Parts:
@@ -48,12 +48,12 @@ class Parts:
     Args:
         config: the run's settings.
         report: takes lines about what is being made.
+        data: what is trained on.
     """
 
-    def __init__(self, config: CorlConfig, report: Report) -> None:
-        self.config = config
-        self.data, self.instruction = data_of(config)
-        check_needs(config, self.data, self.instruction)  # before a base is trained, or a model loaded
+    def __init__(self, config: CorlConfig, report: Report, data: TrainingData) -> None:
+        self.config, self.data = config, data
+        check_needs(config, data)  # before a base is trained, or a model loaded
         own = own_rewards(config)  # as well: a file that cannot be loaded is told at once
         self.base = str(corl_base(report=report)) if config.model is None else config.model
         dtype = torch.bfloat16 if config.bf16 else torch.float32
@@ -69,7 +69,7 @@ class Parts:
 
     def _evaluator(self, report: Report) -> Evaluator | None:
         try:
-            benchmark = held_out_prompts(self.config, self.data, self.instruction)
+            benchmark = self.data.held_out()
         except DataError as error:
             report(f"no scores: {error}")
             return None

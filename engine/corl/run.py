@@ -14,6 +14,7 @@ import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from ..data.samples import Sample
 from ..evaluate.held_out import Evaluation
 from ..learn.from_settings import check_order, objective_of
 from ..methods.ahead_start import AheadOf
+from ..methods.bad_rows import BadRows
 from ..methods.starting import add_adapters, loaded_from, starting_policy
 from ..methods.training import (
     EMBEDDED_BASE,
@@ -43,9 +45,9 @@ from .account import TITLES, Account, planned_parts
 from .config import REFINED, CorlConfig
 from .config import Training as TrainingName
 from .models_table import models_table
-from .parts import Parts, credit_of_training
+from .parts import Parts, credit_of_training, data_of
 from .progress import interrupted_run, interrupted_training, is_finished, mark_finished
-from .training_data import all_trainings, check_data, refined_trainings, stream_of, training_samples
+from .training_data import stream_of
 
 EMBEDDED_DATA = "the rendered world of syncr1"
 MAIN_TASKS: Mapping[TrainingName, frozenset[str]] = {
@@ -81,9 +83,10 @@ def every_model(config: CorlConfig, session: Session) -> Summaries:
     """The run itself, on a rank of the process group."""
     display = session.display
     interrupted = interrupted_run(config, display.note)
+    rows = BadRows.of(config, None if interrupted is None else interrupted.run_folder)
     with open_run_log(config.output_dir, config, interrupted) as log:
         session.writes_in(log.folder)
-        corl = CorlRun(config, log, session)
+        corl = CorlRun(config, log, session, rows)
         models = corl.models()
         scored = {name: model.scores for name, model in models.items() if model.scores is not None}
         if scored:
@@ -103,15 +106,16 @@ def every_model(config: CorlConfig, session: Session) -> Summaries:
 class CorlRun:
     """The trainings of a run, which share data, judges and the table of scores."""
 
-    def __init__(self, config: CorlConfig, log: RunLog | NullRunLog, session: Session) -> None:
+    def __init__(self, config: CorlConfig, log: RunLog | NullRunLog, session: Session, rows: BadRows) -> None:
         self.config, self.log, self.session, self.display = config, log, session, session.display
         self.loaded: dict[str, str] = {}
         """Name of a model -> the folder that it was loaded from."""
         self.display.stage("data, starting model and rewards")
+        self.data = one_at_a_time(lambda: data_of(config, rows))
         if config.data is not None and config.stage != "merge":
-            check_data(config, self.display.note)
-        self.parts = one_at_a_time(lambda: Parts(config, self.display.note))
-        self.refined, note = refined_trainings(config, self.parts.data, self.parts.instruction)
+            self.data.check(self.display.note)
+        self.parts = one_at_a_time(lambda: Parts(config, self.display.note, self.data))
+        self.refined, note = self.data.refined()
         if note:
             self.display.note(note)
         self.account = Account(log, planned_parts(config, self.refined))
@@ -144,8 +148,8 @@ class CorlRun:
         config, parts = self.config, self.parts
         if set(config.reward_funcs) <= {*config.REWARDS} - {"judge"} or config.stage == "merge":
             return
-        for name in all_trainings(config, parts.data, parts.instruction):
-            samples = training_samples(config, name, parts.data, parts.instruction)
+        for name in self.data.trainings():
+            samples = self.data.samples(name)
             prompts = [prompt for sample in samples for prompt in sample]
             try_rewards_on(config, parts.rewards(name, parts.frozen, samples), prompts, parts.frozen)
 
@@ -162,7 +166,7 @@ class CorlRun:
 
     def _train(self, name: TrainingName, start: Model) -> Model:
         """One training from a saved model to a saved model."""
-        samples = training_samples(self.config, name, self.parts.data, self.parts.instruction)
+        samples = self.data.samples(name)
         config = self.config.for_stage(
             name,
             len(samples),
@@ -217,12 +221,13 @@ class CorlRun:
             alone=False,
         )
 
-    def _told(self, config: CorlConfig, name: str, folder: str) -> dict[str, str]:
+    def _told(self, config: CorlConfig, name: str, folder: str) -> dict[str, Any]:
         """What another process makes a training's parts from."""
         base = self.config.model
         whole = self.config if base is None else replace(self.config, model=self.loaded.get(base, base))
         run, training = (to_yaml(settings, comments=False) for settings in (whole, config))
-        return {"run": run, "training": training, "name": name, "model": self.loaded.get(folder, folder)}
+        model = self.loaded.get(folder, folder)
+        return {"run": run, "training": training, "name": name, "model": model, "skipped": self.data.skipped}
 
     def _merge(self, name: str, base: str, sources: list[str]) -> Model:
         """Two models into one; rank 0 writes, all wait and score."""

@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..data.loaded import load_pairs, read_whole
-from ..data.samples import KINDS, Kind, Sample, load_samples
+from ..data.loaded import Loaded, load_pairs
+from ..data.samples import KINDS, Kind, Sample, of_kinds
 from ..data.stream import PromptStream, Shuffled
-from ..errors import DataError
+from ..errors import NoSplitError
+from ..methods.bad_rows import BadRows
 from ..methods.data_checks import Say, check_usable, say_unused
 from ..policies.auto import model_draws
 from ..records import Prompt
@@ -33,107 +34,122 @@ WANTED: Mapping[Training, tuple[Kind, ...]] = {
 """The prompts that a training takes."""
 
 
-def training_samples(
-    config: CorlConfig, training: Training, root: str | Path, instruction: str | None = None
-) -> list[Sample]:
-    """The samples of one training.
+class TrainingData:
+    """The data of all trainings of a run, each source read once.
 
     Args:
-        config: whose `data_<training>` replaces `root` in the second stage.
-        training: which one.
+        config: the run's settings; `data_<training>` replaces `root` in the second stage.
         root: the data of the first stage.
         instruction: what questions are put into, where they do not speak of `<think>` themselves; None: nothing.
-
-    Raises:
-        DataError: nothing of this kind is there.
+        rows: what becomes of rows that cannot be used; None: as the settings say.
     """
-    source = getattr(config, f"data_{training}", None) or root
-    samples = load_samples(
-        source,
-        config.data_split,
-        kinds=WANTED[training],
-        instruction=instruction,
-        image_folder=config.image_folder,
-        model_draws=model_draws(config.model),
-    )
-    if training != "unified" or config.unify == "none" or config.strategy == "alternating":
-        samples = [tuple(replace(prompt, sample=None) for prompt in sample) for sample in samples]
-    return samples
 
+    def __init__(
+        self, config: CorlConfig, root: str | Path, instruction: str | None = None, rows: BadRows | None = None
+    ) -> None:
+        self.config, self.root, self.instruction = config, root, instruction
+        self.rows = rows or BadRows.of(config, None)
+        self._draws = model_draws(config.model)
+        self._read: dict[tuple[str, str], Loaded] = {}
 
-def refined_trainings(
-    config: CorlConfig, root: str | Path, instruction: str | None = None
-) -> tuple[tuple[Training, ...], str]:
-    """The second stage's trainings that `stage` asks for and the data has prompts for, and why others are left out.
+    @property
+    def sources(self) -> list[str]:
+        """What is trained on, each once."""
+        config = self.config
+        named = (self.root, config.data_t2i, config.data_mcq, config.data_oe)
+        return list(dict.fromkeys(str(source) for source in named if source is not None))
 
-    Stage `all` on data of one skill has none: its first stage has trained just that.
-    """
-    if config.stage not in ("all", "refined"):
-        return tuple(training for training in REFINED if training == config.stage), ""
-    samples = load_samples(
-        root,
-        config.data_split,
-        instruction=instruction,
-        image_folder=config.image_folder,
-        model_draws=model_draws(config.model),
-    )
-    kinds = {prompt.task for sample in samples for prompt in sample}
-    there = tuple(training for training in REFINED if getattr(config, f"data_{training}") or training in kinds)
-    if config.stage == "all" and ("t2i" not in there or there == ("t2i",)):
-        what = "to draw" if "t2i" not in there else "to answer"
-        return (), f"nothing {what} in {root}: the first stage is all there is; --stage refined trains each kind apart"
-    absent = [training for training in REFINED if training not in there]
-    return there, f"nothing of {', '.join(absent)} in {root}: left out" if absent else ""
+    @property
+    def skipped(self) -> dict[str, str]:
+        """See `Loaded.skipped`, of all that has been read so far."""
+        return {row: words for loaded in self._read.values() for row, words in loaded.skipped.items()}
 
+    def check(self, say: Say) -> None:
+        """Refuses what cannot be used of the user's data, or leaves it out; says what is not used. Collective.
 
-def all_trainings(config: CorlConfig, root: str | Path, instruction: str | None = None) -> tuple[Training, ...]:
-    """The trainings that the settings ask for, of both stages, in their order."""
-    first: tuple[Training, ...] = ()
-    if config.stage in ("all", "unified"):
-        whole = config.strategy in ("unified", "alternating")
-        first = ("unified",) if whole else ("generation", "understanding")
-    return (*first, *refined_trainings(config, root, instruction)[0])
+        Raises:
+            DataError: what cannot be used of it; PictureError: pictures that cannot be read.
+            ConfigError: none of the rewards can score it, or there is no model that could learn from it.
+        """
+        for source in self.sources:
+            loaded = self._of(source, self.config.data_split)
+            say_unused(loaded.unused, say)
+            held_out = plain = None
+            if source == str(self.root) and self.config.eval_samples:
+                with suppress(NoSplitError):  # said where the evaluation is put together
+                    held_out = self._held_out()
+                    loaded.held_out = {"held out": held_out.prompts}
+            if self.config.model is None and self.instruction is not None:
+                plain = self._load(source, self.config.data_split, None).prompts
+            check_usable(self.config, loaded, source, say, self.rows, plain=plain)
+            if held_out is not None:
+                held_out.leave_out(loaded.skipped)
 
+    def samples(self, training: Training) -> list[Sample]:
+        """The samples of one training; DataError where nothing of its kind is there."""
+        config = self.config
+        source = str(getattr(config, f"data_{training}", None) or self.root)
+        samples = of_kinds(self._of(source, config.data_split).samples, WANTED[training], source, config.data_split)
+        if training != "unified" or config.unify == "none" or config.strategy == "alternating":
+            samples = [tuple(replace(prompt, sample=None) for prompt in sample) for sample in samples]
+        return samples
 
-def check_data(config: CorlConfig, say: Say) -> None:
-    """Reads the user's data once for all trainings; says what is not used. Collective.
+    def refined(self) -> tuple[tuple[Training, ...], str]:
+        """The second stage's trainings that `stage` asks for and the data has prompts for, and why others are left
+        out.
 
-    Raises:
-        DataError: what cannot be used of it; PictureError: pictures that cannot be read.
-        ConfigError: none of the rewards can score it, or there is no model that could learn from it.
-    """
-    assert config.data is not None
-    draws, folder = model_draws(config.model), config.image_folder
-    sources = dict.fromkeys(
-        str(source) for source in (config.data, config.data_t2i, config.data_mcq, config.data_oe) if source is not None
-    )
-    for source in sources:
-        loaded = read_whole(source, partial(load_pairs, source, config.data_split, draws=draws, image_folder=folder))
-        say_unused(loaded.unused, say)
-        if source == str(config.data) and config.eval_samples:
-            with suppress(DataError):  # said where the evaluation is put together
-                loaded.held_out = held_out_prompts(config, config.data)
-        check_usable(config, loaded, source, say)
+        Stage `all` on data of one skill has none: its first stage has trained just that.
+        """
+        config, root = self.config, self.root
+        if config.stage not in ("all", "refined"):
+            return tuple(training for training in REFINED if training == config.stage), ""
+        kinds = {prompt.task for prompt in self._of(str(root), config.data_split).prompts}
+        there = tuple(training for training in REFINED if getattr(config, f"data_{training}") or training in kinds)
+        if config.stage == "all" and ("t2i" not in there or there == ("t2i",)):
+            what = "to draw" if "t2i" not in there else "to answer"
+            told = f"nothing {what} in {root}: the first stage is all there is; --stage refined trains each kind apart"
+            return (), told
+        absent = [training for training in REFINED if training not in there]
+        return there, f"nothing of {', '.join(absent)} in {root}: left out" if absent else ""
 
+    def trainings(self) -> tuple[Training, ...]:
+        """Those that the settings ask for, of both stages, in their order."""
+        first: tuple[Training, ...] = ()
+        if self.config.stage in ("all", "unified"):
+            whole = self.config.strategy in ("unified", "alternating")
+            first = ("unified",) if whole else ("generation", "understanding")
+        return (*first, *self.refined()[0])
 
-def held_out_prompts(config: CorlConfig, root: str | Path, instruction: str | None = None) -> dict[str, list[Prompt]]:
-    """Task (t2i, mcq, oe) -> prompts of the evaluation split that the model can do; DataError where there is none."""
-    if config.eval_data is None and is_one_file(root):
-        raise DataError(f"{root}: a file or a named split has no held-out part; give one by --eval_data")
-    draws, source = model_draws(config.model), config.eval_data or root
-    kinds: tuple[Kind, ...] = KINDS if draws else ("mcq", "oe")
-    tasks: dict[str, list[Prompt]] = {}
-    for sample in load_samples(
-        source,
-        config.eval_split,
-        kinds=kinds,
-        instruction=instruction,
-        image_folder=config.image_folder,
-        model_draws=draws,
-    ):
-        for prompt in sample:
-            tasks.setdefault(prompt.task, []).append(replace(prompt, sample=None))
-    return {task: tasks[task] for task in KINDS if task in tasks}
+    def held_out(self) -> dict[str, list[Prompt]]:
+        """Task (t2i, mcq, oe) -> prompts of the evaluation split that the model can do.
+
+        Raises:
+            NoSplitError: nothing is held out.
+            DataError: what is held out cannot be used.
+        """
+        tasks: dict[str, list[Prompt]] = {}
+        kinds: tuple[Kind, ...] = KINDS if self._draws else ("mcq", "oe")
+        source, split = self.config.eval_data or self.root, self.config.eval_split
+        for sample in of_kinds(self._held_out().samples, kinds, source, split):
+            for prompt in sample:
+                tasks.setdefault(prompt.task, []).append(replace(prompt, sample=None))
+        return {task: tasks[task] for task in KINDS if task in tasks}
+
+    def _held_out(self) -> Loaded:
+        if self.config.eval_data is None and is_one_file(self.root):
+            told = "a file or a named split has no held-out part; give one by --eval_data"
+            raise NoSplitError(f"{self.root}: {told}")
+        return self._of(str(self.config.eval_data or self.root), self.config.eval_split)
+
+    def _of(self, source: str, split: str) -> Loaded:
+        if (source, split) not in self._read:
+            self._read[source, split] = self._load(source, split, self.instruction)
+        return self._read[source, split]
+
+    def _load(self, source: str, split: str, instruction: str | None) -> Loaded:
+        folder = self.config.image_folder
+        read = partial(load_pairs, source, split, draws=self._draws, instruction=instruction, image_folder=folder)
+        return self.rows.read(source, read)
 
 
 def stream_of(

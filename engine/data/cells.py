@@ -93,6 +93,8 @@ class Part:
     """Of columns whose cells may hold a path in place of bytes: for each row None, a path, or a list of these."""
     untyped: bool = False
     """All values are texts, as in CSV."""
+    broken: Mapping[int, DataError] = field(default_factory=dict)
+    """Rows that cannot be read; they are {} among `rows`, so that the others are called as if they could be."""
 
     def where(self, row: int) -> str:
         return f"{self.label}, {self.unit} {row if self.numbers is None else self.numbers[row]}"

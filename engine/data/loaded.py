@@ -7,14 +7,13 @@ recipes/check_data.py lists them all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from ..errors import NoSplitError, shown
+from ..errors import DataError, NoSplitError, shown
 from ..records import Prompt
 from ..settings.source_names import is_one_file
 from .faults import Faults
@@ -23,8 +22,6 @@ from .samples import Sample, chains_of, load_samples, samples_of
 from .table import Table, open_table
 from .unifybench import told_of_concepts
 from .unused import lone_letters, unused_columns, unused_files
-
-Read = TypeVar("Read")
 
 
 @dataclass(slots=True)
@@ -42,6 +39,9 @@ class Loaded:
     """What the policy is told of concepts, in words: a line for all, then one for each concept and request."""
     no_scores: str = ""
     """Why nothing is held out, where nothing is."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """What is left out because it cannot be used, and why: a row by its place in the data where it could not be read,
+    else by its name (`row_of`)."""
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -51,19 +51,59 @@ class Loaded:
         """To train on, anchors and held out."""
         return [*self.prompts, *self.anchors, *(prompt for some in self.held_out.values() for prompt in some)]
 
+    def leave_out(self, bad: Mapping[str, str]) -> None:
+        """Leaves out the rows of these names, each with what is wrong with it; halves of a row go together."""
+        if not bad:
+            return
+        self.skipped |= bad
+        self.samples = [sample for sample in self.samples if not any(row_of(prompt) in bad for prompt in sample)]
+        self.anchors = [prompt for prompt in self.anchors if row_of(prompt) not in bad]
+        kept = {task: [p for p in some if row_of(p) not in bad] for task, some in self.held_out.items()}
+        self.held_out = {task: some for task, some in kept.items() if some}
 
-def read_whole(data: object, read: Callable[..., Read]) -> Read:
+
+def row_of(prompt: Prompt) -> str:
+    """The name of the row that a prompt is of."""
+    return prompt.sample or prompt.id
+
+
+def read_whole(
+    data: object,
+    read: Callable[..., Loaded],
+    *,
+    skip: bool = False,
+    without: Mapping[str, str] | None = None,
+    remedy: str = "",
+) -> Loaded:
     """What `read`, which takes `faults`, reads, if it is without fault.
 
+    Args:
+        data: what errors call it.
+        read: a loader.
+        skip: rows with a fault are left out, and `Loaded.skipped` says which.
+        without: `Loaded.skipped` of before, which is left out again whatever it is by now.
+        remedy: what an error says can be done where rows alone have faults.
+
     Raises:
-        DataError: the first of the faults, and how many more there are.
+        NoSplitError: the source is there and lacks the split.
+        DataError: the first of the faults, and how many more there are; with `skip`, of those that are not a row's.
     """
-    faults = Faults(keep=True)
+    without = without or {}
+    faults = Faults(keep=True, without=without)
     found = None
-    with faults.here():
+    try:
         found = read(faults=faults)
-    faults.raise_first(data)
-    assert found is not None  # else there was a fault
+    except NoSplitError:
+        raise
+    except DataError as error:
+        faults.add(error)
+    if not skip or faults.of_no_row():
+        faults.raise_first(data, remedy)
+    assert found is not None  # else there was a fault that is no row's
+    if faults.rows and not found.samples:
+        raise DataError(f"{data}: every row has a fault; the first: {faults.found[0]}")
+    found.leave_out(without)
+    found.skipped |= faults.rows
     return found
 
 

@@ -28,26 +28,31 @@ Say = Callable[[str], None]
 
 def pictures_of(prompts: Iterable[Prompt]) -> list[ImageRef]:
     """Every picture that prompts show or are compared with, each once."""
-    found: dict[ImageRef, None] = {}
-    for prompt in prompts:
-        found |= dict.fromkeys(ref for ref in (prompt.image, prompt.real_image, *prompt.references) if ref is not None)
-    return list(found)
+    return list(dict.fromkeys(ref for prompt in prompts for ref in shown_by(prompt)))
 
 
-def broken_pictures(refs: Sequence[ImageRef], say: Say = lambda line: None) -> list[str]:
-    """What is wrong with each picture that cannot be read, in words; progress is said where it takes long."""
-    cells = [ref for ref in refs if isinstance(ref, StoredCell)]
+def shown_by(prompt: Prompt) -> list[ImageRef]:
+    """The pictures that a prompt shows or is compared with."""
+    return [ref for ref in (prompt.image, prompt.real_image, *prompt.references) if ref is not None]
+
+
+def broken_pictures(refs: Sequence[ImageRef], say: Say = lambda line: None) -> dict[ImageRef, str]:
+    """Each picture that cannot be read, and what is wrong with it; progress is said where it takes long."""
+    cells = sorted(
+        (ref for ref in refs if isinstance(ref, StoredCell)), key=lambda cell: (id(cell.cells), cell.column, cell.row)
+    )[:MOST_DECODED]
     files = [ref for ref in refs if not isinstance(ref, StoredCell)]
     decoded = files[:MOST_DECODED]
     headers = files[len(decoded) :]
-    broken: list[str] = []
+    broken: dict[ImageRef, str] = {}
     began = said = time.monotonic()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pictures") as pool:
         whole = pool.map(_problem, decoded)
         rest = pool.map(lambda ref: _problem(ref, whole=False), headers)
-        for number, problem in enumerate(chain(whole, rest, _of_cells(cells)), start=1):
+        problems = zip([*files, *cells], chain(whole, rest, _of_cells(cells)), strict=True)
+        for number, (ref, problem) in enumerate(problems, start=1):
             if problem:
-                broken.append(problem)
+                broken[ref] = problem
             if time.monotonic() > said + EVERY:
                 said = time.monotonic()
                 say(f"opened {number} of {len(refs)} pictures")
@@ -56,15 +61,12 @@ def broken_pictures(refs: Sequence[ImageRef], say: Say = lambda line: None) -> l
     return broken
 
 
-def check_pictures(refs: Sequence[ImageRef], say: Say = lambda line: None) -> None:
-    """Raises PictureError, in one line that counts and names them, where pictures cannot be read."""
-    broken = broken_pictures(refs, say)
-    if not broken:
-        return
+def pictures_error(broken: Sequence[str], num_pictures: int, remedy: str = "") -> PictureError:
+    """One line that counts and names the pictures that cannot be read, and what else may be done about them."""
     more = f"; and {len(broken) - MOST_NAMED} more" if len(broken) > MOST_NAMED else ""
-    raise PictureError(
-        f"{len(broken)} of {len(refs)} pictures of the data cannot be read: {'; '.join(broken[:MOST_NAMED])}{more}; "
-        "replace them or drop what names them (recipes/check_data.py lists all)"
+    return PictureError(
+        f"{len(broken)} of {num_pictures} pictures of the data cannot be read: {'; '.join(broken[:MOST_NAMED])}{more}; "
+        f"replace them or drop what names them (recipes/check_data.py lists all){remedy and '; '}{remedy}"
     )
 
 
@@ -77,9 +79,8 @@ def _problem(ref: ImageRef, *, whole: bool = True) -> str:
 
 
 def _of_cells(cells: Sequence[StoredCell]) -> Iterator[str]:
-    """The same of pictures inside data files, column by column, up to `MOST_DECODED` of them."""
-    ordered = sorted(cells, key=lambda cell: (id(cell.cells), cell.column, cell.row))[:MOST_DECODED]
-    for _, column in groupby(ordered, key=lambda cell: (id(cell.cells), cell.column)):
+    """The same of pictures inside data files, which come by column and row."""
+    for _, column in groupby(cells, key=lambda cell: (id(cell.cells), cell.column)):
         wanted = list(column)
         values = enumerate(wanted[0].cells.values(wanted[0].column))
         row, value = next(values)

@@ -48,16 +48,24 @@ class Reading:
         self.bad: set[int] = set()
         """Rows with a fault."""
 
+    def place(self, index: int) -> str:
+        """What names a row among all data, also when it is mended or others are."""
+        return f"{self.table.source}: {self.table.where(index)}"
+
     def rows(self) -> list[Row]:
-        """All rows; one whose pictures cannot be used is empty and bad."""
+        """All rows; one that cannot be read, or whose pictures cannot be used, is empty and bad."""
         found: list[Row] = []
         for index in range(len(self.table)):
             row: Row = {}
+            if self.place(index) in self.faults.without:
+                self.bad.add(index)
+                found.append(row)
+                continue
             try:
                 row = self.table.row(index)
             except DataError as error:
                 self.bad.add(index)
-                self.faults.add(error)
+                self.faults.add(error, self.place(index))
             with self.at(index):
                 row = in_order(row)
             found.append({} if index in self.bad else row)
@@ -70,9 +78,9 @@ class Reading:
             yield
         except DataError as error:
             self.bad.add(index)
-            told = DataError(f"{self.table.source}: {self.table.where(index)}: {error}")
+            told = DataError(f"{self.place(index)}: {error}")
             told.__cause__ = error
-            self.faults.add(told)
+            self.faults.add(told, self.place(index))
 
 
 @dataclass(frozen=True)
@@ -143,17 +151,20 @@ def first_of(names: Iterable[str], columns: Sequence[str]) -> str | None:
 
 
 def names_of(table: Table, rows: Sequence[Row], split: str) -> list[str]:
-    """Ids of the rows: those of column `id` where they are unique, else numbers; the source's name comes first."""
+    """Ids of the rows: those of column `id` where they are unique, else numbers; the source's name comes first.
+
+    Rows that are empty, and so bad, count as rows and have no say: the others are called as if those were good.
+    """
     name, _ = split_named(table.source)
     path = Path(name).expanduser()
     if os.path.exists(path):
         name = path.resolve().parent.name if os.path.isfile(path) and path.stem in SPLITS else path.resolve().stem
-    own = [row.get("id") for row in rows] if "id" in table.columns else []
-    usable = own and all(isinstance(key, str | int) and str(key).strip() and str(key).isprintable() for key in own)
-    keys = [str(key) for key in own]
-    if not usable or len(set(keys)) != len(keys):
-        keys = [str(index) for index in range(len(rows))]
-    return [f"{name}/{split}/{key}" for key in keys]
+    own = {index: row.get("id") for index, row in enumerate(rows) if row} if "id" in table.columns else {}
+    usable = own and all(isinstance(k, str | int) and str(k).strip() and str(k).isprintable() for k in own.values())
+    keys = {index: str(key) for index, key in own.items()}
+    if not usable or len(set(keys.values())) != len(keys):
+        keys = {}
+    return [f"{name}/{split}/{keys.get(index, index)}" for index in range(len(rows))]
 
 
 def answer_cell(row: Row, column: str) -> Any:

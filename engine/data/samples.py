@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import DataError, shown
+from ..errors import DataError, NoSplitError, shown
 from ..pictures import ImageRef
 from ..records import Prompt, SegmentKind
 from .faults import STRICT, Faults
@@ -108,6 +108,11 @@ def load_samples(
     else:
         table = open_table(source, split, image_folder=image_folder, faults=faults)
         samples = samples_of(table, split, instruction, model_draws, faults)
+    return of_kinds(samples, kinds, source, split)
+
+
+def of_kinds(samples: Iterable[Sample], kinds: Sequence[Kind], source: object, split: str) -> list[Sample]:
+    """What they have of these kinds; DataError where that is nothing, which names the source and its split."""
     wanted = [tuple(prompt for prompt in sample if prompt.task in kinds) for sample in samples]
     found = [sample for sample in wanted if sample]
     if not found:
@@ -366,7 +371,9 @@ def _task(segments: tuple[SegmentKind, ...], picture: ImageRef | None) -> str:
 def _of_concepts(root: Path, split: str, instruction: str | None, faults: Faults) -> Iterable[Sample]:
     """A UnifyBench++ folder's training prompts: drawings from the explicit prompt, and questions, each on its own."""
     if split != "train":
-        raise DataError(f"{root}: a folder of concepts trains with split 'train', got {split!r}; use `load_benchmark`")
+        raise NoSplitError(
+            f"{root}: a folder of concepts trains with split 'train', got {split!r}; use `load_benchmark`"
+        )
     for prompt in load_training_prompts(root, chain_understanding=False, faults=faults):
         extra = {"benchmark_task": prompt.task}
         if "image" in prompt.segments:

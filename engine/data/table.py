@@ -15,7 +15,7 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,13 @@ class Table:
         """Column -> value, None where the row lacks it. Pictures are `ImageRef`s, and tuples of them in lists.
 
         Raises:
-            DataError: a path of a picture is absolute, leads out of the folder, or names nothing.
+            DataError: the row cannot be read; a path of a picture is absolute, leads out of the folder, or names
+                nothing.
             IndexError: there is no such row.
         """
         part, row = self._locate(index)
+        if row in part.broken:
+            raise part.broken[row]
         values = {**dict.fromkeys(self.columns), **part.rows[row]}
         for name in part.counts:
             values[name] = part.pictures(row, name)
@@ -230,6 +233,7 @@ def _json_part(path: Path, root: Path, faults: Faults) -> Part:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as UTF-8 text ({error}); rewrite it in UTF-8") from error
     found: list[tuple[int, Any]] = []
+    broken: dict[int, DataError] = {}
     if path.suffix == ".json" and text.lstrip()[:1] == "[":
         unit = "entry"
         found += enumerate(_parsed(text, str(path)))
@@ -237,17 +241,21 @@ def _json_part(path: Path, root: Path, faults: Faults) -> Part:
         unit = "line"
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                with faults.here():
+                try:
                     found.append((number, _parsed(line, f"{path}, line {number}")))
-    usable: list[tuple[int, Mapping[str, Any]]] = []
+                except DataError as error:
+                    broken[number] = error
+                    found.append((number, {}))
     for number, row in found:
-        with faults.here():
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, {unit} {number}: expected an object of columns, got {type(row).__name__}")
-            usable.append((number, row))
-    rows = [row for _, row in usable]
+        if not isinstance(row, dict):
+            got = type(row).__name__
+            broken[number] = DataError(f"{path}, {unit} {number}: expected an object of columns, got {got}")
+    if broken and not faults.keep:
+        raise broken[min(broken)]
+    rows = [{} if number in broken else row for number, row in found]
     columns = tuple(dict.fromkeys(name for row in rows for name in row))
-    return Part(path.name, _stamp(path), root, columns, rows, unit, [number for number, _ in usable])
+    at = {index: broken[number] for index, (number, _) in enumerate(found) if number in broken}
+    return Part(path.name, _stamp(path), root, columns, rows, unit, [number for number, _ in found], broken=at)
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -106,7 +106,7 @@ def questions(root: Path, path: Path, *, base: Path | None = None, faults: Fault
     known: dict[str, Path] = {}
     with faults.here():
         for image, entry, where in _entries(path):
-            with faults.here():
+            with faults.here(where):
                 found.append(_question(root, base or path.parent, image, entry, where, known))
     return found
 
@@ -181,7 +181,7 @@ def captions(path: Path, faults: Faults = STRICT) -> list[tuple[str, str]]:
     found = []
     for index, entry in enumerate(entries):
         caption = entry.get("caption") if isinstance(entry, Mapping) else None
-        with faults.here():
+        with faults.here(f"{path}, entry {index}"):
             if not isinstance(caption, str) or not caption.strip():
                 raise DataError(f"{path}, entry {index}: column 'caption' must be text, got {shown(caption)}")
             found.append((caption, str(entry.get("image"))))

@@ -44,7 +44,7 @@ def check(config: CheckDataConfig, say: Say = print) -> bool:
     refs = pictures_of(loaded.everything())
     broken = broken_pictures(refs, say)
     say(f"  pictures     {len(refs)}" + (", all can be read" if refs and not broken else ""))
-    found = [*dict.fromkeys([*faults.found, *broken])]
+    found = [*dict.fromkeys([*faults.found, *broken.values()])]
     unrewarded: list[str] = []
     if loaded.prompts:
         try:

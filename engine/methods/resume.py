@@ -57,7 +57,7 @@ FREE = frozenset(
         *("nodes", "ranks_per_node", "hostfile", "launcher", "max_restarts", "zero_stage"),
         *("eval_steps", "metric_for_best_model", "load_best_model_at_end", "log_completions", "run_name"),
         *("push_to_hub", "hub_model_id", "hub_private_repo"),
-        *("report_steps",),
+        *("report_steps", "bad_rows"),
         *("reward_timeout", "stage_timeout", "shutdown_timeout", "max_skipped_updates", "judge_url", "judge_key_env"),
     }
 )

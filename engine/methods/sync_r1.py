@@ -10,6 +10,7 @@ from ..rollout.capacity import LOOKED_AT, check_lengths, check_plans, remarks_on
 from ..settings.yaml_files import to_yaml
 from ..world.worlds import WORLDS
 from .ahead_start import AheadOf
+from .bad_rows import BadRows
 from .data_checks import checked_chains
 from .resume import resume_point
 from .starting import add_adapters, loaded_from, starting_policy
@@ -29,9 +30,11 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     resumed = resume_point(config, display.note)
     display.stage("data and starting model")
     root = one_at_a_time(lambda: prepare_data(config))
-    loaded = checked_chains(config, root, display.note)
+    rows = BadRows.of(config, resumed.run_folder if resumed is not None and resumed.checkpoint is not None else None)
+    own = own_rewards(config)
+    loaded = checked_chains(config, root, display.note, rows)
     prompts, anchors, benchmark = loaded.prompts, loaded.anchors, loaded.held_out
-    stream, own = stream_of(config, prompts, anchors, *place()), own_rewards(config)
+    stream = stream_of(config, prompts, anchors, *place())
     model = one_at_a_time(lambda: prepare_model(config, display.note))  # last: a base may be trained for minutes
     policy = starting_policy(config, model, display)
     check_order(config, policy)
@@ -61,7 +64,11 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
         evaluator=one_at_a_time(lambda: evaluator_of(config, frozen, benchmark)) if benchmark else None,
         ahead=AheadOf(
             "syncr1.engine.methods.sync_r1_ahead",
-            {"settings": to_yaml(config, comments=False), "model": loaded_from(policy, model)},
+            {
+                "settings": to_yaml(config, comments=False),
+                "model": loaded_from(policy, model),
+                "skipped": loaded.skipped,
+            },
         ),
     )
     return run_training(config, training, session, resumed).summaries

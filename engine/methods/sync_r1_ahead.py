@@ -12,6 +12,7 @@ from ..learn.ahead_worker import Side, work
 from ..processes.group import local_device
 from ..settings.yaml_files import from_yaml
 from ..show.display import Display
+from .bad_rows import BadRows
 from .data_checks import chains
 from .starting import add_adapters, quieten, starting_policy
 from .sync_r1_config import SyncR1Config
@@ -24,7 +25,8 @@ def side(told: Mapping[str, Any]) -> Side:
     # Its data are read by the model's kind: the hub is not asked for that either.
     config = from_yaml(SyncR1Config, told["settings"])
     config = config if config.model is None else replace(config, model=told["model"])
-    loaded = chains(config, prepare_data(config))  # which the run has checked
+    rows = BadRows(without=told["skipped"])
+    loaded = chains(config, prepare_data(config), rows)  # which the run has checked
     policy = starting_policy(config, told["model"], Display(max_steps=config.max_steps, quiet=True))
     frozen = add_adapters(config, policy).to(local_device())
     return Side(

@@ -6,7 +6,7 @@ Dims: P prompts, G members.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 
@@ -113,17 +113,43 @@ def check_prompts(
     policy: Policy, prompts: Sequence[Prompt], tokens: Sequence[Tensor], sizes: Sizes, drawing: DrawingTurns
 ) -> None:
     """Raises DataError for a prompt without tokens and for one whose trajectory leaves the model's positions."""
+    for _, problem in problems_of(policy, prompts, tokens, sizes, drawing):
+        raise DataError(problem)
+
+
+def problems_of(
+    policy: Policy, prompts: Sequence[Prompt], tokens: Sequence[Tensor], sizes: Sizes, drawing: DrawingTurns
+) -> Iterator[tuple[Prompt, str]]:
+    """Such prompts, each with what is wrong with it."""
     for prompt, ids, own, apart in zip(prompts, tokens, sizes.own, sizes.apart, strict=True):
         if not ids.numel():
-            raise DataError(f"generate: prompt {prompt.id} is empty: expected at least one token; give it a text")
+            yield prompt, f"generate: prompt {prompt.id} is empty: expected at least one token; give it a text"
         longest = max(ids.numel() + own, apart + ids.numel() * (prompt.segments[0] == "image"))
         if longest > policy.max_positions:
             turn = f", {drawing.longest(prompt)} of them in its drawing turn" if drawing.applies(prompt) else ""
             remedy = "the drawing turn, the prompt (and info)" if turn else "the prompt"
-            raise DataError(
+            yield (
+                prompt,
                 f"generate: prompt {prompt.id} has {ids.numel()} tokens and may grow by {own}{turn}, but the model has "
-                f"positions for {policy.max_positions}; shorten {remedy} or lower max_completion_length"
+                f"positions for {policy.max_positions}; shorten {remedy} or lower max_completion_length",
             )
+
+
+def unusable_prompts(
+    policy: Policy, prompts: Sequence[Prompt], drawing_turn: str, max_text_tokens: int
+) -> Iterator[tuple[Prompt, str]]:
+    """Prompts that the policy cannot take: empty, too long, or of a plan that it cannot sample; and why. Arguments as
+    for `check_lengths`."""
+    drawing = DrawingTurns(policy, drawing_turn, max_text_tokens)
+    for prompt in prompts:
+        try:
+            check_plans(policy, [prompt])
+            turn = policy.follow_up_tokens(prompt) if "image" in prompt.segments[:-1] else None
+            tokens, sizes = policy.prompt_tokens(prompt), Sizes.of(policy, [prompt], [turn], drawing)
+        except DataError as error:
+            yield prompt, str(error)
+        else:
+            yield from problems_of(policy, [prompt], [tokens], sizes, drawing)
 
 
 def check_lengths(

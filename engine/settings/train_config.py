@@ -65,6 +65,9 @@ class TrainConfig(Settings):
     first use."""
     image_folder: Path | None = None
     """Folder that the data's paths of pictures are relative to and stay within. None: that of the data file."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """Rows of the data that cannot be used (no right answer, a picture that is broken, a prompt that is too long): the
+    run ends before its first step and names them (refuse), or leaves them out and counts them (skip)."""
     picture_fit: PictureFit = "processor"
     """How a photo comes to the size that the model sees: as the checkpoint's own image processor does it, cut at the
     centre to a square (crop), or whole on the mean colour (pad)."""

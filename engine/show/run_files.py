@@ -18,6 +18,8 @@ Rows = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl, one per step."""
 Points = list[tuple[float, float]]
 """(step, value); steps are counted from 1."""
+DATA_FILE = "data.json"
+"""What a run found in its data: rows of each task, what is left out and why, what is not used."""
 MAX_FILE_BYTES = 1 << 28
 """A larger file is none that a run writes, and would take the memory."""
 

@@ -10,13 +10,13 @@ from typing import Any
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
-from data_sources import PHOTOS, X2X_ROWS, write_forms, write_lines, write_photos
+from data_sources import PHOTOS, X2X_ROWS, broken_in, write_forms, write_lines, write_photos
 from PIL import Image
 
 from syncr1.engine.data import opened
 from syncr1.engine.data.faults import Faults
 from syncr1.engine.data.loaded import load_chains, load_pairs, read_whole
-from syncr1.engine.data.opened import broken_pictures, check_pictures, pictures_of
+from syncr1.engine.data.opened import broken_pictures, pictures_error, pictures_of
 from syncr1.engine.data.samples import load_samples
 from syncr1.engine.data.unused import unused_files
 from syncr1.engine.errors import DataError, PictureError
@@ -181,10 +181,10 @@ def test_broken_pictures_are_all_found(tmp_path: Path) -> None:
     bad += [tmp_path / "empty.png", tmp_path / "text.png", tmp_path / "gone.png"]
     bad[-3].write_bytes(b"")
     bad[-2].write_text("hello")
-    found = broken_pictures([*good, *bad])
+    found = broken_in([*good, *bad])
     assert len(found) == len(bad) and all(any(path.name in line for line in found) for path in bad), found
     with pytest.raises(PictureError, match=rf"{len(bad)} of {len(good) + len(bad)} pictures .* and 4 more"):
-        check_pictures([*good, *bad])
+        raise pictures_error(found, len(good) + len(bad))
 
 
 def test_of_very_many_files_the_headers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_of_very_many_files_the_headers_are_read(tmp_path: Path, monkeypatch: py
     Image.effect_noise((200, 150), 50).save(tmp_path / "0.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:5000])
     (tmp_path / "none.png").write_bytes(b"nothing")
-    found = broken_pictures([tmp_path / name for name in ("0.png", "cut.png", "none.png")])
+    found = broken_in([tmp_path / name for name in ("0.png", "cut.png", "none.png")])
     assert len(found) == 1 and "none.png" in found[0]
 
 
@@ -202,12 +202,12 @@ def test_pictures_inside_data_files_are_opened_too(tmp_path: Path, form: str) ->
     cup = tmp_path / PHOTOS[2]
     source = write_forms(tmp_path, X2X_ROWS, "real_image")[form]
     prompts = [prompt for sample in load_samples(source) for prompt in sample]
-    assert len(pictures_of(prompts)) == 4 and broken_pictures(pictures_of(prompts)) == []
+    assert len(pictures_of(prompts)) == 4 and broken_in(pictures_of(prompts)) == []
     cup.write_bytes(cup.read_bytes()[:400])
     for folder in (tmp_path / name for name in ("jsonl", "parquet", "shards", "binary", "saved", "splits")):
         shutil.rmtree(folder)
     source = write_forms(tmp_path, X2X_ROWS, "real_image")[form]
-    (said,) = broken_pictures(pictures_of([prompt for sample in load_samples(source) for prompt in sample]))
+    (said,) = broken_in(pictures_of([prompt for sample in load_samples(source) for prompt in sample]))
     assert "row 2, real_image" in said or "row 0, real_image" in said
 
 

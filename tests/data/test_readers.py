@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_sources import PHOTOS, encoded, write_lines, write_photos
+from data_sources import PHOTOS, broken_in, encoded, write_lines, write_photos
 
 from syncr1.engine.data.faults import Faults
 from syncr1.engine.data.forms.unseen import OWN
 from syncr1.engine.data.loaded import load_chains, load_pairs
-from syncr1.engine.data.opened import broken_pictures, pictures_of
+from syncr1.engine.data.opened import pictures_of
 from syncr1.engine.data.samples import load_prompts, load_samples
 from syncr1.engine.data.table import open_table
 from syncr1.engine.errors import DataError, NoSplitError, PictureError
@@ -122,7 +122,7 @@ def test_a_tar_is_read_where_it_lies(tmp_path: Path) -> None:
     assert first.image is not None and open_picture(first.image).size == (96, 64) and first.image != second.image
     assert second.extra["cls"] == "3" and second.extra["__key__"] == "a/1"
     assert pickle.loads(pickle.dumps(first.image)) == first.image
-    assert broken_pictures(pictures_of([first, second])) == []
+    assert broken_in(pictures_of([first, second])) == []
 
 
 def test_captions_and_several_pictures_of_a_tar(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_cells_hold_bytes_or_paths(folder: Path, suffix: str) -> None:
         found = [prompt.image for prompt in read(cells_of(folder / f"train{suffix}", cells))]
         assert [isinstance(ref, StoredImage) for ref in found] == [cell["bytes"] is not None for cell in cells]
         assert all(ref is not None and open_picture(ref).size == (96, 64) for ref in found)
-        assert broken_pictures([ref for ref in found if ref is not None]) == []
+        assert broken_in([ref for ref in found if ref is not None]) == []
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
@@ -226,7 +226,7 @@ def test_base64_that_is_cut_off_is_found_at_the_start(tmp_path: Path) -> None:
     whole = base64.b64encode(encoded("coffee.jpg")).decode()
     for text in (whole[: len(whole) // 2], whole[:-1], "data:image/png;base64,AAAA"):
         prompts = read(write_lines(tmp_path / "a.jsonl", [{**ASKED, "image": text}]))
-        (said,) = broken_pictures(pictures_of(prompts))
+        (said,) = broken_in(pictures_of(prompts))
         assert "a.jsonl, line 1, column 'image'" in said
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from recipe_cases import recipe_here
 
 from syncr1.engine.corl.config import CorlConfig
-from syncr1.engine.corl.training_data import check_data
+from syncr1.engine.corl.training_data import TrainingData
 from syncr1.engine.errors import ConfigError, PictureError, RewardsFailed, RewardSpecError
 from syncr1.engine.methods.data_checks import checked_chains
 from syncr1.engine.methods.reward_names import reward_problems
@@ -222,7 +222,7 @@ def test_a_copy_of_the_rendered_world_is_taken_without_a_model(monkeypatch: pyte
     said: list[str] = []
     world, x2x = world_folder(), prepare_x2x()
     assert len(checked_chains(settings(data=world), world, said.append).prompts) > 1000
-    check_data(CorlConfig(data=str(x2x)), said.append)
+    TrainingData(CorlConfig(data=str(x2x), max_completion_length=16), x2x).check(said.append)
     assert said == []
 
 

@@ -16,8 +16,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 from skimage import data
 
-from syncr1.engine.pictures import open_picture
+from syncr1.engine.data.opened import broken_pictures
+from syncr1.engine.pictures import ImageRef, open_picture
 from syncr1.engine.records import Prompt
+
+
+def broken_in(refs: Sequence[ImageRef]) -> list[str]:
+    """What is wrong with those that cannot be read."""
+    return [*broken_pictures(refs).values()]
+
 
 PHOTOS = ("astronaut.png", "chelsea.jpg", "coffee.jpg", "rocket.png")
 

@@ -37,17 +37,21 @@ def separated_part(path: Path, root: Path, stamp: str, faults: Faults) -> Part:
         _check_columns(path, columns)
         rows: list[dict[str, Any]] = []
         numbers: list[int] = []
+        broken: dict[int, DataError] = {}
         for cells in reader:
             if not any(cells):
                 continue
-            with faults.here():
-                if len(cells) != len(columns):
-                    raise DataError(
-                        f"{path}, line {reader.line_num}: expected {len(columns)} cells, got {len(cells)}; put texts "
-                        "with separators into quotes"
-                    )
+            numbers.append(reader.line_num)
+            if len(cells) == len(columns):
                 rows.append({name: cell if cell != "" else None for name, cell in zip(columns, cells, strict=True)})
-                numbers.append(reader.line_num)
+                continue
+            broken[len(rows)] = DataError(
+                f"{path}, line {reader.line_num}: expected {len(columns)} cells, got {len(cells)}; put texts with "
+                "separators into quotes"
+            )
+            if not faults.keep:
+                raise broken[len(rows)]
+            rows.append({})
     except csv.Error as error:
         raise DataError(
             f"{path}, line {reader.line_num}: not readable as a table ({error}); quote its texts"
@@ -55,7 +59,7 @@ def separated_part(path: Path, root: Path, stamp: str, faults: Faults) -> Part:
     finally:
         csv.field_size_limit(limit)
     _follow(rows)
-    return Part(path.name, stamp, root, tuple(columns), rows, "line", numbers, untyped=True)
+    return Part(path.name, stamp, root, tuple(columns), rows, "line", numbers, untyped=True, broken=broken)
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:

@@ -61,6 +61,7 @@ def tar_part(path: Path, root: Path, stamp: str, faults: Faults) -> Part:
     """
     rows: dict[str, dict[str, Any]] = {}
     places: dict[str, list[Place]] = {}
+    broken: dict[str, DataError] = {}
     try:
         with tarfile.open(path, "r:") as file:
             for member in file:
@@ -70,11 +71,15 @@ def tar_part(path: Path, root: Path, stamp: str, faults: Faults) -> Part:
                 stem, _, ending = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 row = rows.setdefault(key, {"__key__": key})
-                with faults.here():
+                try:
                     if Path(name).suffix.lower() in PICTURE_SUFFIXES:
                         places.setdefault(key, []).append((member.offset_data, member.size))
                     else:
                         row.update(_columns(file, member, ending, f"{path}, {member.name}", row))
+                except DataError as error:
+                    if not faults.keep:
+                        raise
+                    broken[key] = error
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -93,6 +98,7 @@ def tar_part(path: Path, root: Path, stamp: str, faults: Faults) -> Part:
         counts=counts,
         lists=frozenset({IMAGES}) if many else frozenset(),
         cells=TarCells(path, found),
+        broken={index: broken[key] for index, key in enumerate(rows) if key in broken},
     )
 
 
