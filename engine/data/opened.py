@@ -30,7 +30,8 @@ def pictures_of(prompts: Iterable[Prompt]) -> list[ImageRef]:
     """Every picture that prompts show or are compared with, each once."""
     found: dict[ImageRef, None] = {}
     for prompt in prompts:
-        found |= dict.fromkeys(ref for ref in (prompt.image, prompt.real_image, *prompt.references) if ref is not None)
+        refs = (*prompt.images, prompt.real_image, *prompt.references)
+        found |= dict.fromkeys(ref for ref in refs if ref is not None)
     return list(found)
 
 

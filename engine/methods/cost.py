@@ -224,7 +224,7 @@ class Layout:
                     shows=turn is not None and bool(policy.image_slots(turn).any()),
                 )
             )
-        photos = len({prompt.image for prompt in prompts if prompt.image is not None})
+        photos = len({image for prompt in prompts for image in prompt.images})
         return cls(lines=lines, free=[t.numel() for t in free.tokens], photos=photos, max_text=sampling.max_text_tokens)
 
 
