@@ -217,7 +217,9 @@ def question(index: int, num_tokens: int, folder: Path, size: Size) -> Prompt:
     from syncr1.engine.records import Prompt
 
     text = words(num_tokens - 4, index, size.vocabulary)
-    return Prompt(id=f"question/{index}", task="vqa", text=text, image=photo(folder, index, size), segments=("text",))
+    return Prompt(
+        id=f"question/{index}", task="vqa", text=text, images=(photo(folder, index, size),), segments=("text",)
+    )
 
 
 def drawing(index: int, num_tokens: int, size: Size) -> Prompt:
@@ -238,5 +240,5 @@ def peer_ids(policy: JanusPolicy, prompts: Sequence[Prompt]) -> Tensor:
 
 def peer_pixels(policy: JanusPolicy, prompts: Sequence[Prompt]) -> Tensor:
     """[P, 3, H, W]: the photos, normalised as the vision tower takes them."""
-    images = policy.load_images([prompt.image for prompt in prompts if prompt.image is not None])
+    images = policy.load_images([prompt.images[0] for prompt in prompts if prompt.images])
     return ((images - 0.5) / 0.5).to(policy.model.lm_head.weight.dtype)

@@ -133,7 +133,8 @@ class Models:
     def match(self, chosen: Sequence[int]) -> list[float]:
         """TIM of images of prompts of one length through transformers' model, and a loop over images."""
         policy, device = self.policy, self.device
-        prompts = [Prompt(id="x", task="caption", text=self.texts[self.of(i)], image=self.photos[0]) for i in chosen]
+        images = (self.photos[0],)
+        prompts = [Prompt(id="x", task="caption", text=self.texts[self.of(i)], images=images) for i in chosen]
         ids = torch.stack([policy.prompt_tokens(prompt) for prompt in prompts]).to(device)
         pixels = ((self.images[list(chosen)] - 0.5) / 0.5).to(self.peer.lm_head.weight.dtype)
         embeddings = self.peer.get_input_embeddings()(ids)

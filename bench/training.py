@@ -38,7 +38,7 @@ def trajectories(sides: Sides, lengths: Sequence[Sequence[int]], seed: int = 0) 
     policy = sides.policy
     first = max(sides.forbidden) + 1  # control tokens are the first ids
     with torch.no_grad():
-        photos = policy.see(policy.load_images([p.image for p in sides.questions if p.image is not None])).cpu()
+        photos = policy.see(policy.load_images([p.images[0] for p in sides.questions if p.images])).cpu()
     rollouts = []
     for prompt, photo, group in zip(sides.questions, photos, lengths, strict=False):
         for member, length in enumerate(group):

@@ -7,6 +7,7 @@ Dims: T packed tokens, S sequences (trajectories), P prompts (groups), G members
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -29,6 +30,9 @@ DecodingOrder = Literal["raster", "masked"]
 """How an image is drawn: one token after another, each predicted by the place before it; or all places at once, filled
 in by steps, each predicted at its own place."""
 
+PICTURE = "<image>"
+"""Stands in `Prompt.text` where a picture goes; the words of a prompt that shows none may hold it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -39,14 +43,15 @@ class Prompt:
     task: str
     """UnifyBench++ task: rec, vqa, qa, rea, dense_rea, gen, dense_gen, rea_gen, … ; scores are reported by it."""
     text: str
-    """What the user says. The image, if any, comes before it."""
+    """What the user says. Of a prompt that shows pictures each `PICTURE` in it is the place of one, in order; a single
+    picture without a sign comes before it."""
     request: str | None = None
     """What is to be drawn, in the user's words, where `text` holds more or something else: a question, what is known of
     the concept. The drawing turn says it; None: `text`."""
     info: str = ""
     """What the data say of the concept's looks (UnifyBench++'s `info`); the drawing turn says it."""
-    image: ImageRef | None = None
-    """The photo that the user shows; None for a text-only prompt."""
+    images: tuple[ImageRef, ...] = ()
+    """The photos that the user shows, as many as `text` has signs; () for a text-only prompt."""
     segments: tuple[SegmentKind, ...] = ("text", "image")
     """What the policy produces, in order, as one causal sequence: text, image, text, any of which may be absent.
     `("text", "image")` is Sync-R1's chain."""
@@ -80,6 +85,11 @@ class Prompt:
     """Prompts of one sample may share one reward, member by member (CoRL's first stage)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the data, for reward functions, which get them by name."""
+
+    @property
+    def words(self) -> str:
+        """`text` without the signs of its pictures."""
+        return re.sub(rf"{PICTURE}[ \t]*\n?", "", self.text).strip() if self.images else self.text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +139,8 @@ class Rollout:
     prompt_tokens: Tensor
     """[L] int64 text ids of the prompt; image placeholders stand for `prompt_image` rows."""
     prompt_image: Tensor | None
-    """[num_image_tokens, D] embeddings of `prompt.image` (frozen vision tower); shared by the group."""
+    """[num_image_tokens of all, D] embeddings of `prompt.images`, one after the other (frozen vision tower); shared by
+    the group."""
     segments: tuple[Segment, ...]
     text: str = ""
     """The decoded first text segment, special tokens removed; "" when there is none."""

@@ -33,7 +33,7 @@ def pictures_of(prompts: Iterable[Prompt]) -> list[ImageRef]:
 
 def shown_by(prompt: Prompt) -> list[ImageRef]:
     """The pictures that a prompt shows or is compared with."""
-    return [ref for ref in (prompt.image, prompt.real_image, *prompt.references) if ref is not None]
+    return [ref for ref in (*prompt.images, prompt.real_image, *prompt.references) if ref is not None]
 
 
 def broken_pictures(refs: Sequence[ImageRef], say: Say = lambda line: None) -> dict[ImageRef, str]:

@@ -105,7 +105,7 @@ def _answers(questions: Sequence[Asked], where: str, **more: Any) -> list[Prompt
             id=f"{where}/{task}/{index}",
             task=task,
             text=asked.text,
-            image=asked.image,
+            images=() if asked.image is None else (asked.image,),
             answer=asked.answer,
             options=asked.options,
             **{"segments": TEXT_ONLY, **more},

@@ -1,4 +1,4 @@
-"""What the rows of a table hold: which column plays which part, ids, the one picture, options.
+"""What the rows of a table hold: which column plays which part, ids, pictures, options.
 
 Errors name the source, the row, the column and the remedy.
 """
@@ -36,7 +36,7 @@ found (ScienceQA, MATH), and is not what a policy is to say."""
 SHOWN_COLUMNS = ("image", "images", "image_path", "file_name", "real_image")
 DRAWN_COLUMNS = ("real_image", "image", "images", "image_path", "file_name")
 QA_TYPES: Mapping[str, Literal["MC", "OE"]] = {"MC": "MC", "MCQ": "MC", "OE": "OE", "VQA": "OE"}
-OWN_COLUMNS = frozenset(item.name for item in fields(Prompt)) - {"info", "request"} | {"prompt", "images"}
+OWN_COLUMNS = frozenset(item.name for item in fields(Prompt)) - {"info", "request"} | {"prompt", "image"}
 """What `Prompt` has fields for, and so is not in `extra`."""
 
 
@@ -199,31 +199,23 @@ def truths_of(table: Table, rows: Sequence[Row], column: str) -> Truths:
 
 def pictures_of(
     reading: Reading, rows: Sequence[Row], columns: Sequence[str], needed: Sequence[bool], may_lack: Sequence[bool]
-) -> list[ImageRef | None]:
-    """One picture of each row that needs one, from the first column that has any; where one has, only those that
-    `may_lack` it have none. What a row shows may be in `image` here and in `images` there; `real_image` is another part
-    than these."""
+) -> list[tuple[ImageRef, ...]]:
+    """The pictures of each row that needs any, from the first column that has any; where one has, only those that
+    `may_lack` them have none. What a row shows may be in `image` here and in `images` there; `real_image` is another
+    part than these."""
     chosen = [row for row, need in zip(rows, needed, strict=True) if need]
     first = next((name for name in columns if any(row.get(name) for row in chosen)), None)
     alike = [name for name in columns if (name == "real_image") == (first == "real_image")] if first else []
-    found: list[ImageRef | None] = []
+    found: list[tuple[ImageRef, ...]] = []
     for index, (row, need, lacks) in enumerate(zip(rows, needed, may_lack, strict=True)):
         column = next((name for name in alike if row.get(name)), first)
-        value, picture = row.get(column) if need and column else None, None
+        value = row.get(column) if need and column else None
+        pictures = value if isinstance(value, tuple) else () if value is None else (value,)
         with reading.at(index):
-            picture = single(value, column)
-            if need and column and picture is None and not lacks:
+            if need and column and not pictures and not lacks:
                 raise DataError(f"column {column!r} is empty while other rows have pictures; add one or drop the row")
-        found.append(picture)
+        found.append(pictures)
     return found
-
-
-def single(value: Any, column: str | None) -> ImageRef | None:
-    if not isinstance(value, tuple):
-        return value
-    if len(value) > 1:
-        raise DataError(f"column {column!r} has {len(value)} pictures; a prompt shows one; keep one or join them")
-    return value[0] if value else None
 
 
 def extra_of(row: Row) -> dict[str, Any]:

@@ -16,7 +16,6 @@ reward functions get it by name, as they do the raw solution.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, Literal
 
 from ..errors import DataError, NoSplitError, shown
 from ..pictures import ImageRef
-from ..records import Prompt, SegmentKind
+from ..records import PICTURE, Prompt, SegmentKind
 from .faults import STRICT, Faults
 from .forms.asked import read_question
 from .forms.chained import chain_answers, chain_columns
@@ -59,9 +58,6 @@ KINDS: tuple[Kind, ...] = ("t2i", "mcq", "oe")
 
 IMAGE_ONLY: tuple[SegmentKind, ...] = ("image",)
 TEXT_ONLY: tuple[SegmentKind, ...] = ("text",)
-SIGN = "<image>"
-PLACEHOLDER = re.compile(rf"{SIGN}[ \t]*\n?")
-"""Where data say that the picture goes; here it always comes first."""
 CHAIN_PICTURES = tuple(column for column in SHOWN_COLUMNS if column != "real_image")
 SEGMENTS: tuple[tuple[SegmentKind, ...], ...] = (
     TEXT_ONLY,
@@ -135,7 +131,7 @@ def samples_of(
     truths = truths_of(table, rows, layout.answer or "")
     names = names_of(table, rows, split)
     halves = [_halves(reading, index, row, layout) for index, row in enumerate(rows)]
-    texts_alone = [layout.question is None or SIGN not in str(row.get(layout.question)) for row in rows]
+    texts_alone = [layout.question is None or PICTURE not in str(row.get(layout.question)) for row in rows]
     shown = pictures_of(reading, rows, SHOWN_COLUMNS, [asks for _, asks in halves], texts_alone)
     drawn = pictures_of(reading, rows, DRAWN_COLUMNS, [draws for draws, _ in halves], [False] * len(rows))
     samples = []
@@ -143,7 +139,7 @@ def samples_of(
         extra = extra_of(row)
         prompts = []
         with reading.at(index):
-            if draws and not model_draws and not asks and drawn[index] is None:
+            if draws and not model_draws and not asks and not drawn[index]:
                 prompts.append(_writing(row, layout, names[index], extra))
             elif draws:
                 prompts.append(_drawing(row, layout, names[index], drawn[index], extra))
@@ -182,13 +178,18 @@ def _halves(reading: Reading, index: int, row: Row, layout: Layout) -> tuple[boo
 # Prompts --------------------------------------------------------------------------------------------------------------
 
 
-def _drawing(row: Row, layout: Layout, name: str, picture: ImageRef | None, extra: Row) -> Prompt:
+def _drawing(row: Row, layout: Layout, name: str, pictures: tuple[ImageRef, ...], extra: Row) -> Prompt:
     assert layout.drawing is not None
+    if len(pictures) > 1:
+        raise DataError(
+            f"there are {len(pictures)} pictures to compare the drawing with, and it is compared with one; keep that "
+            "one, in column 'real_image'"
+        )
     value = row[layout.drawing]
     text = text_of(value, layout.drawing)
-    if SIGN in text:
+    if PICTURE in text:
         raise DataError(
-            f"column {layout.drawing!r} shows a picture ({SIGN}), and no column of answers says what is right; add "
+            f"column {layout.drawing!r} shows a picture ({PICTURE}), and no column of answers says what is right; add "
             "one, or take the sign out"
         )
     concept = row.get("concept")
@@ -198,7 +199,7 @@ def _drawing(row: Row, layout: Layout, name: str, picture: ImageRef | None, extr
         text=text,
         segments=IMAGE_ONLY,
         target=text,
-        real_image=picture,
+        real_image=pictures[0] if pictures else None,
         concept=concept if isinstance(concept, str) else None,
         references=references_of(row),
         attributes=attributes_of(row) if isinstance(row.get("attributes"), Mapping) else None,
@@ -210,7 +211,7 @@ def _drawing(row: Row, layout: Layout, name: str, picture: ImageRef | None, extr
 def _writing(row: Row, layout: Layout, name: str, extra: Row) -> Prompt:
     """A prompt without a ground truth: rewards of the user's own say what a good text is."""
     assert layout.drawing is not None
-    text = _problem(row[layout.drawing], layout.drawing, None)
+    text, _ = _problem(row[layout.drawing], layout.drawing, ())
     return Prompt(id=f"{name}/mm2t", task="oe", text=text, segments=TEXT_ONLY, sample=name, extra=extra)
 
 
@@ -218,13 +219,13 @@ def _asking(
     row: Row,
     layout: Layout,
     name: str,
-    picture: ImageRef | None,
+    pictures: tuple[ImageRef, ...],
     extra: Row,
     instruction: str | None,
     truths: Truths,
 ) -> Prompt:
     assert layout.question is not None and layout.answer is not None
-    problem = _problem(asked_in(row[layout.question], layout.question), layout.question, picture)
+    problem, leads = _problem(asked_in(row[layout.question], layout.question), layout.question, pictures)
     asked = read_question(
         row,
         problem,
@@ -232,11 +233,12 @@ def _asking(
         truths,
         kind=qa_type_of(row.get("qa_type")),
     )
+    _check_places(asked.text, leads, pictures, layout.question)
     return Prompt(
         id=f"{name}/mm2t",
         task="mcq" if asked.kind == "MC" else "oe",
         text=instructed(asked.text, asked.kind, asked.answer, instruction, several=bool(asked.several)),
-        image=picture,
+        images=pictures,
         segments=TEXT_ONLY,
         answer=asked.answer,
         right_answers=asked.several,
@@ -247,22 +249,29 @@ def _asking(
     )
 
 
-def _problem(value: Any, column: str, picture: ImageRef | None) -> str:
-    """The question without the marker of its picture, which comes before it anyway."""
+def _problem(value: Any, column: str, pictures: tuple[ImageRef, ...]) -> tuple[str, bool]:
+    """The question, and whether the sign of a single picture stood before it, where it need not be said."""
     text = text_of(value, column)
-    if picture is not None:
-        if (signs := text.count(SIGN)) > 1:
-            raise DataError(
-                f"column {column!r} has {signs} signs {SIGN} and the row 1 picture; a prompt shows one: take signs "
-                "out, or join the pictures into one"
-            )
-        return text_of(PLACEHOLDER.sub("", text), column)
-    if SIGN in text:
+    if len(pictures) == 1 and text.startswith(PICTURE):
+        return text_of(text.removeprefix(PICTURE), column), True
+    if not pictures and PICTURE in text:
         raise DataError(
-            f"column {column!r} shows a picture ({SIGN}), and 'image' or 'images' has none; add it, or take the "
+            f"column {column!r} shows a picture ({PICTURE}), and 'image' or 'images' has none; add it, or take the "
             "sign out"
         )
-    return text
+    if pictures:
+        text_of(text.replace(PICTURE, ""), column)  # which says so where there is nothing else
+    return text, False
+
+
+def _check_places(text: str, leads: bool, pictures: tuple[ImageRef, ...], column: str) -> None:
+    """As many signs as pictures, in the question or its options; a single picture needs none."""
+    signs, count = text.count(PICTURE) + leads, len(pictures)
+    if count and signs != count and (signs or count > 1):
+        raise DataError(
+            f"column {column!r} has {signs} sign{'s' * (signs != 1)} {PICTURE} and the row {count} "
+            f"picture{'s' * (count != 1)}; write one sign where each picture goes"
+        )
 
 
 # Chains ---------------------------------------------------------------------------------------------------------------
@@ -305,10 +314,10 @@ def _shows(row: Row) -> bool:
 
 
 def _chain(
-    row: Row, name: str, picture: ImageRef | None, columns: tuple[str, Truths | None], model_draws: bool
+    row: Row, name: str, pictures: tuple[ImageRef, ...], columns: tuple[str, Truths | None], model_draws: bool
 ) -> Prompt:
     """`columns`: which asks, and which says what is right."""
-    draws = model_draws and picture is None
+    draws = model_draws and not pictures
     segments = _segments(row.get("segments"), IMAGE_ONLY if draws else TEXT_ONLY)
     told: dict[str, str | None] = {
         column: None if row.get(column) is None else text_of(row[column], column)
@@ -316,7 +325,7 @@ def _chain(
     }
     if segments[-2:] == ("image", "text") and told["follow_up"] is None:
         raise DataError("column 'follow_up' is missing, and 'segments' has text behind the image; ask something there")
-    text = _problem(asked_in(row.get(columns[0]), columns[0]), columns[0], picture)
+    text, leads = _problem(asked_in(row.get(columns[0]), columns[0]), columns[0], pictures)
     choices = choices_of(row)
     options = () if choices is None else choices.texts
     if (
@@ -325,12 +334,13 @@ def _chain(
         and not (says_options(text, options) or shows_options(text, options, choices.column))
     ):
         text = with_options(text, options)
+    _check_places(text, leads, pictures, columns[0])
     answers = chain_answers(row, columns[1], choices)
     return Prompt(
         id=name,
-        task=told["task"] or _task(segments, picture),
+        task=told["task"] or _task(segments, bool(pictures)),
         text=text,
-        image=picture,
+        images=pictures,
         segments=segments,
         answer=answers[0] if answers else None,
         right_answers=answers if len(answers) > 1 else (),
@@ -340,7 +350,7 @@ def _chain(
         concept=told["concept"],
         request=row["request"] if isinstance(row.get("request"), str) else None,
         info=row["info"] if isinstance(row.get("info"), str) else "",
-        target=told["target"] or (text if segments == IMAGE_ONLY else None),
+        target=told["target"] or (text.replace(PICTURE, "").strip() if segments == IMAGE_ONLY else None),
         references=references_of(row),
         attributes=attributes_of(row),
         extra=extra_of(row),
@@ -358,10 +368,10 @@ def _segments(value: Any, otherwise: tuple[SegmentKind, ...]) -> tuple[SegmentKi
     return SEGMENTS[SEGMENTS.index(words)]
 
 
-def _task(segments: tuple[SegmentKind, ...], picture: ImageRef | None) -> str:
+def _task(segments: tuple[SegmentKind, ...], shows: bool) -> str:
     """The benchmark's name for prompts of this form."""
     if segments == TEXT_ONLY:
-        return "qa" if picture is None else "vqa"
+        return "vqa" if shows else "qa"
     return "pure_gen" if segments[0] == "image" else "rea"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, shown
+from ..records import PICTURE
 from .faults import STRICT, Faults
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -133,7 +134,10 @@ def _question(root: Path, folder: Path, image: Any, entry: Any, where: str, know
     turns = entry.get("conversations")
     if isinstance(turns, list) and len(turns) >= 2 and all(isinstance(turn, Mapping) for turn in turns):
         entry = {**entry, "query": turns[0].get("value"), "answer": turns[1].get("value")}
-    text = _column(entry, ("query", "question"), where).replace("<image>", "").strip()
+    text = _column(entry, ("query", "question"), where)
+    if (signs := text.count(PICTURE)) > 1:
+        raise DataError(f"{where}: the question has {signs} signs {PICTURE} and shows 1 picture; take signs out")
+    text = text.replace(PICTURE, "").strip()
     answer = _column(entry, ("answer",), where)
     options = entry.get("options") or []
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):

@@ -283,7 +283,7 @@ def drawn_images(items: Sequence[Item], folder: Path) -> list[Tensor]:
 def scored_text(item: Item) -> str:
     """What the image should show, in words that CLIP knows: `<concept>` as the kind of thing it is, where known."""
     prompt = item.prompt
-    text, kind = prompt.target or prompt.text, prompt.extra.get("concept_class")
+    text, kind = prompt.target or prompt.words, prompt.extra.get("concept_class")
     return text.replace(f"<{prompt.concept}>", kind) if prompt.concept and isinstance(kind, str) else text
 
 

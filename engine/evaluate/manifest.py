@@ -181,6 +181,8 @@ def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.blake2b(digest_size=12)
     for prompt in prompts:
         told = {field.name: _stable(getattr(prompt, field.name)) for field in fields(Prompt)}
+        if len(prompt.images) < 2:  # as it was while there could be no more
+            told["images"] = next(iter(told["images"]), None)
         # What older prompts did not have, and most have not: folders that they were begun with go on.
         values = [value for name, value in told.items() if value or name not in ("request", "info", "right_answers")]
         digest.update(json.dumps(values, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
@@ -195,6 +197,11 @@ def _stable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(name): _stable(part) for name, part in value.items()}
     return picture_name(value) if hasattr(value, "read") and hasattr(value, "name") else value
+
+
+def picture_names(refs: Sequence[ImageRef]) -> str | None:
+    """Pictures' short names; None for none."""
+    return ", ".join(str(ref.name) for ref in refs) or None
 
 
 def picture_name(ref: ImageRef | None) -> str | None:

@@ -28,13 +28,13 @@ from ..errors import EvaluationError
 from ..pictures import ImageRef, open_picture
 from ..records import Prompt
 from ..whole_files import write_atomically
-from .manifest import picture_name
+from .manifest import picture_name, picture_names
 
 ITEMS, IMAGES, REFERENCES = "items.jsonl", "images", "references"
 Key = tuple[str, int]
 """A trajectory: its prompt's id and its member number."""
 
-_PICTURES = ("image", "real_image", "references")
+_PICTURES = ("images", "real_image", "references")
 _OWN = ("member", "greedy", "sampled", "follow_up_text", "drawn", "digest", "shown")
 _TUPLES = ("segments", "options", "right_answers")
 
@@ -122,7 +122,7 @@ class Store:
     def append(self, item: Item, image: Tensor | None) -> Item:
         """Writes an item: its reference photos, then its image ([3, H, W] in [0, 1]), then its line."""
         prompt = replace(item.prompt, references=tuple(Path(self._reference(ref)) for ref in item.prompt.references))
-        item = replace(item, prompt=prompt, shown=picture_name(item.prompt.image))
+        item = replace(item, prompt=prompt, shown=picture_names(item.prompt.images))
         if image is not None:
             contents, digest = encode_png(image)
             item = replace(item, drawn=f"{IMAGES}/{file_name(item.key)}.png", digest=digest)

@@ -90,7 +90,7 @@ def _check_one_prompt(members: list[Rollout]) -> None:
     first = members[0]
     for member in members[1:]:
         same_words = torch.equal(member.prompt_tokens, first.prompt_tokens)
-        if not same_words or member.prompt.image != first.prompt.image:
+        if not same_words or member.prompt.images != first.prompt.images:
             raise ValueError(
                 f"pack: expected members of a group to share one prompt, got {first.prompt.id!r} and "
                 f"{member.prompt.id!r}; order rollouts by prompt, or pass num_generations=1"

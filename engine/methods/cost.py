@@ -235,7 +235,7 @@ class Layout:
                     whole=policy.whole_lead(tokens[row]),
                 )
             )
-        photos = len({prompt.image for prompt in prompts if prompt.image is not None})
+        photos = len({image for prompt in prompts for image in prompt.images})
         filling = Filling.of(policy, sampling.image_steps)
         alone = [t.numel() for t in free.tokens]
         return cls(lines=lines, free=alone, photos=photos, max_text=sampling.max_text_tokens, filling=filling)

@@ -16,6 +16,7 @@ import yaml
 
 from ..checkpoints.published import settings_alone
 from ..errors import ConfigError, RewardSpecError
+from ..evaluate.manifest import picture_names
 from ..learn.from_settings import check_order, objective_of
 from ..pictures import open_picture
 from ..policies.auto import policy_class
@@ -133,7 +134,7 @@ def show(
 
 def prompt_words(prompt: Prompt) -> str:
     """A prompt of a step, and what is wanted of it."""
-    photo = f" [{prompt.image.name}]" if prompt.image else ""
+    photo = f" [{picture_names(prompt.images)}]" if prompt.images else ""
     wanted = (
         f"a text: {prompt.answer!r}"
         if prompt.answer
@@ -217,8 +218,8 @@ def check_batch(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) 
     check_plans(policy, prompts)
     check_lengths(policy, prompts, config.drawing_turn, config.max_completion_length)
     for prompt in prompts:
-        if prompt.image is not None:
-            policy.load_images([prompt.image])
+        if prompt.images:
+            policy.load_images(prompt.images)
         for picture in (prompt.real_image, *prompt.references):
             if picture is not None:
                 open_picture(picture).close()

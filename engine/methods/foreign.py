@@ -60,7 +60,7 @@ def _other_words(prompts: Sequence[Prompt], known: Set[str]) -> Iterable[str]:
     num_strange = 0
     for prompt in prompts:
         request = prompt.request  # what it is told beside it is ours
-        asked = request if request is not None and request in prompt.text else prompt.text
+        asked = request if request is not None and request in prompt.text else prompt.words
         new = [word for word in WORD.findall(asked) if not _is_known(word, known)]
         num_strange += bool(new)
         strange |= dict.fromkeys(new)

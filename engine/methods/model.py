@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..checkpoints.published import local_checkpoint
 from ..errors import ConfigError
-from ..pictures import ImageRef
+from ..pictures import ImageRef, StoredImage
 from ..policies.auto import load_policy
 from ..policies.base import Policy
 from ..policies.inputs import check_fit, checkpoint_notes
@@ -110,14 +110,16 @@ class Model:
     def answer(
         self,
         question: str,
-        image: ImageRef | None = None,
+        image: ImageRef | Sequence[ImageRef] | None = None,
         *,
         temperature: float = 0.0,
         max_text_tokens: int = 128,
         seed: int = 0,
     ) -> str:
-        """What the model says to a question, about `image` where one is shown; greedily but for a `temperature`."""
-        asked = prompt_of(question, ("text",), image)
+        """What the model says to a question, about `image` where one is shown; of several each goes where the question
+        says `<image>`, in order. Greedily but for a `temperature`."""
+        images = () if image is None else (image,) if isinstance(image, Path | StoredImage) else tuple(image)
+        asked = prompt_of(question, ("text",), images)
         (made,) = self.sample([asked], temperature=temperature, max_text_tokens=max_text_tokens, seed=seed)
         return made.text
 
@@ -164,9 +166,9 @@ class Model:
         return made.text, picture_of(made)
 
 
-def prompt_of(text: str, segments: tuple[SegmentKind, ...], image: ImageRef | None = None, number: int = 0) -> Prompt:
+def prompt_of(text: str, segments: tuple[SegmentKind, ...], images: Sequence[ImageRef] = (), number: int = 0) -> Prompt:
     """A prompt that somebody typed; `number` tells those of one session apart."""
-    return Prompt(id=f"prompt/{number:04}", task="prompt", text=text, segments=segments, image=image)
+    return Prompt(id=f"prompt/{number:04}", task="prompt", text=text, segments=segments, images=tuple(images))
 
 
 def picture_of(rollout: Rollout) -> Image.Image:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from ..errors import ConfigError
 from ..evaluate.generate import select
-from ..evaluate.manifest import picture_name
+from ..evaluate.manifest import picture_names
 from ..evaluate.sources import load_items
 from ..policies.auto import model_draws
 from ..policies.base import Policy
@@ -93,7 +93,7 @@ def prompts_of(
     if not typed and config.prompts_file is not None:
         raise ConfigError(f"prompts_file: expected a prompt on each line, got none in {config.prompts_file}")
     if typed:
-        produce = config.produce or (("text",) if config.image is not None or not draws else ("image",))
+        produce = config.produce or (("text",) if config.image or not draws else ("image",))
         return [prompt_of(text, produce, config.image, number) for number, text in enumerate(typed)]
     found = load_items(config.data or WORLDS[world].folder(), split=config.split, concept_info=concept_info)
     items = select(found, config.tasks, config.num_items)
@@ -165,7 +165,7 @@ def _row(folder: Path, model_number: int, model: str, rollout: Rollout) -> dict[
         "id": prompt.id,
         "task": prompt.task,
         "prompt": prompt.text,
-        "image": picture_name(prompt.image),
+        "image": picture_names(prompt.images),
         "member": rollout.member,
         "text": rollout.text if "text" in prompt.segments else None,
         "truncated": any(segment.truncated for segment in rollout.segments),

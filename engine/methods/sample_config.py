@@ -50,9 +50,10 @@ def sampling_problems(c: Any) -> list[str]:
         )
     elif c.prompts_file is not None and c.prompts_file.stat().st_size > MOST_PROMPTS_BYTES:
         problems.append(f"prompts_file: {c.prompts_file} is over {MOST_PROMPTS_BYTES} bytes; pass a table with --data")
-    if c.image is not None and not c.image.is_file():
-        problems.append(f"image: expected a picture's file, got {c.image}, {kind_of(c.image)}; correct the path")
-    if c.image is not None and not asked:
+    for image in c.image:
+        if not image.is_file():
+            problems.append(f"image: expected a picture's file, got {image}, {kind_of(image)}; correct the path")
+    if c.image and not asked:
         problems.append("image: expected a prompt to show it with, got none; pass --prompt")
     if c.produce and not asked:
         problems.append("produce: items of data say themselves what is made of them; pass --prompt, or leave it out")
@@ -98,8 +99,8 @@ class SampleConfig(Settings):
     """What the user says; each one is a prompt of its own."""
     prompts_file: Path | None = None
     """Text file with a prompt on each line, asked behind those of prompt."""
-    image: Path | None = None
-    """Photo that the user shows with every prompt."""
+    image: tuple[Path, ...] = ()
+    """Photo that the user shows with every prompt; of several each goes where a prompt says <image>, in order."""
     produce: tuple[Literal["text", "image"], ...] = ()
     """What is made of a prompt, in order; `text image` reasons first and then draws. None given: text where a photo is
     shown or the model draws nothing, else image."""

@@ -72,8 +72,8 @@ class CausalLMPolicy(Policy):
         Raises:
             DataError: the prompt shows or asks for an image.
         """
-        if prompt.image is not None or "image" in prompt.segments:
-            wants = "shows an image" if prompt.image is not None else f"asks for segments {prompt.segments}"
+        if prompt.images or "image" in prompt.segments:
+            wants = "shows an image" if prompt.images else f"asks for segments {prompt.segments}"
             raise DataError(
                 f"prompt {prompt.id}: {wants}, but CausalLMPolicy reads and writes text only; "
                 f"use {DRAWING}, or text prompts with segments=('text',)"

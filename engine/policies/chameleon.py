@@ -28,7 +28,7 @@ from transformers import ChameleonForConditionalGeneration, ChameleonProcessor
 from ..errors import ConfigError
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
-from .chat_turns import follow_up_of, later_turn, render, text_part, user_turn
+from .chat_turns import follow_up_of, later_turn, opening_turn, render, text_part, user_turn
 from .kinds import called
 from .one_table import OneTablePolicy
 from .probe import check_decoder
@@ -132,21 +132,21 @@ class ChameleonPolicy(OneTablePolicy):
         return re.sub(f"{CODE_PART}(?={CODE_PART})", f"{CODE_PART} ", super().escape(words))
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
-        turn = user_turn(self.escape(prompt.text), shows_image=prompt.image is not None)
+        turn = opening_turn(prompt, self.escape)
         if self.processor.chat_template is None:
             return self._behind_bos(self._expanded(self._bare(turn)))
         return self._behind_bos(self._expanded(render(self.processor, [turn], self.template_kwargs)))
 
     def _bare(self, turn: dict[str, Any]) -> str:
-        """A turn as the processor has it: the image, the words, and what separates turns."""
+        """A turn as the processor has it: images and words, and what separates turns."""
         parts = [part.get("text", self.processor.image_token) for part in turn["content"]]
         return f"{''.join(parts)}{self.tokenizer.sep_token or ''}"
 
     def _expanded(self, text: str) -> Tensor:
-        """[L] int64, an image's placeholder framed and repeated for each of its places."""
+        """[L] int64, each image's placeholder framed and repeated for each of its places."""
         processor, image = self.processor, self.processor.image_token
         slots = f"{processor.image_start_token}{image * self.num_image_tokens}{processor.image_end_token}"
-        return self.encode(text.replace(image, slots, 1))
+        return self.encode(text.replace(image, slots))
 
     def _later(self, words: str) -> Tensor:
         """[L] int64: a turn behind an answer."""

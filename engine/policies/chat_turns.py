@@ -6,14 +6,17 @@ turn is what the template adds for it behind an answer, not what it would make o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from ..records import Prompt
+from ..records import PICTURE, Prompt
 
 ANSWER = "xyzzyanswer"
 """Stands for the policy's answer where a later turn is rendered; a word that no template writes."""
+
+PLACE = re.compile(rf"(?:\n[ \t]*)?{PICTURE}(?:[ \t]*\n)?")
 
 
 def text_part(words: str) -> list[dict[str, str]]:
@@ -25,6 +28,40 @@ def user_turn(words: str, *, shows_image: bool) -> dict[str, Any]:
     """A user's turn for a processor's template, an image before the words if there is one."""
     shown = [{"type": "image"}] if shows_image else []
     return {"role": "user", "content": [*shown, *text_part(words)]}
+
+
+def pieces_of(prompt: Prompt) -> list[str | None]:
+    """What a prompt says, in order: words, and None where a picture goes.
+
+    Words stay as they are, but for white space before the first and the ends of lines beside a picture: templates and
+    tokens of pictures separate them.
+
+    Raises:
+        DataError: it shows another number of pictures than it has places for.
+    """
+    if not prompt.images:
+        return [prompt.text]
+    words, *behind = PLACE.split(prompt.text)
+    if not behind and len(prompt.images) == 1:
+        return [None, words]
+    if len(behind) != len(prompt.images):
+        raise DataError(
+            f"prompt {prompt.id}: expected as many signs {PICTURE} in the text as pictures, got {len(behind)} and "
+            f"{len(prompt.images)}; write one where each picture goes"
+        )
+    pieces: list[str | None] = []
+    for part in (words, *behind):
+        part = part if any(pieces) else part.lstrip()
+        pieces += [part, None] if part.strip() else [None]
+    return pieces[:-1]
+
+
+def opening_turn(prompt: Prompt, escape: Callable[[str], str]) -> dict[str, Any]:
+    """A prompt's turn for a processor's template, pictures in their places; `escape` is what is done to words."""
+    parts: list[dict[str, str]] = []
+    for piece in pieces_of(prompt):
+        parts += [{"type": "image"}] if piece is None else text_part(escape(piece))
+    return {"role": "user", "content": parts}
 
 
 def follow_up_of(prompt: Prompt) -> str:

@@ -33,7 +33,7 @@ from ..pictures import Fit
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
-from .chat_turns import follow_up_of, later_turn, render, text_part, user_turn
+from .chat_turns import follow_up_of, later_turn, opening_turn, render, text_part, user_turn
 from .halves import half_of, remarks_on_half
 from .picture_fit import Whole, background_of, fit_of
 from .probe import check_decoder
@@ -151,20 +151,20 @@ class Emu3Policy(Policy):
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
         """[L] int64: what is drawn from words alone is asked for bare, as Emu3 learnt it; all else is a user's turn."""
-        bare = prompt.image is None and prompt.segments[0] == "image"
-        turn = user_turn(self.escape(prompt.text), shows_image=prompt.image is not None)
+        bare = not prompt.images and prompt.segments[0] == "image"
+        turn = opening_turn(prompt, self.escape)
         text = self.escape(prompt.text) if bare else render(self.processor, [turn], self.template_kwargs)
         bos = self.tokenizer.bos_token  # what the processor puts before a text that has none
         return self._encoded(text if text.startswith(bos) else f"{bos}{text}")
 
     def _encoded(self, text: str) -> Tensor:
-        """[L] int64, an image's placeholder framed and repeated for each of its places."""
+        """[L] int64, each image's placeholder framed and repeated for each of its places."""
         tokenizer = self.tokenizer
         framed = (
             f"{tokenizer.boi_token}{self.side}*{self.side}{tokenizer.image_wrapper_token}{tokenizer.image_token}"
             f"{tokenizer.eof_token}{tokenizer.eoi_token}"
         )
-        ids = self.encode(text.replace(tokenizer.image_token, framed, 1))
+        ids = self.encode(text.replace(tokenizer.image_token, framed))
         return ids.repeat_interleave(torch.where(ids == self.image_slot, self.side * (self.side + 1), 1))
 
     def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:

@@ -22,7 +22,7 @@ from ..pictures import MemoryImage
 from ..records import Prompt, SegmentKind
 from .attention_interface import ATTENTION_NAME
 from .base import Head, Policy
-from .chat_turns import follow_up_of, later_turn, render, text_part, user_turn
+from .chat_turns import follow_up_of, later_turn, opening_turn, render, text_part, user_turn
 from .probe import check_decoder
 from .tokens import ids_of, never_sampled
 
@@ -88,7 +88,7 @@ class JanusPolicy(Policy):
         Where the answer is a text it begins with the default system prompt, if the checkpoint has that; where an image
         is drawn at once (`generation_mode="image"`) it does not, and `image_start`, which follows, is not in it.
         """
-        turn = user_turn(self.escape(prompt.text), shows_image=prompt.image is not None)
+        turn = opening_turn(prompt, self.escape)
         text = self._expanded(render(self.processor, [turn], self.template_kwargs))
         bos = self.tokenizer.bos_token
         # As transformers' own: a template that writes BOS has it once, wherever the system prompt puts it.
@@ -116,10 +116,10 @@ class JanusPolicy(Policy):
         return self.without_bos(self.encode(self._expanded(text)))
 
     def _expanded(self, text: str) -> str:
-        """One placeholder for each of an image's places, between the tokens that begin and end it."""
+        """One placeholder for each of every image's places, between the tokens that begin and end it."""
         tokenizer = self.tokenizer
         slots = tokenizer.image_token * self.num_image_slots
-        return text.replace(tokenizer.image_token, f"{tokenizer.boi_token}{slots}{tokenizer.eoi_token}", 1)
+        return text.replace(tokenizer.image_token, f"{tokenizer.boi_token}{slots}{tokenizer.eoi_token}")
 
     def _encoded(self, text: str, add_special_tokens: bool) -> Tensor:
         return torch.tensor(self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids, dtype=torch.long)

@@ -15,6 +15,7 @@ Dims: K codes, N image tokens, H codes of an image's side.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ..pictures import Fit, to_tensor
 from ..records import Prompt, SegmentKind
 from .base import Head
 from .causal_lm import CausalLMPolicy
-from .chat_turns import follow_up_of, later_turn, render
+from .chat_turns import follow_up_of, later_turn, pieces_of, render
 from .kinds import LIQUID_TOKENS
 from .one_table import OneTablePolicy
 from .picture_fit import Normalisation, fit_of
@@ -139,25 +140,32 @@ class LiquidPolicy(OneTablePolicy, CausalLMPolicy):
         Raises:
             ConfigError: the prompt shows an image, and the VQGAN is not there.
         """
-        if prompt.image is not None and self.vqmodel is None:
+        if prompt.images and self.vqmodel is None:
             self.no_images(f"see images (prompt {prompt.id})")
-        if prompt.image is None and prompt.segments[0] == "image":
+        if not prompt.images and prompt.segments[0] == "image":
             return self._behind_bos(self._asking(prompt.text))
-        return self._behind_bos(self._answering(prompt.text, shows_image=prompt.image is not None))
+        return self._behind_bos(self._answering(pieces_of(prompt)))
 
     def _asking(self, words: str) -> Tensor:
         return self.encode(self.escape(words) + ASKING)
 
-    def _answering(self, words: str, *, shows_image: bool, later: bool = False) -> Tensor:
-        """[L] int64: a user's turn, and the opening of the answer; `later` it stands behind an answer."""
+    def _answering(self, pieces: Sequence[str | None], *, later: bool = False) -> Tensor:
+        """[L] int64: a user's turn, and the opening of the answer; `later` it stands behind an answer.
+
+        `pieces` as of `pieces_of`. A picture before all words has a line to itself, as Liquid's own code shows one.
+        """
         start, end, _ = LIQUID_TOKENS
-        words = self.escape(words)
-        words = f"{start}{end}\n{words}" if shows_image else words
-        ids = self.without_bos(self.encode(self._turn(words, later=later)))
-        if not shows_image:
+        said = ""
+        leading = True
+        for piece in pieces:
+            leading = leading and piece is None
+            said += self.escape(piece) if piece is not None else f"{start}{end}\n" if leading else f"{start}{end}"
+        ids = self.without_bos(self.encode(self._turn(said, later=later)))
+        if None not in pieces:
             return ids
-        behind = int((ids == self.image_start).nonzero()[0, 0]) + 1
-        return torch.cat([ids[:behind], ids.new_full((self.num_image_tokens,), self.image_slot), ids[behind:]])
+        slots = ids.new_full((self.num_image_tokens,), self.image_slot)
+        parts = ids.tensor_split(((ids == self.image_start).nonzero()[:, 0] + 1).tolist())
+        return torch.cat([parts[0], *(part for rest in parts[1:] for part in (slots, rest))])
 
     def _turn(self, words: str, *, later: bool) -> str:
         if self.tokenizer.chat_template is None:
@@ -175,7 +183,7 @@ class LiquidPolicy(OneTablePolicy, CausalLMPolicy):
 
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
         """The drawn image is closed and not shown again: Liquid understands the very tokens that it drew."""
-        ids = self._answering(follow_up_of(prompt), shows_image=False, later=True)
+        ids = self._answering([follow_up_of(prompt)], later=True)
         return torch.cat([ids.new_tensor([self.image_end, self.tokenizer.eos_token_id]), ids])
 
     def image_slots(self, tokens: Tensor) -> Tensor:

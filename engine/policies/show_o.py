@@ -87,15 +87,20 @@ class ShowOPolicy(OneTablePolicy):
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
         if prompt.segments[0] == "image":
-            if prompt.image is not None:
+            if prompt.images:
                 raise DataError(
                     f"generate: prompt {prompt.id} shows a picture and asks for an image at once, expected words "
                     "alone: Show-o draws from words; leave the picture out, or let a text come first"
                 )
             return self._asked(prompt.text)
-        turn = user_turn(self.escape(prompt.text), shows_image=prompt.image is not None)
+        if len(prompt.images) > 1:
+            raise DataError(
+                f"generate: prompt {prompt.id} shows {len(prompt.images)} pictures, expected one: Show-o's questions are "
+                "about one picture, which stands before them; leave the others out, or join them into one"
+            )
+        turn = user_turn(self.escape(prompt.words), shows_image=bool(prompt.images))
         words = self.encode(render(self.processor, [turn], self.template_kwargs))
-        if prompt.image is None:
+        if not prompt.images:
             return torch.cat([self._ids("sot"), words])
         slots = torch.full((self.num_image_tokens,), self.image_slot)
         return torch.cat([self._ids("mmu", "soi"), slots, self._ids("eoi", "sot"), words])

@@ -68,6 +68,8 @@ def columns_for(
     """What trajectories [n] are to a reward function, finished or, without the last two, under way."""
     names = [f.name for f in fields(Prompt) if f.name != "extra"]
     columns: Columns = {name: [getattr(prompt, name) for prompt in prompts] for name in names}
+    columns["image"] = [prompt.images[0] if prompt.images else None for prompt in prompts]
+    columns["shown_images"] = columns["images"]
     further = {name for prompt in prompts for name in prompt.extra if name not in columns or name in ANYTHING}
     columns |= {name: [prompt.extra.get(name) for prompt in prompts] for name in sorted(further)}
     return columns | {

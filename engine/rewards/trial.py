@@ -98,7 +98,7 @@ def _of_each_form(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first prompt of each form, as far as they are shown."""
     first: dict[object, Prompt] = {}
     for prompt in prompts:
-        first.setdefault((prompt.task, prompt.segments, prompt.qa_type, prompt.image is None), prompt)
+        first.setdefault((prompt.task, prompt.segments, prompt.qa_type, len(prompt.images)), prompt)
     return list(first.values())[:MOST_PROMPTS]
 
 

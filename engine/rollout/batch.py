@@ -128,12 +128,12 @@ class Batch:
         return [rows(owner, own_starts[: P * G]), *twins]
 
     def _see(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
-        """Each prompt's image embeddings; a photo that several prompts show is encoded once."""
-        paths = list(dict.fromkeys(prompt.image for prompt in prompts if prompt.image is not None))
+        """Each prompt's image embeddings; a photo that is shown more than once is encoded once."""
+        paths = list(dict.fromkeys(image for prompt in prompts for image in prompt.images))
         if not paths:
             return [None] * len(prompts)
         seen = dict(zip(paths, self.policy.see(self.policy.load_images(paths)), strict=True))
-        return [None if prompt.image is None else seen[prompt.image] for prompt in prompts]
+        return [torch.cat([seen[image] for image in p.images]) if p.images else None for p in prompts]
 
     def finished(self) -> list[Rollout]:
         """What was sampled, in the order of the prompts; the members of a prompt adjacent."""

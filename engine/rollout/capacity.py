@@ -171,7 +171,7 @@ def check_lengths(
 
     kinds: dict[tuple[object, ...], list[Prompt]] = {}
     for prompt in prompts:
-        kinds.setdefault((prompt.segments, prompt.image is None), []).append(prompt)
+        kinds.setdefault((prompt.segments, len(prompt.images)), []).append(prompt)
     for alike in kinds.values():
         asked = alike if most is None else nlargest(most, alike, key=num_bytes)
         turns = [policy.follow_up_tokens(p) if "image" in p.segments[:-1] else None for p in asked]

@@ -65,7 +65,7 @@ class DrawingTurns:
     def words(self, prompt: Prompt, text: str) -> str:
         """What the turn of a member says whose text is `text`."""
         assert self.template is not None
-        request = prompt.text if prompt.request is None else prompt.request
+        request = prompt.words if prompt.request is None else prompt.request
         concept = "" if prompt.concept is None else f"<{prompt.concept}>"
         return filled(self.template, {"prompt": request, "text": text, "info": prompt.info, "concept": concept})
 

@@ -218,10 +218,10 @@ def _cell_width(images: Sequence[Tensor | None]) -> int:
 
 
 def photo_beside(prompt: Prompt) -> tuple[ImageRef | None, str]:
-    """The photo to show beside a request, and what it is, a key of PHOTOS: the one that the model sees, else one of the
-    concept that the request names, else the picture that drawings are compared with."""
-    if prompt.image is not None:
-        return prompt.image, "shown"
+    """The photo to show beside a request, and what it is, a key of PHOTOS: the first that the model sees, else one of
+    the concept that the request names, else the picture that drawings are compared with."""
+    if prompt.images:
+        return prompt.images[0], "shown"
     if prompt.references:
         return prompt.references[0], "concept"
     return prompt.real_image, "real"

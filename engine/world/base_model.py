@@ -194,8 +194,8 @@ class NoisyTeacher:
     def _prompt_tokens(self, item: Item) -> Tensor:
         key = (item.question, item.photo is not None)
         if key not in self._encoded:
-            image = Path("photo.png") if item.photo is not None else None
-            self._encoded[key] = self.policy.prompt_tokens(Prompt(id="", task="", text=item.question, image=image))
+            images = (Path("photo.png"),) if item.photo is not None else ()
+            self._encoded[key] = self.policy.prompt_tokens(Prompt(id="", task="", text=item.question, images=images))
         return self._encoded[key]
 
     def _text_tokens(self, text: str) -> Tensor:

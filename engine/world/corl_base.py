@@ -176,8 +176,8 @@ class NoisyTutor:
     def _prompt_tokens(self, text: str, *, shows_image: bool) -> Tensor:
         key = (text, shows_image)
         if key not in self._encoded:
-            image = Path("photo.png") if shows_image else None
-            self._encoded[key] = self.policy.prompt_tokens(Prompt(id="", task="", text=text, image=image))
+            images = (Path("photo.png"),) if shows_image else ()
+            self._encoded[key] = self.policy.prompt_tokens(Prompt(id="", task="", text=text, images=images))
         return self._encoded[key]
 
 

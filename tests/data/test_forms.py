@@ -246,7 +246,7 @@ def test_pictures_in_the_parts_of_a_chat(tmp_path: Path) -> None:
         (prompt,) = read(
             tmp_path, {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}, SAID]}
         )
-        assert prompt.image == (tmp_path / "cup.jpg").resolve() and prompt.text == "?"
+        assert prompt.images[0] == (tmp_path / "cup.jpg").resolve() and prompt.text == "?"
 
 
 # Chains ---------------------------------------------------------------------------------------------------------------

@@ -104,17 +104,17 @@ def test_training_prompts_of_an_album(album: Path) -> None:
     by_id = {p.id: p for p in prompts}
     rea = by_id["train/chelsea/rea/0"]
     assert rea.text == "<chelsea> with its favourite food" and rea.answer == rea.target == "<chelsea> with fish"
-    assert rea.segments == ("text", "image") and rea.image is None and rea.attributes is None and rea.rewarded
+    assert rea.segments == ("text", "image") and not rea.images and rea.attributes is None and rea.rewarded
     assert [path.name for path in rea.references] == ["0.png", "1.png", "2.png"]
     vqa = next(p for p in prompts if p.task == "vqa" and p.concept == "eileen")
-    assert vqa.image is not None and vqa.image.name == "0.png" and vqa.answer == "Looking at the camera."
+    assert vqa.images and vqa.images[0].name == "0.png" and vqa.answer == "Looking at the camera."
     assert vqa.target == "a photo of <eileen>" and vqa.references and vqa.segments == ("text", "image")
-    assert all(p.image is None for p in prompts if p.task == "qa")
+    assert all(not p.images for p in prompts if p.task == "qa")
 
 
 def test_training_never_sees_test_pictures_or_held_out_prompts(album: Path) -> None:
     prompts = load_training_prompts(album)
-    shown = {path for p in prompts for path in (*p.references, *([p.image] if p.image else []))}
+    shown = {path for p in prompts for path in (*p.references, *p.images)}
     assert shown and not any("test" in path.relative_to(album.resolve()).parts for path in shown)
     trained, held_out = {p.text for p in prompts}, {p.text for p in load_benchmark(album)["rea"]}
     assert not trained & held_out and "<chelsea> at play" in held_out
@@ -124,9 +124,9 @@ def test_recognition_wordings_are_asked_about_own_and_other_pictures(album: Path
     rec = [p for p in load_training_prompts(album) if p.task == "rec" and p.concept == "chelsea"]
     assert Counter(p.answer for p in rec) == {"Yes.": 3, "No.": 3}
     for prompt in rec:
-        assert prompt.image is not None
-        assert (prompt.image.parent.name == "chelsea") == (prompt.answer == "Yes.")
-    assert {p.image.parent.name for p in rec if p.image and p.answer == "No."} == {"eileen", "random_images"}
+        assert prompt.images
+        assert (prompt.images[0].parent.name == "chelsea") == (prompt.answer == "Yes.")
+    assert {p.images[0].parent.name for p in rec if p.images and p.answer == "No."} == {"eileen", "random_images"}
 
 
 def test_understanding_without_the_drawing(album: Path) -> None:
@@ -141,7 +141,7 @@ def test_benchmark_of_an_album(album: Path) -> None:
     assert counts == {"vqa": 2, "qa": 2, "rec": 12, "rea": 2, "dense_rea": 2, "pure_gen": 4, "dense_gen": 2}
     everything = [p for prompts in benchmark.values() for p in prompts]
     assert len({p.id for p in everything}) == len(everything)
-    assert all("test" in p.image.parts for p in everything if p.image)
+    assert all("test" in p.images[0].parts for p in everything if p.images)
     assert all("test" in path.parts for p in everything for path in p.references)
     assert benchmark["pure_gen"][0].text == "a <chelsea> in the snow"
     assert benchmark["pure_gen"][0].segments == ("image",) and benchmark["rea"][0].segments == ("text", "image")
@@ -160,7 +160,7 @@ def test_generated_test_files_are_read(copy: Path) -> None:
     write(copy / "test_data" / "chelsea.json", [entry | {"conversations": talk}, choice])
     benchmark = load_benchmark(copy)
     (rec,) = [p for p in benchmark["rec"] if p.concept == "chelsea"]
-    assert rec.text == "Is <chelsea> here?" and rec.image is not None and rec.image.parent.name == "eileen"
+    assert rec.text == "Is <chelsea> here?" and rec.images and rec.images[0].parent.name == "eileen"
     assert [p.answer for p in benchmark["choice"]] == ["A"]
 
 

@@ -33,8 +33,8 @@ def published(folder: Path, features: Feature, rows: Sequence[dict[str, Any]]) -
 def read(source: Path) -> list[Prompt]:
     prompts = [prompt for (prompt,) in load_samples(source, instruction=None)]
     for prompt in prompts:
-        if prompt.image is not None:
-            assert open_picture(prompt.image).size == (96, 64)
+        if prompt.images:
+            assert open_picture(prompt.images[0]).size == (96, 64)
     return prompts
 
 
@@ -138,8 +138,8 @@ def test_mmmu(tmp_path: Path) -> None:
         },
     ]
     choice, opened = read(published(tmp_path, MMMU, rows))
-    assert choice.answer == "B" and choice.options == ("$6", "$7", "$8", "Baxter's") and choice.image is not None
-    assert opened.right_answers == ("1.06", "1.07") and opened.qa_type == "OE" and opened.image is not None
+    assert choice.answer == "B" and choice.options == ("$6", "$7", "$8", "Baxter's") and choice.images
+    assert opened.right_answers == ("1.06", "1.07") and opened.qa_type == "OE" and opened.images
     assert "<image" not in choice.text and "image_1" not in choice.extra
     with pytest.raises(DataError, match="column 'image_2' is empty, and the text shows <image 2>"):
         read(published(tmp_path, MMMU, [rows[0] | {"question": "Compare <image 1> with <image 2>."}]))
@@ -165,7 +165,7 @@ def test_mmbench_as_a_table_of_text(tmp_path: Path) -> None:
     first, again, third = read(tmp_path / "MMBench_DEV_EN.tsv")
     assert first.answer == "B" and first.options == ("Can roots?", "Does clay?")
     assert first.text.startswith("A student tests soil.\nIdentify the question.\nA. Can roots?")
-    assert again.image == first.image and again.answer == "A"
+    assert again.images[0] == first.images[0] and again.answer == "A"
     assert third.options == ("red", "blue", "green") and third.text.startswith("Which?")
 
 
@@ -191,7 +191,7 @@ def test_math_vista(tmp_path: Path) -> None:
     free, choice, number = read(published(tmp_path, features, rows))
     assert (free.qa_type, free.answer) == ("OE", "1.2")
     assert (choice.answer, number.answer) == ("B", "B"), "a text is a text"
-    assert all(prompt.image is not None for prompt in (free, choice, number))
+    assert all(prompt.images for prompt in (free, choice, number))
 
 
 def test_math_vision(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_math_vision(tmp_path: Path) -> None:
     row = {"question": "<image1> Which one?", "options": ["A", "B"], "image": "images/1.jpg", "decoded_image": CELL}
     features["answer"] = TEXT
     (prompt,) = read(published(tmp_path, features, [row | {"answer": "B"}]))
-    assert prompt.answer == "B" and prompt.image is not None and prompt.text == "Which one?\nA. A\nB. B"
+    assert prompt.answer == "B" and prompt.images and prompt.text == "Which one?\nA. A\nB. B"
     with pytest.raises(DataError, match="the text shows <image 2>"):
         read(published(tmp_path, features, [row | {"answer": "B", "question": "<image2> Which?"}]))
 
@@ -221,7 +221,7 @@ def test_x2x_rft_22k(tmp_path: Path) -> None:
     features: Feature = {**dict.fromkeys(names, TEXT), "qa_type": TEXT, "real_image": PICTURE}
     row = {"prompt": "A cup.", "qa_problem": "What?\nA. tea\nB. coffee", "qa_solution": "<answer>B</answer>"}
     ((drawing, question),) = load_samples(published(tmp_path, features, [row | {"qa_type": "MC", "real_image": CELL}]))
-    assert drawing.segments == ("image",) and drawing.real_image == question.image and question.answer == "B"
+    assert drawing.segments == ("image",) and drawing.real_image == question.images[0] and question.answer == "B"
 
 
 def test_arc_and_medqa(tmp_path: Path) -> None:

@@ -68,9 +68,8 @@ def test_a_table_of_text(folder: Path) -> None:
     path = folder / "train.csv"
     path.write_text('\ufeffquestion,answer,image\r\n"Red, or\nblue?",red,coffee.jpg\r\n\r\nHow many?,2,chelsea.jpg\r\n')
     first, second = read(folder)
-    assert (
-        first.text == "Red, or\nblue?" and second.answer == "2" and second.image == (folder / "chelsea.jpg").resolve()
-    )
+    assert first.text == "Red, or\nblue?" and second.answer == "2"
+    assert second.images == ((folder / "chelsea.jpg").resolve(),)
     assert open_table(path).where(1) == "train.csv, line 5"
     (folder / "test.tsv").write_text("question\tanswer\nWhy?\tso\n")
     assert [prompt.answer for prompt in read(folder, split="test")] == ["so"]
@@ -119,9 +118,9 @@ def test_a_tar_is_read_where_it_lies(tmp_path: Path) -> None:
     members = {"a/0.jpg": encoded("coffee.jpg"), "a/0.json": row, "a/1.json": row, "a/1.JPG": encoded("chelsea.jpg")}
     tar_of(tmp_path / "train-000000.tar", {**members, "._x.jpg": b"", "a/1.cls": b" 3 \n"})
     first, second = read(tmp_path)
-    assert first.image is not None and open_picture(first.image).size == (96, 64) and first.image != second.image
+    assert first.images and open_picture(first.images[0]).size == (96, 64) and first.images[0] != second.images[0]
     assert second.extra["cls"] == "3" and second.extra["__key__"] == "a/1"
-    assert pickle.loads(pickle.dumps(first.image)) == first.image
+    assert pickle.loads(pickle.dumps(first.images[0])) == first.images[0]
     assert broken_in(pictures_of([first, second])) == []
 
 
@@ -154,9 +153,9 @@ def test_a_tar_that_is_compressed_cut_off_or_none(tmp_path: Path) -> None:
     whole = tar_of(tmp_path / "b.tar", members)
     (prompt,) = read(whole)
     whole.write_bytes(whole.read_bytes()[:2048])
-    assert prompt.image is not None
+    assert prompt.images
     with pytest.raises(PictureError, match="shorter than when it was opened"):
-        open_picture(prompt.image)
+        open_picture(prompt.images[0])
     (tmp_path / "c.tar").write_bytes(b"x" * 2000)
     with pytest.raises(DataError, match="not readable as a tar"):
         open_table(tmp_path / "c.tar")
@@ -170,7 +169,7 @@ def test_cells_hold_bytes_or_paths(folder: Path, suffix: str) -> None:
     held = {"bytes": encoded("rocket.png"), "path": "rocket.png"}
     paths = [{"bytes": None, "path": name} for name in ("coffee.jpg", str(folder / "chelsea.jpg"))]
     for cells in ([held, held, *paths], [*paths, held], paths, [held, paths[0], held, paths[1], held]):
-        found = [prompt.image for prompt in read(cells_of(folder / f"train{suffix}", cells))]
+        found = [prompt.images[0] for prompt in read(cells_of(folder / f"train{suffix}", cells))]
         assert [isinstance(ref, StoredImage) for ref in found] == [cell["bytes"] is not None for cell in cells]
         assert all(ref is not None and open_picture(ref).size == (96, 64) for ref in found)
         assert broken_in([ref for ref in found if ref is not None]) == []
@@ -217,7 +216,8 @@ def test_base64_is_a_picture(tmp_path: Path, name: str, dress: str) -> None:
     text = dress.format(base64.b64encode(encoded(name)).decode())
     broken_lines = "\n".join(text[at : at + 76] for at in range(0, len(text), 76)) if dress == "{}" else text
     cells: list[Any] = [text, {"bytes": text, "path": None}, [text], broken_lines]
-    found = [prompt.image for prompt in read(write_lines(tmp_path / "a.jsonl", [{**ASKED, "image": c} for c in cells]))]
+    source = write_lines(tmp_path / "a.jsonl", [{**ASKED, "image": c} for c in cells])
+    found = [prompt.images[0] for prompt in read(source)]
     assert all(ref is not None and open_picture(ref).size == (96, 64) for ref in found)
     assert found[0] == found[1] and pickle.loads(pickle.dumps(found[0])) == found[0]
 

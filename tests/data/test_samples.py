@@ -52,9 +52,9 @@ def test_both_halves_of_a_row(folder: Path) -> None:
     drawing, question = first
     assert drawing.id == "album/train/0/t2i" and question.id == "album/train/0/mm2t"
     assert drawing.sample == question.sample == "album/train/0"
-    assert drawing.task == "t2i" and drawing.segments == ("image",) and drawing.image is None
+    assert drawing.task == "t2i" and drawing.segments == ("image",) and not drawing.images
     assert drawing.text == drawing.target == "An astronaut in an orange suit before a flag."
-    assert drawing.real_image == question.image == (folder / "astronaut.png").resolve()
+    assert drawing.real_image == question.images[0] == (folder / "astronaut.png").resolve()
     assert question.task == "mcq" and question.qa_type == "MC" and question.segments == ("text",)
     assert question.options == ("a horse", "a flag", "a car") and question.answer == "B"
     assert question.text.startswith("What is behind her?\nA. a horse") and LETTER_FORM in question.text
@@ -110,7 +110,7 @@ def test_trl_rows(folder: Path) -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
     prompt = only(rows(folder, {"prompt": chat, "images": ["coffee.jpg"], "solution": 3}), instruction=None)
     assert prompt.text == "Be brief.\n\nWhat is it?" and prompt.answer == "3" and prompt.qa_type == "OE"
-    assert prompt.image == (folder / "coffee.jpg").resolve()
+    assert prompt.images[0] == (folder / "coffee.jpg").resolve()
     drawing = only(rows(folder, {"prompt": [{"role": "user", "content": "A red bus."}], "spatial_info": "left"}))
     assert drawing.task == "t2i" and drawing.text == "A red bus." and drawing.extra == {"spatial_info": "left"}
 
@@ -138,8 +138,8 @@ def test_verl_parquet(tmp_path: Path) -> None:
     }
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
     prompt = only(tmp_path / "train.parquet", instruction=None)
-    assert prompt.text == "How many?" and prompt.answer == "2" and prompt.image is not None
-    assert open_picture(prompt.image).size == (96, 64)
+    assert prompt.text == "How many?" and prompt.answer == "2" and prompt.images
+    assert open_picture(prompt.images[0]).size == (96, 64)
     assert prompt.extra["data_source"] == "geo" and prompt.extra["extra_info"] == {"index": 0, "split": "train"}
 
 
@@ -299,7 +299,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path, folder: Path, entry: dict[str,
 def test_questions_with_and_without_pictures_may_be_mixed(folder: Path) -> None:
     asked = {"problem": "What?", "solution": "x"}
     found = [sample[0] for sample in load_samples(rows(folder, {**asked, "image": "coffee.jpg"}, asked))]
-    assert [prompt.image is not None for prompt in found] == [True, False]
+    assert [bool(prompt.images) for prompt in found] == [True, False]
 
 
 def test_each_row_has_its_picture_from_whichever_column_holds_it(folder: Path) -> None:

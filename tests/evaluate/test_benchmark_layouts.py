@@ -34,8 +34,8 @@ def read(name: str, data: Path, split: str | None = None, **more: Any) -> list[P
 
 def shown(prompt: Prompt) -> tuple[int, int, int]:
     """The colour of the picture that a prompt shows."""
-    assert prompt.image is not None
-    return open_picture(prompt.image).getpixel((0, 0))  # type: ignore[return-value]
+    assert prompt.images
+    return open_picture(prompt.images[0]).getpixel((0, 0))  # type: ignore[return-value]
 
 
 def test_the_flag_takes_what_is_known() -> None:

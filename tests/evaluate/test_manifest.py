@@ -106,7 +106,7 @@ def test_large_weights_are_sampled_evenly() -> None:
 def test_prompts_are_told_apart_by_all_that_they_say(tmp_path: Path) -> None:
     photo = tmp_path / "a.png"
     photo.write_bytes(b"12345")
-    shown = replace(ASKED, image=photo, references=(photo,))
+    shown = replace(ASKED, images=(photo,), references=(photo,))
     drawn = MemoryImage("drawn", torch.zeros(3, 4, 4))
     prompts = [
         ASKED,
@@ -115,16 +115,16 @@ def test_prompts_are_told_apart_by_all_that_they_say(tmp_path: Path) -> None:
         replace(ASKED, attributes={"hat": "crown"}),
         shown,
         replace(shown, references=()),
-        replace(ASKED, image=drawn),
+        replace(ASKED, images=(drawn,)),
     ]
     assert len({prompts_fingerprint([p]) for p in prompts}) == len(prompts)
     before = prompts_fingerprint([shown])
     moved = tmp_path / "elsewhere" / "a.png"
     moved.parent.mkdir()
     moved.write_bytes(b"12345")
-    assert prompts_fingerprint([replace(shown, image=moved, references=(moved,))]) == before
+    assert prompts_fingerprint([replace(shown, images=(moved,), references=(moved,))]) == before
     moved.write_bytes(b"123456")
-    assert prompts_fingerprint([replace(shown, image=moved)]) != before
+    assert prompts_fingerprint([replace(shown, images=(moved,))]) != before
     assert prompts_fingerprint([ASKED, shown]) != prompts_fingerprint([shown, ASKED])
 
 

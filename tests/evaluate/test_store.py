@@ -36,7 +36,7 @@ def test_an_item_comes_back_as_it_was(tmp_path: Path) -> None:
         id="ü/1 ",
         task="rea",
         text='say "ja"\nnow',
-        image=photo,
+        images=(photo,),
         segments=("text", "image", "text"),
         answer="\u2028",
         options=("a", "b"),
@@ -53,7 +53,7 @@ def test_an_item_comes_back_as_it_was(tmp_path: Path) -> None:
     store.close()
     (found,) = Store(tmp_path).read()
     assert found == replace(
-        written, prompt=replace(written.prompt, image=None, extra={"list": [1, {"deep": None}], "path": "x"})
+        written, prompt=replace(written.prompt, images=(), extra={"list": [1, {"deep": None}], "path": "x"})
     )
     assert found.shown == "photo.jpg" and found.sampled == "" and found.greedy is None
     first, second, third = found.prompt.references

@@ -109,7 +109,7 @@ def test_a_group_with_two_prompts_is_refused(policy: JanusPolicy) -> None:
     members = [by_hand([5, 1], given("text", [40])), by_hand([5, 2], given("text", [41]))]
     with pytest.raises(ValueError, match="expected members of a group to share one prompt"):
         pack_all(policy, members, [True, True], 2)
-    other = replace(members[0], prompt=replace(members[0].prompt, image=Path("b.png")))
+    other = replace(members[0], prompt=replace(members[0].prompt, images=(Path("b.png"),)))
     with pytest.raises(ValueError, match="pass num_generations=1"):
         pack_all(policy, [members[0], other], [True, True], 2)
 

@@ -113,9 +113,9 @@ def test_a_photo_is_answered_about_and_a_language_model_only_answers(base: Path,
     photo = tmp_path / "photo.png"
     Image.new("RGB", (40, 40), "red").save(photo)
     (tmp_path / "prompts.txt").write_text("\ufeffthe colour is?\n\n  what hat?  \n")
-    asked = SampleConfig(prompts_file=tmp_path / "prompts.txt", image=photo)
-    assert [(p.text, p.segments, p.image) for p in prompts_of(asked, True)] == [
-        (text, ("text",), photo) for text in ("the colour is?", "what hat?")
+    asked = SampleConfig(prompts_file=tmp_path / "prompts.txt", image=(photo,))
+    assert [(p.text, p.segments, p.images) for p in prompts_of(asked, True)] == [
+        (text, ("text",), (photo,)) for text in ("the colour is?", "what hat?")
     ]
     text_policy().save(tmp_path / "language")
     config = SampleConfig(

@@ -170,8 +170,8 @@ def test_greedy_text_is_transformers_own(way: dict[str, Any], photo: Path) -> No
     for rollout in generate(policy, prompts, Sampling(num_generations=1, temperature=0.0, max_text_tokens=12)):
         ids = policy.prompt_tokens(rollout.prompt)[None]
         shown = {}
-        if rollout.prompt.image is not None:
-            shown["pixel_values"] = policy.normalisation().pixels(policy.load_images([rollout.prompt.image]))
+        if rollout.prompt.images:
+            shown["pixel_values"] = policy.normalisation().pixels(policy.load_images(rollout.prompt.images))
         out = theirs.generate(
             ids,
             attention_mask=torch.ones_like(ids),

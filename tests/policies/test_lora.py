@@ -222,7 +222,7 @@ def test_the_sampler_is_the_network_in_training(rollouts: list[Rollout], batch: 
 
 def test_a_text_model_too(tmp_path: Path) -> None:
     policy = adapted(text_policy("qwen3"))
-    prompts = [p for p in all_kinds_of_prompts(tmp_path) if p.segments == ("text",) and p.image is None]
+    prompts = [p for p in all_kinds_of_prompts(tmp_path) if p.segments == ("text",) and not p.images]
     rollouts = generate(policy, prompts, Sampling(num_generations=3, max_text_tokens=6))
     (made,) = packed(policy, rollouts, 3)
     assert replay_error(made, logp(policy, made)) <= 1e-4

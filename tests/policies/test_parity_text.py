@@ -108,8 +108,8 @@ def janus_inputs(policy: JanusPolicy, prompt: Prompt) -> dict[str, Any]:
     """The processor's own, the photo's pixels included."""
     content: list[dict[str, Any]] = [{"type": "text", "text": prompt.text}]
     images = {}
-    if prompt.image is not None:
-        content, images = [{"type": "image"}, *content], {"images": [open_picture(prompt.image)]}
+    if prompt.images:
+        content, images = [{"type": "image"}, *content], {"images": [open_picture(prompt.images[0])]}
     text = policy.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     policy.processor.num_image_tokens = policy.num_image_slots  # 576 in transformers 5.12, whatever it is given
     return policy.processor(text=[text], return_tensors="pt", add_special_tokens=False, **images)

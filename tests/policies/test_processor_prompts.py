@@ -54,8 +54,8 @@ def processed(made: Any, prompt: Prompt, **asked: Any) -> list[int]:
     """What transformers makes of the same turn: BOS is the tokenizer's matter where the template has not written it."""
     content: list[dict[str, Any]] = [{"type": "text", "text": made.escape(prompt.text)}]
     images = {}
-    if prompt.image is not None:
-        content, images = [{"type": "image"}, *content], {"images": [open_picture(prompt.image)]}
+    if prompt.images:
+        content, images = [{"type": "image"}, *content], {"images": [open_picture(prompt.images[0])]}
     text = made.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     adds = not text.startswith(made.tokenizer.bos_token)
     # Transformers 5.12 counts 576 places whatever the model, and takes a text that is in no list apart.

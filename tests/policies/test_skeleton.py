@@ -59,7 +59,7 @@ def prompts_for(policy: Policy, folder: Path) -> list[Prompt]:
     if policy.decoding_order == "raster":
         return prompts
     # An image is a sequence of its own, of words alone, and ends what is sampled.
-    return [p for p in prompts if "image" not in p.segments[:-1] and (p.image is None or p.segments[0] == "text")]
+    return [p for p in prompts if "image" not in p.segments[:-1] and (not p.images or p.segments[0] == "text")]
 
 
 @pytest.mark.parametrize("name", POLICIES)

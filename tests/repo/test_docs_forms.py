@@ -31,7 +31,7 @@ def shown(prompt: Prompt) -> str:
         return f"draws {prompt.text}{compared}"
     right = " or ".join(prompt.right_answers) if prompt.qa_type == "OE" and prompt.right_answers else prompt.answer
     options = f" of {' | '.join(prompt.options)}" if prompt.options else ""
-    picture = f", shows {named(prompt.image)}" if prompt.image else ""
+    picture = f", shows {named(prompt.images[0])}" if prompt.images else ""
     return f"{prompt.qa_type} {right}{options}{picture}"
 
 
@@ -51,7 +51,7 @@ def test_an_example_becomes_what_the_page_says(
     assert [shown(prompt) for prompt in prompts] == BECOMES[name].splitlines() and len(prompts) == 3
     for prompt in prompts:
         assert all(option in prompt.text for option in prompt.options), "what can be chosen is said"
-        for ref in (prompt.image, prompt.real_image):
+        for ref in (*prompt.images, prompt.real_image):
             assert ref is None or open_picture(ref).size in ((8, 6), (1, 1))
 
 

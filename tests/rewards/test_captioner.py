@@ -114,7 +114,7 @@ def test_policy_captions_are_its_answers(tmp_path: Path) -> None:
     for i, image in enumerate(images):
         save_image(image, tmp_path / f"{i}.png")
         prompts.append(
-            Prompt(id=str(i), task="caption", text=QUESTION, image=tmp_path / f"{i}.png", segments=("text",))
+            Prompt(id=str(i), task="caption", text=QUESTION, images=(tmp_path / f"{i}.png",), segments=("text",))
         )
     answers = generate(policy.eval(), prompts, Sampling(num_generations=1, temperature=0.0, max_text_tokens=8))
     assert captions == [rollout.text.strip() for rollout in answers]

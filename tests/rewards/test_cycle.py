@@ -138,7 +138,7 @@ def test_it_is_a_reward_function(photos: list[Path]) -> None:
     """Through the scorer that the trainer calls: two drawings of one prompt, and an answer that draws nothing."""
     nothing = torch.zeros(0, dtype=torch.long)
     draws = Prompt(id="draw", task="gen", text="a cat", target="a cat", real_image=photos[0], segments=("image",))
-    answers = Prompt(id="say", task="vqa", text="what?", image=photos[0], answer="cat", segments=("text",))
+    answers = Prompt(id="say", task="vqa", text="what?", images=(photos[0],), answer="cat", segments=("text",))
     rollouts = [
         Rollout(prompt=prompt, member=member, prompt_tokens=nothing, prompt_image=None, segments=(), image=image)
         for prompt, member, image in (

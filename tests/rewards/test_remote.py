@@ -75,7 +75,7 @@ def test_unirl_s_protocol(unirl_server: ScorerServer) -> None:
 def test_unirl_sees_the_picture_that_the_prompt_shows(unirl_server: ScorerServer, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "source.png")
     edit = rollout(0, None, coloured(1.0), text="make it red")
-    edit = replace(edit, prompt=replace(edit.prompt, image=tmp_path / "source.png"))
+    edit = replace(edit, prompt=replace(edit.prompt, images=(tmp_path / "source.png",)))
     assert scored(unirl_server, "unirl@URL#size", [edit]) == [2.0]
     assert scored(unirl_server, "unirl@URL#red", [edit]) == [1.0], "the drawing comes last"
 

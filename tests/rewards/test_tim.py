@@ -58,7 +58,7 @@ def expected(policy: JanusPolicy, image: Tensor, text: str, *, with_tag: bool = 
     """One sequence alone, its words found by hand: between the image's end and the assistant's tag."""
     plain = PlainJanus(policy)
     plain.model.double()
-    tokens = policy.prompt_tokens(Prompt(id="x", task="caption", text=text, image=Path("x.png")))
+    tokens = policy.prompt_tokens(Prompt(id="x", task="caption", text=text, images=(Path("x.png"),)))
     embeddings = plain.text(tokens).clone()
     features = plain.model.model.get_image_features(((image - 0.5) / 0.5).double()[None], return_dict=True)
     embeddings[tokens == policy.image_slot] = features.pooler_output[0]

@@ -91,9 +91,9 @@ def plain_replay(policy: Policy, rollout: Rollout) -> list[tuple[Tensor, Tensor]
         names = ["follow_up" if n and s.kind == "text" else s.kind for n, s in enumerate(rollout.segments)]
         return [(of[name], of["image_mixed" if name == "image" else name]) for name in names]
     pixels = None
-    if rollout.prompt.image is not None:
+    if rollout.prompt.images:
         read = policy.processor.image_processor
-        pixels = read(open_picture(rollout.prompt.image), return_tensors="pt")["pixel_values"]
+        pixels = read(open_picture(rollout.prompt.images[0]), return_tensors="pt")["pixel_values"]
     return PlainEmu3(policy).replay(rollout, pixels, temperature=1.0, cfg_weight=2.0)
 
 

@@ -42,9 +42,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
 
 
 def pixels_of(policy: Emu3Policy, prompt: Prompt) -> Tensor | None:
-    if prompt.image is None:
+    if not prompt.images:
         return None
-    return policy.processor.image_processor(open_picture(prompt.image), return_tensors="pt")["pixel_values"]
+    return policy.processor.image_processor(open_picture(prompt.images[0]), return_tensors="pt")["pixel_values"]
 
 
 def image_segments(rollouts: list[Rollout]) -> list[Tensor]:

@@ -49,8 +49,8 @@ def mixed_by_transformers(policy: Any, rollout: Rollout, weight: float) -> list[
         return [PlainJanus(policy).replay(rollout, cfg_weight=weight)["image_mixed"]]
     assert isinstance(policy, Emu3Policy)
     pixels = None
-    if rollout.prompt.image is not None:
-        picture = open_picture(rollout.prompt.image)
+    if rollout.prompt.images:
+        picture = open_picture(rollout.prompt.images[0])
         pixels = policy.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
     pairs = PlainEmu3(policy).replay(rollout, pixels, temperature=1.0, cfg_weight=weight)
     return [mixed for (_, mixed), s in zip(pairs, rollout.segments, strict=True) if s.kind == "image"]

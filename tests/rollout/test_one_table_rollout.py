@@ -47,9 +47,9 @@ WAYS: list[dict[str, Any]] = [
 
 
 def shown(policy: OneTablePolicy, rollout: Rollout) -> Tensor | None:
-    if rollout.prompt.image is None:
+    if not rollout.prompt.images:
         return None
-    return policy.image_tokens(policy.load_images([rollout.prompt.image]))[0]
+    return policy.image_tokens(policy.load_images(rollout.prompt.images))[0]
 
 
 @pytest.mark.parametrize(

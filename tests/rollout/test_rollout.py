@@ -246,7 +246,7 @@ def test_a_prompt_and_its_photo_run_once(policy: JanusPolicy, prompts: list[Prom
     chosen = [prompt for prompt in prompts if not prompt.follow_up]
     engine = RolloutEngine(policy)
     engine.generate(chosen, Sampling(num_generations=5, cfg_weight=2.0, max_text_tokens=8))
-    assert seen == [len({prompt.image for prompt in chosen} - {None})]
+    assert seen == [len({image for prompt in chosen for image in prompt.images})]
     lengths = [policy.prompt_tokens(prompt).numel() for prompt in chosen]
     free, N = policy.unconditional_tokens().numel(), policy.num_image_tokens
     assert [size for name, size in trunks if name == "Prefill"] == [sum(lengths) + free]

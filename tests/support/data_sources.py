@@ -117,8 +117,8 @@ def write_forms(folder: Path, rows: Sequence[Mapping[str, Any]], column: str) ->
 
 def comparable(prompt: Prompt) -> tuple[Prompt, list[np.ndarray]]:
     """A prompt without its pictures, and their pixels."""
-    refs = [ref for ref in (prompt.image, prompt.real_image, *prompt.references) if ref is not None]
-    return replace(prompt, image=None, real_image=None, references=()), [np.asarray(open_picture(ref)) for ref in refs]
+    refs = [ref for ref in (*prompt.images, prompt.real_image, *prompt.references) if ref is not None]
+    return replace(prompt, images=(), real_image=None, references=()), [np.asarray(open_picture(ref)) for ref in refs]
 
 
 def assert_same_prompts(first: Sequence[Prompt], second: Sequence[Prompt]) -> None:

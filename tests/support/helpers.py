@@ -85,8 +85,8 @@ class PlainJanus:
         """[L, D] embeddings, the photo's features in their slots."""
         tokens = self.policy.prompt_tokens(prompt)
         embeddings = self.text(tokens).clone()
-        if prompt.image is not None:
-            pixels = (self.policy.load_images([prompt.image]) - 0.5) / 0.5
+        if prompt.images:
+            pixels = (self.policy.load_images(prompt.images) - 0.5) / 0.5
             features = self.model.model.get_image_features(pixels, return_dict=True).pooler_output[0]
             embeddings[tokens == self.model.config.image_token_id] = features.to(embeddings.dtype)
         return embeddings
@@ -150,7 +150,7 @@ def make_prompt(text: str, segments: tuple[SegmentKind, ...] = CHAIN, image: Pat
         task="rea",
         text=text,
         segments=segments,
-        image=image,
+        images=() if image is None else (image,),
         **more,
     )
 

@@ -20,7 +20,7 @@ NUM_STEPS = 30
 def prompts_in(folder: Path) -> list[Prompt]:
     """A drawing with a photo, one of a concept that the model is not shown, and a question."""
     photo = make_prompt("bobo", folder)
-    unseen = replace(photo, id="train/unseen", image=None, references=(photo.image,), concept="bobo")  # type: ignore[arg-type]
+    unseen = replace(photo, id="train/unseen", images=(), references=(photo.images[0],), concept="bobo")  # type: ignore[arg-type]
     return [replace(photo, attributes=ASKED), replace(unseen, attributes=ASKED), make_prompt("mimi", draws=False)]
 
 

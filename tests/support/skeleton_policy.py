@@ -8,6 +8,7 @@ Dims: T tokens, D hidden, N = 16 image tokens, K = 8 codes, V words.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 
 from syncr1.engine.policies.attention_interface import ATTENTION_NAME
 from syncr1.engine.policies.base import Head, Policy
+from syncr1.engine.policies.chat_turns import pieces_of
 from syncr1.engine.policies.probe import check_decoder, max_positions
 from syncr1.engine.policies.tokens import never_sampled
 from syncr1.engine.records import Prompt, SegmentKind
@@ -70,7 +72,7 @@ class BlocksPolicy(Policy):
         return self.model.model
 
     def prompt_tokens(self, prompt: Prompt) -> Tensor:
-        return self._turn(prompt.text, shows_image=prompt.image is not None)
+        return self._turn(pieces_of(prompt))
 
     def embed(self, tokens: Tensor, kind: SegmentKind) -> Tensor:
         return self.model.get_input_embeddings()(tokens + self.num_words * (kind == "image"))
@@ -81,9 +83,9 @@ class BlocksPolicy(Policy):
             return Head(hidden, weight[self.num_words :], None, None)
         return Head(hidden, weight[: self.num_words], None, self.forbidden)
 
-    def _turn(self, words: str, *, shows_image: bool) -> Tensor:
-        slots = SLOT * self.num_image_tokens if shows_image else ""
-        return self.encode(f"{self.tokenizer.bos_token}{slots}{self.escape(words)}\n")
+    def _turn(self, pieces: Sequence[str | None]) -> Tensor:
+        said = (SLOT * self.num_image_tokens if piece is None else self.escape(piece) for piece in pieces)
+        return self.encode(f"{self.tokenizer.bos_token}{''.join(said)}\n")
 
     # What a model that sees adds; a drawn picture needs no second look, its tokens are in the sequence.
 
@@ -97,7 +99,7 @@ class BlocksPolicy(Policy):
         return F.avg_pool2d(images.float(), BLOCK).flatten(1)
 
     def follow_up_tokens(self, prompt: Prompt) -> Tensor:
-        return self._turn(prompt.follow_up or "", shows_image=False)[1:]
+        return self._turn([prompt.follow_up or ""])[1:]
 
     # What a model that draws adds.
 
@@ -106,7 +108,7 @@ class BlocksPolicy(Policy):
         return torch.tensor([self.tokenizer.bos_token_id, *words, self.image_start])
 
     def drawing_tokens(self, prompt: Prompt, text: str) -> Tensor:
-        return torch.cat([self._turn(text, shows_image=False)[1:], torch.tensor([self.image_start])])
+        return torch.cat([self._turn([text])[1:], torch.tensor([self.image_start])])
 
     def image_tokens(self, images: Tensor) -> Tensor:
         colours = F.avg_pool2d(images.to(self.device).float(), BLOCK).flatten(2).mT

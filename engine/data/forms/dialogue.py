@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError, shown
+from ...records import PICTURE
 
-SIGN = "<image>"
-"""Stands in a text where the picture goes."""
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -131,5 +130,5 @@ def _part(part: Any, column: str) -> str:
     if kind in TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
     if kind in PICTURE_PARTS:
-        return SIGN
+        return PICTURE
     raise DataError(f"column {column!r} has a part {shown(part)}; expected type 'text' or 'image'")

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...errors import DataError
-from .dialogue import SIGN
+from ...records import PICTURE
 
 COLUMN = re.compile(r"image_(\d{1,2})")
 NUMBERED = re.compile(r"<image[ _]?(\d{1,2})>")
@@ -74,5 +74,5 @@ def _plain(value: Any) -> str:
 
 def _signed(value: Any) -> Any:
     if isinstance(value, str):
-        return NUMBERED.sub(SIGN, value)
-    return [NUMBERED.sub(SIGN, item) if isinstance(item, str) else item for item in value]
+        return NUMBERED.sub(PICTURE, value)
+    return [NUMBERED.sub(PICTURE, item) if isinstance(item, str) else item for item in value]

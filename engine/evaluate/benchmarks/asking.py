@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from ...data.questions import THINK_THEN_ANSWER, instructed
+from ...errors import DataError
 from ...pictures import ImageRef
-from ...records import Prompt
+from ...records import PICTURE, Prompt
 
 BY_LETTER = "Answer with the option's letter from the given choices directly."
 BY_WORDS = "Answer the question using a single word or phrase."
 """The endings that LLaVA's evaluation made usual; MMMU's own code and VLMEvalKit's Janus have the very same."""
-_PLACES = re.compile(r"<image(?: \d+)?>[ \t]*\n?")
-"""Where a question says that a picture goes."""
+_PLACE = re.compile(r"<image(?: (\d+))?>")
+"""Where a question says that a picture goes, and which."""
 
 
 class Asked(NamedTuple):
@@ -59,7 +60,7 @@ def question(
 ) -> Prompt:
     """A question about pictures, in the benchmark's own words, or (`think`) as CoRL's training asks.
 
-    A prompt shows one picture, which comes first: of several the first is shown, as MMMU's own code for LLaVA does.
+    Pictures stand where the question says; those of which it says nothing come first.
 
     Args:
         benchmark, key: of the id.
@@ -70,7 +71,7 @@ def question(
         sample: what questions that are scored together share.
         extra: what the scoring needs further.
     """
-    plain = _PLACES.sub("", asked.question).strip()
+    plain, shown = _in_place(f"{benchmark}/{key}", asked.question, pictures)
     kind: Literal["MC", "OE"] = "MC" if asked.options else "OE"
     if think:
         text = instructed(plain, kind, asked.answer, THINK_THEN_ANSWER)
@@ -80,13 +81,26 @@ def question(
         id=f"{benchmark}/{key}",
         task=benchmark,
         text=text,
-        image=pictures[0] if pictures else None,
+        images=shown,
         segments=("text",),
         answer=asked.answer,
         options=asked.options,
         sample=sample,
-        extra={"benchmark": benchmark, "group": group, "num_pictures": len(pictures), **extra},
+        extra={"benchmark": benchmark, "group": group, **extra},
     )
+
+
+def _in_place(name: str, text: str, pictures: Sequence[ImageRef]) -> tuple[str, tuple[ImageRef, ...]]:
+    """The question with a sign for every picture, and the pictures in the order of the signs; without signs there is
+    nothing to say of a single picture, which comes first."""
+    if not pictures:
+        return _PLACE.sub("", text).strip(), ()
+    numbers = [int(number or place) for place, number in enumerate(_PLACE.findall(text), 1)]
+    if wrong := [number for number in numbers if not 1 <= number <= len(pictures)]:
+        raise DataError(f"{name}: the question shows picture {wrong[0]} and has {len(pictures)}; download it again")
+    first = [number for number in range(1, len(pictures) + 1) if number not in numbers]
+    signs = "" if len(first) == len(pictures) == 1 else f"{PICTURE}\n" * len(first)
+    return signs + _PLACE.sub(PICTURE, text).strip(), tuple(pictures[number - 1] for number in (*first, *numbers))
 
 
 def lettered(options: Sequence[str], form: str = "{letter}. {text}") -> str:

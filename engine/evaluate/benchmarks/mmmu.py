@@ -125,9 +125,6 @@ def score(items: Sequence[Item], folder: Path, graders: Graders, kept: Kept) -> 
     remarks = []
     if unread:
         remarks.append(f"{unread} answers name no option: wrong here, guessed by MMMU's own code")
-    several = sum(int(item.prompt.extra.get("num_pictures", 1)) > 1 for item in items)
-    if several:
-        remarks.append(f"{several} questions have several pictures, of which the model was shown the first")
     outcome = Outcome(
         benchmark="MMMU",
         parts=tuple(part for part in parts if part is not None),

@@ -47,7 +47,7 @@ class CaptionLikelihood:
     def __init__(self, policy: Policy, question: str = QUESTION) -> None:
         self.policy = policy
         self._forward = PolicyForward(policy, Objective())
-        self._prompt = Prompt(id="caption", task="caption", text=question, image=Path("drawn.png"))
+        self._prompt = Prompt(id="caption", task="caption", text=question, images=(Path("drawn.png"),))
 
     @torch.no_grad()
     def __call__(self, images: Tensor, texts: Sequence[Sequence[str]]) -> Tensor:

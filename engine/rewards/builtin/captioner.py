@@ -118,7 +118,7 @@ class PolicyCaptioner:
                 id=f"caption/{i}",
                 task="caption",
                 text=self.question,
-                image=MemoryImage(f"drawing {i}", image.clamp(0.0, 1.0)),
+                images=(MemoryImage(f"drawing {i}", image.clamp(0.0, 1.0)),),
                 segments=("text",),
             )
             for i, image in enumerate(images)

@@ -132,7 +132,7 @@ def matching(hidden: Tensor, places: Tensor, begin: Tensor, end: Tensor) -> Tens
 
 
 def _shown(text: str) -> Prompt:
-    return Prompt(id="tim", task="caption", text=text, image=Path("drawn.png"))
+    return Prompt(id="tim", task="caption", text=text, images=(Path("drawn.png"),))
 
 
 def _common(a: Tensor, b: Tensor) -> int:

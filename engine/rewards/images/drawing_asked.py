@@ -62,5 +62,5 @@ def wanted_text(columns: Mapping[str, Sequence[Any]], row: int) -> str:
 
 def text_to_write(prompt: Prompt) -> str:
     """The same of a prompt, before anything is drawn."""
-    columns: dict[str, list[Any]] = {"target": [prompt.target], "request": [prompt.request], "prompts": [prompt.text]}
+    columns: dict[str, list[Any]] = {"target": [prompt.target], "request": [prompt.request], "prompts": [prompt.words]}
     return wanted_text(columns | {"ocr_text": [prompt.extra.get("ocr_text")]}, 0)

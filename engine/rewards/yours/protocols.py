@@ -35,7 +35,9 @@ from .adapting import Columns, data_of, to_picture, with_image, with_text
 from .verl_rewards import asked_of, truths
 
 JSON, PICKLE = "application/json", "application/octet-stream"
-_PROMPT_FIELDS = frozenset({field.name for field in fields(Prompt)} | {"mode", "follow_up_completions", "metadata"})
+_PROMPT_FIELDS = frozenset(
+    {field.name for field in fields(Prompt)} | {"image", "shown_images", "mode", "follow_up_completions", "metadata"}
+)
 
 
 class Speech(Protocol):
@@ -97,11 +99,11 @@ class Unirl:
         return with_image(columns)
 
     def request(self, columns: Columns, rows: Sequence[int]) -> bytes:
-        given, shown = columns.get("metadata"), columns.get("image")
+        given, shown = columns.get("metadata"), columns.get("shown_images")
         requests = []
         for row in rows:
             text = asked_of(columns, row)
-            pictures = [open_picture(shown[row])] if shown and shown[row] is not None else []
+            pictures = [open_picture(ref) for ref in shown[row]] if shown else []
             pictures.append(to_picture(columns["images"][row]))
             turns = [{"text": text, "image_b64": _base64(_jpeg(picture, self.quality))} for picture in pictures]
             about = plain(given[row]) if given and isinstance(given[row], Mapping) else None
