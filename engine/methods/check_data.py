@@ -12,13 +12,14 @@ from functools import partial
 
 from ..data.faults import Faults
 from ..data.loaded import Loaded, is_folder_of_concepts, load_chains, load_pairs
-from ..data.opened import broken_pictures, pictures_of
+from ..data.opened import pictures_of
 from ..errors import ConfigError, NoSplitError
 from ..records import Prompt
 from ..rewards.scorable import check_scorable
 from ..settings.source_names import is_one_file
 from .check_data_config import CheckDataConfig
 from .data_checks import check_attributes
+from .first_pass import opened
 from .sync_r1_config import SyncR1Config
 
 Say = Callable[[str], None]
@@ -42,7 +43,7 @@ def check(config: CheckDataConfig, say: Say = print) -> bool:
     with faults.here():
         check_attributes(loaded.everything(), config.data)
     refs = pictures_of(loaded.everything())
-    broken = broken_pictures(refs, say)
+    broken = opened(refs, config.data)
     say(f"  pictures     {len(refs)}" + (", all can be read" if refs and not broken else ""))
     found = [*dict.fromkeys([*faults.found, *broken.values()])]
     unrewarded: list[str] = []

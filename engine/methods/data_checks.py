@@ -90,7 +90,7 @@ def check_usable(
     names, remote = config.reward_funcs, config.judge_url is not None
     for line in check_scorable(["remote_judge" if remote and n == "judge" else n for n in names], loaded.prompts, data):
         say(line)
-    check_pictures(loaded, data, say, rows)
+    check_pictures(loaded, data, rows)
     check_prompts(config, loaded, data, rows, world)
     say_skipped(loaded.skipped, len(loaded.samples), say)
 
