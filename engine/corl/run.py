@@ -115,6 +115,8 @@ class CorlRun:
         if config.data is not None and config.stage != "merge":
             self.data.check(self.display.note)
         self.parts = one_at_a_time(lambda: Parts(config, self.display.note, self.data))
+        if config.stage != "merge":
+            log.data(self.data.found())
         self.refined, note = self.data.refined()
         if note:
             self.display.note(note)

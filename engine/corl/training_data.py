@@ -17,10 +17,11 @@ from ..data.samples import KINDS, Kind, Sample, of_kinds
 from ..data.stream import PromptStream, Shuffled
 from ..errors import NoSplitError
 from ..methods.bad_rows import BadRows
-from ..methods.data_checks import Say, check_usable, say_unused
+from ..methods.data_checks import Say, check_usable, found_in, say_unused
 from ..policies.auto import model_draws
 from ..records import Prompt
 from ..settings.source_names import is_one_file
+from ..show.data_found import DataFound
 from .config import REFINED, CorlConfig, Training
 
 WANTED: Mapping[Training, tuple[Kind, ...]] = {
@@ -84,6 +85,21 @@ class TrainingData:
             check_usable(self.config, loaded, source, say, self.rows, plain=plain)
             if held_out is not None:
                 held_out.leave_out(loaded.skipped)
+
+    def found(self) -> DataFound:
+        """What has been read, for the run's folder."""
+        for source in self.sources:
+            self._of(source, self.config.data_split)
+        split = self.config.eval_split
+        held_out = [loaded for (_, part), loaded in self._read.items() if part == split != self.config.data_split]
+        trained = [loaded for loaded in self._read.values() if not any(loaded is one for one in held_out)]
+        whole = Loaded(
+            [sample for loaded in trained for sample in loaded.samples],
+            held_out={"": [prompt for loaded in held_out for prompt in loaded.prompts]},
+            unused=[line for loaded in trained for line in loaded.unused],
+            skipped=self.skipped,
+        )
+        return found_in(whole)
 
     def samples(self, training: Training) -> list[Sample]:
         """The samples of one training; DataError where nothing of its kind is there."""

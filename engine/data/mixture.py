@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..records import Prompt
 from .prompts import by_task
+from .row_digests import RowDigests
 from .samples import Sample
 from .stream import permutation
 from .unifybench import PAIRS
@@ -53,6 +54,7 @@ class Mixture:
         self.prompts_per_step = prompts_per_step
         self.samples: Sequence[Sample] = tuple((prompt,) for prompt in (*prompts, *anchors))
         self.fingerprint = _fingerprint([*prompts, *anchors])
+        self.rows = RowDigests(self.samples, [(p.id, p.task, p.rewarded) for (p,) in self.samples])
         tasks = sorted(by_task(prompts))
         modes = {mode: [task for task in tasks if _mode(task) == mode] for mode in MODE_SHARES}
         self._prompts = _Mix(
@@ -70,6 +72,10 @@ class Mixture:
         """By the tasks' shares, whatever the tasks of those that they replace."""
         left = sum(prompt.id not in self._taken for (prompt,) in self.samples if prompt.rewarded)
         return [(prompt,) for prompt in self._prompts.draw(min(count, left), self._taken)]
+
+    def used(self) -> set[int]:
+        drawn = self._prompts.used() | self._anchors.used()
+        return {index for index, (prompt,) in enumerate(self.samples) if prompt.id in drawn}
 
     def state_dict(self) -> dict[str, Any]:
         return {"prompts": self._prompts.state_dict(), "anchors": self._anchors.state_dict()}
@@ -111,6 +117,10 @@ class _Mix:
                 return prompt
         raise AssertionError("PromptStream: a step larger than its prompts passed __init__")
 
+    def used(self) -> set[str]:
+        """Ids of what has been drawn, or passed over, so far."""
+        return {prompt.id for pile in self._piles.values() for prompt in pile.used()}
+
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": {task: pile.drawn for task, pile in self._piles.items()}, "credit": dict(self._credit)}
 
@@ -140,6 +150,10 @@ class _Pile:
             if prompt.id not in taken:
                 taken.add(prompt.id)
                 return prompt
+
+    def used(self) -> list[Prompt]:
+        """What has come so far, each once."""
+        return [self._at(position) for position in range(min(self.drawn, len(self.items)))]
 
     def _at(self, position: int) -> Prompt:
         epoch, index = divmod(position, len(self.items))

@@ -1,29 +1,30 @@
-"""Every picture of the data opened once, before anything is trained: a broken one is found in seconds, not at step 400.
+"""Every picture of the data opened and decoded once, before anything is trained: a broken one is found at the start,
+not at step 400.
 
-Up to `MOST_DECODED` pictures are decoded whole, so that one which was cut off is found; of further files the header is
-read.  Pictures inside data files are read in the order in which they lie there.
+What was good and has not changed since is not opened again (seen.py). Pictures inside data files are read in the order
+in which they lie there.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, groupby
+from itertools import groupby
+from pathlib import Path
+
+from PIL import __version__ as pillow
 
 from ..errors import DataError, PictureError
-from ..pictures import ImageRef, check_picture
+from ..pictures import ImageRef, version_of
 from ..records import Prompt
 from .cells import StoredCell
+from .decode_worker import problem_of
+from .decoders import Task, decode_all
+from .seen import Seen, digest
 
-MOST_DECODED = 4096
-"""A JPEG of a megapixel takes about 5 ms of a core; the pool below Pillow lets go of Python's lock."""
 MOST_NAMED = 5
-EVERY = 4.0
-"""Seconds between two words of progress."""
 
-Say = Callable[[str], None]
+Moved = Callable[[int], None]
+"""Told how many pictures are done."""
 
 
 def pictures_of(prompts: Iterable[Prompt]) -> list[ImageRef]:
@@ -36,29 +37,32 @@ def shown_by(prompt: Prompt) -> list[ImageRef]:
     return [ref for ref in (*prompt.images, prompt.real_image, *prompt.references) if ref is not None]
 
 
-def broken_pictures(refs: Sequence[ImageRef], say: Say = lambda line: None) -> dict[ImageRef, str]:
-    """Each picture that cannot be read, and what is wrong with it; progress is said where it takes long."""
-    cells = sorted(
-        (ref for ref in refs if isinstance(ref, StoredCell)), key=lambda cell: (id(cell.cells), cell.column, cell.row)
-    )[:MOST_DECODED]
-    files = [ref for ref in refs if not isinstance(ref, StoredCell)]
-    decoded = files[:MOST_DECODED]
-    headers = files[len(decoded) :]
+def broken_pictures(
+    refs: Sequence[ImageRef], moved: Moved = lambda done: None, seen: Seen | None = None
+) -> dict[ImageRef, str]:
+    """Each picture that cannot be read, and what is wrong with it.
+
+    Args:
+        refs: all of them, each once.
+        moved: told of progress.
+        seen: those that were good before; it is told of others. None: all are opened.
+    """
+    keys = {ref: _key(ref) for ref in refs}
+    pending = [ref for ref in refs if seen is None or keys[ref] not in seen]
     broken: dict[ImageRef, str] = {}
-    began = said = time.monotonic()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="pictures") as pool:
-        whole = pool.map(_problem, decoded)
-        rest = pool.map(lambda ref: _problem(ref, whole=False), headers)
-        problems = zip([*files, *cells], chain(whole, rest, _of_cells(cells)), strict=True)
-        for number, (ref, problem) in enumerate(problems, start=1):
-            if problem:
-                broken[ref] = problem
-            if time.monotonic() > said + EVERY:
-                said = time.monotonic()
-                say(f"opened {number} of {len(refs)} pictures")
-    if said > began:
-        say(f"opened {len(refs)} pictures in {time.monotonic() - began:.0f} s")
-    return broken
+    num_done = len(refs) - len(pending)
+
+    def found(tasks: Sequence[Task], problems: Sequence[str]) -> None:
+        nonlocal num_done
+        broken.update({task.ref: problem for task, problem in zip(tasks, problems, strict=True) if problem})
+        if seen is not None:
+            seen.add(keys[task.ref] for task in tasks if task.ref not in broken)
+        num_done += len(tasks)
+        moved(num_done)
+
+    if pending:
+        decode_all(_tasks(pending), len(pending), found)
+    return {ref: broken[ref] for ref in pending if ref in broken}
 
 
 def pictures_error(broken: Sequence[str], num_pictures: int, remedy: str = "") -> PictureError:
@@ -70,16 +74,25 @@ def pictures_error(broken: Sequence[str], num_pictures: int, remedy: str = "") -
     )
 
 
-def _problem(ref: ImageRef, *, whole: bool = True) -> str:
-    try:
-        check_picture(ref, whole=whole)
-    except PictureError as error:
-        return _short(error)
-    return ""
+def _key(ref: ImageRef) -> str:
+    """Of a picture as it is now: a file by its size and times, a cell by its file's; "" for one in memory."""
+    if isinstance(ref, Path):
+        version = version_of(ref)
+        return digest(pillow, str(ref), version) if version else ""
+    return digest(pillow, ref.name, ref.stamp, ref.row, ref.position) if isinstance(ref, StoredCell) else ""
 
 
-def _of_cells(cells: Sequence[StoredCell]) -> Iterator[str]:
-    """The same of pictures inside data files, which come by column and row."""
+def _tasks(refs: Sequence[ImageRef]) -> Iterator[Task]:
+    """Files and pictures in memory first, then those of data files, column by column and row by row."""
+    cells: list[StoredCell] = []
+    for ref in refs:
+        if isinstance(ref, StoredCell):
+            cells.append(ref)
+        elif isinstance(ref, Path):
+            yield Task(ref)
+        else:
+            yield _in_memory(ref)
+    cells.sort(key=lambda cell: (id(cell.cells), cell.column, cell.row))
     for _, column in groupby(cells, key=lambda cell: (id(cell.cells), cell.column)):
         wanted = list(column)
         values = enumerate(wanted[0].cells.values(wanted[0].column))
@@ -88,13 +101,16 @@ def _of_cells(cells: Sequence[StoredCell]) -> Iterator[str]:
             while row < cell.row:
                 row, value = next(values)
             try:
-                check_picture(cell, contents=cell.contents(value))
+                task = Task(cell, cell.contents(value))
             except (PictureError, DataError) as error:
-                yield _short(error)
-            else:
-                yield ""
+                task = Task(cell, problem=str(error))
+            yield task
 
 
-def _short(error: Exception) -> str:
-    """Without the list of formats, which would be said once for each picture."""
-    return str(error).partition("; expected one of")[0]
+def _in_memory(ref: ImageRef) -> Task:
+    """Its bytes; one that is drawn, or whose bytes cannot be had, is looked at here."""
+    try:
+        contents = ref.read() if not isinstance(ref, Path) else b""
+    except Exception:  # of whatever it is kept in; said in the words of a picture that cannot be opened
+        return Task(ref, problem=problem_of(ref))
+    return Task(ref, contents if isinstance(contents, bytes) else None)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..records import Prompt
+from .row_digests import RowDigests
 from .samples import Sample
 
 
@@ -27,7 +28,9 @@ class Order(Protocol):
     samples: Sequence[Sample]
     """All that can come."""
     fingerprint: str
-    """Of what the prompts say: a saved state fits only these."""
+    """Of what the prompts say: a state from before there were `rows` fits only these."""
+    rows: RowDigests
+    """Of `samples`."""
     kinds_dealt_out: bool
     """Ranks get as many drawings and as many answers as each other, where a step has them."""
 
@@ -35,6 +38,10 @@ class Order(Protocol):
 
     def more(self, count: int) -> list[Sample]:
         """At most `count` others for the step under way, rewarded ones; fewer where it has had all that there are."""
+        ...
+
+    def used(self) -> set[int]:
+        """Which of `samples` have come so far."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -101,15 +108,20 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on; plain numbers and text, so it can go into JSON."""
-        return {**self.order.state_dict(), "fingerprint": self.order.fingerprint}
+        return {**self.order.state_dict(), "fingerprint": self.order.fingerprint, "rows": self.order.rows.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken; ValueError when the prompts, or what orders them, are not the same."""
-        if state["fingerprint"] != self.order.fingerprint:
+        """Continue where `state` was taken; ValueError when what was used, or what orders it, is not the same."""
+        rows = state.get("rows")
+        if rows is None and state["fingerprint"] != self.order.fingerprint:
             raise ValueError(
                 "PromptStream: the saved state is of other prompts; resume with the data that the run began with"
             )
+        if rows is not None:
+            self.order.rows.check_places(rows)
         self.order.load_state_dict(state)
+        if rows is not None:
+            self.order.rows.check_used(rows, self.order.used())
 
 
 def _kind(sample: Sample) -> int:
@@ -151,6 +163,7 @@ class Shuffled:
         self.samples: Sequence[Sample] = tuple(samples)
         self.seed, self.prompts_per_step = seed, prompts_per_step
         self.fingerprint = _fingerprint(samples)
+        self.rows = RowDigests(samples, [[prompt.id for prompt in sample] for sample in samples])
         self._epoch, self._drawn = 0, 0
         self._carried: list[int] = []
         self._missing = 0
@@ -183,6 +196,9 @@ class Shuffled:
         carried = set(self._carried)
         first = [index for index in order if index not in carried][: self._missing] if carried else []
         return first + [index for index in order if index not in first]
+
+    def used(self) -> set[int]:
+        return {*self._order[: self._drawn]} if self._epoch == 0 else {*range(len(self.samples))}
 
     def state_dict(self) -> dict[str, Any]:
         state = {

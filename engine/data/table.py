@@ -65,6 +65,11 @@ class Table:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self.row(index) for index in range(len(self)))
 
+    @property
+    def broken(self) -> list[DataError]:
+        """What is wrong with the rows that cannot be read."""
+        return [part.broken[row] for part in self._parts for row in sorted(part.broken)]
+
     def where(self, index: int) -> str:
         """What errors call a row, e.g. `train.jsonl, line 12`."""
         part, row = self._locate(index)

@@ -12,18 +12,22 @@ from functools import partial
 
 from ..data.faults import Faults
 from ..data.loaded import Loaded, is_folder_of_concepts, load_chains, load_pairs
-from ..data.opened import broken_pictures, pictures_of
+from ..data.opened import pictures_of
 from ..errors import ConfigError, NoSplitError
 from ..records import Prompt
 from ..rewards.scorable import check_scorable
 from ..settings.source_names import is_one_file
 from .check_data_config import CheckDataConfig
 from .data_checks import check_attributes
+from .dry_run import policy_without_weights
+from .first_pass import opened, unusable_rows
 from .sync_r1_config import SyncR1Config
 
 Say = Callable[[str], None]
 PAPERS = ("cycle", "tim", "accuracy", "format")
 """CoRL's rewards by default."""
+CORL_LENGTH = 512
+"""CoRL's max_completion_length by default."""
 
 
 def check(config: CheckDataConfig, say: Say = print) -> bool:
@@ -42,9 +46,9 @@ def check(config: CheckDataConfig, say: Say = print) -> bool:
     with faults.here():
         check_attributes(loaded.everything(), config.data)
     refs = pictures_of(loaded.everything())
-    broken = broken_pictures(refs, say)
+    broken = opened(refs, config.data)
     say(f"  pictures     {len(refs)}" + (", all can be read" if refs and not broken else ""))
-    found = [*dict.fromkeys([*faults.found, *broken.values()])]
+    found = [*dict.fromkeys([*faults.found, *broken.values(), *_unusable(config, loaded)])]
     unrewarded: list[str] = []
     if loaded.prompts:
         try:
@@ -61,7 +65,9 @@ def check(config: CheckDataConfig, say: Say = print) -> bool:
     _list(say, "not used", loaded.unused)
     _list(say, "without a reward, by the recipe's default ones", unrewarded)
     _list(say, "faults", found)
-    say("nothing of this can be trained on until the faults are mended" if found else "no fault")
+    of_rows = bool(loaded.samples) and not faults.of_no_row()
+    skip = ", or --bad_rows skip trains on the other rows" if of_rows else ""
+    say(f"nothing of this can be trained on until the faults are mended{skip}" if found else "no fault")
     return not found
 
 
@@ -86,6 +92,15 @@ def _read(config: CheckDataConfig, faults: Faults) -> Loaded:
     if not loaded.held_out:
         loaded.no_scores = "no table before and after: nothing is held out; give it by --eval_data"
     return loaded
+
+
+def _unusable(config: CheckDataConfig, loaded: Loaded) -> list[str]:
+    """What is wrong with prompts that the model cannot take, where one is named."""
+    if config.model is None:
+        return []
+    default = CORL_LENGTH if config.recipe == "corl" else SyncR1Config().max_completion_length
+    policy, length = policy_without_weights(config.model), config.max_completion_length
+    return [*unusable_rows(policy, loaded.everything(), config.data, "none", length or default).values()]
 
 
 def _counts(prompts: Iterable[Prompt]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ..settings.rules import may_be_hub_name
-from ..settings.schema import Rule, Settings
+from ..settings.schema import Range, Rule, Settings
 from ..settings.source_names import split_named
 
 
@@ -41,6 +41,11 @@ class CheckDataConfig(Settings):
     """CoRL: split that is trained on."""
     eval_split: str = "test"
     """CoRL: split that is held out."""
+    model: str | None = None
+    """Checkpoint, a folder or a hub name, with whose template every prompt's tokens are counted; no weights are read.
+    None: lengths are not checked."""
+    max_completion_length: Annotated[int | None, Range("leave it out for the recipe's default", ge=1)] = None
+    """Tokens of an answer that must fit behind a prompt. None: the recipe's default."""
     model_draws: bool = True
     """Whether the model draws; one that does not (Llama, Qwen, …) answers prompts without a picture."""
 

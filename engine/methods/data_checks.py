@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..policies.auto import model_draws
 from ..records import Prompt
 from ..rewards.scorable import check_scorable
 from ..settings.train_config import TrainConfig, WorldName
+from ..show.data_found import DataFound, examples_among
 from ..world.worlds import WORLDS, World
 from .bad_rows import BadRows, say_skipped
 from .first_pass import check_pictures, check_prompts
@@ -90,7 +92,7 @@ def check_usable(
     names, remote = config.reward_funcs, config.judge_url is not None
     for line in check_scorable(["remote_judge" if remote and n == "judge" else n for n in names], loaded.prompts, data):
         say(line)
-    check_pictures(loaded, data, say, rows)
+    check_pictures(loaded, data, rows)
     check_prompts(config, loaded, data, rows, world)
     say_skipped(loaded.skipped, len(loaded.samples), say)
 
@@ -120,6 +122,22 @@ def attribute_problems(prompts: Sequence[Prompt], data: object) -> dict[str, str
 def _unknown(prompt: Prompt, world: World) -> list[tuple[Prompt, str, str]]:
     look = prompt.attributes or {}
     return [(prompt, name, value) for name, value in look.items() if value not in world.values.get(name, ())]
+
+
+def found_in(loaded: Loaded) -> DataFound:
+    """What a run says of its data in its folder."""
+    uses = {
+        "to train on": loaded.prompts,
+        "anchors": loaded.anchors,
+        "held out": [prompt for some in loaded.held_out.values() for prompt in some],
+    }
+    return DataFound(
+        tasks={use: dict(Counter(p.task for p in some).most_common()) for use, some in uses.items() if some},
+        pictures=len(pictures_of(loaded.everything())),
+        skipped=loaded.skipped,
+        unused=loaded.unused,
+        examples=examples_among(loaded.prompts),
+    )
 
 
 def say_unused(unused: Sequence[str], say: Say, most: int = 8) -> None:

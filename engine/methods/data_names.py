@@ -89,19 +89,23 @@ def _unreadable(config: Any) -> list[str]:
         f"{setting}: {problem}"
         for setting in SETTINGS
         for path in [Path(getattr(config, setting, None) or "").expanduser()]
-        if path.is_file() and path.stat().st_size <= TRIED and (problem := _fault(path))
+        if path.is_file()
+        and path.stat().st_size <= TRIED
+        and (problem := _fault(path, getattr(config, "bad_rows", "refuse") == "skip"))
     ]
 
 
-def _fault(path: Path) -> str:
-    """The first fault of a file, and how many more there are."""
+def _fault(path: Path, skip: bool) -> str:
+    """The first fault of a file, and how many more there are; `skip`: rows that cannot be read are none."""
     from ..data.faults import Faults
     from ..data.table import open_table
 
     faults = Faults(keep=True)
     try:
         with faults.here():
-            open_table(path, faults=faults)
+            table = open_table(path, faults=faults)
+            for error in () if skip else table.broken:
+                faults.add(error)
         faults.raise_first(path)
     except DataError as error:
         return str(error)

@@ -11,7 +11,7 @@ from ..settings.yaml_files import to_yaml
 from ..world.worlds import WORLDS
 from .ahead_start import AheadOf
 from .bad_rows import BadRows
-from .data_checks import checked_chains
+from .data_checks import checked_chains, found_in
 from .resume import resume_point
 from .starting import add_adapters, loaded_from, starting_policy
 from .sync_r1_config import SyncR1Config
@@ -56,6 +56,7 @@ def train_and_score(config: SyncR1Config, session: Session) -> Summaries:
     training = Training(
         method="Sync-R1",
         data=config.data or f"{WORLDS[config.world].title} of syncr1",
+        found=found_in(loaded),
         policy=policy,
         reference=frozen,
         objective=objective_of(config, policy.num_image_tokens, anchor_beta),

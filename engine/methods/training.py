@@ -2,8 +2,7 @@
 
     learner ► run log ► scores before ► the loop, with scores on the way ► save ► scores after ► card ► hub
 
-A method says what is trained on what (`Training`).  Ctrl-C ends the loop after its step; what was learnt is then saved,
-scored and reported like any other result.
+A method says what is trained on what (`Training`).  After Ctrl-C what was learnt is saved, scored and reported, too.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ from ..rewards.preview_scorer import build_preview
 from ..rewards.told import told_rewards
 from ..rewards.trial import try_rewards
 from ..settings.train_config import TrainConfig
+from ..show.data_found import DataFound
 from ..show.display import Display
 from ..show.in_words import reward_lines
 from ..show.names import EXAMPLE_TASKS
@@ -70,8 +70,7 @@ class Session:
     watchdog: Watchdog
     meeting: Meeting
     models: dict[str, Path] = field(default_factory=dict)
-    """Those that the run was for, by what sets their names apart; `push_to_hub` uploads them. None of a run that
-    Ctrl-C ended: it shall not replace a better one."""
+    """Those that the run was for, by what sets their names apart, for `push_to_hub`; none of one that Ctrl-C ended."""
 
     def writes_in(self, folder: Path) -> None:
         """The run's folder, where a later start of the same launcher goes on; the first one that is told counts."""
@@ -86,6 +85,8 @@ class Training:
     """Its name in the model's card."""
     data: str | Path
     """What it is trained on, for the card."""
+    found: DataFound | None = None
+    """What that holds; None: the run of which this is a training says it."""
     embedded: bool = False
     """It starts from the embedded base, whose folder is a name in a cache; always so without a `model`."""
     policy: Policy
@@ -137,9 +138,8 @@ def run_method(
     """A whole run of `method`, on a rank of the process group; `num_stages`: how many it will announce."""
     quieten()
     bound_heaps()
-    first = os.environ.get("RANK", "0") == "0"
     if config.dry_run:  # joins no group, so that the plan is made in the environment that a run would find
-        if first:
+        if os.environ.get("RANK", "0") == "0":
             dry_run(config)
             nothing_trained()
         return {}
@@ -184,6 +184,7 @@ def run_training(
         open_run_log(config.output_dir, config, resumed) as log,
     ):
         session.writes_in(log.folder)
+        log.data(training.found)
         announce("scores before training")
         before = before or evaluate(evaluator, learner)
         write_scores(log, before)
@@ -217,8 +218,7 @@ def run_training(
 
 
 def try_out(config: TrainConfig, training: Training) -> Sequence[Prompt]:
-    """A trial call of the user's own rewards, on prompts of the first step, which are returned; raises as
-    `try_rewards_on`."""
+    """A trial call of the user's own rewards on the first step's prompts, which are returned; raises as below."""
     prompts = training.prompts
     begin = prompts.state_dict()
     first = prompts.next_step()
@@ -255,8 +255,8 @@ def train(
     resumed: ResumePoint | None,
     started: Started,
 ) -> int:
-    """The loop, watched: metrics, samples, scores, checkpoints and the terminal's bar, from the start or from where a
-    checkpoint left it. Returns how many steps are done: fewer than asked for after Ctrl-C. Raises as `run_training`."""
+    """The loop, from the start or a checkpoint, watched. Returns how many steps are done: fewer than asked for after
+    Ctrl-C. Raises as `run_training`."""
     display, watchdog = session.display, session.watchdog
 
     def on_step(metrics: StepMetrics, rollouts: Sequence[Rollout], totals: Tensor) -> None:

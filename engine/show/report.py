@@ -22,6 +22,7 @@ from .markup import words
 from .outcome import outcome_of
 from .report_cost import cost
 from .report_curves import curves
+from .report_data import data_section
 from .report_heading import data_of, heading, model_of
 from .report_parts import compared, models_section, parts_cost, parts_of, parts_section, warned_of, what_was_trained
 from .report_pictures import cards, sheets
@@ -63,6 +64,7 @@ def body_of(run: Run) -> str:
         cards(run),
         score_section(run),
         *middle,
+        data_section(run),
         cost(run, parts_cost(parts)),
         _settings(run),
     ]

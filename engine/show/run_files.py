@@ -20,6 +20,8 @@ Points = list[tuple[float, float]]
 """(step, value); steps are counted from 1."""
 DATA_FILE = "data.json"
 """What a run found in its data: rows of each task, what is left out and why, what is not used."""
+DATA_SHEET = "data.png"
+"""Three examples of them."""
 MAX_FILE_BYTES = 1 << 28
 """A larger file is none that a run writes, and would take the memory."""
 
@@ -39,6 +41,8 @@ class Run:
     """scores.json: `before` and `after`, each {`task/measure`: score}."""
     rewards: Mapping[str, Any]
     """rewards.json: what it was paid for (in_words.py)."""
+    data: Mapping[str, Any]
+    """data.json: what was found in the data (data_found.py)."""
     status: Mapping[str, Any]
     """status.json: whether it goes on, since when, how long each part took."""
     parts: Mapping[str, Any]
@@ -76,6 +80,7 @@ def read_run(folder: Path) -> Run:
         environment=read_json(folder / "environment.json"),
         scores=read_json(folder / "scores.json"),
         rewards=read_json(folder / "rewards.json"),
+        data=read_json(folder / DATA_FILE),
         status=read_json(folder / "status.json"),
         parts=read_json(folder / "parts.json"),
         examples=read_jsonl(folder / "before_after" / "examples.jsonl"),

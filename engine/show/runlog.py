@@ -5,6 +5,7 @@
     rewards.json       what the reward is the weighted sum of, and who says each part of it
     metrics.jsonl      one JSON object per step
     samples/           step_000020.png (pictures, texts, rewards) and step_000020.jsonl
+    data.json          what was found in the data, what is left out and why; data.png: three examples
     scores.json        before and after training; before_after.png and before_after/ beside it
     status.json        whether it goes on or how it ended, the time of its parts, memory
     parts.json         of a run of several trainings: what was made from what, every model's scores
@@ -35,6 +36,7 @@ from ..records import Rollout, StepMetrics
 from ..settings.yaml_files import to_yaml
 from ..whole_files import write_atomically
 from . import recent, sheets
+from .data_found import DataFound
 from .environment import environment
 from .examples import Reading, write_examples
 from .live_page import LivePage
@@ -142,6 +144,11 @@ class RunLog:
     def rewards(self, content: Mapping[str, Any]) -> None:
         """Writes rewards.json: what the training is paid for (in_words.py)."""
         _write_json(self.folder / "rewards.json", content)
+
+    def data(self, found: DataFound | None) -> None:
+        """Writes data.json and data.png: what the run found in its data."""
+        if found is not None:
+            found.write(self.folder)
 
     def cut(self, num_steps: int) -> None:
         """Removes metrics and samples of steps after the first `num_steps`, which come again, and a line that a crash
@@ -294,6 +301,9 @@ class NullRunLog:
         """Does nothing."""
 
     def rewards(self, content: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def data(self, found: DataFound | None) -> None:
         """Does nothing."""
 
     def cut(self, num_steps: int) -> None:

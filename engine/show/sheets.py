@@ -168,6 +168,20 @@ def sample_sheet(step: int, rollouts: Sequence[Rollout], rewards: Rewards | Tens
     return _compose(f"Step {step}: {len(rollouts)} trajectories of {len(by_prompt)} prompts{note}", rows)
 
 
+def prompt_sheet(title: str, prompts: Sequence[Prompt]) -> Image.Image:
+    """A row per prompt: what is asked, with its photo, and what is right or is to be drawn."""
+    rows = []
+    for prompt in prompts:
+        block = _header(prompt, training_task_words(prompt.task, drawn="image" in prompt.segments, rewarded=True))
+        wanted = Block(2 * HEADER).text(prompt.id, 11, colour=MUTED)
+        if prompt.options:
+            wanted.text("options: " + " · ".join(prompt.options), 12)
+        if "image" in prompt.segments:
+            wanted.text(f"to be drawn: {prompt.target or prompt.text}", 12, max_lines=6)
+        rows.append([block, wanted])
+    return _compose(title, rows)
+
+
 def before_after_sheet(before: Sequence[Rollout], after: Sequence[Rollout]) -> Image.Image:
     """A row per example: what was asked, what the model made of it before training, and after."""
     return sheet_of_models("The same prompts before and after training", {"before": before, "after": after})

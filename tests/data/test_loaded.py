@@ -13,11 +13,13 @@ import pytest
 from data_sources import PHOTOS, X2X_ROWS, broken_in, write_forms, write_lines, write_photos
 from PIL import Image
 
-from syncr1.engine.data import opened
+from syncr1.engine.data import decoders
+from syncr1.engine.data.decode_worker import problem_of
 from syncr1.engine.data.faults import Faults
 from syncr1.engine.data.loaded import load_chains, load_pairs, read_whole
 from syncr1.engine.data.opened import broken_pictures, pictures_error, pictures_of
 from syncr1.engine.data.samples import load_samples
+from syncr1.engine.data.seen import Seen
 from syncr1.engine.data.unused import unused_files
 from syncr1.engine.errors import DataError, PictureError
 from syncr1.engine.pictures import MemoryImage
@@ -187,15 +189,6 @@ def test_broken_pictures_are_all_found(tmp_path: Path) -> None:
         raise pictures_error(found, len(good) + len(bad))
 
 
-def test_of_very_many_files_the_headers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opened, "MOST_DECODED", 1)
-    Image.effect_noise((200, 150), 50).save(tmp_path / "0.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:5000])
-    (tmp_path / "none.png").write_bytes(b"nothing")
-    found = broken_in([tmp_path / name for name in ("0.png", "cut.png", "none.png")])
-    assert len(found) == 1 and "none.png" in found[0]
-
-
 @pytest.mark.parametrize("form", ["parquet", "shards", "binary", "saved"])
 def test_pictures_inside_data_files_are_opened_too(tmp_path: Path, form: str) -> None:
     write_photos(tmp_path)
@@ -211,10 +204,77 @@ def test_pictures_inside_data_files_are_opened_too(tmp_path: Path, form: str) ->
     assert "row 2, real_image" in said or "row 0, real_image" in said
 
 
-def test_progress_is_said_where_it_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opened, "EVERY", -1.0)
-    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    said: list[str] = []
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the pictures that are decoded from now on, in this process."""
+    told: list[str] = []
+
+    def looked_at(ref: Any, contents: bytes | None = None) -> str:
+        told.append(ref.name)
+        return problem_of(ref, contents)
+
+    monkeypatch.setattr(decoders, "problem_of", looked_at)
+    return told
+
+
+def test_what_was_good_is_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that is cut off keeps what it has done; what changed, or was bad, is looked at again."""
+    monkeypatch.setenv("SYNCR1_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(decoders, "num_cores", lambda: 1)
+    told = counted(monkeypatch)
+    files = [tmp_path / f"{number}.png" for number in range(40)]
+    for path in files:
+        Image.new("RGB", (8, 8)).save(path)
+    files[39].write_bytes(b"nothing")
+
+    def cut(done: int) -> None:
+        if done == 32:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_pictures(files, cut, Seen("a"))
+    assert len(told) == 32
+    moves: list[int] = []
+    assert list(broken_pictures(files, moves.append, Seen("a"))) == [files[39]] and len(told) == 40
+    assert moves == [40], "what was done before counts"
+    Image.new("RGB", (9, 9)).save(files[3])
+    told.clear()
+    assert list(broken_pictures(files, seen=Seen("a"))) == [files[39]] and sorted(told) == ["3.png", "39.png"]
+    told.clear()
+    assert list(broken_pictures(files, seen=Seen("b"))) == [files[39]] and len(told) == 40, "of another source"
+
+
+def test_a_file_of_what_was_seen_may_be_cut_off_or_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNCR1_CACHE", str(tmp_path))
+    monkeypatch.setattr("syncr1.engine.data.seen.SPARE", 0)
+    Seen("a").add(["0" * 32, "1" * 32])
+    (file,) = tmp_path.glob("*/*.txt")
+    file.write_bytes(file.read_bytes()[:-5])
+    again = Seen("a")
+    assert "0" * 32 in again and "1" * 32 not in again
+    again.add(["2" * 32])
+    later = Seen("a")
+    assert "2" * 32 in later
+    later.tidy()
+    assert "2" * 32 in Seen("a") and "0" * 32 not in Seen("a"), "what nobody asks for is forgotten"
+    file.unlink()
+    file.mkdir()
+    Seen("a").add(["3" * 32])
+    assert "3" * 32 not in Seen("a")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_many_pictures_are_decoded_in_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    """Files, cells and what lies in memory; a process that is lost takes nothing with it."""
+    monkeypatch.setattr(decoders, "MANY", 1)
+    monkeypatch.setattr(decoders, "num_cores", lambda: 1)
+    if lost:
+        monkeypatch.setattr(decoders.sys, "executable", "/bin/false")
+    write_photos(tmp_path)
+    source = write_forms(tmp_path, X2X_ROWS, "real_image")["parquet"]
+    refs = pictures_of([prompt for sample in load_samples(source) for prompt in sample])
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / PHOTOS[1]).read_bytes()[:5000])
     drawn = MemoryImage("drawn", __import__("torch").zeros(3, 4, 4))
-    broken_pictures([tmp_path / "0.png", drawn], said.append)
-    assert said[0] == "opened 1 of 2 pictures" and said[-1].startswith("opened 2 pictures in")
+    told = counted(monkeypatch)
+    broken = broken_pictures([*refs, tmp_path / PHOTOS[0], tmp_path / "cut.jpg", drawn])
+    assert list(broken) == [tmp_path / "cut.jpg"] and "cut.jpg" in broken[tmp_path / "cut.jpg"]
+    assert (len(told) > 1) is lost, "but for what is drawn"

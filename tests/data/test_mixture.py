@@ -112,7 +112,7 @@ def test_a_state_that_an_earlier_version_wrote() -> None:
     }
     stream = mixed(MIXED, ANCHORS, 5, 8, 0.25)
     stream.load_state_dict(state)
-    assert stream.state_dict() == state
+    assert {name: value for name, value in stream.state_dict().items() if name != "rows"} == state
     assert " ".join(ids(stream.next_step())) == "rea/8 rea/0 vqa/32 rea/1 rec/4 vqa/39 general_vqa/8 general_vqa/2"
     assert " ".join(ids(stream.next_step())) == "rea/5 rea/4 rec/1 vqa/33 rea/9 rec/2 general_vqa/7 general_vqa/5"
 

@@ -138,7 +138,7 @@ def test_a_state_that_an_earlier_version_wrote() -> None:
     state = {**place, "fingerprint": "6a4fe9e4c9cd9d13"}
     stream = shuffled(samples(5), seed=1, prompts_per_step=4)
     stream.load_state_dict(state)
-    assert stream.state_dict() == state
+    assert {name: value for name, value in stream.state_dict().items() if name != "rows"} == state
     steps = [" ".join(names(stream.next_step())) for _ in range(3)]
     assert steps == ["s2 s3 s4 s0", "s1 s2 s4 s3", "s4 s2 s0 s1"]
 
@@ -153,8 +153,11 @@ def test_a_state_that_an_earlier_version_wrote() -> None:
     ],
 )
 def test_a_state_of_other_data_is_refused(other: list[Sample]) -> None:
-    state = shuffled(samples(6), seed=0, prompts_per_step=2).state_dict()
-    with pytest.raises(ValueError, match="other prompts"):
+    stream = shuffled(samples(6), seed=0, prompts_per_step=2)
+    steps = [stream.next_step() for _ in range(3)]
+    assert len(steps) == 3, "all are used"
+    state = stream.state_dict()
+    with pytest.raises(ValueError, match="other prompts|s5/t2i and s5/mm2t has been trained on"):
         shuffled(other, seed=0, prompts_per_step=2).load_state_dict(state)
 
 

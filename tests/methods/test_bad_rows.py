@@ -10,16 +10,19 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 
 import pytest
 from data_sources import PHOTOS, write_lines, write_photos
+from PIL import Image
 
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.corl.training_data import TrainingData
 from syncr1.engine.data.loaded import Loaded
 from syncr1.engine.errors import DataError, PictureError
-from syncr1.engine.methods import data_checks, first_pass
+from syncr1.engine.methods import check_data, data_checks, first_pass
 from syncr1.engine.methods.bad_rows import BadRows, skipped_by
-from syncr1.engine.methods.data_checks import checked_chains
+from syncr1.engine.methods.check_data_config import CheckDataConfig
+from syncr1.engine.methods.data_checks import checked_chains, found_in
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
-from syncr1.engine.show.run_files import DATA_FILE
+from syncr1.engine.show.report import write_report
+from syncr1.engine.show.run_files import DATA_FILE, DATA_SHEET
 from syncr1.engine.world.worlds import WORLDS
 
 ASKED = "Which animal is this?\nA. a dog\nB. a cat"
@@ -129,3 +132,44 @@ def test_a_run_that_goes_on_leaves_out_what_it_left_out(folder: Path, tmp_path: 
     with pytest.raises(DataError, match="put the file back"):
         skipped_by(tmp_path)
     assert skipped_by(folder / "nowhere") == {}
+
+
+@pytest.mark.parametrize("recipe", ["sync_r1", "corl"])
+def test_the_report_says_what_was_found(folder: Path, tmp_path: Path, recipe: str, tiny: None) -> None:
+    """data.json, three examples to look at, and the page of the run, where text of the data is text."""
+    rows = rows_of_eight()
+    rows[6] = {**rows[0], "prompt": "<b>Which</b> colour?\nA. a dog\nB. a cat", "note": "x"}
+    write_lines(folder / "train.jsonl", rows)
+    if recipe == "corl":
+        data = corl(folder, bad_rows="skip")
+        data.check(lambda line: None)
+        found = data.found()
+    else:
+        found = found_in(sync_r1(folder, bad_rows="skip"))
+    run = tmp_path / "run"
+    run.mkdir()
+    found.write(run)
+    told = json.loads((run / DATA_FILE).read_text())
+    assert sum(told["tasks"]["to train on"].values()) == 5 and told["pictures"] == 3
+    assert sorted(skipped_by(run)) == sorted(found.skipped) and len(told["skipped"]) == 3
+    with Image.open(run / DATA_SHEET) as sheet:
+        assert sheet.height > 300
+    page = write_report(run).read_text()
+    assert "3 rows left out" in page and "a horse" in page and "data:image/png" in page and "positions" in page
+    assert page.count("(mcq) 5" if recipe == "corl" else "(vqa) 5") == 1
+
+
+@pytest.mark.parametrize("recipe", ["sync_r1", "corl"])
+def test_check_data_lists_all_and_counts_lengths(
+    folder: Path, recipe: Any, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = WORLDS["rendered"].untrained()
+    monkeypatch.setattr(check_data, "policy_without_weights", lambda name: policy)
+    said: list[str] = []
+    asked = {"model": "any", "max_completion_length": 16} if recipe == "corl" else {"model": "any"}
+    assert not check_data.check(CheckDataConfig(data=folder, recipe=recipe, **asked), said.append)
+    for words in ("a horse", "cut.png", "positions", "got list", "--bad_rows skip trains on the other rows"):
+        assert len([line for line in said if words in line]) == 1, (words, said)
+    write_lines(folder / "train.jsonl", rows_of_eight()[4:6])
+    said.clear()
+    assert check_data.check(CheckDataConfig(data=folder, recipe=recipe), said.append) and said[-1] == "no fault"

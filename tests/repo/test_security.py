@@ -74,6 +74,7 @@ READS_IN_MEMORY = {("bench/gpu_wheels.py", "zipfile"), ("engine/data/readers/tar
 unpacks anything."""
 SHELLS = {
     *(
+        "engine/data/decoders.py",
         "engine/show/environment.py",
         "engine/processes/beside.py",
         "engine/processes/launch.py",
