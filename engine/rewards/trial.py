@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ..errors import RewardError
+from ..errors import ChatError, RewardError
 from ..records import Prompt
 from .calling import call_all
 from .hooks import TrainerState
@@ -121,6 +121,10 @@ def _problem(name: str, function: RewardFunction, error: BaseException, columns:
     said = told(error)
     if isinstance(error, TimeoutError):
         return f"{head}: {error}; load what is slow when the file is imported, or raise --reward_timeout"
+    if isinstance(error, ChatError):
+        late = "no answer within" in said or "no time left" in said
+        remedy = "raise --reward_timeout, or take a faster server" if late else "see what answers at its address"
+        return f"{head} failed with {said}; {remedy}"
     return f"{head} failed with {said}{_of_chats(function, error) if raised_at(error) else _remedy(said, columns)}"
 
 

@@ -12,12 +12,18 @@ import torch
 from small_detectors import small_blip_vqa, small_git, small_llava
 from small_models import saved, small_blip, small_clip
 from torch import Tensor
-from transformers import AutoProcessor, BlipForQuestionAnswering, GitForCausalLM, LlavaForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    BlipForQuestionAnswering,
+    GitForCausalLM,
+    LlavaForConditionalGeneration,
+)
 
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.rewards.images.loading import as_bytes
 from syncr1.engine.rewards.images.vqa import ORM, NounsReward, QuestionReward
-from syncr1.engine.rewards.images.yes_no import load_yes_no
+from syncr1.engine.rewards.images.yes_no import _words, load_yes_no
 
 QUESTIONS = ("is it a dog", "a red bus on the street ?", "two dogs", "is it a dog", "a")
 
@@ -85,8 +91,11 @@ def test_a_batch_is_each_row_by_the_models_own_forward(
 def test_models_that_cannot_answer_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(ConfigError, match="reward_models: orm: "):
         load_yes_no("orm", str(saved(small_clip, tmp_path_factory)))
+    captioner = str(saved(small_blip, tmp_path_factory))
+    with pytest.raises(ConfigError, match="expected all weights of BlipForQuestionAnswering"):
+        load_yes_no("vqa_score", captioner)
     with pytest.raises(ConfigError, match="one token for 'yes', got none"):
-        load_yes_no("vqa_score", str(saved(small_blip, tmp_path_factory)))  # a captioner's words hold no yes
+        _words(AutoTokenizer.from_pretrained(captioner))  # of which there is none among its words
 
 
 class Noted:

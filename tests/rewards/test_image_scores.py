@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
@@ -10,8 +12,8 @@ import syncr1.engine.compat  # noqa: F401  # before transformers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_detectors import small_aesthetic, small_siglip
-from small_models import saved, small_clip
+from small_detectors import small_aesthetic, small_git, small_siglip
+from small_models import saved, small_blip, small_clip
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -43,6 +45,24 @@ def drawn(images: list[Tensor | None]) -> list[Tensor]:
 
 
 @torch.no_grad()
+def _without_the_words_half(folder: Path) -> Path:
+    """A CLIP whose texts lead nowhere."""
+    weights = load_file(small_clip(folder) / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if k != "text_projection.weight"},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    return folder
+
+
+def _of_its_own_kind(folder: Path) -> Path:
+    """As the published predictor, whose config.json names a kind of its own code."""
+    path = small_aesthetic(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "aesthetics_predictor"}))
+    return folder
+
+
 def test_pickscore_clip_and_hps_are_clips_own_logits(
     images: list[Tensor | None], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -159,3 +179,29 @@ def test_what_a_drawing_is_held_against() -> None:
         "p2",
         "p3",
     ]
+
+
+@pytest.mark.parametrize(
+    ("reward", "build", "said"),
+    [
+        ("clip", small_git, "expected a checkpoint of clip, got .*, whose config.json says git; name another"),
+        ("siglip", small_blip, "expected a checkpoint of siglip, got .*, whose config.json says blip"),
+        ("vqa_score", small_blip, "expected all weights of BlipForQuestionAnswering, got .* without 56 of them"),
+        (
+            "clip",
+            _without_the_words_half,
+            "expected all weights of CLIPModel, got .* without 1 of them .text_projection",
+        ),
+    ],
+)
+def test_weights_that_are_not_there_are_not_made_up(
+    reward: str, build: Callable[[Path], Path], said: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        NamedReward(reward, [f"{reward}={saved(build, tmp_path_factory)}"]).load()
+
+
+def test_a_kind_of_its_own_code_is_read_as_the_class_that_it_extends(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = saved(_of_its_own_kind, tmp_path_factory)
+    (score,) = NamedReward("aesthetic", [f"aesthetic={folder}"])(images=[torch.full((3, 32, 32), 0.5)])
+    assert score is not None

@@ -152,7 +152,8 @@ def test_a_judge_behind_an_address_is_tried_with_its_status() -> None:
     assert tried(**asked) == [] and len(server.calls) == 4
     server.answer = lambda *_: (401, "wrong key")
     (line,) = tried(**asked)
-    assert "HTTP 401" in line and line.startswith("reward 'judge': a trial call before training failed with ChatError")
+    assert "HTTP 401" in line and line.endswith("; see what answers at its address")
+    assert line.startswith("reward 'judge': a trial call before training failed with ChatError")
 
 
 # While it trains ------------------------------------------------------------------------------------------------------

@@ -14,10 +14,14 @@ import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig
 
 from ...errors import ConfigError
 from ...reasons import reading
+
+POOLER = "pooler."
+"""In names of a layer that BERT and ViT have behind their last one, which published checkpoints (TrOCR, RoBERTa) often
+lack: no reward reads it."""
 
 
 class Pretrained:
@@ -51,13 +55,14 @@ class Pretrained:
             more: settings of the constructor.
 
         Raises:
-            ConfigError: nothing there, no safetensors, or an image processor with settings that `Preparation` cannot
-                follow.
+            ConfigError: nothing there, no safetensors, a model of another kind, or an image processor with settings
+                that `Preparation` cannot follow.
         """
         where = {"revision": revision or "main", "trust_remote_code": False}
         processor = None
-        with reading(f"reward model {cls.__name__}", name_or_folder):
-            model = cls.model_class.from_pretrained(name_or_folder, dtype=dtype, use_safetensors=True, **where)
+        setting = f"reward model {cls.__name__}"
+        with reading(setting, name_or_folder):
+            model = whole(setting, cls.model_class, name_or_folder, dtype=dtype, **where)
             if prepared_as is not None:
                 name_or_folder, where = prepared_as, where | {"revision": "main"}
             tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **where)
@@ -67,6 +72,40 @@ class Pretrained:
         if processor is not None:
             parts.append(Preparation.of(processor))
         return cls(*parts, **more)
+
+
+def whole(setting: str, model_class: Any, name: str | Path, *, dtype: torch.dtype, **where: Any) -> Any:
+    """The checkpoint as that class of transformers', all of its weights from the file: for a model of another kind
+    transformers makes up those that are not there, at random, and says so in a warning.
+
+    Args:
+        setting: that names the files, for errors.
+        where: revision and the like, as `from_pretrained` takes them.
+
+    Raises:
+        ConfigError: config.json is another kind's, or weights are missing.
+    """
+    wanted = getattr(model_class, "config_class", None)  # a class for any kind has none
+    kind = PretrainedConfig.get_config_dict(name, **where)[0].get("model_type")
+    known = None  # a kind of code of its own, which is not run
+    if kind in CONFIG_MAPPING:  # a lazy mapping, whose `get` finds nothing
+        known = CONFIG_MAPPING[kind]
+    parts = getattr(known, "sub_configs", {}).values()  # a CLIP's picture half is one, too
+    if wanted is not None and known is not None and not issubclass(known, wanted) and wanted not in parts:
+        raise ConfigError(
+            f"{setting}: expected a checkpoint of {wanted.model_type}, got {name}, whose config.json says {kind}; name "
+            "another"
+        )
+    model, told = model_class.from_pretrained(
+        name, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+    )
+    absent = sorted(key for key in dict(model.named_parameters()) if key in told["missing_keys"] and POOLER not in key)
+    if absent:
+        raise ConfigError(
+            f"{setting}: expected all weights of {model_class.__name__}, got {name} without {len(absent)} of them "
+            f"({absent[0]}, …); name a checkpoint that was trained as one"
+        )
+    return model
 
 
 def frozen(model: Any) -> Any:

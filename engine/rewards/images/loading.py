@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from ...reasons import reading
 from ..builtin.batches import by_shape
-from ..builtin.pretrained import frozen
+from ..builtin.pretrained import frozen, whole
 
 
 class Loaded(NamedTuple):
@@ -51,10 +51,11 @@ def load(
         dtype: of the weights.
 
     Raises:
-        ConfigError: nothing there, no safetensors, or files that its library cannot read.
+        ConfigError: nothing there, no safetensors, a model of another kind, or files that its library cannot read.
     """
-    with reading(f"reward_models: {key}", name):
-        model = model_class.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    setting = f"reward_models: {key}"
+    with reading(setting, name):
+        model = whole(setting, model_class, name, dtype=dtype, trust_remote_code=False)
         processor = processor_class.from_pretrained(name, trust_remote_code=False)
     return Loaded(frozen(model.to(device)), processor)
 
