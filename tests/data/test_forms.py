@@ -148,6 +148,13 @@ def test_a_letter_that_means_two_things_is_refused(tmp_path: Path, row: dict[str
         read(tmp_path, {**row, "answer": "A"})
 
 
+def test_an_answer_in_an_object_of_unknown_names_is_not_called_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'answer' must be one answer, text or a number, got \{'value': 'x'"):
+        read(tmp_path, {**Q, "answer": {"value": "x", "aliases": ["y"]}})
+    with pytest.raises(DataError, match="'answer' is missing or None"):
+        read(tmp_path, {**Q, "answer": {"value": None}}, {**Q, "answer": "x"})
+
+
 def test_rows_that_leave_one_meaning_tell_what_numbers_are(tmp_path: Path) -> None:
     unclear = {**Q, "choices": ["3", "2", "1"], "answer": 1}
     assert [p.answer for p in read(tmp_path, {**RGB, "answer": 0}, unclear)] == ["A", "B"], "indices"
