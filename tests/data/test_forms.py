@@ -99,6 +99,7 @@ def test_open_ended(tmp_path: Path, row: dict[str, Any], answer: str) -> None:
         ({**RGB, "answer": 3}, "3 is the index of none of the 3 options of column 'choices'; indices count from 0"),
         ({**RGB, "answer": -1}, "-1 is the index of none"),
         ({**RGB, "answer": "3"}, r"the answer '3' is not among the options \['red', 'green', 'blue'\]"),
+        ({**Q, "choices": ["red", "Red.", "blue"], "answer": "red!"}, "'red!' is the text of the options A and B"),
         ({**RGB, "answer": "yellow"}, "'yellow' is not among .* or say qa_type OE"),
         ({**RGB, "answer": ["red", "yellow"]}, "is not among the options"),
         ({**Q, "A": "red", "B": None, "C": "blue", "answer": "C"}, "column 'B' is empty and options follow it"),
