@@ -34,6 +34,8 @@ from .readers.tar_shards import tar_part
 
 PICTURE_COLUMNS = ("real_image", "image", "images", "image_path", "file_name", "references")
 """Columns of text that are paths of pictures, or lists of paths."""
+LAY = ("image_path", "file_name")
+"""Of those, where the picture of the row once lay, in data that have its bytes."""
 CHATS = ("prompt", "problem", "question", "messages", "conversations")
 """Columns whose chats may hold pictures in their parts."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".tar")
@@ -91,8 +93,14 @@ class Table:
             values[name] = part.pictures(row, name)
         if "decoded_image" in part.counts:  # MathVista's picture; its `image` is where it once lay
             values["image"] = values.pop("decoded_image")
+        lay = LAY if any(values[name] for name in part.counts if name in ("image", "images")) else ()
         for name in PICTURE_COLUMNS:
-            if name in values and name not in part.counts and (name != "image" or "decoded_image" not in part.counts):
+            if (
+                name in values
+                and name not in part.counts
+                and name not in lay
+                and (name != "image" or "decoded_image" not in part.counts)
+            ):
                 values[name] = _files(part.root, values[name], f"{part.where(row)}, column {name!r}")
         if not any(values.get(name) for name in PICTURE_COLUMNS):
             for name in CHATS:

@@ -99,6 +99,7 @@ def test_open_ended(tmp_path: Path, row: dict[str, Any], answer: str) -> None:
         ({**RGB, "answer": 3}, "3 is the index of none of the 3 options of column 'choices'; indices count from 0"),
         ({**RGB, "answer": -1}, "-1 is the index of none"),
         ({**RGB, "answer": "3"}, r"the answer '3' is not among the options \['red', 'green', 'blue'\]"),
+        ({**Q, "choices": ["red", "Red.", "blue"], "answer": "red!"}, "'red!' is the text of the options A and B"),
         ({**RGB, "answer": "yellow"}, "'yellow' is not among .* or say qa_type OE"),
         ({**RGB, "answer": ["red", "yellow"]}, "is not among the options"),
         ({**Q, "A": "red", "B": None, "C": "blue", "answer": "C"}, "column 'B' is empty and options follow it"),
@@ -146,6 +147,13 @@ def test_a_question_that_lists_other_options_is_given_its_own(tmp_path: Path, qu
 def test_a_letter_that_means_two_things_is_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         read(tmp_path, {**row, "answer": "A"})
+
+
+def test_an_answer_in_an_object_of_unknown_names_is_not_called_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'answer' must be one answer, text or a number, got \{'value': 'x'"):
+        read(tmp_path, {**Q, "answer": {"value": "x", "aliases": ["y"]}})
+    with pytest.raises(DataError, match="'answer' is missing or None"):
+        read(tmp_path, {**Q, "answer": {"value": None}}, {**Q, "answer": "x"})
 
 
 def test_rows_that_leave_one_meaning_tell_what_numbers_are(tmp_path: Path) -> None:

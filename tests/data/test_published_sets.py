@@ -216,6 +216,16 @@ def test_geometry3k(tmp_path: Path) -> None:
     assert prompt.answer == "B" and prompt.id.endswith("/7/mm2t") and prompt.options[0] == "30"
 
 
+@pytest.mark.parametrize("name", ["file_name", "image_path"])
+def test_where_an_encoded_picture_once_lay_is_no_other_picture(tmp_path: Path, name: str) -> None:
+    features: Feature = {"question": TEXT, "answer": TEXT, "image": PICTURE, name: TEXT}
+    row = {"question": "?", "answer": "x", name: "COCO_1.jpg"}
+    (prompt,) = read(published(tmp_path, features, [row | {"image": CELL}]))
+    assert prompt.image is not None and prompt.image.name.endswith("image") and prompt.extra[name] == "COCO_1.jpg"
+    with pytest.raises(DataError, match=f"column '{name}': names a picture that does not exist"):
+        read(published(tmp_path, features, [row]))
+
+
 def test_x2x_rft_22k(tmp_path: Path) -> None:
     names = ("prompt", "qa_problem", "qa_solution", "od_problem", "od_solution")
     features: Feature = {**dict.fromkeys(names, TEXT), "qa_type": TEXT, "real_image": PICTURE}

@@ -75,12 +75,20 @@ def test_a_table_of_text(folder: Path) -> None:
     assert [prompt.answer for prompt in read(folder, split="test")] == ["so"]
 
 
+def test_blanks_around_the_names_of_columns_are_none_of_them(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question, answer\nWhich?, red\n")
+    (prompt,) = read(tmp_path / "rows.csv")
+    assert (prompt.text, prompt.answer) == ("Which?", "red")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("question,answer\na,b,c\n", "line 2: expected 2 cells, got 3; put texts with separators into quotes"),
         ("question,answer\na\n", "line 2: expected 2 cells, got 1"),
         ("question,question\na,b\n", "'question' twice"),
+        ("question;answer\na;b\n", "line 1: expected columns separated by commas, got 'question;answer'; save it with"),
+        ("question\tanswer\na\tb\n", r"expected columns separated by commas, got .*, or call it \.tsv"),
         ("", "has no rows"),
         ("question,answer\n", "has no rows"),
         ('question,answer\n"a,b\n', "not readable as a table"),

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...answers.plain_texts import canonical
 from ...errors import DataError, shown
 from ..questions import letter_of
 from .choices import Choices, choices_of
@@ -113,6 +114,13 @@ def _choice(text: str, letters: tuple[str, ...], options: tuple[str, ...]) -> As
 
 def _none_of(value: Any, column: str, options: tuple[str, ...]) -> DataError:
     told = value if len(several_in(value)) == 1 else list(several_in(value))
+    plain = canonical(str(told))
+    same = [chr(ord("A") + at) for at, option in enumerate(options) if plain and canonical(option) == plain]
+    if len(same) > 1:
+        return DataError(
+            f"column {column!r}: the answer {shown(told)} is the text of the options {' and '.join(same)}; write the "
+            "letter, or drop the row"
+        )
     return DataError(
         f"column {column!r}: the answer {shown(told)} is not among the options {shown(list(options), 200)}; "
         "correct it, or say qa_type OE if the question is open-ended"

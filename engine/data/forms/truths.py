@@ -37,11 +37,14 @@ class Truths:
 
 
 def inner(value: Any) -> Any:
-    """An answer out of the objects that hold it; None for what stands for none: an empty text or list, NaN."""
+    """An answer out of the objects that hold it; None for what stands for none: an empty text or list, NaN.
+
+    An object that holds it under none of the known names stays, to be told of."""
     for _ in range(len(INNER)):
         if not isinstance(value, Mapping):
             break
-        value = next((value[name] for name in INNER if name in value), None)
+        unknown = value if any(item is not None for item in value.values()) else None
+        value = next((value[name] for name in INNER if name in value), unknown)
     if isinstance(value, float) and math.isnan(value):
         return None
     return None if isinstance(value, str | list | tuple) and len(value) == 0 else value

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError
+from ...errors import DataError, shown
 from ..cells import Part
 from ..faults import Faults
 from .named import is_encoded
@@ -33,7 +33,7 @@ def separated_part(path: Path, root: Path, stamp: str, faults: Faults) -> Part:
     limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[path.suffix], strict=True)
-        columns = next(reader, [])
+        columns = [name.strip() for name in next(reader, [])]
         _check_columns(path, columns)
         rows: list[dict[str, Any]] = []
         numbers: list[int] = []
@@ -65,6 +65,13 @@ def separated_part(path: Path, root: Path, stamp: str, faults: Faults) -> Part:
 def _check_columns(path: Path, columns: list[str]) -> None:
     if not columns:
         raise DataError(f"{path}: has no rows; the first line names the columns")
+    other = next((mark for mark in ";\t,|" if len(columns) == 1 and mark in columns[0]), None)
+    if other is not None:
+        expected = {",": "commas", "\t": "tabs"}[SEPARATORS[path.suffix]]
+        remedy = "save it with those" + (
+            ", or call it .tsv" if other == "\t" else ", or call it .csv" if other == "," else ""
+        )
+        raise DataError(f"{path}, line 1: expected columns separated by {expected}, got {shown(columns[0])}; {remedy}")
     if len(set(columns)) < len(columns):
         twice = next(name for name in columns if columns.count(name) > 1)
         raise DataError(f"{path}, line 1: expected a name of its own for each column, got {twice!r} twice; rename one")
