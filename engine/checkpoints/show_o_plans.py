@@ -212,6 +212,9 @@ def _write_theirs(config: ShowOConfig, processor: ShowOProcessor, told: dict[str
     (draft / VQ_HOME).mkdir()
     words.save_pretrained(draft / TEXT_HOME)
     phi.save_pretrained(draft / TEXT_HOME)
-    for place, content in ((draft, told), (draft / VQ_HOME, {"_class_name": MAGVIT, "_diffusers_version": VERSION})):
-        (place / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    named = draft / TEXT_HOME / "tokenizer_config.json"  # by a class that transformers 4 has, which their code runs on
+    settings = json.loads(named.read_bytes()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    codes = {"_class_name": MAGVIT, "_diffusers_version": VERSION}
+    for path, content in ((draft / "config.json", told), (draft / VQ_HOME / "config.json", codes), (named, settings)):
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return []

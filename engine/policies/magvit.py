@@ -28,7 +28,7 @@ from transformers.models.chameleon.modeling_chameleon import (
     ChameleonVQVAEEncoderResnetBlock,
 )
 
-from .vqgan_decoder import PIXELS_AT_ONCE
+from .vqgan_decoder import PIXELS_AT_ONCE, VQGANDecoder
 
 HALVES = {"encoder": "down", "decoder": "up"}
 """And what their resolutions are called."""
@@ -180,11 +180,17 @@ class Encoder(nn.Module):
         width, levels = config.channels, list[nn.Module]()
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
         for multiplier, count in zip(config.encoder_multipliers, config.encoder_blocks, strict=True):
-            level, width = _resolution(width, config.channels * multiplier, count)
+            new_width = config.channels * multiplier
+            blocks = [_block(new_width if index else width, new_width) for index in range(count)]
+            level, width = nn.ModuleDict({"block": nn.ModuleList(blocks)}), new_width
             if len(levels) + 1 < len(config.encoder_blocks):
                 level["downsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, stride=2)})
             levels.append(level)
-        self.down, self.mid = nn.ModuleList(levels), _middle(width)
+        self.down = nn.ModuleList(levels)
+        # The only place with attention: the published code's list of attended sides holds none that occurs.
+        attention = ChameleonVQVAEEncoderAttnBlock(width)
+        parts = {"block_1": _block(width, width), "attn_1": attention, "block_2": _block(width, width)}
+        self.mid = nn.ModuleDict(parts)
         self.norm_out = nn.GroupNorm(GROUPS, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, config.bits, 3, padding=1)
         self.quant_conv = nn.Conv2d(config.bits, config.bits, 1)
@@ -201,47 +207,22 @@ class Encoder(nn.Module):
         return cast(Tensor, self.quant_conv(self.conv_out(F.silu(self.norm_out(hidden)))))
 
 
-class Decoder(nn.Module):
+class Decoder(VQGANDecoder):
     """[n, bits, h, w] -> [n, 3, H, W]."""
 
     def __init__(self, config: MagvitConfig) -> None:
-        super().__init__()
-        width, levels = config.channels * config.decoder_multipliers[-1], list[nn.Module]()
+        plain = ChameleonVQVAEConfig(
+            base_channels=config.channels,
+            channel_multiplier=list(config.decoder_multipliers),
+            latent_channels=config.bits,
+            attn_resolutions=None,
+        )
+        super().__init__(plain, config.decoder_blocks)
         self.post_quant_conv = nn.Conv2d(config.bits, config.bits, 1)
-        self.conv_in = nn.Conv2d(config.bits, width, 3, padding=1)
-        self.mid = _middle(width)
-        for multiplier, count in zip(config.decoder_multipliers[::-1], config.decoder_blocks[::-1], strict=True):
-            level, width = _resolution(width, config.channels * multiplier, count)
-            if len(levels) + 1 < len(config.decoder_blocks):
-                level["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
-            levels.append(level)
-        self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = nn.GroupNorm(GROUPS, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        hidden = self.conv_in(self.post_quant_conv(latents))
-        for block in self.mid.values():
-            hidden = block(hidden)
-        for level in cast(Any, reversed(self.up)):
-            for block in level["block"]:
-                hidden = block(hidden)
-            if "upsample" in level:
-                hidden = level["upsample"]["conv"](F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
-        return cast(Tensor, self.conv_out(F.silu(self.norm_out(hidden))))
-
-
-def _resolution(width: int, new_width: int, count: int) -> tuple[nn.ModuleDict, int]:
-    """A resolution's residual blocks, the first of which changes the width, and the new width."""
-    blocks = [_block(new_width if index else width, new_width) for index in range(count)]
-    return nn.ModuleDict({"block": nn.ModuleList(blocks)}), new_width
+        return super().forward(self.post_quant_conv(latents))
 
 
 def _block(width: int, new_width: int) -> nn.Module:
     return ChameleonVQVAEEncoderResnetBlock(ChameleonVQVAEConfig(dropout=0.0), width, new_width)
-
-
-def _middle(width: int) -> nn.ModuleDict:
-    """The only place with attention: the published code's list of attended sides holds none that occurs."""
-    attention = ChameleonVQVAEEncoderAttnBlock(width)
-    return nn.ModuleDict({"block_1": _block(width, width), "attn_1": attention, "block_2": _block(width, width)})

@@ -12,7 +12,7 @@ Dims: n images, S pixels and H codes of a side, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -35,9 +35,10 @@ class VQGANDecoder(nn.Module):
 
     Args:
         config: of the encoder, whose mirror image this is.
+        blocks: residual blocks of each resolution, the finest first; None: everywhere one more than the encoder's.
     """
 
-    def __init__(self, config: ChameleonVQVAEConfig) -> None:
+    def __init__(self, config: ChameleonVQVAEConfig, blocks: Sequence[int] | None = None) -> None:
         super().__init__()
         widths = [config.base_channels * factor for factor in config.channel_multiplier]
         attends = config.attn_type == "vanilla"
@@ -49,13 +50,13 @@ class VQGANDecoder(nn.Module):
         )
         levels = []
         for level in reversed(range(len(widths))):
-            blocks, attentions = [], []
-            for _ in range(config.num_res_blocks + 1):
-                blocks.append(_block(config, width, widths[level]))
+            made, attentions = [], []
+            for _ in range(config.num_res_blocks + 1 if blocks is None else blocks[level]):
+                made.append(_block(config, width, widths[level]))
                 width = widths[level]
                 if attends and resolution in (config.attn_resolutions or ()):
                     attentions.append(ChameleonVQVAEEncoderAttnBlock(width))
-            parts: dict[str, nn.Module] = {"block": nn.ModuleList(blocks), "attn": nn.ModuleList(attentions)}
+            parts: dict[str, nn.Module] = {"block": nn.ModuleList(made), "attn": nn.ModuleList(attentions)}
             if level:
                 parts["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
                 resolution *= 2

@@ -122,6 +122,20 @@ def test_published_numbers() -> None:
     config = ShowOConfig(text_config={"vocab_size": 58498})
     assert (config.text_rows, config.mask_token_id, config.num_image_tokens) == (50305, 58497, 256)
     assert ShowOConfig(text_config={"vocab_size": 58498}, image_size=512).num_image_tokens == 1024
+    with torch.device("meta"):
+        state = ShowOForUnifiedGeneration(
+            ShowOConfig(text_config={"vocab_size": 58498, "qk_layernorm": True})
+        ).state_dict()
+    expected = {
+        "showo.model.embed_tokens.weight": (58498, 2048),
+        "showo.model.layers.23.self_attn.k_layernorm.weight": (64,),
+        "showo.model.layers.23.self_attn.dense.bias": (2048,),
+        "showo.model.layers.0.mlp.fc1.weight": (8192, 2048),
+        "showo.model.final_layernorm.bias": (2048,),
+        "showo.lm_head.bias": (58498,),
+        "vqmodel.quantize.embedding": (8192, 13),
+    }
+    assert {name: tuple(state[name].shape) for name in expected} == expected
 
 
 def test_a_processor_takes_tokens_that_are_there() -> None:
