@@ -217,14 +217,18 @@ class Learned:
 class Signs:
     """A MAGVIT-v2 while it is trained."""
 
-    def __init__(self, settings: Settings) -> None:
-        sizes = (1, 1, 1, 2), (1, 1, 1, 1)
-        names = ("multipliers", "blocks")
-        halves = {
-            f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in zip(names, sizes, strict=True)
-        }
-        self.settings = settings
-        self.vq = Magvit(MagvitConfig(bits=settings.codes.bit_length() - 1, channels=32, **halves))
+    def __init__(self, settings: Settings, start: Path | None) -> None:
+        config = MagvitConfig(
+            bits=settings.codes.bit_length() - 1,
+            channels=32,
+            encoder_multipliers=(1, 1, 1, 2),
+            encoder_blocks=(1, 1, 1, 1),
+            decoder_multipliers=(1, 1, 1, 2),
+            decoder_blocks=(1, 1, 1, 1),
+        )
+        self.settings, self.vq = settings, Magvit(config)
+        if start is not None:
+            self.vq.load_state_dict(sign_vq.load_sign_vq(start).state_dict())
 
     def step(self, x: Tensor, step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As of `Learned`."""
@@ -251,8 +255,8 @@ Trained = Learned | Signs
 
 
 def entropies(z: Tensor) -> Tensor:
-    """Entropy of a place's code minus that of the codes of all places, nats; z `[B, bits, 4, 4]`. p(bit) = sigmoid(4 z):
-    softmax over the codes of minus their distance squared."""
+    """Entropy of a place's code minus that of the codes of all places, nats; z `[B, bits, 4, 4]`. p(bit) = sigmoid(4 z)
+    is softmax over the codes of minus their distance squared."""
     p = torch.sigmoid(4 * z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]))
     own = -(p * (p + 1e-9).log() + (1 - p) * (1 - p + 1e-9).log())
     joint = torch.ones(len(p), 1)
@@ -262,11 +266,11 @@ def entropies(z: Tensor) -> Tensor:
     return own.sum(1).mean() + (used * (used + 1e-9).log()).sum()
 
 
-def train(settings: Settings, *, report_every: int = 200) -> Trained:
-    """Train from scratch and return the tokenizer."""
+def train(settings: Settings, *, report_every: int = 200, start: Path | None = None) -> Trained:
+    """Train from scratch, or on from the MAGVIT-v2 in folder `start`, and return the tokenizer."""
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
-    model: Trained = Signs(settings) if settings.kind == "magvit" else Learned(settings)
+    model: Trained = Signs(settings, start) if settings.kind == "magvit" else Learned(settings)
     trained = [parameter for parameter in model.vq.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=1e-3)
     material = WORLDS[settings.world]()
@@ -305,14 +309,15 @@ def main() -> None:
     for field in fields(Settings):
         parser.add_argument(f"--{field.name}", type=type(field.default))
     parser.add_argument("--out", type=Path, help="folder for the two files; without it, where they are shipped")
+    parser.add_argument("--start", type=Path, help="folder of a MAGVIT-v2 to go on from")
     flags = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    out = flags.pop("out", None)
+    out, start = flags.pop("out", None), flags.pop("start", None)
     torch.set_num_threads(1)  # a second thread buys little here, and one thread makes runs repeat
     settings = replace(MAGVIT if flags.get("kind") == "magvit" else Settings(), **flags)
     print(settings, flush=True)
     out = out or folder_of(settings)
     out.mkdir(parents=True, exist_ok=True)
-    print("as saved:\n" + measure(train(settings).saved(out), WORLDS[settings.world]()))
+    print("as saved:\n" + measure(train(settings, start=start).saved(out), WORLDS[settings.world]()))
 
 
 if __name__ == "__main__":

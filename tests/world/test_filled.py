@@ -15,6 +15,7 @@ from made import kept_folder, made_once
 
 from syncr1.engine.errors import ConfigError
 from syncr1.engine.forward.objective import Objective, PolicyForward
+from syncr1.engine.forward.packing import pack
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
 from syncr1.engine.policies.show_o import ShowOPolicy
 from syncr1.engine.records import Rollout
@@ -30,7 +31,7 @@ from syncr1.engine.world.supervised import supervised_loss
 from syncr1.engine.world.texts import VOCABULARY
 from syncr1.engine.world.worlds import WORLDS
 
-FEW = BaseSettings(steps=40, photo_pool=200)
+FEW = BaseSettings(steps=12, batch=24, photo_pool=60)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,14 @@ def policy() -> ShowOPolicy:
     return untrained(0)
 
 
-def lessons(policy: ShowOPolicy, drop: float = 0.0) -> FilledLessons:
-    teacher = NoisyTeacher(cast(Any, policy), replace(FEW, drop_condition=0.0))
-    return FilledLessons(policy, teacher.batch, drop_condition=drop, seed=0, request=photo_of)
+@pytest.fixture(scope="module")
+def teacher(policy: ShowOPolicy) -> NoisyTeacher:
+    return NoisyTeacher(cast(Any, policy), replace(FEW, drop_condition=0.0))
+
+
+@pytest.fixture
+def taught(policy: ShowOPolicy, teacher: NoisyTeacher) -> FilledLessons:
+    return FilledLessons(policy, teacher.batch, drop_condition=0.0, seed=0, request=photo_of)
 
 
 def test_shipped_tokenizer_keeps_what_pictures_show() -> None:
@@ -74,10 +80,11 @@ def test_words_are_tokens_wherever_a_sentence_puts_them(policy: ShowOPolicy) -> 
     assert policy.decode_text(policy.encode(strange)) == strange
 
 
-def test_a_lesson_is_drawn_behind_what_a_rollout_would_draw_it_behind(policy: ShowOPolicy) -> None:
-    taught = lessons(policy)
+def test_a_lesson_is_drawn_behind_what_a_rollout_would_draw_it_behind(
+    policy: ShowOPolicy, taught: FilledLessons
+) -> None:
     kinds: set[tuple[bool, ...]] = set()
-    for rollout in [rollout for _ in range(6) for rollout in taught.batch()]:
+    for rollout in [rollout for _ in range(3) for rollout in taught.batch()]:
         kinds.add(tuple(segment.kind == "image" for segment in rollout.segments))
         last = rollout.segments[-1]
         if last.kind == "text":
@@ -100,42 +107,40 @@ def test_a_lesson_is_drawn_behind_what_a_rollout_would_draw_it_behind(policy: Sh
     assert kinds == {(False,), (True,), (False, True)}
 
 
-def test_dropped_words_leave_the_free_prompt(policy: ShowOPolicy) -> None:
-    rollouts = [rollout for rollout in lessons(policy, 1.0).batch() if rollout.segments[-1].kind == "image"]
+def test_dropped_words_leave_the_free_prompt(policy: ShowOPolicy, taught: FilledLessons) -> None:
+    taught.drop_condition = 1.0
+    rollouts = [rollout for rollout in taught.batch() if rollout.segments[-1].kind == "image"]
     for rollout in rollouts:
         last = rollout.segments[-1]
         behind = last.lead if len(rollout.segments) > 1 else rollout.prompt_tokens
         assert torch.equal(behind, policy.unconditional_tokens())
 
 
-def test_masks_follow_the_cosine(policy: ShowOPolicy) -> None:
+def test_masks_follow_the_cosine(policy: ShowOPolicy, taught: FilledLessons) -> None:
     """E[cos(pi/2 t)] = 2/pi of the places."""
-    taught = lessons(policy)
     image = next(r.segments[-1] for r in taught.batch() if r.segments[-1].kind == "image")
     masked = [int((order == 0).sum()) for _ in range(2000) if (order := taught._masked(image).order) is not None]
     assert abs(np.mean(masked) / policy.num_image_tokens - 2 / np.pi) < 0.02
     assert min(masked) == 1 and max(masked) == policy.num_image_tokens
 
 
-def test_masked_places_alone_are_learnt_and_codes_are_learnt_by_looking(policy: ShowOPolicy) -> None:
-    rollouts = lessons(policy).batch()
+def test_masked_places_alone_are_learnt_and_codes_are_learnt_by_looking(
+    policy: ShowOPolicy, taught: FilledLessons
+) -> None:
+    rollouts = taught.batch()
     seen = [rollout for rollout in rollouts if rollout.prompt_image is not None and len(rollout.segments) == 1]
     table = policy.model.get_input_embeddings().weight
     loss = supervised_loss(PolicyForward(policy, Objective()), seen)
     (grad,) = torch.autograd.grad(loss, table)
     assert bool(grad[policy.model.config.text_rows : -1].any()), "codes of photos"
 
-    def with_other(places: str) -> Rollout:
-        drawn = next(rollout for rollout in rollouts if len(rollout.segments) == 1 and _half_masked(rollout))
-        (image,) = drawn.segments
-        assert image.order is not None
-        change = image.order == (0 if places == "masked" else -1)
-        return replace(drawn, segments=(replace(image, tokens=torch.where(change, image.tokens ^ 1, image.tokens)),))
-
-    logp = PolicyForward(policy, Objective())
-    with torch.no_grad():
-        losses = {places: supervised_loss(logp, [with_other(places)]).item() for places in ("masked", "shown")}
-    assert losses["masked"] != losses["shown"]
+    drawn = next(rollout for rollout in rollouts if len(rollout.segments) == 1 and _half_masked(rollout))
+    (image,) = drawn.segments
+    assert image.order is not None
+    batch = pack(policy, [drawn], torch.zeros(1, 2), torch.ones(1, dtype=torch.bool), num_generations=1, max_tokens=99)[
+        0
+    ]
+    assert torch.equal(batch.tokens, image.tokens[image.order == 0]) and bool(batch.loss_mask.all())
 
 
 def _half_masked(rollout: Rollout) -> bool:
@@ -145,7 +150,7 @@ def _half_masked(rollout: Rollout) -> bool:
 
 def test_digits_are_asked_for_by_question_and_answer() -> None:
     policy = untrained_digits(0)
-    writer = NoisyWriter(cast(Any, policy), DigitsBaseSettings(item_pool=60, hands=2, drop_condition=0.0))
+    writer = NoisyWriter(cast(Any, policy), DigitsBaseSettings(item_pool=60, hands=1, drop_condition=0.0))
     taught = FilledLessons(policy, writer.batch, drop_condition=0.0, seed=0)
     chained = [rollout for rollout in taught.batch() if len(rollout.segments) == 2]
     assert chained
@@ -167,7 +172,7 @@ def short_filled_base() -> Path:
 def test_a_little_teaching_helps_and_is_saved() -> None:
     folder = short_filled_base()
     losses = json.loads(folder.with_suffix(".json").read_text())
-    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+    assert np.mean(losses[-3:]) < 0.7 * losses[0]
     back = ShowOPolicy.from_pretrained(folder)
     assert back.num_image_tokens == 16 and back.image_size == 32
 
