@@ -79,6 +79,8 @@ class Settings:
     """Of the codebook's moving average."""
     local: float = 0.1
     """Weight of the locality term."""
+    decoder_alone: bool = False
+    """Magvit's encoder stays as it is, and with it all codes."""
     entropy: float = 0.02
     """Weight of magvit's entropy term."""
     seed: int = 0
@@ -232,7 +234,8 @@ class Signs:
 
     def step(self, x: Tensor, step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As of `Learned`."""
-        z = self.vq.encoder(x)
+        with torch.set_grad_enabled(not self.settings.decoder_alone):
+            z = self.vq.encoder(x)
         e = torch.where(z > 0, 1.0, -1.0)
         given = z.tanh() if step < self.settings.warm_steps else z + (e - z).detach()
         terms = [0.1 * (z - e).square().mean(), self.settings.entropy * entropies(z)]
@@ -271,7 +274,8 @@ def train(settings: Settings, *, report_every: int = 200, start: Path | None = N
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     model: Trained = Signs(settings, start) if settings.kind == "magvit" else Learned(settings)
-    trained = [parameter for parameter in model.vq.parameters() if parameter.requires_grad]
+    net = model.vq.decoder if settings.decoder_alone else model.vq
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=1e-3)
     material = WORLDS[settings.world]()
     weight, begin = material.weight(settings.batch), time.perf_counter()
@@ -307,7 +311,8 @@ def main() -> None:
     """Parse flags named after `Settings`' fields, train, save, measure what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Settings):
-        parser.add_argument(f"--{field.name}", type=type(field.default))
+        how = {"action": "store_true", "default": None} if field.default is False else {"type": type(field.default)}
+        parser.add_argument(f"--{field.name}", **how)
     parser.add_argument("--out", type=Path, help="folder for the two files; without it, where they are shipped")
     parser.add_argument("--start", type=Path, help="folder of a MAGVIT-v2 to go on from")
     flags = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}

@@ -21,7 +21,7 @@ from ..texts import VOCABULARY
 from .filled_lessons import FilledLessons, Request, as_asked
 from .tiny_show_o import build_show_o
 
-BASE = BaseSettings()
+BASE = BaseSettings(steps=900)
 DIGITS_BASE = DigitsBaseSettings()
 CONCEPT = re.compile(r"<\w+>")
 

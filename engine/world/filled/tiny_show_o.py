@@ -57,7 +57,8 @@ def build_show_o(words: Sequence[str], concepts: Sequence[str], *, seed: int) ->
     text = PhiConfig(
         vocab_size=len(processor.tokenizer) + vq_config.num_codes + 1,
         hidden_size=HIDDEN,
-        intermediate_size=2 * MLP,
+        intermediate_size=MLP * 3 // 2,  # two matrices here, three there
+        hidden_act="gelu_pytorch_tanh",  # what gelu_new is, in one pass
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         max_position_embeddings=512,
