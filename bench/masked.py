@@ -16,6 +16,7 @@ Dims: G members, N image tokens, T steps, k of them trained.
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  (before transformers: see there)
@@ -71,7 +72,7 @@ def build_policy(quick: bool) -> ShowOPolicy:
         num_attention_heads=width // 64,
         max_position_embeddings=1024,
     )
-    config = ShowOConfig(text_config=text, vq_config=vq.to_dict(), image_size=side)
+    config = ShowOConfig(text_config=text, vq_config=asdict(vq), image_size=side)
     config.take_tokens(processor.tokenizer)
     torch.manual_seed(0)
     return ShowOPolicy(ShowOForUnifiedGeneration(config), processor).eval()

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python recipes/tiny_vq.py
     OMP_NUM_THREADS=1 python recipes/tiny_vq.py --world digits --steps 1600       into `engine/world/digits/`
+    OMP_NUM_THREADS=1 python recipes/tiny_vq.py --kind magvit      of both worlds, into `engine/world/filled/`
 
 One thread, no data: renders are drawn on the fly, held-out looks never. The seed fixes everything on one kind of
 machine. 23 minutes beside other work on a shared core (0.35 s a step when it is free); 1.1 M parameters, 2.2 MB in half
@@ -18,11 +19,15 @@ moving average of the encodings.
 Without it normalisation and attention carry every attribute into every token, which a small language model then has to
 learn. After 400 steps: 57 codes in use per position without, 35 with it; a linear map from attributes to tokens names
 64 % of held-out looks' tokens right without, 74 % with it.
+
+The tiny Show-o has a MAGVIT-v2, whose codes are signs: e = sign(z), no codebook. Its loss has beside commitment an
+entropy term, `entropy * (that of a place's own bits - that of all codes used)`: bits are to be sure, codes all in use.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import time
@@ -38,11 +43,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from syncr1.engine.policies.magvit import Magvit, MagvitConfig
 from syncr1.engine.world import vq as world_vq
-from syncr1.engine.world.attributes import ATTRIBUTES, HELD_OUT_LOOKS, LOOKS, TRAIN_LOOKS, VALUES, Look
-from syncr1.engine.world.checker import AttributeChecker
 from syncr1.engine.world.digits import handwriting
-from syncr1.engine.world.render import render
+from syncr1.engine.world.filled import sign_vq
+from syncr1.engine.world.filled.tokenizer_pictures import Both, Digits, Rendered
 
 if TYPE_CHECKING:
     from transformers.models.janus.modeling_janus import JanusVQVAE
@@ -54,8 +59,10 @@ PATCH = 8
 class Settings:
     """What the shipped weights were trained with."""
 
+    kind: str = "janus"
+    """`janus`, a JanusVQVAE, or `magvit`."""
     world: str = "rendered"
-    """`rendered`, or `digits`: whose pictures it is for."""
+    """`rendered`, `digits` or `both`: whose pictures it is for."""
     steps: int = 2400
     """Optimiser steps."""
     batch: int = 32
@@ -72,8 +79,16 @@ class Settings:
     """Of the codebook's moving average."""
     local: float = 0.1
     """Weight of the locality term."""
+    decoder_alone: bool = False
+    """Magvit's encoder stays as it is, and with it all codes."""
+    entropy: float = 0.02
+    """Weight of magvit's entropy term."""
     seed: int = 0
     """Of the weights, the renders and the restarts of dead rows."""
+
+
+MAGVIT = Settings(kind="magvit", world="both", steps=1500, batch=16, warm_steps=150, learning_rate=2.5e-3)
+"""What the shipped MAGVIT-v2 was trained with."""
 
 
 def build_vq(settings: Settings) -> JanusVQVAE:
@@ -100,105 +115,14 @@ def build_vq(settings: Settings) -> JanusVQVAE:
     return vq.requires_grad_(True).train()
 
 
-class Rendered:
-    """The creatures of the rendered world."""
-
-    def pairs(self, settings: Settings, rng: np.random.Generator) -> Tensor:
-        """Pixels `[batch, 3, 32, 32]` in [-1, 1]; rows 2k and 2k+1 are neighbours under the same variation."""
-        pictures = []
-        for _ in range(settings.batch // 2):
-            look = TRAIN_LOOKS[int(rng.integers(len(TRAIN_LOOKS)))]
-            canonical, seed = rng.random() < settings.canonical_share, int(rng.integers(2**31))
-            for shown in (look, neighbour(look, rng)):
-                pictures.append(render(shown, variation=None if canonical else np.random.default_rng(seed)))
-        return world_vq.to_pixels(np.stack(pictures))
-
-    def table(self) -> Tensor:
-        """Whose variance says where pictures differ."""
-        return AttributeChecker.raw_table()
-
-    def measure(self, vq: JanusVQVAE) -> list[str]:
-        """Canonical renders after the round trip: PSNR, and how often the nearest *raw* render has each attribute
-        right."""
-        table = self.table()
-        decoded = world_vq.round_trip(vq, table)
-        hits = AttributeChecker(table).score(decoded, LOOKS)
-        held = torch.tensor([look in HELD_OUT_LOOKS for look in LOOKS])
-        lines = []
-        for name, keep in (("trained looks", ~held), ("held-out looks", held)):
-            shares = "  ".join(f"{a} {v:.3f}" for a, v in zip(ATTRIBUTES, hits[keep].mean(0).tolist(), strict=True))
-            lines.append(f"  {name}: PSNR {psnr(decoded[keep], table[keep]):.2f} dB  {shares}")
-        return [*lines, codes_in_use(vq, table)]
+WORLDS: dict[str, type[Rendered] | type[Digits] | type[Both]] = {"rendered": Rendered, "digits": Digits, "both": Both}
 
 
-def neighbour(look: Look, rng: np.random.Generator) -> Look:
-    """Another training look that differs in exactly one attribute."""
-    while True:
-        name = ATTRIBUTES[int(rng.integers(len(ATTRIBUTES)))]
-        other = replace(look, **{name: VALUES[name][int(rng.integers(len(VALUES[name])))]})
-        if other != look and other not in HELD_OUT_LOOKS:
-            return other
-
-
-class Digits:
-    """Handwritten digits: one alone, or a sheet of four."""
-
-    def pairs(self, settings: Settings, rng: np.random.Generator) -> Tensor:
-        """As `Rendered.pairs`: neighbours are sheets that have three digits in common, or the same digit twice."""
-        rows = handwriting.rows_of("train")
-        pictures = []
-        for _ in range(settings.batch // 2):
-            four = [self._any(rows, rng) for _ in range(4)]
-            other = list(four)
-            other[int(rng.integers(4))] = self._any(rows, rng)
-            if rng.random() < 0.5:
-                pictures += [handwriting.alone(four[0]), handwriting.alone(other[0])]
-            else:
-                pictures += [handwriting.sheet(four), handwriting.sheet(other)]
-        return world_vq.to_pixels(np.stack(pictures))
-
-    def _any(self, rows: dict[int, tuple[int, ...]], rng: np.random.Generator) -> int:
-        own = rows[int(rng.integers(10))]
-        return own[int(rng.integers(len(own)))]
-
-    def table(self, split: handwriting.Split = "train") -> Tensor:
-        rows = handwriting.rows_of(split)
-        pictures = np.stack([handwriting.alone(row) for own in rows.values() for row in own[:30]])
-        return world_vq.to_pixels(pictures) / 2.0 + 0.5
-
-    def measure(self, vq: JanusVQVAE) -> list[str]:
-        """Digits after the round trip: PSNR, and how often the nearest training picture is of the same digit."""
-        lines = []
-        known = self.table()
-        labels = torch.arange(10).repeat_interleave(30)
-        for split in ("train", "test"):
-            table = self.table(split)
-            decoded = world_vq.round_trip(vq, table)
-            near = torch.cdist(decoded.flatten(1), known.flatten(1)).argmin(1)
-            raw = torch.cdist(table.flatten(1), known.flatten(1)).argmin(1)
-            right, before = ((labels[found] == labels).float().mean().item() for found in (near, raw))
-            lines.append(
-                f"  {split}: PSNR {psnr(decoded, table):.2f} dB  nearest of the same digit {right:.3f} "
-                f"({before:.3f} before)"
-            )
-        return [*lines, codes_in_use(vq, known)]
-
-
-WORLDS: dict[str, tuple[type[Rendered] | type[Digits], Path]] = {
-    "rendered": (Rendered, world_vq.FOLDER),
-    "digits": (Digits, handwriting.FILE.parent),
-}
-
-
-def psnr(decoded: Tensor, truth: Tensor) -> float:
-    """dB, of pictures in [0, 1]."""
-    return -10.0 * torch.log10((decoded - truth).square().mean()).item()
-
-
-def codes_in_use(vq: JanusVQVAE, pictures: Tensor) -> str:
-    ids = world_vq.encode(vq, pictures * 2.0 - 1.0)
-    per_position = sum(column.unique().numel() for column in ids.T) / ids.shape[1]
-    return f"  codes: {ids.unique().numel()} in use, {per_position:.1f} per position"
+def folder_of(settings: Settings) -> Path:
+    """Where its weights are shipped."""
+    if settings.kind == "magvit":
+        return sign_vq.FOLDER
+    return handwriting.FILE.parent if settings.world == "digits" else world_vq.FOLDER
 
 
 class Codebook:
@@ -244,13 +168,6 @@ def locality(z: Tensor, x: Tensor) -> Tensor:
     return (apart * equal).sum() / equal.sum().clamp_min(1.0) / spread.clamp_min(0.05)
 
 
-def pixel_weight(table: Tensor) -> Tensor:
-    """`[1, 32, 32]`, mean 1: half flat, half the variance over pictures, so that hats and edges outweigh empty
-    ground."""
-    variance = table.var(0).mean(0, keepdim=True)
-    return 0.5 + 0.5 * variance / variance.mean()
-
-
 def learning_rate(step: int, settings: Settings) -> float:
     """Warm-up, then cosine."""
     cosine = 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
@@ -265,28 +182,109 @@ def quantise(z: Tensor, codebook: Codebook) -> Tensor:
     return e
 
 
-def train(settings: Settings, *, report_every: int = 200) -> JanusVQVAE:
-    """Train from scratch and return the tokenizer in eval mode."""
+class Learned:
+    """A JanusVQVAE while it is trained: its codebook follows the encodings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.vq = settings, build_vq(settings)
+        self.codebook = Codebook(self.vq.quantize.embedding.weight.requires_grad_(False).data, settings)
+        self._warm: list[Tensor] = []
+
+    def step(self, x: Tensor, step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Pixels -> what is decoded, the encodings that neighbours should share, and terms of the loss."""
+        vq, warm_steps = self.vq, self.settings.warm_steps
+        z = F.normalize(vq.quant_conv(vq.encoder(x)), dim=1)
+        if step < warm_steps:
+            self._warm = [*self._warm[-11:], z.detach().permute(0, 2, 3, 1).reshape(-1, z.shape[1])]
+        elif step == warm_steps:
+            self.codebook.place(torch.cat(self._warm))
+        e = z.detach() if step < warm_steps else quantise(z, self.codebook)
+        decoded = vq.decoder(vq.post_quant_conv(z + (e - z).detach()))
+        return decoded, z, [0.1 * (z - e).square().sum(1).mean()]
+
+    def round_trip(self, pictures: Tensor) -> Tensor:
+        return world_vq.round_trip(self.vq, pictures)
+
+    def codes(self, pictures: Tensor) -> Tensor:
+        return world_vq.encode(self.vq, pictures * 2.0 - 1.0)
+
+    def saved(self, folder: Path) -> Learned:
+        """Writes it, and gives what was written."""
+        world_vq.save_vq(self.vq.eval(), folder)
+        back = copy.copy(self)
+        back.vq = world_vq.load_vq(folder)
+        return back
+
+
+class Signs:
+    """A MAGVIT-v2 while it is trained."""
+
+    def __init__(self, settings: Settings, start: Path | None) -> None:
+        config = MagvitConfig(
+            bits=settings.codes.bit_length() - 1,
+            channels=32,
+            encoder_multipliers=(1, 1, 1, 2),
+            encoder_blocks=(1, 1, 1, 1),
+            decoder_multipliers=(1, 1, 1, 2),
+            decoder_blocks=(1, 1, 1, 1),
+        )
+        self.settings, self.vq = settings, Magvit(config)
+        if start is not None:
+            self.vq.load_state_dict(sign_vq.load_sign_vq(start).state_dict())
+
+    def step(self, x: Tensor, step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """As of `Learned`."""
+        with torch.set_grad_enabled(not self.settings.decoder_alone):
+            z = self.vq.encoder(x)
+        e = torch.where(z > 0, 1.0, -1.0)
+        given = z.tanh() if step < self.settings.warm_steps else z + (e - z).detach()
+        terms = [0.1 * (z - e).square().mean(), self.settings.entropy * entropies(z)]
+        return self.vq.decoder(given), z.tanh(), terms
+
+    def round_trip(self, pictures: Tensor) -> Tensor:
+        return sign_vq.round_trip(self.vq, pictures)
+
+    def codes(self, pictures: Tensor) -> Tensor:
+        return self.vq.encode(pictures * 2.0 - 1.0)
+
+    def saved(self, folder: Path) -> Signs:
+        sign_vq.save_sign_vq(self.vq, folder)
+        back = copy.copy(self)
+        back.vq = sign_vq.load_sign_vq(folder)
+        return back
+
+
+Trained = Learned | Signs
+
+
+def entropies(z: Tensor) -> Tensor:
+    """Entropy of a place's code minus that of the codes of all places, nats; z `[B, bits, 4, 4]`. p(bit) = sigmoid(4 z)
+    is softmax over the codes of minus their distance squared."""
+    p = torch.sigmoid(4 * z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]))
+    own = -(p * (p + 1e-9).log() + (1 - p) * (1 - p + 1e-9).log())
+    joint = torch.ones(len(p), 1)
+    for bit in p.split(1, dim=1):
+        joint = torch.cat([joint * (1 - bit), joint * bit], 1)
+    used = joint.mean(0)
+    return own.sum(1).mean() + (used * (used + 1e-9).log()).sum()
+
+
+def train(settings: Settings, *, report_every: int = 200, start: Path | None = None) -> Trained:
+    """Train from scratch, or on from the MAGVIT-v2 in folder `start`, and return the tokenizer."""
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
-    vq = build_vq(settings)
-    codebook = Codebook(vq.quantize.embedding.weight.requires_grad_(False).data, settings)
-    trained = [parameter for parameter in vq.parameters() if parameter.requires_grad]
+    model: Trained = Signs(settings, start) if settings.kind == "magvit" else Learned(settings)
+    net = model.vq.decoder if settings.decoder_alone else model.vq
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=1e-3)
-    material = WORLDS[settings.world][0]()
-    weight, begin = pixel_weight(material.table()), time.perf_counter()
-    warm: list[Tensor] = []
+    material = WORLDS[settings.world]()
+    weight, begin = material.weight(settings.batch), time.perf_counter()
     for step in range(settings.steps):
-        x = material.pairs(settings, rng)
-        z = F.normalize(vq.quant_conv(vq.encoder(x)), dim=1)
-        if step < settings.warm_steps:
-            warm = [*warm[-11:], z.detach().permute(0, 2, 3, 1).reshape(-1, z.shape[1])]
-        elif step == settings.warm_steps:
-            codebook.place(torch.cat(warm))
-        e = z.detach() if step < settings.warm_steps else quantise(z, codebook)
-        error = vq.decoder(vq.post_quant_conv(z + (e - z).detach())) - x
-        commit, far = (z - e).square().sum(1).mean(), locality(z, x)
-        loss = (weight * (error.abs() + 2.0 * error.square())).mean() + 0.1 * commit + settings.local * far
+        x = material.pairs(settings.batch, settings.canonical_share, rng)
+        decoded, z, terms = model.step(x, step)
+        error, far = decoded - x, locality(z, x)
+        terms = [(weight * (error.abs() + 2.0 * error.square())).mean(), *terms, settings.local * far]
+        loss = sum(terms[1:], start=terms[0])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -295,17 +293,17 @@ def train(settings: Settings, *, report_every: int = 200) -> JanusVQVAE:
         optimiser.step()
         if (step + 1) % report_every == 0:
             print(f"step {step + 1}  {time.perf_counter() - begin:.0f} s  loss {loss.item():.4f}  far {far.item():.4f}")
-            print(measure(vq, material), flush=True)
-    return vq.eval()
+            print(measure(model, material), flush=True)
+    return model
 
 
 @torch.no_grad()
-def measure(vq: JanusVQVAE, material: Rendered | Digits) -> str:
+def measure(model: Trained, material: Rendered | Digits | Both) -> str:
     """What is left of pictures after the round trip, in words."""
-    was_training = vq.training
-    vq.eval()
-    lines = material.measure(vq)
-    vq.train(was_training)
+    was_training = model.vq.training
+    model.vq.eval()
+    lines = material.measure(model)
+    model.vq.train(was_training)
     return "\n".join(lines)
 
 
@@ -313,16 +311,18 @@ def main() -> None:
     """Parse flags named after `Settings`' fields, train, save, measure what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Settings):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    parser.add_argument("--out", type=Path, help="folder for the two files; without it, that of the world")
-    flags = vars(parser.parse_args())
-    out = flags.pop("out") or WORLDS[flags["world"]][1]
+        how = {"action": "store_true", "default": None} if field.default is False else {"type": type(field.default)}
+        parser.add_argument(f"--{field.name}", **how)
+    parser.add_argument("--out", type=Path, help="folder for the two files; without it, where they are shipped")
+    parser.add_argument("--start", type=Path, help="folder of a MAGVIT-v2 to go on from")
+    flags = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    out, start = flags.pop("out", None), flags.pop("start", None)
     torch.set_num_threads(1)  # a second thread buys little here, and one thread makes runs repeat
-    settings = Settings(**flags)
+    settings = replace(MAGVIT if flags.get("kind") == "magvit" else Settings(), **flags)
     print(settings, flush=True)
+    out = out or folder_of(settings)
     out.mkdir(parents=True, exist_ok=True)
-    world_vq.save_vq(train(settings), out)
-    print("as saved:\n" + measure(world_vq.load_vq(out), WORLDS[settings.world][0]()))
+    print("as saved:\n" + measure(train(settings, start=start).saved(out), WORLDS[settings.world]()))
 
 
 if __name__ == "__main__":

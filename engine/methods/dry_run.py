@@ -29,7 +29,7 @@ from ..rewards.images.image_rewards import NAMED
 from ..rewards.trial import try_rewards
 from ..rewards.yours.custom import load_reward, own_column
 from ..rollout.capacity import check_lengths, check_plans, remarks_on
-from ..settings.train_config import TrainConfig, WorldName
+from ..settings.train_config import TinyPolicy, TrainConfig, WorldName
 from ..settings.yaml_files import to_yaml
 from ..show.names import training_task_words
 from .cost import Unit
@@ -37,12 +37,12 @@ from .estimate import Estimate, estimate_of
 from .memory import memory_of, prepare
 
 
-def policy_without_weights(name: str | None, world: WorldName = "rendered") -> Policy:
+def policy_without_weights(name: str | None, world: WorldName = "rendered", policy: TinyPolicy = "janus") -> Policy:
     """The policy of a checkpoint on the device `meta`: shapes, tokenizer and sizes, and no numbers.
 
     Args:
-        name: folder or hub name; None: the tiny Janus.
-        world: whose.
+        name: folder or hub name; None: the tiny base.
+        world, policy: whose, and of which kind.
 
     Raises:
         ConfigError: no policy is known for the checkpoint's `model_type`, or it refuses the model.
@@ -50,9 +50,16 @@ def policy_without_weights(name: str | None, world: WorldName = "rendered") -> P
     if name is None:
         from ..world.worlds import WORLDS
 
-        return WORLDS[world].untrained().to("meta")
+        return WORLDS[world].bases[policy].untrained().to("meta")
     with settings_alone(name, print) as settings:
         return policy_class(settings).without_weights(settings)
+
+
+def _start_policy(config: TrainConfig) -> Policy:
+    """What training begins with; CoRL has one world and one kind of tiny base."""
+    return policy_without_weights(
+        config.model, getattr(config, "world", "rendered"), getattr(config, "policy", "janus")
+    )
 
 
 def start_of(config: TrainConfig) -> tuple[Start, list[str]]:
@@ -109,7 +116,7 @@ def show(
     for line in lines:
         say(f"  {line}")
     prompts = prompts_of(start.ranks)
-    policy = Inputs.of(config).given_to(policy_without_weights(config.model, getattr(config, "world", "rendered")))
+    policy = Inputs.of(config).given_to(_start_policy(config))
     for note in checkpoint_notes(policy):
         say(f"model: {note}")
     check_batch(config, policy, prompts)

@@ -144,7 +144,7 @@ def parts_of(config: EvaluateConfig, console: Console) -> Parts:
     def say(line: str) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
-    model = config.model or str(WORLDS[config.world or "rendered"].base(say))
+    model = config.model or str(WORLDS[config.world or "rendered"].bases["janus"].folder(say))
     asked = inputs_of(config, config.model)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy = check_fit(asked.given_to(load_policy(local_checkpoint(model, say), dtype=dtype)))

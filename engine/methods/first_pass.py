@@ -104,7 +104,7 @@ def _template_of(policy: Policy) -> str:
 def _said(prompt: Prompt) -> tuple[object, ...]:
     """What of a prompt becomes tokens."""
     told = prompt.text, prompt.request, prompt.info, prompt.concept, prompt.follow_up, prompt.segments, prompt.target
-    return (*told, prompt.image is None, len(shown_by(prompt)))
+    return (*told, bool(prompt.images), len(shown_by(prompt)))
 
 
 def _on_all_ranks(look: Callable[[], dict[str, str]]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from ..settings.rules import TRAINING, sync_r1_problems
 from ..settings.schema import Range, Rule
-from ..settings.train_config import TrainConfig, WorldName
+from ..settings.train_config import TinyPolicy, TrainConfig, WorldName
 
 RewardWeight = Annotated[float, Range("0 leaves this reward out", ge=0)]
 
@@ -21,6 +21,9 @@ class SyncR1Config(TrainConfig):
     world: WorldName = "rendered"
     """Which embedded world trains without model and data: rendered creatures with names, or digits that people wrote by
     hand."""
+    policy: TinyPolicy = "janus"
+    """Which kind of tiny model trains without a given one: a Janus, which draws one token after another, or a Show-o,
+    which fills images in (docs/show_o.md)."""
     data: Path | None = None
     """Folder in the UnifyBench++ layout, or prompts: parquet, JSONL, a folder of them, a hub data set's name, with the
     columns that engine/data/samples.py lists. None: the rendered world."""

@@ -42,7 +42,7 @@ def prepare_data(config: SyncR1Config) -> Path:
 
 def prepare_model(config: SyncR1Config, report: Callable[[str], None] | None = None) -> str | Path:
     """The checkpoint to start from: the user's, or the tiny base, trained on first use."""
-    return config.model or WORLDS[config.world].base(report)
+    return config.model or WORLDS[config.world].bases[config.policy].folder(report)
 
 
 def own_rewards(config: TrainConfig) -> dict[str, RewardFunction]:

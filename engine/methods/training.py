@@ -56,7 +56,7 @@ from .stopping import StopRequests
 Config = TypeVar("Config", bound=TrainConfig)
 Summaries = dict[str, dict[str, float]]
 """Model -> the means of its scores; empty where nothing was scored."""
-EMBEDDED_BASE = "the tiny base, a small Janus that syncr1 trains on its own world before any RL"
+EMBEDDED_BASE = "the tiny base, a small model that syncr1 trains on its own world before any RL"
 LAST = "last"
 """Folder of the last step's model, below `checkpoints/`."""
 

@@ -95,8 +95,8 @@ class ShowOPolicy(OneTablePolicy):
             return self._asked(prompt.text)
         if len(prompt.images) > 1:
             raise DataError(
-                f"generate: prompt {prompt.id} shows {len(prompt.images)} pictures, expected one: Show-o's questions are "
-                "about one picture, which stands before them; leave the others out, or join them into one"
+                f"generate: prompt {prompt.id} shows {len(prompt.images)} pictures, expected one: Show-o's questions "
+                "are about one picture, which stands before them; leave the others out, or join them into one"
             )
         turn = user_turn(self.escape(prompt.words), shows_image=bool(prompt.images))
         words = self.encode(render(self.processor, [turn], self.template_kwargs))

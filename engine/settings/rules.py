@@ -311,6 +311,11 @@ TRAINING: tuple[Rule, ...] = (
 
 def sync_r1_problems(c: Any) -> list[str]:
     problems = []
+    if c.model is not None and c.policy != "janus":
+        problems.append(
+            f"policy: expected none beside model ({c.model}), which says itself what kind it is, got {c.policy}; give "
+            "one of them"
+        )
     held_out = c.eval_data
     there = held_out is None or os.path.exists(os.path.expanduser(split_named(held_out)[0]))
     if not there and not ("/" in str(held_out) and may_be_hub_name(split_named(held_out)[0])):

@@ -22,6 +22,7 @@ MaskedLogp = Literal["committed", "step", "all", "random_mask"]
 Unconditional = Literal["fixed", "pads"]
 PictureFit = Literal["processor", "crop", "pad"]
 WorldName = Literal["rendered", "digits"]
+TinyPolicy = Literal["janus", "show_o"]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 LRScheduler = Literal[
     "linear_with_min_lr", "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"

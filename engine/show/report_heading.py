@@ -16,6 +16,7 @@ TINY = {
     "Sync-R1": "the tiny base (a Janus of a million parameters)",
     "CoRL": "the tiny base (a Janus of two million parameters)",
 }
+SHOW_O = "the tiny base (a Show-o of a million parameters)"
 WORLD = {
     "Sync-R1": "the rendered world (pictures of twelve concepts, creatures with names; made by the run)",
     "CoRL": "the rendered world (captions and questions about its pictures; made by the run)",
@@ -34,6 +35,8 @@ def method_of(run: Run) -> str:
 def model_of(run: Run) -> str:
     """The model that training began with."""
     model = run.settings.get("model")
+    if not model and run.settings.get("policy") == "show_o":
+        return SHOW_O
     return str(model) if model else TINY.get(method_of(run), "the tiny base")
 
 

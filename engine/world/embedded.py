@@ -22,6 +22,8 @@ from .digits.digits_base import DigitsBaseSettings, train_digits_base
 from .digits.folder import write_digits
 from .digits.handwriting import FILE as DIGITS_FILE
 from .disk import write_world
+from .filled.filled_bases import BASE, DIGITS_BASE, train_filled_base, train_filled_digits
+from .filled.sign_vq import FOLDER as FILLED
 from .general import write_general
 from .judge_cnn import JudgeCNN, train_judge
 from .kept import Kept
@@ -100,10 +102,15 @@ def judge_cnn() -> JudgeCNN:
 
 def digits_fingerprint(*parts: object) -> str:
     """As `fingerprint`: of the digits' own files, and of the rendered world's, some of which they share."""
+    return fingerprint(_digest(DIGITS_FILE.parent), *parts)
+
+
+def _digest(folder: Path) -> str:
+    """Of a folder's own files."""
     digest = hashlib.blake2b(digest_size=6)
-    for path in sorted(path for path in DIGITS_FILE.parent.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
-    return fingerprint(digest.hexdigest(), *parts)
+    return digest.hexdigest()
 
 
 def digits_folder() -> Path:
@@ -138,6 +145,40 @@ def digit_cnn() -> DigitCNN:
     reader = DigitCNN()
     reader.load_state_dict(load_file(folder / "judge.safetensors"))
     return reader.requires_grad_(False).eval()
+
+
+# The tiny Show-o's ---------------------------------------------------------------------------------------------------
+
+
+def filled_fingerprint(*parts: object) -> str:
+    """As `digits_fingerprint`: of the files of both worlds, whose teachers teach it, and of its own."""
+    return digits_fingerprint(_digest(FILLED), *parts)
+
+
+def filled_base(report: Report | None = None, settings: BaseSettings = BASE) -> Path:
+    """Folder of the tiny Show-o that knows the rendered world; arguments as of `tiny_base`."""
+    folder = cache_dir() / f"filled_base-{filled_fingerprint(asdict(settings))}"
+    what = "the tiny starting model, a Show-o of a million parameters that learns the rendered world from noisy labels"
+    return _trained(
+        folder,
+        what,
+        settings.steps,
+        report,
+        lambda draft, told, kept: train_filled_base(settings, told, kept).save(draft),
+    )
+
+
+def filled_digits(report: Report | None = None, settings: DigitsBaseSettings = DIGITS_BASE) -> Path:
+    """Folder of the tiny Show-o that knows the digits; arguments as of `tiny_base`."""
+    folder = cache_dir() / f"filled_digits-{filled_fingerprint(asdict(settings))}"
+    what = "the tiny starting model, a Show-o of a million parameters that learns to write from noisy labels"
+    return _trained(
+        folder,
+        what,
+        settings.steps,
+        report,
+        lambda draft, told, kept: train_filled_digits(settings, told, kept).save(draft),
+    )
 
 
 # CoRL's -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..policies.janus import JanusPolicy
+from ..policies.base import Policy
+from ..settings.train_config import TinyPolicy
 from .attributes import CONCEPTS, VALUES
 from .base_model import BaseSettings, corpus
 from .checker import AttributeChecker
@@ -18,7 +19,19 @@ from .digits.digit_readers import VALUES as DIGIT_VALUES
 from .digits.digit_readers import NearestDigit
 from .digits.digits_base import DigitsBaseSettings, untrained_policy
 from .digits.handwriting import FILE
-from .embedded import Report, digit_cnn, digits_base, digits_folder, judge_cnn, tiny_base, world_folder
+from .embedded import (
+    Report,
+    digit_cnn,
+    digits_base,
+    digits_folder,
+    filled_base,
+    filled_digits,
+    judge_cnn,
+    tiny_base,
+    world_folder,
+)
+from .filled.filled_bases import untrained as untrained_show_o
+from .filled.filled_bases import untrained_digits as untrained_digits_show_o
 from .texts import VOCABULARY
 from .tiny_janus import build_policy
 from .vq import FOLDER
@@ -42,6 +55,16 @@ class Grades(Reads, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TinyBase:
+    """A starting model."""
+
+    folder: Callable[[Report | None], Path]
+    """Trained on first use."""
+    untrained: Callable[[], Policy]
+    """As it is before it learns anything."""
+
+
+@dataclass(frozen=True, slots=True)
 class World:
     """One of them."""
 
@@ -53,16 +76,14 @@ class World:
     """All that its texts have."""
     folder: Callable[[], Path]
     """Its data, written on first use."""
-    base: Callable[[Report | None], Path]
-    """Its starting model, trained on first use."""
+    bases: Mapping[TinyPolicy, TinyBase]
+    """Its starting models."""
     grader: Callable[[RoundTrip], Grades]
     """Gives rewards: reads drawings of a policy with this image tokenizer."""
     judge: Callable[[], Reads]
     """Scores alone: no training sees it."""
     image_tokenizer: Path
-    """Folder of the VQ model around which its base is built."""
-    untrained: Callable[[], JanusPolicy]
-    """The base as it is before it learns anything."""
+    """Folder of the VQ model around which its Janus is built; it reads any drawings of the world."""
 
 
 WORLDS: Mapping[str, World] = {
@@ -71,22 +92,32 @@ WORLDS: Mapping[str, World] = {
         VALUES,
         VOCABULARY,
         world_folder,
-        lambda report: tiny_base(BaseSettings(), report),
+        {
+            "janus": TinyBase(
+                lambda report: tiny_base(BaseSettings(), report),
+                lambda: build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=0, freeze_vision=True),
+            ),
+            "show_o": TinyBase(filled_base, lambda: untrained_show_o(0)),
+        },
         AttributeChecker.from_round_trip,
         judge_cnn,
         FOLDER,
-        lambda: build_policy(corpus(), [concept.name for concept in CONCEPTS], seed=0, freeze_vision=True),
     ),
     "digits": World(
         "the world of handwritten digits",
         DIGIT_VALUES,
         vocabulary(),
         digits_folder,
-        lambda report: digits_base(DigitsBaseSettings(), report),
+        {
+            "janus": TinyBase(
+                lambda report: digits_base(DigitsBaseSettings(), report),
+                lambda: untrained_policy(0, freeze_vision=True),
+            ),
+            "show_o": TinyBase(filled_digits, lambda: untrained_digits_show_o(0)),
+        },
         NearestDigit.from_round_trip,
         digit_cnn,
         FILE.parent,
-        lambda: untrained_policy(0, freeze_vision=True),
     ),
 }
 

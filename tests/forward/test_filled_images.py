@@ -7,7 +7,7 @@ Dims: S trajectories, N image tokens, K codes, T steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import combinations, product
 
@@ -191,7 +191,7 @@ def test_what_was_given_is_never_scored(policy: ShowOPolicy) -> None:
 def toy() -> ShowOPolicy:
     made = processor(8)
     vq = replace(VQ, bits=2)
-    config = ShowOConfig(text_config=phi(len(made.tokenizer) + 5), vq_config=vq.to_dict(), image_size=8, text_slots=24)
+    config = ShowOConfig(text_config=phi(len(made.tokenizer) + 5), vq_config=asdict(vq), image_size=8, text_slots=24)
     config.take_tokens(made.tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(0)

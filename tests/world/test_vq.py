@@ -17,6 +17,7 @@ import torch
 from syncr1.engine.world import vq as world_vq
 from syncr1.engine.world.attributes import ATTRIBUTES, HELD_OUT_LOOKS, LOOKS, TRAIN_LOOKS
 from syncr1.engine.world.checker import AttributeChecker
+from syncr1.engine.world.filled.tokenizer_pictures import Rendered, neighbour
 from syncr1.engine.world.judge_cnn import train_judge
 from syncr1.engine.world.render import canonical_table
 
@@ -107,10 +108,11 @@ def recipe() -> ModuleType:
 @pytest.mark.parametrize("world", ["rendered", "digits"])
 def test_recipe_repeats_and_saves_what_load_reads(recipe: ModuleType, world: str, tmp_path: Path) -> None:
     settings = recipe.Settings(world=world, steps=3, batch=4, warm_steps=2, codes=16)
-    runs = [recipe.train(settings) for _ in range(2)]
+    trained = [recipe.train(settings) for _ in range(2)]
+    runs = [model.vq for model in trained]
     for name, value in runs[0].state_dict().items():
         assert torch.equal(value, runs[1].state_dict()[name]), name
-    world_vq.save_vq(runs[0], tmp_path)
+    trained[0].saved(tmp_path)
     back = world_vq.load_vq(tmp_path)
     assert back.config.num_embeddings == 16
     for name, value in back.state_dict().items():
@@ -121,11 +123,11 @@ def test_recipes_pairs_differ_in_one_attribute_and_locality_sees_equal_patches(r
     rng = np.random.default_rng(0)
     for _ in range(50):
         look = TRAIN_LOOKS[int(rng.integers(len(TRAIN_LOOKS)))]
-        other = recipe.neighbour(look, rng)
+        other = neighbour(look, rng)
         assert (
             sum(a != b for a, b in zip(look.words(), other.words(), strict=True)) == 1 and other not in HELD_OUT_LOOKS
         )
-    x = recipe.Rendered().pairs(recipe.Settings(batch=2), rng)[:1].repeat(2, 1, 1, 1)
+    x = Rendered().pairs(2, 0.5, rng)[:1].repeat(2, 1, 1, 1)
     z = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     assert recipe.locality(z, x) > 0.5  # equal pictures, unequal encodings
     assert recipe.locality(z[:1].repeat(2, 1, 1, 1), x) == 0.0
