@@ -24,7 +24,7 @@ from ..show.pulse import duration
 from .cost import Assumed, Layout, StepWork, Unit, add_rollout
 from .gpus import COMPUTE_SHARE, GPUS, READ_SHARE, STATE_BYTES, USUAL, Gpu, collective_seconds, gpu_called, update_bytes
 from .masked_cost import Filling
-from .memory import Memory
+from .memory import DRAWING_STEP, Memory
 from .training_cost import add_training
 
 GIB, GB = 1 << 30, 1e9
@@ -197,13 +197,16 @@ class Estimate:
         config, memory = self.config, self.memory
         activations = memory.backward["activations"] + memory.backward["logits or the backward's own"]
         states = sum(memory.lasting.values()) - memory.lasting["weights"]
+        # All states of a group that are trained are one pass.
+        tokens = "--masked_steps" if DRAWING_STEP in memory.rollout else "--max_tokens_per_microbatch"
         parts = {
             memory.rollout["keys and values"]: "lower --prompts_per_step or --num_generations"
             if config.prompts_per_step > self.num_ranks
             else "lower --num_generations or --max_completion_length",
-            activations: "lower --max_tokens_per_microbatch"
+            activations: f"lower {tokens}"
             if config.gradient_checkpointing
-            else "--gradient_checkpointing, or lower --max_tokens_per_microbatch",
+            else f"--gradient_checkpointing, or lower {tokens}",
+            memory.rollout.get(DRAWING_STEP, 0): "lower --prompts_per_step or --num_generations",
             states: "--bf16"
             if not config.bf16
             else "--zero_stage 2"

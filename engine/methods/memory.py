@@ -39,6 +39,8 @@ from .masked_cost import Filling, Turns
 
 GIB = 1 << 30
 GATHERED = "weights, gathered"
+DRAWING_STEP = "a step of drawing"
+"""What only models that fill images in have: of it a pass over all of a step's images."""
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's `stage3_max_live_parameters`, its default; what a ZeRO-3 step really holds was not measured."""
 
@@ -234,7 +236,7 @@ def _rollout(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> 
     found = {"keys and values": policy.cache_shape().num_bytes(columns), "pictures": 0}
     found["kept ids"] = _kept_ids(config, policy, G * len(prompts), images > 0)
     if filling is not None and images:
-        found["a step of drawing"] = _filled_at_once(policy, filling, images * G, 1 + guided)
+        found[DRAWING_STEP] = _filled_at_once(policy, filling, images * G, 1 + guided)
     if images:
         with torch.no_grad(), PeakBytes() as peak:
             policy.draw(

@@ -9,8 +9,8 @@ from typing import Any
 
 from .modality import value_of
 
-PER_TOKEN = ("dapo", "bnpo", "cispo")
-UNBIASED = (*PER_TOKEN, "dr_grpo", "luspo")
+PER_TOKEN = ("dapo", "bnpo")
+UNBIASED = (*PER_TOKEN, "cispo", "dr_grpo", "luspo")
 """Loss types that divide by what does not depend on which steps were chosen: tokens of whole images, a length, or the
 number of sequences (of which, with masked_logp step, each chosen step is one). The others divide by the tokens of a
 trajectory that are there (grpo, sapo), or weigh by their product (vespo)."""
@@ -21,7 +21,13 @@ OF_MASKED = ("image_steps", "image_noise", "masked_logp", "masked_steps")
 
 def masked_problems(c: Any) -> list[str]:
     """Of any model."""
-    found = _chosen_steps(c) if c.masked_steps is not None and c.masked_logp != "random_mask" else []
+    found = []
+    if c.masked_logp == "step" and c.importance_sampling_level == "token":
+        found.append(
+            "importance_sampling_level: expected sequence with masked_logp step, which has one ratio for the tokens of "
+            "a step, got token; set --importance_sampling_level sequence, or take masked_logp committed"
+        )
+    found += _chosen_steps(c) if c.masked_steps is not None and c.masked_logp != "random_mask" else []
     if c.masked_logp == "random_mask":
         found += _unrecorded(c)
     if c.masked_logp in ("all", "random_mask"):

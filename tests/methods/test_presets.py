@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import pytest
 import yaml
 from made import cache_folder, short_base
 from recipe_cases import recipe_here
+from small_models import small_clip
+from small_show_o import sharp_show_o
 
 from syncr1.engine.corl.config import CorlConfig
 from syncr1.engine.forward.objective import Objective
 from syncr1.engine.learn.from_settings import objective_of, settings_of
 from syncr1.engine.learn.schedule import learning_rate
 from syncr1.engine.methods.sync_r1_config import SyncR1Config
+from syncr1.engine.settings.modality import clip_of
 from syncr1.engine.settings.yaml_files import from_yaml, to_yaml
 from syncr1.engine.world.embedded import prepare_x2x
 
@@ -45,7 +49,7 @@ def test_there_are_those_that_the_documentation_names() -> None:
     page = (FOLDER.parents[1] / "docs" / "commands.md").read_text(encoding="utf-8")
     assert [name for name in PRESETS if f"`{name}`" not in page] == []
     ours = {"sync_r1_janus_pro_1b", "sync_r1_janus_pro_7b", "corl_janus_pro_1b", "t2i_r1_janus_pro_7b"}
-    told = {"corl_paper", "corl_released", "sync_r1_paper", "sync_r1_released"}
+    told = {"corl_paper", "corl_released", "sync_r1_paper", "sync_r1_released", "sync_r1_show_o", "mask_grpo"}
     assert {name.removesuffix(".yaml") for name in PRESETS} == ours | told
 
 
@@ -95,6 +99,20 @@ def test_what_is_published() -> None:
     assert (learner.adam_beta1, learner.adam_beta2, learner.weight_decay) == (0.9, 0.999, 1e-3)
     assert learning_rate(released, 9) == 1e-6 > learning_rate(released, 49) > learning_rate(released, 50) == 0
     assert (paper.credit, paper.scale_rewards) == ("shared", "group")
+    masked = preset("mask_grpo.yaml")
+    assert (masked.masked_logp, masked.policy_logp, masked.cfg_weight, masked.image_steps) == (
+        "step",
+        "conditional",
+        1,
+        50,
+    )
+    assert clip_of(objective_of(masked, 1024), "image") == (0.1, 0.2)
+    show_o, differ = preset("sync_r1_show_o.yaml"), set[str]()
+    for name in fields(show_o):
+        if getattr(show_o, name.name) != getattr(released, name.name):
+            differ.add(name.name)
+    drawing = {"image_steps", "image_noise", "masked_logp", "masked_steps"}
+    assert differ == drawing | {"max_tokens_per_microbatch", "gradient_checkpointing"}
     corl = preset("corl_paper.yaml")
     assert (corl.loss_type, corl.beta, corl.refined_beta, corl.refined_num_generations) == ("grpo", 0, 0.02, 16)
     second = corl.for_stage("mcq", 1000)
@@ -112,13 +130,18 @@ def test_a_dry_run_of_each(
     """On the rendered world, with a small model in place of a published one."""
     monkeypatch.setenv("SYNCR1_CACHE", str(cache_folder()))
     recipe = "corl.py" if name.startswith("corl") else "sync_r1.py"
-    elsewhere = ELSEWHERE[recipe]
+    elsewhere, model = ELSEWHERE[recipe], str(short_base())
+    if "image_steps" in yaml.safe_load((FOLDER / name).read_text(encoding="utf-8")):
+        sharp_show_o(image_size=32).save(tmp_path / "model")
+        model = str(tmp_path / "model")
+        if name == "mask_grpo.yaml":
+            elsewhere = [*elsewhere, "--reward_models", f"clip={small_clip(tmp_path / 'clip')}"]
     if name == "corl_janus_pro_1b.yaml":  # names its data; corl_paper.yaml goes through all of its stages
         data = str(prepare_x2x())
         names = ("--data", "--data_t2i", "--data_mcq", "--data_oe")
         elsewhere = [*elsewhere, *(word for flag in names for word in (flag, data)), "--stage", "unified"]
         elsewhere = [*elsewhere, "--captioner", "policy", "--cycle_text", "soft_jaccard"]
-    flags = ["--config", FOLDER / name, "--model", short_base(), "--output_dir", tmp_path / "run", "--dry_run"]
+    flags = ["--config", FOLDER / name, "--model", model, "--output_dir", tmp_path / "run", "--dry_run"]
     out, _ = recipe_here(capsys, recipe, *flags, *elsewhere)
     block = out[out.index("settings that differ") : out.index("plan:")].splitlines()[1:-1]
     changed = yaml.safe_load("\n".join(line.strip() for line in block))
@@ -126,6 +149,6 @@ def test_a_dry_run_of_each(
     given = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
     assert "it will take about" in out and "no GPU is here" in out
     own = {"model", "max_completion_length", "cycle_text", "captioner", "stage"}
-    own |= {"data", "data_t2i", "data_mcq", "data_oe"}
+    own |= {"data", "data_t2i", "data_mcq", "data_oe", "reward_models"}
     assert {key: settings[key] for key in given.keys() - own} == {key: given[key] for key in given.keys() - own}
     assert not (tmp_path / "run").exists()

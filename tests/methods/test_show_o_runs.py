@@ -103,9 +103,10 @@ def test_a_run_is_gone_on_with_to_the_bit(model: str, tmp_path: Path) -> None:
 WAYS: dict[str, dict[str, Any]] = {
     "adapters": {
         "lora_rank": 4,
+        "gradient_checkpointing": True,
         "policy_logp": "guided_detached",
         "masked_logp": "step",
-        "gradient_checkpointing": True,
+        "importance_sampling_level": "sequence",
     },
     "masked anew": {"masked_logp": "random_mask", "masked_steps": 2, "policy_logp": "conditional", "num_iterations": 2},
     "all places": {"masked_logp": "all", "zero_stage": 3, "beta": 0.1, "cfg_weight": 1.0},
@@ -140,6 +141,8 @@ def test_a_dry_run_tells_what_it_takes_and_what_it_cannot_use(model: str, tmp_pa
     few, many = said(masked_steps=1), said()
     assert few.work.update.tokens < many.work.update.tokens / 3 and few.work.image == many.work.image
     assert few.memory.peak() < many.memory.peak() and "a step of drawing" in few.memory.rollout
+    tight = replace(many, gpu=replace(many.gpu, memory=0)).lines()
+    assert "--masked_steps" in tight[1], "a group's states are one pass, whatever the budget of tokens"
     with pytest.raises(ConfigError, match=r"unconditional: expected fixed for ShowOPolicy"):
         said(unconditional="pads")
     with pytest.raises(ConfigError, match=r"image_steps: expected 16 for JanusPolicy, which draws one token after"):
