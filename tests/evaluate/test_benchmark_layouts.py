@@ -92,7 +92,7 @@ def test_mmmu(tmp_path: Path) -> None:
     )
     assert art.answer == "B" and art.options[1] == "a dog's" and art.extra["group"] == "Art and Design"
     assert maths.answer == "12" and maths.options == () and len(maths.images) == 2
-    assert maths.text.endswith("Answer the question using a single word or phrase.") and "it, <image> to <image>?" in maths.text
+    assert maths.text == "How long is it, <image> to <image>?\nAnswer the question using a single word or phrase."
     assert shown(maths) == (255, 0, 0), "the first of several"
     with pytest.raises(DataError, match="no answers; choose --split validation"):
         read("mmmu", tmp_path / "mmmu", "test")
