@@ -204,15 +204,15 @@ def test_paths_are_relative_to_the_folder_that_is_named(folder: Path, tmp_path: 
     source = write_lines(tmp_path / "rows" / "train.jsonl", [{**ASKED, "image": "coffee.jpg"}])
     with pytest.raises(DataError, match="does not exist"):
         read(source)
-    assert read(source, image_folder=folder)[0].image == (folder / "coffee.jpg").resolve()
+    assert read(source, image_folder=folder)[0].images[0] == (folder / "coffee.jpg").resolve()
     loaded = load_pairs(source.parent, "train", image_folder=folder, faults=Faults())
-    assert loaded.prompts[0].image == (folder / "coffee.jpg").resolve()
+    assert loaded.prompts[0].images[0] == (folder / "coffee.jpg").resolve()
     chains = write_lines(tmp_path / "rows" / "chains.jsonl", [{"prompt": "?", "answer": "x", "image": "coffee.jpg"}])
-    assert load_chains(chains, image_folder=folder, faults=Faults()).prompts[0].image is not None
+    assert load_chains(chains, image_folder=folder, faults=Faults()).prompts[0].images
     write_lines(source, [{**ASKED, "image": str(folder / "coffee.jpg")}])
     with pytest.raises(DataError, match="or name the folder of the pictures as image_folder"):
         read(source)
-    assert read(source, image_folder=folder)[0].image == (folder / "coffee.jpg").resolve()
+    assert read(source, image_folder=folder)[0].images[0] == (folder / "coffee.jpg").resolve()
 
 
 # Base64 ---------------------------------------------------------------------------------------------------------------

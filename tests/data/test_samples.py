@@ -109,7 +109,7 @@ def test_trl_rows(folder: Path) -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
     prompt = only(rows(folder, {"prompt": chat, "images": ["coffee.jpg"], "solution": 3}), instruction=None)
-    assert prompt.text == "Be brief.\n\nWhat is it?" and prompt.answer == "3" and prompt.qa_type == "OE"
+    assert prompt.text == "Be brief.\n\n<image>\nWhat is it?" and prompt.answer == "3" and prompt.qa_type == "OE"
     assert prompt.images[0] == (folder / "coffee.jpg").resolve()
     drawing = only(rows(folder, {"prompt": [{"role": "user", "content": "A red bus."}], "spatial_info": "left"}))
     assert drawing.task == "t2i" and drawing.text == "A red bus." and drawing.extra == {"spatial_info": "left"}
@@ -278,7 +278,7 @@ QUESTION = {"problem": "Which?\nA. one\nB. two", "solution": "B", "qa_type": "MC
         (QUESTION | {"problem": [{"role": "user", "content": [{"type": "image"}]}]}, "shows a picture"),
         (QUESTION | {"problem": None}, "column 'problem' is missing or None where 'solution' is given"),
         (QUESTION | {"problem": None, "solution": None}, "column 'problem' is missing or None"),
-        (QUESTION | {"images": ["coffee.jpg", "chelsea.jpg"]}, "has 2 pictures"),
+        (QUESTION | {"images": ["coffee.jpg", "chelsea.jpg"]}, "has 0 signs <image> and the row 2 pictures"),
         (QUESTION | {"image": "missing.png"}, "does not exist"),
         (QUESTION | {"options": {"A": "one"}}, "is not among the options"),
         (QUESTION | {"options": 3}, "'options' must be a list"),
@@ -332,6 +332,28 @@ def test_two_signs_and_one_picture_are_refused(folder: Path) -> None:
     entry = {"problem": "<image> or <image>?", "solution": "x", "image": "coffee.jpg"}
     with pytest.raises(DataError, match="'problem' has 2 signs <image> and the row 1 picture"):
         load_samples(rows(folder, entry))
+
+
+def test_several_pictures_stand_where_the_text_says(folder: Path) -> None:
+    """Plain texts, typed parts and options; the sign of a single picture before all words need not be said."""
+    two = {"images": ["coffee.jpg", "chelsea.jpg"], "solution": "x"}
+    parts = [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]
+    wanted = tuple((folder / name).resolve() for name in two["images"])
+    for problem, text in (
+        ("Is <image> older than <image>?", "Is <image> older than <image>?"),
+        ("<image><image>Compare.", "<image><image>Compare."),
+        ([{"role": "user", "content": parts}], "<image>\nor\n<image>"),
+    ):
+        prompt = only(rows(folder, two | {"problem": problem}), instruction=None)
+        assert prompt.text == text and prompt.images == wanted
+        assert prompt.words.count("<image>") == 0
+    choice = two | {"problem": "Which is tea?", "options": ["<image>", "<image>"], "solution": "A"}
+    assert only(rows(folder, choice), instruction=None).images == wanted
+    one = {"image": "coffee.jpg", "solution": "x"}
+    assert only(rows(folder, one | {"problem": "<image>\nWhat?"}), instruction=None).text == "What?"
+    assert only(rows(folder, one | {"problem": "What is in <image>?"}), instruction=None).text == "What is in <image>?"
+    with pytest.raises(DataError, match="has 1 sign <image> and the row 2 pictures"):
+        load_samples(rows(folder, two | {"problem": "<image> or?"}))
 
 
 PLAIN = st.recursive(

@@ -54,7 +54,7 @@ def test_every_item_is_there_once_and_in_order(items: dict[str, list[Prompt]], w
     asked = {p.id: p for prompts in items.values() for p in prompts}
     for item in found:
         before = asked[item.prompt.id]
-        assert item.shown == (None if before.image is None else before.image.name)
+        assert item.shown == (before.images[0].name if before.images else None)
         assert len(item.prompt.references) == len(before.references)
         same = {"image": None, "references": ()}
         assert replace(item.prompt, **same) == replace(before, **same)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from text_models import ANSWER, BOS, END, EOS, USER, policy, tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
-from syncr1.engine.errors import ConfigError
+from syncr1.engine.errors import ConfigError, DataError
 from syncr1.engine.pictures import open_picture
 from syncr1.engine.policies.causal_lm import CausalLMPolicy
 from syncr1.engine.policies.inputs import Inputs, checkpoint_notes
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.records import Prompt
+from syncr1.engine.records import PICTURE, Prompt
 
 TEXT = ("text",)
 PUBLISHED = (
@@ -52,10 +53,13 @@ def janus(*, template: str | None = PUBLISHED, system: bool = True, adds_bos: bo
 
 def processed(made: Any, prompt: Prompt, **asked: Any) -> list[int]:
     """What transformers makes of the same turn: BOS is the tokenizer's matter where the template has not written it."""
+    words = [{"type": "text", "text": made.escape(words)} for words in prompt.text.split(PICTURE)]
     content: list[dict[str, Any]] = [{"type": "text", "text": made.escape(prompt.text)}]
     images = {}
     if prompt.images:
-        content, images = [{"type": "image"}, *content], {"images": [open_picture(prompt.images[0])]}
+        images = {"images": [open_picture(image) for image in prompt.images]}
+        between = [part for word in words[1:] for part in ({"type": "image"}, word)]
+        content = [words[0], *between] if between else [{"type": "image"}, *content]
     text = made.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     adds = not text.startswith(made.tokenizer.bos_token)
     # Transformers 5.12 counts 576 places whatever the model, and takes a text that is in no list apart.
@@ -132,6 +136,24 @@ def test_a_drawing_beside_no_words_has_the_lengths_and_ids_of_transformers(form:
     ends = sorted(made.end_tokens)
     first = ids[0] if form != "no BOS anywhere" else ends[0]
     assert made.unconditional_tokens(5).tolist() == [first, *[ends[0]] * 3, made.image_start]
+
+
+def test_two_pictures_stand_in_place(tmp_path: Path) -> None:
+    """Of Janus and Emu3, as their processors have the same parts."""
+    photos = (world_photo(tmp_path, 3), world_photo(tmp_path, 4))
+    emu3 = sharp_emu3()
+    emu3.processor.chat_template = EMU3_TEMPLATE
+    for made in (janus(), emu3):
+        for text in ("is <image> left of <image> or not", "how is <image> unlike <image>and what of it?"):
+            prompt = replace(make_prompt(text, TEXT), images=photos)
+            ids, ours = processed(made, prompt), made.prompt_tokens(prompt)
+            start = made.tokenizer.bos_token_id
+            assert [i for i in ours.tolist() if i != start] == [i for i in ids if i != start]
+            seen = made.see(made.load_images(photos))
+            assert int(made.image_slots(ours).sum()) == seen.shape[0] * seen.shape[1]
+        for text, count in (("<image> alone", 1), ("none", 0), ("<image><image><image>", 3)):
+            with pytest.raises(DataError, match=f"as many signs <image> in the text as pictures, got {count} and 2"):
+                made.prompt_tokens(replace(make_prompt(text, TEXT), images=photos))
 
 
 EMU3_TEMPLATE = (

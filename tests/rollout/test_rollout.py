@@ -21,7 +21,7 @@ from torch import Tensor
 from syncr1.engine.forward.objective import Objective, PolicyForward
 from syncr1.engine.learn.learner import replay_error
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.records import IMAGE, TEXT, PackedBatch, Prompt, Rollout, Segment
+from syncr1.engine.records import IMAGE, TEXT, PackedBatch, Prompt, Rollout, Segment, SegmentKind
 from syncr1.engine.rollout.sampler import RolloutEngine, generate
 from syncr1.engine.rollout.sampling import Sampling
 
@@ -94,6 +94,27 @@ def test_recorded_log_probabilities_are_the_trainers(
             assert largest_gap([segment.logp_mixed], [mixed]) <= REPLAY_TOLERANCE
     if cfg_weight != 1.0:  # the two distributions differ, or the comparison above would say little
         assert largest_gap([s.logp for s in images], [s.logp_mixed for s in images]) > 0.5
+
+
+@pytest.mark.parametrize("segments", [("text",), ("text", "image")])
+def test_two_pictures_in_place_replay(policy: JanusPolicy, tmp_path: Path, segments: tuple[SegmentKind, ...]) -> None:
+    """What is sampled is what is trained, and what transformers' model says of the same ids and pictures."""
+    photos = (world_photo(tmp_path, 3), world_photo(tmp_path, 4))
+    asked = [
+        replace(make_prompt("is <image> or <image> red?", segments), images=shown, id=str(number))
+        for number, shown in enumerate((photos, photos[::-1]))
+    ]
+    rollouts = generate(policy, asked, Sampling(num_generations=2, max_text_tokens=6, cfg_weight=1.0))
+    (batch,) = packed(policy, rollouts, 2)
+    assert replay_error(batch, trainer_logp(policy, batch, 1.0)) <= REPLAY_TOLERANCE
+    plain = PlainJanus(policy)
+    for rollout in rollouts:
+        replayed = plain.replay(rollout)
+        for segment in rollout.segments:
+            assert largest_gap([segment.logp], [replayed[segment.kind]]) <= REPLAY_TOLERANCE
+    turned = replace(rollouts[0], prompt=asked[1])
+    (first, *_) = rollouts[0].segments
+    assert largest_gap([first.logp], [plain.replay(turned)["text"]]) > 1e-3, "their order matters"
 
 
 def test_one_position_off_is_seen(policy: JanusPolicy, prompts: list[Prompt]) -> None:

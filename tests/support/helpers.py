@@ -87,7 +87,7 @@ class PlainJanus:
         embeddings = self.text(tokens).clone()
         if prompt.images:
             pixels = (self.policy.load_images(prompt.images) - 0.5) / 0.5
-            features = self.model.model.get_image_features(pixels, return_dict=True).pooler_output[0]
+            features = self.model.model.get_image_features(pixels, return_dict=True).pooler_output.flatten(0, 1)
             embeddings[tokens == self.model.config.image_token_id] = features.to(embeddings.dtype)
         return embeddings
 

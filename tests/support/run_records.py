@@ -29,7 +29,7 @@ def make_prompt(name: str, folder: Path | None = None, *, draws: bool = True) ->
         task="rea_gen" if draws else "qa",
         text=f"Draw <{name}> {HOSTILE}",
         answer="red",
-        images=(photo,),
+        images=() if photo is None else (photo,),
         segments=("text", "image") if draws else ("text",),
     )
 
