@@ -157,7 +157,7 @@ def test_a_state_of_other_data_is_refused(other: list[Sample]) -> None:
     steps = [stream.next_step() for _ in range(3)]
     assert len(steps) == 3, "all are used"
     state = stream.state_dict()
-    with pytest.raises(ValueError, match="other prompts|s5/t2i and s5/mm2t has been trained on"):
+    with pytest.raises(ValueError, match=r"other prompts|s5/t2i and s5/mm2t has been trained on"):
         shuffled(other, seed=0, prompts_per_step=2).load_state_dict(state)
 
 
