@@ -29,6 +29,7 @@ SHOW_O = [
     Mistake("Show-o without its tokenizers", "sync_r1.py --model m", CONVERTED, show_o(beside=False)),
     Mistake("the same, to be converted", "convert.py --model m --output out", CONVERTED, show_o(beside=False)),
     Mistake("Show-o with CLIP", "sample.py --model m", "CLIP's tower (w_clip_vit)", show_o(w_clip_vit=True)),
+    Mistake("a kind beside a model", "sync_r1.py --model m --policy show_o", "policy: expected none beside model"),
     Mistake("Show-o, cut off", "evaluate.py --model m", "which is cut off", show_o(cut="pytorch_model.bin")),
     Mistake(
         "Show-o's tokenizer, cut off",
