@@ -15,10 +15,12 @@ from .ranges import check_choice
 
 PerModality = float | Mapping[str, float]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+Ratio = Literal["token", "sequence", "product"]
 Scale = Literal["group", "batch", "none", "loo"]
 Aggregate = Literal["sum_then_normalize", "normalize_then_sum"]
 Rule = Literal["variance_mass", "max_variance", "top_k", "random", "none"]
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
+RATIOS: tuple[str, ...] = get_args(Ratio)
 SCALES: tuple[str, ...] = get_args(Scale)
 AGGREGATES: tuple[str, ...] = get_args(Aggregate)
 RULES: tuple[str, ...] = get_args(Rule)
@@ -52,8 +54,10 @@ class LossOptions:
 
     loss_type: LossType = "dapo"
     """Token loss and reduction; the table is in kernels/README.md."""
-    ratio: Literal["token", "sequence"] = "token"
-    """Importance ratio per token, or its geometric mean over the sequence's loss tokens of both modalities (GSPO)."""
+    ratio: Ratio = "token"
+    """Importance ratio per token, or one per sequence from its loss tokens of both modalities: `sequence`, the
+    geometric mean of theirs (GSPO), or `product`, the likelihood ratio of the whole sequence (Mask-GRPO's, of a step's
+    tokens). A product leaves the clip range the sooner the longer the sequence: its bounds are the whole sequence's."""
     clip_low: PerModality = 0.2
     """≥ 0; the ratio is clipped below at 1 - clip_low."""
     clip_high: PerModality = 0.2
@@ -120,7 +124,7 @@ class LossOptions:
 
     def __post_init__(self, op: str) -> None:
         check_choice(op, "loss_type", self.loss_type, LOSS_TYPES)
-        check_choice(op, "ratio", self.ratio, ("token", "sequence"))
+        check_choice(op, "ratio", self.ratio, RATIOS)
         check_choice(op, "scale", self.scale, SCALES)
         check_choice(op, "aggregate", self.aggregate, AGGREGATES)
         check_choice(op, "dgs", self.dgs, RULES)

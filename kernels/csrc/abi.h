@@ -5,4 +5,4 @@
 #define SYNCR1_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Raised whenever a signature or a struct changes; kernels/native/library.py refuses a library with another number.
-constexpr int32_t SYNCR1_ABI_VERSION = 7;
+constexpr int32_t SYNCR1_ABI_VERSION = 8;

@@ -93,14 +93,26 @@ void set_phi(LossPlan& plan, int64_t s, double log_ratio) {
   }
 }
 
+// The ratio of the sequence. A mean of bounded logarithms is bounded, their sum is not.
+void set_ratio(LossPlan& plan, int64_t s, double log_ratio) {
+  const int64_t num_tokens = std::max<int64_t>(plan.count[0][s] + plan.count[1][s], 1);
+  if (plan.settings.ratio == kSequence) {
+    plan.ratio[s] = plan.slope[s] = static_cast<float>(std::exp(log_ratio / static_cast<double>(num_tokens)));
+    return;
+  }
+  constexpr double kBound = kMaxLogRatio;
+  plan.ratio[s] = static_cast<float>(std::exp(std::clamp(log_ratio, -kBound, kBound)));
+  plan.slope[s] = std::fabs(log_ratio) > kBound ? 0.0f : plan.ratio[s];
+}
+
 // Counts, and what the ratio of the sequence or vespo need; nothing of a pruned sequence.
 void describe_sequences(LossPlan& plan, int64_t num_threads) {
   const int64_t S = plan.in.num_sequences;
-  const bool vespo = plan.settings.kind == kVespo, sequence_ratio = plan.settings.sequence_ratio != 0;
+  const bool vespo = plan.settings.kind == kVespo, sequence_ratio = plan.settings.ratio != kToken;
   const bool sums = (vespo || sequence_ratio) && plan.in.old_logp != nullptr;
   const int64_t team = sums || vespo ? num_threads : 1;  // counting alone takes less than starting a team
   for (auto& count : plan.count) count.assign(static_cast<size_t>(S), 0);
-  if (sequence_ratio) plan.ratio.assign(static_cast<size_t>(S), 1.0f);
+  for (auto* values : {&plan.ratio, &plan.slope}) values->assign(static_cast<size_t>(sequence_ratio ? S : 0), 1.0f);
   for (auto& phi : plan.phi) phi.assign(static_cast<size_t>(vespo ? S : 0), 0.0f);
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(team)) if (team > 1)
   for (int64_t s = 0; s < S; ++s) {
@@ -110,8 +122,7 @@ void describe_sequences(LossPlan& plan, int64_t num_threads) {
     count_tokens(plan.in, begin, end, count);
     for (int m = 0; m < 2; ++m) plan.count[m][s] = count[m];
     const double log_ratio = sums ? sum_log_ratio(plan.in, begin, end) : 0.0;
-    const double num_tokens = static_cast<double>(std::max<int64_t>(count[0] + count[1], 1));
-    if (sequence_ratio) plan.ratio[s] = static_cast<float>(std::exp(log_ratio / num_tokens));
+    if (sequence_ratio) set_ratio(plan, s, log_ratio);
     if (vespo) set_phi(plan, s, log_ratio);
   }
 }
@@ -179,7 +190,7 @@ void reduce(const std::vector<TileSums>& tiles, const int64_t num_loss_tokens[2]
 void run_tiles(const LossPlan& plan, int64_t num_threads, float* grad, std::vector<TileSums>& tiles) {
   const int64_t num_tiles = static_cast<int64_t>(tiles.size()), S = plan.in.num_sequences;
   const int team = static_cast<int>(num_threads);
-  if (plan.settings.sequence_ratio == 0) {
+  if (plan.settings.ratio == kToken) {
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
     for (int64_t i = 0; i < num_tiles; ++i) run_tile(plan, i, grad, nullptr, &tiles[i]);
     return;
@@ -196,7 +207,7 @@ void run_tiles(const LossPlan& plan, int64_t num_threads, float* grad, std::vect
 
 void token_loss(const LossSettings& settings, const LossInputs& in, const LossOutputs& out, int64_t num_threads) {
   const int64_t S = in.num_sequences, T = in.cu_seqlens[S];
-  LossPlan plan{settings, in, T, {}, {}, out.keep, {}, {}, {}, {}};
+  LossPlan plan{settings, in, T, {}, {}, out.keep, {}, {}, {}, {}, {}};
   out.metrics[0] = score(settings, in, out.advantages, out.keep);
   const int64_t kept = std::count_if(out.keep, out.keep + S, [](uint8_t k) { return k != 0; });
   out.metrics[1] = static_cast<float>(kept) / static_cast<float>(std::max<int64_t>(S, 1));

@@ -16,9 +16,12 @@ namespace syncr1 {
 
 enum Reduction : int64_t { kSequenceMean, kTokenMean, kItems, kSequences };
 
+// syncr1.kernels.options.RATIOS: of each token, or of its sequence the geometric mean or the product.
+enum RatioKind : int64_t { kToken, kSequence, kProduct };
+
 // LossOptions as numbers, pairs in the order text, image; `_Settings` of kernels/native/loss.py field by field.
 struct LossSettings {
-  int64_t kind, reduction, sequence_ratio, bias_corrected_kl, scale, rule, keep, min_keep, seed;
+  int64_t kind, reduction, ratio, bias_corrected_kl, scale, rule, keep, min_keep, seed;
   int64_t split_modalities, has_num_items;  // split: each modality is reduced on its own
   double eps, mass, num_sequences, max_length;  // num_sequences is negative for S
   double clip_low[2], clip_high[2], delta[2], beta[2], weight[2], num_items[2];
@@ -48,7 +51,8 @@ struct LossPlan {
   const float* advantages[2];    // [S]
   const uint8_t* keep;           // [S]
   std::vector<int64_t> count[2];  // [S] loss tokens
-  std::vector<float> ratio;       // [S] where ratio="sequence"
+  std::vector<float> ratio;       // [S] where a sequence has one
+  std::vector<float> slope;       // [S] beside it: d ratio / d its logarithm, 0 beyond the bound
   std::vector<float> phi[2];      // [S] where vespo, for advantages >= 0 and < 0
   std::vector<float> weight[2];   // [S] of the modality times that of the reduction
 };

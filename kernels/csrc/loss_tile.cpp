@@ -89,7 +89,7 @@ SYNCR1_INLINE uint32_t gather(const LossPlan& plan, int64_t first, int64_t n, Ti
     fill_pair<kTwo>(tile, tile.advantage, begin, end, text, image);
     fill_pair<kTwo>(tile, tile.weight, begin, end, plan.weight[0][s], plan.weight[1][s]);
     if (plan.keep[s] == 0) fill(tile.used, begin, end, uint32_t{0});
-    if (plan.settings.sequence_ratio != 0) fill(tile.ratio, begin, end, plan.ratio[s]);
+    if (plan.settings.ratio != kToken) fill(tile.ratio, begin, end, plan.ratio[s]);
     if (plan.settings.kind == kVespo) {
       fill_pair<kTwo>(tile, tile.phi, begin, end, plan.phi[text < 0.0f][s], plan.phi[image < 0.0f][s]);
     } else if (in.is_ratio != nullptr && in.is_per_sequence != 0) {
@@ -101,7 +101,7 @@ SYNCR1_INLINE uint32_t gather(const LossPlan& plan, int64_t first, int64_t n, Ti
 }
 
 SYNCR1_INLINE void ratios(const LossPlan& plan, int64_t first, int64_t n, Tile& tile) {
-  if (plan.settings.sequence_ratio != 0) return;
+  if (plan.settings.ratio != kToken) return;
   const float* logp = plan.in.logp + first;
   const float* old = plan.in.old_logp == nullptr ? nullptr : plan.in.old_logp + first;
   if (old == nullptr) {
@@ -203,7 +203,7 @@ SYNCR1_INLINE void kl_terms(const LossPlan& plan, int64_t first, int64_t n, Tile
 }
 
 SYNCR1_INLINE void finish(const LossPlan& plan, int64_t n, float* grad, float* by_ratio, Tile& tile) {
-  if (plan.settings.sequence_ratio == 0) {
+  if (plan.settings.ratio == kToken) {
     for (int64_t i = 0; i < n; ++i) {
       const float value = tile.direct[i] + tile.by_ratio[i] * tile.slope[i];
       grad[i] = masked(tile.weight[i] * value, tile.used[i]);
@@ -334,14 +334,15 @@ SYNCR1_LOSS_CLONES void add_sequence_gradient(const LossPlan& plan, int64_t s, c
   const LossInputs& in = plan.in;
   if (plan.keep[s] == 0) return;
   const int64_t begin = in.cu_seqlens[s], end = in.cu_seqlens[s + 1];
-  const int64_t count = std::max<int64_t>(plan.count[0][s] + plan.count[1][s], 1);
+  const bool mean = plan.settings.ratio == kSequence;
+  const int64_t divisor = mean ? std::max<int64_t>(plan.count[0][s] + plan.count[1][s], 1) : 1;
   alignas(64) uint32_t flows[kTileSize];
   fill(flows, 0, kTileSize, ~uint32_t{0});
   double total = 0.0;
   for (int64_t t = begin; t < end; t += kTileSize) {
     total += sum_selected(by_ratio + t, flows, std::min(end - t, kTileSize));
   }
-  const float value = static_cast<float>(total * static_cast<double>(plan.ratio[s]) / static_cast<double>(count));
+  const float value = static_cast<float>(total * static_cast<double>(plan.slope[s]) / static_cast<double>(divisor));
   for (int64_t t = begin; t < end; t += kTileSize) {
     const int64_t n = std::min(end - t, kTileSize);
     if (in.loss_mask == nullptr) {

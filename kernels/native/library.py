@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 LIBRARY = Path(__file__).parent.parent / "libsyncr1_native.so"
 ISA_VARIABLE = "SYNCR1_ISA"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..options import RULES, SCALES, LossOptions, PerModality, for_modality
+from ..options import RATIOS, RULES, SCALES, LossOptions, PerModality, for_modality
 from ..streams import MODALITIES
 from ..terms import METRICS, ROW_LOSSES, LossTerms, TokenLoss, row_loss
 from .library import DOUBLE, INT, POINTER, function, pointer
@@ -31,7 +31,7 @@ class _Settings(ctypes.Structure):
     """`LossSettings` of csrc/loss_terms.h, field by field."""
 
     _fields_ = (
-        *((name, INT) for name in ("kind", "reduction", "sequence_ratio", "bias_corrected_kl")),
+        *((name, INT) for name in ("kind", "reduction", "ratio", "bias_corrected_kl")),
         *((name, INT) for name in ("scale", "rule", "keep", "min_keep", "seed")),
         *((name, INT) for name in ("split_modalities", "has_num_items")),
         *((name, DOUBLE) for name in ("eps", "mass", "num_sequences", "max_length")),
@@ -61,7 +61,7 @@ def _pack(settings: LossOptions) -> _Settings:
     return _Settings(
         KINDS.index(kind),
         REDUCTIONS[s.loss_type],
-        s.ratio == "sequence",
+        RATIOS.index(s.ratio),
         s.bias_corrected_kl,
         SCALES.index(s.scale),
         RULES.index(s.dgs),

@@ -1,6 +1,6 @@
 """GRPO and its relatives on the packed layout.
 
-    ℓ_t = clamp(logp_t − old_t, ±20),   ρ_t = exp ℓ_t   or, per sequence, exp(mean ℓ)
+    ℓ_t = clamp(logp_t − old_t, ±20),   ρ_t = exp ℓ_t   or, per sequence, exp(mean ℓ) or exp clamp(Σℓ, ±20)
     grpo, bnpo, dr_grpo, dapo, luspo:   −min(min(ρ, δ) A, clip(ρ, 1−ε_low, 1+ε_high) A)
     cispo:   −min(ρ, ε_high).detach() A logp          sapo:   −(4/τ) σ(τ (ρ − 1)) A
     vespo:   −φ A logp,   φ = e^λ w^k e^(−λw),   w = exp Σℓ
@@ -136,10 +136,12 @@ def packed_loss(
 
 
 def _importance_ratio(log_ratio_T: Tensor, terms: PackedTerms) -> Tensor:
-    """[T] log-ratio per token, or its mean over the sequence's loss tokens: the geometric mean, never the product."""
+    """[T] log-ratio per token, or its mean or bounded sum over the sequence's loss tokens."""
     if terms.settings.ratio == "token":
         return log_ratio_T
     total_S = sum_segments(log_ratio_T, terms.layout.cu_seqlens)
+    if terms.settings.ratio == "product":
+        return total_S.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)[terms.sequence_T]
     return (total_S / terms.count_S.clamp_min(1))[terms.sequence_T]
 
 

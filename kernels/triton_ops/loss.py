@@ -63,6 +63,7 @@ def _numbers(settings: LossOptions, factors: tuple[float, float]) -> Numbers:
         float(settings.vespo_lambda_neg),
         *halves(settings.eps),
         *halves(settings.dgs_mass),
+        float(settings.ratio == "sequence"),
         *factors,
     )
 
@@ -71,7 +72,7 @@ def _form(terms: LossTerms, num_rows: int, tile: int) -> Form:
     settings = terms.settings
     token_loss_type = row_loss(settings.loss_type)
     loss = len(ROW_LOSSES) if token_loss_type is None else ROW_LOSSES.index(token_loss_type)
-    per_sequence = settings.ratio == "sequence"
+    per_sequence = settings.ratio != "token"
     corrected = settings.bias_corrected_kl and terms.ref_logp is not None
     return Form(
         LOSS=loss,
@@ -104,7 +105,7 @@ def _tokens(terms: LossTerms, num_items: Tensor | None) -> Tokens:
 
 def token_loss(terms: LossTerms, tile: int | None = None) -> TokenLoss:
     """Loss, d loss / d logp, advantages, keep flags and metrics; `tile` tokens per program."""
-    splits_gradient = terms.settings.splits_modalities and terms.settings.ratio == "sequence"
+    splits_gradient = terms.settings.splits_modalities and terms.settings.ratio != "token"
     if terms.settings.loss_type == "bnpo" and splits_gradient:
         # Two counts divide one gradient: a first run counts the tokens, for the second they are known.
         _, counts = _run(terms, None, tile)

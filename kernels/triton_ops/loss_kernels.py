@@ -22,6 +22,7 @@ from .loss_terms import (
     VESPO,
     bounded_log,
     is_image,
+    join_log_ratios,
     mean_factor,
     sum_ratio_gradient,
     sum_sequence,
@@ -137,13 +138,13 @@ def store_partials(outputs, numbers, tile, used, image, advantage, loss, ratio, 
 
 @triton.jit
 def store_tile(
-    tokens, numbers, outputs, tile, offset, stop, live, image, advantage, is_ratio, mean, mean_log_ratio, log_weight,
-    shared, FORM: tl.constexpr,
+    tokens, numbers, outputs, tile, offset, stop, live, image, advantage, is_ratio, mean, sequence_log_ratio,
+    log_weight, shared, FORM: tl.constexpr,
 ):  # fmt: skip
     """Gradient and partial sums of a tile whose tokens know what they need of their sequences."""
     used = used_tokens(tokens, offset, live)
     loss, by_logp, by_ratio, ratio, passes, kl, entropy = token_terms(
-        tokens, numbers, offset, used, image, advantage, is_ratio, mean_log_ratio, log_weight, FORM
+        tokens, numbers, offset, used, image, advantage, is_ratio, sequence_log_ratio, log_weight, FORM
     )
     factor = token_factor(tokens, numbers, image, FORM)
     if FORM.SEQUENCE_MEAN:
@@ -170,7 +171,7 @@ def loss_tile(
     live = offset < 0
     advantage = tl.zeros([TILE], tl.float32)
     is_ratio, mean = advantage + 1.0, advantage + 1.0
-    mean_log_ratio, log_weight, shared = advantage, advantage, advantage
+    sequence_log_ratio, log_weight, shared = advantage, advantage, advantage
     mass = tl.cast(numbers.mass_high, tl.float64) + tl.cast(numbers.mass_low, tl.float64)
     s = count_at_most(sequences.cu_seqlens + 1, num_sequences, first)
     start = tl.load(sequences.cu_seqlens + s)
@@ -201,21 +202,22 @@ def loss_tile(
                     num_text, num_image, log_sum, log_sampler = sum_sequence(tokens, start, end, FORM)
                     count = tl.maximum(num_text + num_image, 1.0)
                     mean = tl.where(inside, mean_factor(image, num_text, num_image, FORM), mean)
-                    mean_log_ratio = tl.where(inside, log_sum / count, mean_log_ratio)
+                    log_ratio, passes, divisor = join_log_ratios(numbers, log_sum, count)
+                    sequence_log_ratio = tl.where(inside, log_ratio, sequence_log_ratio)
                     if FORM.IS_PER_SEQUENCE:
                         log_sampler = bounded_log(sampler)
                     log_weight = tl.where(inside, log_sum + log_sampler, log_weight)
                     if FORM.SEQUENCE_GRADIENT:
                         by_ratio = sum_ratio_gradient(
-                            tokens, numbers, start, end, of_text, of_image, sampler, log_sum / count,
+                            tokens, numbers, start, end, of_text, of_image, sampler, log_ratio,
                             log_sum + log_sampler, num_text, num_image, FORM,
                         )  # fmt: skip
-                        shared = tl.where(inside, by_ratio * tl.exp(log_sum / count) / count, shared)
+                        shared = tl.where(inside, by_ratio * tl.exp(log_ratio) * passes / divisor, shared)
             s += 1
             start = end
         group += 1
     store_tile(
-        tokens, numbers, outputs, tile, offset, stop, live, image, advantage, is_ratio, mean, mean_log_ratio,
+        tokens, numbers, outputs, tile, offset, stop, live, image, advantage, is_ratio, mean, sequence_log_ratio,
         log_weight, shared, FORM,
     )  # fmt: skip
 

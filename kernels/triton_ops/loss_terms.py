@@ -73,6 +73,8 @@ class Numbers(NamedTuple):
     eps_low: Any
     mass_high: Any
     mass_low: Any
+    mean_ratio: Any
+    """Of SEQUENCE_RATIO: 1 the geometric mean, 0 the product."""
     factor: Any
     """1 / the divisor of the loss, as far as the host knows it: text, or both modalities."""
     factor_image: Any
@@ -141,10 +143,10 @@ def masked_load(pointer, offset, used, fill):
 
 
 @triton.jit
-def token_terms(tokens, numbers, offset, used, image, advantage, is_ratio, mean_log_ratio, log_weight, FORM):
+def token_terms(tokens, numbers, offset, used, image, advantage, is_ratio, sequence_log_ratio, log_weight, FORM):
     """(loss, derivative by logp at a fixed ratio, derivative by the ratio, ratio, gradient mask, kl, entropy).
 
-    `mean_log_ratio` is read for ratios per sequence, `log_weight` for vespo, `is_ratio` where it is per sequence.
+    `sequence_log_ratio` is read for ratios per sequence, `log_weight` for vespo, `is_ratio` where it is per sequence.
     """
     LOSS: tl.constexpr = FORM.LOSS
     BIAS_CORRECTED: tl.constexpr = FORM.BIAS_CORRECTED
@@ -153,7 +155,7 @@ def token_terms(tokens, numbers, offset, used, image, advantage, is_ratio, mean_
     entropy = masked_load(tokens.entropy, offset, used, 0.0)
     value, passes = log_ratio(logp, old_logp, tokens.old_logp is not None)
     if FORM.SEQUENCE_RATIO:
-        value = value * 0.0 + mean_log_ratio
+        value = value * 0.0 + sequence_log_ratio
     ratio = tl.exp(value)
     loss, by_logp, by_ratio = policy_term(
         logp,
@@ -240,6 +242,18 @@ def sum_sequence(tokens, start, end, FORM: tl.constexpr):
 
 
 @triton.jit
+def join_log_ratios(numbers, log_sum, count):
+    """(log of the ratio of a sequence, 1 where its bound lets the gradient through, divisor of the sum).
+
+    A mean of bounded logarithms is bounded, their sum is not.
+    """
+    divisor = tl.where(numbers.mean_ratio != 0, count, 1.0)
+    value = log_sum / divisor
+    passes = tl.where((tl.abs(value) > MAX_LOG_RATIO) & (numbers.mean_ratio == 0), 0.0, 1.0)
+    return between(value, -MAX_LOG_RATIO, MAX_LOG_RATIO), passes, divisor
+
+
+@triton.jit
 def bounded_log(ratio):
     """log of a sampler's ratio within vespo's bounds."""
     return between(tl.log(ratio), MIN_LOG_WEIGHT, MAX_LOG_RATIO)
@@ -254,7 +268,7 @@ def sum_ratio_gradient(
     text,
     image_advantage,
     is_ratio,
-    mean_log_ratio,
+    sequence_log_ratio,
     log_weight,
     num_text,
     num_image,
@@ -271,7 +285,7 @@ def sum_ratio_gradient(
         image = is_image(tokens, offset, inside)
         advantage = tl.where(image, image_advantage, text)
         _, _, by_ratio, _, _, _, _ = token_terms(
-            tokens, numbers, offset, used, image, advantage, is_ratio, mean_log_ratio, log_weight, FORM
+            tokens, numbers, offset, used, image, advantage, is_ratio, sequence_log_ratio, log_weight, FORM
         )
         factor = token_factor(tokens, numbers, image, FORM)
         if FORM.SEQUENCE_MEAN:

@@ -66,7 +66,7 @@ def token_loop(b: dict[str, Any], advantage: Any, o: dict[str, Any]) -> list[lis
         for t, gap in zip(used, gaps, strict=True):
             image = bool(b["modality"][t])
             a = pick(advantage, image)[s]
-            ratio = torch.exp(sum(gaps) / len(gaps)) if o["ratio"] == "sequence" else torch.exp(gap)
+            ratio = {"token": gap, "sequence": sum(gaps) / len(gaps), "product": sum(gaps)}[o["ratio"]].exp()
             low, high = 1 - pick(o["clip_low"], image), 1 + pick(o["clip_high"], image)
             if o["loss_type"] == "cispo":
                 loss = -min(ratio.item(), high - 1) * a * b["logp"][t]
@@ -126,7 +126,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_matches_a_loop_over_tokens(loss_type: str, ratio: str, setting: str) -> None:
     b, given_options = batch(), {"loss_type": loss_type, "ratio": ratio, "max_length": 9, **SETTINGS[setting]}
@@ -158,7 +158,7 @@ def test_hand_computed_example() -> None:
     assert "clip_low/image" not in out.metrics
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("loss_type", [t for t in LOSS_TYPES if t not in ("cispo", "vespo")])
 def test_gradcheck(loss_type: str, ratio: str) -> None:
     """cispo and vespo detach their ratio, so their gradient is not that of their value: the loop above covers them."""

@@ -56,7 +56,7 @@ def test_1_log_ratio_of_a_hundred_on_one_token(loss_type: str, backend: str, dty
     served = backend == "reference" or dtype != torch.float16
     for name in ("old_logp", "ref_logp"):
         for gap in (100.0, -100.0):
-            for ratio in ("token", "sequence"):
+            for ratio in RATIOS:
                 given = {"old_logp": (logp + 0.1).to(dtype), "ref_logp": (logp - 0.2).to(dtype)}
                 given[name] = given[name].clone()
                 given[name][4] = logp[4] + gap

@@ -66,7 +66,7 @@ STATISTICS = {"scale": choice(SCALES), "eps": AT_LEAST_0, "aggregate": choice(AG
 SWITCH = Kind((True, False), (0, 1, None, "yes", math.nan))
 LOSS: dict[str, Kind] = {
     "loss_type": choice(LOSS_TYPES),
-    "ratio": choice(("token", "sequence")),
+    "ratio": choice(RATIOS),
     "clip_low": by_modality(AT_LEAST_0),
     "clip_high": by_modality(AT_LEAST_0),
     "delta": by_modality(number((1.5, 3, 0.5), 0, 0.0, -1.0, none=True)),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from syncr1.kernels.api import TokenStream, grpo_loss, linear_grpo_loss, linear_logp
-from syncr1.kernels.options import LOSS_TYPES, RULES, SCALES
+from syncr1.kernels.options import LOSS_TYPES, RATIOS, RULES, SCALES
 from syncr1.kernels.outputs import GRPOOutput
 from syncr1.kernels.streams import MODALITIES, Modality
 
@@ -115,7 +115,7 @@ def loss_options(draw: st.DrawFn, *, reference: bool, entropy: bool) -> dict[str
     """Keywords of LossOptions; `reference` and `entropy` say what the batch holds."""
     loss_type = draw(st.sampled_from(LOSS_TYPES))
     optional: dict[str, st.SearchStrategy[Any]] = {
-        "ratio": st.sampled_from(["token", "sequence"]),
+        "ratio": st.sampled_from(RATIOS),
         "clip_low": per_modality([0.0, 0.1, 0.2, 0.3]),
         "delta": per_modality([1.5, 3.0]),
         "bias_corrected_kl": st.booleans(),
@@ -236,13 +236,16 @@ def near_a_bound(case: LossCase, *, linear: bool = False) -> bool:
         if bool(((raw_T.abs() - MAX_LOG_RATIO).abs() < 1e-3).any()):
             return True
         log_ratio_T = raw_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        if options.get("ratio") == "sequence":
+        if (ratio := options.get("ratio", "token")) != "token":
             sequence_T = sequence_of_token(case.lengths)
             sums, counts = (
                 torch.zeros(len(case.lengths), dtype=torch.float64).index_add_(0, sequence_T, values)
                 for values in (log_ratio_T, mask_T.double())
             )
-            log_ratio_T = (sums / counts.clamp_min(1))[sequence_T]
+            sums = sums / counts.clamp_min(1) if ratio == "sequence" else sums
+            if ratio == "product" and bool(((sums.abs() - MAX_LOG_RATIO).abs() < 1e-3).any()):
+                return True
+            log_ratio_T = sums.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)[sequence_T]
     ratio_T = log_ratio_T.exp()[mask_T]
     cispo = options["loss_type"] == "cispo"
     bounds = [1 - b for b in _numbers(options.get("clip_low", 0.2))] + _numbers(options.get("delta", 3.0))
