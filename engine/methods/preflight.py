@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..processes.run_folder import unused_folder
 from ..rewards.images.image_rewards import NAMED, WITHOUT_TOKENIZER, Checkpoint, checkpoints_of
 from ..rewards.images.image_rewards import problems_of as image_problems
 from ..rewards.transport import key_problem
+from ..settings.masked_rules import order_problems
 from ..settings.rules import gpus_problem, ranks_problem
 from ..settings.source_names import split_named
 from ..whole_files import cache_dir
@@ -52,6 +54,10 @@ NEEDED |= {"safetensors": (0, 7)}
 """Versions that pyproject.toml asks for: an environment of another project's is told before it fails somewhere."""
 TOY_POSITIONS = 512
 """Longest sequence of the tiny base."""
+FILLED_IN = ("show_o",)
+"""`model_type`s of models that fill images in."""
+MANY = 1 << 30
+"""Tokens of an image, where nothing has counted them yet."""
 LEAST_SPACE = 1 << 24
 """Bytes that must be free where anything is written: a page, pictures, a log."""
 NVIDIA = Path("/dev/nvidiactl")
@@ -73,6 +79,7 @@ def check_start(config: Any) -> None:
     problems, names = problems + damage, names + others
     problems += [] if problems else length_problems(config, models.get("model"))
     problems += [] if problems else turn_problems(config, models.get("model"))
+    problems += [] if problems else filling_problems(config, models.get("model"))
     problems += [] if problems else conversion_problems(models.get("model"))
     problems += ahead_problems(config)
     problems += judge_problems(config)
@@ -257,6 +264,20 @@ def turn_problems(config: Any, folder: Path | None) -> list[str]:
         f"drawing_turn: expected none for {folder}, a {told['model_type']}, which draws no images, got {turn}; leave "
         f"it out, or name {DRAWING} as model"
     ]
+
+
+def filling_problems(config: Any, folder: Path | None) -> list[str]:
+    """Settings that a model's decoding order has no use for, as far as its kind tells."""
+    if not hasattr(config, "masked_logp") or (getattr(config, "model", None) is not None and folder is None):
+        return []
+    told = {"model_type": getattr(config, "policy", "janus")} if folder is None else settings_in(folder / "config.json")
+    if not isinstance(told, dict) or (folder is not None and needs_conversion(folder)):
+        return []
+    kind = str(told.get("model_type"))
+    usual = {field.name: field.default for field in fields(config)}
+    draws = kind not in text_decoders() or (folder is not None and is_liquid_folder(folder))
+    order = "masked" if kind in FILLED_IN else "raster"
+    return order_problems(config, f"{folder or 'the tiny model'}, a {kind}", order, MANY * draws, usual)
 
 
 def ahead_problems(config: Any) -> list[str]:

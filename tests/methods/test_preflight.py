@@ -39,9 +39,11 @@ from syncr1.engine.methods.model_files import (
     text_decoders,
 )
 from syncr1.engine.methods.preflight import (
+    FILLED_IN,
     NEEDED,
     TOY_POSITIONS,
     check_weights,
+    filling_problems,
     space_needed,
     turn_problems,
     version_problems,
@@ -92,8 +94,24 @@ def test_models_that_draw_may_have_a_drawing_turn(tmp_path: Path) -> None:
         assert len(turn_problems(config, tmp_path)) == (kind == "llama")
 
 
+def test_settings_of_masked_order_are_for_models_that_fill_images_in(tmp_path: Path) -> None:
+    """And the other way round; nothing is said of a model whose kind is not known yet."""
+    config, draws = SyncR1Config(masked_steps=2, image_steps=8), "draws one token after another"
+    for kind, words in {"janus": draws, "emu3": draws, "llama": "draws no images", "show_o": ""}.items():
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        told = filling_problems(config, tmp_path)
+        assert len(told) == 2 * bool(words) and all(words in line and str(tmp_path) in line for line in told)
+        assert filling_problems(SyncR1Config(), tmp_path) == []
+        assert len(filling_problems(SyncR1Config(unconditional="pads"), tmp_path)) == (not words)
+    assert len(filling_problems(config, None)) == 2
+    assert filling_problems(replace(config, model="org/name"), None) == []
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Showo"}))
+    assert filling_problems(config, tmp_path) == []
+
+
 def test_kinds_of_models_are_those_that_are_loaded() -> None:
     assert set(UNIFIED) == KNOWN.keys()
+    assert set(FILLED_IN) == {kind for kind, policy in KNOWN.items() if policy.decoding_order == "masked"}
     assert text_decoders() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - set(UNIFIED)
 
 

@@ -25,9 +25,20 @@ def show_o(*, cut: str = "", **settings: Any) -> Callable[[Path], object]:
     return write
 
 
+def ours(folder: Path) -> None:
+    """A converted one."""
+    from small_show_o import sharp_show_o
+
+    sharp_show_o().save(folder / "m")
+
+
 SHOW_O = [
     Mistake("Show-o without its tokenizers", "sync_r1.py --model m", CONVERTED, show_o(beside=False)),
     Mistake("the same, to be converted", "convert.py --model m --output out", CONVERTED, show_o(beside=False)),
+    Mistake("two steps of a mean", "sync_r1.py --masked_steps 2 --loss_type grpo", "expected one of dapo, bnpo"),
+    Mistake("no ratio of a step", "sync_r1.py --masked_logp step", "--importance_sampling_level sequence"),
+    Mistake("steps of a model without", "sync_r1.py --image_steps 8", "the tiny model, a janus, which draws one token"),
+    Mistake("padding that nobody sees", "sync_r1.py --model m --unconditional pads", "expected fixed for m", ours),
     Mistake("Show-o with CLIP", "sample.py --model m", "CLIP's tower (w_clip_vit)", show_o(w_clip_vit=True)),
     Mistake("a kind beside a model", "sync_r1.py --model m --policy show_o", "policy: expected none beside model"),
     Mistake("Show-o, cut off", "evaluate.py --model m", "which is cut off", show_o(cut="pytorch_model.bin")),
