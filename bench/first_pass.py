@@ -4,7 +4,7 @@
     python bench/first_pass.py --pictures 2000 --form png
 
 Photographs are cut from those that scikit-image ships, and written anew each time. CPU seconds are those of this
-process and of the processes that it starts: what a machine of one core would take, whatever else this one does. The rows
+process and of those that it starts: what a machine of one core would take, whatever else this one does. The rows
 of the cached pass are as many names (hard links) of the same pictures, noted as if they had been opened.
 """
 

@@ -81,8 +81,8 @@ class MaskedPlan:
 
     def scale(self, segment: Segment) -> float:
         """What the loss of an image's states is multiplied by."""
-        if self.masked_logp == "random_mask" or self.masked_steps is None:
-            return 1.0
+        if self.masked_logp in ("random_mask", "step") or self.masked_steps is None:
+            return 1.0  # of step, the loss is a mean over those that there are
         return max(1.0, num_steps_of(segment) / self.masked_steps)
 
 

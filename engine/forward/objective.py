@@ -26,7 +26,7 @@ from ..policies.attention_interface import PackedLayout
 from ..policies.base import Head, Policy
 from ..records import IMAGE, MODALITY_NAMES, FilledImages, FilledStates, PackedBatch, SegmentKind
 from ..settings.modality import clip_of, each, value_of
-from ..settings.train_config import ImportanceCorrection, PolicyLogp
+from ..settings.train_config import ImportanceCorrection, MaskedLogp, PolicyLogp
 from .free_branch import mixed_head
 
 Branch = tuple[Tensor, Tensor]
@@ -57,6 +57,8 @@ class Objective:
     temperature: float = 1.0
     policy_logp: PolicyLogp = "conditional"
     """Of image tokens in batches with a free branch; without one it is the conditional anyway."""
+    masked_logp: MaskedLogp = "committed"
+    """With `step` a sequence is a step of an image, or a word, and its ratio the product over its tokens."""
     image_temperature: float | None = None
     importance_correction: ImportanceCorrection = "none"
     importance_level: Literal["token", "sequence"] = "token"
@@ -128,7 +130,7 @@ class PolicyForward(nn.Module):
             old_logp=batch.old_logp,
             ref_logp=batch.ref_logp,
             loss_type="dapo" if o.loss_type == "bnpo" else o.loss_type,
-            ratio=o.importance_sampling_level,
+            ratio="product" if o.masked_logp == "step" and batch.filled is not None else o.importance_sampling_level,
             is_ratio=batch.is_ratio,
             clip_low=each(*lows),
             clip_high=each(*highs),

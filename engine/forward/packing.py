@@ -262,8 +262,10 @@ def _pack_groups(
                     filled.append((settings.masked.scale(segment), settings.masked.num_items(segment, states)))
                     continue
                 responses.give(policy, segment.lead, segment.lead_image)
+                begins = responses.length
                 responses.sample(policy, segment)
-            # A step with a ratio of its own is a sequence of its own to the loss.
+                ratios |= set(range(begins + 1, responses.length)) if settings.masked.masked_logp == "step" else set()
+            # What has a ratio of its own, a step, and beside steps a word, is a sequence of its own to the loss.
             own = sorted({end for end in ratios if end > cu_seqlens[-1]} | {responses.length})
             cu_seqlens.extend(own)
             members.extend([i] * len(own))

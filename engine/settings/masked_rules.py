@@ -9,10 +9,9 @@ from typing import Any
 
 from .modality import value_of
 
-PER_TOKEN = ("dapo", "bnpo")
-UNBIASED = (*PER_TOKEN, "cispo", "dr_grpo", "luspo")
+UNBIASED = ("dapo", "bnpo", "cispo", "dr_grpo", "luspo")
 """Loss types that divide by what does not depend on which steps were chosen: tokens of whole images, a length, or the
-number of sequences (of which, with masked_logp step, each chosen step is one). The others divide by the tokens of a
+number of sequences. The others divide by the tokens of a
 trajectory that are there (grpo, sapo), or weigh by their product (vespo)."""
 KEEPS_ALL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 OF_MASKED = ("image_steps", "image_noise", "masked_logp", "masked_steps")
@@ -22,11 +21,8 @@ OF_MASKED = ("image_steps", "image_noise", "masked_logp", "masked_steps")
 def masked_problems(c: Any) -> list[str]:
     """Of any model."""
     found = []
-    if c.masked_logp == "step" and c.importance_sampling_level == "token":
-        found.append(
-            "importance_sampling_level: expected sequence with masked_logp step, which has one ratio for the tokens of "
-            "a step, got token; set --importance_sampling_level sequence, or take masked_logp committed"
-        )
+    if c.masked_logp == "step":
+        found += _whole_steps(c)
     found += _chosen_steps(c) if c.masked_steps is not None and c.masked_logp != "random_mask" else []
     if c.masked_logp == "random_mask":
         found += _unrecorded(c)
@@ -35,20 +31,35 @@ def masked_problems(c: Any) -> list[str]:
     return found
 
 
+def _whole_steps(c: Any) -> list[str]:
+    """One ratio, the product over a step's tokens, and one term of the loss for each step."""
+    found = []
+    if c.importance_sampling_level != "token":
+        found.append(
+            "importance_sampling_level: expected token with masked_logp step, which has a ratio for the tokens of a step, "
+            f"and one for each token of a text, got {c.importance_sampling_level}; leave it out"
+        )
+    if c.loss_type != "grpo":
+        found.append(
+            f"loss_type: expected grpo with masked_logp step, whose loss is a mean over steps, got {c.loss_type}, which "
+            "would count a step once for each of its tokens; set --loss_type grpo"
+        )
+    return found
+
+
 def _chosen_steps(c: Any) -> list[str]:
     """What the loss of a few steps, weighted, would be another's expectation of."""
     at = f"with masked_steps {c.masked_steps}"
     remedy = "leave masked_steps out to train all steps, or"
-    allowed = PER_TOKEN if c.masked_logp == "step" else UNBIASED
     found = []
-    if c.loss_type not in allowed:
+    if c.masked_logp != "step" and c.loss_type not in UNBIASED:
         why = (
             "which weighs a trajectory by all of its tokens"
             if c.loss_type == "vespo"
             else "which divides by the trajectory's own tokens or steps, and the chosen ones are not all"
         )
         found.append(
-            f"loss_type: expected one of {', '.join(allowed)} {at}, got {c.loss_type}, {why}; {remedy} take dapo"
+            f"loss_type: expected one of {', '.join(UNBIASED)} {at}, got {c.loss_type}, {why}; {remedy} take dapo"
         )
     if c.importance_sampling_level == "sequence" and c.masked_logp != "step":
         found.append(

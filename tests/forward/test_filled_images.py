@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
@@ -129,6 +129,30 @@ def loss_and_gradient(policy: ShowOPolicy, batches: Sequence[PackedBatch], how: 
         total += float(loss.detach())
     head = policy.model.showo.lm_head.weight.grad
     return total, head.flatten().clone()
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_a_step_has_one_ratio_and_one_term_of_the_loss(policy: ShowOPolicy, k: int | None) -> None:
+    """Mask-GRPO by hand, beside words that have a ratio each: -min(r A, clip(r) A), r the product over a step."""
+    rollouts = sampled(policy, 1.0)[: 2 * MEMBERS]
+    (batch,) = packed(policy, rollouts, MaskedPlan("step", k), "conditional")
+    forward = PolicyForward(policy, Objective(masked_logp="step", loss_type="grpo", epsilon=0.1, epsilon_high=0.2))
+    with torch.no_grad():
+        logp = PolicyForward(policy, Objective())(batch)["logp"].double()
+    shift = torch.linspace(-0.2, 0.2, logp.numel(), dtype=torch.float64)
+    out = forward(replace(batch, old_logp=(logp - shift).float()), num_items={"text": 1.0, "image": 1.0})
+    terms, empty = [], 0
+    for s, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+        counts = batch.loss_mask[start:end]
+        if not bool(counts.any()):
+            terms.append(0.0)
+            empty += 1
+            continue
+        ratio, A = shift[start:end][counts].sum().exp(), float(batch.advantages[s, 0])
+        terms.append(float(-torch.minimum(ratio * A, ratio.clamp(0.9, 1.2) * A)))
+    words = sum(rollout.segments[0].tokens.numel() for rollout in rollouts if rollout.segments[0].kind == "text")
+    assert len(terms) - empty == len(rollouts) * (k or STEPS) + words
+    assert float(out["loss"].detach()) == pytest.approx(sum(terms) / len(terms), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("masked_logp", ["committed", "all"])
