@@ -4,8 +4,8 @@
     python bench/first_pass.py --pictures 2000 --form png
 
 Photographs are cut from those that scikit-image ships, and written anew each time. CPU seconds are those of this
-process and of those that it starts: what a machine of one core would take, whatever else this one does. The rows
-of the cached pass are as many names (hard links) of the same pictures, noted as if they had been opened.
+process and of the processes that it starts: what a machine of one core would take, whatever else this one does. The
+rows of the cached pass are as many names (hard links) of the same pictures, noted as if they had been opened.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def main() -> None:
         folder, count = Path(name).resolve(), args.pictures
         write_photographs(folder, count, args.side, args.form)
         size = sum(path.stat().st_size for path in folder.glob(f"*.{args.form}")) / count
-        print(f"{count} {args.form} of {args.side} x {args.side}, {size / 1024:.0f} KiB each; {num_cores()} cores")
+        print(
+            f"{count} {args.form} of {args.side} x {args.side}, {size / 1024:.0f} KiB each; {num_cores()} cores",
+            flush=True,
+        )
         files = [folder / f"{number}.{args.form}" for number in range(count)]
         with timed("the first pass over the pictures", count):
             assert not broken_pictures(files, seen=Seen("a"))
