@@ -1,4 +1,5 @@
-"""Trains the tiny Janus or Show-o that an embedded world's run starts from: an ordinary transformers checkpoint.
+"""Trains the tiny Janus, or the tiny Show-o, that an embedded world's run starts from, and saves it as an ordinary
+transformers checkpoint.
 
     python recipes/tiny_base.py --output_dir runs/tiny_base
     python recipes/tiny_base.py --world digits --output_dir runs/digits_base

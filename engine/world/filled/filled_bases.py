@@ -1,4 +1,8 @@
-"""The starting points of runs with a tiny Show-o: supervised on what tiny Janus's teachers say, noise and all."""
+"""The starting points of runs with a tiny Show-o: supervised on what tiny Janus's teachers say, noise and all.
+
+A teacher asks nothing of its policy that is Janus's alone. Its annotation says Janus all the same, hence the casts:
+the bytes of its file name the bases that are kept, which nobody shall have to make anew for a word.
+"""
 
 from __future__ import annotations
 
