@@ -251,7 +251,6 @@ def test_a_text_model_too() -> None:
     [
         pytest.param(GUIDED | {"unconditional": "fixed", "preview_fraction": 0.25}, id="guided loss, previews, turns"),
         pytest.param({"masked_steps": 2, "share_prefix": False, "masked_logp": "all"}, id="two of six steps, copies"),
-        pytest.param({"masked_logp": "random_mask", "masked_steps": 9, "policy_logp": "guided_detached"}, id="anew"),
     ],
 )
 def test_images_that_are_filled_in(more: dict[str, Any], tmp_path: Path) -> None:

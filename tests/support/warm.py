@@ -230,7 +230,8 @@ def _read_the_world_once() -> None:
 
     def once(policy: Any, images: Any) -> Any:
         digest = blake2b(images.numpy().tobytes())
-        for weight in getattr(policy.model.model, "vqmodel", policy.model).state_dict().values():
+        model = getattr(policy.model, "model", policy.model)
+        for weight in getattr(model, "vqmodel", policy.model).state_dict().values():
             digest.update(str(weight.dtype).encode() + weight.float().cpu().numpy().tobytes())
         if digest.digest() not in made:
             made[digest.digest()] = round_trip(policy, images)
