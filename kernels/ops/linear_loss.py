@@ -82,8 +82,9 @@ def linear_grpo_loss(
 
     Returns:
         GRPOOutput; `logp` and `entropy` are 0 at tokens that were left out, and metrics are means over the others.
-        Token ratios take three matrix products per row; `ratio="sequence"`, vespo and top_entropy_quantile need the
-        rest of the sequence or batch first, float16 heads the scale of the loss, and take a fourth.
+        Token ratios take three matrix products per row; `ratio` "sequence" and "product", vespo and
+        top_entropy_quantile need the rest of the sequence or batch first, float16 heads the scale of the loss, and take
+        a fourth.
 
     Raises:
         ValueError: a shape, dtype or value is out of place, or a loss token's target is forbidden or outside its

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from syncr1.kernels.api import TokenStream, grpo_loss, linear_grpo_loss
-from syncr1.kernels.options import LOSS_TYPES
+from syncr1.kernels.options import LOSS_TYPES, RATIOS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LENGTHS = [3, 5, 0, 4, 1, 6]
@@ -158,6 +158,25 @@ def test_hand_computed_example() -> None:
     assert "clip_low/image" not in out.metrics
 
 
+def test_hand_computed_products() -> None:
+    """Answers of 2, 1 and 2 tokens, A = 1, 1 and −1, clip [.9, 1.2]: products 1.5 · .7, .8 and 2 · 2 of token ratios.
+
+    A mean would clip the last at 2, token ratios all but one; the first stays, and each of its tokens moves it whole.
+    """
+    logp = torch.tensor([1.5, 0.7, 0.8, 2.0, 2.0], dtype=torch.float64).log().requires_grad_()
+    advantages = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
+    out = grpo_loss(
+        logp, torch.zeros(5, dtype=torch.float64), None, offsets_of([2, 1, 2]), torch.tensor([0, 3]),
+        advantages=advantages, ratio="product", loss_type="luspo", clip_low=0.1, clip_high=0.2,
+    )  # fmt: skip
+    torch.testing.assert_close(out.loss.item(), (-2 * 1.05 - 0.8 + 2 * 4.0) / 3)
+    (grad,) = torch.autograd.grad(out.loss, logp)
+    expected = torch.tensor([-2 * 1.05, -2 * 1.05, -0.8, 8.0, 8.0], dtype=torch.float64) / 3
+    torch.testing.assert_close(grad, expected)
+    assert out.metrics["ratio_max/text"] == pytest.approx(4.0) and out.metrics["ratio_min/text"] == pytest.approx(0.8)
+    assert out.metrics["ratio_mean/text"] == pytest.approx((2 * 1.05 + 0.8 + 2 * 4.0) / 5)
+
+
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("loss_type", [t for t in LOSS_TYPES if t not in ("cispo", "vespo")])
 def test_gradcheck(loss_type: str, ratio: str) -> None:
@@ -178,7 +197,8 @@ def streams_of(
     ]
 
 
-def test_linear_gradcheck_of_every_input() -> None:
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_linear_gradcheck_of_every_input(ratio: str) -> None:
     b = batch(2)
     total, modality = sum(LENGTHS), b.pop("modality")
     b.pop("logp")
@@ -189,7 +209,8 @@ def test_linear_gradcheck_of_every_input() -> None:
 
     def loss(hidden: Tensor, text: Tensor, image: Tensor, bias: Tensor) -> Tensor:
         streams = streams_of(hidden, [text, image], bias, modality, targets)
-        return linear_grpo_loss(streams, **b, beta=0.1, loss_type="sapo", num_items={"text": 4, "image": 6}).loss
+        options = {"beta": 0.1, "loss_type": "sapo", "num_items": {"text": 4, "image": 6}, "ratio": ratio}
+        return linear_grpo_loss(streams, **b, **options).loss
 
     assert torch.autograd.gradcheck(loss, inputs)
 

@@ -28,7 +28,7 @@ from syncr1.kernels.api import (
     linear_logp,
     selective_logp,
 )
-from syncr1.kernels.options import LOSS_TYPES
+from syncr1.kernels.options import LOSS_TYPES, RATIOS
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 LOSS_TYPE = pytest.mark.parametrize("loss_type", LOSS_TYPES)

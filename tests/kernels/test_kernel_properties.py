@@ -46,12 +46,13 @@ EIGHTHS = st.integers(-24, 24).map(lambda n: n / 8) | st.just(torch.nan)
 
 
 def span(case: LossCase) -> float:
-    """1 + the greatest log-ratio: its rounding error is the relative error of a ratio."""
+    """1 + the greatest log-ratio, or sum of their sizes: its rounding error is the relative error of a ratio."""
     mask_T, logp_T = case.mask, case.tokens["logp"]
     gaps = [case.tokens[n][mask_T] - logp_T[mask_T] for n in ("old_logp", "ref_logp") if n in case.tokens]
     widest = max((float(gap.abs().max()) for gap in gaps if gap.numel()), default=0.0)
     # vespo's weight is the exponential of an exponent of up to a few hundred
-    return 1 + min(widest, MAX_LOG_RATIO) + (300 if case.options["loss_type"] == "vespo" else 0)
+    terms = max(case.lengths, default=1) if case.options.get("ratio") == "product" else 1
+    return 1 + terms * min(widest, MAX_LOG_RATIO) + (300 if case.options["loss_type"] == "vespo" else 0)
 
 
 def loss_floor(case: LossCase, exact: Values, grad_T: Tensor) -> float:

@@ -123,9 +123,10 @@ def test_clipped_sequences_take_no_part_in_the_second_sweep(monkeypatch: pytest.
     advantages = torch.tensor([1.0, -1.0, 1.0])
     # At twice the old probability the first sequence has gained enough.
     old_logp[:10] -= 0.7
-    loss_and_gradients(hidden, weight, targets, ratio="sequence", old_logp=old_logp, advantages=advantages)
+    for ratio in ("sequence", "product"):
+        loss_and_gradients(hidden, weight, targets, ratio=ratio, old_logp=old_logp, advantages=advantages)
     loss_and_gradients(hidden, weight, targets, top_entropy_quantile=0.2, advantages=advantages)
-    assert swept == [ROWS - 10, ROWS - int(0.8 * ROWS)]
+    assert swept == [ROWS - 10, ROWS - 10, ROWS - int(0.8 * ROWS)]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

@@ -15,6 +15,7 @@ from loss_contract import TENSORS, assert_same, make_terms
 from torch import Tensor
 
 from syncr1.kernels.native.loss import token_loss
+from syncr1.kernels.options import RATIOS
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), NATIVE]
 
@@ -37,7 +38,7 @@ def test_outputs_are_never_inputs() -> None:
     assert again.keep.data_ptr() != found.keep.data_ptr() and again.advantages.data_ptr() != found.advantages.data_ptr()
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "sapo", "cispo", "vespo"])
 def test_same_bits_under_any_number_of_threads_and_repeatedly(loss_type: str, ratio: str) -> None:
     lengths = [14001, 0, 30000, *range(1, 60), 8333]
@@ -67,7 +68,7 @@ def bands_around_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tenso
 
 @pytest.mark.parametrize("lengths", [[1], [15, 1], [511], [512], [513, 0, 2], [4, 4, 4, 4]])
 def test_nothing_beside_the_outputs_is_written(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    for ratio in ("token", "sequence"):
+    for ratio in RATIOS:
         terms = make_terms(lengths, [len(lengths)], ratio=ratio, beta=0.1)
         plain = token_loss(terms)
         with bands_around_outputs(monkeypatch) as buffers:

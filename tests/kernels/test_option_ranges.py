@@ -18,7 +18,7 @@ from op_calls import OPS
 
 from syncr1.kernels import api, attention, dispatch
 from syncr1.kernels.api import LossOptions, TokenStream, linear_grpo_loss
-from syncr1.kernels.options import AGGREGATES, LOSS_TYPES, RULES, SCALES
+from syncr1.kernels.options import AGGREGATES, LOSS_TYPES, RATIOS, RULES, SCALES
 from syncr1.kernels.ranges import BY_MODALITY
 
 NOT_A_NUMBER: tuple[Any, ...] = (True, "0.5", [0.5], torch.tensor(0.5), np.bool_(True), 1j)

@@ -92,6 +92,7 @@ def test_values_and_gradients(op: str, forbidden: Tensor | None, backend: str) -
 LOSSES: list[dict[str, Any]] = [
     {},
     {"ratio": "sequence"},
+    {"ratio": "product"},
     {"loss_type": "vespo"},
     {"top_entropy_quantile": 0.5},
     {"loss_type": "cispo", "clip_high": 1.3},

@@ -162,6 +162,50 @@ def test_log_ratios_of_a_hundred_stay_finite(backend: str) -> None:
 
 
 @BACKEND
+@pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
+def test_of_a_single_loss_token_all_ratios_are_its_own(backend: str, loss_type: str) -> None:
+    """Alone or among masked ones, of either modality, within the bound and beyond it, kept or pruned."""
+    lengths = [1, 3, 0, 1, 2, 1, 5, 1, 1]
+    first = torch.tensor([0, *itertools.accumulate(lengths)])[:-1][torch.tensor(lengths) > 0]
+    results = {}
+    for ratio in RATIOS:
+        chosen: dict[str, Any] = {"dgs": "top_k", "dgs_keep": 2, "dgs_min_keep": 0, "beta": 0.1, "delta": 1.3}
+        terms = make_terms(lengths, density=1.0, ratio=ratio, loss_type=loss_type, bias_corrected_kl=True, **chosen)
+        assert terms.loss_mask is not None and terms.old_logp is not None
+        terms.loss_mask[:] = False
+        terms.loss_mask[first] = True
+        terms.old_logp[first[0]] += 100
+        results[ratio] = run(terms, backend)
+        assert_close_to_reference(terms, results[ratio], backend)
+    assert results["token"].grad_logp.any() and not results["token"].keep.all()
+    for name, values in {name: getattr(results["token"], name) for name in TENSORS}.items():
+        for ratio in RATIOS[1:]:
+            torch.testing.assert_close(getattr(results[ratio], name), values, rtol=2e-6, atol=1e-6)
+
+
+@BACKEND
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_product_beyond_the_bound_stays_there_without_gradient(backend: str, sign: int) -> None:
+    """Log-ratios of .9 each, 22 of them within 20 together and 23 not; and ±30, each of which has its own bound."""
+    lengths = [22, 23, 2]
+    terms = make_terms(lengths, [3], density=1.0, ratio="product", loss_type="luspo")
+    assert terms.old_logp is not None and terms.rewards is not None
+    log_ratio_T = torch.cat([torch.full((45,), 0.9), torch.tensor([30.0, -30.0])]) * sign
+    terms.old_logp[:] = 0.0
+    terms.logp[:] = log_ratio_T
+    advantages = torch.full((1, 3), -1.0 * sign)  # the side that no clip bounds
+    keep, no_metric = torch.ones(3, dtype=torch.bool), torch.zeros(())
+    terms = replace(terms, rewards=None, advantages=advantages, keep=keep, frac_reward_zero_std=no_metric)
+    out = run(terms, backend)
+    ratio_S = torch.tensor([22 * 0.9 * sign, 20.0 * sign, 0.0], dtype=torch.float64).exp()
+    moved_S = torch.tensor([22 * ratio_S[0], 0.0, 0.0]) * sign / 3
+    expected = torch.repeat_interleave(moved_S, torch.tensor(lengths))
+    torch.testing.assert_close(out.grad_logp.double(), expected, rtol=2e-5, atol=0)
+    loss = (torch.tensor(lengths) * ratio_S).sum() * sign / 3
+    torch.testing.assert_close(out.loss.double(), loss, rtol=2e-5, atol=0)
+
+
+@BACKEND
 @pytest.mark.parametrize("loss_type", ["bnpo", "vespo"] if ON_TRITON else ["bnpo", "grpo", "vespo"])
 def test_nothing_to_learn(backend: str, loss_type: str) -> None:
     """Everything masked, everything pruned, no reward, no token, no sequence: loss and gradients are 0."""
@@ -170,6 +214,7 @@ def test_nothing_to_learn(backend: str, loss_type: str) -> None:
     flat.rewards[:], missing.rewards[:] = 0.5, math.nan
     for terms in (
         make_terms(loss_type=loss_type, ratio="sequence", density=0.0),
+        make_terms(loss_type=loss_type, ratio="product", density=0.0),
         flat,
         missing,
         make_terms([0, 0], [0, 2], loss_type=loss_type),

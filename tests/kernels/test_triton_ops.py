@@ -142,6 +142,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"score_all": True},
     {"dgs": "variance_mass", "dgs_mass": 0.5},
     {"ratio": "sequence"},
+    {"ratio": "product"},
     {"loss_type": "bnpo"},
     {"loss_type": "vespo"},
     {"beta": 0.1},

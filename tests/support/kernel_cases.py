@@ -251,7 +251,8 @@ def near_a_bound(case: LossCase, *, linear: bool = False) -> bool:
     bounds = [1 - b for b in _numbers(options.get("clip_low", 0.2))] + _numbers(options.get("delta", 3.0))
     bounds += [b if cispo else 1 + b for b in _numbers(options.get("clip_high", 0.2))]
     exactly_one = "old_logp" not in tokens or (not linear and not bool(log_ratio_T.any()))
-    margin = 3e-5 if linear else 1e-5
+    # A product adds up the errors of its log-ratios.
+    margin = (3e-5 if linear else 1e-5) * (max(case.lengths, default=1) if options.get("ratio") == "product" else 1)
     return any(bool(((ratio_T - b).abs() < margin).any()) and not (exactly_one and b == 1) for b in bounds)
 
 
