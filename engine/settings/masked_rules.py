@@ -36,13 +36,13 @@ def _whole_steps(c: Any) -> list[str]:
     found = []
     if c.importance_sampling_level != "token":
         found.append(
-            "importance_sampling_level: expected token with masked_logp step, which has a ratio for the tokens of a step, "
-            f"and one for each token of a text, got {c.importance_sampling_level}; leave it out"
+            "importance_sampling_level: expected token with masked_logp step, which has a ratio for the tokens of a "
+            f"step, and one for each token of a text, got {c.importance_sampling_level}; leave it out"
         )
     if c.loss_type != "grpo":
         found.append(
-            f"loss_type: expected grpo with masked_logp step, whose loss is a mean over steps, got {c.loss_type}, which "
-            "would count a step once for each of its tokens; set --loss_type grpo"
+            f"loss_type: expected grpo with masked_logp step, whose loss is a mean over steps, got {c.loss_type}, "
+            "which would count a step once for each of its tokens; set --loss_type grpo"
         )
     return found
 
