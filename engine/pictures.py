@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # tables of data, which name pictures, are read before torch 
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger pictures are refused before they are decoded (a decompression bomb is a small file)."""
+PICTURE = "<image>"
+"""Stands in `Prompt.text` where a picture goes; the words of a prompt that shows none may hold it."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Pillow opens a phone's MPO as JPEG; named here, it would raise KeyError."""
 

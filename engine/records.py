@@ -18,6 +18,8 @@ from torch import Tensor
 
 from syncr1.kernels.api import SharedPrefixLayout
 
+from .pictures import PICTURE
+
 if TYPE_CHECKING:
     from .pictures import ImageRef
 
@@ -29,9 +31,6 @@ MODALITY_NAMES: tuple[SegmentKind, SegmentKind] = ("text", "image")
 DecodingOrder = Literal["raster", "masked"]
 """How an image is drawn: one token after another, each predicted by the place before it; or all places at once, filled
 in by steps, each predicted at its own place."""
-
-PICTURE = "<image>"
-"""Stands in `Prompt.text` where a picture goes; the words of a prompt that shows none may hold it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, NoSplitError, shown
-from ..pictures import ImageRef
-from ..records import PICTURE, Prompt, SegmentKind
+from ..pictures import PICTURE, ImageRef
+from ..records import Prompt, SegmentKind
 from .faults import STRICT, Faults
 from .forms.asked import read_question
 from .forms.chained import chain_answers, chain_columns

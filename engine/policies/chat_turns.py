@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from ..records import PICTURE, Prompt
+from ..pictures import PICTURE
+from ..records import Prompt
 
 ANSWER = "xyzzyanswer"
 """Stands for the policy's answer where a later turn is rendered; a word that no template writes."""

@@ -18,11 +18,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from syncr1.engine.errors import ConfigError, DataError
-from syncr1.engine.pictures import open_picture
+from syncr1.engine.pictures import PICTURE, open_picture
 from syncr1.engine.policies.causal_lm import CausalLMPolicy
 from syncr1.engine.policies.inputs import Inputs, checkpoint_notes
 from syncr1.engine.policies.janus import JanusPolicy
-from syncr1.engine.records import PICTURE, Prompt
+from syncr1.engine.records import Prompt
 
 TEXT = ("text",)
 PUBLISHED = (

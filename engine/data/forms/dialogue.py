@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import DataError, shown
-from ...records import PICTURE
+from ...pictures import PICTURE
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...errors import DataError
-from ...records import PICTURE
+from ...pictures import PICTURE
 
 COLUMN = re.compile(r"image_(\d{1,2})")
 NUMBERED = re.compile(r"<image[ _]?(\d{1,2})>")

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from ...data.questions import THINK_THEN_ANSWER, instructed
 from ...errors import DataError
-from ...pictures import ImageRef
-from ...records import PICTURE, Prompt
+from ...pictures import PICTURE, ImageRef
+from ...records import Prompt
 
 BY_LETTER = "Answer with the option's letter from the given choices directly."
 BY_WORDS = "Answer the question using a single word or phrase."
