@@ -39,7 +39,7 @@ def pack(
     guided: bool = False,
     masked: MaskedPlan | None = None,
 ) -> list[PackedBatch]:
-    """Packs whole groups into micro-batches of at most `max_tokens` tokens (a larger group stands alone).
+    """Packs whole groups into micro-batches of at most `max_tokens` tokens.
 
     Args:
         policy: for its image placeholders.
@@ -47,7 +47,8 @@ def pack(
         advantages_S2: [S, 2] float32: of text and image tokens.
         keep_S: [S] bool; False drops the trajectory's tokens, its place stays.
         num_generations: G.
-        max_tokens: token budget of a micro-batch.
+        max_tokens: token budget of a micro-batch; a member that needs more stands alone, and where images are not
+            filled in a group.
         share_prefix: False gives every response its own copy of its prompt: the same loss and gradients, more work.
         guided: adds the classifier-free twin of every image, for a loss on the distribution that was sampled from;
             its tokens count like others.
@@ -78,7 +79,8 @@ def pack(
         _check_one_prompt([rollouts[i] for i in group])
     batches = []
     for anchor in (False, True):
-        mine = [group for group in groups if rollouts[group.start].prompt.rewarded is not anchor]
+        whole = [group for group in groups if rollouts[group.start].prompt.rewarded is not anchor]
+        mine = [part for group in whole for part in settings.parts(rollouts, group, keep_S, max_tokens)]
         sizes = [settings.num_tokens([rollouts[i] for i in group if keep_S[i]]) for group in mine]
         for chunk in _chunks(mine, sizes, max_tokens):
             batch = _pack_groups(settings, rollouts, advantages_S2, keep_S, chunk)
@@ -117,6 +119,19 @@ class Settings:
         )
         return own + free_tokens(kept, self.share_prefix) if self.guided else own
 
+    def parts(self, rollouts: Sequence[Rollout], group: range, keep_S: Tensor, max_tokens: int) -> list[Sequence[int]]:
+        """A group, or where images are filled in and it is larger than a micro-batch, runs of its members: their states
+        share no more than turns, and are the most of it."""
+        if self.policy.decoding_order != "masked":
+            return [group]
+        parts: list[list[int]] = [[]]
+        for i in group:
+            kept = [j for j in (*parts[-1], i) if keep_S[j]]
+            if len(kept) > 1 and bool(keep_S[i]) and self.num_tokens([rollouts[j] for j in kept]) > max_tokens:
+                parts.append([])
+            parts[-1].append(i)
+        return list(parts)
+
     def _num_filled(self, segment: Segment, rollout: Rollout) -> int:
         """Of a trajectory's segment; an image's turn counts once for each member, if not for each state."""
         if segment.order is None:
@@ -137,8 +152,8 @@ def _behind(segment: Segment, rollout: Rollout) -> Tensor:
     return segment.lead if segment.lead.numel() else rollout.prompt_tokens
 
 
-def _chunks(groups: list[range], sizes: list[int], max_tokens: int) -> Iterator[list[range]]:
-    chunk: list[range] = []
+def _chunks(groups: Sequence[Sequence[int]], sizes: list[int], max_tokens: int) -> Iterator[list[Sequence[int]]]:
+    chunk: list[Sequence[int]] = []
     used = 0
     for group, size in zip(groups, sizes, strict=True):
         if chunk and used + size > max_tokens:
@@ -236,7 +251,11 @@ def _joined(parts: Sequence[Tensor | int]) -> Tensor | None:
 
 
 def _pack_groups(
-    settings: Settings, rollouts: Sequence[Rollout], advantages_S2: Tensor, keep_S: Tensor, groups: list[range]
+    settings: Settings,
+    rollouts: Sequence[Rollout],
+    advantages_S2: Tensor,
+    keep_S: Tensor,
+    groups: Sequence[Sequence[int]],
 ) -> PackedBatch:
     policy, guided = settings.policy, settings.guided
     prefixes, responses = _Axis(), _Axis(guided=guided)

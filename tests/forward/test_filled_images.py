@@ -174,6 +174,16 @@ def test_the_loss_of_chosen_steps_has_the_whole_sum_as_its_mean(
     torch.testing.assert_close(gradient, whole[1], atol=1e-6, rtol=1e-4)
 
 
+def test_a_group_may_be_cut_between_its_members(policy: ShowOPolicy) -> None:
+    rollouts = sampled(policy, 2.0)[: 2 * MEMBERS]
+    whole = packed(policy, rollouts, MaskedPlan(), "guided")
+    parts = packed(policy, rollouts, MaskedPlan(), "guided", max_tokens=250)
+    assert len(whole) == 1 and len(parts) == 2 * MEMBERS
+    (loss, gradient), (summed, added) = (loss_and_gradient(policy, batches, "guided") for batches in (whole, parts))
+    assert summed == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(added, gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_steps_are_drawn_for_each_image_and_each_step_of_training(policy: ShowOPolicy) -> None:
     segment = sampled(policy, 2.0)[MEMBERS].segments[0]
     drawn = {
