@@ -97,7 +97,7 @@ def test_a_chain(model: Path, way: str, tmp_path: Path) -> None:
     recipe("sample.py", **few, prompt="draw <bobo>", produce="text\nimage", output_dir=tmp_path / "s")
     with Image.open(tmp_path / "s" / "grid.png") as grid:
         assert grid.width > 100
-    scored = {"data": world_folder(), "num_items": 2, "images_per_prompt": 1, "output_dir": tmp_path / "e"}
+    scored = {"data": world_folder(), "limit": 2, "images_per_prompt": 1, "output_dir": tmp_path / "e"}
     recipe("evaluate.py", **few, **scored)
     assert json.loads((tmp_path / "e" / "scores.json").read_text())
 
