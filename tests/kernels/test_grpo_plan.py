@@ -126,7 +126,7 @@ WAYS: list[dict[str, Any]] = [
     *({"loss_type": name, "max_length": 40} for name in LOSS_TYPES),
     {"loss_type": "dapo", "num_items": {"text": 200.0, "image": 300.0}},
     {"loss_type": "grpo", "ratio": "sequence"},
-    {"loss_type": "dapo", "ratio": "product"},
+    {"loss_type": "cispo", "ratio": "product", "clip_high": 5.0},
     {"loss_type": "dapo", "top_entropy_quantile": 0.5},
     {"loss_type": "dapo", "beta": 0.1},
     {"loss_type": "grpo", "beta": {"text": 0.0, "image": 0.2}, "scale": "loo"},

@@ -92,7 +92,7 @@ def test_values_and_gradients(op: str, forbidden: Tensor | None, backend: str) -
 LOSSES: list[dict[str, Any]] = [
     {},
     {"ratio": "sequence"},
-    {"ratio": "product"},
+    {"ratio": "product", "clip_low": 0.9, "clip_high": 9.0},
     {"loss_type": "vespo"},
     {"top_entropy_quantile": 0.5},
     {"loss_type": "cispo", "clip_high": 1.3},
