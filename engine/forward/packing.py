@@ -141,6 +141,13 @@ class Settings:
         prefix = _behind(segment, rollout).numel() * (1 if self.share_prefix else states)
         return (span * states + prefix) * (1 + self.guided)
 
+    def num_sequences(self, rollout: Rollout) -> int:
+        """What a trajectory is to the loss: one sequence, or one of each word and of each step of its image."""
+        if self.masked.masked_logp != "step":
+            return 1
+        states = (len(self.masked.states(s, rollout.uid)) for s in rollout.segments if s.order is not None)
+        return sum(states) + sum(s.tokens.numel() for s in rollout.segments if s.order is None)
+
 
 def _begins_filled(rollout: Rollout) -> bool:
     """Its first segment is an image of a sequence of its own, so its prompt stands before that."""
@@ -286,6 +293,7 @@ def _pack_groups(
                 ratios |= set(range(begins + 1, responses.length)) if settings.masked.masked_logp == "step" else set()
             # What has a ratio of its own, a step, and beside steps a word, is a sequence of its own to the loss.
             own = sorted({end for end in ratios if end > cu_seqlens[-1]} | {responses.length})
+            own = own if keep_S[i] else own * settings.num_sequences(rollouts[i])
             cu_seqlens.extend(own)
             members.extend([i] * len(own))
             cu_attended.append(responses.num_attended)

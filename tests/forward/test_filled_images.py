@@ -184,6 +184,27 @@ def test_a_group_may_be_cut_between_its_members(policy: ShowOPolicy) -> None:
     torch.testing.assert_close(added, gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("masked_logp", ["committed", "step"])
+def test_what_was_pruned_counts_as_if_it_taught_nothing(policy: ShowOPolicy, masked_logp: MaskedLogp) -> None:
+    """A loss that averages over sequences is the same for a trajectory that was pruned and one without an advantage,
+    where each step is a sequence as well."""
+    rollouts = sampled(policy, 2.0)[: 2 * MEMBERS]
+    advantages = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.0, 0.5])[:, None].expand(-1, 2).contiguous()
+    losses = []
+    for keep in (advantages[:, 0] != 0, torch.ones(len(rollouts), dtype=torch.bool)):
+        plan = MaskedPlan(masked_logp)
+        (batch,) = pack(
+            policy, rollouts, advantages, keep, num_generations=MEMBERS, max_tokens=1 << 30, guided=True, masked=plan
+        )
+        words = sum(r.segments[0].tokens.numel() for r in rollouts if r.segments[0].kind == "text")
+        wanted = {"committed": len(rollouts), "step": len(rollouts) * STEPS + words}[masked_logp]
+        assert batch.cu_seqlens.numel() - 1 == wanted
+        objective = Objective(policy_logp="guided", loss_type="grpo", masked_logp=masked_logp)
+        with torch.no_grad():
+            losses.append(PolicyForward(policy, objective)(batch, num_items={"text": 1.0, "image": 1.0})["loss"])
+    torch.testing.assert_close(losses[0], losses[1])
+
+
 def test_steps_are_drawn_for_each_image_and_each_step_of_training(policy: ShowOPolicy) -> None:
     segment = sampled(policy, 2.0)[MEMBERS].segments[0]
     drawn = {
