@@ -29,6 +29,7 @@ from .forms.asked import read_question
 from .forms.chained import chain_answers, chain_columns
 from .forms.choices import choices_of
 from .forms.lettered import says_options, shows_options, with_options
+from .forms.placed import check_places, problem_of
 from .forms.truths import Truths
 from .forms.unseen import check_unseen
 from .prompts import load_training_prompts
@@ -211,7 +212,7 @@ def _drawing(row: Row, layout: Layout, name: str, pictures: tuple[ImageRef, ...]
 def _writing(row: Row, layout: Layout, name: str, extra: Row) -> Prompt:
     """A prompt without a ground truth: rewards of the user's own say what a good text is."""
     assert layout.drawing is not None
-    text, _ = _problem(row[layout.drawing], layout.drawing, ())
+    text, _ = problem_of(row[layout.drawing], layout.drawing, ())
     return Prompt(id=f"{name}/mm2t", task="oe", text=text, segments=TEXT_ONLY, sample=name, extra=extra)
 
 
@@ -225,7 +226,7 @@ def _asking(
     truths: Truths,
 ) -> Prompt:
     assert layout.question is not None and layout.answer is not None
-    problem, leads = _problem(asked_in(row[layout.question], layout.question), layout.question, pictures)
+    problem, leads = problem_of(asked_in(row[layout.question], layout.question), layout.question, pictures)
     asked = read_question(
         row,
         problem,
@@ -233,7 +234,7 @@ def _asking(
         truths,
         kind=qa_type_of(row.get("qa_type")),
     )
-    _check_places(asked.text, leads, pictures, layout.question)
+    check_places(asked.text, leads, pictures, layout.question)
     return Prompt(
         id=f"{name}/mm2t",
         task="mcq" if asked.kind == "MC" else "oe",
@@ -247,31 +248,6 @@ def _asking(
         sample=name,
         extra=extra,
     )
-
-
-def _problem(value: Any, column: str, pictures: tuple[ImageRef, ...]) -> tuple[str, bool]:
-    """The question, and whether the sign of a single picture stood before it, where it need not be said."""
-    text = text_of(value, column)
-    if len(pictures) == 1 and text.startswith(PICTURE):
-        return text_of(text.removeprefix(PICTURE), column), True
-    if not pictures and PICTURE in text:
-        raise DataError(
-            f"column {column!r} shows a picture ({PICTURE}), and 'image' or 'images' has none; add it, or take the "
-            "sign out"
-        )
-    if pictures:
-        text_of(text.replace(PICTURE, ""), column)  # which says so where there is nothing else
-    return text, False
-
-
-def _check_places(text: str, leads: bool, pictures: tuple[ImageRef, ...], column: str) -> None:
-    """As many signs as pictures, in the question or its options; a single picture needs none."""
-    signs, count = text.count(PICTURE) + leads, len(pictures)
-    if count and signs != count and (signs or count > 1):
-        raise DataError(
-            f"column {column!r} has {signs} sign{'s' * (signs != 1)} {PICTURE} and the row {count} "
-            f"picture{'s' * (count != 1)}; write one sign where each picture goes"
-        )
 
 
 # Chains ---------------------------------------------------------------------------------------------------------------
@@ -325,7 +301,7 @@ def _chain(
     }
     if segments[-2:] == ("image", "text") and told["follow_up"] is None:
         raise DataError("column 'follow_up' is missing, and 'segments' has text behind the image; ask something there")
-    text, leads = _problem(asked_in(row.get(columns[0]), columns[0]), columns[0], pictures)
+    text, leads = problem_of(asked_in(row.get(columns[0]), columns[0]), columns[0], pictures)
     choices = choices_of(row)
     options = () if choices is None else choices.texts
     if (
@@ -334,7 +310,7 @@ def _chain(
         and not (says_options(text, options) or shows_options(text, options, choices.column))
     ):
         text = with_options(text, options)
-    _check_places(text, leads, pictures, columns[0])
+    check_places(text, leads, pictures, columns[0])
     answers = chain_answers(row, columns[1], choices)
     return Prompt(
         id=name,

@@ -313,8 +313,7 @@ def sync_r1_problems(c: Any) -> list[str]:
     problems = []
     if c.model is not None and c.policy != "janus":
         problems.append(
-            f"policy: expected none beside model ({c.model}), which says itself what kind it is, got {c.policy}; give "
-            "one of them"
+            f"policy: expected none beside model ({c.model}), which says its kind, got {c.policy}; give one"
         )
     held_out = c.eval_data
     there = held_out is None or os.path.exists(os.path.expanduser(split_named(held_out)[0]))
