@@ -127,6 +127,11 @@ class Segment:
     truncated: bool = False
     """A text segment that ran into its length limit. Never true for images: a full image is complete."""
 
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the sampler settled: of a filled-in image that a preview gave up fewer than it has."""
+        return self.tokens.numel() if self.order is None else int((self.order >= 0).sum())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:

@@ -77,19 +77,13 @@ class MaskedPlan:
         assert segment.order is not None
         if self.masked_logp == "random_mask":
             return sum(int(state.scored.sum()) for state in states)
-        return num_steps_of(segment) * segment.order.numel() if self.masked_logp == "all" else num_sampled(segment)
+        return num_steps_of(segment) * segment.order.numel() if self.masked_logp == "all" else segment.num_sampled
 
     def scale(self, segment: Segment) -> float:
         """What the loss of an image's states is multiplied by."""
         if self.masked_logp in ("random_mask", "step") or self.masked_steps is None:
             return 1.0  # of step, the loss is a mean over those that there are
         return max(1.0, num_steps_of(segment) / self.masked_steps)
-
-
-def num_sampled(segment: Segment) -> int:
-    """Tokens that the sampler settled."""
-    assert segment.order is not None
-    return int((segment.order >= 0).sum())
 
 
 def num_steps_of(segment: Segment) -> int:

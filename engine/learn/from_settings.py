@@ -30,10 +30,12 @@ def objective_of(config: TrainConfig, num_image_tokens: int, anchor_beta: float 
             f"cfg_weight {config.cfg_weight:g}, and no classifier-free branch to guide by; set --policy_logp "
             "conditional, or --cfg_weight 1"
         )
+    # An image counts once for each state in which all of it, or a share of up to all, is scored.
+    times = {"all": config.image_steps, "random_mask": config.masked_steps or 1}.get(config.masked_logp, 1)
     return Objective(
         **named_alike(Objective, config, "anchor_beta", "max_length"),
         anchor_beta=anchor_beta,
-        max_length=config.max_completion_length + num_image_tokens,
+        max_length=config.max_completion_length + num_image_tokens * times,
     )
 
 

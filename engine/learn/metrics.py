@@ -150,7 +150,9 @@ def of_guidance(rollouts: Sequence[Rollout]) -> dict[str, float]:
     images = [segment for rollout in rollouts for segment in rollout.segments if segment.kind == "image"]
     if not images:
         return {}
-    gap = torch.cat([segment.logp_mixed - segment.logp for segment in images])
+    settled = [slice(None) if segment.order is None else segment.order >= 0 for segment in images]
+    gaps = (segment.logp_mixed - segment.logp for segment in images)
+    gap = torch.cat([gap[rows] for gap, rows in zip(gaps, settled, strict=True)])
     return counted({"rollout/guidance_logp_mean_abs": float(gap.abs().mean())}, gap.numel())
 
 

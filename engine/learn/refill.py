@@ -106,7 +106,7 @@ def refilled(
         given_up = [row for rows in idle[: num_samples(prompts)] for row in rows]
         waste.rounds += 1
         waste.groups += len(given_up) // num_generations
-        waste.tokens += sum(segment.tokens.numel() for i in given_up for segment in drawn.rollouts[i].segments)
+        waste.tokens += sum(segment.num_sampled for i in given_up for segment in drawn.rollouts[i].segments)
         waste.totals.append(total_S[given_up])
         dropped = set(given_up)
         stays = [row for row in range(len(drawn.rollouts)) if row not in dropped]

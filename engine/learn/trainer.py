@@ -168,7 +168,7 @@ class Trainer:
         if self.learner.policy.decoding_order == "raster":
             return None
         kept = (rollout for rollout, keep in zip(rollouts, keep_S.tolist(), strict=True) if keep)
-        return sum(segment.tokens.numel() for rollout in kept for segment in rollout.segments)
+        return sum(segment.num_sampled for rollout in kept for segment in rollout.segments)
 
     def _metrics(
         self,
@@ -182,7 +182,7 @@ class Trainer:
         c, drawn, waste = self.config, gathered.drawn, gathered.waste
         rollouts = drawn.rollouts
         seconds = split(self._time.seconds, rollout=drawn.stats.seconds, update=self.learner.seconds)
-        num_kept, elapsed = sum(s.tokens.numel() for r in rollouts for s in r.segments), sum(seconds.values())
+        num_kept, elapsed = sum(s.num_sampled for r in rollouts for s in r.segments), sum(seconds.values())
         num_sampled = num_kept + (0 if waste is None else waste.tokens)
         values = {**trl_names(learned), **self.learner.scoring}
         checks = c.replay_check_steps > 0 and self.step % c.replay_check_steps == 0

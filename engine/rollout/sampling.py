@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from syncr1.kernels.ranges import SAMPLING
+from syncr1.kernels.ranges import SAMPLING, Range
 
 from ..records import Prompt, SegmentKind
 from ..settings.modality import value_of
@@ -30,6 +30,11 @@ class Truncation:
 
 
 EVERYTHING = Truncation()
+OF_MASKED = {
+    "image_steps": Range("an int ≥ 1", lambda v: v >= 1, "16 is usual", whole=True),
+    "image_noise": Range("a finite number ≥ 0", lambda v: v >= 0, "1 is usual; 0 leaves chance out of what is kept"),
+}
+"""Numbers of masked drawing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +76,8 @@ class Sampling:
         for name, value in truncation_of(self).items():
             if value is not None or not name.startswith("image_"):
                 SAMPLING[name.removeprefix("image_")].check("generate", name, value)
+        for name, numbers in OF_MASKED.items():
+            numbers.check("generate", name, getattr(self, name))
 
     def truncation(self, kind: SegmentKind) -> Truncation:
         """Of one modality's tokens; greedy ones have none."""

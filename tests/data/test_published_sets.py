@@ -221,7 +221,7 @@ def test_where_an_encoded_picture_once_lay_is_no_other_picture(tmp_path: Path, n
     features: Feature = {"question": TEXT, "answer": TEXT, "image": PICTURE, name: TEXT}
     row = {"question": "?", "answer": "x", name: "COCO_1.jpg"}
     (prompt,) = read(published(tmp_path, features, [row | {"image": CELL}]))
-    assert prompt.image is not None and prompt.image.name.endswith("image") and prompt.extra[name] == "COCO_1.jpg"
+    assert prompt.images and prompt.images[0].name.endswith("image") and prompt.extra[name] == "COCO_1.jpg"
     with pytest.raises(DataError, match=f"column '{name}': names a picture that does not exist"):
         read(published(tmp_path, features, [row]))
 

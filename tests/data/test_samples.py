@@ -307,11 +307,11 @@ def test_each_row_has_its_picture_from_whichever_column_holds_it(folder: Path) -
     said = [{"role": "user", "content": [{"type": "image", "image": "coffee.jpg"}, {"type": "text", "text": "?"}]}]
     chat = {"problem": said, "solution": "x"}
     entries = ({**asked, "image": "coffee.jpg"}, {**asked, "images": ["coffee.jpg"]}, chat, asked)
-    found = [sample[0].image for sample in load_samples(rows(folder, *entries))]
-    assert found == [found[0]] * 3 + [None] and found[0] is not None
+    found = [sample[0].images for sample in load_samples(rows(folder, *entries))]
+    assert found == [found[0]] * 3 + [()] and found[0]
     both = {**asked, "prompt": "a cup", "real_image": "chelsea.jpg"}
     pairs = load_samples(rows(folder, {**both, "image": "coffee.jpg"}, both))
-    assert [(draws.real_image == found[0], asks.image) for draws, asks in pairs] == [(False, found[0]), (False, None)]
+    assert [((draws.real_image,) == found[0], asks.images) for draws, asks in pairs] == [(False, found[0]), (False, ())]
 
 
 @pytest.mark.parametrize("entry", [{"problem": "<image>What?", "solution": "x"}, {"prompt": "<image> in red"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,6 +204,11 @@ def test_guidance_is_how_far_it_moves_image_tokens() -> None:
     name = "rollout/guidance_logp_mean_abs"
     assert of_guidance(rollouts) == {name: pytest.approx(0.4), f"{COUNT}{name}": 3.0}
     assert of_guidance(rollouts[2:]) == of_guidance([]) == {}
+    # A preview gave this one up when two of its four places were settled: of the others nothing is known.
+    (image,) = drawn("image", [0.0, 0.3, 0.0, 0.5]).segments
+    given_up = replace(rollouts[0], segments=(replace(image, order=torch.tensor([-1, 0, -1, 1])),))
+    assert given_up.segments[0].num_sampled == 2 and image.num_sampled == 4
+    assert of_guidance([given_up]) == {name: pytest.approx(0.4), f"{COUNT}{name}": 2.0}
 
 
 def test_totals_over_both_modalities_count_by_tokens() -> None:

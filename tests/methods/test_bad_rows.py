@@ -34,7 +34,7 @@ LONG = "what is red and round and hollow? " * 80
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Photographs are looked at with the tiny base's tokenizer, which a run refuses."""
     monkeypatch.setattr(data_checks, "check_own_world", lambda *_: None)
-    policy = WORLDS["rendered"].untrained()
+    policy = WORLDS["rendered"].bases["janus"].untrained()
     monkeypatch.setattr(first_pass, "policy_without_weights", lambda *_: policy)
 
 
@@ -163,7 +163,7 @@ def test_the_report_says_what_was_found(folder: Path, tmp_path: Path, recipe: st
 def test_check_data_lists_all_and_counts_lengths(
     folder: Path, recipe: Any, tiny: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = WORLDS["rendered"].untrained()
+    policy = WORLDS["rendered"].bases["janus"].untrained()
     monkeypatch.setattr(check_data, "policy_without_weights", lambda name: policy)
     said: list[str] = []
     asked = {"model": "any", "max_completion_length": 16} if recipe == "corl" else {"model": "any"}

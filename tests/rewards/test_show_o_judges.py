@@ -34,7 +34,7 @@ def images() -> Tensor:
 def forward(policy: ShowOPolicy, image: Tensor, question: str, answer: str | None) -> tuple[Tensor, Tensor, Tensor]:
     """(ids [L], hidden [L, D], log-probabilities of the next text [L, rows]) by transformers' own attention, which
     is given who sees whom: all that the picture's end and what precedes it see each other."""
-    tokens = policy.prompt_tokens(Prompt(id="x", task="caption", text=question, image=Path("x.png")))
+    tokens = policy.prompt_tokens(Prompt(id="x", task="caption", text=question, images=(Path("x.png"),)))
     ids = tokens if answer is None else torch.cat([tokens, policy.text_tokens(answer)])
     plain = sharp_show_o().model.double()
     plain.showo.model.set_attn_implementation("eager")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import syncr1.engine.compat  # noqa: F401  # before transformers
 
@@ -208,3 +209,18 @@ def test_what_it_cannot_follow_is_refused_by_name(policy: ShowOPolicy) -> None:
     )
     long = refused(make_prompt("cat " * policy.max_positions), policy)
     assert f"positions for {policy.max_positions}" in long
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"image_steps": 0}, "image_steps must be an int ≥ 1, got 0"),
+        ({"image_steps": 2.5}, "image_steps must be an int ≥ 1, got 2.5"),
+        ({"image_noise": -1.0}, "image_noise must be a finite number ≥ 0, got -1.0"),
+        ({"image_noise": math.inf}, "image_noise must be a finite number ≥ 0, got inf"),
+    ],
+)
+def test_numbers_that_draw_nothing_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Sampling(**wrong)
+    assert said in str(caught.value), caught.value

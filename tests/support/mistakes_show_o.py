@@ -36,7 +36,7 @@ SHOW_O = [
     Mistake("Show-o without its tokenizers", "sync_r1.py --model m", CONVERTED, show_o(beside=False)),
     Mistake("the same, to be converted", "convert.py --model m --output out", CONVERTED, show_o(beside=False)),
     Mistake("two steps of a mean", "sync_r1.py --masked_steps 2 --loss_type grpo", "expected one of dapo, bnpo"),
-    Mistake("no ratio of a step", "sync_r1.py --masked_logp step", "--importance_sampling_level sequence"),
+    Mistake("a mean over tokens of steps", "sync_r1.py --masked_logp step", "set --loss_type grpo"),
     Mistake("steps of a model without", "sync_r1.py --image_steps 8", "the tiny model, a janus, which draws one token"),
     Mistake("padding that nobody sees", "sync_r1.py --model m --unconditional pads", "expected fixed for m", ours),
     Mistake("Show-o with CLIP", "sample.py --model m", "CLIP's tower (w_clip_vit)", show_o(w_clip_vit=True)),

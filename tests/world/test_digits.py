@@ -92,7 +92,7 @@ def test_the_folder_is_a_table_that_both_halves_are_read_from(tmp_path: Path) ->
     assert world_of(p.attributes for p in loaded.prompts if p.attributes) is WORLDS["digits"]
     reading = next(prompt for prompt in loaded.prompts if prompt.task == "read")
     assert reading.segments == ("text", "image") and reading.attributes == {"digit": reading.answer}
-    assert load_pictures([reading.image], 32)[0].shape == (3, 32, 32)  # type: ignore[list-item]
+    assert load_pictures(list(reading.images), 32)[0].shape == (3, 32, 32)
     rows = [json.loads(line) for line in (tmp_path / "digits" / "test.jsonl").read_text().splitlines()]
     assert all(row["segments"] == "text" for row in rows if row["task"] == "read")
     scored = load_items(tmp_path / "digits")  # as recipes/evaluate.py and recipes/sample.py read it

@@ -107,6 +107,6 @@ def test_the_engine_reads_both_halves_of_every_row(root: Path) -> None:
     assert len(samples) == len(rows)
     for row, (draw, asks) in zip(rows, samples, strict=True):
         assert (draw.text, draw.target, draw.segments) == (row.caption, row.caption, ("image",))
-        assert draw.real_image == asks.image and draw.sample == asks.sample
+        assert (draw.real_image,) == asks.images and draw.sample == asks.sample
         assert (asks.text, asks.answer, asks.qa_type) == (row.question.text, row.question.solution, row.qa_type)
         assert asks.options == row.question.options and asks.segments == ("text",)
