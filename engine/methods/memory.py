@@ -287,7 +287,8 @@ def _backward(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt], wo
         budget = int(budget * max(group / size for group, size in zip(groups, whole, strict=True)))
     else:
         groups = whole
-    num_tokens = max(min(budget, sum(groups)), max(groups))
+    alone = max(groups) if filling is None else -(-max(groups) // G)  # what cannot be cut: a group, or a member of it
+    num_tokens = max(min(budget, sum(groups)), alone)
     trained, item = _num_trained(policy), 2 if config.bf16 else 4
     partial = sum(groups) > num_tokens or config.zero_stage >= 2
     saved, peak = _activations(policy, num_tokens, gradients_apart=partial)

@@ -56,7 +56,7 @@ def test_every_item_is_there_once_and_in_order(items: dict[str, list[Prompt]], w
         before = asked[item.prompt.id]
         assert item.shown == (before.images[0].name if before.images else None)
         assert len(item.prompt.references) == len(before.references)
-        same = {"image": None, "references": ()}
+        same = {"images": (), "references": ()}
         assert replace(item.prompt, **same) == replace(before, **same)  # type: ignore[arg-type]
 
 

@@ -67,6 +67,6 @@ def test_the_other_process_loads_the_folder_that_this_one_did(monkeypatch: pytes
     config = SyncR1Config(model="org/nowhere", data=str(world_folder()), reward_funcs=("identity", "text"))
     folder = loaded_from(load_policy(short_base()), "org/nowhere")
     assert folder == str(short_base())
-    made = side({"settings": to_yaml(config, comments=False), "model": folder})
+    made = side({"settings": to_yaml(config, comments=False), "model": folder, "skipped": {}})
     assert made.policy.model.name_or_path == folder
     assert loaded_from(sharp_policy(), "here") == "here"

@@ -36,7 +36,9 @@ def test_a_run_from_deepseeks_layout_and_back(tmp_path: Path) -> None:
     flags = ["--model", "janus", "--data", "rows.jsonl", "--reward_funcs", "mine.py:steps", "--prompts_per_step", "1"]
     flags += ["--num_generations", "2", "--max_steps", "1", "--eval_samples", "0", "--max_completion_length", "4"]
     looked = run(tmp_path, "sync_r1.py", *flags, "--output_dir", "run", "--dry_run")
-    assert "janus is in DeepSeek's layout: a run converts it once" in looked and not (tmp_path / "cache").exists()
+    assert "janus is in DeepSeek's layout: a run converts it once" in looked and not [
+        *(tmp_path / "cache").rglob("*.safetensors")
+    ]
     said = run(tmp_path, "sync_r1.py", *flags, "--output_dir", "run")
     assert "converting it to transformers', once" in said and "step 1/1" in said
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

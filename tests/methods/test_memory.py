@@ -96,7 +96,15 @@ def test_estimate_is_within_10_percent(settings: dict[str, Any], tmp_path: Path)
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"num_generations": 24, "masked_steps": 2, "gradient_checkpointing": True}, id="two steps of six"),
+        pytest.param(
+            {
+                "num_generations": 24,
+                "masked_steps": 2,
+                "gradient_checkpointing": True,
+                "max_tokens_per_microbatch": 1 << 20,
+            },
+            id="two steps of six",
+        ),
         pytest.param({"num_generations": 32, "masked_steps": 1}, id="many images at once"),
     ],
 )

@@ -245,7 +245,7 @@ def test_checkpoints_are_read_as_safetensors() -> None:
         keywords(call)
         for name, tree in trees("engine")
         for function, call in calls(tree)
-        if function.endswith(".model_class.from_pretrained")
+        if function.endswith("model_class.from_pretrained")
     ]
     assert len(loads) == 2 and all(given.get("use_safetensors") == "True" for given in loads)
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from syncr1.engine.errors import RewardError
 from syncr1.engine.records import Prompt, Rollout, Segment
 from syncr1.engine.rewards.calling import call_all, still_running
-from syncr1.engine.rewards.ensemble import build_rewards, combine
+from syncr1.engine.rewards.ensemble import combine
 from syncr1.engine.rewards.reward import columns_for, columns_of, mode_of
 from syncr1.engine.rewards.scoring import score
 
@@ -392,24 +392,3 @@ def test_combine_leaves_out_what_is_missing() -> None:
     assert combine(values, weights, renormalise=True)[:2].tolist() == pytest.approx([0.455, 1.0])
     with pytest.raises(ValueError, match="weights"):
         combine(values, weights[:2])
-
-
-def test_build_rewards_gives_the_bracket_to_what_is_there() -> None:
-    def features(images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1)
-
-    def likely(images: torch.Tensor, texts: Any) -> torch.Tensor:
-        return torch.zeros(len(texts))
-
-    everything = build_rewards(features=features, captions=likely)
-    assert everything.names == ("identity", "judge", "text")
-    assert everything.weights == pytest.approx((0.26, 0.39, 0.35))
-    assert everything.kinds == ("image", "image", "text")
-    assert everything.weight_tensor().dtype == torch.float32
-    assert build_rewards(features=features).weights == pytest.approx((0.65, 0.35))
-    assert build_rewards(captions=likely).weights == pytest.approx((0.65, 0.35))
-    assert build_rewards().names == ("text",)
-    with pytest.raises(ValueError, match="expected a positive one"):
-        build_rewards(text_weight=0.0)
-    with pytest.raises(ValueError, match="judge_weight"):
-        build_rewards(judge_weight=-1.0)
