@@ -235,14 +235,14 @@ def _rollout(config: TrainConfig, policy: Policy, prompts: Sequence[Prompt]) -> 
         columns += sizes.preview_columns(G, round(config.preview_fraction * policy.num_image_tokens), guided, reach)
     found = {"keys and values": policy.cache_shape().num_bytes(columns), "pictures": 0}
     found["kept ids"] = _kept_ids(config, policy, G * len(prompts), images > 0)
-    if filling is not None and images:
-        found[DRAWING_STEP] = _filled_at_once(policy, filling, images * G, 1 + guided)
     if images:
         with torch.no_grad(), PeakBytes() as peak:
             policy.draw(
                 torch.zeros(min(DRAWN_AT_ONCE, images * G), policy.num_image_tokens, dtype=torch.long, device="meta")
             )
         found["pictures"] = peak.peak
+    if filling is not None and images:  # the last of which is over when pictures are made
+        found[DRAWING_STEP] = max(0, _filled_at_once(policy, filling, images * G, 1 + guided) - found["pictures"])
     return found
 
 
