@@ -107,7 +107,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "policy_logp": "guided_detached",
         "zero_stage": 2,
         "masked_logp": "step",
-        "importance_sampling_level": "sequence",
+        "loss_type": "grpo",
         "importance_correction": "truncate",
         "image_top_k": 9,
         "share_prefix": False,
@@ -144,7 +144,7 @@ def test_a_dry_run_tells_what_it_takes_and_what_it_cannot_use(model: str, tmp_pa
     assert few.work.update.tokens < many.work.update.tokens / 3 and few.work.image == many.work.image
     assert few.memory.peak() < many.memory.peak() and "a step of drawing" in few.memory.rollout
     tight = replace(many, gpu=replace(many.gpu, memory=0)).lines()
-    assert "--masked_steps" in tight[1], "a group's states are one pass, whatever the budget of tokens"
+    assert "--masked_steps" in tight[1], "an image's states are one pass, whatever the budget of tokens"
     with pytest.raises(ConfigError, match=r"unconditional: expected fixed for ShowOPolicy"):
         said(unconditional="pads")
     with pytest.raises(ConfigError, match=r"image_steps: expected 16 for JanusPolicy, which draws one token after"):

@@ -16,13 +16,17 @@ from syncr1.engine.settings.train_config import LossType, MaskedLogp
 
 K = {"masked_steps": 2}
 ANEW = {"masked_logp": "random_mask"}
-STEP = {"masked_logp": "step", "importance_sampling_level": "sequence"}
+STEP = {"masked_logp": "step", "loss_type": "grpo"}
 IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     *[(K | {"loss_type": name}, "loss_type", "the chosen ones are not all") for name in ("grpo", "sapo")],
     (K | {"loss_type": "vespo"}, "loss_type", "weighs a trajectory by all of its tokens; leave masked_steps out"),
     (K | {"masked_logp": "all", "loss_type": "grpo"}, "loss_type", "expected one of dapo, bnpo, cispo, dr"),
-    (K | STEP | {"loss_type": "dr_grpo"}, "loss_type", "expected one of dapo, bnpo with"),
-    ({"masked_logp": "step"}, "importance_sampling_level", "expected sequence with masked_logp step"),
+    (K | STEP | {"loss_type": "dr_grpo"}, "loss_type", "expected grpo with masked_logp step"),
+    (
+        STEP | {"importance_sampling_level": "sequence"},
+        "importance_sampling_level",
+        "expected token with masked_logp step",
+    ),
     (K | {"importance_sampling_level": "sequence"}, "importance_sampling_level", "the chosen steps alone"),
     (K | {"importance_correction": "mask", "importance_level": "sequence"}, "importance_level", "take token"),
     (K | {"top_entropy_quantile": 0.5}, "top_entropy_quantile", "expected 1 with masked_steps 2, got 0.5"),
@@ -45,7 +49,7 @@ POSSIBLE: list[dict[str, Any]] = [
     *[ANEW | K | {"loss_type": name, "epsilon_high": 5.0} for name in get_args(LossType)],
     ANEW | {"top_k": 5, "image_top_k": 0, "num_iterations": 2, "importance_sampling_level": "sequence"},
     STEP | {"top_k": 5, "importance_correction": "mask"},
-    STEP | K | {"loss_type": "bnpo"},
+    STEP | K,
     K | {"image_top_p": 0.9, "importance_correction": "truncate", "num_iterations": 2},
 ]
 

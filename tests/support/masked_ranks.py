@@ -51,9 +51,7 @@ CASES = {
         num_iterations=2,
         lora=True,
     ),
-    "step": Case(
-        MaskedPlan("step"), Objective(loss_type="grpo", importance_sampling_level="sequence"), num_iterations=2
-    ),
+    "step": Case(MaskedPlan("step"), Objective(loss_type="grpo", masked_logp="step"), num_iterations=2),
     "surprising": Case(
         MaskedPlan(), Objective(policy_logp="guided", top_entropy_quantile=0.5, beta=0.1, image_beta=0.2)
     ),
