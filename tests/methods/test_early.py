@@ -131,6 +131,7 @@ def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving(tmp_path: Path)
         said = b""
         while b"\n" not in said:  # a terminal takes a line in pieces: the rest of one would fail as it is written
             said += os.read(ours, 100)
+        time.sleep(0.3)  # its write has not returned yet, and would fail: what is tested are those that come later
         os.close(ours)
         assert b"ready" in said
         assert process.wait(20) == EXIT_PREEMPTED

@@ -37,6 +37,8 @@ import os, pathlib, signal, sys, time
 attempt, ends = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), [int(word) for word in sys.argv[2].split(",")]
 if os.environ["RANK"] == "0":
     pathlib.Path(sys.argv[1], f"attempt_{attempt}").touch()
+while not pathlib.Path(sys.argv[1], f"attempt_{attempt}").exists():
+    time.sleep(0.01)
 end = ends[min(attempt, len(ends) - 1)]
 if os.environ["RANK"] == "1" and end < 0:
     os.kill(os.getpid(), -end)
