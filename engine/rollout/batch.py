@@ -26,7 +26,7 @@ from .draft import Draft
 from .drawing_turn import DrawingTurns
 from .free_prompts import FreePrompts
 from .mask_schedule import MaskSchedule
-from .masked_draw import Easel, MaskedCanvas, distinct, draw_masked
+from .masked_draw import Easel, MaskedCanvas, captures, distinct, draw_masked
 from .preview import Canvas, Drawing, draw, preview_length
 from .preview_gate import PreviewGate
 from .sampling import RolloutStats, Sampling, trajectory_key
@@ -234,7 +234,7 @@ class Batch:
             keys=self._tries(chosen),
             words=support_words(policy, phase, self.rows.hidden),
             kept_steps=sampling.image_steps if sampling.keep_proposals else 0,
-            graphs=stepper.pool,
+            graphs=stepper.pool if stepper.static and captures(policy) else None,
         )
         with self.time("image"):
             filled, drawing = draw_masked(canvas, self.preview)

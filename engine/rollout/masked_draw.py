@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncr1.kernels.api import CFGSample, SharedPrefixLayout, cfg_sample
+from syncr1.kernels.api import CFGSample, SharedPrefixLayout, attention_provider, cfg_sample
 from syncr1.kernels.reference.philox import uniform
 
 from ..policies.base import Policy
@@ -208,6 +208,13 @@ class Spans:
         hidden = policy.trunk(spans.flatten(0, 1)[None], self.positions[None], FillIn(easel.store, self.layout))[0]
         hidden = hidden.view(len(self.order), self.length, -1)[self.back]
         return hidden[:, before.shape[1] : before.shape[1] + N].unflatten(0, (len(easel.beside), n))
+
+
+def captures(policy: Policy) -> bool:
+    """A pass can be a CUDA graph: attention's kernels serve it. Its plain PyTorch makes tensors on the way, which no
+    capture allows."""
+    shape = policy.cache_shape()
+    return attention_provider(shape.device, dtype=shape.dtype, head_size=shape.head_dim).startswith("flash")
 
 
 class GraphedSpans:

@@ -23,7 +23,7 @@ from syncr1.engine.records import Prompt, Rollout, Segment
 from syncr1.engine.rollout.batch import IMAGE_OFFSET
 from syncr1.engine.rollout.mask_schedule import MaskSchedule
 from syncr1.engine.rollout.masked_draw import CONFIDENCE
-from syncr1.engine.rollout.sampler import generate
+from syncr1.engine.rollout.sampler import RolloutEngine, generate
 from syncr1.engine.rollout.sampling import Sampling, trajectory_key
 from syncr1.kernels.api import cfg_sample
 from syncr1.kernels.reference.philox import uniform
@@ -224,3 +224,14 @@ def test_numbers_that_draw_nothing_are_refused(wrong: dict[str, Any], said: str)
     with pytest.raises(ValueError) as caught:
         Sampling(**wrong)
     assert said in str(caught.value), caught.value
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_graphs_draw_what_eager_steps_draw(dtype: torch.dtype) -> None:
+    """In float32 there are none: plain attention cannot be captured, and is not tried."""
+    policy = ShowOPolicy(*small_show_o()).eval().to("cuda", dtype)
+    prompts = [make_prompt("a cat", ("image",)), make_prompt("a dog")]
+    drawn = [RolloutEngine(policy, cuda_graphs=graphs).generate(prompts, SAMPLING) for graphs in (True, False)]
+    for one, other in zip(*drawn, strict=True):
+        assert torch.equal(image_of(one).tokens, image_of(other).tokens)
