@@ -125,10 +125,15 @@ class Settings:
         if self.policy.decoding_order != "masked":
             return [group]
         parts: list[list[int]] = [[]]
+        first = rollouts[group.start]
+        shared = first.prompt_tokens.numel() if self.share_prefix and not _begins_filled(first) else 0
+        used = 0
         for i in group:
-            kept = [j for j in (*parts[-1], i) if keep_S[j]]
-            if len(kept) > 1 and bool(keep_S[i]) and self.num_tokens([rollouts[j] for j in kept]) > max_tokens:
+            size = self.num_tokens([rollouts[i]]) if keep_S[i] else 0
+            if used and size and used + size - shared > max_tokens:
                 parts.append([])
+                used = 0
+            used += size - shared * bool(used and size)
             parts[-1].append(i)
         return list(parts)
 
